@@ -1,0 +1,1 @@
+"""What trains trials: one protocol, several engines."""

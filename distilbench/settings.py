@@ -1,0 +1,422 @@
+"""The settings of a trial: frozen dataclasses with their ranges, and the schema that Hydra composes into.
+
+Values live in ``conf/*.yaml``; this module states what each key means and which values it may take. The one
+conversion from a composed config is :func:`settings_from`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union, get_args, get_type_hints
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+METRICS = ("accuracy", "f1", "mcc", "loss")
+OPTIMIZERS = ("adamw", "sgd")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+MODEL_SOURCES = ("hub", "package", "local", "random")
+DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
+ENGINES = ("trainer",)
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Names that ``transformers.get_scheduler`` takes without further arguments and that depend on the step alone."""
+
+
+class SettingsError(ValueError):
+    """A setting that the user can mend: one line with setting, value, what is allowed, and what to do."""
+
+
+def require(holds: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
+    """Raise :class:`SettingsError` ``<setting> must be <allowed>, got <value>; <remedy>`` unless ``holds``."""
+    if not holds:
+        shown = repr(value) if isinstance(value, str) else value
+        raise SettingsError(f"{setting} must be {allowed}, got {shown}" + (f"; {remedy}" if remedy else ""))
+
+
+def _one_of(setting: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    require(value in allowed, setting, "one of " + ", ".join(allowed), value)
+
+
+def _at_least(setting: str, value: float | None, low: float) -> None:
+    finite = value is None or math.isfinite(value)
+    require(finite and (value is None or value >= low), setting, f"{low} or more", value)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the initial weights and the tokenizer come from."""
+
+    source: str
+    """hub | package | local | random."""
+    checkpoint: str
+    """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
+    revision: Optional[str] = None
+    """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
+    layers: Optional[int] = None
+    """Encoder layers of a random model (1 or more); null elsewhere."""
+    fallback: Optional[ModelSettings] = None
+    """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.source", self.source, MODEL_SOURCES)
+        require(bool(self.checkpoint), "model.checkpoint", "a name or a path", self.checkpoint)
+        if self.source == "local":
+            require(
+                Path(self.checkpoint).expanduser().is_dir(),
+                "model.checkpoint",
+                "an existing directory",
+                self.checkpoint,
+                "give the folder that holds config.json and model.safetensors",
+            )
+        if self.source == "random":
+            require(
+                self.layers is not None and self.layers >= 1,
+                "model.layers",
+                "1 or more for a random model",
+                self.layers,
+            )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where text and labels come from, how they are split, and how many are used."""
+
+    source: str
+    """hub | files | tweets | synthetic."""
+    hub_name: Optional[str] = None
+    """Data set id on the hub (source=hub)."""
+    hub_config: Optional[str] = None
+    """Configuration of the hub data set, where it has several."""
+    revision: Optional[str] = None
+    """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
+    train: Optional[str] = None
+    """Training split: its name (hub) or a CSV, TSV, JSONL or Parquet file (files)."""
+    validation: Optional[str] = None
+    """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded."""
+    text_column: Optional[str] = None
+    """Column that holds the text."""
+    label_column: Optional[str] = None
+    """Column that holds the label."""
+    label_names: Optional[list[str]] = None
+    """Names of the labels in the order of their numbers; null takes them from the data."""
+    validation_fraction: float = 0.1
+    """Share of train used as validation where there is none, in (0, 1)."""
+    selection_fraction: float = 0.0
+    """Share of train that picks epochs and winners, in [0, 1); 0 lets validation do both, as the report did."""
+    split_seed: int = 0
+    """Seed of every split that is carved out; part of the protocol, unlike `seed`."""
+    max_train_examples: Optional[int] = None
+    """Cap on training examples, drawn stratified with `split_seed`; null uses all."""
+    max_validation_examples: Optional[int] = None
+    """Cap on validation examples, drawn likewise; null uses all."""
+    fallback: Optional[DataSettings] = None
+    """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.source", self.source, DATA_SOURCES)
+        if self.source == "hub":
+            require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
+        if self.source == "files":
+            self._check_files()
+        for name in ("validation_fraction", "selection_fraction"):
+            value = getattr(self, name)
+            low_ok = value >= 0 if name == "selection_fraction" else value > 0
+            require(low_ok and value < 1, f"data.{name}", "in [0, 1)" if "sel" in name else "in (0, 1)", value)
+        for name in ("max_train_examples", "max_validation_examples"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        if self.label_names is not None:
+            distinct = len(set(self.label_names)) == len(self.label_names)
+            require(distinct and len(self.label_names) >= 2, "data.label_names", "2 or more distinct names",
+                    list(self.label_names))  # fmt: skip
+
+    def _check_files(self) -> None:
+        require(self.train is not None, "data.train", "a file", self.train, "give data.train=path/to/train.csv")
+        for name in ("train", "validation"):
+            value = getattr(self, name)
+            if value is not None:
+                require(
+                    Path(value).expanduser().is_file(),
+                    f"data.{name}",
+                    "an existing CSV, TSV, JSONL or Parquet file",
+                    value,
+                    "check the path",
+                )
+        for name in ("text_column", "label_column"):
+            require(bool(getattr(self, name)), f"data.{name}", "the name of a column", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class FreezeSettings:
+    """How much of the encoder stays as it was."""
+
+    layers: int
+    """Encoder layers 0..layers-1 are frozen; 0 freezes nothing, the model's depth freezes the whole encoder."""
+    embeddings: Union[bool, str]
+    """auto (frozen when layers > 0) | true | false."""
+    dropout: bool
+    """Whether dropout stays active in the frozen part, as in the report."""
+
+    def __post_init__(self) -> None:
+        _at_least("freeze.layers", self.layers, 0)
+        allowed = isinstance(self.embeddings, bool) or self.embeddings == "auto"
+        require(allowed, "freeze.embeddings", "auto, true or false", self.embeddings)
+
+    @property
+    def freezes_embeddings(self) -> bool:
+        """`embeddings` with auto decided."""
+        return self.layers > 0 if self.embeddings == "auto" else bool(self.embeddings)
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """How the learning rate moves over the steps of a trial."""
+
+    name: str
+    """linear | cosine | cosine_with_restarts | polynomial | constant | constant_with_warmup | inverse_sqrt."""
+    warmup_ratio: float
+    """Share of all steps spent warming up, in [0, 1]; rounded up to whole steps as in transformers."""
+    warmup_steps: Optional[int]
+    """Steps spent warming up (0 or more); null leaves it to `warmup_ratio`."""
+
+    def __post_init__(self) -> None:
+        _one_of("scheduler.name", self.name, SCHEDULERS)
+        require(0 <= self.warmup_ratio <= 1, "scheduler.warmup_ratio", "in [0, 1]", self.warmup_ratio)
+        _at_least("scheduler.warmup_steps", self.warmup_steps, 0)
+        if self.warmup_steps:
+            require(
+                self.warmup_ratio == 0,
+                "scheduler.warmup_ratio",
+                f"0 when scheduler.warmup_steps={self.warmup_steps} is given",
+                self.warmup_ratio,
+                "set one of the two",
+            )
+        if self.name == "constant":
+            require(
+                not self.warmup_ratio and not self.warmup_steps,
+                "scheduler.name",
+                "a schedule that warms up when a warm-up is given",
+                self.name,
+                "use scheduler=constant_with_warmup",
+            )
+
+    def warmup(self, steps: int) -> int:
+        """Warm-up steps of a trial of ``steps`` steps; rounds up like ``TrainingArguments.get_warmup_steps``."""
+        return self.warmup_steps or math.ceil(steps * self.warmup_ratio)
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimizer and what bounds its steps."""
+
+    name: str
+    """adamw | sgd."""
+    lr: float
+    """Peak learning rate, above 0."""
+    weight_decay: float
+    """Decoupled for adamw, an L2 term for sgd; 0 or more; none on biases and LayerNorm."""
+    max_grad_norm: float
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    beta1: float
+    """AdamW's decay of the first moment, in [0, 1)."""
+    beta2: float
+    """AdamW's decay of the second moment, in [0, 1)."""
+    eps: float
+    """AdamW's term against division by zero, 0 or more."""
+    momentum: float
+    """SGD's momentum, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, OPTIMIZERS)
+        require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", "above 0", self.lr)
+        for name in ("weight_decay", "max_grad_norm", "eps"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2", "momentum"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "in [0, 1)", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, in what batches, and what is measured on the way."""
+
+    epochs: int
+    """Passes over the training examples, 1 or more."""
+    batch_size: int
+    """Examples a step, 1 or more; the last batch of an epoch may be smaller."""
+    eval_batch_size: int
+    """Examples a batch in evaluation, 1 or more; changes speed only."""
+    max_length: int
+    """Tokens an input is cut at, [CLS] and [SEP] included, 3 or more."""
+    precision: str
+    """auto | fp32 | bf16 | fp16; auto is bf16 on a CUDA device that has it, fp32 elsewhere."""
+    metric: str
+    """accuracy | f1 | mcc | loss: what keeps the best epoch; part of the protocol."""
+    eval_steps: Optional[int]
+    """Evaluate every this many steps instead of after each epoch; null is each epoch."""
+    logging_steps: int
+    """Steps between two records of loss, learning rate and gradient norm, 1 or more."""
+    checkpoints: bool
+    """Whether each evaluation leaves a checkpoint to resume from; they go when the trial finishes."""
+    resume: bool
+    """Continue an interrupted trial of the same settings from its last checkpoint in the same `output.dir`."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "logging_steps", "eval_steps"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.max_length", self.max_length, 3)
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.metric", self.metric, METRICS)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a larger value of `metric` is better."""
+        return self.metric != "loss"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What trains the trial; changes speed, never results beyond rounding."""
+
+    name: str
+    """trainer (Hugging Face Trainer)."""
+    device: str
+    """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
+
+    def __post_init__(self) -> None:
+        _one_of("engine.name", self.name, ENGINES)
+        _one_of("engine.device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What a trial leaves in its directory."""
+
+    dir: str
+    """The trial's directory; Hydra's by default."""
+    save_model: bool
+    """Whether the best epoch's model and tokenizer are saved there, under `model/`."""
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """Everything that one trial needs; the report's baseline is what `conf/config.yaml` composes to."""
+
+    model: ModelSettings
+    data: DataSettings
+    freeze: FreezeSettings
+    scheduler: SchedulerSettings
+    optim: OptimSettings
+    train: TrainSettings
+    engine: EngineSettings
+    output: OutputSettings
+    seed: int
+    """Seeds the head, dropout and the order of examples; 0 .. 2**32 - 1."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", "0 .. 2**32 - 1", self.seed)
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where trials are logged."""
+
+    name: str
+    """mlflow | none."""
+    uri: Optional[str]
+    """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else mlflow.db at the project's root."""
+    experiment: str
+    """Name of the MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.name", self.name, ("mlflow", "none"))
+        require(bool(self.experiment.strip()), "tracking.experiment", "a name", self.experiment)
+        secret = self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri)
+        if secret:
+            raise SettingsError(
+                "tracking.uri must not hold a password, since Hydra writes settings to disk; put the URI into "
+                "MLFLOW_TRACKING_URI, or user and password into MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            )
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """The trial that others are compared with."""
+
+    overrides: list[str]
+    """Hydra overrides that turn a trial's settings into its baseline's; a group's choice replaces the whole group."""
+    ensure: bool
+    """Train the baseline first where no finished one of the same protocol is found."""
+
+
+@dataclass(frozen=True)
+class AppSettings(TrialSettings):
+    """The whole configuration of `python -m distilbench.train`."""
+
+    tracking: TrackingSettings
+    baseline: BaselineSettings
+
+    @property
+    def trial(self) -> TrialSettings:
+        """The part that an engine sees."""
+        return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
+
+
+def settings_from(config: Any) -> AppSettings:
+    """Convert a composed config once, at the edge; raises :class:`SettingsError` for a value out of range."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+
+    nodes = {f.name: config[f.name] for f in dataclasses.fields(AppSettings)}
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
+    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+        raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
+    return _build(AppSettings, values)
+
+
+def _build(cls: Any, values: Any) -> Any:
+    """Make the dataclass ``cls`` from nested dicts."""
+    hints = get_type_hints(cls)
+    nested = {name: _dataclass_in(hint) for name, hint in hints.items()}
+    return cls(**{
+        name: _build(nested[name], value) if nested[name] and value is not None else value
+        for name, value in values.items()
+    })  # fmt: skip
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that ``hint`` is, or is optionally; None for any other type."""
+    return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
+
+
+def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
+    """A mutable twin of ``cls``: OmegaConf makes nodes of frozen dataclasses read-only, even while Hydra composes."""
+    fields = []
+    for f in dataclasses.fields(cls):
+        hint = get_type_hints(cls)[f.name]
+        nested = _dataclass_in(hint)
+        if nested in (cls, *inside):
+            hint = Any
+        elif nested:
+            hint = _schema(nested, (cls, *inside))
+        default = f.default if f.default is not dataclasses.MISSING else "???"
+        fields.append((f.name, hint, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def register_schema() -> None:
+    """Register :class:`AppSettings` as the schema that ``conf/config.yaml`` builds on."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=_schema(AppSettings))

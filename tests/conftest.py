@@ -1,0 +1,29 @@
+"""Settings as the command line would compose them, for every test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for a hub
+
+from hydra import compose, initialize_config_dir
+
+from distilbench.settings import AppSettings, register_schema, settings_from
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("model=tiny", "data=synthetic", "tracking=none")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes below tmp_path."""
+
+    def make(*overrides: str) -> AppSettings:
+        register_schema()
+        with initialize_config_dir(str(ROOT / "conf")):
+            return settings_from(compose("config", [*TINY, f"output.dir={tmp_path}", *overrides]))
+
+    return make
