@@ -14,6 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union, get_args, get_type_hints
 
+_PACKAGE = Path(__file__).resolve().parent
+ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
+"""Where outputs/, mlruns/ and mlflow.db stand: the checkout, or the current directory of an installed package."""
+CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
+"""The configuration groups: beside the package in a checkout, inside it when installed."""
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 METRICS = ("accuracy", "f1", "mcc", "loss")
 OPTIMIZERS = ("adamw", "sgd")
