@@ -13,8 +13,9 @@ from distilbench.settings import TrialSettings
 
 
 class Status(StrEnum):
-    """How a trial ended; the same words in MLflow, in a study and in tables."""
+    """How a trial stands or ended; the same words in MLflow, in a study and in tables."""
 
+    RUNNING = "RUNNING"
     FINISHED = "FINISHED"
     PRUNED = "PRUNED"
     DIVERGED = "DIVERGED"

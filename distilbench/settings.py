@@ -425,4 +425,4 @@ def register_schema() -> None:
     """Register :class:`AppSettings` as the schema that ``conf/config.yaml`` builds on."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=_schema(AppSettings))
+    ConfigStore.instance().store(name="schema", node=_schema(AppSettings), replace=True)

@@ -1,0 +1,120 @@
+"""What is composed besides the trial itself: its baseline, a command line, and every job before the first starts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from distilbench.settings import SettingsError, settings_from
+
+COMMAND = "python -m distilbench.train"
+
+
+def baseline_config(config: DictConfig) -> DictConfig:
+    """The baseline of a composed config: ``baseline.overrides`` put over a copy of it.
+
+    ``group=choice`` replaces the whole group by what a plain composition gives it, ``key=value`` sets one value.
+    Needs an initialised Hydra, as inside a job.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    groups = set(loader.list_groups(""))
+    result = config.copy()
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(config.baseline.overrides)):
+        key = override.get_key_element()
+        if key in groups:
+            with open_dict(result):
+                result[key] = compose("config", [f"{key}={override.value()}"])[key]
+        else:
+            OmegaConf.update(result, key, override.value(), force_add=False)
+    return result
+
+
+def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
+    """The command line that composes ``config``: its choices of model and data, then each value that still differs.
+
+    What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone.
+    """
+    groups = [f"{group}={choices[group]}" for group in ("model", "data", "engine", "tracking")]
+    default = dict(_leaves(compose("config", [])))
+    chosen = dict(_leaves(compose("config", groups)))
+    by_group = [g for g in groups if dict(_leaves(compose("config", [g]))) != default]
+    by_value = [f"{key}={_as_override(value)}" for key, value in _leaves(config) if chosen[key] != value]
+    return " ".join([COMMAND, *map(shlex.quote, by_group + by_value)])
+
+
+def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and unresolved values of all that says what a trial is, not where it goes or what it is held to."""
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
+    while pending:
+        prefix, node = pending.pop(0)
+        for key, value in node.items():
+            if prefix == "" and key in ("output", "baseline"):
+                continue
+            if isinstance(value, dict):
+                pending.append((f"{prefix}{key}.", value))
+            else:
+                yield f"{prefix}{key}", value
+
+
+def _as_override(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    text = str(value)
+    plain = not isinstance(value, str) or re.fullmatch(r"[\w./:+-]+", text)
+    return text if plain else QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+class CheckFirst(Callback):
+    """Checks every job before the first one starts, so that a mistake costs two seconds and leaves nothing behind.
+
+    Hydra turns exceptions of callbacks into warnings, but lets SystemExit through; each job is checked again anyhow.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the one job of a plain run."""
+        _exit_on_mistake([config])
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check each job of a grid; other sweepers check their own."""
+        if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+            _exit_on_mistake(_grid(config))
+
+
+def _grid(config: DictConfig) -> Iterator[DictConfig]:
+    """Compose the jobs that Hydra's basic sweeper will run for ``config``."""
+    loader = GlobalHydra.instance().config_loader()
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=loader)
+    overrides = parser.parse_overrides(params + list(config.hydra.overrides.task))
+    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return (loader.load_sweep_config(config, job) for job in jobs)
+
+
+def _exit_on_mistake(configs: Any) -> None:
+    from distilbench.model import check_freeze, resolve_model
+
+    try:
+        for config in configs:
+            checked = config.copy()
+            checked.output.dir = "."  # Hydra knows the job's directory only once the job runs
+            settings = settings_from(checked)
+            if settings.model.source != "hub":  # deciding on the hub can take seconds; the job does it, once
+                check_freeze(resolve_model(settings.model), settings.freeze)
+    except SettingsError as error:
+        print(f"distilbench: {error}", file=sys.stderr)
+        sys.exit(2)

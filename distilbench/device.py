@@ -1,0 +1,124 @@
+"""The one device that a trial runs on: which, in what precision, and what it holds."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+from distilbench.settings import SettingsError, require
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``engine.device`` names; ``auto`` takes CUDA, else MPS, else the CPU.
+
+    CUDA means the first visible device, always exactly one. Raises :class:`SettingsError` for a device that this
+    machine, or this build of torch, does not have.
+    """
+    import torch
+
+    there = available_devices()
+    if name != "auto" and name not in there:
+        raise SettingsError(
+            f"engine.device must be one of auto, {', '.join(there)} on this machine (torch {torch.__version__}), "
+            f"got {name!r}; use engine.device=auto"
+        )
+    chosen = there[0] if name == "auto" else name
+    return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)
+
+
+def available_devices() -> tuple[str, ...]:
+    """Name the kinds of device that this machine has, the fastest first; the CPU is always the last."""
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return (*(name for name, there in present.items() if there), "cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return ``fp32``, ``bf16`` or ``fp16``; ``auto`` is bf16 on a CUDA device that has it, fp32 elsewhere.
+
+    Weights and optimizer state stay in float32; bf16 and fp16 mean autocast. Raises :class:`SettingsError` for a
+    precision that the device lacks.
+    """
+    allowed = _precisions(device)
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and "bf16" in allowed else "fp32"
+    require(
+        name in allowed,
+        "train.precision",
+        f"one of auto, {', '.join(allowed)} on this device ({device.type})",
+        name,
+        "use train.precision=auto",
+    )
+    return name
+
+
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    """What each kind of device computes natively; emulated bf16 (before Ampere) would be slower than fp32."""
+    import torch
+
+    if device.type == "cpu":
+        return ("fp32", "bf16")
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return ("fp32", "bf16", "fp16")
+    return ("fp32", "fp16")
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the device as times are compared by: the GPU's model, or the CPU's with the threads in use."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.machine()} GPU"
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    """Return the model's name where Linux states it, the architecture elsewhere."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of :func:`peak_memory` where the device keeps one."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return bytes: CUDA's peak since :func:`reset_peak_memory`, elsewhere what is held now.
+
+    That is the driver's allocation on MPS and the process's resident set on the CPU; sample it to learn a peak.
+    """
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
+def release_memory() -> None:
+    """Give back what a finished or failed trial held, so that the next one finds it free."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

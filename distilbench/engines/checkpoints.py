@@ -1,0 +1,146 @@
+"""Checkpoints that an interrupted trial continues from: which of them are whole, and whose they are.
+
+A checkpoint is the directory that Hugging Face Trainer writes, made valid by ``seal.json``, which is put there last
+and at once. What a kill leaves behind has no seal, or files of other sizes than the seal says, and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from distilbench.data import EncodedSplits
+from distilbench.results import Evaluation
+from distilbench.settings import SettingsError, TrialSettings
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "checkpoints"
+_SEAL = "seal.json"
+_SPEED_ONLY = ("train.eval_batch_size", "train.logging_steps", "train.checkpoints", "train.resume")
+
+
+@dataclass
+class Progress:
+    """How far a trial has come, over all the processes that worked on it.
+
+    ``train_seconds`` is what the result reports, ``step_seconds`` its part without evaluations; ``tokens`` counts
+    those trained on, padding left out.
+    """
+
+    step: int = 0
+    train_seconds: float = 0.0
+    step_seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    history: list[Evaluation] = field(default_factory=list)
+
+
+def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
+    """Return, flat, all that must be the same for a checkpoint to be continued to the same result.
+
+    ``weights`` is the fingerprint of the initial weights, ``precision`` the one really used.
+    """
+    groups = {name: getattr(settings, name) for name in ("freeze", "scheduler", "optim", "train")}
+    flat: dict[str, object] = {
+        f"{name}.{key}": value for name, group in groups.items() for key, value in asdict(group).items()
+    }
+    kept = {key: value for key, value in flat.items() if key not in _SPEED_ONLY}
+    texts = hashlib.sha256()
+    for split in (splits.train, splits.selection):
+        for values in (split.tokens, split.offsets, split.labels):
+            texts.update(values.tobytes())
+    return kept | {
+        "train.precision": precision,
+        "engine.name": settings.engine.name,
+        "seed": settings.seed,
+        "model": weights,
+        "data": texts.hexdigest(),
+    }
+
+
+def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
+    """Return the newest whole checkpoint in ``directory`` and what had been done by then; None where there is none.
+
+    Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
+    """
+    whole = [(seal["progress"]["step"], path, seal) for path in _folders(directory) if (seal := _read_seal(path))]
+    if not whole:
+        return None
+    _, path, seal = max(whole, key=lambda item: item[0])
+    _refuse_another(path, seal["identity"], json.loads(json.dumps(identity)))
+    stored = seal["progress"]
+    history = [Evaluation(**values) for values in stored.pop("history")]
+    return path, Progress(**stored, history=history)
+
+
+def _refuse_another(path: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    changed = [key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)]
+    if changed:
+        key = min(changed)
+        raise SettingsError(
+            f"train.resume must continue with the settings of {path}, which has {key}={_short(theirs.get(key))}, "
+            f"got {key}={_short(ours.get(key))}; use the same settings, another output.dir, or train.resume=false"
+        )
+
+
+def _short(value: object) -> object:
+    """A fingerprint cut to what a person compares."""
+    return value[:12] if isinstance(value, str) else value
+
+
+def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
+    """Declare the checkpoint at ``path`` whole, then remove those before it."""
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
+    content = {"identity": identity, "progress": asdict(replace(progress, history=[])) | {"history": history}}
+    partial = path / f"{_SEAL}.partial"
+    partial.write_text(json.dumps(content | {"sizes": sizes}))
+    os.replace(partial, path / _SEAL)
+    for other in _folders(path.parent):
+        if other != path:
+            _remove(other)
+
+
+def _read_seal(path: Path) -> dict | None:
+    """The seal of a whole checkpoint; None, with a log line, for one that a kill cut short."""
+    try:
+        seal: dict = json.loads((path / _SEAL).read_text())
+        if all((path / name).stat().st_size == size for name, size in seal["sizes"].items()):
+            return seal
+    except (OSError, ValueError):  # no seal, or one cut short by a loss of power
+        pass
+    log.info("%s was cut short while it was written: passed over", path)
+    return None
+
+
+def tidy(directory: Path) -> None:
+    """Remove what was cut short, and ``directory`` itself where nothing is left in it."""
+    for path in _folders(directory):
+        if not (path / _SEAL).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def remove_all(directory: Path) -> None:
+    """Remove every checkpoint of a trial that has ended or starts again."""
+    for path in _folders(directory):
+        _remove(path)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+
+
+def _remove(path: Path) -> None:
+    """Remove one checkpoint, its seal first, so that a kill on the way leaves nothing that looks whole."""
+    (path / _SEAL).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

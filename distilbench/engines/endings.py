@@ -1,0 +1,59 @@
+"""How a trial ends before its last step, in the same words from every engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from distilbench.results import Status
+from distilbench.settings import SettingsError, TrialSettings
+
+log = logging.getLogger(__name__)
+
+_MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+class Ended(Exception):
+    """A trial is over before its last step; the message is one line for the user."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def require_finite(loss: float, kind: str, step: int, steps: int, settings: TrialSettings) -> None:
+    """Raise :class:`Ended` with DIVERGED where the ``kind`` loss (training or validation) is not finite."""
+    if not math.isfinite(loss):
+        raise Ended(
+            Status.DIVERGED,
+            f"the {kind} loss was {loss} at step {step} of {steps}; lower optim.lr (now {settings.optim.lr:g}), "
+            "or warm up with scheduler.warmup_ratio=0.1",
+        )
+
+
+def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
+    """Return the status that an exception inside a trial stands for, and one line that says what to change.
+
+    An error that nobody foresaw is FAILED; its traceback goes to the log.
+    """
+    if isinstance(error, Ended):
+        return error.status, str(error)
+    if isinstance(error, SettingsError):
+        return Status.FAILED, str(error)
+    first_line = (str(error).splitlines() or [""])[0]
+    if _out_of_memory(error):
+        train = settings.train
+        return Status.OUT_OF_MEMORY, (
+            f"out of memory ({first_line or type(error).__name__}); lower train.batch_size (now {train.batch_size}), "
+            f"train.eval_batch_size ({train.eval_batch_size}) or train.max_length ({train.max_length})"
+        )
+    log.error("the trial failed", exc_info=error)
+    return Status.FAILED, f"{type(error).__name__}: {first_line}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError."""
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -1,0 +1,293 @@
+"""A group of trials that train at once: one stack of weights, one optimizer, one loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distilbench.data import EncodedSplit
+from distilbench.device import peak_memory
+from distilbench.engines.base import TrialObserver
+from distilbench.engines.batches import batches_by_length
+from distilbench.engines.dropout import Dropout
+from distilbench.engines.endings import Ended, ending_of, require_finite
+from distilbench.engines.evaluation import evaluate_logits, selection_name
+from distilbench.engines.members import Member
+from distilbench.engines.packing import Batch, pack, stack
+from distilbench.engines.prefix import Budget, TrainingPrefix, run_prefix
+from distilbench.engines.stacked import Forward, StackedWeights
+from distilbench.engines.updates import RowOptimizer, moments_needed
+from distilbench.model import build_model
+from distilbench.results import Status, StepRecord, TrialResult
+
+
+@dataclass
+class EvaluationBatch:
+    """Rows of a split with what can be kept of them: ``hidden`` under the trained part, where the budget holds it."""
+
+    indices: np.ndarray
+    batch: Batch
+    hidden: torch.Tensor | None = None
+
+
+class Group:
+    """Trains ``members``, which share a fusion key and stand at the same step.
+
+    A member that is pruned, diverges or fails leaves the stack; its result goes to ``results`` under its index. Out of
+    memory halves the group, without repeating a step.
+    """
+
+    def __init__(
+        self, members: list[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int
+    ) -> None:
+        self.members, self.observer, self.results = members, observer, results
+        self.ground, self.settings = members[0].ground, members[0].settings
+        self.course = self.ground.course
+        self.step = self.recorded = members[0].progress.step
+        self.evaluation_due = False
+        self.budget = Budget(prefix_bytes)
+        self.evaluations: dict[int, list[EvaluationBatch]] = {}
+
+    def run(self, began: float) -> None:
+        """Train every member to its end; ``began`` is when their set-up did."""
+        self.mark = began
+        try:
+            self._set_up()
+            self._complete()
+        except BaseException as error:
+            for member in self.members:
+                member.tidy()
+            if not isinstance(error, Exception):
+                raise
+            self._leave(dict.fromkeys(range(len(self.members)), ending_of(error, self.settings)))
+
+    def _set_up(self) -> None:
+        ground = self.ground
+        low = torch.bfloat16 if ground.precision == "bf16" else ground.dtype
+        self.weights = StackedWeights(ground.rowmap, ground.frozen, ground.device, ground.dtype, low)
+        self.optimizer = RowOptimizer(self.weights)
+        self._load(self._initial_state())
+        self.prefix = TrainingPrefix.of(
+            self.weights, ground.splits.train, self.course, self.settings.freeze.dropout, self.budget
+        )
+        seconds = self._lap()
+        for member in self.members:
+            member.setup_seconds = seconds
+
+    def _initial_state(self) -> list[torch.Tensor]:
+        """The losses since the last record (trials,), the rows and the moments, ``(trials, size)`` each."""
+        ground = self.ground
+        initial: dict[int, torch.Tensor] = {}
+        for seed in {m.seed for m in self.members if m.checkpoint is None}:
+            model = build_model(ground.resolved, ground.splits.label_names, seed)
+            initial[seed] = ground.rowmap.row(dict(model.named_parameters()), ground.dtype)
+        moments = moments_needed([m.settings.optim for m in self.members])
+        states = [m.start(initial.get(m.seed), moments) for m in self.members]
+        losses = torch.zeros(len(states), dtype=ground.dtype)
+        return [losses, *(torch.stack(parts) for parts in zip(*states, strict=True))]
+
+    def _load(self, state: Sequence[torch.Tensor]) -> None:
+        """Go on from ``state``, whose leading size is that of the members as they are now."""
+        self.losses, rows, *moments = (part.to(self.ground.device) for part in state)
+        self.weights.load(rows)
+        self.optimizer.load(moments, [m.settings.optim for m in self.members])
+        seeds = [m.seed for m in self.members]
+        self.orders = seeds[:1] if len(set(seeds)) == 1 else seeds
+
+    def _state(self) -> list[torch.Tensor]:
+        return [self.losses, self.weights.rows, *self.optimizer.moments]
+
+    def _complete(self) -> None:
+        """Train to the last step and finish; where memory runs out, one half after the other."""
+        if self._train():
+            self._finish()
+            return
+        members, state, place = self.members, [part.cpu() for part in self._state()], self._place()
+        for half in (slice(len(members) // 2), slice(len(members) // 2, None)):
+            self.members = members[half]
+            self.step, self.recorded, self.evaluation_due = place
+            self._load([part[half] for part in state])
+            self._complete()
+
+    def _place(self) -> tuple[int, int, bool]:
+        return self.step, self.recorded, self.evaluation_due
+
+    def _train(self) -> bool:
+        """Train to the last step; False where memory ran out and there is a group to halve."""
+        while self.members and (self.step < self.course.steps or self.evaluation_due):
+            try:
+                if self.evaluation_due:
+                    self._evaluate()
+                else:
+                    self._advance()
+            except Exception as error:  # the trials' boundary: other groups go on
+                ending = ending_of(error, self.settings)
+                if ending[0] is Status.OUT_OF_MEMORY and len(self.members) > 1:
+                    return False
+                self._leave(dict.fromkeys(range(len(self.members)), ending))
+        return True
+
+    def _advance(self) -> None:
+        """Take one step, and record it where a record is due; every evaluation comes after a record."""
+        packs = [pack(self.ground.splits.train, self.course.batch(seed, self.step)) for seed in self.orders]
+        losses = self._differentiate(stack(packs, self.ground.device))
+        rates = [member.rates[self.step] for member in self.members]
+        norms = self.optimizer.step(self.step + 1, rates)
+        self.losses += losses
+        self.step += 1
+        for member, packed in zip(self.members, packs * (len(self.members) // len(packs)), strict=True):
+            member.progress.tokens += len(packed.ids)
+        train = self.settings.train
+        every = train.eval_steps or self.course.steps_per_epoch
+        self.evaluation_due = self.step % every == 0 or self.step == self.course.steps
+        if self.evaluation_due or self.step % train.logging_steps == 0:
+            self._record(norms)
+
+    def _differentiate(self, batch: Batch) -> torch.Tensor:
+        """Fill the gradient, and return the mean loss of each trial, ``(trials,)``."""
+        depth = self.ground.rowmap.architecture.depth
+        freeze = self.settings.freeze
+        dropout = Dropout(self.orders, "step", self.step, self.ground.device)
+        forward = Forward(self.weights, batch, dropout, still_layers=0 if freeze.dropout else freeze.layers)
+        embedded = None
+        if self.prefix is None:
+            embedded = forward.embedded()
+            x = forward.layers(forward.embed(embedded), 0, depth)
+        else:
+            x = forward.layers(self.prefix.hidden(self.orders, self.step), self.prefix.depth, depth)
+        logits = forward.logits(x)
+        labels = batch.labels.expand(len(logits), -1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+        self.weights.backward(losses.sum(), embedded, batch)
+        return losses.detach()
+
+    def _record(self, norms: torch.Tensor) -> None:
+        """Tell each observer of the steps since the last record."""
+        seconds, steps = self._lap(), self.step - self.recorded
+        examples = self.course.seen(self.step) - self.course.seen(self.recorded)
+        endings = {}
+        for t, (member, loss, norm) in enumerate(
+            zip(self.members, (self.losses / steps).tolist(), norms.tolist(), strict=True)
+        ):
+            member.stepped(self.step, seconds, peak_memory(self.ground.device))
+            record = StepRecord(
+                step=self.step,
+                steps=self.course.steps,
+                epoch=self.step / self.course.steps_per_epoch,
+                loss=loss,
+                learning_rate=float(member.rates[self.step - 1]),
+                gradient_norm=norm,
+                examples_per_second=examples / seconds,
+            )
+            try:
+                require_finite(loss, "training", self.step, self.course.steps, member.settings)
+                self.observer.on_step(member.index, record)
+            except Exception as error:  # the trial's boundary: its neighbours go on
+                endings[t] = ending_of(error, member.settings)
+        self.losses.zero_()
+        self.recorded = self.step
+        self._leave(endings)
+        self._lap()
+
+    def _evaluate(self) -> None:
+        """Evaluate on the selection split, keep best weights, ask the observer who goes on, and save the rest."""
+        splits = self.ground.splits
+        logits = self._predict(splits.selection)
+        self.evaluation_due = False
+        seconds, last = self._lap(), self.step == self.course.steps
+        endings = {}
+        for t, member in enumerate(self.members):
+            member.progress.train_seconds += seconds
+            epoch = self.step / self.course.steps_per_epoch
+            name = selection_name(splits)
+            try:
+                evaluation = evaluate_logits(name, logits[t], splits.selection.labels, self.step, epoch)
+                require_finite(evaluation.loss, "validation", self.step, self.course.steps, member.settings)
+                member.evaluated(evaluation, None if last else self.weights.rows[t])
+                if self.observer.on_evaluation(member.index, evaluation):
+                    raise Ended(Status.PRUNED, f"pruned after step {self.step} of {self.course.steps}")
+            except Exception as error:  # the trial's boundary: its neighbours go on
+                endings[t] = ending_of(error, member.settings)
+        self._leave(endings)
+        if self.settings.train.checkpoints and not last:
+            for t, member in enumerate(self.members):
+                member.save(self.weights.rows[t], [moment[t] for moment in self.optimizer.moments])
+        self._lap()
+
+    @torch.no_grad()
+    def _predict(self, split: EncodedSplit) -> np.ndarray:
+        """Logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
+        labels = len(self.ground.splits.label_names)
+        logits = np.empty((len(self.members), len(split), labels), dtype=np.float32)
+        for part in self._evaluation_batches(split):
+            forward = Forward(self.weights, part.batch, None)
+            x, start = self._under_trained(part, forward)
+            x = forward.layers(x, start, self.ground.rowmap.architecture.depth)
+            logits[:, part.indices] = forward.logits(x).float().cpu().numpy()
+        return logits
+
+    def _evaluation_batches(self, split: EncodedSplit) -> list[EvaluationBatch]:
+        """The batches of ``split``, longest rows first, packed once for all evaluations."""
+        if id(split) not in self.evaluations:
+            chosen = list(batches_by_length(split, self.settings.train.eval_batch_size))
+            device = self.ground.device
+            self.evaluations[id(split)] = [EvaluationBatch(rows, stack([pack(split, rows)], device)) for rows in chosen]
+        return self.evaluations[id(split)]
+
+    def _under_trained(self, part: EvaluationBatch, forward: Forward) -> tuple[torch.Tensor, int]:
+        """Hidden states under the first layer that trains, and its number; kept where the budget allows."""
+        if self.prefix is None:
+            return forward.embed(forward.embedded()), 0
+        if part.hidden is not None:
+            return part.hidden, self.prefix.depth
+        hidden = run_prefix(self.weights, part.batch, self.prefix.depth, None)
+        if self.budget.take(hidden.nbytes):
+            part.hidden = hidden
+        return hidden, self.prefix.depth
+
+    def _finish(self) -> None:
+        """Go back to the best weights, evaluate them on the report split, and export them."""
+        if not self.members:
+            return
+        best = [self.weights.rows[t] if m.best_row is None else m.best_row for t, m in enumerate(self.members)]
+        rows = torch.stack([row.to(self.ground.device) for row in best])
+        self.optimizer.load([], [])
+        self.weights.load(rows)
+        splits = self.ground.splits
+        if any(m.best.logits is None for m in self.members):
+            for member, logits in zip(self.members, self._predict(splits.selection), strict=True):
+                member.restore_logits(logits)
+        if splits.selection is not splits.report:
+            for member, logits in zip(self.members, self._predict(splits.report), strict=True):
+                at = member.best
+                member.report = evaluate_logits("report", logits, splits.report.labels, at.step, at.epoch)
+        endings: dict[int, tuple[Status, str | None]] = {}
+        for t, member in enumerate(self.members):
+            try:
+                if member.settings.output.save_model:
+                    member.export(rows[t])
+                endings[t] = Status.FINISHED, None
+            except Exception as error:  # the trial's boundary: its neighbours go on
+                endings[t] = ending_of(error, member.settings)
+        self._leave(endings)
+
+    def _leave(self, endings: dict[int, tuple[Status, str | None]]) -> None:
+        """Give the results of members at these places, and go on with the others."""
+        if not endings:
+            return
+        for t, ending in endings.items():
+            self.results[self.members[t].index] = self.members[t].result(*ending)
+        staying = [t for t in range(len(self.members)) if t not in endings]
+        self.members = [self.members[t] for t in staying]
+        if self.members:
+            self._load([part[staying] for part in self._state()])
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self.mark = self.mark, time.perf_counter()
+        return self.mark - before

@@ -1,0 +1,290 @@
+"""Batches without padding: tokens end to end, and the bins in which attention looks at them.
+
+Linear layers see the tokens of a batch in one row. Attention wants rectangles, so sentences are packed into *bins* as
+wide as the longest of them, several short ones to a bin, and a mask keeps them apart. What a trial's batch looks like
+depends on that trial alone; batches of several orders are stacked by filling up to the largest of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from distilbench.data import EncodedSplit
+
+FILLER = -1
+"""The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
+
+APART = -1e30
+"""Added to the scores of tokens of different sentences: finite, for a filler query may find no key of its own."""
+
+
+@lru_cache(maxsize=64)
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of ``examples`` in an epoch, ``(examples,)`` int64, as Hugging Face Trainer has it.
+
+    Mirrors ``accelerate.data_loader.SeedableRandomSampler``, which seeds a new permutation with ``seed + epoch``.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(examples, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the examples of a training split are spread over steps."""
+
+    examples: int
+    batch_size: int
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last of them smaller where it has to be."""
+        return math.ceil(self.examples / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    def batch(self, seed: int, step: int) -> np.ndarray:
+        """Return the examples of step ``step`` (from 0) in the order of ``seed``, ``(at most batch_size,)``."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.examples, seed, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def seen(self, step: int) -> int:
+        """Examples trained on in the first ``step`` steps."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * self.examples + min(steps * self.batch_size, self.examples)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One batch of one order of examples: ``tokens`` long, ``sentences`` deep, in ``bins`` of ``width`` slots.
+
+    ``ids`` and ``positions`` (tokens,): rows of the word and the position table. ``first`` (sentences,): where each
+    sentence's [CLS] is. ``labels`` (sentences,). ``sentence`` (tokens,): whose token it is. ``bin`` (sentences,) and
+    ``column`` (sentences,): where each sentence starts; ``turn`` (sentences,): its number within the bin.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    first: np.ndarray
+    labels: np.ndarray
+    sentence: np.ndarray
+    bin: np.ndarray
+    column: np.ndarray
+    turn: np.ndarray
+    bins: int
+    width: int
+    turns: int
+
+
+def pack(split: EncodedSplit, examples: np.ndarray) -> Packed:
+    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given."""
+    starts = split.offsets[examples]
+    lengths = split.offsets[examples + 1] - starts
+    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    sentence = np.repeat(np.arange(len(examples)), lengths)
+    positions = np.arange(lengths.sum()) - first[sentence]
+    bin_, column, turn = _fill_bins(lengths, int(lengths.max()))
+    return Packed(
+        ids=split.tokens[starts[sentence] + positions].astype(np.int64),
+        positions=positions,
+        first=first,
+        labels=split.labels[examples],
+        sentence=sentence,
+        bin=bin_,
+        column=column,
+        turn=turn,
+        bins=int(bin_.max()) + 1,
+        width=int(lengths.max()),
+        turns=int(turn.max()) + 1,
+    )
+
+
+def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put each sentence, the longest first, into the first bin with room: its bin, first column and turn there."""
+    used: list[int] = []
+    members: list[int] = []
+    places = np.empty((3, len(lengths)), dtype=np.int64)
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        chosen = next((b for b, filled in enumerate(used) if filled + length <= width), len(used))
+        if chosen == len(used):
+            used.append(0)
+            members.append(0)
+        places[:, i] = chosen, used[chosen], members[chosen]
+        used[chosen] += length
+        members[chosen] += 1
+    return places[0], places[1], places[2]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Moves rows between the order of tokens and the order of slots, in both directions.
+
+    ``index`` (written,) names the row that is read for each row written; ``inverse`` (read,) names, for each row read,
+    where it went; ``unread`` (read,) marks rows that nobody read on purpose, whose gradient is zero.
+    """
+
+    index: torch.Tensor
+    inverse: torch.Tensor
+    unread: torch.Tensor | None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Move ``rows`` (read, size) into their new order (written, size)."""
+        moved: torch.Tensor = _Move.apply(rows, self.index, self.inverse, self.unread)
+        return moved
+
+
+class _Move(torch.autograd.Function):
+    """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up."""
+
+    @staticmethod
+    def forward(ctx, rows, index, inverse, unread):  # type: ignore[no-untyped-def]
+        ctx.places = inverse, unread
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        inverse, unread = ctx.places
+        back = gradient.index_select(0, inverse)
+        return (back if unread is None else back.masked_fill_(unread[:, None], 0)), None, None, None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where rows stand in the bins: all tokens, or one row a sentence. The leading size is 1 or the trials'.
+
+    ``bin``, ``column`` (orders, rows): the slot of each row. ``row`` (orders, bins, columns): the row of each slot, 0
+    where there is none. ``owner`` (orders, bins, columns): the sentence of each slot, or FILLER. ``empty`` (orders,
+    rows) marks rows that are filler; None where there are none, which is so for a single order.
+    """
+
+    bin: torch.Tensor
+    column: torch.Tensor
+    row: torch.Tensor
+    owner: torch.Tensor
+    empty: torch.Tensor | None
+
+    def to_slots(self, trials: int, heads: int, pieces: int) -> Exchange:
+        """Move ``(trials, rows, pieces, heads)`` to ``(pieces, trials, bins, heads, columns)``, vectors of a head."""
+        unread = None if self.empty is None else self._spread(self.empty, trials, heads, pieces)
+        return Exchange(self._sources(trials, heads, pieces), self._targets(trials, heads, pieces), unread)
+
+    def to_rows(self, trials: int, heads: int) -> Exchange:
+        """Move ``(trials, bins, heads, columns)`` to ``(trials, rows, heads)``, vectors of a head."""
+        orders, bins, columns = self.owner.shape
+        unread = (self.owner == FILLER).view(orders, bins, 1, columns).expand(trials, bins, heads, columns)
+        return Exchange(self._targets(trials, heads, 1), self._sources(trials, heads, 1), unread.reshape(-1))
+
+    def _sources(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
+        rows, device = self.bin.shape[1], self.bin.device
+        trial = torch.arange(trials, device=device).view(trials, 1, 1, 1)
+        head = torch.arange(heads, device=device).view(heads, 1)
+        piece = torch.arange(pieces, device=device).view(pieces, 1, 1, 1, 1)
+        place = (trial * rows + self.row[:, :, None, :]) * (pieces * heads) + head
+        return (place + piece * heads).reshape(-1)
+
+    def _targets(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
+        bins, columns = self.row.shape[1:]
+        device = self.bin.device
+        trial = torch.arange(trials, device=device).view(trials, 1, 1, 1)
+        head = torch.arange(heads, device=device)
+        piece = torch.arange(pieces, device=device).view(pieces, 1)
+        bin_ = (piece * trials + trial) * bins + self.bin[:, :, None, None]
+        return ((bin_ * heads + head) * columns + self.column[:, :, None, None]).reshape(-1)
+
+    @staticmethod
+    def _spread(empty: torch.Tensor, trials: int, heads: int, pieces: int) -> torch.Tensor:
+        return empty[:, :, None].expand(trials, empty.shape[1], pieces * heads).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
+
+    ``ids``, ``positions`` (orders, tokens); ``first``, ``labels`` (orders, sentences). ``packs`` are what was stacked,
+    ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins.
+    """
+
+    packs: tuple[Packed, ...]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    first: torch.Tensor
+    labels: torch.Tensor
+    all_tokens: Placement
+    sentences: Placement
+
+    @cached_property
+    def token_mask(self) -> torch.Tensor:
+        """What is added to the scores of a token for every other of its bin, ``(orders, bins, 1, width, width)``."""
+        return _mask(self.all_tokens.owner, self.all_tokens.owner)
+
+    @cached_property
+    def sentence_mask(self) -> torch.Tensor:
+        """The same for [CLS] rows alone, ``(orders, bins, 1, turns, width)``."""
+        return _mask(self.sentences.owner, self.all_tokens.owner)
+
+
+def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """0 within a sentence, ``APART`` elsewhere."""
+    apart = queries[:, :, None, :, None] != keys[:, :, None, None, :]
+    return torch.zeros(apart.shape, device=apart.device).masked_fill_(apart, APART)
+
+
+def stack(packs: Sequence[Packed], device: torch.device) -> Batch:
+    """Stack the batches of several orders; they hold the same number of sentences each."""
+
+    def on_device(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
+    tokens = _placement(packs, [p.sentence for p in packs], max(p.width for p in packs), "column", device)
+    numbers = [np.arange(len(p.first)) for p in packs]
+    return Batch(
+        packs=tuple(packs),
+        ids=on_device(_filled([p.ids for p in packs], 0)),
+        positions=on_device(_filled([p.positions for p in packs], 0)),
+        first=on_device(np.stack([p.first for p in packs])),
+        labels=on_device(np.stack([p.labels for p in packs])),
+        all_tokens=tokens,
+        sentences=_placement(packs, numbers, max(p.turns for p in packs), "turn", device),
+    )
+
+
+def _placement(
+    packs: Sequence[Packed], sentences: list[np.ndarray], columns: int, start: str, device: torch.device
+) -> Placement:
+    """Lay rows, of ``sentences`` (rows,) each, into bins of ``columns`` from each sentence's ``start`` on."""
+    bins = max(p.bins for p in packs)
+    row = np.zeros((len(packs), bins, columns), dtype=np.int64)
+    owner = np.full((len(packs), bins, columns), FILLER, dtype=np.int64)
+    bin_, column = [], []
+    for i, (p, sentence) in enumerate(zip(packs, sentences, strict=True)):
+        within = p.positions if start == "column" else 0
+        bin_.append(p.bin[sentence])
+        column.append(getattr(p, start)[sentence] + within)
+        row[i, bin_[i], column[i]] = np.arange(len(sentence))
+        owner[i, bin_[i], column[i]] = sentence
+    empty = _filled([np.zeros(len(s), dtype=bool) for s in sentences], True)
+    return Placement(
+        bin=torch.from_numpy(_filled(bin_, 0)).to(device),
+        column=torch.from_numpy(_filled(column, 0)).to(device),
+        row=torch.from_numpy(row).to(device),
+        owner=torch.from_numpy(owner).to(device),
+        empty=torch.from_numpy(empty).to(device) if empty.any() else None,
+    )
+
+
+def _filled(arrays: Sequence[np.ndarray], value: object) -> np.ndarray:
+    """Stack vectors of different lengths, ``(arrays, longest)``, filled up with ``value``."""
+    stacked = np.full((len(arrays), max(len(a) for a in arrays)), value, dtype=arrays[0].dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return stacked

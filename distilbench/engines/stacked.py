@@ -1,0 +1,439 @@
+"""Encoders of DistilBERT's and BERT's shape whose trainable weights have one more leading dimension: the trial.
+
+Every weight that is trained lies in one *row* a trial, so that the optimizer, a snapshot or the departure of a trial
+handles a single vector; the forward pass sees views ``(trials, ...)`` of the rows. Frozen weights are held once.
+Matrices are stored as ``(inputs, outputs)``, with query, key and value side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers.activations import get_activation
+
+from distilbench.engines.dropout import Dropout, keep_scale
+from distilbench.engines.packing import Batch, Exchange, Placement
+from distilbench.optimization import decay_parameter_names
+
+_DISTILBERT = {
+    "word": "distilbert.embeddings.word_embeddings",
+    "position": "distilbert.embeddings.position_embeddings",
+    "embedding_norm": "distilbert.embeddings.LayerNorm",
+    "layer": "distilbert.transformer.layer",
+    "q": "attention.q_lin",
+    "k": "attention.k_lin",
+    "v": "attention.v_lin",
+    "out": "attention.out_lin",
+    "attention_norm": "sa_layer_norm",
+    "up": "ffn.lin1",
+    "down": "ffn.lin2",
+    "output_norm": "output_layer_norm",
+    "dense": "pre_classifier",
+    "classifier": "classifier",
+}
+_BERT = {
+    "word": "bert.embeddings.word_embeddings",
+    "position": "bert.embeddings.position_embeddings",
+    "type": "bert.embeddings.token_type_embeddings",
+    "embedding_norm": "bert.embeddings.LayerNorm",
+    "layer": "bert.encoder.layer",
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "output_norm": "output.LayerNorm",
+    "dense": "bert.pooler.dense",
+    "classifier": "classifier",
+}
+TABLES = ("word", "position", "type")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the forward pass needs to know beside the weights; rates are those of dropout."""
+
+    names: Mapping[str, str]
+    depth: int
+    heads: int
+    eps: float
+    activation: str
+    head_activation: str
+    embedding_rate: float
+    attention_rate: float
+    attention_output_rate: float
+    output_rate: float
+    head_rate: float
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """Read a Hugging Face configuration of type distilbert or bert."""
+        return _distilbert(config) if config.model_type == "distilbert" else _bert(config)
+
+    def leaves(self) -> dict[str, tuple[str, ...]]:
+        """Name the weights of the stacked model, with those of the Hugging Face model that lie side by side in each.
+
+        The last layer keeps its query apart, for it is asked for [CLS] alone.
+        """
+        leaves = {table: (f"{self.names[table]}.weight",) for table in TABLES if table in self.names}
+        self._add(leaves, "embedding_norm", self.names["embedding_norm"])
+        for i in range(self.depth):
+            layer = f"{self.names['layer']}.{i}."
+            for joined in ("q", "kv") if i == self.depth - 1 else ("qkv",):
+                self._add(leaves, f"{i}.{joined}", *(layer + self.names[piece] for piece in joined))
+            for part in ("out", "attention_norm", "up", "down", "output_norm"):
+                self._add(leaves, f"{i}.{part}", layer + self.names[part])
+        for part in ("dense", "classifier"):
+            self._add(leaves, part, self.names[part])
+        return leaves
+
+    @staticmethod
+    def _add(leaves: dict[str, tuple[str, ...]], leaf: str, *modules: str) -> None:
+        for kind in ("weight", "bias"):
+            leaves[f"{leaf}.{kind}"] = tuple(f"{module}.{kind}" for module in modules)
+
+
+def _distilbert(config: Any) -> Architecture:
+    return Architecture(
+        names=_DISTILBERT,
+        depth=config.n_layers,
+        heads=config.n_heads,
+        eps=1e-12,
+        activation=config.activation,
+        head_activation="relu",
+        embedding_rate=config.dropout,
+        attention_rate=config.attention_dropout,
+        attention_output_rate=0.0,
+        output_rate=config.dropout,
+        head_rate=config.seq_classif_dropout,
+    )
+
+
+def _bert(config: Any) -> Architecture:
+    head_rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    return Architecture(
+        names=_BERT,
+        depth=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        eps=config.layer_norm_eps,
+        activation=config.hidden_act,
+        head_activation="tanh",
+        embedding_rate=config.hidden_dropout_prob,
+        attention_rate=config.attention_probs_dropout_prob,
+        attention_output_rate=config.hidden_dropout_prob,
+        output_rate=config.hidden_dropout_prob,
+        head_rate=head_rate,
+    )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of the embedding tables that occur: ``words`` (kept,) sorted, and the first ``positions``.
+
+    ``padding`` is the place in ``words`` of the padding token, where a text spells it: it never has a gradient.
+    """
+
+    words: np.ndarray
+    positions: int
+    padding: int | None = None
+
+    def rows(self, leaf: str) -> np.ndarray:
+        """Which rows of a table are kept, ``(kept,)``; a single text has token type 0 throughout."""
+        return {"word": self.words, "position": np.arange(self.positions), "type": np.zeros(1, dtype=np.int64)}[leaf]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a weight lies in a trial's row."""
+
+    leaf: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past its last element."""
+        return self.start + int(np.prod(self.shape))
+
+
+class RowMap:
+    """The order of the trainable weights in a row: tables, matrices, then without decay biases and norms.
+
+    ``tables``, ``decayed`` and ``low`` are where the tables, what weight decay applies to, and what is multiplied in
+    the compute precision end; the latter is ``[tables, low)``.
+    """
+
+    def __init__(self, model: PreTrainedModel, frozen: frozenset[str], vocabulary: Vocabulary) -> None:
+        self.architecture = Architecture.of(model.config)
+        self.vocabulary = vocabulary
+        self.leaves = self.architecture.leaves()
+        self.frozen = {leaf for leaf, names in self.leaves.items() if set(names) <= frozen}
+        decayed = decay_parameter_names(model)
+        ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
+        parameters = dict(model.named_parameters())
+        self.spans: list[Span] = []
+        ends = [0, 0, 0, 0]
+        start = 0
+        for leaf in sorted(self.leaves.keys() - self.frozen, key=lambda leaf: (ranks[leaf], list(ranks).index(leaf))):
+            span = Span(leaf, start, tuple(self.read(leaf, parameters).shape))
+            self.spans.append(span)
+            start = span.stop
+            ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
+        self.tables, self.decayed, self.low, self.size = ends
+
+    @torch.no_grad()
+    def read(self, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Take a weight as it is stored here from a Hugging Face model's ``weights``."""
+        parts = [weights[name] for name in self.leaves[leaf]]
+        if leaf in TABLES:
+            return parts[0][torch.from_numpy(self.vocabulary.rows(leaf))]
+        return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1)
+
+    def row(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The row of a trial that starts from ``weights``, ``(size,)``."""
+        if not self.spans:
+            return torch.empty(0, dtype=dtype)
+        return torch.cat([self.read(span.leaf, weights).to(dtype).reshape(-1) for span in self.spans])
+
+    @torch.no_grad()
+    def write(self, row: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put a trained ``row`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
+
+        ``untouched`` is what the optimizer has made of an embedding that never had a gradient, as a factor.
+        """
+        for span in self.spans:
+            value = row[span.start : span.stop].view(span.shape).cpu()
+            targets = [weights[name] for name in self.leaves[span.leaf]]
+            if span.leaf in TABLES:
+                targets[0].mul_(untouched)
+                targets[0][torch.from_numpy(self.vocabulary.rows(span.leaf))] = value.to(targets[0].dtype)
+                continue
+            for target, part in zip(targets, value.chunk(len(targets), dim=-1), strict=True):
+                target.copy_(part.mT if part.dim() == 2 else part)
+
+
+def _rank(leaf: str, decayed: bool) -> int:
+    if leaf in TABLES:
+        return 0
+    if decayed:
+        return 1
+    return 3 if "norm" in leaf else 2
+
+
+class StackedWeights:
+    """The weights of ``trials`` trials: ``rows`` (trials, size) to train, and what is frozen, once for all.
+
+    Products run in ``low`` precision from a copy of the rows where that differs from the rows' own; embeddings, norms
+    and the residual stream keep the rows' precision, as under autocast.
+    """
+
+    def __init__(
+        self,
+        rowmap: RowMap,
+        frozen: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        low: torch.dtype,
+    ) -> None:
+        """Hold the weights that never change; :meth:`load` brings the others."""
+        self.rowmap, self.low = rowmap, low
+        self._frozen = {
+            leaf: rowmap.read(leaf, frozen)[None].to(device, _precision(leaf, low, dtype)) for leaf in rowmap.frozen
+        }
+        self.load(torch.empty(0, rowmap.size, dtype=dtype, device=device))
+
+    def load(self, rows: torch.Tensor) -> None:
+        """Train ``rows`` (trials, size) from now on, in place."""
+        self._leaves: dict[str, torch.Tensor] = {}
+        self._copy: torch.Tensor | None = None
+        self.rows = rows
+        self.gradient = torch.zeros_like(rows)
+        if self.low != rows.dtype:
+            self._copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
+        for span in self.rowmap.spans:
+            self._leaves[span.leaf] = self._view(span).detach().requires_grad_(span.leaf not in TABLES)
+
+    def _view(self, span: Span) -> torch.Tensor:
+        """The weight as products read it, ``(trials, *shape)``: a view of the rows, or of their copy."""
+        source, start = self.rows, span.start
+        if self._copy is not None and self.rowmap.tables <= start < self.rowmap.low:
+            source, start = self._copy, start - self.rowmap.tables
+        return source[:, start : start + span.stop - span.start].view(len(source), *span.shape)
+
+    def __getitem__(self, leaf: str) -> torch.Tensor:
+        """A weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
+        return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
+
+    def updated(self) -> None:
+        """Follow the rows after a step of the optimizer."""
+        if self._copy is not None:
+            self._copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
+
+    def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch) -> None:
+        """Fill ``gradient`` (trials, size) from ``loss``; ``embedded`` is what :func:`embed` returned, if it trains."""
+        spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
+        inputs = [self._leaves[span.leaf] for span in spans]
+        trainable_tables = embedded is not None and embedded.requires_grad
+        if trainable_tables:
+            assert embedded is not None
+            inputs.append(embedded)
+        gradients = torch.autograd.grad(loss, inputs)
+        for span, gradient in zip(spans, gradients, strict=False):
+            self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape).copy_(gradient)
+        if trainable_tables:
+            self._add_up_tables(gradients[-1], batch)
+
+    def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
+        """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
+        self.gradient[:, : self.rowmap.tables].zero_()
+        places = {"word": batch.ids, "position": batch.positions, "type": torch.zeros_like(batch.ids)}
+        for span in self.rowmap.spans:
+            if span.leaf in TABLES:
+                table = self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape)
+                index = places[span.leaf].expand(len(self.rows), -1)
+                for trial in range(len(self.rows)):
+                    table[trial].index_add_(0, index[trial], gradient[trial])
+                if span.leaf == "word" and self.rowmap.vocabulary.padding is not None:
+                    table[:, self.rowmap.vocabulary.padding].zero_()
+
+
+def _precision(leaf: str, low: torch.dtype, high: torch.dtype) -> torch.dtype:
+    return high if leaf in TABLES or "norm" in leaf else low
+
+
+class Forward:
+    """One pass of ``batch`` through the stack; ``dropout`` None is evaluation.
+
+    Shapes: hidden states ``(trials, tokens, width)``, after the last layer ``(trials, sentences, width)``; the leading
+    size is 1 as long as nothing that was trained has been met and all trials share one order.
+    """
+
+    def __init__(self, weights: StackedWeights, batch: Batch, dropout: Dropout | None, still_layers: int = 0) -> None:
+        """Layers below ``still_layers`` go without dropout, whatever ``dropout`` says."""
+        self.weights, self.batch, self.dropout = weights, batch, dropout
+        self._still = still_layers
+        self.architecture = weights.rowmap.architecture
+        self._activation = get_activation(self.architecture.activation)
+        self._exchanges: dict[tuple[int, int, int], Exchange] = {}
+
+    def embedded(self) -> torch.Tensor:
+        """Return the sum of the embeddings of every token, a leaf of the graph where the tables train."""
+        weights, batch = self.weights, self.batch
+        total = _rows_of(weights["word"], batch.ids) + _rows_of(weights["position"], batch.positions)
+        if "type" in self.architecture.names:
+            total += weights["type"]
+        return total.requires_grad_("word" not in weights.rowmap.frozen)
+
+    def embed(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Normalise the summed embeddings."""
+        return self._dropped(self._norm(embedded, "embedding_norm"), self.architecture.embedding_rate, last=False)
+
+    def layers(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Run layers ``start`` to ``stop - 1``."""
+        dropout = self.dropout
+        for i in range(start, stop):
+            self.dropout = dropout if i >= self._still else None
+            x = self._layer(x, i)
+        self.dropout = dropout
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Classify the last hidden states of [CLS]: ``(trials, sentences, labels)`` in the rows' precision."""
+        x = get_activation(self.architecture.head_activation)(self._linear(x, "dense"))
+        x = self._dropped(x, self.architecture.head_rate, last=True)
+        return self._linear(x, "classifier").to(self.weights.rows.dtype)
+
+    def _layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        last = i == self.architecture.depth - 1
+        attended = self._dropped(self._attention(x, i, last), self.architecture.attention_output_rate, last)
+        x = self._norm((_sentence_rows(x, self.batch.first) if last else x) + attended, f"{i}.attention_norm")
+        expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
+        return self._norm(x + self._dropped(expanded, self.architecture.output_rate, last), f"{i}.output_norm")
+
+    def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
+        """Attend within sentences; in the last layer, from [CLS] alone."""
+        batch = self.batch
+        queries = batch.sentences if last else batch.all_tokens
+        if last:
+            asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q")
+            q = self._to_slots(asked, queries, 1)[0]
+            k, v = self._to_slots(self._linear(x, f"{i}.kv"), batch.all_tokens, 2)
+        else:
+            q, k, v = self._to_slots(self._linear(x, f"{i}.qkv"), queries, 3)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (trials, bins, heads, queries, width)
+        scores += batch.sentence_mask if last else batch.token_mask
+        probabilities, scale = self._dropped_probabilities(scores.softmax(-1), last)
+        context = probabilities @ v
+        trials = len(context)
+        move = self._exchange(queries, trials, 0)
+        rows = move(context.reshape(-1, context.shape[-1])).view(trials, queries.bin.shape[1], -1)
+        return self._linear(rows if scale == 1 else rows * scale, f"{i}.out")
+
+    def _dropped_probabilities(self, probabilities: torch.Tensor, last: bool) -> tuple[torch.Tensor, float]:
+        """Drop attention probabilities; their scale is left to the smaller result of the product that follows."""
+        rate = self.architecture.attention_rate
+        if self.dropout is None or rate == 0:
+            return probabilities, 1
+        heads = self.architecture.heads
+        shapes = [(p.bins, heads, p.turns if last else p.width, p.width) for p in self.batch.packs]
+        return probabilities * self.dropout.keep(rate, shapes, probabilities.dtype), keep_scale(rate)
+
+    def _dropped(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
+        """Drop hidden states ``(trials, rows, width)``, of [CLS] alone from the ``last`` layer on."""
+        if self.dropout is None or rate == 0:
+            return x
+        shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
+        keep = self.dropout.keep(rate, shapes, self.weights.rows.dtype)
+        return x * keep.mul_(keep_scale(rate))
+
+    def _linear(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
+        weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
+        x = x.to(weight.dtype)
+        if len(weight) == 1:
+            return torch.addmm(bias[0], x.reshape(-1, x.shape[2]), weight[0]).view(*x.shape[:2], -1)
+        return torch.baddbmm(bias[:, None], x.expand(len(weight), -1, -1), weight)
+
+    def _norm(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
+        weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
+        normal = F.layer_norm(x, x.shape[-1:], eps=self.architecture.eps)
+        return torch.addcmul(bias[:, None], normal, weight[:, None])
+
+    def _to_slots(self, rows: torch.Tensor, placement: Placement, pieces: int) -> torch.Tensor:
+        """Cut rows ``(trials, rows, pieces * width)`` into heads: ``(pieces, trials, bins, heads, slots, size)``."""
+        heads, trials = self.architecture.heads, len(rows)
+        bins, slots = placement.row.shape[1:]
+        size = rows.shape[2] // (pieces * heads)
+        moved = self._exchange(placement, trials, pieces)(rows.reshape(-1, size))
+        return moved.view(pieces, trials, bins, heads, slots, size)
+
+    def _exchange(self, placement: Placement, trials: int, pieces: int) -> Exchange:
+        """The move into slots, or with no ``pieces`` the one back; built once for all layers."""
+        key = id(placement), trials, pieces
+        if key not in self._exchanges:
+            heads = self.architecture.heads
+            self._exchanges[key] = (
+                placement.to_slots(trials, heads, pieces) if pieces else placement.to_rows(trials, heads)
+            )
+        return self._exchanges[key]
+
+
+def _rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Look up ``index`` (orders, tokens) in ``table`` (trials, rows, width): ``(trials or orders, tokens, width)``."""
+    if len(table) == 1:
+        return F.embedding(index, table[0])
+    return torch.stack([F.embedding(i, t) for t, i in zip(table, index.expand(len(table), -1), strict=True)])
+
+
+def _sentence_rows(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The hidden states of [CLS], ``(trials, sentences, width)``."""
+    if len(first) == 1:
+        return x.index_select(1, first[0])
+    return x.take_along_dim(first[:, :, None], dim=1)

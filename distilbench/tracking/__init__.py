@@ -1,0 +1,15 @@
+"""Where trials are kept: the only package that imports mlflow, and only once a store is opened.
+
+A store makes one run per trial through ``MlflowClient`` and explicit run ids, never through MLflow's fluent stack, so
+that several runs may be open at once. Metrics are ``train/...`` per logging step, ``validation/...`` (``selection/...``
+where a split of its own picks epochs) per evaluation, and without a group what a trial amounts to in the end:
+``accuracy``, ``loss``, ``f1`` and ``mcc`` are the kept epoch's on the report split.
+"""
+
+from distilbench.tracking.description import DatasetUsed, RunStart, params_of
+from distilbench.tracking.opening import open_store
+from distilbench.tracking.redaction import redact
+from distilbench.tracking.run import RunLog
+from distilbench.tracking.store import Store
+
+__all__ = ["DatasetUsed", "RunLog", "RunStart", "Store", "open_store", "params_of", "redact"]

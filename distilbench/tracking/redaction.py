@@ -1,0 +1,34 @@
+"""Keeping secrets out of whatever is stored or shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote
+
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|(?:API|ACCESS|PRIVATE)_?KEY|CREDENTIALS?)(?:$|_)", re.IGNORECASE
+)
+_PASSWORD_IN_URI = re.compile(r"//[^/\s:@]*:([^/\s@]+)@")
+_USER_IN_URI = re.compile(r"//[^/\s'\"]+@")
+_ASSIGNED = re.compile(r"(\b\w*(?:token|password|passwd|secret|api_?key)=)[^&\s'\"]+", re.IGNORECASE)
+_KNOWN_SHAPES = re.compile(r"\b(?:hf_|gh[pousr]_|sk-)[A-Za-z0-9_-]{16,}")
+_SHORTEST_SECRET = 6
+
+
+def redact(text: str) -> str:
+    """``text`` with ``***`` for user and password of URIs, for assigned or well-known tokens, and for the values of
+    secret-looking environment variables (of six characters or more: shorter ones would deface ordinary words)."""
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, "***")
+    text = _ASSIGNED.sub(r"\1***", _USER_IN_URI.sub("//***@", text))
+    return _KNOWN_SHAPES.sub("***", text)
+
+
+def _secrets_of_environment() -> list[str]:
+    """Longest first, so that a secret which holds another goes as a whole."""
+    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    for value in os.environ.values():
+        for password in _PASSWORD_IN_URI.findall(value):
+            found |= {password, unquote(password)}
+    return sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)

@@ -1,0 +1,175 @@
+"""One open run: what is written of a trial while it runs and when it ends."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
+from distilbench.tracking.description import LONGEST_TAG, RunStart
+from distilbench.tracking.redaction import redact
+from distilbench.tracking.trouble import insist, reason_of, troubles
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_TIME = 0.01
+"""What sending metrics may take of a trial's time; a batch costs 10-40 ms (SQLite, server) on an idle machine."""
+SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
+"""Seconds that metrics wait in memory, at least and at most; a locked database blocks each attempt for 20 s."""
+METRICS_PER_BATCH = 1000
+"""MLflow's own limit (mlflow.utils.validation)."""
+
+TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
+MEASURES = ("accuracy", "loss", "f1", "mcc")
+PREDICTIONS = "predictions.parquet"
+
+
+class NullRun:
+    """The run of a trial that is not tracked: forgets everything."""
+
+    run_id = None
+
+    def on_step(self, record: StepRecord) -> None:
+        """Do nothing."""
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Do nothing."""
+
+    def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
+        """Do nothing."""
+
+
+class MlflowRun:
+    """One open run. Metrics wait in memory until sending them is worth its time, or until the next evaluation."""
+
+    def __init__(self, client: MlflowClient, run_id: str, start: RunStart) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._start = start
+        same = start.protocol.selection_split == start.protocol.report_split
+        self._group = "validation" if same else "selection"
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._losses: list[tuple[int, float]] = []
+        self._due = time.monotonic() + SHORTEST_WAIT
+        self._failures = 0
+        self._warned = False
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self._run_id
+
+    def on_step(self, record: StepRecord) -> None:
+        """Log an optimisation step."""
+        self._losses.append((record.step, record.loss))
+        names = ("loss", "learning_rate", "gradient_norm", "examples_per_second")
+        self._wait({f"train/{name}": getattr(record, name) for name in names}, record.step)
+        if time.monotonic() >= self._due:
+            self._flush()
+
+    def on_evaluation(self, evaluation: Evaluation) -> None:
+        """Log an evaluation on the selection split, and everything that waits."""
+        values = {f"{self._group}/{name}": evaluation.metric(name) for name in MEASURES}
+        self._wait(values | {"epoch": evaluation.epoch}, evaluation.step)
+        if not self._failures or time.monotonic() >= self._due:
+            self._flush()
+
+    def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
+        """Write final metrics, predictions and figures, then the true status: a FINISHED run is a whole one."""
+        self._wait(final_metrics(result), result.steps)
+        writes: list[tuple[str, Callable[[], None]]] = [("the last metrics", self._send)]
+        if predictions is not None:
+            writes.append(("the predictions", lambda: self._log_predictions(predictions)))
+            writes.append(("the confusion matrix", lambda: self._log_confusion(predictions)))
+        if result.history:
+            writes.append(("the learning curve", lambda: self._log_curve(result)))
+        all(insist(what, write) for what, write in writes)  # the first that fails spares the wait for the others
+        insist("the end of the run", lambda: self._end(result))
+
+    def _wait(self, values: Mapping[str, float], step: int) -> None:
+        at = milliseconds()
+        self._waiting += [(name, float(value), at, step) for name, value in values.items()]
+
+    def _flush(self) -> None:
+        """Send what waits, and wait a hundred times as long as that took; warn once, at the second failure in a row."""
+        began = time.monotonic()
+        try:
+            self._send()
+            self._failures = 0
+        except troubles() as error:
+            self._failures += 1
+            if self._failures == 2 and not self._warned:
+                self._warned = True
+                log.warning("MLflow takes no metrics now (%s); training goes on, they wait", reason_of(error))
+        ended = time.monotonic()
+        self._due = ended + min(max(SHORTEST_WAIT, (ended - began) / SHARE_OF_TIME), LONGEST_WAIT)
+
+    def _send(self) -> None:
+        while self._waiting:
+            log_metrics(self._client, self._run_id, self._waiting[:METRICS_PER_BATCH])
+            del self._waiting[:METRICS_PER_BATCH]
+
+    def _log_predictions(self, predictions: Predictions) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_predictions(predictions, Path(folder) / PREDICTIONS)
+            self._client.log_artifact(self._run_id, str(Path(folder) / PREDICTIONS))
+
+    def _log_confusion(self, predictions: Predictions) -> None:
+        figure = confusion_figure(predictions, self._start.label_names)
+        self._client.log_figure(self._run_id, figure, "confusion_matrix.png")
+
+    def _log_curve(self, result: TrialResult) -> None:
+        self._client.log_figure(self._run_id, curve_figure(self._losses, result), "learning_curve.png")
+
+    def _end(self, result: TrialResult) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag("distilbench.status", result.status.value)]
+        if result.error:
+            tags.append(RunTag("distilbench.error", redact(" ".join(result.error.split()))[:LONGEST_TAG]))
+        self._client.log_batch(self._run_id, tags=tags, synchronous=True)
+        self._client.set_terminated(self._run_id, TERMINAL.get(result.status, "FAILED"))
+
+
+def milliseconds() -> int:
+    """Milliseconds since the epoch, as MLflow counts."""
+    return int(time.time() * 1000)
+
+
+def log_metrics(client: MlflowClient, run_id: str, values: list[tuple[str, float, int, int]]) -> None:
+    """One batch of (name, value, milliseconds, step); sent twice, MLflow keeps it once."""
+    from mlflow.entities import Metric
+
+    if values:
+        client.log_batch(run_id, metrics=[Metric(*value) for value in values], synchronous=True)
+
+
+def final_metrics(result: TrialResult) -> dict[str, float]:
+    """What a trial amounts to; seconds, bytes / 2**20, counts, and the kept epoch's measures on the report split."""
+    values: dict[str, float] = {
+        "steps": result.steps,
+        "train_seconds": result.train_seconds,
+        "setup_seconds": result.setup_seconds,
+        "examples_per_second": result.examples_per_second,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_mb": result.peak_memory_bytes / 2**20,
+        "trainable_parameters": result.trainable_parameters,
+        "total_parameters": result.total_parameters,
+    }
+    if result.selection is not None:
+        values["best_epoch"] = result.selection.epoch
+    if result.report is not None:
+        values |= {name: result.report.metric(name) for name in MEASURES}
+    return values
+
+
+RunLog = NullRun | MlflowRun
+"""What is written of one trial. No trouble of the store ends a trial: it is retried, then told in one line."""

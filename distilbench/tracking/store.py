@@ -1,0 +1,209 @@
+"""Where trials are kept and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
+
+from distilbench.results import Predictions, SourceUsed, Status, StoredTrial, digest
+from distilbench.settings import SettingsError, TrialSettings
+from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.description import DatasetUsed, RunStart, params_of, tags_of
+from distilbench.tracking.place import Place
+from distilbench.tracking.redaction import redact
+from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
+from distilbench.tracking.trouble import in_one_line, insist
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput, Run
+
+log = logging.getLogger(__name__)
+
+PARAMS_PER_BATCH = 100
+LONGEST_NAME = 500
+"""MLflow's own limits (mlflow.utils.validation): parameters a call, characters of a data set's name."""
+
+
+class NullStore:
+    """The store of ``tracking=none``: keeps nothing, finds nothing."""
+
+    def begin(self, start: RunStart) -> RunLog:
+        """Return a log that forgets."""
+        return NullRun()
+
+    def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
+        """Return None."""
+        return None
+
+    def load(self, run_id: str) -> StoredTrial:
+        """Refuse: there is no run to load."""
+        raise SettingsError(f"tracking must be mlflow to load a run, got none (run {run_id}); drop tracking=none")
+
+    def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
+        """Do nothing."""
+
+    def runs_url(self) -> str | None:
+        """Return None."""
+        return None
+
+    def describe(self) -> str:
+        """Say that nothing is kept."""
+        return "not tracked (tracking=none)"
+
+
+class MlflowStore:
+    """Trials as MLflow runs of one experiment."""
+
+    def __init__(self, place: Place, experiment: str, experiment_id: str) -> None:
+        from mlflow import MlflowClient
+
+        self._place = place
+        self._experiment = experiment
+        self._experiment_id = experiment_id
+        self._client = MlflowClient(place.uri)
+
+    def begin(self, start: RunStart) -> RunLog:
+        """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
+        with self._asking():
+            run = self._reopened(start.run_id, start) if self._holds(start.run_id) else self._created(start)
+            run_id = run.info.run_id
+            self._log_params(run_id, start.settings, known=run.data.params)
+            self._log_datasets(run_id, start)
+            self._client.log_text(run_id, redact(start.config_yaml), "config.yaml")
+        return MlflowRun(self._client, run_id, start)
+
+    def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
+        """The newest finished trial of this protocol and treatment: of the same seed where there is one."""
+        wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": digest(dict(treatment))}
+        query = " and ".join([
+            "attributes.status = 'FINISHED'",
+            *(f"tags.`distilbench.{name}` = '{value}'" for name, value in wanted.items()),
+        ])  # fmt: skip
+        for narrowed in (f"{query} and tags.`distilbench.seed` = '{seed}'", query):
+            with self._asking():
+                runs = self._client.search_runs(
+                    [self._experiment_id], narrowed, max_results=1, order_by=["attributes.end_time DESC"]
+                )
+            if runs:
+                return self._stored(runs[0])
+        return None
+
+    def load(self, run_id: str) -> StoredTrial:
+        """The trial of a run, NaN where a figure is missing; raises :class:`SettingsError` where there is none."""
+        with in_one_line(f"run must be one of {self.describe()}, got {run_id!r}", "name another one"):
+            run = self._client.get_run(run_id)
+        return self._stored(run)
+
+    def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
+        """Attach ``comparison.md`` and metrics to a run, which may have ended."""
+        insist("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
+        values = [(name, float(value), milliseconds(), 0) for name, value in (metrics or {}).items()]
+        insist("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
+
+    def runs_url(self) -> str:
+        """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""
+        return self._place.runs_url(self._experiment_id)
+
+    def describe(self) -> str:
+        """One line: where the runs are and how to see them."""
+        return f"experiment {self._experiment} in {self._place.describe()}"
+
+    def _asking(self) -> contextlib.AbstractContextManager[None]:
+        return in_one_line(self._place.refusal, self._place.remedy)
+
+    def _created(self, start: RunStart) -> Run:
+        return self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
+
+    def _holds(self, run_id: str | None) -> TypeGuard[str]:
+        """Whether there is such a run to continue; one that was deleted since is replaced, which a line tells."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return False
+        try:
+            held = self._client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            held = False
+        if not held:
+            log.warning("run %s is no longer in the store; the trial continues as a new run", run_id)
+        return held
+
+    def _reopened(self, run_id: str, start: RunStart) -> Run:
+        """The run to continue, RUNNING again; its tags tell of the process that continues it."""
+        from mlflow.entities import RunTag
+
+        self._client.update_run(run_id, status="RUNNING")
+        tags = tags_of(start) | {"distilbench.resumed": "true", "distilbench.error": ""}
+        self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+        return self._client.get_run(run_id)
+
+    def _log_params(self, run_id: str, settings: TrialSettings, known: Mapping[str, str]) -> None:
+        """Log what a run does not hold yet: MLflow refuses to change a parameter, as ``train.resume`` would."""
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in params_of(settings).items() if key not in known]
+        for first in range(0, len(params), PARAMS_PER_BATCH):
+            self._client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH], synchronous=True)
+
+    def _log_datasets(self, run_id: str, start: RunStart) -> None:
+        inputs = [dataset_input(start.protocol.data, used) for used in start.datasets]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
+
+    def _stored(self, run: Run) -> StoredTrial:
+        """A run as a trial, NaN where a figure is missing; raises :class:`SettingsError` for runs of other programs."""
+        tags, metrics, run_id = run.data.tags, run.data.metrics, run.info.run_id
+        if "distilbench.treatment_settings" not in tags:
+            raise SettingsError(f"run must be a distilbench trial, got {run_id!r}, which is not; name another one")
+        return StoredTrial(
+            run_id=run_id,
+            name=run.info.run_name,
+            protocol_id=tags["distilbench.protocol"],
+            treatment=json.loads(tags["distilbench.treatment_settings"]),
+            seed=int(tags["distilbench.seed"]),
+            status=Status(tags["distilbench.status"]),
+            accuracy=metrics.get("accuracy", float("nan")),
+            loss=metrics.get("loss", float("nan")),
+            train_seconds=metrics.get("train_seconds", float("nan")),
+            trainable_parameters=int(metrics.get("trainable_parameters", 0)),
+            measured_on=tags["distilbench.measured_on"],
+            alone=tags["distilbench.alone"] == "true",
+            predictions=self._predictions(run_id),
+        )
+
+    def _predictions(self, run_id: str) -> Predictions | None:
+        """The run's predictions, or None where they were never written or can't be read any more."""
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return read_predictions(Path(self._client.download_artifacts(run_id, PREDICTIONS, folder)))
+            except (MlflowException, OSError, ValueError, KeyError):
+                return None
+
+
+def dataset_input(source: SourceUsed, used: DatasetUsed) -> DatasetInput:
+    """A split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
+    origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
+    dataset = Dataset(
+        name=redact(source.name)[:LONGEST_NAME],
+        digest=digest((used.fingerprint, used.context, used.examples)),
+        source_type=kind,
+        source=redact(json.dumps(origin)),
+        profile=json.dumps({"num_rows": used.examples}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])
+
+
+Store = NullStore | MlflowStore
+"""Where trials are kept and found again."""

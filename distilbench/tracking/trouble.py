@@ -1,0 +1,58 @@
+"""What a store raises when it is gone, locked, broken or of another version, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+
+from distilbench.settings import SettingsError
+from distilbench.tracking.redaction import redact
+
+log = logging.getLogger(__name__)
+
+PAUSES = (0.5, 2.0)
+"""Seconds between the attempts to write what must be written before the process goes on."""
+
+
+def troubles() -> tuple[type[Exception], ...]:
+    """What stands for a store in trouble; requests' errors are OSErrors, an ImportError is a database's driver."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError
+
+
+@contextlib.contextmanager
+def in_one_line(refusal: str, remedy: str) -> Iterator[None]:
+    """Turn trouble into one :class:`SettingsError`: ``<refusal>: <reason>; <remedy>``."""
+    try:
+        yield
+    except troubles() as error:
+        raise SettingsError(f"{refusal}: {reason_of(error)}; {remedy}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The root of a chain of exceptions in one redacted line: ``Connection refused`` instead of the layers above."""
+    root = error
+    while cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
+        root = cause
+    said = getattr(root, "strerror", None) or str(root) or type(root).__name__
+    return redact(" ".join(said.split()))[:200]
+
+
+def insist(what: str, action: Callable[[], None]) -> bool:
+    """Try thrice; then warn in one line and return False, since a trained model outweighs its record."""
+    for pause in (*PAUSES, None):
+        try:
+            action()
+            return True
+        except troubles() as error:
+            if pause is None:
+                log.warning("MLflow did not take %s: %s", what, reason_of(error))
+            else:
+                time.sleep(pause)
+    return False

@@ -1,0 +1,82 @@
+"""The Hydra entrypoint: compose, check, train, compare, return the objective.
+
+Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from distilbench.composition import baseline_config, command_for
+from distilbench.settings import CONF, SettingsError, register_schema, settings_from
+
+register_schema()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: ends a trial as cleanly as Ctrl-C does."""
+
+
+class TrialFailed(RuntimeError):
+    """A trial of a multirun ended without a result; the message is the trial's own error."""
+
+
+@hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
+def main(config: DictConfig) -> float:
+    """Train one trial; returns its objective, ``train.metric`` on the selection split."""
+    try:
+        return _run(config)
+    except SettingsError as error:
+        _fail(str(error), status=2)
+    except TrialFailed as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _fail(str(error), status=1)
+
+
+def _run(config: DictConfig) -> float:
+    settings = settings_from(config)
+    baseline = baseline_config(config)
+    choices = HydraConfig.get().runtime.choices
+    from distilbench.trials import Job, run_and_compare
+
+    job = Job(
+        settings=settings,
+        baseline=settings_from(baseline),
+        baseline_command=command_for(baseline, choices),
+    )
+    outcome = run_and_compare(job)
+    if outcome.result.selection is None or outcome.result.error is not None:
+        raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
+    return outcome.result.selection.metric(settings.train.metric)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    print(f"distilbench: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def cli() -> None:
+    """Run :func:`main` as the command line does, with exit statuses for interruption."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+    except Terminated:
+        sys.exit(143)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli()

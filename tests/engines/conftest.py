@@ -1,0 +1,64 @@
+"""Splits of generated text, a model without dropout, and an observer that writes down what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from distilbench.data import EncodedSplits, encode, load_text
+from distilbench.model import build_model, export_model, load_tokenizer, resolve_model
+from distilbench.results import Evaluation, StepRecord
+from distilbench.settings import TrialSettings
+
+
+@dataclass
+class Recorder:
+    """Keeps steps and evaluations by trial; prunes trials at their first evaluation, or raises after a step."""
+
+    prune: set[int] = field(default_factory=set)
+    raise_at: dict[int, BaseException] = field(default_factory=dict)
+    steps: dict[int, list[StepRecord]] = field(default_factory=dict)
+    evaluations: dict[int, list[Evaluation]] = field(default_factory=dict)
+
+    def on_step(self, trial: int, record: StepRecord) -> None:
+        self.steps.setdefault(trial, []).append(record)
+        if record.step in self.raise_at:
+            raise self.raise_at[record.step]
+
+    def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
+        self.evaluations.setdefault(trial, []).append(evaluation)
+        return trial in self.prune
+
+    def losses(self, trial: int = 0) -> list[float]:
+        return [record.loss for record in self.steps[trial]]
+
+
+@pytest.fixture
+def recorder():
+    """The class, to make observers of."""
+    return Recorder
+
+
+@pytest.fixture
+def splits_of():
+    """Return ``splits_of(settings) -> EncodedSplits``: what the engine gets for these settings."""
+
+    def make(settings: TrialSettings) -> EncodedSplits:
+        tokenizer = load_tokenizer(resolve_model(settings.model))
+        return encode(load_text(settings.data), tokenizer, settings.train.max_length, None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def still_model(tmp_path_factory):
+    """The directory of a tiny DistilBERT without dropout: engines must then agree whatever they draw."""
+    from distilbench.settings import ModelSettings
+
+    directory = tmp_path_factory.mktemp("still") / "model"
+    resolved = resolve_model(ModelSettings("random", "distilbert", layers=2))
+    model = build_model(resolved, ("negative", "positive"), seed=3)
+    model.config.update({"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0})
+    export_model(model, load_tokenizer(resolved), directory)
+    return directory

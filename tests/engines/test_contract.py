@@ -1,0 +1,260 @@
+"""What every engine promises (distilbench/engines/base.py), on tiny models, without dropout but where it matters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from distilbench.engines import engine_for
+from distilbench.results import Status
+
+SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=3",
+         "train.logging_steps=2", "train.checkpoints=false", "optim.lr=1e-3", "output.save_model=false")  # fmt: skip
+STEPS_PER_EPOCH, STEPS = 5, 15
+
+
+@pytest.fixture(params=["trainer"])
+def engine_name(request):
+    return request.param
+
+
+@pytest.fixture
+def trial(settings, still_model, tmp_path, engine_name):
+    """Return ``trial(*overrides, dropout=False) -> TrialSettings``, each in a directory of its own."""
+    made = iter(range(1000))
+
+    def make(*overrides: str, dropout: bool = False):
+        model = () if dropout else ("model=local", f"model.checkpoint={still_model}")
+        directory = f"output.dir={tmp_path / str(next(made))}"
+        return settings(f"engine.name={engine_name}", *model, *SMALL, directory, *overrides).trial
+
+    return make
+
+
+@pytest.fixture
+def train(splits_of, recorder):
+    """Return ``train(trials, observer=None, splits=None) -> (results, observer)``."""
+
+    def run(trials, observer=None, splits=None):
+        observer = observer or recorder()
+        splits = splits or splits_of(trials[0])
+        return engine_for(trials[0].engine).train(trials, splits, observer), observer
+
+    return run
+
+
+def numbers(evaluation):
+    return (evaluation.step, evaluation.epoch, evaluation.loss, evaluation.accuracy, evaluation.f1, evaluation.mcc)
+
+
+def against(split):
+    """The same rows with the labels turned round: the more a model learns, the worse it does here."""
+    return replace(split, labels=1 - split.labels)
+
+
+def test_results_keep_the_order_of_the_trials(trial, train):
+    trials = [trial("seed=1"), trial("seed=2", "optim.lr=2e-3"), trial("freeze.layers=1")]
+    together, _ = train(trials)
+    for settings, result in zip(trials, together, strict=True):
+        [alone], _ = train([settings])
+        assert result.status is alone.status is Status.FINISHED
+        assert result.trainable_parameters == alone.trainable_parameters
+        np.testing.assert_allclose(result.report.logits, alone.report.logits, atol=1e-5)
+    assert not np.allclose(together[0].report.logits, together[1].report.logits, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bits(trial, train):
+    [first], one = train([trial("seed=7", dropout=True)])
+    [second], two = train([trial("seed=7", dropout=True)])
+    np.testing.assert_array_equal(first.report.logits, second.report.logits)
+    assert [numbers(e) for e in first.history] == [numbers(e) for e in second.history]
+    assert one.losses() == two.losses()
+    [other], _ = train([trial("seed=8", dropout=True)])
+    assert not np.array_equal(other.report.logits, first.report.logits)
+
+
+def test_the_result_tells_what_was_done(trial, train, splits_of):
+    settings = trial()
+    splits = splits_of(settings)
+    [result], _ = train([settings])
+    assert (result.steps, result.error) == (STEPS, None)
+    assert result.trainable_parameters == result.total_parameters == 39_170
+    assert 0 < result.train_seconds < 60
+    assert 0 < result.setup_seconds < 60
+    assert result.peak_memory_bytes > 10e6
+    assert (result.device != "", result.precision) == (True, "fp32")
+    tokens_an_example = len(splits.train.tokens) / len(splits.train)
+    assert result.tokens_per_second / result.examples_per_second == pytest.approx(tokens_an_example)
+
+
+def test_steps_are_recorded_at_intervals_at_evaluations_and_at_the_end(trial, train):
+    _, observer = train([trial("train.logging_steps=3")])
+    records = observer.steps[0]
+    assert [r.step for r in records] == [3, 5, 6, 9, 10, 12, 15]
+    assert {r.steps for r in records} == {STEPS}
+    assert [r.epoch for r in records] == pytest.approx([r.step / STEPS_PER_EPOCH for r in records])
+    rates = [1e-3 * (1 - (r.step - 1) / STEPS) for r in records]
+    assert [r.learning_rate for r in records] == pytest.approx(rates)
+    assert all(r.gradient_norm > 0 and r.examples_per_second > 0 for r in records)
+
+
+def test_a_record_holds_the_mean_loss_since_the_last_one(trial, train):
+    _, each = train([trial("train.logging_steps=1")])
+    _, coarse = train([trial("train.logging_steps=5")])
+    means = [float(np.mean(each.losses()[start : start + 5])) for start in (0, 5, 10)]
+    assert coarse.losses() == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "steps"), [("train.eval_steps=null", [5, 10, 15]), ("train.eval_steps=4", [4, 8, 12, 15])]
+)
+def test_it_evaluates_when_asked_and_always_at_the_end(trial, train, override, steps):
+    [result], observer = train([trial(override)])
+    assert [e.step for e in result.history] == steps
+    assert [numbers(e) for e in observer.evaluations[0]] == [numbers(e) for e in result.history]
+    assert result.history[-1].epoch == 3.0
+
+
+def test_logits_come_in_the_order_of_the_split(trial, train, splits_of):
+    settings = trial("train.eval_batch_size=5")
+    splits = splits_of(settings)
+    order = np.random.default_rng(0).permutation(len(splits.report))
+    rows = [splits.report.row(i) for i in order]
+    shuffled = replace(
+        splits.report,
+        tokens=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        labels=splits.report.labels[order],
+    )
+    [straight], _ = train([settings], splits=splits)
+    [mixed], _ = train([settings], splits=replace(splits, selection=shuffled, report=shuffled))
+    np.testing.assert_allclose(mixed.report.logits, straight.report.logits[order], atol=1e-5)
+    assert mixed.report.loss == pytest.approx(straight.report.loss, rel=1e-5)
+
+
+def test_the_metrics_are_those_of_the_logits(trial, train, splits_of):
+    settings = trial()
+    labels = splits_of(settings).report.labels
+    [result], _ = train([settings])
+    chances = np.exp(result.report.logits) / np.exp(result.report.logits).sum(axis=1, keepdims=True)
+    guesses = result.report.logits.argmax(axis=1)
+    hits, called, positive = guesses == labels, guesses == 1, labels == 1
+    assert result.report.logits.dtype == np.float32
+    assert result.report.loss == pytest.approx(-np.log(chances[np.arange(len(labels)), labels]).mean(), rel=1e-5)
+    assert result.report.accuracy == hits.mean()
+    assert result.report.f1 == pytest.approx(2 * (called & positive).sum() / (called.sum() + positive.sum()))
+    deviation = math.sqrt(called.mean() * (1 - called.mean()) * positive.mean() * (1 - positive.mean()))
+    mcc = ((called & positive).mean() - called.mean() * positive.mean()) / deviation if deviation else 0.0
+    assert result.report.mcc == pytest.approx(mcc)
+
+
+def test_one_split_that_does_both_is_one_evaluation(trial, train):
+    [result], _ = train([trial()])
+    assert result.report is result.selection
+    assert result.selection.split == "report"
+
+
+def test_the_report_comes_from_the_weights_that_the_selection_split_picked(trial, train, splits_of):
+    settings = trial("train.metric=loss", "output.save_model=true", "optim.lr=3e-3")
+    splits = splits_of(settings)
+    [plain], _ = train([trial("train.metric=loss", "optim.lr=3e-3")], splits=splits)
+    picky = replace(splits, selection=against(splits.report))
+    [result], _ = train([settings], splits=picky)
+    losses = [e.loss for e in result.history]
+    assert [e.split for e in result.history] == ["selection"] * 3
+    assert losses.index(min(losses)) == 0, "the first epoch must be the best for this test to tell anything"
+    assert result.selection is result.history[0]
+    assert (result.report.split, result.report.step) == ("report", STEPS_PER_EPOCH)
+    assert result.report.loss == pytest.approx(plain.history[0].loss, rel=1e-5)
+    np.testing.assert_allclose(result.selection.logits, result.report.logits, atol=1e-5)
+    exported = logits_of(f"{settings.output.dir}/model", picky.report, picky.pad_token_id)
+    np.testing.assert_allclose(exported, result.report.logits, atol=1e-5)
+
+
+def logits_of(directory, split, pad_token_id):
+    """What the exported model says of each row by itself."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(directory)
+    rows = (torch.from_numpy(split.row(i).astype(np.int64))[None] for i in range(len(split)))
+    with torch.no_grad():
+        return np.concatenate([model(input_ids=row).logits.numpy() for row in rows])
+
+
+def test_of_equal_epochs_the_first_is_kept(trial, train):
+    [result], _ = train([trial("optim.lr=1e-12")])
+    assert len({e.accuracy for e in result.history}) == 1
+    assert result.selection is result.history[0]
+
+
+def test_the_exported_model_comes_with_its_tokenizer_and_nothing_else(trial, train):
+    from transformers import AutoTokenizer
+
+    settings = trial("output.save_model=true")
+    train([settings])
+    assert [path.name for path in Path(settings.output.dir).iterdir()] == ["model"]
+    assert AutoTokenizer.from_pretrained(f"{settings.output.dir}/model")("ab")["input_ids"][0] == 2
+
+
+def test_a_trial_that_diverges_leaves_the_others_alone(trial, train):
+    wild = trial("optim=sgd", "optim.lr=1e30", "optim.max_grad_norm=0")
+    results, _ = train([trial("seed=1"), wild, trial("seed=2")])
+    assert [r.status for r in results] == [Status.FINISHED, Status.DIVERGED, Status.FINISHED]
+    assert results[1].steps < STEPS
+    assert "lower optim.lr (now 1e+30)" in results[1].error
+    assert "\n" not in results[1].error
+    for seed, result in ((1, results[0]), (2, results[2])):
+        [alone], _ = train([trial(f"seed={seed}")])
+        np.testing.assert_allclose(result.report.logits, alone.report.logits, atol=1e-5)
+
+
+def test_settings_that_the_model_cannot_meet_fail_their_own_trial_only(trial, train):
+    results, _ = train([trial("freeze.layers=9"), trial()])
+    assert [r.status for r in results] == [Status.FAILED, Status.FINISHED]
+    assert results[0].error.startswith("freeze.layers must be 0..2")
+    assert (results[0].report, results[0].selection, results[0].steps) == (None, None, 0)
+
+
+def test_a_pruned_trial_stops_at_once_and_alone(trial, train, recorder):
+    results, observer = train([trial("seed=1"), trial("seed=2"), trial("seed=3")], recorder(prune={1}))
+    assert [r.status for r in results] == [Status.FINISHED, Status.PRUNED, Status.FINISHED]
+    assert (results[1].steps, len(results[1].history)) == (STEPS_PER_EPOCH, 1)
+    assert max(r.step for r in observer.steps[1]) == STEPS_PER_EPOCH
+    assert results[1].selection is results[1].history[0]
+    [alone], _ = train([trial("seed=3")])
+    np.testing.assert_allclose(results[2].report.logits, alone.report.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("eval_steps", ["null", "2"])
+@pytest.mark.parametrize("best_first", [False, True])
+def test_an_interrupted_trial_continues_to_the_same_bits(trial, train, recorder, splits_of, eval_steps, best_first):
+    given = (f"train.eval_steps={eval_steps}", "train.checkpoints=true", "train.metric=loss",
+             "output.save_model=true", "optim.lr=3e-3")  # fmt: skip
+    settings, other = trial(*given, dropout=True), trial(*given, dropout=True)
+    splits = splits_of(settings)
+    if best_first:
+        splits = replace(splits, selection=against(splits.report))
+    [whole], all_steps = train([settings], splits=splits)
+    with pytest.raises(KeyboardInterrupt):
+        train([other], recorder(raise_at={9: KeyboardInterrupt(), 8: KeyboardInterrupt()}), splits=splits)
+    [resumed], last_steps = train([replace(other, train=replace(other.train, resume=True))], splits=splits)
+    assert last_steps.steps[0][0].step == {"null": 6, "2": 8}[eval_steps]
+    assert last_steps.losses() == all_steps.losses()[-len(last_steps.losses()) :]
+    assert [numbers(e) for e in resumed.history] == [numbers(e) for e in whole.history]
+    np.testing.assert_array_equal(resumed.selection.logits, whole.selection.logits)
+    np.testing.assert_array_equal(resumed.report.logits, whole.report.logits)
+    assert resumed.steps == whole.steps
+    weights, expected = (load_file(f"{s.output.dir}/model/model.safetensors") for s in (other, settings))
+    for name, values in expected.items():
+        np.testing.assert_array_equal(weights[name], values, err_msg=name)
+
+
+def test_engines_print_nothing(trial, train, capfd):
+    train([trial("output.save_model=true", "train.checkpoints=true")])
+    assert capfd.readouterr() == ("", "")

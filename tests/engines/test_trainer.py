@@ -1,0 +1,347 @@
+"""The trainer engine equals a plain PyTorch loop of the report's protocol; its checkpoints survive being cut short."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from distilbench.data import EncodedSplit, EncodedSplits
+from distilbench.engines import checkpoints
+from distilbench.engines.endings import ending_of
+from distilbench.engines.evaluation import evaluate_logits
+from distilbench.engines.trainer import TrainerEngine
+from distilbench.results import Status
+
+SMALL = ("data.max_train_examples=37", "data.max_validation_examples=8", "train.batch_size=8", "train.epochs=2",
+         "train.logging_steps=1", "train.eval_steps=100", "seed=5")  # fmt: skip
+STEPS_PER_EPOCH, STEPS = 5, 10
+
+
+@pytest.fixture
+def trial(settings, still_model):
+    """Return ``trial(*overrides) -> TrialSettings`` of a model without dropout: 10 steps, two of them on 5 examples."""
+    return lambda *overrides: settings("model=local", f"model.checkpoint={still_model}", *SMALL, *overrides).trial
+
+
+# The protocol, written a second time with nothing but torch.
+
+
+def factor(name: str, step: int, warmup: int) -> float:
+    if step < warmup:
+        return step / warmup
+    done = (step - warmup) / (STEPS - warmup)
+    return {
+        "linear": 1 - done,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "constant_with_warmup": 1.0,
+        "inverse_sqrt": math.sqrt(warmup / step) if warmup else 1 / math.sqrt((step + 10_000) / 10_000),
+    }[name]
+
+
+def decays(name: str) -> bool:
+    return not name.endswith("bias") and "layer_norm" not in name.lower()
+
+
+def frozen(name: str, layers: int) -> bool:
+    prefixes = ["distilbert.embeddings.", *(f"distilbert.transformer.layer.{i}." for i in range(layers))]
+    return layers > 0 and name.startswith(tuple(prefixes))
+
+
+def batches(train: EncodedSplit, settings, epoch: int):
+    """Rows in the order of accelerate's sampler: a permutation seeded with seed + epoch."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed + epoch)).tolist()
+    size = settings.train.batch_size
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def batch_loss(model, train: EncodedSplit, examples: list[int]) -> torch.Tensor:
+    """Mean cross-entropy, each row by itself, so that there is nothing to pad."""
+    logits = [model(input_ids=torch.from_numpy(train.row(i).astype(np.int64))[None]).logits for i in examples]
+    return torch.nn.functional.cross_entropy(torch.cat(logits), torch.from_numpy(train.labels[examples]))
+
+
+def plain_loop(settings, splits: EncodedSplits, model):
+    """Train ``model`` in place; return losses, learning rates and gradient norms of every step."""
+    optim, step, rows = settings.optim, 0, []
+    named = [(n, p) for n, p in model.named_parameters() if not frozen(n, settings.freeze.layers)]
+    weight_decay = [(p, optim.weight_decay if decays(n) else 0.0) for n, p in named]
+    first, second = ([torch.zeros_like(p) for _, p in named] for _ in range(2))
+    for epoch in range(settings.train.epochs):
+        for examples in batches(splits.train, settings, epoch):
+            loss = batch_loss(model, splits.train, examples)
+            gradients = torch.autograd.grad(loss, [p for _, p in named])
+            norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+            clip = min(1.0, optim.max_grad_norm / (norm.item() + 1e-6)) if optim.max_grad_norm else 1.0
+            lr = optim.lr * factor(settings.scheduler.name, step, settings.scheduler.warmup(STEPS))
+            step += 1
+            with torch.no_grad():
+                for (p, decay), g, m, v in zip(weight_decay, gradients, first, second, strict=True):
+                    update(optim, p, g * clip, m, v, lr, decay, step)
+            rows.append((loss.item(), lr, norm.item()))
+    return map(list, zip(*rows, strict=True))
+
+
+def update(optim, p, g, m, v, lr, decay, step):
+    """AdamW (Loshchilov and Hutter, 2019, algorithm 2), or SGD with an L2 term and momentum."""
+    if optim.name == "sgd":
+        m.mul_(optim.momentum).add_(g + decay * p)
+        p.sub_(lr * m)
+        return
+    p.mul_(1 - lr * decay)
+    m.mul_(optim.beta1).add_((1 - optim.beta1) * g)
+    v.mul_(optim.beta2).add_((1 - optim.beta2) * g.square())
+    p.sub_(lr * (m / (1 - optim.beta1**step)) / ((v / (1 - optim.beta2**step)).sqrt() + optim.eps))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), id="the report's baseline"),
+        pytest.param(
+            ("scheduler=cosine", "scheduler.warmup_ratio=0.1", "optim.weight_decay=0.5"),
+            id="its third row, strong decay",
+        ),
+        pytest.param(("freeze.layers=1",), id="frozen prefix"),
+        pytest.param(("freeze.layers=2", "scheduler=inverse_sqrt"), id="frozen encoder"),
+        pytest.param(("optim.max_grad_norm=0.01",), id="clipping in every step"),
+        pytest.param(("optim.max_grad_norm=0",), id="no clipping"),
+        pytest.param(
+            (
+                "optim=sgd",
+                "optim.momentum=0.9",
+                "optim.weight_decay=0.1",
+                "optim.max_grad_norm=0.05",
+                "freeze.layers=1",
+                "scheduler=constant_with_warmup",
+                "scheduler.warmup_steps=3",
+            ),
+            id="sgd",
+        ),  # fmt: skip
+    ],
+)
+def test_the_engine_equals_a_plain_loop(trial, splits_of, recorder, still_model, overrides):
+    lr = "optim.lr=0.05" if "optim=sgd" in overrides else "optim.lr=1e-3"
+    settings = trial(*overrides, lr)
+    splits = splits_of(settings)
+    observer = recorder()
+    [result] = TrainerEngine().train([settings], splits, observer)
+    model = AutoModelForSequenceClassification.from_pretrained(still_model).eval()
+    losses, rates, norms = plain_loop(settings, splits, model)
+
+    assert result.status is Status.FINISHED
+    assert len(splits.train) % settings.train.batch_size == 5, "the last batch must be partial"
+    assert observer.losses() == pytest.approx(losses, rel=1e-5)
+    assert [r.learning_rate for r in observer.steps[0]] == pytest.approx(rates, rel=1e-12)
+    assert [r.gradient_norm for r in observer.steps[0]] == pytest.approx(norms, rel=1e-3)
+    assert_same_weights(model, Path(settings.output.dir) / "model", settings.optim.lr)
+
+
+def assert_same_weights(model, directory: Path, lr: float) -> None:
+    """All but the key projections' biases: their gradient is zero, and AdamW turns its rounding into steps."""
+    exported = load_file(directory / "model.safetensors")
+    for name, values in model.state_dict().items():
+        if not name.endswith("k_lin.bias"):
+            torch.testing.assert_close(exported[name], values, atol=lr * 1e-2, rtol=1e-4, msg=name)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def interrupted(settings, recorder, splits_of, tmp_path):
+    """Return ``interrupted(*overrides) -> (settings, splits)`` of a trial stopped by Ctrl-C in its second epoch."""
+
+    def make(*overrides: str):
+        trial = settings(*SMALL, "train.eval_steps=null", *overrides).trial
+        splits = splits_of(trial)
+        with pytest.raises(KeyboardInterrupt):
+            TrainerEngine().train([trial], splits, recorder(raise_at={7: KeyboardInterrupt()}))
+        return trial, splits
+
+    return make
+
+
+def resume(trial, splits, observer):
+    [result] = TrainerEngine().train([replace(trial, train=replace(trial.train, resume=True))], splits, observer)
+    return result
+
+
+def left_in(trial) -> list[str]:
+    return sorted(str(p.relative_to(trial.output.dir)) for p in Path(trial.output.dir).glob("*/*"))
+
+
+def test_an_interrupted_trial_leaves_one_whole_checkpoint(interrupted):
+    trial, _ = interrupted()
+    assert left_in(trial) == ["checkpoints/checkpoint-5"]
+
+
+def test_without_checkpoints_an_interrupted_trial_leaves_nothing(interrupted):
+    trial, _ = interrupted("train.checkpoints=false")
+    assert list(Path(trial.output.dir).iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["no seal", "short file", "no file"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(interrupted, recorder, caplog, damage):
+    trial, splits = interrupted()
+    checkpoint = Path(trial.output.dir) / "checkpoints/checkpoint-5"
+    weights = checkpoint / "model.safetensors"
+    if damage == "short file":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        (checkpoint / "seal.json" if damage == "no seal" else weights).unlink()
+    observer = recorder()
+    with caplog.at_level(logging.INFO, "distilbench"):
+        result = resume(trial, splits, observer)
+    assert (result.status, observer.steps[0][0].step) == (Status.FINISHED, 1)
+    assert "cut short" in caplog.text
+    assert "starting from scratch" in caplog.text
+    assert left_in(trial) == sorted(f"model/{name}" for name in MODEL_FILES)
+
+
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_no_half_of_it(settings, splits_of, recorder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    trial = settings(*SMALL, "train.eval_steps=null").trial
+    monkeypatch.setattr(checkpoints, "seal", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        TrainerEngine().train([trial], splits_of(trial), recorder())
+    assert list(Path(trial.output.dir).iterdir()) == []
+
+
+def test_a_checkpoint_of_other_settings_is_refused_in_one_line_and_kept(interrupted, recorder):
+    trial, splits = interrupted()
+    changed = replace(trial, optim=replace(trial.optim, lr=3e-5))
+    result = resume(changed, splits, recorder())
+    assert result.status is Status.FAILED
+    assert "which has optim.lr=2e-05, got optim.lr=3e-05; use the same settings" in result.error
+    assert "\n" not in result.error
+    assert left_in(trial) == ["checkpoints/checkpoint-5"]
+
+
+def test_a_checkpoint_of_other_text_is_refused(interrupted, recorder):
+    trial, splits = interrupted()
+    other = replace(splits, train=replace(splits.train, labels=1 - splits.train.labels))
+    assert "which has data=" in resume(trial, other, recorder()).error
+
+
+def test_what_changes_speed_only_may_change_on_resuming(interrupted, recorder):
+    trial, splits = interrupted()
+    changed = replace(trial, train=replace(trial.train, eval_batch_size=3, logging_steps=2))
+    observer = recorder()
+    assert resume(changed, splits, observer).status is Status.FINISHED
+    assert [r.step for r in observer.steps[0]] == [6, 8, 10]
+
+
+def test_a_resumed_trial_reports_the_time_and_tokens_of_all_its_parts(interrupted, recorder):
+    trial, splits = interrupted()
+    _, stored = checkpoints.newest(Path(trial.output.dir) / "checkpoints", identity(trial, splits))
+    result = resume(trial, splits, recorder())
+    assert (stored.step, stored.tokens) == (5, len(splits.train.tokens))
+    assert result.train_seconds > stored.train_seconds > stored.step_seconds > 0
+    tokens_an_example = len(splits.train.tokens) / len(splits.train)
+    assert result.tokens_per_second / result.examples_per_second == pytest.approx(tokens_an_example)
+
+
+def identity(trial, splits):
+    from distilbench.model import resolve_model
+
+    return checkpoints.identity_of(trial, splits, resolve_model(trial.model).used.fingerprint, "fp32")
+
+
+def test_starting_again_without_resume_forgets_the_old_checkpoint(interrupted, recorder):
+    trial, splits = interrupted()
+    observer = recorder()
+    [result] = TrainerEngine().train([trial], splits, observer)
+    assert (result.status, observer.steps[0][0].step) == (Status.FINISHED, 1)
+    assert not (Path(trial.output.dir) / "checkpoints").exists()
+
+
+# What goes wrong inside a trial
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+    ],
+    ids=["python", "cuda", "cpu", "mps"],
+)
+def test_out_of_memory_says_what_to_change(trial, splits_of, recorder, error):
+    settings = trial("output.save_model=false")
+    [result] = TrainerEngine().train([settings], splits_of(settings), recorder(raise_at={2: error}))
+    assert result.status is Status.OUT_OF_MEMORY
+    assert result.error.endswith(
+        "; lower train.batch_size (now 8), train.eval_batch_size (64) or train.max_length (128)"
+    )
+    assert "\n" not in result.error
+    assert result.peak_memory_bytes > 0
+
+
+def test_an_unforeseen_error_fails_the_trial_and_logs_its_traceback(trial, splits_of, recorder, caplog):
+    settings = trial("output.save_model=false")
+    [result] = TrainerEngine().train([settings], splits_of(settings), recorder(raise_at={2: KeyError("lost\nit")}))
+    assert (result.status, result.error) == (Status.FAILED, "KeyError: 'lost\\nit'")
+    assert "Traceback" in caplog.text
+
+
+def test_the_first_line_of_an_error_is_enough_for_the_user(trial):
+    assert ending_of(ValueError("one\ntwo"), trial()) == (Status.FAILED, "ValueError: one")
+
+
+# Metrics and arguments
+
+
+def test_more_than_two_labels_have_a_macro_f1():
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]] * 9
+    evaluation = evaluate_logits("report", logits, np.array([0, 1, 2, 2]), step=4, epoch=1.0)
+    assert evaluation.accuracy == 0.75
+    assert evaluation.f1 == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    assert evaluation.loss == pytest.approx((4 * math.log(1 + 2 * math.exp(-9)) + 9) / 4)
+
+
+def test_huge_logits_have_a_finite_loss():
+    logits = np.array([[3e38, -3e38], [-3e38, 3e38]], dtype=np.float32)
+    assert evaluate_logits("report", logits, np.array([0, 1]), 1, 1.0).loss == 0.0
+
+
+def test_several_visible_gpus_are_never_used_together(trial, monkeypatch):
+    from distilbench.engines import trainer
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = trainer._arguments(trial(), torch.device("cuda", 0), "fp32", Path("unused"))
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+    assert not Path("unused").exists()
+
+
+def test_fp32_is_fp32_whatever_the_environment_says(trial, monkeypatch):
+    from distilbench.engines import trainer
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trainer._arguments(trial(), torch.device("cpu"), "fp32", Path("unused")).mixed_precision == "no"
+
+
+def test_bf16_trains_on_the_cpu(trial, splits_of, recorder):
+    settings = trial("train.precision=bf16", "output.save_model=false")
+    observer, exact = recorder(), recorder()
+    [result] = TrainerEngine().train([settings], splits_of(settings), observer)
+    full = replace(settings, train=replace(settings.train, precision="fp32"))
+    TrainerEngine().train([full], splits_of(full), exact)
+    assert (result.status, result.precision, result.report.logits.dtype) == (Status.FINISHED, "bf16", np.float32)
+    assert observer.losses() != exact.losses()
+    assert observer.losses() == pytest.approx(exact.losses(), rel=2e-2)

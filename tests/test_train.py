@@ -1,0 +1,209 @@
+"""The command line end to end, in subprocesses: exit statuses, files, and MLflow's records read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+
+pytestmark = pytest.mark.e2e
+TINY_TRACKED = (*TINY[:2], "train.epochs=2", "optim.lr=1e-2", "train.logging_steps=5")
+
+
+class Workspace:
+    """A folder with its own store: where a command writes, and what it left there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uri = f"sqlite:///{path}/mlflow.db"
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "distilbench.train", *arguments]
+        env = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "100"} | environment
+        return subprocess.Popen(
+            command, cwd=self.path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def runs(self) -> list:
+        from mlflow import MlflowClient
+
+        if not (self.path / "mlflow.db").exists():
+            return []
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name("distilbench")
+        return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+    def artifacts(self, run_id: str) -> dict[str, Path]:
+        (folder,) = (self.path / "mlruns").glob(f"*/{run_id}/artifacts")
+        return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One tracked trial with its baseline trained first."""
+    workspace = Workspace(tmp_path_factory.mktemp("trained"))
+    done = workspace.run(*TINY_TRACKED, "freeze.layers=1", "baseline.ensure=true", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workspace, done
+
+
+def test_a_trial_leaves_its_directory_complete(trained):
+    workspace, _ = trained
+    out = workspace.path / "out"
+    assert (out / ".hydra" / "overrides.yaml").is_file()
+    record = json.loads((out / "trial.json").read_text())
+    assert record["status"] == "FINISHED"
+    assert 0.5 < record["accuracy"] <= 1
+    assert not list(out.glob("**/checkpoint-*"))
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert AutoTokenizer.from_pretrained(out / "model")("a text")["input_ids"]
+
+
+def test_mlflow_holds_settings_metrics_and_artifacts_of_trial_and_baseline(trained):
+    workspace, _ = trained
+    baseline, trial = workspace.runs()
+    assert baseline.info.run_name == "freeze0-linear-lr0.01-wd0.01-s42" or baseline.data.params["freeze.layers"] == "0"
+    assert trial.info.run_name == "freeze1-linear-lr0.01-wd0.01-s42"
+    assert {baseline.info.status, trial.info.status} == {"FINISHED"}
+    assert trial.data.params["freeze.layers"] == "1"
+    assert trial.data.tags["distilbench.protocol"] == baseline.data.tags["distilbench.protocol"]
+    assert trial.data.tags["distilbench.status"] == "FINISHED"
+    for metric in ("accuracy", "loss", "f1", "mcc", "train_seconds", "setup_seconds", "trainable_parameters"):
+        assert metric in trial.data.metrics
+    files = workspace.artifacts(trial.info.run_id)
+    assert {"config.yaml", "predictions.parquet", "confusion_matrix.png", "learning_curve.png"} <= set(files)
+
+
+def test_the_summary_names_what_was_used_and_compares_with_the_baseline(trained):
+    _, done = trained
+    for words in ("synthetic", "baseline", "McNemar", "accuracy"):
+        assert words.lower() in done.stdout.lower(), words
+    assert "\x1b[" not in done.stdout, "control codes in piped output"
+    assert "http://127.0.0.1:5000/#/experiments/" in done.stdout
+
+
+def test_the_same_command_gives_bitwise_the_same_result(trained):
+    workspace, _ = trained
+    again = workspace.run(*TINY_TRACKED, "freeze.layers=1", "tracking=none", "hydra.run.dir=again")
+    assert again.returncode == 0, again.stderr
+    first, second = (workspace.path / d / "model" / "model.safetensors" for d in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["freeze.layers=9"], "freeze.layers must be 0..2"),
+        (["train.epochs=0"], "train.epochs must be 1 or more, got 0"),
+        (["data=files", "data.train=missing.csv"], "data.train must be an existing"),
+        (["scheduler.warmup_ratio=0.1", "scheduler.warmup_steps=3"], "set one of the two"),
+        (["tracking=mlflow", "tracking.uri=http://me:pw@127.0.0.1:9"], "must not hold a password"),
+        (["--multirun", "freeze.layers=0,1,7"], "freeze.layers must be 0..2"),
+        (["--multirun", "seed=1,2", "optim.lr=1e-5,-1"], "optim.lr must be above 0, got -1.0"),
+    ],
+)
+def test_a_mistake_costs_two_seconds_and_one_line_and_leaves_nothing(workspace, arguments, line):
+    start = os.times()
+    done = workspace.run(*TINY[:2], *arguments)
+    spent = os.times()
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "pw" not in done.stderr
+    assert list(workspace.path.iterdir()) == []
+    assert spent.children_user - start.children_user < 2, "CPU seconds: something heavy was imported first"
+
+
+def test_an_unknown_key_is_answered_by_hydra(workspace):
+    done = workspace.run(*TINY, "freeze.layerz=1")
+    assert done.returncode == 1
+    assert "layerz" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_groups_and_examples(workspace):
+    done = workspace.run("--help")
+    assert done.returncode == 0
+    for words in ("experiment: baseline, hyperparameters, layer_freezing, quick", "--multirun freeze.layers=0,3"):
+        assert words in done.stdout
+
+
+def test_a_grid_trains_each_cell_in_its_own_directory(workspace):
+    done = workspace.run("--multirun", *TINY_TRACKED, "train.epochs=1", "freeze.layers=0,1",
+                         "scheduler=linear,cosine", "hydra.sweep.dir=grid")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((workspace.path / "grid" / str(i) / "trial.json").read_text()) for i in range(4)]
+    assert [r["status"] for r in records] == ["FINISHED"] * 4
+    names = [run.info.run_name for run in workspace.runs()]
+    assert [n.split("-lr")[0] for n in names] == ["freeze0-linear", "freeze0-cosine", "freeze1-linear", "freeze1-cosine"]
+
+
+def test_a_diverged_trial_says_what_to_change_and_ends_with_one(workspace):
+    done = workspace.run(*TINY_TRACKED, "optim=sgd", "optim.lr=1e30", "optim.max_grad_norm=0", "hydra.run.dir=out")
+    assert done.returncode == 1
+    assert "DIVERGED" in done.stderr
+    assert "optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    (run,) = workspace.runs()
+    assert (run.info.status, run.data.tags["distilbench.status"]) == ("FAILED", "DIVERGED")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace, signum, status):
+    long = (*TINY_TRACKED, "data.max_train_examples=2000", "train.epochs=3", "optim.lr=1e-3")
+    whole = workspace.run(*long, "tracking=none", "hydra.run.dir=whole") if signum == signal.SIGTERM else None
+    process = workspace.start(*long, "hydra.run.dir=out")
+    deadline = time.monotonic() + 120
+    while not list(workspace.path.glob("out/**/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    (run,) = workspace.runs()
+    assert (run.info.status, run.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")
+    resumed = workspace.run(*long, "train.resume=true", "hydra.run.dir=out")
+    assert resumed.returncode == 0, resumed.stderr
+    (run,) = workspace.runs()
+    assert (run.info.status, run.data.tags["distilbench.status"]) == ("FINISHED", "FINISHED")
+    if whole:
+        a, b = (workspace.path / d / "model" / "model.safetensors" for d in ("whole", "out"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_server_out_of_reach_is_found_before_training(workspace):
+    done = workspace.run(*TINY[:2], MLFLOW_TRACKING_URI="http://me:pw@127.0.0.1:9")
+    assert done.returncode == 2
+    assert re.search(r"127\.0\.0\.1:9", done.stderr)
+    assert "pw" not in done.stdout + done.stderr
+
+
+def test_without_a_baseline_the_summary_gives_the_command_that_makes_one(workspace):
+    done = workspace.run(*TINY_TRACKED, "train.epochs=1", "freeze.layers=2", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    (command,) = re.findall(r"python -m distilbench\.train .*", done.stdout.replace("\\\n", " "))
+    assert "freeze.layers" not in command
+    assert "model=tiny" in command
+    assert "optim.lr" not in command, "the baseline's learning rate is the report's"
