@@ -292,6 +292,11 @@ class _Record:
         if not (settings.train.resume and path.is_file()):
             return cls(path, identity)
         found = json.loads(path.read_text())
+        if found["status"] == Status.FINISHED:
+            raise SettingsError(
+                f"train.resume must continue an unfinished trial, got {path.parent}, which FINISHED with accuracy "
+                f"{found['accuracy']:.4f}; drop train.resume=true to train it anew"
+            )
         changed = [key for key, value in identity.items() if found[key] != value]
         if changed:
             raise SettingsError(

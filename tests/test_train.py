@@ -193,6 +193,9 @@ def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace
     assert resumed.returncode == 0, resumed.stderr
     (run,) = workspace.runs()
     assert (run.info.status, run.data.tags["distilbench.status"]) == ("FINISHED", "FINISHED")
+    again = workspace.run(*long, "train.resume=true", "hydra.run.dir=out")
+    assert again.returncode == 2
+    assert "which FINISHED with accuracy" in again.stderr
     if whole:
         a, b = (workspace.path / d / "model" / "model.safetensors" for d in ("whole", "out"))
         assert a.read_bytes() == b.read_bytes()
