@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+
+from tests.conftest import TINY
 
 pytestmark = pytest.mark.e2e
 TINY_TRACKED = (*TINY[:2], "train.epochs=2", "optim.lr=1e-2", "train.logging_steps=5")
