@@ -160,11 +160,17 @@ class Predictions:
         return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
 
+BASELINE_ROLE = "baseline"
+"""``StoredTrial.role`` of the trial that a sweep compares its others with."""
+
+
 @dataclass(frozen=True)
 class StoredTrial:
-    """A finished trial as it stands in the store; ``measured_on`` joins device, engine and library versions.
+    """A trial as it stands in the store, NaN where a figure is missing.
 
-    Times of two trials are comparable only where both ``measured_on`` and ``alone`` (not trained in a batch) agree.
+    ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
+    and both were trained ``alone`` (not in a batch). ``model`` and ``data`` describe what was really used, ``metric``
+    and the two splits belong to the protocol; ``role`` is what a sweep meant the trial for, ``url`` opens its run.
     """
 
     run_id: str
@@ -180,3 +186,12 @@ class StoredTrial:
     measured_on: str
     alone: bool = True
     predictions: Predictions | None = None
+    model: str = ""
+    data: str = ""
+    metric: str = "accuracy"
+    selection_split: str = "validation"
+    report_split: str = "validation"
+    role: str = ""
+    error: str = ""
+    started_ms: int = 0
+    url: str = ""
