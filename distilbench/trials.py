@@ -15,7 +15,7 @@ from pathlib import Path
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
 from distilbench.engines import engine_for
-from distilbench.model import ResolvedModel, check_freeze, load_tokenizer, resolve_model
+from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
 from distilbench.progress import Progress
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
 from distilbench.results import (
@@ -127,6 +127,7 @@ def prepare(settings: AppSettings) -> Prepared:
     precision = resolve_precision(settings.train.precision, device)
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
+    check_length(model, settings.train.max_length)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"
@@ -291,6 +292,11 @@ class _Record:
         if not (settings.train.resume and path.is_file()):
             return cls(path, identity)
         found = json.loads(path.read_text())
+        if found["status"] == Status.FINISHED:
+            raise SettingsError(
+                f"train.resume must continue an unfinished trial, got {path.parent}, which FINISHED with accuracy "
+                f"{found['accuracy']:.4f}; drop train.resume=true to train it anew"
+            )
         changed = [key for key, value in identity.items() if found[key] != value]
         if changed:
             raise SettingsError(
