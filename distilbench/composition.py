@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose
@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from distilbench.results import treatment_of
 from distilbench.settings import AppSettings, SettingsError, settings_from
 
 COMMAND = "python -m distilbench.train"
@@ -38,6 +39,20 @@ def baseline_config(config: DictConfig) -> DictConfig:
         else:
             OmegaConf.update(result, key, override.value(), force_add=False)
     return result
+
+
+def usual_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
+    """The treatment that a plain composition has, with ``overrides``; precision is left to the trials.
+
+    Needs an initialised Hydra, as inside a job.
+    """
+    settings = settings_from(compose("config", [*overrides, "output.dir=."]))
+    return {key: value for key, value in treatment_of(settings, "").items() if key != "train.precision"}
+
+
+def experiments() -> list[str]:
+    """The names of the experiments in ``conf/experiment/``."""
+    return sorted(GlobalHydra.instance().config_loader().get_group_options("experiment"))
 
 
 def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:

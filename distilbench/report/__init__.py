@@ -1,16 +1,9 @@
-"""What people read: a trial beside its baseline, and many trials as a table and a page. Sees settings and results only."""
+"""What people read: a trial beside its baseline, and many trials as a table and a page.
 
-from distilbench.report.findings import Confirmed, Curve, Report, headline
-from distilbench.report.formats import (
-    duration,
-    p_value,
-    percent,
-    points,
-    time_gain,
-)
-from distilbench.report.page import page
-from distilbench.report.rows import Row, against_baseline, find_baseline, group, label_rows
-from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
+Sees settings and results only: what is shown is handed in, where it goes is for others to say.
+"""
+
+from distilbench.report.formats import duration, p_value, percent, points, time_gain
 from distilbench.report.trial import (
     Comparison,
     Summary,
@@ -20,3 +13,18 @@ from distilbench.report.trial import (
     frozen_part,
     print_summary,
 )
+
+__all__ = [
+    "Comparison",
+    "Summary",
+    "compare",
+    "comparison_markdown",
+    "comparison_metrics",
+    "duration",
+    "frozen_part",
+    "p_value",
+    "percent",
+    "points",
+    "print_summary",
+    "time_gain",
+]

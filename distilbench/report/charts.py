@@ -121,7 +121,8 @@ def forest(scale: Axis, low: float, middle: float, high: float, kind: str, tip: 
     ends = [min(max(scale(v), 0.0), FOREST_WIDTH) for v in (low, high)]
     at = min(max(scale(middle), 3.0), FOREST_WIDTH - 3)
     return (
-        f'<svg class="forest {kind}" viewBox="0 0 {FOREST_WIDTH} {FOREST_HEIGHT}" role="img" aria-label="{escape(tip)}">'
+        f'<svg class="forest {kind}" viewBox="0 0 {FOREST_WIDTH} {FOREST_HEIGHT}" role="img" '
+        f'aria-label="{escape(tip)}">'
         f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="{FOREST_HEIGHT}"/>'
         f'<line class="reach" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
         f'<rect class="middle" x="{at - 4:.1f}" y="{y - 4}" width="8" height="8"/></svg>'

@@ -69,7 +69,8 @@ def millions(number: int) -> str:
 
 def one_line(text: str) -> str:
     """``text`` without control characters, which move a terminal's cursor, and without line breaks."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(shown.split())
 
 
 def markdown(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -26,6 +26,8 @@ from distilbench.report.rows import Row
 from distilbench.report.tables import FULL, failures, notes_of, protocol_lines, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
+MOST_POINTS = 1000
+"""Points in a chart: a browser slows down beyond some thousands."""
 _SLIM = ("loss", "trained", "status", "n")
 """Columns that a phone leaves out."""
 
@@ -112,7 +114,7 @@ def _cell(title: str, text: str, row: Row, scale: charts.Axis) -> str:
 
 
 def _sort_value(title: str, text: str, row: Row) -> float | str:
-    numbers = {
+    numbers: dict[str, float | str] = {
         "n": row.n,
         "accuracy": row.accuracy,
         "loss": row.loss,
@@ -122,7 +124,7 @@ def _sort_value(title: str, text: str, row: Row) -> float | str:
         "difference (95 %)": row.difference.points if row.difference else math.nan,
         "p (Holm)": row.difference.p_holm if row.difference else math.nan,
     }
-    value = numbers[title] if title in numbers else text
+    value: float | str = numbers.get(title, text)
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -143,6 +145,13 @@ def _figure(title: str, chart: str, caption: str) -> str:
     return f"<figure><h2>{_text(title)}</h2>{chart}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    """The rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
+    rest = rows[MOST_POINTS // 2 :]
+    step = max(1, -(-len(rest) // (MOST_POINTS // 2)))
+    return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
+
+
 def _tip(row: Row) -> str:
     return one_line(f"{row.label}: {percent(row.accuracy)}, {duration(row.seconds)}, {row.verdict}")
 
@@ -155,7 +164,7 @@ def _trade_off(report: Report) -> Iterator[str]:
     y = charts.vertical([100 * row.accuracy for row in rows])
     front = pareto_front(rows)
     marks = charts.line([(x(r.seconds), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
-    for row in sorted(rows, key=lambda r: r.is_baseline):
+    for row in sorted(_drawn(rows), key=lambda r: r.is_baseline):
         marks += charts.dot(x(row.seconds), y(100 * row.accuracy), _tip(row), _kind(row), 6 if row.is_baseline else 4.5)
     left = len(report.others) + (report.baseline is not None) - len(rows)
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
@@ -165,7 +174,7 @@ def _trade_off(report: Report) -> Iterator[str]:
     yield _figure(title, charts.frame(x, y, "training time", "accuracy, %", marks, title), caption)
 
 
-def duration_tick(seconds: list[float]) -> charts.Callable[[float], str]:
+def duration_tick(seconds: Sequence[float]) -> Callable[[float], str]:
     """A format for ticks of an axis of seconds: in minutes or hours where those are what is told apart."""
     unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if max(seconds) >= 2 * u or u == 1)
     return lambda value: f"{value / unit:.3g} {name}"
@@ -180,7 +189,7 @@ def _depths(report: Report) -> Iterator[str]:
     means = [(x(depth), y(100 * sum(found) / len(found))) for depth, found in depths.items()]
     marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
         charts.dot(x(row.treatment["freeze.layers"]), y(100 * row.accuracy), _tip(row), _kind(row))  # type: ignore[arg-type]
-        for row in report.rows
+        for row in _drawn(report.rows)
         if row.trials and row.treatment.get("freeze.layers") in depths
     )
     title = "Accuracy by freeze depth"

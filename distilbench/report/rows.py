@@ -207,12 +207,12 @@ def against_baseline(
     finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
     tested = {i: _compared(rows[i], base, read) for i in finished if i < shown} if base.trials else {}
     differences = {i: found for i, found in tested.items() if isinstance(found, Difference)}
-    unseen = len([i for i in finished if i >= shown])
+    unseen = sum(i >= shown for i in finished)
     corrected = holm([found.p for found in differences.values()] + [1.0] * unseen)
     winner = finished[0] if finished and picked_here and len(finished) > 1 else None
     result = []
     for i, row in enumerate(rows):
-        gain, note = time_saved(row.trials, base.trials) if i in finished else (None, "")
+        gain, note = time_saved(row.trials, base.trials) if row.trials and i != baseline else (None, "")
         row = replace(row, time_gain_percent=gain, time_note=note, is_winner=i == winner)
         if i in differences:
             p_holm = corrected[list(differences).index(i)]
@@ -223,23 +223,21 @@ def against_baseline(
 
 def _compared(row: Row, base: Row, read: ReadPredictions) -> Difference | str:
     """The row against the baseline, or why it was not tested."""
-    predicted = {trial.run_id: read(trial) for trial in (*row.trials, *base.trials)}
-    if any(found is None for found in predicted.values()):
+    ours, theirs = ({trial.seed: read(trial) for trial in side.trials} for side in (row, base))
+    everyone = [*ours.values(), *theirs.values()]
+    if any(found is None for found in everyone):
         return "not tested: predictions are missing"
-    labels = {tuple(found.labels.tolist()) for found in predicted.values() if found is not None}
-    if len(labels) > 1:
+    if len({tuple(found.labels.tolist()) for found in everyone if found}) > 1:
         return "not tested: predictions are of other examples"
-    ours, theirs = (
-        {t.seed: found.correct for t in side.trials if (found := predicted[t.run_id]) is not None}
-        for side in (row, base)
-    )
     try:
-        found = compare_over_seeds(ours, theirs)
+        found = compare_over_seeds(
+            {seed: kept.correct for seed, kept in ours.items() if kept},
+            {seed: kept.correct for seed, kept in theirs.items() if kept},
+        )
     except ValueError:
-        return f"not tested: the baseline has {counted(base.n, 'seed')}, none or one of them shared"
-    return Difference(
-        100 * found.difference, 100 * found.low, 100 * found.high, found.p, found.p, found.n, found.paired
-    )
+        return f"not tested: no seeds to pair with the baseline's {counted(base.n, 'seed')}"
+    points, low, high = (100 * value for value in (found.difference, found.low, found.high))
+    return Difference(points, low, high, found.p, found.p, found.n, found.paired)
 
 
 def _verdict(row: Row, tested: Difference | str | None, base: Row) -> str:

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -44,6 +45,8 @@ class Column:
     text: Callable[[Row], str]
     right: bool = True
     narrow: bool = True
+    least: int | None = None
+    """Characters that a terminal leaves it at least."""
 
 
 def _accuracy(row: Row) -> str:
@@ -71,12 +74,12 @@ def _said(row: Row) -> str:
 
 
 FULL = (
-    Column("setting", lambda row: row.label, right=False),
+    Column("setting", lambda row: row.label, right=False, least=20),
     Column("n", lambda row: str(row.n), narrow=False),
     Column("accuracy", _accuracy),
     Column("loss", lambda row: f"{row.loss:.4f}" if row.trials else "", narrow=False),
     Column("difference (95 %)", _difference),
-    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else ""),
+    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else "", narrow=False),
     Column("verdict", _said, right=False),
     Column("time", _seconds, narrow=False),
     Column("time gain", _gain),
@@ -93,7 +96,7 @@ PAPER = (
         lambda row: "-" if row.is_baseline or row.time_gain_percent is None else f"{row.time_gain_percent:+.0f} %",
     ),
 )
-"""The columns of Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
+"""Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}
 
 
@@ -136,17 +139,26 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
 
 
 def _rich_table(report: Report, layout: str, most: int, width: int) -> Table:
-    columns = [c for c in LAYOUTS[layout] if c.narrow or width >= WIDE or layout == "paper"]
+    narrow = width < WIDE and layout != "paper"
+    columns = [column for column in LAYOUTS[layout] if column.narrow or not narrow]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(_folded(column.title, narrow), justify=side, overflow="fold", min_width=column.least,
+                         no_wrap=column.right)  # fmt: skip
     rows = rows_of(report, layout)
     for row in [row for i, row in enumerate(rows) if i < most or row.is_baseline]:
         style = "bold" if row.is_baseline else _STYLES.get(_said(row).split(" ")[0].rstrip(","), "")
-        table.add_row(*(Text(one_line(column.text(row))) for column in columns), style=style)
+        cells = (_folded(one_line(column.text(row)), narrow and column.right) for column in columns)
+        table.add_row(*(Text(cell) for cell in cells), style=style)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
     return table
+
+
+def _folded(text: str, narrow: bool) -> str:
+    """An interval goes below its figure where there is little room."""
+    return text.replace(" (", "\n(") if narrow else text
 
 
 _STYLES = {"better": "green", "ahead": "yellow", "worse": "red"}
@@ -263,6 +275,10 @@ def _of_difference(name: str) -> Callable[[Row], float | str]:
     return lambda row: "" if row.difference is None else _number(getattr(row.difference, name))
 
 
+def _of_treatment(key: str) -> Callable[[Row], str]:
+    return lambda row: csv_text(str(row.treatment.get(key, "")))
+
+
 _CSV: dict[str, Callable[[Row], object]] = {
     "setting": lambda row: csv_text(row.label),
     "is_baseline": lambda row: row.is_baseline,
@@ -283,8 +299,5 @@ _CSV: dict[str, Callable[[Row], object]] = {
     "status": lambda row: row.status,
     "protocol": lambda row: (*row.trials, *row.others)[0].protocol_id,
     "runs": lambda row: " ".join(trial.run_id for trial in (*row.trials, *row.others)),
-    **{
-        key: (lambda row, key=key: csv_text(str(row.treatment.get(key, ""))))
-        for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")
-    },
+    **{key: _of_treatment(key) for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")},
 }

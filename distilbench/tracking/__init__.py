@@ -7,9 +7,23 @@ where a split of its own picks epochs) per evaluation, and without a group what 
 """
 
 from distilbench.tracking.description import DatasetUsed, RunStart, params_of
-from distilbench.tracking.opening import open_store
+from distilbench.tracking.opening import find_store, open_store
+from distilbench.tracking.reading import RawRun, Selection
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import RunLog
-from distilbench.tracking.store import Store
+from distilbench.tracking.store import SWEEP, MlflowStore, Store
 
-__all__ = ["DatasetUsed", "RunLog", "RunStart", "Store", "open_store", "params_of", "redact"]
+__all__ = [
+    "SWEEP",
+    "DatasetUsed",
+    "MlflowStore",
+    "RawRun",
+    "RunLog",
+    "RunStart",
+    "Selection",
+    "Store",
+    "find_store",
+    "open_store",
+    "params_of",
+    "redact",
+]
