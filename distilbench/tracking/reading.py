@@ -177,7 +177,7 @@ def _runs_query(experiment_id: str, selection: Selection) -> Any:
             query = query.where(
                 SqlRun.run_uuid.in_(select(table.run_uuid).where(table.key == key, table.value == value))
             )
-    marked = SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == MARK))
+    marked: Any = SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == MARK))
     kinds = {None: query, True: query.where(marked), False: query.where(~marked)}
     return kinds[selection.are_trials].order_by(SqlRun.start_time, SqlRun.run_uuid)
 
