@@ -59,7 +59,7 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
     while pending:
         prefix, node = pending.pop(0)
         for key, value in node.items():
-            if prefix == "" and key in ("output", "baseline"):
+            if prefix == "" and key in ("output", "baseline", "sweep"):
                 continue
             if isinstance(value, dict):
                 pending.append((f"{prefix}{key}.", value))
