@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hydra import compose
@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distilbench.settings import SettingsError, settings_from
+from distilbench.settings import AppSettings, SettingsError, settings_from
 
 COMMAND = "python -m distilbench.train"
 
@@ -87,12 +87,12 @@ class CheckFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the one job of a plain run."""
-        _exit_on_mistake([config])
+        _exit_on_mistake([config], ask_hub=False)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check each job of a grid; other sweepers check their own."""
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            _exit_on_mistake(_grid(config))
+            _exit_on_mistake(_grid(config), ask_hub=True)
 
 
 def _grid(config: DictConfig) -> Iterator[DictConfig]:
@@ -105,16 +105,27 @@ def _grid(config: DictConfig) -> Iterator[DictConfig]:
     return (loader.load_sweep_config(config, job) for job in jobs)
 
 
-def _exit_on_mistake(configs: Any) -> None:
-    from distilbench.model import check_freeze, resolve_model
-
+def _exit_on_mistake(configs: Iterable[DictConfig], ask_hub: bool) -> None:
     try:
         for config in configs:
-            checked = config.copy()
-            checked.output.dir = "."  # Hydra knows the job's directory only once the job runs
-            settings = settings_from(checked)
-            if settings.model.source != "hub":  # deciding on the hub can take seconds; the job does it, once
-                check_freeze(resolve_model(settings.model), settings.freeze)
+            check(config, ask_hub)
     except SettingsError as error:
         print(f"distilbench: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check(config: DictConfig, ask_hub: bool) -> AppSettings:
+    """Return the settings of a job that has not begun; raises :class:`SettingsError` for what a person can mend.
+
+    Deciding on the hub can take seconds: without ``ask_hub`` a model from there is left to the job itself.
+    """
+    from distilbench.model import check_freeze, check_length, resolve_model
+
+    unplaced = config.copy()
+    unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs
+    settings = settings_from(unplaced)
+    if ask_hub or settings.model.source != "hub":
+        model = resolve_model(settings.model)
+        check_freeze(model, settings.freeze)
+        check_length(model, settings.train.max_length)
+    return settings

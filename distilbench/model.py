@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilbench.results import SourceUsed
 from distilbench.settings import FreezeSettings, ModelSettings, SettingsError, require
-from distilbench.sources import file_sha256, hub_endpoint, hub_reachable, package_file
+from distilbench.sources import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ def _download(settings: ModelSettings) -> Path | None:
         return None
     except (HTTPError, OSError) as error:
         raise SettingsError(
-            f"model.checkpoint must be downloadable, got {name!r}: {_first_line(error)}; try again, or use model=minilm"
+            f"model.checkpoint must be downloadable, got {name!r}: {first_line(error)}; try again, or use model=minilm"
         ) from None
     _require_files(directory, name)
     return directory
@@ -311,10 +311,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
 # From here on, torch and transformers are loaded.
 
 
@@ -361,7 +357,7 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SettingsError(
-            f"model.checkpoint must come with a readable tokenizer, got {name!r}: {_first_line(error)}; "
+            f"model.checkpoint must come with a readable tokenizer, got {name!r}: {first_line(error)}; "
             "save it beside the model with save_pretrained"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -505,7 +501,7 @@ def _check_encoder_complete(resolved: ResolvedModel, prefix: str, report: dict[s
 
 def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
     return SettingsError(
-        f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {_first_line(error)}; "
+        f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
         "save or download it again"
     )
 

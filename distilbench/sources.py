@@ -108,3 +108,8 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to its first line, for a message that must be one."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -15,7 +15,7 @@ from pathlib import Path
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
 from distilbench.engines import engine_for
-from distilbench.model import ResolvedModel, check_freeze, load_tokenizer, resolve_model
+from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
 from distilbench.progress import Progress
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
 from distilbench.results import (
@@ -127,6 +127,7 @@ def prepare(settings: AppSettings) -> Prepared:
     precision = resolve_precision(settings.train.precision, device)
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
+    check_length(model, settings.train.max_length)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"

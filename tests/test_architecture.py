@@ -14,6 +14,7 @@ LAYERS = [
     {"settings"},
     {"results"},
     {"sources", "significance"},
+    {"corpora"},
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
     {"trials"},

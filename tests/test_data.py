@@ -20,7 +20,7 @@ from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from distilbench import data
+from distilbench import corpora, data
 from distilbench.data import encode, load_text
 from distilbench.settings import DataSettings, SettingsError
 
@@ -426,7 +426,7 @@ def hub(monkeypatch, tmp_path):
             builder.repo_id, builder.hash = "someone/reviews", REVISION
             return builder
 
-        monkeypatch.setattr(data, "hub_reachable", lambda: True)
+        monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
         monkeypatch.setattr(datasets, "load_dataset_builder", load)
 
     return publish
@@ -438,7 +438,7 @@ def failing(monkeypatch, reachable: bool, error: Exception) -> None:
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(data, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: reachable)
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
 
 
@@ -510,7 +510,7 @@ def test_another_commit_in_the_cache_does_not_stand_in_for_the_one_asked_for(hub
     hub([("good", 1), ("bad", 0)], [("fine", 1)])
     load = datasets.load_dataset_builder
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda address, config, revision: load(address, config, None))
-    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
     assert load_text(replace(HUB, revision=REVISION)).used.kind == "hub"
     assert load_text(replace(HUB, revision="v1.0")).used.kind == "hub"
     assert load_text(replace(HUB, revision="f" * 40)).used.fallback_for == "someone/reviews"
@@ -525,7 +525,7 @@ def test_a_hub_that_has_no_such_data_set_is_an_error_and_no_fallback(monkeypatch
 
 
 def test_the_name_of_a_file_reader_is_no_data_set(monkeypatch):
-    monkeypatch.setattr(data, "hub_reachable", lambda: True)
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
     assert "csv is a file format, no data set" in refusal(replace(HUB, hub_name="csv"))
 
 

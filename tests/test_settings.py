@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from conftest import ROOT
@@ -134,10 +135,12 @@ def test_warmup_by_ratio_never_exceeds_the_trial(name, ratio, steps):
 def test_optimizer_settings_are_valid_or_refused_by_name(field, value):
     good = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.0, "beta1": 0.9, "beta2": 0.9,
             "eps": 0.0, "momentum": 0.0}  # fmt: skip
-    try:
+    at_least = {"lr": value > 0, "beta1": 0 <= value < 1, "momentum": 0 <= value < 1}
+    if math.isfinite(value) and at_least.get(field, value >= 0):
         assert getattr(OptimSettings(**good | {field: value}), field) == value
-    except SettingsError as error:
-        assert str(error).startswith(f"optim.{field} must be ")
+    else:
+        with pytest.raises(SettingsError, match=rf"^optim\.{field} must be "):
+            OptimSettings(**good | {field: value})
 
 
 def test_settings_can_not_be_changed():

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 
 pytestmark = pytest.mark.e2e
 TINY_TRACKED = (*TINY[:2], "train.epochs=2", "optim.lr=1e-2", "train.logging_steps=5")
@@ -156,7 +156,12 @@ def test_a_grid_trains_each_cell_in_its_own_directory(workspace):
     records = [json.loads((workspace.path / "grid" / str(i) / "trial.json").read_text()) for i in range(4)]
     assert [r["status"] for r in records] == ["FINISHED"] * 4
     names = [run.info.run_name for run in workspace.runs()]
-    assert [n.split("-lr")[0] for n in names] == ["freeze0-linear", "freeze0-cosine", "freeze1-linear", "freeze1-cosine"]
+    assert [n.split("-lr")[0] for n in names] == [
+        "freeze0-linear",
+        "freeze0-cosine",
+        "freeze1-linear",
+        "freeze1-cosine",
+    ]
 
 
 def test_a_diverged_trial_says_what_to_change_and_ends_with_one(workspace):
