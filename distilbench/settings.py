@@ -377,7 +377,7 @@ class SweepSettings:
     trials: int
     """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
     baseline: bool
-    """Whether the baseline is trained first, as a trial of the sweep where it lies in the space, beside it elsewhere."""
+    """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
     objectives: Optional[list[str]]
     """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, trainable_parameters; null is
     `train.metric`. Several make a Pareto front."""
@@ -388,7 +388,7 @@ class SweepSettings:
     pruner_options: dict[str, Any]
     """Arguments of Optuna's pruner, such as n_startup_trials."""
     max_failures: Optional[float]
-    """Failed trials that end the sweep: a count (1 or more) or a share of all its trials (below 1); null is no limit."""
+    """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
     timeout_minutes: Optional[float]
     """Minutes after which no new trial starts; null is no limit."""
     dry_run: bool
@@ -413,7 +413,7 @@ class SweepSettings:
             values = getattr(self, name)
             distinct = values is None or (bool(values) and len(set(values)) == len(values))
             require(distinct, f"sweep.{name}", "null or a list of different values", values)
-        _at_least("sweep.max_failures", self.max_failures, 0)
+        _at_least("sweep.max_failures", self.max_failures, 0.0)
         count_or_share = self.max_failures is None or self.max_failures < 1 or self.max_failures % 1 == 0
         require(count_or_share, "sweep.max_failures", "a whole number or a share below 1", self.max_failures)
         _at_least("sweep.timeout_minutes", self.timeout_minutes, 0)
