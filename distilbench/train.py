@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from distilbench.composition import baseline_config, command_for
 from distilbench.settings import CONF, SettingsError, register_schema, settings_from
+from distilbench.sweeps import SweepJob, run_in_sweep
 
 register_schema()
 
@@ -29,11 +30,13 @@ class TrialFailed(RuntimeError):
 
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
-def main(config: DictConfig) -> float:
-    """Train one trial; returns its objective, ``train.metric`` on the selection split."""
+def main(config: DictConfig) -> float | tuple[float, ...]:
+    """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
     try:
         return _run(config)
     except SettingsError as error:
+        if SweepJob.from_environment():
+            raise  # the sweep ends in one line of its own
         _fail(str(error), status=2)
     except TrialFailed as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -41,7 +44,10 @@ def main(config: DictConfig) -> float:
         _fail(str(error), status=1)
 
 
-def _run(config: DictConfig) -> float:
+def _run(config: DictConfig) -> float | tuple[float, ...]:
+    place = SweepJob.from_environment()
+    if place:
+        place.announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
@@ -52,6 +58,8 @@ def _run(config: DictConfig) -> float:
         baseline=settings_from(baseline),
         baseline_command=command_for(baseline, choices),
     )
+    if place:
+        return run_in_sweep(job, place)
     outcome = run_and_compare(job)
     if outcome.result.selection is None or outcome.result.error is not None:
         raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
