@@ -112,11 +112,11 @@ def _is_of(trial: StoredTrial, experiment: str) -> bool:
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:
     """Raise the line that says why nothing, or not everything, was found."""
+    from distilbench.reporting import find_sweep
+
+    if settings.sweep and not trials:
+        find_sweep(store, settings.sweep)
     missing = sorted(set(settings.runs) - {trial.run_id for trial in trials})
-    if settings.sweep and not trials and store.sweep_run(settings.sweep) is None:
-        names = store.sweep_names()
-        held = "one of " + ", ".join(names[:10]) if names else "the name of a sweep, of which there is none yet"
-        raise SettingsError(f"sweep must be {held}, got {settings.sweep!r}; see {store.describe()}")
     if missing:
         raise SettingsError(f"runs must be ids of trials in {store.describe()}, got {missing[0]!r}; check the id")
     if not trials:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from distilbench.report.findings import Confirmed, Curve, Report
 from distilbench.report.page import page
-from distilbench.report.rows import Row, against_baseline, find_baseline, group, label_rows
+from distilbench.report.rows import Row, against_baseline, by_choice, find_baseline, group, label_rows
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Predictions, Status, StoredTrial, digest
 from distilbench.settings import FORMATS, SettingsError
@@ -129,6 +129,16 @@ def _picked_here(plan: Plan, trials: Sequence[StoredTrial]) -> bool:
     return is_search and trials[0].selection_split == trials[0].report_split
 
 
+def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
+    """The run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
+    found = store.sweep_run(sweep)
+    if found is None:
+        names = store.sweep_names()
+        held = "one of " + ", ".join(names[:10]) if names else "the name of a sweep, of which there is none yet"
+        raise SettingsError(f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name")
+    return found
+
+
 def _selection_notes(plan: Plan, sample: StoredTrial, picked: bool) -> list[str]:
     if plan.sweep is None:
         return []
@@ -181,11 +191,11 @@ def _confirmation(store: MlflowStore, report: Report, plan: Plan) -> tuple[Confi
     if not trials:
         return ()
     before = make_report(store, trials, replace(plan, sweep=first))
-    known = {digest(row.treatment): row for row in before.rows}
+    again = {digest(row.treatment): row for row in report.others}
     return tuple(
-        Confirmed(row.label, known[digest(row.treatment)], row)
-        for row in report.rows
-        if not row.is_baseline and digest(row.treatment) in known
+        Confirmed(again[key].label, row, again[key])
+        for row in by_choice(before.others)
+        if (key := digest(row.treatment)) in again
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 
@@ -174,7 +175,8 @@ class StoredTrial:
 
     ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
     and both were trained ``alone`` (not in a batch). ``model`` and ``data`` describe what was really used, ``metric``
-    and the two splits belong to the protocol; ``role`` is what a sweep meant the trial for, ``url`` opens its run.
+    and the two splits belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep
+    meant the trial for, ``url`` opens its run.
     """
 
     run_id: str
@@ -196,6 +198,7 @@ class StoredTrial:
     selection_split: str = "validation"
     report_split: str = "validation"
     role: str = ""
+    score: float = math.nan
     error: str = ""
     started_ms: int = 0
     url: str = ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import hydra
@@ -75,11 +76,11 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
     raise Terminated
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does, with exit statuses for interruption."""
+def cli(entrypoint: Callable[[], object] = main) -> None:
+    """Run an entrypoint as the command line does, with exit statuses for interruption."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        entrypoint()
     except Terminated:
         sys.exit(143)
     except KeyboardInterrupt:

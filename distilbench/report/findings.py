@@ -85,8 +85,14 @@ def headline(report: Report) -> str:
         return f"{counted(len(others), 'setting')} finished, compared with nothing: there is no finished baseline."
     if not others:
         return "Only the baseline finished: there is nothing to compare it with."
+    if report.confirmation:
+        return _confirmed(report.confirmation[0])
     better = [row for row in others if row.verdict.startswith(("better", "ahead"))]
     tried = f"the {counted(len(others), 'setting')} tried" if len(others) > 1 else "the setting tried"
+    if not any(row.difference for row in others):
+        return (
+            f"None of {tried} could be tested against the baseline: {others[0].verdict.removeprefix('not tested: ')}."
+        )
     if not better:
         return f"None of {tried} was shown to be better than the baseline." if len(others) > 1 else (
             f"{others[0].label} was not shown to be better than the baseline.")  # fmt: skip
@@ -96,6 +102,22 @@ def headline(report: Report) -> str:
     sure = "ahead of the baseline, yet to be confirmed" if best.verdict.startswith("ahead") else "better"
     more = f", and {len(better) - 1} more" if len(better) > 1 else ""
     return f"{best.label} is {sure}: {size}{more}, of {tried}."
+
+
+def _confirmed(winner: Confirmed) -> str:
+    """Whether the winner's advantage survived, both figures side by side."""
+    then, now = (_figure_of(row) for row in (winner.first, winner.again))
+    word = "survived fresh seeds" if winner.survived else "did not survive fresh seeds"
+    if (winner.first.points or 0) <= 0:
+        word = "was none in the sweep either" if not winner.survived else "shows only now"
+    return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
+
+
+def _figure_of(row: Row) -> str:
+    found = row.difference
+    if found is None:
+        return f"{points(row.points)} points, {row.verdict}" if row.points is not None else row.status
+    return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
 
 
 def saving(report: Report) -> str:

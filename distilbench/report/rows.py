@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from distilbench.report.formats import counted
 from distilbench.report.trial import time_saved
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, digest
 from distilbench.settings import SettingsError
@@ -38,7 +37,8 @@ class Row:
     """One setting. ``trials`` finished, one per seed in the order of seeds; ``others`` did not, or repeat a seed.
 
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
-    differs from the baseline. ``time_gain_percent`` is the share of the baseline's training time saved, None for the
+    differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
+    the seeds that both have, where it was tested. ``time_gain_percent`` is the share of the baseline's training time saved, None for the
     reason in ``time_note``. ``verdict`` is what may be claimed.
     """
 
@@ -53,6 +53,7 @@ class Row:
     seconds_deviation: float | None
     is_baseline: bool = False
     is_winner: bool = False
+    points: float | None = None
     difference: Difference | None = None
     time_gain_percent: float | None = None
     time_note: str = ""
@@ -165,6 +166,16 @@ def _started(row: Row) -> int:
     return min(trial.started_ms for trial in (*row.trials, *row.others))
 
 
+def by_choice(rows: Sequence[Row]) -> list[Row]:
+    """Rows in the order in which a sweep would pick them: by the protocol's metric on the split that selects."""
+
+    def score(row: Row) -> float:
+        mean = sum(trial.score for trial in row.trials) / row.n
+        return math.inf if math.isnan(mean) else mean if row.trials[0].metric == "loss" else -mean
+
+    return sorted((row for row in rows if row.trials), key=score)
+
+
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     """Give each row the overrides that tell it from the baseline, as they are typed: ``freeze.layers=3``."""
     varying = varying_keys([row.treatment for row in rows])
@@ -209,11 +220,13 @@ def against_baseline(
     differences = {i: found for i, found in tested.items() if isinstance(found, Difference)}
     unseen = sum(i >= shown for i in finished)
     corrected = holm([found.p for found in differences.values()] + [1.0] * unseen)
-    winner = finished[0] if finished and picked_here and len(finished) > 1 else None
+    best = by_choice([rows[i] for i in finished]) if picked_here else []
+    winner = best[0] if len(best) > 1 else None
     result = []
     for i, row in enumerate(rows):
         gain, note = time_saved(row.trials, base.trials) if row.trials and i != baseline else (None, "")
-        row = replace(row, time_gain_percent=gain, time_note=note, is_winner=i == winner)
+        points = 100 * (row.accuracy - base.accuracy) if row.trials and base.trials and i != baseline else None
+        row = replace(row, points=points, time_gain_percent=gain, time_note=note, is_winner=row is winner)
         if i in differences:
             p_holm = corrected[list(differences).index(i)]
             row = replace(row, difference=replace(differences[i], p_holm=p_holm))
@@ -235,7 +248,7 @@ def _compared(row: Row, base: Row, read: ReadPredictions) -> Difference | str:
             {seed: kept.correct for seed, kept in theirs.items() if kept},
         )
     except ValueError:
-        return f"not tested: no seeds to pair with the baseline's {counted(base.n, 'seed')}"
+        return f"not tested: the baseline lacks seeds {', '.join(map(str, row.seeds))}"
     points, low, high = (100 * value for value in (found.difference, found.low, found.high))
     return Difference(points, low, high, found.p, found.p, found.n, found.paired)
 

@@ -55,7 +55,9 @@ def _accuracy(row: Row) -> str:
 
 def _difference(row: Row) -> str:
     found = row.difference
-    return "" if found is None else f"{points(found.points)} ({interval(found.low, found.high)})"
+    if found is None:
+        return "" if row.points is None else points(row.points)
+    return f"{points(found.points)} ({interval(found.low, found.high)})"
 
 
 def _gain(row: Row) -> str:
@@ -141,7 +143,7 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
 def _rich_table(report: Report, layout: str, most: int, width: int) -> Table:
     narrow = width < WIDE and layout != "paper"
     columns = [column for column in LAYOUTS[layout] if column.narrow or not narrow]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         side: Literal["left", "right"] = "right" if column.right else "left"
         table.add_column(_folded(column.title, narrow), justify=side, overflow="fold", min_width=column.least,
@@ -157,8 +159,8 @@ def _rich_table(report: Report, layout: str, most: int, width: int) -> Table:
 
 
 def _folded(text: str, narrow: bool) -> str:
-    """An interval goes below its figure where there is little room."""
-    return text.replace(" (", "\n(") if narrow else text
+    """An interval and a deviation go below their figure where there is little room."""
+    return text.replace(" (", "\n(").replace(" ± ", "\n± ") if narrow else text
 
 
 _STYLES = {"better": "green", "ahead": "yellow", "worse": "red"}
@@ -183,13 +185,13 @@ def _confirmation_lines(report: Report) -> Iterator[str]:
 
 def survival(first: Row, again: Row) -> str:
     """Both figures side by side, and whether the advantage is still there: points, interval and seeds of each."""
-    word = "survived" if again.verdict.startswith("better") else "not confirmed"
+    word = "confirmed" if again.verdict.startswith("better") else "not confirmed"
     return f"{word}: {_shown(first)} in the sweep, {_shown(again)} with fresh seeds"
 
 
 def _shown(row: Row) -> str:
     if row.difference is None:
-        return f"{row.verdict or row.status}"
+        return f"{points(row.points)} points, {row.verdict}" if row.points is not None else row.status
     return f"{_difference(row)} points, n = {row.difference.n}, corrected p {p_value(row.difference.p_holm)}"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from distilbench.results import Status, StoredTrial
 from distilbench.settings import SettingsError
 from distilbench.tracking.place import Place
+from distilbench.tracking.run import MEASURES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +34,9 @@ TAGS = (
     "distilbench.selection_split", "distilbench.report_split", "distilbench.role", "distilbench.error",
     "distilbench.sweep", "distilbench.confirms", "distilbench.version.distilbench", "mlflow.parentRunId",
 )  # fmt: skip
-METRICS = ("accuracy", "loss", "train_seconds", "trainable_parameters")
+METRICS = (
+    *MEASURES, *(f"selection_{name}" for name in MEASURES), "train_seconds", "trainable_parameters",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ class RawRun:
             selection_split=tags["distilbench.selection_split"],
             report_split=tags["distilbench.report_split"],
             role=tags.get("distilbench.role", ""),
+            score=metrics.get(
+                f"selection_{tags['distilbench.metric']}", metrics.get(tags["distilbench.metric"], math.nan)
+            ),
             error=tags.get("distilbench.error", ""),
             started_ms=self.started_ms,
             url=url,
