@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 
@@ -22,6 +23,10 @@ class Status(StrEnum):
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     INTERRUPTED = "INTERRUPTED"
     FAILED = "FAILED"
+
+
+METRICS_KEPT = ("accuracy", "loss", "f1", "mcc", "epoch")
+"""What is kept of an evaluation, beside its predictions."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +165,18 @@ class Predictions:
         return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
 
+BASELINE_ROLE = "baseline"
+"""``StoredTrial.role`` of the trial that a sweep compares its others with."""
+
+
 @dataclass(frozen=True)
 class StoredTrial:
-    """A finished trial as it stands in the store; ``measured_on`` joins device, engine and library versions.
+    """A trial as it stands in the store, NaN where a figure is missing.
 
-    Times of two trials are comparable only where both ``measured_on`` and ``alone`` (not trained in a batch) agree.
+    ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
+    and both were trained ``alone`` (not in a batch). ``model`` and ``data`` describe what was really used, ``metric``
+    and the two splits belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep
+    meant the trial for, ``url`` opens its run.
     """
 
     run_id: str
@@ -180,3 +192,13 @@ class StoredTrial:
     measured_on: str
     alone: bool = True
     predictions: Predictions | None = None
+    model: str = ""
+    data: str = ""
+    metric: str = "accuracy"
+    selection_split: str = "validation"
+    report_split: str = "validation"
+    role: str = ""
+    score: float = math.nan
+    error: str = ""
+    started_ms: int = 0
+    url: str = ""

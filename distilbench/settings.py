@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_type_hints
+from typing import Any, Optional, TypeVar, Union, get_args, get_type_hints, overload
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
@@ -27,6 +27,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("trainer",)
+PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
+OBJECTIVES = (*METRICS, "train_seconds", "trainable_parameters")
+"""What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -366,11 +369,65 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    """How the trials of one ``--multirun`` are chosen, counted and ended."""
+
+    name: str
+    """Names study, MLflow parent run and directory; the same name continues the same sweep."""
+    trials: int
+    """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
+    baseline: bool
+    """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
+    objectives: Optional[list[str]]
+    """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, trainable_parameters; null is
+    `train.metric`. Several make a Pareto front."""
+    seeds: Optional[list[int]]
+    """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
+    pruner: str
+    """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
+    pruner_options: dict[str, Any]
+    """Arguments of Optuna's pruner, such as n_startup_trials."""
+    max_failures: Optional[float]
+    """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
+    timeout_minutes: Optional[float]
+    """Minutes after which no new trial starts; null is no limit."""
+    dry_run: bool
+    """Print what would be trained, and how long that would take, and train nothing."""
+    max_grid: int
+    """Cells that a grid may have without a word: raise it to confirm a larger one."""
+    on_change: str
+    """refuse | extend: what becomes of a sweep that is continued with another space."""
+    retry_failed: bool
+    """Train failed trials of a continued sweep again (DIVERGED ones excepted: they would diverge again)."""
+    take_over: bool
+    """Also close trials left RUNNING on other hosts; only where those hosts are known to be gone."""
+
+    def __post_init__(self) -> None:
+        require(re.fullmatch(r"\w[\w.+-]*", self.name) is not None, "sweep.name",
+                "letters, digits and ._+- without a path", self.name)  # fmt: skip
+        _at_least("sweep.trials", self.trials, 1)
+        _one_of("sweep.pruner", self.pruner, PRUNERS)
+        for objective in self.objectives or ():
+            _one_of("sweep.objectives", objective, OBJECTIVES)
+        for name in ("objectives", "seeds"):
+            values = getattr(self, name)
+            distinct = values is None or (bool(values) and len(set(values)) == len(values))
+            require(distinct, f"sweep.{name}", "null or a list of different values", values)
+        _at_least("sweep.max_failures", self.max_failures, 0.0)
+        count_or_share = self.max_failures is None or self.max_failures < 1 or self.max_failures % 1 == 0
+        require(count_or_share, "sweep.max_failures", "a whole number or a share below 1", self.max_failures)
+        _at_least("sweep.timeout_minutes", self.timeout_minutes, 0)
+        _at_least("sweep.max_grid", self.max_grid, 1)
+        _one_of("sweep.on_change", self.on_change, ("refuse", "extend"))
+
+
+@dataclass(frozen=True)
 class AppSettings(TrialSettings):
     """The whole configuration of `python -m distilbench.train`."""
 
     tracking: TrackingSettings
     baseline: BaselineSettings
+    sweep: SweepSettings
 
     @property
     def trial(self) -> TrialSettings:
@@ -378,17 +435,96 @@ class AppSettings(TrialSettings):
         return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
 
 
-def settings_from(config: Any) -> AppSettings:
-    """Convert a composed config once, at the edge; raises :class:`SettingsError` for a value out of range."""
+LAYOUTS = ("full", "paper")
+FORMATS = ("html", "markdown", "latex", "csv")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The whole configuration of `python -m distilbench.compare`; of the first four, all that are given must hold."""
+
+    sweep: Optional[str]
+    """Name of a sweep."""
+    runs: list[str]
+    """Ids of runs."""
+    experiments: list[str]
+    """Names of files in conf/experiment/ (typed experiment=a,b): runs that have their settings, however composed."""
+    protocol: Optional[str]
+    """A protocol's id, where what is asked for holds several."""
+    baseline: Optional[str]
+    """Id of the run (or of one of its seeds) that others are compared with; null finds it; none does without."""
+    untested: str
+    """refuse | show: what becomes of finished trials whose predictions are missing."""
+    layout: str
+    """full | paper: all columns, or those of the course report's table."""
+    rows: int
+    """Settings that are tested and shown, best first, 1 or more; the correction counts the others too."""
+    formats: list[str]
+    """Files to write: html, markdown, latex, csv."""
+    output: Optional[str]
+    """Folder of those files; null is outputs/reports/<what was asked for>."""
+    tracking: TrackingSettings
+
+    def __post_init__(self) -> None:
+        given = self.sweep or self.runs or self.experiments
+        require(bool(given), "what to compare", "sweep=NAME, runs=[ID,...] or experiment=NAME,...", "nothing",
+                "add one of them")  # fmt: skip
+        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("untested", self.untested, ("refuse", "show"))
+        for name in self.formats:
+            _one_of("formats", name, FORMATS)
+        _at_least("rows", self.rows, 1)
+
+
+@dataclass(frozen=True)
+class ConfirmSettings:
+    """The whole configuration of `python -m distilbench.confirm`."""
+
+    sweep: Optional[str]
+    """Name of the sweep whose best settings are trained again."""
+    top: int
+    """How many of them, 1 or more."""
+    seeds: int
+    """Fresh seeds for each, and for the baseline; 2 or more."""
+    name: Optional[str]
+    """Name of the confirmation, a sweep of its own; null is `<sweep>-confirm`."""
+    output: Optional[str]
+    """Its folder; null is outputs/sweeps/<name>."""
+    dry_run: bool
+    """Say what would be trained and how long it would take, and train nothing."""
+    tracking: TrackingSettings
+
+    def __post_init__(self) -> None:
+        require(bool(self.sweep), "sweep", "the name of a sweep", self.sweep, "add sweep=NAME")
+        for name in ("sweep", "name"):
+            value = getattr(self, name)
+            plain = value is None or (value not in (".", "..") and not re.search(r"[/\\\0]", value))
+            require(plain, name, "a name without a path in it", value)
+        _at_least("top", self.top, 1)
+        _at_least("seeds", self.seeds, 2)
+
+
+Kind = TypeVar("Kind")
+
+
+@overload
+def settings_from(config: Any) -> AppSettings: ...
+@overload
+def settings_from(config: Any, kind: type[Kind]) -> Kind: ...
+def settings_from(config: Any, kind: Any = AppSettings) -> Any:
+    """Convert a composed config once, at the edge, to a ``kind`` of settings.
+
+    Raises :class:`SettingsError` for a value out of range.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-    nodes = {f.name: config[f.name] for f in dataclasses.fields(AppSettings)}
+    nodes = {f.name: config[f.name] for f in dataclasses.fields(kind)}
     try:
         values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
         raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
-    return _build(AppSettings, values)
+    return _build(kind, values)
 
 
 def _build(cls: Any, values: Any) -> Any:
@@ -422,7 +558,9 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
 
 
 def register_schema() -> None:
-    """Register :class:`AppSettings` as the schema that ``conf/config.yaml`` builds on."""
+    """Register the schemas that ``conf/config.yaml``, ``compare.yaml`` and ``confirm.yaml`` build on."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=_schema(AppSettings), replace=True)
+    kinds = {"schema": AppSettings, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings}
+    for name, kind in kinds.items():
+        ConfigStore.instance().store(name=name, node=_schema(kind), replace=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import hydra
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 
 from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.settings import CONF, SettingsError, register_schema, settings_from
+from distilbench.sweeps import SweepJob, run_in_sweep
 
 register_schema()
 
@@ -30,11 +32,13 @@ class TrialFailed(RuntimeError):
 
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
-def main(config: DictConfig) -> float:
-    """Train one trial; returns its objective, ``train.metric`` on the selection split."""
+def main(config: DictConfig) -> float | tuple[float, ...]:
+    """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
     try:
         return _run(config)
     except SettingsError as error:
+        if SweepJob.from_environment():
+            raise  # the sweep ends in one line of its own
         _fail(str(error), status=2)
     except TrialFailed as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -45,7 +49,10 @@ def main(config: DictConfig) -> float:
         raise
 
 
-def _run(config: DictConfig) -> float:
+def _run(config: DictConfig) -> float | tuple[float, ...]:
+    place = SweepJob.from_environment()
+    if place:
+        place.announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
@@ -56,6 +63,8 @@ def _run(config: DictConfig) -> float:
         baseline=settings_from(baseline),
         baseline_command=command_for(baseline, choices),
     )
+    if place:
+        return run_in_sweep(job, place)
     outcome = run_and_compare(job)
     if outcome.result.selection is None or outcome.result.error is not None:
         raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
@@ -82,11 +91,11 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
     raise Terminated
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does, with exit statuses for interruption."""
+def cli(entrypoint: Callable[[], object] = main) -> None:
+    """Run an entrypoint as the command line does, with exit statuses for interruption."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        entrypoint()
     except Terminated:
         sys.exit(143)
     except KeyboardInterrupt:

@@ -37,6 +37,41 @@ def open_store(settings: TrackingSettings) -> Store:
     return MlflowStore(place, settings.experiment, experiment_id)
 
 
+def find_store(settings: TrackingSettings) -> MlflowStore:
+    """Open a store to read it: unlike :func:`open_store`, what is not there is refused, not made.
+
+    Raises :class:`SettingsError` for ``tracking=none``, no database, and no such experiment.
+    """
+    if settings.name == "none":
+        raise SettingsError("tracking must be mlflow to read trials, got none; drop tracking=none")
+    place = place_of(settings)
+    if place.file and not place.file.is_file():
+        raise SettingsError(
+            f"{place.setting} must be a store that holds trials, got {place.file}, which does not exist; train one "
+            "first (python -m distilbench.train experiment=quick) or name the store with tracking.uri=..."
+        )
+    _quieten()
+    with in_one_line(place.refusal, place.remedy):
+        names = _experiments_of(place)
+    if settings.experiment not in names:
+        raise SettingsError(
+            f"tracking.experiment must be one of {', '.join(sorted(names))}, got {settings.experiment!r}; "
+            "train a trial in it first"
+        )
+    return MlflowStore(place, settings.experiment, names[settings.experiment])
+
+
+def _experiments_of(place: Place) -> dict[str, str]:
+    """Name -> id of the active experiments of a store that exists."""
+    from mlflow import MlflowClient
+
+    if place.artifacts is not None:
+        _check_database(place)
+    client = MlflowClient(place.uri)
+    found = _within(ANSWER_SECONDS if place.artifacts is None else 60, lambda: client.search_experiments())
+    return {experiment.name: str(experiment.experiment_id) for experiment in found}
+
+
 def _quieten() -> None:
     """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone."""
     defaults = {

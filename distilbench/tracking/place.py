@@ -46,10 +46,18 @@ class Place:
 
     def runs_url(self, experiment_id: str) -> str:
         """Link to the runs of an experiment, best first: what mlflow itself links to is an overview without runs."""
-        address = re.sub(r"//[^/]*@", "//", self.uri) if self.artifacts is None else "http://127.0.0.1:5000"
         best_first = "orderByKey=metrics.%60accuracy%60&orderByAsc=false"
-        runs = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&{best_first}"
-        return f"{address.rstrip('/')}/{runs}"
+        return f"{self._pages}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{best_first}"
+
+    def run_url(self, experiment_id: str, run_id: str) -> str:
+        """Link to one run."""
+        return f"{self._pages}/#/experiments/{experiment_id}/runs/{run_id}"
+
+    @property
+    def _pages(self) -> str:
+        """Where MLflow's pages are, without a password."""
+        address = re.sub(r"//[^/]*@", "//", self.uri) if self.artifacts is None else "http://127.0.0.1:5000"
+        return address.rstrip("/")
 
 
 def place_of(settings: TrackingSettings) -> Place:

@@ -166,6 +166,8 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     }
     if result.selection is not None:
         values["best_epoch"] = result.selection.epoch
+    if result.selection is not None and result.selection is not result.report:
+        values |= {f"selection_{name}": result.selection.metric(name) for name in MEASURES}
     if result.report is not None:
         values |= {name: result.report.metric(name) for name in MEASURES}
     return values

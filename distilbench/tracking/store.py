@@ -6,15 +6,19 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from distilbench.results import Predictions, SourceUsed, Status, StoredTrial, digest
 from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.description import DatasetUsed, RunStart, params_of, tags_of
+from distilbench.tracking.description import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
+from distilbench.tracking.group import Group, MlflowGroup, NullGroup
 from distilbench.tracking.place import Place
+from distilbench.tracking.reading import RawRun, Selection, search_database, search_server
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
 from distilbench.tracking.trouble import in_one_line, insist
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
 
 log = logging.getLogger(__name__)
+
+SWEEP = "distilbench.sweep"
+"""The tag that a sweep's own run and all of its trials carry: its name."""
 
 PARAMS_PER_BATCH = 100
 LONGEST_NAME = 500
@@ -47,6 +54,15 @@ class NullStore:
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Do nothing."""
 
+    def search(self, selection: Selection) -> list[StoredTrial]:
+        """Return nothing: nothing is kept."""
+        return []
+
+    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> Group:  # fmt: skip
+        """Return a group that keeps nothing."""
+        return NullGroup()
+
     def runs_url(self) -> str | None:
         """Return None."""
         return None
@@ -66,6 +82,7 @@ class MlflowStore:
         self._experiment = experiment
         self._experiment_id = experiment_id
         self._client = MlflowClient(place.uri)
+        self._artifacts: dict[str, str] = {}
 
     def begin(self, start: RunStart) -> RunLog:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
@@ -105,6 +122,69 @@ class MlflowStore:
         values = [(name, float(value), milliseconds(), 0) for name, value in (metrics or {}).items()]
         insist("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
 
+    def search(self, selection: Selection) -> list[StoredTrial]:
+        """The trials that ``selection`` means, oldest first, without predictions; raises :class:`SettingsError`.
+
+        Sweeps' own runs and runs of other programs are passed over, unless ``selection`` names them by id.
+        """
+        with self._asking():
+            found = list(self._search(selection))
+        kept = [run for run in found if run.is_trial or run.run_id in selection.run_ids]
+        self._artifacts |= {run.run_id: run.artifacts for run in kept}
+        return [run.trial(self.run_url(run.run_id)) for run in kept]
+
+    def sweep_run(self, sweep: str) -> RawRun | None:
+        """The newest run that holds the trials of this sweep, None where there is none."""
+        with self._asking():
+            found = list(self._search(Selection(tags={SWEEP: sweep}, are_trials=False)))
+        return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
+
+    def sweep_names(self) -> list[str]:
+        """The names of all sweeps, newest first."""
+        with self._asking():
+            held = sorted(filter(_is_sweep, self._search(Selection(are_trials=False))), key=lambda run: -run.started_ms)
+        return list(dict.fromkeys(run.tags[SWEEP] for run in held))
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
+        with self._asking():
+            return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
+
+    def config(self, run_id: str) -> str:
+        """The resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
+        with (
+            in_one_line(f"run {run_id} must have its config.yaml", "train it again, or choose another run"),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            return Path(self._client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
+
+    def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
+        """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
+        for file in files:
+            insist(file.name, partial(self._client.log_artifact, run_id, str(file)))
+        text = redact(note)[:LONGEST_TAG]
+        insist("the description", partial(self._client.set_tag, run_id, "mlflow.note.content", text))
+
+    def run_url(self, run_id: str) -> str:
+        """Link to a run's page; for a local store it needs ``mlflow ui``."""
+        return self._place.run_url(self._experiment_id, run_id)
+
+    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> Group:  # fmt: skip
+        """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        known = (
+            {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""} | process_tags() | parent | dict(tags)
+        )
+        with self._asking():
+            if self._holds(run_id):
+                self._client.update_run(run_id, status="RUNNING")
+                for key, value in known.items():
+                    self._client.set_tag(run_id, key, value)
+            else:
+                run_id = self._client.create_run(self._experiment_id, tags=known, run_name=redact(name)).info.run_id
+        return MlflowGroup(self._client, self._experiment_id, run_id, tags["distilbench.sweep"])
+
     def runs_url(self) -> str:
         """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""
         return self._place.runs_url(self._experiment_id)
@@ -112,6 +192,11 @@ class MlflowStore:
     def describe(self) -> str:
         """One line: where the runs are and how to see them."""
         return f"experiment {self._experiment} in {self._place.describe()}"
+
+    def _search(self, selection: Selection) -> Iterator[RawRun]:
+        if self._place.artifacts is None:
+            return search_server(self._client, self._experiment_id, selection)
+        return search_database(self._place, self._experiment_id, selection)
 
     def _asking(self) -> contextlib.AbstractContextManager[None]:
         return in_one_line(self._place.refusal, self._place.remedy)
@@ -158,35 +243,33 @@ class MlflowStore:
             self._client.log_inputs(run_id, datasets=inputs)
 
     def _stored(self, run: Run) -> StoredTrial:
-        """A run as a trial, NaN where a figure is missing; raises :class:`SettingsError` for runs of other programs."""
-        tags, metrics, run_id = run.data.tags, run.data.metrics, run.info.run_id
-        if "distilbench.treatment_settings" not in tags:
-            raise SettingsError(f"run must be a distilbench trial, got {run_id!r}, which is not; name another one")
-        return StoredTrial(
-            run_id=run_id,
-            name=run.info.run_name,
-            protocol_id=tags["distilbench.protocol"],
-            treatment=json.loads(tags["distilbench.treatment_settings"]),
-            seed=int(tags["distilbench.seed"]),
-            status=Status(tags["distilbench.status"]),
-            accuracy=metrics.get("accuracy", float("nan")),
-            loss=metrics.get("loss", float("nan")),
-            train_seconds=metrics.get("train_seconds", float("nan")),
-            trainable_parameters=int(metrics.get("trainable_parameters", 0)),
-            measured_on=tags["distilbench.measured_on"],
-            alone=tags["distilbench.alone"] == "true",
-            predictions=self._predictions(run_id),
-        )
+        """A run as a trial with its predictions; raises :class:`SettingsError` for runs of other programs."""
+        trial = RawRun.of(run).trial(self.run_url(run.info.run_id))
+        return replace(trial, predictions=self.predictions(trial.run_id))
 
-    def _predictions(self, run_id: str) -> Predictions | None:
+    def predictions(self, run_id: str) -> Predictions | None:
         """The run's predictions, or None where they were never written or can't be read any more."""
         from mlflow.exceptions import MlflowException
 
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return read_predictions(Path(self._client.download_artifacts(run_id, PREDICTIONS, folder)))
+                return read_predictions(self._file_of(run_id, PREDICTIONS, Path(folder)))
             except (MlflowException, OSError, ValueError, KeyError):
                 return None
+
+    def _file_of(self, run_id: str, name: str, folder: Path) -> Path:
+        """A run's file: in place where :meth:`search` saw a local one (MLflow's download takes 40 ms), else fetched."""
+        from mlflow.utils.file_utils import local_file_uri_to_path
+
+        place = self._artifacts.get(run_id, "")
+        if place.startswith("file:"):
+            return Path(local_file_uri_to_path(place)) / name
+        return Path(self._client.download_artifacts(run_id, name, str(folder)))
+
+
+def _is_sweep(run: RawRun) -> bool:
+    """Whether a run holds a sweep: it carries the tag, trains nothing itself, and has no parent."""
+    return SWEEP in run.tags and not run.is_trial and "mlflow.parentRunId" not in run.tags
 
 
 def dataset_input(source: SourceUsed, used: DatasetUsed) -> DatasetInput:

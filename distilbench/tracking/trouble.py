@@ -44,7 +44,7 @@ def reason_of(error: BaseException) -> str:
     return redact(" ".join(said.split()))[:200]
 
 
-def insist(what: str, action: Callable[[], None]) -> bool:
+def insist(what: str, action: Callable[[], object]) -> bool:
     """Try thrice; then warn in one line and return False, since a trained model outweighs its record."""
     for pause in (*PAUSES, None):
         try:

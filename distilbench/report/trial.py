@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -10,6 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.report.formats import (
+    counted,
+    duration,
+    markdown,
+    markdown_row,
+    p_value,
+    percent,
+    points,
+    signed,
+    time_gain,
+)
 from distilbench.results import Evaluation, SourceUsed, Status, StoredTrial, TrialResult
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 from distilbench.significance import discordant, mcnemar_exact, paired_accuracy_interval, verdict
@@ -60,7 +71,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
             f"{baseline.protocol_id} ({baseline.name}); train a baseline with this trial's model, data and metric"
         )
     test = _paired_test(trial, baseline)
-    gain, note = _time_gain(trial, baseline)
+    gain, reason = time_saved([trial], [baseline])
     difference = 100 * (trial.accuracy - baseline.accuracy)
     return Comparison(
         trial=trial,
@@ -69,7 +80,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
         difference_loss=trial.loss - baseline.loss,
         test=test,
         time_gain_percent=gain,
-        time_note=note,
+        time_note=f"times not compared: {reason}" if reason else "",
         sentence=_sentence(trial, baseline, difference, test),
     )
 
@@ -90,15 +101,19 @@ def _paired_test(trial: StoredTrial, baseline: StoredTrial) -> PairedTest | None
     return PairedTest(100 * low, 100 * high, p, only_trial, only_baseline, examples)
 
 
-def _time_gain(trial: StoredTrial, baseline: StoredTrial) -> tuple[float | None, str]:
-    """Per cent of training time saved, or None and the reason why it is not stated."""
-    if not (trial.alone and baseline.alone):
-        return None, "times not compared: trained in a batch with other trials"
-    if trial.measured_on != baseline.measured_on:
-        return None, "times not compared: measured on different devices, engines, precisions or library versions"
-    if baseline.train_seconds <= 0 or trial.train_seconds <= 0:
-        return None, "times not compared: none recorded"
-    return 100 * (1 - trial.train_seconds / baseline.train_seconds), ""
+def time_saved(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> tuple[float | None, str]:
+    """Per cent of the baselines' mean training time that the trials' mean saves, or None and why it is not stated."""
+    everyone = (*trials, *baselines)
+    if not trials or not baselines:
+        return None, "none recorded"
+    if not all(trial.alone for trial in everyone):
+        return None, "trained in a batch with other trials"
+    if len({trial.measured_on for trial in everyone}) > 1:
+        return None, "measured on different devices, engines, precisions or library versions"
+    if not all(trial.train_seconds > 0 for trial in everyone):
+        return None, "none recorded"
+    ours, theirs = (sum(trial.train_seconds for trial in side) / len(side) for side in (trials, baselines))
+    return 100 * (1 - ours / theirs), ""
 
 
 def _sentence(trial: StoredTrial, baseline: StoredTrial, difference: float, test: PairedTest | None) -> str:
@@ -205,7 +220,7 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     precision = result.precision or train.precision
     yield (
         "training",
-        f"{_count(train.epochs, 'epoch')}, batch {train.batch_size}, cut at {train.max_length} tokens, "
+        f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}, cut at {train.max_length} tokens, "
         f"{precision}, seed {settings.seed}",
     )
     if result.report is not None:
@@ -224,7 +239,7 @@ def frozen_part(freeze: FreezeSettings) -> str:
 
 def _schedule(scheduler: SchedulerSettings) -> str:
     if scheduler.warmup_steps:
-        return f"{scheduler.name} after {_count(scheduler.warmup_steps, 'warm-up step')}"
+        return f"{scheduler.name} after {counted(scheduler.warmup_steps, 'warm-up step')}"
     return scheduler.name + (f" after warm-up ratio {scheduler.warmup_ratio:g}" if scheduler.warmup_ratio else "")
 
 
@@ -273,8 +288,8 @@ def comparison_table(comparison: Comparison) -> Table:
 def comparison_markdown(comparison: Comparison) -> str:
     """The same table and notes as Markdown; names are escaped."""
     header, *rows = _rows(comparison)
-    lines = [_markdown_row(header), "| --- | ---: | ---: | ---: |", *(_markdown_row(row) for row in rows), ""]
-    names = f"This trial: {_escaped(comparison.trial.name)}. Baseline: {_escaped(comparison.baseline.name)}."
+    lines = [markdown_row(header), "| --- | ---: | ---: | ---: |", *(markdown_row(row) for row in rows), ""]
+    names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.name)}."
     notes = " ".join(f"{note}." for note in _notes(comparison))
     return "\n".join([*lines, f"**{comparison.sentence}**", "", notes, "", names, ""])
 
@@ -311,58 +326,3 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         )
     if comparison.time_note:
         yield comparison.time_note[0].upper() + comparison.time_note[1:]
-
-
-def _markdown_row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!&~$" else c for c in " ".join(text.split()))
-
-
-def duration(seconds: float) -> str:
-    """``8.4 s``, ``22 min 51 s``, ``2 h 14 min``."""
-    whole = round(seconds)
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def percent(share: float) -> str:
-    """``90.71 %`` of a share in [0, 1]."""
-    return f"{100 * share:.2f} %"
-
-
-def signed(value: float, digits: int) -> str:
-    """With its sign, but zero without one."""
-    text = f"{value:+.{digits}f}"
-    return text if float(text) else text[1:]
-
-
-def points(difference: float) -> str:
-    """``+0.12`` points of accuracy (per cent)."""
-    return signed(difference, 2)
-
-
-def p_value(p: float) -> str:
-    """``0.63``, ``0.043``, ``< 0.001``."""
-    if p < 0.001:
-        return "< 0.001"
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
-
-
-def time_gain(gain_percent: float | None) -> str:
-    """``35 % less`` training time, ``12 % more``, or that it cannot be said."""
-    if gain_percent is None:
-        return "not compared"
-    whole = round(gain_percent)
-    return f"{abs(whole)} % {'less' if whole > 0 else 'more'}" if whole else "0 %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,169 @@
+"""The report entrypoint: which stored trials are better than their baseline, by how much, at what cost, how surely.
+
+Exit status: 0 a report was made, 2 something to mend.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from hydra import compose
+from omegaconf import DictConfig
+
+from distilbench.composition import experiments, usual_treatment
+from distilbench.results import StoredTrial, digest
+from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, settings_from
+
+if TYPE_CHECKING:
+    from distilbench.tracking import MlflowStore
+
+register_schema()
+
+_LISTS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
+"""What may be typed as a,b,c, which Hydra takes for a sweep; ``experiment`` alone names a group of configurations."""
+_CHOICES = ("freeze.", "scheduler.", "optim.")
+"""What an experiment sets as a whole: a run of it has no other value of these."""
+
+
+@hydra.main(config_path=str(CONF), config_name="compare")
+def main(config: DictConfig) -> None:
+    """Print the report and write its files."""
+    try:
+        compare_stored(settings_from(config, CompareSettings))
+    except SettingsError as error:
+        fail(str(error))
+
+
+def compare_stored(settings: CompareSettings) -> None:
+    """Find the trials, report on them, write the files; raises :class:`SettingsError` before anything is written."""
+    _check_experiments(settings.experiments)
+    from rich.console import Console
+
+    from distilbench.report.tables import print_report
+    from distilbench.reporting import Plan, check_protocol, check_tested, make_report, write_report
+    from distilbench.tracking import find_store
+
+    store = find_store(settings.tracking)
+    trials, names = _asked_for(store, settings)
+    check_protocol(trials)
+    parent = store.sweep_run(settings.sweep) if settings.sweep else None
+    plan = Plan(_title(settings), usual_treatment(), settings.baseline, settings.rows, names, parent)
+    report = make_report(store, trials, plan)
+    if report.baseline is None and settings.baseline != "none":
+        raise SettingsError(_no_baseline(trials))
+    if settings.untested == "refuse":
+        check_tested(report)
+    console = Console()
+    print_report(console, report, settings.layout)
+    for path in write_report(report, _directory(settings), settings.formats, settings.layout):
+        console.print(f"report  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
+    """The trials that fulfil all that was asked for, and names of treatments where experiments were asked for."""
+    from distilbench.tracking import SWEEP, Selection
+
+    runs = tuple(settings.runs)
+    tags = {SWEEP: settings.sweep} if settings.sweep else {}
+    names: dict[str, str] = {}
+    if settings.experiments:
+        found: dict[str, StoredTrial] = {}
+        for name in settings.experiments:
+            own = [trial for trial in store.search(Selection(runs, tags, _params(name))) if _is_of(trial, name)]
+            found |= {trial.run_id: trial for trial in own}
+            names |= {digest(trial.treatment): name for trial in own if digest(trial.treatment) not in names}
+        trials = list(found.values())
+    else:
+        trials = store.search(Selection(runs, tags))
+    if settings.protocol:
+        trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
+    _refuse_nothing(store, settings, trials)
+    return trials, names
+
+
+def _check_experiments(asked: Sequence[str]) -> None:
+    known = experiments()
+    for name in asked:
+        if name not in known:
+            raise SettingsError(f"experiment must be one of {', '.join(known)}, got {name!r}")
+
+
+def _params(experiment: str) -> dict[str, str]:
+    """What an experiment changes outside the groups that it sets as a whole, as runs have it among their parameters."""
+    from distilbench.tracking import params_of
+
+    plain, changed = (
+        params_of(settings_from(compose("config", [*overrides, "output.dir=."])).trial)
+        for overrides in ([], [f"experiment={experiment}"])
+    )
+    return {k: v for k, v in changed.items() if plain.get(k) != v and not k.startswith(_CHOICES)}
+
+
+def _is_of(trial: StoredTrial, experiment: str) -> bool:
+    """Whether a trial has an experiment's freezing, schedule and optimizer."""
+    wanted = usual_treatment([f"experiment={experiment}"])
+    return all(trial.treatment.get(key) == value for key, value in wanted.items() if key.startswith(_CHOICES))
+
+
+def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:
+    """Raise the line that says why nothing, or not everything, was found."""
+    from distilbench.reporting import find_sweep
+
+    if settings.sweep and not trials:
+        find_sweep(store, settings.sweep)
+    missing = sorted(set(settings.runs) - {trial.run_id for trial in trials})
+    if missing:
+        raise SettingsError(f"runs must be ids of trials in {store.describe()}, got {missing[0]!r}; check the id")
+    if not trials:
+        asked = f"sweep={settings.sweep}" if settings.sweep else f"experiment={','.join(settings.experiments)}"
+        asked += f" protocol={settings.protocol}" if settings.protocol else ""
+        raise SettingsError(f"what to compare must hold at least one trial, got none for {asked}; train some first")
+
+
+def _no_baseline(trials: Sequence[StoredTrial]) -> str:
+    sample = trials[0]
+    return (
+        f"a baseline must be there to compare with, got none of protocol {sample.protocol_id} ({sample.model} on "
+        f"{sample.data}); train one with the same model, data and metric, name a run with baseline=ID, or go without: "
+        "baseline=none"
+    )
+
+
+def _title(settings: CompareSettings) -> str:
+    if settings.sweep:
+        return f"Sweep {settings.sweep}"
+    return f"Experiments {', '.join(settings.experiments)}" if settings.experiments else f"{len(settings.runs)} runs"
+
+
+def _directory(settings: CompareSettings) -> Path:
+    asked = settings.sweep or "-".join(settings.experiments) or digest(sorted(settings.runs))
+    return Path(settings.output or Path("outputs") / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
+
+
+def fail(line: str) -> NoReturn:
+    """End with one line and status 2."""
+    print(f"distilbench: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def spelled_for_hydra(argument: str) -> str:
+    """``experiment=a,b`` as Hydra takes it, ``experiments=[a,b]``; anything else as it is."""
+    key, equals, value = argument.partition("=")
+    if not equals or key not in _LISTS:
+        return argument
+    return f"{_LISTS[key]}={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
+
+
+def cli() -> None:
+    """Run :func:`main` as the command line does."""
+    sys.argv[1:] = [spelled_for_hydra(argument) for argument in sys.argv[1:]]
+    main()
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,129 @@
+"""Charts as inline SVG: no script, no font and no picture from elsewhere. Every text is escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 440, 280
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 46
+"""Pixels of a chart and of its margins, which hold the axes."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale from ``low .. high`` to pixels ``start .. end``, with a format for its ticks."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    shown: Callable[[float], str] = "{:g}".format
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Four to nine round numbers within the axis."""
+        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
+        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 8)
+        first = math.ceil(self.low / step - 1e-9)
+        return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def axis(values: Iterable[float], start: float, end: float, shown: Callable[[float], str] = "{:g}".format) -> Axis:
+    """An axis that holds all values with a margin; one value gets room on either side."""
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-6)
+    return Axis(low - margin, high + margin, start, end, shown)
+
+
+def horizontal(values: Iterable[float], shown: Callable[[float], str] = "{:g}".format) -> Axis:
+    """The axis below a chart."""
+    return axis(values, LEFT, WIDTH - RIGHT, shown)
+
+
+def vertical(values: Iterable[float], shown: Callable[[float], str] = "{:g}".format) -> Axis:
+    """The axis at the left of a chart."""
+    return axis(values, HEIGHT - BOTTOM, TOP, shown)
+
+
+def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) -> str:
+    """A whole chart: grid, ticks, titles, and ``marks`` (SVG) on top; ``title`` is what a screen reader says."""
+    across = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{escape(y.shown(t))}</text>'
+        for t in y.ticks
+    )
+    along = "".join(
+        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(x.shown(t))}</text>'
+        for t in x.ticks
+    )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    titles = (
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="axis" x="13" y="{HEIGHT / 2 - 20}" text-anchor="middle" '
+        f'transform="rotate(-90 13 {HEIGHT / 2 - 20})">{escape(y_title)}</text>'
+    )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{across}{along}{titles}{marks}</svg>"
+    )
+
+
+def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5) -> str:
+    """A point with a tooltip."""
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(tip)}</title></circle>'
+
+
+def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str:
+    """A polyline with a tooltip."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline class="{kind}" points="{path}"><title>{escape(tip)}</title></polyline>'
+
+
+def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    """A short text beside a mark."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def bars(shares: Mapping[str, float], title: str) -> str:
+    """Horizontal bars with their names above them, for shares in [0, 1]."""
+    height, gap = 12, 36
+    marks = "".join(
+        f"{label(0, i * gap + 14, name)}{label(WIDTH, i * gap + 14, f'{100 * share:.0f} %', anchor='end')}"
+        f'<rect class="bar" x="0" y="{i * gap + 20}" width="{max(share * WIDTH, 1):.1f}" height="{height}" rx="2"/>'
+        for i, (name, share) in enumerate(shares.items())
+    )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {max(len(shares) * gap, 1)}" role="img" aria-label="{escape(title)}">{marks}</svg>'
+    )
+
+
+FOREST_WIDTH, FOREST_HEIGHT = 190, 22
+
+
+def forest_axis(limits: Iterable[tuple[float, float]]) -> Axis:
+    """One axis for the intervals of all rows, zero included; a few very wide ones run out of it rather than rule it."""
+    reach = sorted(max(abs(low), abs(high)) for low, high in limits) or [1.0]
+    most = max(1.15 * reach[min(len(reach) - 1, int(0.9 * len(reach)))], 0.1)
+    return Axis(-most, most, 4, FOREST_WIDTH - 4)
+
+
+def forest(scale: Axis, low: float, middle: float, high: float, kind: str, tip: str) -> str:
+    """A row's interval around zero, the line of no difference."""
+    zero, y = scale(0), FOREST_HEIGHT / 2
+    ends = [min(max(scale(v), 0.0), FOREST_WIDTH) for v in (low, high)]
+    at = min(max(scale(middle), 3.0), FOREST_WIDTH - 3)
+    return (
+        f'<svg class="forest {kind}" viewBox="0 0 {FOREST_WIDTH} {FOREST_HEIGHT}" role="img" '
+        f'aria-label="{escape(tip)}">'
+        f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="{FOREST_HEIGHT}"/>'
+        f'<line class="reach" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
+        f'<rect class="middle" x="{at - 4:.1f}" y="{y - 4}" width="8" height="8"/></svg>'
+    )

@@ -1,0 +1,101 @@
+"""How figures and names are written: one way for every table, and nothing in a name acts as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def duration(seconds: float) -> str:
+    """``8.4 s``, ``22 min 51 s``, ``2 h 14 min``."""
+    whole = round(seconds)
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent(share: float) -> str:
+    """``90.71 %`` of a share in [0, 1]."""
+    return f"{100 * share:.2f} %"
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, but zero without one."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
+
+
+def points(difference: float) -> str:
+    """``+0.12`` points of accuracy (per cent)."""
+    return signed(difference, 2)
+
+
+def p_value(p: float) -> str:
+    """``0.63``, ``0.043``, ``< 0.001``."""
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+
+
+def time_gain(gain_percent: float | None) -> str:
+    """``35 % less`` training time, ``12 % more``, or that it cannot be said."""
+    if gain_percent is None:
+        return "not compared"
+    whole = round(gain_percent)
+    return f"{abs(whole)} % {'less' if whole > 0 else 'more'}" if whole else "0 %"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``2,000 epochs``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def spread(mean: float, deviation: float | None) -> str:
+    """``90.71 ± 0.23 %`` of shares in [0, 1]; without a deviation (one value) the mean alone."""
+    return percent(mean) if deviation is None else f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
+
+
+def interval(low: float, high: float) -> str:
+    """``-0.50 to +0.74``, in points."""
+    return f"{points(low)} to {points(high)}"
+
+
+def millions(number: int) -> str:
+    """``66.96 M``; small counts as they are."""
+    return f"{number / 1e6:.2f} M" if number >= 100_000 else f"{number:,}"
+
+
+def one_line(text: str) -> str:
+    """``text`` without control characters, which move a terminal's cursor, and without line breaks."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(shown.split())
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!&~$" else c for c in one_line(text))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table; the cells are escaped already."""
+    return "| " + " | ".join(cells) + " |"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': "''", "±": r"$\pm$",
+}  # fmt: skip
+
+
+def latex(text: str) -> str:
+    """Text that LaTeX shows as it is, on one line; ``±`` becomes a command."""
+    return "".join(_LATEX.get(c, c) for c in one_line(text))
+
+
+def csv_text(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula (OWASP, CSV Injection: a quote before ``= + - @``)."""
+    shown = one_line(text)
+    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown

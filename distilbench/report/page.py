@@ -1,0 +1,250 @@
+"""A report as one HTML file that needs nothing else: the answer first, then the table, then charts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from distilbench.report import charts
+from distilbench.report.findings import (
+    FEWEST_FOR_IMPORTANCE,
+    Report,
+    by_depth,
+    comparable_in_time,
+    expected_best,
+    headline,
+    importance,
+    pareto_front,
+    saving,
+)
+from distilbench.report.formats import duration, one_line, percent
+from distilbench.report.rows import Row
+from distilbench.report.tables import FULL, failures, notes_of, protocol_lines, survival
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MOST_POINTS = 1000
+"""Points in a chart: a browser slows down beyond some thousands."""
+_SLIM = ("loss", "trained", "status", "n")
+"""Columns that a phone leaves out."""
+
+
+def page(report: Report) -> str:
+    """The whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
+    confirmed = "".join(
+        f"<li><b>{_text(found.label)}</b> {_text(survival(found.first, found.again))}</li>"
+        for found in report.confirmation
+    )
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=_text(report.title),
+        headline=_text(headline(report)),
+        saving=_text(saving(report)),
+        counts=_counts(report),
+        confirmation=f"<h2>Confirmed with fresh seeds?</h2><ul>{confirmed}</ul>" if confirmed else "",
+        header="".join(_head(column.title, column.right) for column in FULL),
+        rows=_rows(report),
+        charts="".join(_charts(report)),
+        failures=_failures(report),
+        notes="".join(f"<li>{_text(line)}</li>" for line in (*protocol_lines(report), *notes_of(report))),
+    )
+
+
+def _text(text: str) -> str:
+    return escape(one_line(text))
+
+
+def _counts(report: Report) -> str:
+    """How many settings came to which verdict, and how many seeds stand behind one."""
+    words = Counter(_kind(row) for row in report.others)
+    named = {"better": "better", "ahead": "ahead, to be confirmed", "even": "no difference shown", "worse": "worse"}
+    items = [(words[kind], name, kind) for kind, name in named.items() if words[kind]]
+    ended = sum(not row.trials for row in report.rows)
+    items += [(ended, "without a finished trial", "ended")] if ended else []
+    seeds = sorted({row.n for row in report.others})
+    said = "".join(f'<li class="{kind}"><b>{count:,}</b> {name}</li>' for count, name, kind in items)
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""
+    said += f"<li>seeds for each setting: <b>{span}</b></li>" if span else ""
+    address = report.url if report.url.startswith(("http://", "https://")) else ""
+    return said + (f'<li><a href="{escape(address)}">runs in MLflow</a></li>' if address else "")
+
+
+def _kind(row: Row) -> str:
+    """The class that colours a row: base, better, ahead, worse, ended or even."""
+    if row.is_baseline:
+        return "base"
+    word = row.verdict.partition(" ")[0].rstrip(",")
+    return word if word in ("better", "ahead", "worse") else "even" if row.trials else "ended"
+
+
+def _head(title: str, right: bool) -> str:
+    return (
+        f'<th class="{"number" if right and title != "difference (95 %)" else ""}"><button>{_text(title)}</button></th>'
+    )
+
+
+def _rows(report: Report) -> str:
+    found = [row.difference for row in report.table_rows if row.difference]
+    scale = charts.forest_axis([(d.low, d.high) for d in found])
+    return "".join(
+        f'<tr class="{_kind(row)}">' + "".join(_cell(column.title, column.text(row), row, scale) for column in FULL)
+        + "</tr>"
+        for row in report.table_rows
+    )  # fmt: skip
+
+
+def _cell(title: str, text: str, row: Row, scale: charts.Axis) -> str:
+    """A cell with the value that sorts it; the colour of a verdict is that of its interval."""
+    value = escape(str(_sort_value(title, text, row)))
+    shown = _text(text)
+    if title == "setting" and row.url.startswith(("http://", "https://")):
+        shown = f'<a href="{escape(row.url)}">{shown}</a>'
+    if title == "difference (95 %)":
+        found, kind = row.difference, _kind(row)
+        drawn = charts.forest(scale, found.low, found.points, found.high, kind, text) if found else ""
+        return f'<td class="difference" data-value="{value}">{drawn}{shown}</td>'
+    if title == "verdict":
+        return f'<td class="verdict {_kind(row)}" data-value="{value}">{shown}</td>'
+    slim = " slim" if title in _SLIM else ""
+    right = next(column.right for column in FULL if column.title == title)
+    kind = f"{'number' if right else ''}{slim}".strip()
+    return f'<td class="{kind}" data-title="{escape(title)}" data-value="{value}">{shown}</td>'
+
+
+def _sort_value(title: str, text: str, row: Row) -> float | str:
+    numbers: dict[str, float | str] = {
+        "n": row.n,
+        "accuracy": row.accuracy,
+        "loss": row.loss,
+        "time": row.seconds,
+        "trained": row.trainable_parameters,
+        "time gain": math.nan if row.time_gain_percent is None else row.time_gain_percent,
+        "difference (95 %)": row.difference.points if row.difference else math.nan,
+        "p (Holm)": row.difference.p_holm if row.difference else math.nan,
+    }
+    value: float | str = numbers.get(title, text)
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _failures(report: Report) -> str:
+    lines = "".join(f"<li>{_text(line)}</li>" for line in failures(report))
+    return f"<h2>What did not finish</h2><ul>{lines}</ul>" if lines else ""
+
+
+def _charts(report: Report) -> Iterator[str]:
+    yield from _trade_off(report)
+    yield from _depths(report)
+    yield from _curves(report)
+    yield from _importance(report)
+    yield from _best_of(report)
+
+
+def _figure(title: str, chart: str, caption: str) -> str:
+    return f"<figure><h2>{_text(title)}</h2>{chart}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _drawn(rows: Sequence[Row]) -> list[Row]:
+    """The rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
+    rest = rows[MOST_POINTS // 2 :]
+    step = max(1, -(-len(rest) // (MOST_POINTS // 2)))
+    return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
+
+
+def _tip(row: Row) -> str:
+    return one_line(f"{row.label}: {percent(row.accuracy)}, {duration(row.seconds)}, {row.verdict}")
+
+
+def _trade_off(report: Report) -> Iterator[str]:
+    rows = [row for row in comparable_in_time(report) if not math.isnan(row.seconds)]
+    if len(rows) < 2:
+        return
+    x = charts.horizontal([row.seconds for row in rows], duration_tick([row.seconds for row in rows]))
+    y = charts.vertical([100 * row.accuracy for row in rows])
+    front = pareto_front(rows)
+    marks = charts.line([(x(r.seconds), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
+    for row in sorted(_drawn(rows), key=lambda r: r.is_baseline):
+        marks += charts.dot(x(row.seconds), y(100 * row.accuracy), _tip(row), _kind(row), 6 if row.is_baseline else 4.5)
+    left = len(report.others) + (report.baseline is not None) - len(rows)
+    caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
+    caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
+    caption += f"{left} settings whose times can't be compared are left out." if left > 0 else ""
+    title = "Accuracy against training time"
+    yield _figure(title, charts.frame(x, y, "training time", "accuracy, %", marks, title), caption)
+
+
+def duration_tick(seconds: Sequence[float]) -> Callable[[float], str]:
+    """A format for ticks of an axis of seconds: in minutes or hours where those are what is told apart."""
+    unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if max(seconds) >= 2 * u or u == 1)
+    return lambda value: f"{value / unit:.3g} {name}"
+
+
+def _depths(report: Report) -> Iterator[str]:
+    depths = by_depth(report.rows)
+    if len(depths) < 2:
+        return
+    x = charts.horizontal(depths)
+    y = charts.vertical([100 * accuracy for found in depths.values() for accuracy in found])
+    means = [(x(depth), y(100 * sum(found) / len(found))) for depth, found in depths.items()]
+    marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
+        charts.dot(x(row.treatment["freeze.layers"]), y(100 * row.accuracy), _tip(row), _kind(row))  # type: ignore[arg-type]
+        for row in _drawn(report.rows)
+        if row.trials and row.treatment.get("freeze.layers") in depths
+    )
+    title = "Accuracy by freeze depth"
+    caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
+    yield _figure(title, charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, title), caption)
+
+
+def _curves(report: Report) -> Iterator[str]:
+    drawn = [curve for curve in report.curves if curve.points]
+    if not drawn:
+        return
+    x = charts.horizontal([step for curve in drawn for step, _ in curve.points])
+    y = charts.vertical([100 * value for curve in drawn for _, value in curve.points])
+    marks = ""
+    for i, curve in reversed(list(enumerate(drawn))):
+        kind = "base" if curve.is_baseline else "" if i == 0 else "faint"
+        places = [(x(step), y(100 * value)) for step, value in curve.points]
+        marks += charts.line(places, kind, one_line(curve.label))
+        marks += "".join(charts.dot(*place, one_line(curve.label), kind, 3) for place in places)
+    title = "Learning curves"
+    best = next((curve.label for curve in drawn if not curve.is_baseline), "")
+    caption = (
+        f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best settings. "
+    )
+    caption += f"Solid: {best}. " if best else ""
+    caption += "Dashed: the baseline." if any(curve.is_baseline for curve in drawn) else ""
+    yield _figure(title, charts.frame(x, y, "step", "accuracy, %", marks, title), caption)
+
+
+def _importance(report: Report) -> Iterator[str]:
+    shares = importance(report.rows)
+    title = "What mattered"
+    if shares:
+        shown = {one_line(name): share for name, share in list(shares.items())[:7]}
+        caption = "Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna)."
+        yield _figure(title, charts.bars(shown, title), caption)
+    elif len(report.others) > 3:
+        yield _figure(
+            title, "", f"Parameter importance takes {FEWEST_FOR_IMPORTANCE} settings that differ in two ways."
+        )
+
+
+def _best_of(report: Report) -> Iterator[str]:
+    curve = expected_best(report.others)
+    if not curve:
+        return
+    x, y = charts.horizontal([k for k, _ in curve]), charts.vertical([100 * value for _, value in curve])
+    marks = charts.line([(x(k), y(100 * value)) for k, value in curve], "", "expected best")
+    base = report.baseline
+    if base is not None and base.trials and y.low <= 100 * base.accuracy <= y.high:
+        level = y(100 * base.accuracy)
+        marks += charts.line([(x(curve[0][0]), level), (x(curve[-1][0]), level)], "base", "baseline")
+    title = "Expected best of k settings"
+    caption = (
+        "Were k of these settings drawn at random (Dodge et al., 2019): where it flattens, more trials add little. "
+    )
+    caption += "The best of many is an optimistic figure: see the confirmation."
+    yield _figure(title, charts.frame(x, y, "settings tried, k", "accuracy, %", marks, title), caption)
