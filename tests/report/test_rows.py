@@ -216,8 +216,11 @@ def test_among_settings_that_do_not_differ_sweeps_that_call_one_better_stay_at_t
     claims = 0
     for _ in range(600):
         difficulty = rng.beta(0.6, 4, size=200)
-        trials = [trial(seed=seed, number=n, settings=treatment(optim_lr=1e-5 * (2 + n)), right=rng.random(200) > difficulty)
-                  for n in range(5) for seed in (1, 2, 3)]  # fmt: skip
+        trials = [
+            trial(None, seed, n, treatment(optim_lr=1e-5 * (2 + n)), right=rng.random(200) > difficulty)
+            for n in range(5)
+            for seed in (1, 2, 3)
+        ]
         report = report_of(trials, picked_here=False)
         claims += any(row.verdict.startswith(("better", "worse")) for row in report.others)
     assert claims / 600 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
