@@ -135,7 +135,8 @@ class Board:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         header, *rows = self._cells()
         for title in header:
-            table.add_column(title, justify="left" if title in ("trial", "settings", "status") else "right")
+            is_text = title in ("trial", "settings", "status")
+            table.add_column(title, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table
@@ -193,12 +194,17 @@ def shown(objective: str, value: float) -> str:
     return duration(value) if objective.endswith("seconds") else f"{value:.4g}"
 
 
-def name_of(cell: Cell, space: Space, settings_seed: int | None = None) -> str:
-    """What varies in the sweep, and only that: ``freeze.layers=3 scheduler=cosine``."""
-    varied = " ".join(f"{key}={_short(value)}" for key, value in cell.params.items())
-    if cell.extra:
-        return "baseline" + (f" seed={settings_seed}" if "seed" in space.dimensions else "")
-    return f"{varied} (baseline)".lstrip() if cell.is_baseline else varied or "trial"
+def name_of(cell: Cell, space: Space, seed: int | None = None) -> str:
+    """What varies in the sweep, and only that: ``layers=3 scheduler=cosine``."""
+    if cell.is_baseline and (cell.extra or not cell.params):
+        return "baseline" + (f" seed={seed}" if "seed" in space.dimensions else "")
+    ends = Counter(key.rpartition(".")[2] for key in space.dimensions)
+    parts = []
+    for key, value in cell.params.items():
+        end = key.rpartition(".")[2]
+        parts.append(f"{end if ends[end] <= 1 else key}={_short(value)}")
+    varied = " ".join(parts) or "trial"
+    return f"baseline: {varied}" if cell.is_baseline else varied
 
 
 def _short(value: Any) -> str:

@@ -250,7 +250,8 @@ class Loop:
                               for each in self._studies.all for s in each.counted())  # fmt: skip
         if status is Status.FAILED and nothing_yet:
             self._end(f"the first trial failed, as every other would: {reason}", failed=True)
-        self._say(f"trial {number} {status}" + (f": {reason}" if reason else ""))
+        directory = study.directory / str(number)
+        self._say(f"trial {directory.relative_to(self._plan.directory)} {status}" + (f": {reason}" if reason else ""))
 
     def _others(self, study: Study) -> int:
         """Trials that are under way in other processes."""
