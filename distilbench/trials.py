@@ -323,6 +323,11 @@ def _begin(settings: AppSettings, prepared: Prepared) -> Record:
         "protocol": prepared.protocol.id, "treatment": digest(treatment), "seed": settings.seed
     }  # fmt: skip
     found = read_record(directory) if settings.train.resume else None
+    if found and found.status is Status.FINISHED:
+        raise SettingsError(
+            f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
+            f"{found.scores['accuracy']:.4f}; drop train.resume=true to train it anew"
+        )
     changed = [key for key, value in identity.items() if found and found.identity[key] != value]
     if changed:
         raise SettingsError(

@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "distilbench"
 LAYERS = [
     {"settings"},
     {"results"},
-    {"sources", "significance"},
+    {"sources", "significance", "records"},
     {"corpora"},
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
     {"trials"},
-    {"composition"},
+    {"composition", "sweeps", "prediction"},
     {"train"},
 ]
 """From the bottom up: a module may import from layers below its own, and from its own package."""
@@ -26,6 +26,7 @@ ONLY_IN = {
     "mlflow": {"tracking"},
     "hydra": {"settings", "composition", "train"},
     "rich": {"progress", "report", "trials"},
+    "optuna": {"sweeps"},
 }
 HEAVY = ("torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "optuna", "matplotlib")
 

@@ -13,8 +13,8 @@ from distilbench.settings import TrainSettings
 
 
 def selection_name(splits: EncodedSplits) -> str:
-    """Name the split that epochs are picked on: ``report`` itself where one split does both."""
-    return "report" if splits.selection is splits.report else "selection"
+    """Name the split that epochs are picked on: ``validation`` where one split does both."""
+    return "validation" if splits.selection is splits.report else "selection"
 
 
 def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int, epoch: float) -> Evaluation:

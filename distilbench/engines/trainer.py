@@ -168,7 +168,7 @@ class _Run(TrainerCallback):
             history[best] = replace(history[best], logits=self._predict(self.splits.selection))
         if self.splits.selection is not self.splits.report:
             logits, labels = self._predict(self.splits.report), self.splits.report.labels
-            self.report = evaluate_logits("report", logits, labels, history[best].step, history[best].epoch)
+            self.report = evaluate_logits("validation", logits, labels, history[best].step, history[best].epoch)
         if self.settings.output.save_model:
             export_model(self.model, load_tokenizer(self.resolved), self.directory / "model")
 

@@ -156,7 +156,7 @@ def test_the_metrics_are_those_of_the_logits(trial, train, splits_of):
 def test_one_split_that_does_both_is_one_evaluation(trial, train):
     [result], _ = train([trial()])
     assert result.report is result.selection
-    assert result.selection.split == "report"
+    assert result.selection.split == "validation"
 
 
 def test_the_report_comes_from_the_weights_that_the_selection_split_picked(trial, train, splits_of):
@@ -169,7 +169,7 @@ def test_the_report_comes_from_the_weights_that_the_selection_split_picked(trial
     assert [e.split for e in result.history] == ["selection"] * 3
     assert losses.index(min(losses)) == 0, "the first epoch must be the best for this test to tell anything"
     assert result.selection is result.history[0]
-    assert (result.report.split, result.report.step) == ("report", STEPS_PER_EPOCH)
+    assert (result.report.split, result.report.step) == ("validation", STEPS_PER_EPOCH)
     assert result.report.loss == pytest.approx(plain.history[0].loss, rel=1e-5)
     np.testing.assert_allclose(result.selection.logits, result.report.logits, atol=1e-5)
     exported = logits_of(f"{settings.output.dir}/model", picky.report, picky.pad_token_id)

@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from distilbench.data import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.endings import ending_of
 from distilbench.engines.evaluation import evaluate_logits
 from distilbench.engines.trainer import TrainerEngine
+from distilbench.model import build_model, load_tokenizer, resolve_model
 from distilbench.results import Status
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=8", "train.batch_size=8", "train.epochs=2",
@@ -47,7 +54,7 @@ def factor(name: str, step: int, warmup: int) -> float:
 
 
 def decays(name: str) -> bool:
-    return not name.endswith("bias") and "layer_norm" not in name.lower()
+    return not name.endswith("bias") and "norm" not in name.lower()
 
 
 def frozen(name: str, layers: int) -> bool:
@@ -125,7 +132,7 @@ def update(optim, p, g, m, v, lr, decay, step):
                 "scheduler.warmup_steps=3",
             ),
             id="sgd",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_the_engine_equals_a_plain_loop(trial, splits_of, recorder, still_model, overrides):
@@ -151,6 +158,46 @@ def assert_same_weights(model, directory: Path, lr: float) -> None:
     for name, values in model.state_dict().items():
         if not name.endswith("k_lin.bias"):
             torch.testing.assert_close(exported[name], values, atol=lr * 1e-2, rtol=1e-4, msg=name)
+
+
+# The same as stock Trainer, dropout and all
+
+
+class Losses(TrainerCallback):
+    """What stock Trainer logs."""
+
+    def __init__(self):
+        self.all = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.all.append(logs["loss"])
+
+
+@pytest.mark.parametrize("eval_steps", [3, 100])
+def test_losses_are_those_of_stock_trainer_bit_for_bit_and_evaluations_change_nothing(
+    settings, splits_of, recorder, tmp_path, eval_steps
+):
+    trial = settings(*SMALL, f"train.eval_steps={eval_steps}", "optim.lr=1e-3", "scheduler.warmup_ratio=0.2").trial
+    splits, observer, stock = splits_of(trial), recorder(), Losses()
+    TrainerEngine().train([trial], splits, observer)
+
+    resolved = resolve_model(trial.model)
+    rows = [{"input_ids": splits.train.row(i).tolist(), "label": int(label)}
+            for i, label in enumerate(splits.train.labels)]  # fmt: skip
+    trainer = Trainer(
+        model=build_model(resolved, splits.label_names, trial.seed),
+        args=TrainingArguments(
+            str(tmp_path / "stock"), num_train_epochs=2, per_device_train_batch_size=8, learning_rate=1e-3,
+            weight_decay=0.01, warmup_steps=0.2, seed=trial.seed, logging_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=True,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(load_tokenizer(resolved)),
+        callbacks=[stock],
+    )  # fmt: skip
+    trainer.train()
+    assert observer.losses() == stock.all
 
 
 # Checkpoints
@@ -256,8 +303,6 @@ def test_a_resumed_trial_reports_the_time_and_tokens_of_all_its_parts(interrupte
 
 
 def identity(trial, splits):
-    from distilbench.model import resolve_model
-
     return checkpoints.identity_of(trial, splits, resolve_model(trial.model).used.fingerprint, "fp32")
 
 
@@ -309,7 +354,7 @@ def test_the_first_line_of_an_error_is_enough_for_the_user(trial):
 
 def test_more_than_two_labels_have_a_macro_f1():
     logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]] * 9
-    evaluation = evaluate_logits("report", logits, np.array([0, 1, 2, 2]), step=4, epoch=1.0)
+    evaluation = evaluate_logits("validation", logits, np.array([0, 1, 2, 2]), step=4, epoch=1.0)
     assert evaluation.accuracy == 0.75
     assert evaluation.f1 == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
     assert evaluation.loss == pytest.approx((4 * math.log(1 + 2 * math.exp(-9)) + 9) / 4)
@@ -317,7 +362,7 @@ def test_more_than_two_labels_have_a_macro_f1():
 
 def test_huge_logits_have_a_finite_loss():
     logits = np.array([[3e38, -3e38], [-3e38, 3e38]], dtype=np.float32)
-    assert evaluate_logits("report", logits, np.array([0, 1]), 1, 1.0).loss == 0.0
+    assert evaluate_logits("validation", logits, np.array([0, 1]), 1, 1.0).loss == 0.0
 
 
 def test_several_visible_gpus_are_never_used_together(trial, monkeypatch):
