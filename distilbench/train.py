@@ -5,6 +5,7 @@ Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 in
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from distilbench.composition import baseline_config, command_for
+from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.settings import CONF, SettingsError, register_schema, settings_from
 from distilbench.sweeps import SweepJob, run_in_sweep
 
@@ -43,6 +44,9 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        _say_how_to_continue()
+        raise
 
 
 def _run(config: DictConfig) -> float | tuple[float, ...]:
@@ -65,6 +69,17 @@ def _run(config: DictConfig) -> float | tuple[float, ...]:
     if outcome.result.selection is None or outcome.result.error is not None:
         raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
     return outcome.result.selection.metric(settings.train.metric)
+
+
+def _say_how_to_continue() -> None:
+    """One line with the command that takes up an interrupted trial; a sweep's is said by whoever runs the sweep."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN:
+        given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
+        place = [f"hydra.run.dir={hydra_config.runtime.output_dir}", "train.resume=true"]
+        print(
+            f"distilbench: interrupted; to continue: {shlex.join([*COMMAND.split(), *given, *place])}", file=sys.stderr
+        )
 
 
 def _fail(line: str, status: int) -> NoReturn:

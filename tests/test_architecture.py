@@ -18,7 +18,7 @@ LAYERS = [
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
     {"trials", "reporting"},
-    {"composition", "sweeps"},
+    {"composition", "sweeps", "prediction"},
     {"train", "compare"},
     {"confirm"},
 ]
@@ -27,6 +27,7 @@ ONLY_IN = {
     "mlflow": {"tracking"},
     "hydra": {"settings", "composition", "train", "compare", "confirm"},
     "rich": {"progress", "report", "trials", "reporting", "compare"},
+    "optuna": {"sweeps", "report"},
 }
 HEAVY = ("torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "optuna", "matplotlib")
 

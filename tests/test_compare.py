@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from tests.conftest import ROOT
 from hydra import compose, initialize_config_dir
-from made_store import add_trial, make_store
+from tests.made_store import add_trial, make_store
 from rich.console import Console
 
 from distilbench.compare import compare_stored, spelled_for_hydra
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     store.open_group("empty", {SWEEP: "empty"})
     add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP: "blank"})
     broken = store.open_group("broken", {SWEEP: "broken"})
-    from made_store import start_of
+    from tests.made_store import start_of
 
     for seed in (1, 2):
         start = start_of(

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY
 from hydra import compose, initialize_config_dir
-from made_store import add_trial, make_store
+from tests.made_store import add_trial, make_store
 
 from distilbench import trials
 from distilbench.confirm import confirm

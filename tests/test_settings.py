@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import pytest
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from distilbench.settings import (
     register_schema,
     settings_from,
 )
+from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 GROUPS = ("model", "data", "freeze", "scheduler", "optim", "engine", "tracking", "experiment")

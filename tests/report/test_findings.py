@@ -1,7 +1,7 @@
 """What many rows say together: the sentence on top, and the figures behind the charts."""
 
 import pytest
-from made_trials import failed, report_of, sweep, treatment, trial
+from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 
 from distilbench.report.findings import (
     Confirmed,

@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 import pytest
-from made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
 from distilbench.report.page import MOST_POINTS, page
 from distilbench.results import Status

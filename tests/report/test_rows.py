@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
+from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
 
 from distilbench.report.rows import against_baseline, by_choice, find_baseline, group, label_rows
 from distilbench.results import Predictions, Status

@@ -5,7 +5,7 @@ import io
 import re
 
 import pytest
-from made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 from rich.console import Console
 
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
