@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tests.conftest import ROOT, TINY
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -20,6 +19,7 @@ from distilbench.results import (
 )
 from distilbench.settings import TrackingSettings, register_schema, settings_from
 from distilbench.tracking import MlflowStore, RunStart, open_store
+from tests.conftest import ROOT, TINY
 
 LABELS = np.arange(200) % 2
 KEPT = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=0.75, f1=0.8, mcc=0.5)

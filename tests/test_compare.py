@@ -11,9 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT
 from hydra import compose, initialize_config_dir
-from tests.made_store import add_trial, make_store
 from rich.console import Console
 
 from distilbench.compare import compare_stored, spelled_for_hydra
@@ -22,6 +20,8 @@ from distilbench.reporting import report_sweep
 from distilbench.results import Status, TrialResult
 from distilbench.settings import CompareSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP
+from tests.conftest import ROOT
+from tests.made_store import add_trial, make_store
 
 COSINE = ("scheduler=cosine", "optim.lr=3e-5", "optim.weight_decay=0.05", "scheduler.warmup_ratio=0.1")
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT, TINY
 from hydra import compose, initialize_config_dir
-from tests.made_store import add_trial, make_store
 
 from distilbench import trials
 from distilbench.confirm import confirm
@@ -16,6 +14,8 @@ from distilbench.reporting import CONFIRMS
 from distilbench.results import Status
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP, Selection
+from tests.conftest import ROOT, TINY
+from tests.made_store import add_trial, make_store
 
 QUICK = (
     *TINY[:2],

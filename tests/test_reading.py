@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.made_store import DONE, make_store, start_of
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking import SWEEP, Selection, find_store
 from distilbench.tracking.reading import search_server
+from tests.made_store import DONE, make_store, start_of
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_sweeps_are_known_by_name_newest_first(kept):
 
 @pytest.mark.parametrize(
     "selection",
-    [Selection(tags={SWEEP: "first"}), Selection(params={"freeze.layers": "0"}), Selection(), Selection(are_trials=False)],
+    [Selection(tags={SWEEP: "first"}), Selection(params={"freeze.layers": "0"}), Selection(),
+     Selection(are_trials=False)],
     ids=["sweep", "parameter", "all", "no trials"],
 )  # fmt: skip
 def test_a_server_tells_what_the_database_tells(kept, selection):
@@ -83,9 +84,7 @@ def test_a_server_tells_what_the_database_tells(kept, selection):
 def test_a_run_of_another_version_is_told_in_one_line(kept):
     store, ids, _ = kept
     store._client.delete_tag(ids["alone"], "distilbench.measured_on")
-    with pytest.raises(
-        SettingsError, match=r"of distilbench that this one reads, got .*measured_on"
-    ):
+    with pytest.raises(SettingsError, match=r"of distilbench that this one reads, got .*measured_on"):
         store.search(Selection(run_ids=(ids["alone"],)))
 
 

@@ -1,7 +1,6 @@
 """What many rows say together: the sentence on top, and the figures behind the charts."""
 
 import pytest
-from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 
 from distilbench.report.findings import (
     Confirmed,
@@ -16,6 +15,7 @@ from distilbench.report.findings import (
 from distilbench.report.rows import group
 from distilbench.results import Status
 from distilbench.significance import expected_best_of_k
+from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 
 FROZEN, COSINE = treatment(freeze_layers=3), treatment(scheduler_name="cosine")
 

@@ -3,10 +3,10 @@
 from html.parser import HTMLParser
 
 import pytest
-from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
 from distilbench.report.page import MOST_POINTS, page
 from distilbench.results import Status
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
 VOID = {"meta", "br", "img", "input", "link"}
 

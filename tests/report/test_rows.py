@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
 
 from distilbench.report.rows import against_baseline, by_choice, find_baseline, group, label_rows
 from distilbench.results import Predictions, Status
 from distilbench.settings import SettingsError
 from distilbench.significance import compare_over_seeds, mcnemar_exact
+from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)
 COSINE = treatment(scheduler_name="cosine", optim_lr=3e-5)

@@ -5,11 +5,11 @@ import io
 import re
 
 import pytest
-from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 from rich.console import Console
 
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Status
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)
 COSINE = treatment(scheduler_name="cosine", optim_lr=3e-5)
