@@ -148,9 +148,8 @@ def _announce(settings: ConfirmSettings, cells: Sequence[Cell]) -> None:
     from distilbench.report.formats import one_line
 
     seconds = sum(cell.seconds for cell in cells if cell.seconds == cell.seconds)  # NaN where none was recorded
-    print(
-        f"confirming sweep {settings.sweep}: {len(cells)} trials to train, about {duration(seconds)} at the sweep's pace"
-    )
+    pace = f"about {duration(seconds)} at the sweep's pace"
+    print(f"confirming sweep {settings.sweep}: {len(cells)} trials to train, {pace}")
     for label in dict.fromkeys(cell.label for cell in cells):
         seeds = ", ".join(str(cell.settings.seed) for cell in cells if cell.label == label)
         print(f"  {one_line(label)}: seeds {seeds}")

@@ -51,6 +51,8 @@ class SweepJob:
     """The process that runs the sweep."""
     directory: Path
     objectives: tuple[str, ...]
+    is_quiet: bool = False
+    """Whether the job shows nothing of its own, since others run beside it."""
     storage: str | None = None
     """Optuna's storage where the trial may be pruned, with study and trial in it; None where it may not."""
     study: str = ""
@@ -124,7 +126,7 @@ def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store, judg
         count += 1
         return judge(evaluation.metric(place.objectives[0]), count) if judge else None
 
-    membership = Membership(place.name, place.parent_run_id, place.tags, after_evaluation)
+    membership = Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
     _compare(job, run(job.settings, prepared, store, membership), store)
     record = read_record(place.directory)
     assert record is not None  # run() has just written it
@@ -165,7 +167,7 @@ def _train_seed(seed: int, job: Job, place: SweepJob, prepared: Prepared, store:
     seeded = replace(
         job, settings=replace(job.settings, seed=seed, output=output), baseline=replace(job.baseline, seed=seed)
     )
-    membership = Membership(f"{place.name} seed={seed}", group.run_id, place.tags)
+    membership = Membership(f"{place.name} seed={seed}", group.run_id, place.tags, is_quiet=place.is_quiet)
     _compare(seeded, run(seeded.settings, prepared, store, membership), store)
     record = read_record(directory)
     assert record is not None

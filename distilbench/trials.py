@@ -10,6 +10,8 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
 from distilbench.engines import engine_for
@@ -62,6 +64,8 @@ class Membership:
     tags: Mapping[str, str] = field(default_factory=dict)
     judge: Callable[[Evaluation], str | None] | None = None
     """Asked after each evaluation: why the trial is to stop there, or None."""
+    is_quiet: bool = False
+    """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,6 @@ def add_comparison(outcome: Outcome, baseline: StoredTrial | None, store: Store)
 
 
 def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Store) -> None:
-    from rich.console import Console
-
     splits, text = outcome.prepared.splits, outcome.prepared.text
     sizes = {"train": len(splits.train), "validation": len(splits.report)}
     if splits.selection is not splits.report:
@@ -237,7 +239,7 @@ def run_together(
     used = [replace(settings.trial, model=prepared.model.settings) for settings in trials]
     names = [member.name or name_of(settings) for settings, member in zip(trials, memberships, strict=True)]
     try:
-        with Progress(names) as progress:
+        with Progress(names, Console(quiet=any(member.is_quiet for member in memberships))) as progress:
             observers = _Observers(logs, progress, memberships)
             results = observers.explain(engine.train(used, prepared.splits, observers))
     except KeyboardInterrupt:

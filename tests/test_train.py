@@ -151,9 +151,9 @@ def test_help_shows_groups_and_examples(workspace):
         assert words in done.stdout
 
 
-def test_a_grid_trains_each_cell_in_its_own_directory(workspace):
+def test_hydras_own_grid_trains_each_cell_in_its_own_directory(workspace):
     done = workspace.run("--multirun", *TINY_TRACKED, "train.epochs=1", "freeze.layers=0,1",
-                         "scheduler=linear,cosine", "hydra.sweep.dir=grid")  # fmt: skip
+                         "scheduler=linear,cosine", "hydra.sweep.dir=grid", "hydra/sweeper=basic")  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads((workspace.path / "grid" / str(i) / "trial.json").read_text()) for i in range(4)]
     assert [r["status"] for r in records] == ["FINISHED"] * 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 46
 """Pixels of a chart and of its margins, which hold the axes."""
 
 
@@ -21,6 +21,8 @@ class Axis:
     start: float
     end: float
     shown: Callable[[float], str] = "{:g}".format
+    whole: bool = False
+    """Whether only whole numbers get a tick."""
 
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
@@ -31,26 +33,27 @@ class Axis:
         """Four to nine round numbers within the axis."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 8)
+        step = max(step, 1) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
         return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def axis(values: Iterable[float], start: float, end: float, shown: Callable[[float], str] = "{:g}".format) -> Axis:
-    """An axis that holds all values with a margin; one value gets room on either side."""
+def horizontal(values: Iterable[float], unit: str = "", whole: bool = False) -> Axis:
+    """The axis below a chart, which holds all values with a margin; ``unit`` follows each tick."""
+    return Axis(*_with_margin(values), LEFT, WIDTH - RIGHT, f"{{:g}}{unit}".format, whole)
+
+
+def vertical(values: Iterable[float]) -> Axis:
+    """The axis at the left of a chart."""
+    return Axis(*_with_margin(values), HEIGHT - BOTTOM, TOP)
+
+
+def _with_margin(values: Iterable[float]) -> tuple[float, float]:
+    """The range of values and some room; one value gets room on either side."""
     values = list(values)
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-6)
-    return Axis(low - margin, high + margin, start, end, shown)
-
-
-def horizontal(values: Iterable[float], shown: Callable[[float], str] = "{:g}".format) -> Axis:
-    """The axis below a chart."""
-    return axis(values, LEFT, WIDTH - RIGHT, shown)
-
-
-def vertical(values: Iterable[float], shown: Callable[[float], str] = "{:g}".format) -> Axis:
-    """The axis at the left of a chart."""
-    return axis(values, HEIGHT - BOTTOM, TOP, shown)
+    return low - margin, high + margin
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) -> str:
@@ -105,7 +108,7 @@ def bars(shares: Mapping[str, float], title: str) -> str:
     )
 
 
-FOREST_WIDTH, FOREST_HEIGHT = 190, 22
+FOREST_WIDTH, FOREST_HEIGHT = 150, 22
 
 
 def forest_axis(limits: Iterable[tuple[float, float]]) -> Axis:

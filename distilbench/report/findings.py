@@ -20,6 +20,10 @@ MOST_FOR_IMPORTANCE = 200
 """Trials below which a parameter's importance says nothing, and above which a sample is taken (500 took 10 s)."""
 
 
+WORTH_TELLING = 5.0
+"""Per cent of training time below which a saving is not told of: two runs of one setting differ by as much."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """How one trial learned: ``(step, accuracy)`` at each evaluation on the selection split."""
@@ -89,13 +93,12 @@ def headline(report: Report) -> str:
         return _confirmed(report.confirmation[0])
     better = [row for row in others if row.verdict.startswith(("better", "ahead"))]
     tried = f"the {counted(len(others), 'setting')} tried" if len(others) > 1 else "the setting tried"
+    nothing = f"None of {tried}" if len(others) > 1 else "Nothing"
     if not any(row.difference for row in others):
-        return (
-            f"None of {tried} could be tested against the baseline: {others[0].verdict.removeprefix('not tested: ')}."
-        )
+        reason = others[0].verdict.removeprefix("not tested: ")
+        return f"{nothing} could be tested against the baseline: {reason}."
     if not better:
-        return f"None of {tried} was shown to be better than the baseline." if len(others) > 1 else (
-            f"{others[0].label} was not shown to be better than the baseline.")  # fmt: skip
+        return f"{nothing} was shown to be better than the baseline."
     best = better[0]
     assert best.difference is not None
     size = f"{points(best.difference.points)} points (95 % {interval(best.difference.low, best.difference.high)})"
@@ -122,7 +125,7 @@ def _figure_of(row: Row) -> str:
 
 def saving(report: Report) -> str:
     """What the cheapest setting costs that is not shown to be worse; empty where none saves time."""
-    cheap = [row for row in report.others if row.difference and (row.time_gain_percent or 0) >= 1]
+    cheap = [row for row in report.others if row.difference and (row.time_gain_percent or 0) >= WORTH_TELLING]
     cheap = [row for row in cheap if not row.verdict.startswith("worse")]
     if not cheap:
         return ""

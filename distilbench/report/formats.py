@@ -75,7 +75,7 @@ def one_line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!&~$" else c for c in one_line(text))
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!&~$" else c for c in one_line(text))
 
 
 def markdown_row(cells: Sequence[str]) -> str:

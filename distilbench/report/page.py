@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -26,6 +26,8 @@ from distilbench.report.rows import Row
 from distilbench.report.tables import FULL, failures, notes_of, protocol_lines, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
+FEWEST_DRAWS = 5
+"""Settings from which on the best of several is worth a chart."""
 MOST_POINTS = 1000
 """Points in a chart: a browser slows down beyond some thousands."""
 _SLIM = ("loss", "trained", "status", "n")
@@ -88,11 +90,11 @@ def _head(title: str, right: bool) -> str:
 def _rows(report: Report) -> str:
     found = [row.difference for row in report.table_rows if row.difference]
     scale = charts.forest_axis([(d.low, d.high) for d in found])
-    return "".join(
-        f'<tr class="{_kind(row)}">' + "".join(_cell(column.title, column.text(row), row, scale) for column in FULL)
-        + "</tr>"
-        for row in report.table_rows
-    )  # fmt: skip
+    lines = []
+    for row in report.table_rows:
+        cells = "".join(_cell(column.title, column.text(row), row, scale) for column in FULL)
+        lines.append(f'<tr class="base">{cells}</tr>' if row.is_baseline else f"<tr>{cells}</tr>")
+    return "".join(lines)
 
 
 def _cell(title: str, text: str, row: Row, scale: charts.Axis) -> str:
@@ -160,12 +162,15 @@ def _trade_off(report: Report) -> Iterator[str]:
     rows = [row for row in comparable_in_time(report) if not math.isnan(row.seconds)]
     if len(rows) < 2:
         return
-    x = charts.horizontal([row.seconds for row in rows], duration_tick([row.seconds for row in rows]))
+    unit, name = _unit(max(row.seconds for row in rows))
+    x = charts.horizontal([row.seconds / unit for row in rows], f" {name}")
     y = charts.vertical([100 * row.accuracy for row in rows])
     front = pareto_front(rows)
-    marks = charts.line([(x(r.seconds), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
+    marks = charts.line([(x(r.seconds / unit), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
     for row in sorted(_drawn(rows), key=lambda r: r.is_baseline):
-        marks += charts.dot(x(row.seconds), y(100 * row.accuracy), _tip(row), _kind(row), 6 if row.is_baseline else 4.5)
+        marks += charts.dot(
+            x(row.seconds / unit), y(100 * row.accuracy), _tip(row), _kind(row), 6 if row.is_baseline else 4.5
+        )
     left = len(report.others) + (report.baseline is not None) - len(rows)
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
@@ -174,17 +179,16 @@ def _trade_off(report: Report) -> Iterator[str]:
     yield _figure(title, charts.frame(x, y, "training time", "accuracy, %", marks, title), caption)
 
 
-def duration_tick(seconds: Sequence[float]) -> Callable[[float], str]:
-    """A format for ticks of an axis of seconds: in minutes or hours where those are what is told apart."""
-    unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (1, "s")) if max(seconds) >= 2 * u or u == 1)
-    return lambda value: f"{value / unit:.3g} {name}"
+def _unit(longest: float) -> tuple[int, str]:
+    """The unit that tells seconds apart best: hours, minutes or seconds."""
+    return next((unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 2 * unit or unit == 1)
 
 
 def _depths(report: Report) -> Iterator[str]:
     depths = by_depth(report.rows)
     if len(depths) < 2:
         return
-    x = charts.horizontal(depths)
+    x = charts.horizontal(depths, whole=True)
     y = charts.vertical([100 * accuracy for found in depths.values() for accuracy in found])
     means = [(x(depth), y(100 * sum(found) / len(found))) for depth, found in depths.items()]
     marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
@@ -201,7 +205,7 @@ def _curves(report: Report) -> Iterator[str]:
     drawn = [curve for curve in report.curves if curve.points]
     if not drawn:
         return
-    x = charts.horizontal([step for curve in drawn for step, _ in curve.points])
+    x = charts.horizontal([step for curve in drawn for step, _ in curve.points], whole=True)
     y = charts.vertical([100 * value for curve in drawn for _, value in curve.points])
     marks = ""
     for i, curve in reversed(list(enumerate(drawn))):
@@ -234,9 +238,9 @@ def _importance(report: Report) -> Iterator[str]:
 
 def _best_of(report: Report) -> Iterator[str]:
     curve = expected_best(report.others)
-    if not curve:
+    if len(report.others) < FEWEST_DRAWS:
         return
-    x, y = charts.horizontal([k for k, _ in curve]), charts.vertical([100 * value for _, value in curve])
+    x, y = charts.horizontal([k for k, _ in curve], whole=True), charts.vertical([100 * value for _, value in curve])
     marks = charts.line([(x(k), y(100 * value)) for k, value in curve], "", "expected best")
     base = report.baseline
     if base is not None and base.trials and y.low <= 100 * base.accuracy <= y.high:

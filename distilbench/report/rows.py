@@ -38,8 +38,8 @@ class Row:
 
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
-    the seeds that both have, where it was tested. ``time_gain_percent`` is the share of the baseline's training time saved, None for the
-    reason in ``time_note``. ``verdict`` is what may be claimed.
+    the seeds that both have, where it was tested. ``time_gain_percent`` is the share of the baseline's training time
+    saved, None for the reason in ``time_note``. ``verdict`` is what may be claimed.
     """
 
     label: str
@@ -203,7 +203,7 @@ def _spelled(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def against_baseline(

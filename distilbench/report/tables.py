@@ -77,15 +77,15 @@ def _said(row: Row) -> str:
 
 FULL = (
     Column("setting", lambda row: row.label, right=False, least=20),
-    Column("n", lambda row: str(row.n), narrow=False),
-    Column("accuracy", _accuracy),
-    Column("loss", lambda row: f"{row.loss:.4f}" if row.trials else "", narrow=False),
     Column("difference (95 %)", _difference),
-    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else "", narrow=False),
     Column("verdict", _said, right=False),
-    Column("time", _seconds, narrow=False),
+    Column("accuracy", _accuracy),
     Column("time gain", _gain),
+    Column("time", _seconds, narrow=False),
+    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else "", narrow=False),
+    Column("loss", lambda row: f"{row.loss:.4f}" if row.trials else "", narrow=False),
     Column("trained", lambda row: millions(row.trainable_parameters), narrow=False),
+    Column("n", lambda row: str(row.n), narrow=False),
     Column("status", lambda row: row.status, right=False, narrow=False),
 )
 PAPER = (
@@ -120,7 +120,10 @@ def protocol_lines(report: Report) -> list[str]:
 
 def notes_of(report: Report) -> list[str]:
     """What a reader of the table must know besides."""
-    tests = "Exact McNemar for one seed, a paired test over seeds and examples for several; p corrected after Holm."
+    tests = (
+        "Exact McNemar for one seed, a paired test over seeds and examples for several. p is corrected for the number "
+        "of settings (Holm), each interval is of its own comparison."
+    )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"{more:,} more settings are not shown."] if more else []
     untimed = sorted({row.time_note for row in report.table_rows if row.time_note})

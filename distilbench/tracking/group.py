@@ -67,7 +67,10 @@ class MlflowGroup:
         if note is not None and note != self._note:
             self._note = note
             text = redact(note)[:LONGEST_TAG]
-            insist("the description", lambda: self._client.set_tag(self._run_id, "mlflow.note.content", text))
+            insist("the description", lambda: self._describe(text))
+
+    def _describe(self, text: str) -> None:
+        self._client.set_tag(self._run_id, "mlflow.note.content", text)
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """Give the run its true end; one that was opened again may be ended again."""

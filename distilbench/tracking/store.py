@@ -173,9 +173,8 @@ class MlflowStore:
                    run_id: str | None = None) -> Group:  # fmt: skip
         """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-        known = (
-            {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""} | process_tags() | parent | dict(tags)
-        )
+        fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
+        known = {**fresh, **process_tags(), **parent, **tags}
         with self._asking():
             if self._holds(run_id):
                 self._client.update_run(run_id, status="RUNNING")

@@ -23,9 +23,12 @@ class Launch:
 
 
 class Hands(Protocol):
-    """What launches trials; ``free`` is how many more it takes now (None: any number), and it takes them together."""
+    """What launches trials."""
 
-    at_once: int | None
+    @property
+    def at_once(self) -> int | None:
+        """How many trials it works on at a time; None for any number."""
+        ...
 
     def start(self, launches: Sequence[Launch]) -> dict[Future[JobReturn], int]:
         """Launch trials; the futures, by which each one's end is known, map to their numbers."""
@@ -92,6 +95,8 @@ def hands_of(launcher: Launcher, config: DictConfig, at_once: int | None) -> Han
         from joblib import effective_n_jobs
 
         workers = effective_n_jobs(config.n_jobs)
+        if workers == 1:  # joblib then works in the thread that asks, which must be the main one for signals
+            return InTurn(launcher, 1)
         return AsFreed(launcher, min(at_once or workers, workers))
     return InTurn(launcher, at_once)
 

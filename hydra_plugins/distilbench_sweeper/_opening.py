@@ -17,6 +17,7 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from optuna.distributions import check_distribution_compatibility, json_to_distribution
+from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 
 from distilbench.settings import SettingsError
@@ -123,8 +124,8 @@ def open_study(storage: Storage, name: str, directions: Sequence[str], sampler: 
         if storage.file:
             _check_file(storage.file)
         return optuna.create_study(
-            study_name=name, storage=storage_of(storage.url), directions=list(directions), sampler=sampler,
-            pruner=pruner, load_if_exists=True,
+            study_name=name, storage=storage_of(storage.url), sampler=sampler, pruner=pruner, load_if_exists=True,
+            directions=[StudyDirection[direction.upper()] for direction in directions],
         )  # fmt: skip
     except (SQLAlchemyError, sqlite3.Error, RuntimeError) as error:
         raise SettingsError(

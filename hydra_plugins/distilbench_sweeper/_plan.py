@@ -18,7 +18,7 @@ class Plan:
     """A sweep before its first trial.
 
     ``cells`` are queued first: all of a grid, the baseline alone otherwise. ``beside`` are baselines that lie outside
-    of the space; ``total`` counts the trials inside.
+    of the space; ``total`` counts the trials inside, which are fewer than were ``asked`` for in a small space.
     """
 
     settings: AppSettings
@@ -27,6 +27,7 @@ class Plan:
     cells: Sequence[Cell]
     beside: Sequence[Cell]
     total: int
+    asked: int
     is_grid: bool
     objectives: tuple[str, ...]
     directions: Sequence[str]
@@ -63,6 +64,7 @@ def make_plan(options: Options, place: Place, arguments: Sequence[str]) -> Plan:
     settings = composer.point(Cell({})).settings if not options.is_grid else _any_settings(composer, space)
     objectives = objectives_of(settings)
     check_pruning(settings.sweep, objectives)
+    asked = options.n_trials or settings.sweep.trials
     cells, beside = _grid(composer, space, settings) if options.is_grid else _baseline(composer, space, settings)
     return Plan(
         settings=settings,
@@ -70,7 +72,8 @@ def make_plan(options: Options, place: Place, arguments: Sequence[str]) -> Plan:
         composer=composer,
         cells=cells,
         beside=beside,
-        total=len(cells) if options.is_grid else _at_most(options.n_trials or settings.sweep.trials, space),
+        total=len(cells) if options.is_grid else min(asked, space.size or asked),
+        asked=asked,
         is_grid=options.is_grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
@@ -88,10 +91,6 @@ def _any_settings(composer: Composer, space: Space) -> AppSettings:
             f"{space.size:,}; to train them all: sweep.max_grid={space.size}"
         )
     return base
-
-
-def _at_most(trials: int, space: Space) -> int:
-    return trials if space.size is None else min(trials, space.size)
 
 
 def _grid(composer: Composer, space: Space, settings: AppSettings) -> tuple[list[Cell], list[Cell]]:

@@ -65,7 +65,8 @@ class Space:
 
     def overrides(self, cell: Cell) -> list[str]:
         """The command line of one cell."""
-        return [*self.fixed, *(f"{key}={value}" for key, value in cell.params.items()), *cell.extra]
+        varied = [f"{key}={value}" for key, value in cell.params.items()]
+        return [*self.fixed, *varied, *cell.extra]
 
     def contains(self, params: Params) -> bool:
         """Whether a point lies inside: it names every dimension, with a value that this one has."""
@@ -110,7 +111,7 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
 
     Raises :class:`SettingsError` for what is no sweep, or none that can be counted where ``is_grid``.
     """
-    lines = [f"{key}={value}" for key, value in (params or {}).items()]
+    lines = [f"{key!s}={value}" for key, value in (params or {}).items()]
     try:
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*lines, *arguments])
     except HydraException as error:
@@ -132,7 +133,7 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
     from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
 
     if override.is_discrete_sweep() and (is_grid or not (override.is_choice_sweep() or override.is_range_sweep())):
-        choices = list(dict.fromkeys(override.sweep_iterator(transformer=Transformer.encode)))
+        choices: list[Any] = list(dict.fromkeys(override.sweep_iterator(transformer=Transformer.encode)))
         if choices:
             return CategoricalDistribution(choices)
         raise SettingsError(f"{key} must have a value to try, got {override.input_line!r}")
@@ -183,7 +184,7 @@ class Composer:
     def __init__(self, config: DictConfig, loader: ConfigLoader, space: Space) -> None:
         self._config, self._loader, self._space = config, loader, space
         self._choices = config.hydra.runtime.choices
-        self._composed: dict[str, DictConfig] = {}
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
         self.base = self._compose(Cell({}))
 
     def point(self, cell: Cell) -> Point:
@@ -196,32 +197,31 @@ class Composer:
         config = self._compose(cell)
         baseline = baseline_config(config)
         settings = check(baseline, ask_hub=True)
-        extra = tuple(overrides_between(config, baseline))
-        return Point(Cell(cell.params, extra, is_baseline=True), settings, key_of(settings))
+        own = [f"{key}={value}" for key, value in cell.params.items()]
+        extra = (*own, *overrides_between(config, baseline))
+        return Point(Cell({}, extra, is_baseline=True), settings, key_of(settings))
 
     def _compose(self, cell: Cell) -> DictConfig:
         """Compose the groups once for all cells that share them (0.15 s), then put each cell's values over them."""
         try:
-            groups = {key: value for key, value in cell.params.items() if key in self._choices}
-            config = self._groups(groups).copy()
-            for key, value in cell.params.items():
-                if key not in groups:
-                    _put(config, f"{key}={value}")
-            for override in cell.extra:
-                _put(config, override)
+            overrides = [*(f"{key}={value}" for key, value in cell.params.items()), *cell.extra]
+            groups = [line for line in overrides if line.partition("=")[0] in self._choices]
+            config = self._groups(tuple(groups)).copy()
+            for override in overrides:
+                if override not in groups:
+                    _put(config, override)
             return config
         except (HydraException, OmegaConfBaseException) as error:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
-    def _groups(self, groups: Params) -> DictConfig:
-        key = digest(sorted(groups.items()))
-        if key not in self._composed:
-            config = self._loader.load_sweep_config(self._config, self._space.overrides(Cell(groups)))
+    def _groups(self, groups: tuple[str, ...]) -> DictConfig:
+        if groups not in self._composed:
+            config = self._loader.load_sweep_config(self._config, self._space.overrides(Cell({}, groups)))
             with open_dict(config):
                 del config["hydra"]  # most of a config, and nothing that a trial's settings say
-            self._composed[key] = config
-        return self._composed[key]
+            self._composed[groups] = config
+        return self._composed[groups]
 
     def baseline_params(self) -> Params:
         """The baseline's values of every dimension; of a group, its choice in ``baseline.overrides`` or by default."""

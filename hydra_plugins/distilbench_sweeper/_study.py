@@ -1,9 +1,9 @@
 """An Optuna study that keeps a sweep: which trials there are, whose they are, how they ended.
 
-A trial counts as what ``trial.json`` in its directory says. Optuna's own states follow: FINISHED is COMPLETE, PRUNED is
-PRUNED, every other end is FAIL with the true word in the attribute ``status``. Trials that are to be trained wait in the
-study's own queue, so that any process may take the next one; a trial that was interrupted is void, and its point is
-queued again under the next free number.
+A trial counts as what ``trial.json`` in its directory says. Optuna's own states follow: FINISHED is COMPLETE, PRUNED
+is PRUNED, every other end is FAIL with the true word in the attribute ``status``. Trials that are to be trained wait
+in the study's own queue, so that any process may take the next one; a trial that was interrupted is void, and its
+point is queued again under the next free number.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from distilbench.records import Owner
+from distilbench.records import PREDICTIONS, RECORD, Owner, read_record
 from distilbench.results import Status
 from distilbench.settings import SettingsError
 from distilbench.sweeps import ENVIRONMENT, SweepJob, pruner_of
 from distilbench.tracking import Group, open_store
 from hydra_plugins.distilbench_sweeper._board import Board, name_of, row_of
-from hydra_plugins.distilbench_sweeper._launching import Hands, Launch, error_of, hands_of
+from hydra_plugins.distilbench_sweeper._dry_run import print_plan
+from hydra_plugins.distilbench_sweeper._launching import AsFreed, Hands, Launch, error_of, hands_of
 from hydra_plugins.distilbench_sweeper._opening import (
     Storage,
     check_unchanged,
@@ -30,6 +31,7 @@ from hydra_plugins.distilbench_sweeper._opening import (
     storage_at,
 )
 from hydra_plugins.distilbench_sweeper._plan import Plan, make_plan
+from hydra_plugins.distilbench_sweeper._screen import Screen
 from hydra_plugins.distilbench_sweeper._space import Space
 from hydra_plugins.distilbench_sweeper._study import FAILURES, Study, Task, quiet
 from hydra_plugins.distilbench_sweeper.sweeper import Options, Place
@@ -48,6 +50,9 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
     """
     with quiet():
         plan = make_plan(options, place, arguments)
+        if plan.settings.sweep.dry_run:
+            print_plan(plan, Console())
+            return None
         storage = storage_at(options.storage, plan.directory)
         store = open_store(plan.settings.tracking)
         sweep = _open(plan, storage, options)
@@ -112,10 +117,11 @@ class Loop:
         self._plan, self._place, self._storage = plan, place, storage
         self._studies, self._group = studies, group
         self._hands: Hands = hands_of(place.launcher, place.config.hydra.launcher, options.at_once)
-        self._console = Console()
+        self._screen = Screen(Console(), is_live=isinstance(self._hands, AsFreed))
         self._limit = plan.failures_borne
         if options.max_failure_rate is not None:
             self._limit = options.max_failure_rate * (plan.total + len(plan.beside))
+        self._owner = Owner.of_this_process()
         self._began = time.monotonic()
         self._ended: str | None = None
         """Why no further trial is taken."""
@@ -124,7 +130,8 @@ class Loop:
 
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
-        with self._closing():
+        with self._screen, self._closing():
+            self._close_dead()
             for study in self._studies.all:
                 self._work(study)
             return self._finish()
@@ -140,11 +147,38 @@ class Loop:
                 for study in self._studies.all:
                     for number in sorted(study.mine):
                         study.settle(number, interrupted=True, error="interrupted with its sweep")
-            self._group.close_dead(lambda owner: owner.is_dead())
+            self._group.close_dead(self._is_over)
             self._group.finish(Status.INTERRUPTED, "interrupted; the same command continues")
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._board().line()}; the same command continues")
             raise
+
+    def _close_dead(self) -> None:
+        """Close what killed processes left, in the studies and in MLflow, and say so."""
+        with self._storage.lock():
+            closed = [number for study in self._studies.all for number in self._close_dead_in(study)]
+        runs = self._group.close_dead(self._is_over)
+        if closed or runs:
+            self._say(f"continued: {len(closed)} trials that a killed process left were closed")
+
+    def _close_dead_in(self, study: Study) -> list[int]:
+        closed = study.close_dead()
+        for number in closed:
+            self._settle_runs(study, number)
+        return closed
+
+    def _settle_runs(self, study: Study, number: int) -> None:
+        """End the runs of a trial (and of its seeds) that their process left RUNNING, as their records say."""
+        for path in (study.directory / str(number)).rglob(RECORD):
+            record = read_record(path.parent)
+            if record and record.run_id:
+                self._group.settle(
+                    record.run_id, record.status, record.error, record.figures, path.parent / PREDICTIONS
+                )
+
+    def _is_over(self, owner: Owner) -> bool:
+        """Whether a run that is RUNNING has no process: called where this one has no trial under way."""
+        return owner == self._owner or owner.is_dead(self._plan.settings.sweep.take_over)
 
     def _work(self, study: Study) -> None:
         """Launch and settle until this study has no more trials to give."""
@@ -174,14 +208,13 @@ class Loop:
         space = plan.space if is_main else Space({}, plan.space.fixed)
         tasks: list[Task] = []
         with self._storage.lock():
-            study.close_dead()
+            self._close_dead_in(study)
             study.queue(plan.cells if is_main else plan.beside)
             while not self._is_ended() and (self._hands.at_once is None or running + len(tasks) < self._hands.at_once):
                 if not self._has_more(study, is_main):
                     break
                 task = study.take(space, plan.composer.point, plan.composer.base)
                 if task is None:
-                    self._note_exhausted(study, is_main)
                     break
                 tasks.append(task)
         return tasks
@@ -192,10 +225,6 @@ class Loop:
         return len(study.counted()) < self._plan.total and not (
             study.is_exhausted(self._plan.space) and not study.waiting()
         )
-
-    def _note_exhausted(self, study: Study, is_main: bool) -> None:
-        if is_main and not self._plan.is_grid and study.is_exhausted(self._plan.space):
-            self._say(f"every one of the {self._plan.space.size} points of the space has been evaluated")
 
     def _is_ended(self) -> bool:
         """Whether the sweep's limits, of failures or of time, have been reached."""
@@ -227,9 +256,10 @@ class Loop:
             name=name,
             is_baseline=task.is_baseline,
             parent_run_id=self._group.run_id,
-            owner=Owner.of_this_process(),
+            owner=self._owner,
             directory=directory,
             objectives=plan.objectives,
+            is_quiet=isinstance(self._hands, AsFreed),
             storage=self._storage.url if prunes else None,
             study=study.study.study_name,
             trial_id=task.trial_id,
@@ -244,6 +274,8 @@ class Loop:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" if error else None
         with self._storage.lock():
             status, reason = study.settle(number, interrupted=shared, error=str(error) if shared else said)
+        if error or status is not Status.FINISHED:
+            self._settle_runs(study, number)
         if isinstance(error, SettingsError):
             raise error
         nothing_yet = not any(s.status in (Status.FINISHED, Status.PRUNED)
@@ -272,17 +304,18 @@ class Loop:
 
     def _show(self) -> None:
         board = self._board()
-        at_once = self._hands.at_once or 1
-        self._say(board.line(at_once))
+        self._screen.show(board, self._hands.at_once or 1)
         self._group.update(board.metrics(), board.markdown(self._group.link))
 
     def _finish(self) -> str | None:
         """The report, and the sweep's end in MLflow."""
         board = self._board()
-        self._group.close_dead(lambda owner: owner.is_dead(self._plan.settings.sweep.take_over))
+        self._group.close_dead(self._is_over)
         self._group.update(board.metrics(), board.markdown(self._group.link))
         OmegaConf.save(OmegaConf.create(board.results()), self._plan.directory / "optimization_results.yaml")
-        self._console.print(board.table())
+        self._screen.show_all(board)
+        if self._plan.asked > self._plan.total and self._studies.main.is_exhausted(self._plan.space):
+            self._say(f"every one of the {self._plan.total} points of the space has been evaluated: no more to try")
         self._say(f"{self._plan.name}: {board.line()}; {self._plan.directory}")
         if not board.best and self._ended is None:
             self._end("no trial of the sweep finished", failed=True)
@@ -290,4 +323,4 @@ class Loop:
         return self._ended if self._failed else None
 
     def _say(self, line: str) -> None:
-        self._console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
+        self._screen.say(line)

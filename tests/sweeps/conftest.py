@@ -29,9 +29,9 @@ class Workspace:
         tracking = () if real else ("tracking=none",)
         command = [sys.executable, *program, "--multirun", *TINY, *tracking, *arguments]
         env = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "160",
-                            "FINISHED_LOG": str(self.log), "PYTHONPATH": str(HERE.parents[1])} | environment  # fmt: skip
+                            "FINISHED_LOG": str(self.log), "PYTHONPATH": str(HERE.parents[1])}  # fmt: skip
         return subprocess.Popen(
-            command, cwd=self.path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, cwd=self.path, env=env | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
 
     def run(self, *arguments: str, real: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -32,7 +32,8 @@ def main(config: DictConfig) -> float:
     place.announce()
     settings = settings_from(config)
     accuracy = 1 / (1 + settings.optim.lr) - 0.01 * settings.freeze.layers
-    identity = {"protocol": "quick", "treatment": f"{settings.freeze.layers}/{settings.optim.lr}", "seed": settings.seed}
+    treatment = f"{settings.freeze.layers}/{settings.optim.lr}"
+    identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
     record = Record(identity, Status.RUNNING, Owner.of_this_process())
     try:
         time.sleep(SECONDS)
@@ -46,7 +47,7 @@ def main(config: DictConfig) -> float:
         Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(place.directory)
         raise
     with Path(os.environ["FINISHED_LOG"]).open("a") as log:
-        log.write(f"{place.trial} {identity['treatment']}/{settings.seed}\n")
+        log.write(f"{place.trial} {treatment}/{settings.seed}\n")
     return accuracy
 
 

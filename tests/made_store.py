@@ -1,0 +1,72 @@
+"""A store with trials made up instead of trained: for reading, comparing and reporting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from distilbench.results import (
+    Evaluation,
+    Predictions,
+    ProtocolIdentity,
+    SourceUsed,
+    Status,
+    TrialResult,
+    treatment_of,
+)
+from distilbench.settings import TrackingSettings, register_schema, settings_from
+from distilbench.tracking import MlflowStore, RunStart, open_store
+from tests.conftest import ROOT, TINY
+
+LABELS = np.arange(200) % 2
+KEPT = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=0.75, f1=0.8, mcc=0.5)
+DONE = TrialResult(
+    Status.FINISHED, selection=KEPT, report=KEPT, history=(KEPT,), steps=20, train_seconds=12.5, trainable_parameters=7
+)
+
+
+def make_store(folder: Path) -> MlflowStore:
+    """A new SQLite store under ``folder``, in the usual experiment."""
+    store = open_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench"))
+    assert isinstance(store, MlflowStore)
+    return store
+
+
+def start_of(*overrides: str, text: str = "text", **changes) -> RunStart:
+    """What is known at the start of a tiny trial; another ``text`` is another protocol."""
+    register_schema()
+    if GlobalHydra.instance().is_initialized():
+        config = compose("config", [*TINY, "output.dir=.", *overrides])
+    else:
+        with initialize_config_dir(str(ROOT / "conf")):
+            config = compose("config", [*TINY, "output.dir=.", *overrides])
+    settings = settings_from(config).trial
+    sources = SourceUsed("random", "tiny", "feed"), SourceUsed("synthetic", text, text)
+    values = {
+        "name": "trial",
+        "settings": settings,
+        "protocol": ProtocolIdentity(*sources, "accuracy", "validation", "validation"),
+        "treatment": treatment_of(settings, "fp32"),
+        "device": "cpu",
+        "precision": "fp32",
+        "measured_on": "cpu; trainer; fp32",
+        "versions": {"distilbench": "0.1.0"},
+        "config_yaml": "seed: 42\n",
+        "label_names": ("negative", "positive"),
+    }
+    return RunStart(**{**values, **changes})
+
+
+def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: float = 60.0, predictions=True, **changes):
+    """Keep a finished trial that is wrong on the first ``wrong`` of 200 examples; returns its run's id."""
+    correct = np.arange(len(LABELS)) >= wrong
+    logits = np.eye(2)[np.where(correct, LABELS, 1 - LABELS)]
+    end = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=float(correct.mean()), f1=0.8, mcc=0.5)
+    result = TrialResult(Status.FINISHED, selection=end, report=end, history=(end,), steps=20, train_seconds=seconds)
+    run = store.begin(start_of(*overrides, **changes))
+    run.on_evaluation(end)
+    run.finish(result, Predictions(LABELS, logits) if predictions else None)
+    return run.run_id

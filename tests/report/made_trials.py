@@ -1,0 +1,102 @@
+"""Trials as a store would give them back, made up: seeded, with predictions that have a known share of right ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from distilbench.report.findings import Curve, Report
+from distilbench.report.rows import against_baseline, find_baseline, group, label_rows
+from distilbench.results import Predictions, Status, StoredTrial
+
+EXAMPLES = 872
+USUAL = {
+    "freeze.layers": 0,
+    "freeze.embeddings": False,
+    "scheduler.name": "linear",
+    "optim.lr": 2e-5,
+    "optim.weight_decay": 0.01,
+    "train.epochs": 3,
+}
+HOSTILE = '<img src=x onerror="document.title=1">|**b**`c`\\input{/etc/passwd}=cmd()\x1b[31m\n</script>'
+
+
+def treatment(**changes) -> dict[str, object]:
+    """The usual one with changes; ``freeze_layers=3`` sets ``freeze.layers`` and lets the embeddings follow."""
+    changed = {**USUAL, **{key.replace("_", ".", 1): value for key, value in changes.items()}}
+    return {**changed, "freeze.embeddings": changed["freeze.layers"] > 0}
+
+
+def trial(accuracy: float = 0.9, seed: int = 1, number: int = 0, settings=None, right=None, **changes) -> StoredTrial:
+    """A finished trial that is right on ``accuracy`` of the examples, or on those of the bool array ``right``."""
+    if right is None:
+        hardness = np.random.default_rng(0).random(EXAMPLES) * 0.7
+        luck = np.random.default_rng([seed, number]).random(EXAMPLES) * 0.3
+        order = np.argsort(hardness + luck)
+        right = np.isin(np.arange(EXAMPLES), order[: round(accuracy * EXAMPLES)])
+    labels = np.arange(len(right)) % 2
+    values = {
+        "run_id": f"{number:028x}{seed:04x}",
+        "name": f"run {number}",
+        "protocol_id": "0123456789ab",
+        "treatment": settings or treatment(),
+        "seed": seed,
+        "status": Status.FINISHED,
+        "accuracy": float(right.mean()),
+        "loss": 0.35,
+        "train_seconds": 1371.0,
+        "trainable_parameters": 22_700_000,
+        "measured_on": "cpu; trainer",
+        "predictions": Predictions(labels, np.eye(2)[np.where(right, labels, 1 - labels)]),
+        "model": "all-MiniLM-L6-v2",
+        "data": "sst2",
+        "started_ms": number,
+        "score": float(right.mean()),
+        "url": f"http://127.0.0.1:5000/#/experiments/1/runs/{number}",
+    }
+    return StoredTrial(**{**values, **changes})
+
+
+def failed(status: Status, number: int, settings, error: str = "the loss is nan; lower optim.lr") -> StoredTrial:
+    """A trial without a result."""
+    nothing = dict.fromkeys(("accuracy", "loss", "train_seconds", "score"), float("nan")) | {"predictions": None}
+    return replace(trial(number=number, settings=settings), status=status, error=error, **nothing)
+
+
+def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTrial]:
+    """A made-up sweep: the deeper frozen the faster, slightly worse from three layers on; some fail."""
+    rng = np.random.default_rng(3)
+    trials = [trial(0.905, seed, 0) for seed in range(1, seeds + 1)]
+    for number in range(1, settings):
+        depth, lr = int(rng.integers(0, 7)), float(10 ** rng.uniform(-5, -3.6))
+        scheduler = HOSTILE if hostile and number % 5 == 0 else str(rng.choice(["linear", "cosine"]))
+        chosen = treatment(freeze_layers=depth, optim_lr=lr, scheduler_name=scheduler)
+        if number % 23 == 7:
+            trials.append(failed(Status.DIVERGED, number, chosen))
+            continue
+        lead = 0.02 * np.exp(-((np.log10(lr) + 4.3) ** 2) * 6) - 0.006 * max(0, depth - 2)
+        figures = {
+            "name": HOSTILE if hostile else f"run {number}",
+            "train_seconds": 1371 * (1 - 0.115 * depth) * (1 + 0.02 * rng.normal()),
+            "loss": 0.33 + rng.normal() * 0.02,
+            "trainable_parameters": 22_700_000 - (depth > 0) * 11_900_000 - depth * 1_770_000,
+        }
+        accuracy = 0.90 + lead + rng.normal() * 0.004
+        trials += [trial(accuracy, seed, number, chosen, **figures) for seed in range(1, seeds + 1)]
+    return trials
+
+
+def report_of(trials, picked_here: bool = True, shown: int = 200, title: str = "Sweep first", **changes) -> Report:
+    """The report that these trials make, with invented learning curves."""
+    rows = group(trials)
+    baseline = find_baseline(rows, USUAL)
+    rows = label_rows(rows, baseline)
+    if baseline is not None:
+        rows = against_baseline(rows, baseline, lambda trial: trial.predictions, shown, picked_here)
+    curves = tuple(
+        Curve(row.label, tuple((step, row.accuracy - 0.03 / step) for step in (1, 2, 3)), row.is_baseline)
+        for row in rows[:8]
+        if row.trials
+    )
+    return Report(title, tuple(rows), shown, trials[0], curves=curves, **changes)

@@ -1,0 +1,129 @@
+"""The page needs nothing but itself, and what it is told in names stays text."""
+
+from html.parser import HTMLParser
+
+import pytest
+
+from distilbench.report.page import MOST_POINTS, page
+from distilbench.results import Status
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
+
+VOID = {"meta", "br", "img", "input", "link"}
+
+
+class Document(HTMLParser):
+    """Elements with their attributes, the text of each, and whether every tag was closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture(scope="module")
+def document() -> Document:
+    return Document(page(report_of(sweep(40, seeds=3), url="http://127.0.0.1:5000/#/x")))
+
+
+def test_nothing_is_loaded_from_elsewhere(document):
+    for tag, attributes in document.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed"), tag
+        assert not {"src", "srcset", "background", "action"} & set(attributes)
+        if "href" in attributes:
+            assert tag == "a"
+    policy = next(a["content"] for t, a in document.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_tag_is_closed(document):
+    assert document.open == []
+
+
+def test_the_answer_comes_first_then_the_table(document):
+    words = document.words
+    assert (
+        words.index("settings tried") < words.index("difference (95 %)") < words.index("Accuracy against training time")
+    )
+
+
+def test_each_row_has_a_cell_for_each_column_and_a_value_to_sort_by(document):
+    tags = [tag for tag, _ in document.elements]
+    rows, cells = tags.count("tr") - 1, tags.count("td")
+    assert rows == 40
+    assert cells == rows * tags.count("th")
+    assert all("data-value" in attributes for tag, attributes in document.elements if tag == "td")
+
+
+def test_all_charts_are_there_for_a_sweep_that_has_the_trials(document):
+    for title in ("Accuracy against training time", "Learning curves", "Accuracy by freeze depth", "What mattered",
+                  "Expected best of k settings"):  # fmt: skip
+        assert title in document.words
+
+
+def test_names_are_text_wherever_they_stand():
+    trials = sweep(30, hostile=True)
+    document = Document(page(report_of(trials, title=HOSTILE)))
+    tags = {tag for tag, _ in document.elements}
+    assert "img" not in tags
+    assert not any(name.startswith("on") for _, attributes in document.elements for name in attributes)
+    assert [tag for tag, _ in document.elements].count("script") == 1
+    assert "<img src=x" in document.words
+    assert "\x1b" not in document.words
+
+
+def test_a_link_that_is_no_web_address_is_no_link():
+    text = page(report_of([trial(0.9, url="javascript:alert(1)"), trial(0.9, 1, 1, treatment(freeze_layers=3))]))
+    assert "javascript:" not in text
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        [trial(0.9)],
+        [failed(Status.DIVERGED, 1, treatment(optim_lr=1.0))],
+        [failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, treatment(freeze_layers=3))],
+        [trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3), measured_on="cuda")],
+    ],
+    ids=["baseline alone", "all failed", "baseline failed", "other device"],
+)
+def test_reports_that_hold_little_still_make_a_page(trials):
+    assert Document(page(report_of(trials))).open == []
+
+
+def test_a_confirmation_stands_beside_the_sweep():
+    from distilbench.report.findings import Confirmed
+
+    report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
+    row = report.others[0]
+    words = Document(page(report_of([trial(0.9)], confirmation=(Confirmed(row.label, row, row),)))).words
+    assert "Confirmed with fresh seeds?" in words
+    assert "freeze.layers=3 not confirmed: " in words
+
+
+def test_a_chart_of_very_many_settings_stays_drawable():
+    trials = [
+        trial(None, 1, n, treatment(optim_lr=1e-5 * (n + 2)), right=trial(0.9).predictions.correct) for n in range(3000)
+    ]
+    text = page(report_of(trials, shown=5))
+    assert text.count("<circle") <= 2 * MOST_POINTS + 100

@@ -1,0 +1,159 @@
+"""The report as text, where names mean nothing but themselves."""
+
+import csv
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
+from distilbench.results import Status
+from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
+
+FROZEN = treatment(freeze_layers=3)
+COSINE = treatment(scheduler_name="cosine", optim_lr=3e-5)
+
+
+@pytest.fixture
+def report():
+    """The course report's three rows with one seed each, and one that diverged."""
+    return report_of(
+        [
+            trial(0.9071, loss=0.3255),
+            trial(0.9002, 1, 1, FROZEN, loss=0.3330, train_seconds=888.0, trainable_parameters=10_600_000),
+            trial(0.9060, 1, 2, COSINE, loss=0.3804, train_seconds=1366.0),
+            failed(Status.DIVERGED, 3, treatment(optim_lr=1.0)),
+        ],
+        picked_here=False,
+        notes=("A note on the sweep.",),
+    )
+
+
+def printed(report, width=80, layout="full", most=25) -> str:
+    stream = io.StringIO()
+    print_report(Console(file=stream, width=width), report, layout, most)
+    return stream.getvalue()
+
+
+def test_a_wide_terminal_shows_every_column_and_the_answer(report):
+    text = printed(report, width=180)
+    words = " ".join(text.split())
+    assert "None of the 2 settings tried was shown to be better than the baseline." in words
+    assert "protocol 0123456789ab: all-MiniLM-L6-v2 on sst2" in words
+    (frozen,) = [line for line in text.splitlines() if line.startswith(" freeze.layers=3")]
+    for cell in ("90.02 %", "0.3330", "-0.69 (", "1.00", "no difference shown (n = 1)", "14 min 48 s", "35 % less",
+                 "10.60 M", "FINISHED"):  # fmt: skip
+        assert cell in frozen
+    assert "DIVERGED run 3 (seed 1): the loss is nan; lower optim.lr" in words
+    assert "A note on the sweep." in words
+
+
+def test_a_narrow_or_piped_report_fits_eighty_columns_without_control_codes(report):
+    text = printed(report)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "\x1b" not in text
+    for words in ("no difference", "35 % less", "90.02 %", "baseline"):
+        assert words in text
+
+
+def test_a_long_table_keeps_the_baseline_and_says_what_it_leaves_out():
+    text = printed(report_of(sweep(60)), width=180, most=5)
+    assert "the best 5 of 60; the rest stands in the files" in text
+    assert " baseline: " in text
+
+
+def test_the_papers_layout_has_its_columns_and_its_order(report):
+    lines = printed(report, width=120, layout="paper").splitlines()
+    header = next(line for line in lines if "experiment" in line)
+    assert re.split(r"\s{2,}", header.strip()) == ["experiment", "accuracy", "loss", "training time", "time gain"]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines if "min" in line]
+    assert rows[0][1:] == ["90.71 %", "0.3255", "22 min 51 s", "-"]
+    assert ["freeze.layers=3", "90.02 %", "0.3330", "14 min 48 s", "+35 %"] in rows
+    assert ["optim.lr=3e-05 scheduler=cosine", "90.60 %", "0.3804", "22 min 46 s", "+0 %"] in rows
+
+
+def test_markdown_links_each_setting_to_its_run(report):
+    lines = markdown_report(report).splitlines()
+    (row,) = [line for line in lines if line.startswith("| [freeze.layers=3]")]
+    assert row.startswith("| [freeze.layers=3](http://127.0.0.1:5000/#/experiments/1/runs/1) | -0.69 (")
+    assert any(line.startswith("| **[baseline") for line in lines)
+    header = next(line for line in lines if line.startswith("| setting"))
+    assert row.replace("\\|", "").count("|") == header.count("|")
+
+
+def test_csv_holds_plain_numbers_of_every_row(report):
+    rows = {row["setting"]: row for row in csv.DictReader(io.StringIO(csv_report(report)))}
+    frozen = (
+        rows["freeze.layers=3 optim.lr=2e-05"] if "freeze.layers=3 optim.lr=2e-05" in rows else rows["freeze.layers=3"]
+    )
+    assert float(frozen["accuracy"]) == pytest.approx(0.9002, abs=1e-3)
+    assert float(frozen["time_gain_percent"]) == pytest.approx(35.2, abs=0.1)
+    assert float(frozen["p_holm"]) <= 1
+    assert (frozen["seeds"], frozen["freeze.layers"]) == ("1", "3")
+    assert rows["optim.lr=1"]["status"] == "DIVERGED"
+    assert rows["optim.lr=1"]["accuracy"] == ""
+
+
+def test_latex_is_a_whole_table(report):
+    text = latex_report(report)
+    assert text.count(r"\begin") == text.count(r"\end") == 2
+    assert r"35 \% less" in text
+    columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1]
+    row = next(line for line in text.splitlines() if line.startswith("freeze.layers=3"))
+    assert row.count(" & ") == len(columns) - 1
+
+
+@pytest.fixture
+def hostile():
+    return report_of(
+        [
+            trial(0.9, name=HOSTILE, model=HOSTILE),
+            trial(0.9, 1, 1, treatment(scheduler_name=HOSTILE), name=HOSTILE, url="http://h/)|(x y"),
+            trial(0.9, 1, 2, treatment(scheduler_name="=cmd()"), name=HOSTILE),
+            failed(Status.FAILED, 3, treatment(scheduler_name="@x"), error=HOSTILE),
+        ],
+        title=HOSTILE,
+    )
+
+
+def test_hostile_names_move_no_cursor_and_break_no_line(hostile):
+    text = printed(hostile, width=200)
+    assert "\x1b" not in text
+    assert "[31m" in text
+
+
+def test_hostile_names_are_text_in_markdown_and_in_mlflows_note(hostile):
+    for text in (markdown_report(hostile), note(hostile)):
+        assert not re.search(r"(?<!\\)<", text), "no tag"
+        assert not re.search(r"(?<!\\)`", text), "no code"
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1, "no extra column"
+
+
+def test_hostile_names_run_nothing_in_latex_and_in_a_spreadsheet(hostile):
+    text = latex_report(hostile)
+    assert r"\input" not in text
+    assert r"\textbackslash{}input\{/etc/passwd\}" in text
+    rows = list(csv.reader(io.StringIO(csv_report(hostile))))
+    assert len({len(row) for row in rows}) == 1
+    assert not any(cell.startswith(("=", "@")) for row in rows for cell in row)
+
+
+def test_the_note_is_short_and_holds_the_answer_the_best_rows_and_links():
+    text = note(report_of(sweep(60)))
+    assert text.startswith("**None of the ")
+    assert len(text) < 8000, "MLflow's limit of a tag"
+    assert len([line for line in text.splitlines() if "](http://127.0.0.1:5000/#/experiments/1/runs/" in line]) == 11
+    assert "49 more in report.html." in text
+
+
+def test_a_sweep_whose_every_trial_failed_gets_every_kind_of_report():
+    broken = report_of([failed(Status.DIVERGED, n, treatment(optim_lr=n + 1.0)) for n in range(8)])
+    text = printed(broken, width=180)
+    assert "No trial finished: 8 DIVERGED." in text
+    assert "and 3 more that did not finish" in text
+    assert "DIVERGED" in markdown_report(broken)
+    assert "DIVERGED" in note(broken)
+    assert len(csv_report(broken).splitlines()) == 9
+    assert "No trial finished" in latex_report(broken)

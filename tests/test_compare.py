@@ -1,0 +1,227 @@
+"""The report command: what it finds, what it refuses in one line, and what a sweep leaves behind at its end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from distilbench.compare import compare_stored, spelled_for_hydra
+from distilbench.composition import usual_treatment
+from distilbench.reporting import report_sweep
+from distilbench.results import Status, TrialResult
+from distilbench.settings import CompareSettings, SettingsError, settings_from
+from distilbench.tracking import SWEEP
+from tests.conftest import ROOT
+from tests.made_store import add_trial, make_store
+
+COSINE = ("scheduler=cosine", "optim.lr=3e-5", "optim.weight_decay=0.05", "scheduler.warmup_ratio=0.1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A store with a sweep, the report's three experiments, one without predictions and one of another protocol."""
+    folder = tmp_path_factory.mktemp("compared")
+    store = make_store(folder)
+    group = store.open_group("first", {SWEEP: "first"})
+    inside = {"parent_run_id": group.run_id, "tags": {SWEEP: "first"}}
+    for seed in (1, 2):
+        add_trial(store, f"seed={seed}", **inside)
+        add_trial(store, f"seed={seed}", "freeze.layers=1", wrong=60, seconds=30, **inside)
+        add_trial(store, f"seed={seed}", *COSINE, wrong=10, **inside)
+    add_trial(store, "optim.lr=0.5", text="other", tags={SWEEP: "alien"})
+    store.open_group("empty", {SWEEP: "empty"})
+    add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP: "blank"})
+    broken = store.open_group("broken", {SWEEP: "broken"})
+    from tests.made_store import start_of
+
+    for seed in (1, 2):
+        start = start_of(
+            f"seed={seed}", "optim.lr=9", text="broken", tags={SWEEP: "broken"}, parent_run_id=broken.run_id
+        )
+        store.begin(start).finish(TrialResult(Status.DIVERGED, "the loss is nan"), None)
+    return folder
+
+
+def arguments(folder: Path, *asked: str) -> list[str]:
+    return [spelled_for_hydra(argument) for argument in (f"tracking.uri=sqlite:///{folder}/mlflow.db", *asked)]
+
+
+def compare(folder: Path, output: Path, *asked: str) -> None:
+    """Run the command in this process, where importing costs nothing."""
+    with initialize_config_dir(str(ROOT / "conf")):
+        config = compose("compare", arguments(folder, f"output={output}", *asked))
+        compare_stored(settings_from(config, CompareSettings))
+
+
+def rows(output: Path) -> dict[str, dict[str, str]]:
+    return {row["setting"]: row for row in csv.DictReader(io.StringIO((output / "report.csv").read_text()))}
+
+
+def test_a_sweep_is_reported_on_screen_and_in_four_files(folder, tmp_path, capsys):
+    compare(folder, tmp_path, "sweep=first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.html", "report.md", "report.tex"]
+    found = rows(tmp_path)
+    assert len(found) == 3
+    cosine = next(row for label, row in found.items() if "cosine" in label)
+    assert (cosine["seeds"], cosine["accuracy"], cosine["difference_points"]) == ("1 2", "0.95", "5.0")
+    assert cosine["verdict"] == "ahead, to be confirmed (n = 2)"
+    assert found["freeze.layers=1"]["verdict"] == "worse (n = 2)"
+    assert float(found["freeze.layers=1"]["time_gain_percent"]) == pytest.approx(50)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "is ahead of the baseline, yet to be confirmed: +5.00 points" in shown
+    assert "python -m distilbench.confirm sweep=first" in shown
+
+
+def test_experiments_are_found_by_their_settings_and_named(folder, tmp_path, capsys):
+    compare(folder, tmp_path, "experiment=baseline,hyperparameters", "layout=paper", "sweep=first")
+    labels = list(rows(tmp_path))
+    assert any(label.startswith("hyperparameters: ") for label in labels)
+    assert any(label.startswith("baseline: ") for label in labels)
+    assert len(labels) == 2
+    assert "experiment" in capsys.readouterr().out
+
+
+def test_runs_are_found_by_id_and_compared_with_the_stores_baseline(folder, tmp_path, capsys):
+    compare(folder, tmp_path / "all", "sweep=first")
+    (run_id, _) = rows(tmp_path / "all")["freeze.layers=1"]["runs"].split()
+    compare(folder, tmp_path / "one", f"runs={run_id}")
+    found = rows(tmp_path / "one")
+    assert found["freeze.layers=1"]["verdict"] == "worse with this seed (n = 1)"
+    assert "The baseline is not among these trials" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
+    compare(folder, tmp_path / "all", "sweep=first")
+    cosine = next(row for label, row in rows(tmp_path / "all").items() if "cosine" in label)
+    compare(folder, tmp_path / "named", "sweep=first", f"baseline={cosine['runs'].split()[0]}")
+    assert next(label for label, row in rows(tmp_path / "named").items() if row["is_baseline"] == "True").count(
+        "cosine"
+    )
+    compare(folder, tmp_path / "none", "sweep=first", "baseline=none")
+    assert {row["verdict"] for row in rows(tmp_path / "none").values()} == {""}
+
+
+def test_only_the_files_asked_for_are_written(folder, tmp_path):
+    compare(folder, tmp_path, "sweep=first", "formats=[latex]")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.tex"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        (["sweep=nowhere"], r"^sweep must be one of .*first.*, got 'nowhere' in experiment distilbench"),
+        (["sweep=empty"], r"must hold at least one trial, got none for sweep=empty; train some first"),
+        (["sweep=alien"], r"^a baseline must be there to compare with, got none of protocol .*baseline=none"),
+        (["experiment=quick,nonsense"], r"^experiment must be one of baseline, .*, got 'nonsense'"),
+        (["experiment=layer_freezing"], r"must hold at least one trial, got none for experiment=layer_freezing"),
+        (["runs=[0000]"], r"^runs must be ids of trials in .*, got '0000'"),
+        (["sweep=blank"], r"^finished runs must have their predictions, got none for 1 .*untested=show"),
+        (["sweep=first", "baseline=0000"], r"^baseline must be the id of a run, or none, got '0000'"),
+        (["sweep=first", "layout=wide"], r"^layout must be one of full, paper, got 'wide'"),
+        (["sweep=first", "formats=[pdf]"], r"^formats must be one of html, .*, got 'pdf'"),
+        (["sweep=first", "rows=0"], r"^rows must be 1 or more, got 0"),
+        (["tracking=none", "sweep=first"], r"^tracking must be mlflow"),
+        ([], r"^what to compare must be sweep=NAME"),
+    ],
+)
+def test_what_cannot_be_reported_is_told_in_one_line_and_leaves_nothing(folder, tmp_path, asked, line):
+    output = tmp_path / "report"
+    with pytest.raises(SettingsError, match=line) as refused:
+        compare(folder, output, *asked)
+    assert "\n" not in str(refused.value)
+    assert not output.exists()
+
+
+def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
+    compare(folder, tmp_path, "sweep=blank", "untested=show")
+    assert rows(tmp_path)["freeze.layers=2"]["verdict"] == "not tested: predictions are missing"
+
+
+def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
+    from distilbench.settings import TrackingSettings
+    from distilbench.tracking import Selection, find_store
+
+    store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench"))
+    (alien,) = store.search(Selection(tags={SWEEP: "alien"}))
+    first = store.search(Selection(tags={SWEEP: "first"}))
+    runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"
+    with pytest.raises(SettingsError, match=r"must be of one protocol, got 2: .*tiny on text.*; choose one: protocol="):
+        compare(folder, tmp_path, runs)
+
+
+def test_lists_are_typed_as_people_type_them():
+    assert spelled_for_hydra("experiment=a,b") == "experiments=[a,b]"
+    assert spelled_for_hydra("runs=a,b") == "runs=[a,b]"
+    assert spelled_for_hydra("runs=[a,b]") == "runs=[a,b]"
+    assert spelled_for_hydra("sweep=a=b") == "sweep=a=b"
+    assert spelled_for_hydra("--help") == "--help"
+
+
+def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_path):
+    store = make_store(folder)
+    stream = io.StringIO()
+    with initialize_config_dir(str(ROOT / "conf")):
+        report = report_sweep(store, "first", tmp_path, usual_treatment(), Console(file=stream, width=100))
+    assert len(report.rows) == 3
+    assert "Sweep first" in stream.getvalue()
+    parent = store.sweep_run("first").run_id
+    files = [file.path for file in store._client.list_artifacts(parent)]
+    assert files == sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.csv", "report.html", "report.md", "report.tex"
+    ]  # fmt: skip
+    note = store._client.get_run(parent).data.tags["mlflow.note.content"]
+    assert re.search(
+        r"\| \[freeze\.layers=1\]\(http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\) \| -20\.00", note
+    )
+
+
+def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):
+    stream = io.StringIO()
+    with initialize_config_dir(str(ROOT / "conf")):
+        report_sweep(make_store(folder), "broken", tmp_path, usual_treatment(), Console(file=stream, width=100))
+    assert "No trial finished: 2 DIVERGED." in stream.getvalue()
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_sweep_without_trials_has_no_report(folder, tmp_path):
+    with initialize_config_dir(str(ROOT / "conf")):
+        assert report_sweep(make_store(folder), "empty", tmp_path, usual_treatment()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(folder: Path, *asked: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "COLUMNS": "100"}
+    environment["PYTHONPATH"] = str(ROOT)
+    line = [sys.executable, "-m", "distilbench.compare", *asked]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.e2e
+def test_the_command_line_reports_and_refuses_with_its_exit_status(folder):
+    done = command(folder, "experiment=baseline,hyperparameters", "sweep=first", "layout=paper")
+    assert done.returncode == 0, done.stderr
+    assert "report  outputs/reports/first/report.html" in done.stdout
+    assert "\x1b" not in done.stdout
+    refused = command(folder, "sweep=nowhere")
+    assert refused.returncode == 2
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert refused.stderr.startswith("distilbench: sweep must be one of ")
+
+
+@pytest.mark.e2e
+def test_help_and_mistakes_answer_without_importing_anything_heavy(folder, tmp_path):
+    start = os.times().children_user
+    shown = command(folder, "--help")
+    assert shown.returncode == 0
+    assert "experiment=baseline,layer_freezing,hyperparameters layout=paper" in shown.stdout
+    assert command(folder).returncode == 2
+    assert os.times().children_user - start < 4, "CPU seconds of two calls"

@@ -1,0 +1,154 @@
+"""The confirmation: fresh seeds, one trial at a time, resumable, with both figures side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from distilbench import trials
+from distilbench.confirm import confirm
+from distilbench.reporting import CONFIRMS
+from distilbench.results import Status
+from distilbench.settings import ConfirmSettings, SettingsError, settings_from
+from distilbench.tracking import SWEEP, Selection
+from tests.conftest import ROOT, TINY
+from tests.made_store import add_trial, make_store
+
+QUICK = (
+    *TINY[:2],
+    "train.epochs=1",
+    "data.max_train_examples=64",
+    "output.save_model=false",
+    "train.checkpoints=false",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A real sweep of three tiny trials of seed 1: the baseline and two learning rates."""
+    folder = tmp_path_factory.mktemp("confirmed")
+    store = make_store(folder)
+    group = store.open_group("first", {SWEEP: "first"})
+    with initialize_config_dir(str(ROOT / "conf")):
+        for number, rate in enumerate(("2e-5", "1e-2", "3e-3")):
+            asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",
+                     f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
+            settings = settings_from(compose("config", asked))
+            prepared = trials.prepare(settings)
+            tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
+            trials.run(settings, prepared, store, trials.Membership(f"lr={rate}", group.run_id, tags))
+    add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
+    return folder
+
+
+def run_confirm(folder: Path, *asked: str) -> int:
+    with initialize_config_dir(str(ROOT / "conf")):
+        config = compose("confirm", [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output={folder}/confirm", *asked])
+        return confirm(settings_from(config, ConfirmSettings))
+
+
+def confirmed(folder: Path, name="first-confirm"):
+    return make_store(folder).search(Selection(tags={SWEEP: name}))
+
+
+def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys):
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "dry_run=true") == 0
+    shown = capsys.readouterr().out
+    assert "confirming sweep first: 4 trials to train, about " in shown
+    assert "seeds 2, 3" in shown
+    assert confirmed(folder) == []
+
+
+def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figures(folder, monkeypatch, capsys):
+    real, trained = trials.run, []
+
+    def interrupted_at_the_third(settings, *arguments):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append((settings.optim.lr, settings.seed))
+        return real(settings, *arguments)
+
+    monkeypatch.setattr(trials, "run", interrupted_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_confirm(folder, "sweep=first", "top=1", "seeds=2")
+    store = make_store(folder)
+    parent = store.sweep_run("first-confirm")
+    assert parent.tags[CONFIRMS] == "first"
+    run = store._client.get_run(parent.run_id)
+    assert (run.info.status, run.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")
+    assert len({rate for rate, _ in trained}) == 2, "the baseline and the best, with the same seed"
+    assert {seed for _, seed in trained} == {2}
+
+    monkeypatch.setattr(trials, "run", real)
+    capsys.readouterr()
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2") == 0
+    found = confirmed(folder)
+    assert sorted((t.treatment["optim.lr"], t.seed) for t in found) == sorted(
+        (rate, seed) for rate in {rate for rate, _ in trained} for seed in (2, 3)
+    )
+    assert {trial.status for trial in found} == {Status.FINISHED}
+    assert store.sweep_run("first-confirm").run_id == parent.run_id, "the same run goes on"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The advantage of optim.lr=" in shown
+    assert " in the sweep; " in shown
+    assert " in the confirmation." in shown
+    run = store._client.get_run(parent.run_id)
+    assert run.info.status == "FINISHED"
+    assert "The advantage of" in run.data.tags["mlflow.note.content"]
+    assert (folder / "confirm" / "report.html").is_file()
+    assert [trial.role for trial in found if trial.treatment["optim.lr"] == 2e-5] == ["baseline"] * 2
+
+
+def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
+    trained = []
+    real = trials.run
+
+    def counted(settings, *arguments):
+        trained.append(settings.seed)
+        return real(settings, *arguments)
+
+    monkeypatch.setattr(trials, "run", counted)
+    before = len(confirmed(folder))
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=3") == 0
+    assert trained == [4, 4]
+    assert len(confirmed(folder)) == before + 2
+    run_confirm(folder, "sweep=first", "top=1", "seeds=3")
+    assert trained == [4, 4]
+
+
+def test_trials_keep_their_directories_apart_from_each_other(folder):
+    numbers = sorted(int(path.name) for path in (folder / "confirm").iterdir() if path.name.isdigit())
+    assert numbers == list(range(len(numbers)))
+    assert all((folder / "confirm" / str(n) / "trial.json").is_file() for n in numbers)
+
+
+def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
+    real = trials.run
+
+    def diverges(settings, *arguments):
+        outcome = real(settings, *arguments)
+        return replace(outcome, result=replace(outcome.result, status=Status.DIVERGED))
+
+    monkeypatch.setattr(trials, "run", diverges)
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "name=other", f"output={folder}/other") == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ([], r"^sweep must be the name of a sweep, got None; add sweep=NAME"),
+        (["sweep=nowhere"], r"^sweep must be one of .*, got 'nowhere'"),
+        (["sweep=../x"], r"^sweep must be a name without a path in it"),
+        (["sweep=first", "top=0"], r"^top must be 1 or more, got 0"),
+        (["sweep=first", "seeds=1"], r"^seeds must be 2 or more, got 1"),
+        (["sweep=first-confirm"], r"^sweep must be a search, got 'first-confirm', itself a confirmation of first"),
+        (["sweep=lonely"], r"^sweep must be one of "),
+        (["sweep=first", "name=first"], r"^name must be free or that of a confirmation of first, got 'first'"),
+    ],
+)
+def test_what_cannot_be_confirmed_is_told_in_one_line(folder, asked, line):
+    with pytest.raises(SettingsError, match=line):
+        run_confirm(folder, *asked)
