@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
     from distilbench.tracking import Group, Store
-    from distilbench.trials import Job, Outcome, Prepared
+    from distilbench.trials import Job, Membership, Outcome, Prepared
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
 """Names the ``job.json`` of the trial that a job is to train."""
@@ -75,9 +75,12 @@ class SweepJob:
     def from_environment(cls) -> SweepJob | None:
         """The trial that this job was launched for; None outside of our sweeps."""
         path = os.environ.get(ENVIRONMENT)
-        if not path:
-            return None
-        content = json.loads(Path(path).read_text())
+        return cls.read(Path(path)) if path else None
+
+    @classmethod
+    def read(cls, path: Path) -> SweepJob:
+        """Read the ``job.json`` that :meth:`write` wrote."""
+        content = json.loads(path.read_text())
         known = {"owner": Owner(**content["owner"]), "directory": Path(content["directory"])}
         return cls(**content | known | {"objectives": tuple(content["objectives"])})
 
@@ -105,9 +108,8 @@ def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
 
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
-    judge = _judge_of(place, job.settings.sweep)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
-    record = train(job, place, prepared, store, judge)
+    record = train(job, place, prepared, store)
     return tuple(record.objective(name) for name in place.objectives)
 
 
@@ -115,10 +117,11 @@ Judge = Callable[[float, int], str | None]
 """Given the objective so far and how often it was measured: why the trial is to stop, or None."""
 
 
-def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store, judge: Judge | None) -> Record:
-    from distilbench.records import read_record
-    from distilbench.trials import Membership, run
+def membership_of(place: SweepJob, settings: SweepSettings) -> Membership:
+    """What a trial with one seed has from its sweep: name, parent, tags, and who may prune it."""
+    from distilbench.trials import Membership
 
+    judge = _judge_of(place, settings)
     count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -126,15 +129,23 @@ def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store, judg
         count += 1
         return judge(evaluation.metric(place.objectives[0]), count) if judge else None
 
-    membership = Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
+    return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
+
+
+def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> Record:
+    from distilbench.records import read_record
+    from distilbench.trials import run
+
+    membership = membership_of(place, job.settings.sweep)
     _compare(job, run(job.settings, prepared, store, membership), store)
     record = read_record(place.directory)
     assert record is not None  # run() has just written it
     return record
 
 
-def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store, judge: Judge | None) -> Record:
+def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> Record:
     """Train the trial once for each seed, each in a run and a directory of its own; the trial is their mean."""
+    judge = _judge_of(place, job.settings.sweep)
     seeds = job.settings.sweep.seeds or []
     group = store.open_group(place.name, place.tags, place.parent_run_id)
     begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), group.run_id)

@@ -314,6 +314,7 @@ class Loop:
         self._group.update(board.metrics(), board.markdown(self._group.link))
         OmegaConf.save(OmegaConf.create(board.results()), self._plan.directory / "optimization_results.yaml")
         self._screen.show_all(board)
+        self._say(f"trials are chosen by {' and '.join(self._plan.objectives)} on the {self._plan.selection_split}")
         if self._plan.asked > self._plan.total and self._studies.main.is_exhausted(self._plan.space):
             self._say(f"every one of the {self._plan.total} points of the space has been evaluated: no more to try")
         self._say(f"{self._plan.name}: {board.line()}; {self._plan.directory}")

@@ -8,7 +8,8 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import Workspace
+
+from tests.sweeps.conftest import Workspace
 
 pytestmark = pytest.mark.e2e
 SMALL = ("data.max_train_examples=64", "output.save_model=false", "optim.lr=1e-2", "baseline.overrides=['freeze=none']")
