@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
-ENGINES = ("trainer",)
+ENGINES = ("trainer", "fused")
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -295,7 +295,7 @@ class EngineSettings:
     """What trains the trial; changes speed, never results beyond rounding."""
 
     name: str
-    """trainer (Hugging Face Trainer)."""
+    """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape)."""
     device: str
     """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
 

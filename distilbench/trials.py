@@ -16,6 +16,7 @@ from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
 from distilbench.engines import engine_for
 from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
+from distilbench.probe import solo_seconds
 from distilbench.progress import Progress
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
 from distilbench.results import (
@@ -29,7 +30,7 @@ from distilbench.results import (
     digest,
     treatment_of,
 )
-from distilbench.settings import ROOT, AppSettings, SettingsError
+from distilbench.settings import ROOT, AppSettings, SettingsError, TrialSettings
 from distilbench.tracking import DatasetUsed, RunLog, RunStart, Store, open_store
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class Job:
     baseline: AppSettings
     baseline_command: str
     """The command line that trains the baseline."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this trial's treatment is the baseline's own."""
+        return treatment_of(self.settings, "") == treatment_of(self.baseline, "")
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class Outcome:
             train_seconds=self.result.train_seconds,
             trainable_parameters=self.result.trainable_parameters,
             measured_on=self.prepared.measured_on,
+            alone=self.result.alone,
             predictions=self.predictions,
         )
 
@@ -149,19 +156,23 @@ def run_and_compare(job: Job) -> Outcome:
     """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
-    is_baseline = treatment_of(job.settings, "") == treatment_of(job.baseline, "")
-    baseline = None if is_baseline else _find_baseline(job, prepared, store)
+    baseline = None if job.is_baseline else find_baseline(job, prepared, store, job.settings.baseline.ensure)
     outcome = run(job.settings, prepared, store)
-    comparison = None
-    if baseline is not None and outcome.result.report is not None:
-        comparison = compare(outcome.stored, baseline)
-        if outcome.run_id:
-            store.add_comparison(outcome.run_id, comparison_markdown(comparison), comparison_metrics(comparison))
-    _print(job, outcome, comparison, is_baseline, store)
+    _print(job, outcome, add_comparison(outcome, baseline, store), store)
     return outcome
 
 
-def _print(job: Job, outcome: Outcome, comparison: Comparison | None, is_baseline: bool, store: Store) -> None:
+def add_comparison(outcome: Outcome, baseline: StoredTrial | None, store: Store) -> Comparison | None:
+    """Compare a trial with its baseline and attach that to its run; None where one of the two has no result."""
+    if baseline is None or outcome.result.report is None:
+        return None
+    comparison = compare(outcome.stored, baseline)
+    if outcome.run_id:
+        store.add_comparison(outcome.run_id, comparison_markdown(comparison), comparison_metrics(comparison))
+    return comparison
+
+
+def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Store) -> None:
     from rich.console import Console
 
     splits, text = outcome.prepared.splits, outcome.prepared.text
@@ -177,17 +188,18 @@ def _print(job: Job, outcome: Outcome, comparison: Comparison | None, is_baselin
         dropped=text.dropped,
         result=outcome.result,
         comparison=comparison,
-        baseline_command=None if is_baseline or comparison else job.baseline_command,
+        baseline_command=None if job.is_baseline or comparison else job.baseline_command,
         run_url=store.runs_url(),
         output_dir=outcome.settings.output.dir,
     )
     print_summary(Console(), summary)
 
 
-def _find_baseline(job: Job, prepared: Prepared, store: Store) -> StoredTrial | None:
+def find_baseline(job: Job, prepared: Prepared, store: Store, ensure: bool) -> StoredTrial | None:
+    """The newest finished baseline of the job; with ``ensure``, one is trained where there is none."""
     wanted = treatment_of(job.baseline, prepared.precision)
     found = store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed)
-    if found is not None or not job.settings.baseline.ensure:
+    if found is not None or not ensure:
         return found
     log.info("no finished baseline of this protocol yet: training it first")
     directory = Path(job.settings.output.dir) / "baseline"
@@ -204,18 +216,27 @@ def run(settings: AppSettings, prepared: Prepared, store: Store) -> Outcome:
     return run_together([settings], prepared, store)[0]
 
 
-def run_together(trials: Sequence[AppSettings], prepared: Prepared, store: Store) -> list[Outcome]:
+def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
+    """The trial as an engine gets it: with the weights that were really resolved."""
+    return replace(settings.trial, model=prepared.model.settings)
+
+
+def run_together(
+    trials: Sequence[AppSettings], prepared: Prepared, store: Store, solo_seconds: float | None = None
+) -> list[Outcome]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
-    Ctrl-C and SIGTERM (as an exception) close every run as INTERRUPTED and pass through.
+    ``solo_seconds`` is an estimate of what one of them would take alone. Ctrl-C and SIGTERM (as an exception) close
+    every run as INTERRUPTED and pass through.
     """
     records = [_Record.open(settings, prepared) for settings in trials]
-    logs = [store.begin(_run_start(settings, prepared, record.run_id))
+    logs = [store.begin(_run_start(settings, prepared, record.run_id, alone=len(trials) == 1))
             for settings, record in zip(trials, records, strict=True)]  # fmt: skip
     for record, run_log in zip(records, logs, strict=True):
         record.write(Status.RUNNING, run_id=run_log.run_id)
     engine = engine_for(trials[0].engine)
-    used = [replace(settings.trial, model=prepared.model.settings) for settings in trials]
+    used = [prepared_trial(settings, prepared) for settings in trials]
+    began = time.perf_counter()
     try:
         with Progress([name_of(settings) for settings in trials]) as progress:
             results = engine.train(used, prepared.splits, _Observers(logs, progress))
@@ -225,6 +246,9 @@ def run_together(trials: Sequence[AppSettings], prepared: Prepared, store: Store
             run_log.finish(stopped, None)
             record.write(stopped.status, run_id=run_log.run_id)
         raise
+    if len(trials) > 1:
+        seconds = time.perf_counter() - began
+        results = [_in_batch(result, len(trials), seconds, solo_seconds) for result in results]
     outcomes = [
         Outcome(settings, prepared, replace(result, setup_seconds=result.setup_seconds + prepared.seconds), log.run_id)
         for settings, result, log in zip(trials, results, logs, strict=True)
@@ -235,7 +259,20 @@ def run_together(trials: Sequence[AppSettings], prepared: Prepared, store: Store
     return outcomes
 
 
-def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None) -> RunStart:
+def estimate_alone(settings: AppSettings, prepared: Prepared) -> float | None:
+    """Predict ``train_seconds`` of a trial that has the device to itself; None where the probe fails."""
+    return solo_seconds(engine_for(settings.engine), prepared_trial(settings, prepared), prepared.splits)
+
+
+def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: float | None) -> TrialResult:
+    """A result that says in what company it came about; the estimate is for trials that took all of their steps."""
+    whole = result.status is Status.FINISHED
+    return replace(
+        result, batch_size=size, batch_seconds=seconds, solo_seconds_estimate=solo_seconds if whole else None
+    )
+
+
+def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, alone: bool) -> RunStart:
     from omegaconf import OmegaConf
 
     splits, fingerprint = prepared.splits, prepared.protocol.data.fingerprint
@@ -244,7 +281,7 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None) ->
         parts.insert(1, ("selection", splits.selection))
     return RunStart(
         name=name_of(settings),
-        settings=replace(settings.trial, model=prepared.model.settings),
+        settings=prepared_trial(settings, prepared),
         protocol=prepared.protocol,
         treatment=treatment_of(settings, prepared.precision),
         device=prepared.device,
@@ -254,6 +291,7 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None) ->
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(settings)),
         label_names=splits.label_names,
         datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
+        alone=alone,
         run_id=run_id,
     )
 

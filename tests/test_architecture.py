@@ -17,7 +17,9 @@ LAYERS = [
     {"corpora"},
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
+    {"probe"},
     {"trials"},
+    {"together"},
     {"composition"},
     {"train"},
 ]
