@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 from hydra_plugins.distilbench_launcher import config  # noqa: F401  registers the schema
 
@@ -14,26 +17,29 @@ if TYPE_CHECKING:
     from hydra_plugins.distilbench_launcher._core import Batches
 
 
-class FusedLauncher(BasicLauncher):
-    """Hydra's basic launcher, but for task functions that take several jobs at once.
+class FusedLauncher(Launcher):
+    """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
 
-    Those carry an attribute ``takes_batches``, a :class:`~hydra_plugins.distilbench_launcher._core.TakesBatches`.
+    Such a function carries an attribute ``takes_batches``, a ``TakesBatches`` of ``_core``.
     """
 
     def __init__(self, max_trials: int) -> None:
-        super().__init__()
         self._max_trials = max_trials
+        self._basic = BasicLauncher()
         self._batches: Batches | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra hands over."""
+        self._context, self._task, self._config = hydra_context, task_function, config
+        self._basic.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; returns keep their order."""
-        takes_batches = getattr(self.task_function, "takes_batches", None)
+        takes_batches = getattr(self._task, "takes_batches", None)
         if takes_batches is None:
-            return super().launch(job_overrides, initial_job_idx)
+            return self._basic.launch(job_overrides, initial_job_idx)
         from hydra_plugins.distilbench_launcher import _core
 
-        assert self.config is not None
-        assert self.hydra_context is not None
         if self._batches is None:
             self._batches = takes_batches(self._max_trials)
-        return _core.launch(self._batches, self.config, self.hydra_context, job_overrides, initial_job_idx)
+        return _core.launch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
