@@ -1,4 +1,4 @@
-"""The schema of ``hydra/launcher=fused``."""
+"""The schema of ``hydra/launcher=fused``; Hydra's scanner imports it."""
 
 from __future__ import annotations
 

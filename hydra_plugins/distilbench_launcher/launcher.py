@@ -11,8 +11,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.distilbench_launcher import config  # noqa: F401  registers the schema
-
 if TYPE_CHECKING:
     from hydra_plugins.distilbench_launcher._core import Batches
 
