@@ -53,15 +53,15 @@ def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSp
     evaluated = min(max(1, round(evaluations * len(splits.selection) / scale)), len(splits.selection))
     probed = replace(
         splits,
-        train=_some(splits.train, examples, rng),
-        selection=_some(splits.selection, evaluated, rng),
+        train=random_part(splits.train, examples, rng),
+        selection=random_part(splits.selection, evaluated, rng),
         # never evaluated, since the probe stops before: it keeps the vocabulary of the whole text in the model
         report=splits.train,
     )
     return probed, scale
 
 
-def _some(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:
+def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:
     """Random ``examples`` of a split, in its order."""
     chosen = np.sort(rng.choice(len(split), examples, replace=False))
     rows = [split.row(index) for index in chosen]

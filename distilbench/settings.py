@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union, get_args, get_type_hints
+from typing import Any, Optional, TypeVar, Union, get_args, get_type_hints
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
@@ -378,17 +378,58 @@ class AppSettings(TrialSettings):
         return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
 
 
+BENCH_WINDOW = 8
+"""Steps of a benchmark come in multiples of this: engines may run parts of so many steps ahead."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What a benchmark measures: short runs, each in a process of its own, interleaved and repeated."""
+
+    trials: int
+    """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
+    steps: int
+    """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
+    eval_examples: int
+    """Examples of the selection split that each run evaluates, 1 or more."""
+    repeats: int
+    """Times that each row is measured, 1 or more."""
+
+    def __post_init__(self) -> None:
+        _at_least("bench.trials", self.trials, 2)
+        require(self.steps > 0 and self.steps % BENCH_WINDOW == 0, "bench.steps", f"a multiple of {BENCH_WINDOW}",
+                self.steps)  # fmt: skip
+        _at_least("bench.eval_examples", self.eval_examples, 1)
+        _at_least("bench.repeats", self.repeats, 1)
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(AppSettings):
+    """The whole configuration of `python -m distilbench.benchmark`."""
+
+    bench: BenchSettings
+
+
+Settings = TypeVar("Settings", bound=AppSettings)
+
+
 def settings_from(config: Any) -> AppSettings:
     """Convert a composed config once, at the edge; raises :class:`SettingsError` for a value out of range."""
+    return settings_as(AppSettings, config)
+
+
+def settings_as(cls: type[Settings], config: Any) -> Settings:
+    """As :func:`settings_from`, for the program whose whole configuration is ``cls``."""
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-    nodes = {f.name: config[f.name] for f in dataclasses.fields(AppSettings)}
+    nodes = {f.name: config[f.name] for f in dataclasses.fields(cls)}
     try:
         values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
         raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
-    return _build(AppSettings, values)
+    settings: Settings = _build(cls, values)
+    return settings
 
 
 def _build(cls: Any, values: Any) -> Any:
@@ -421,8 +462,8 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def register_schema() -> None:
-    """Register :class:`AppSettings` as the schema that ``conf/config.yaml`` builds on."""
+def register_schema(cls: type[AppSettings] = AppSettings) -> None:
+    """Register ``cls`` as the schema that ``conf/config.yaml`` builds on: what one program is configured by."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=_schema(AppSettings), replace=True)
+    ConfigStore.instance().store(name="schema", node=_schema(cls), replace=True)
