@@ -14,6 +14,8 @@ from distilbench.results import Evaluation, StepRecord
 
 LINE_SECONDS = 10.0
 """Shortest time between two plain lines about steps."""
+QUICK_STEPS = 125
+"""Steps of experiment=quick: 2,000 examples at batch 16."""
 LONG_SECONDS = 600.0
 """What takes longer than this is announced as long."""
 SURE_STEPS, SURE_SECONDS = 10, 2.0
@@ -88,7 +90,7 @@ class Progress:
         if self._told_long or not pace.is_sure:
             return
         self._told_long = True
-        line = say_long(pace.seconds_for(record.steps) or 0.0)
+        line = say_long(pace.seconds_for(record.steps) or 0.0, record.steps)
         if line:
             self._print(line)
 
@@ -150,11 +152,9 @@ def evaluation_text(evaluation: Evaluation) -> str:
     )
 
 
-def say_long(predicted_seconds: float) -> str | None:
-    """The line that warns of a long trial and names the quicker experiment; None for a short one."""
+def say_long(predicted_seconds: float, steps: int) -> str | None:
+    """The line that warns of a long trial, None for a short one; names the quicker experiment where that is shorter."""
     if predicted_seconds <= LONG_SECONDS:
         return None
-    return (
-        f"This trial will take about {duration(predicted_seconds)} on this device; "
-        "for a first answer in minutes: experiment=quick"
-    )
+    remedy = "; for a first answer in minutes: experiment=quick" if steps > QUICK_STEPS else ""
+    return f"This trial will take about {duration(predicted_seconds)} on this device{remedy}"

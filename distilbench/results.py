@@ -24,6 +24,10 @@ class Status(StrEnum):
     FAILED = "FAILED"
 
 
+METRICS_KEPT = ("accuracy", "loss", "f1", "mcc", "epoch")
+"""What is kept of an evaluation, beside its predictions."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one logged optimisation step did. ``loss`` is the mean since the last record."""

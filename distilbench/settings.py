@@ -27,6 +27,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("trainer", "fused")
+PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
+OBJECTIVES = (*METRICS, "train_seconds", "trainable_parameters")
+"""What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -366,11 +369,65 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    """How the trials of one ``--multirun`` are chosen, counted and ended."""
+
+    name: str
+    """Names study, MLflow parent run and directory; the same name continues the same sweep."""
+    trials: int
+    """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
+    baseline: bool
+    """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
+    objectives: Optional[list[str]]
+    """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, trainable_parameters; null is
+    `train.metric`. Several make a Pareto front."""
+    seeds: Optional[list[int]]
+    """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
+    pruner: str
+    """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
+    pruner_options: dict[str, Any]
+    """Arguments of Optuna's pruner, such as n_startup_trials."""
+    max_failures: Optional[float]
+    """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
+    timeout_minutes: Optional[float]
+    """Minutes after which no new trial starts; null is no limit."""
+    dry_run: bool
+    """Print what would be trained, and how long that would take, and train nothing."""
+    max_grid: int
+    """Cells that a grid may have without a word: raise it to confirm a larger one."""
+    on_change: str
+    """refuse | extend: what becomes of a sweep that is continued with another space."""
+    retry_failed: bool
+    """Train failed trials of a continued sweep again (DIVERGED ones excepted: they would diverge again)."""
+    take_over: bool
+    """Also close trials left RUNNING on other hosts; only where those hosts are known to be gone."""
+
+    def __post_init__(self) -> None:
+        require(re.fullmatch(r"\w[\w.+-]*", self.name) is not None, "sweep.name",
+                "letters, digits and ._+- without a path", self.name)  # fmt: skip
+        _at_least("sweep.trials", self.trials, 1)
+        _one_of("sweep.pruner", self.pruner, PRUNERS)
+        for objective in self.objectives or ():
+            _one_of("sweep.objectives", objective, OBJECTIVES)
+        for name in ("objectives", "seeds"):
+            values = getattr(self, name)
+            distinct = values is None or (bool(values) and len(set(values)) == len(values))
+            require(distinct, f"sweep.{name}", "null or a list of different values", values)
+        _at_least("sweep.max_failures", self.max_failures, 0.0)
+        count_or_share = self.max_failures is None or self.max_failures < 1 or self.max_failures % 1 == 0
+        require(count_or_share, "sweep.max_failures", "a whole number or a share below 1", self.max_failures)
+        _at_least("sweep.timeout_minutes", self.timeout_minutes, 0)
+        _at_least("sweep.max_grid", self.max_grid, 1)
+        _one_of("sweep.on_change", self.on_change, ("refuse", "extend"))
+
+
+@dataclass(frozen=True)
 class AppSettings(TrialSettings):
     """The whole configuration of `python -m distilbench.train`."""
 
     tracking: TrackingSettings
     baseline: BaselineSettings
+    sweep: SweepSettings
 
     @property
     def trial(self) -> TrialSettings:

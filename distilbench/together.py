@@ -15,6 +15,7 @@ from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import Store, open_store
 from distilbench.trials import (
     Job,
+    Membership,
     Outcome,
     Prepared,
     add_comparison,
@@ -41,10 +42,19 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A job to train; one that belongs to a sweep leaves its baseline to that."""
+
+    job: Job
+    membership: Membership | None = None
+
+
+@dataclass(frozen=True)
 class _Ready:
     """A job with all that it needs to start."""
 
     job: Job
+    membership: Membership | None
     prepared: Prepared
     store: Store
 
@@ -67,17 +77,17 @@ class Workshop:
         self._baselines: dict[Hashable, StoredTrial] = {}
         self._told_apart = False
 
-    def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, Trained | Exception]]:
-        """Train every job; yields, group by group, what became of each by its place in ``jobs``.
+    def train(self, entries: Sequence[Entry]) -> Iterator[Mapping[int, Trained | Exception]]:
+        """Train every job; yields, group by group, what became of each by its place in ``entries``.
 
         First come the jobs that can't start (SettingsError), before anything is trained. What goes wrong for a whole
         group is the exception of each of its jobs; other groups go on. KeyboardInterrupt passes through.
         """
         ready: dict[int, _Ready] = {}
         refused: dict[int, Exception] = {}
-        for index, job in enumerate(jobs):
+        for index, entry in enumerate(entries):
             try:
-                ready[index] = self._ready(job)
+                ready[index] = self._ready(entry)
             except SettingsError as error:
                 refused[index] = error
         yield refused
@@ -97,8 +107,8 @@ class Workshop:
             self._told_apart = True
             log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *engines)
 
-    def _ready(self, job: Job) -> _Ready:
-        settings = job.settings
+    def _ready(self, entry: Entry) -> _Ready:
+        settings = entry.job.settings
         if settings.tracking not in self._stores:
             self._stores[settings.tracking] = open_store(settings.tracking)
         key = _preparation_key(settings)
@@ -106,7 +116,7 @@ class Workshop:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
         check_freeze(prepared.model, settings.freeze)
-        return _Ready(job, prepared, self._stores[settings.tracking])
+        return _Ready(entry.job, entry.membership, prepared, self._stores[settings.tracking])
 
     def _groups(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
         """Places of the jobs that train at once, at most ``max_trials``; baselines first: others are held to them."""
@@ -121,12 +131,14 @@ class Workshop:
 
     def _train_group(self, members: Sequence[_Ready], trained_here: set[Hashable]) -> list[Trained]:
         for r in members:
-            if r.treatment_key(r.job.baseline) not in trained_here and r.job.settings.baseline.ensure:
+            ensure = r.job.settings.baseline.ensure and r.membership is None
+            if ensure and r.treatment_key(r.job.baseline) not in trained_here:
                 self._baseline_of(r, ensure=True)
         first = members[0]
         settings = [r.job.settings for r in members]
         solo = self._solo(first) if len(members) > 1 else None
-        outcomes = run_together(settings, first.prepared, first.store, solo)
+        memberships = [r.membership or Membership() for r in members]
+        outcomes = run_together(settings, first.prepared, first.store, memberships, solo)
         for r, outcome in zip(members, outcomes, strict=True):
             if outcome.result.status is Status.FINISHED and r.job.is_baseline:
                 self._baselines[r.treatment_key(r.job.baseline)] = outcome.stored

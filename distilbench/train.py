@@ -6,10 +6,12 @@ Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 in
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
@@ -17,11 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from distilbench.composition import baseline_config, command_for
+from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
+from distilbench.sweeps import SweepJob, membership_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
-    from distilbench.together import Trained
+    from distilbench.together import Trained, Workshop
     from distilbench.trials import Job, Outcome
 
 register_schema()
@@ -36,6 +39,14 @@ class TrialFailed(RuntimeError):
     """A trial of a multirun ended without a result; the message is the trial's own error."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one job is to do: a trial, and its place in a sweep of ours."""
+
+    job: Job
+    place: SweepJob | None
+
+
 class Batches:
     """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
 
@@ -43,22 +54,33 @@ class Batches:
         with _in_one_line():
             require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
         self._max_trials = max_trials
-        self._workshop: Any = None
+        self._workshop: Workshop | None = None
 
-    def describe(self, config: DictConfig) -> Job:
+    def describe(self, config: DictConfig) -> Task:
         """Return what a job is to do; raises or exits as the job itself would."""
         with _in_one_line():
-            return _job(config)
+            return _task(config)
 
-    def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, TaskFunction]]:
-        """Train the jobs; yields task functions that end as :func:`main` would have."""
+    def train(self, jobs: Sequence[Task]) -> Iterator[Mapping[int, TaskFunction]]:
+        """Train the jobs; yields task functions that end as :func:`main` would have.
+
+        A trial with several seeds of its own (``sweep.seeds``) is trained where it is concluded, seed by seed.
+        """
         if not jobs:
             return
-        from distilbench.together import Workshop
+        from distilbench.together import Entry, Workshop
 
         self._workshop = self._workshop or Workshop(self._max_trials)
-        for ended in self._workshop.train(jobs):
-            yield {index: _conclusion(trained) for index, trained in ended.items()}
+        with_seeds = {index for index, task in enumerate(jobs) if task.place and task.job.settings.sweep.seeds}
+        yield {index: _by_itself(jobs[index]) for index in with_seeds}
+        together = [index for index in range(len(jobs)) if index not in with_seeds]
+        entries = [
+            Entry(task.job, membership_of(task.job, task.place) if task.place else None)
+            for task in (jobs[index] for index in together)
+        ]
+        for ended in self._workshop.train(entries):
+            places = {together[i]: trained for i, trained in ended.items()}
+            yield {index: _conclusion(jobs[index], trained) for index, trained in places.items()}
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -69,13 +91,10 @@ def _takes_batches(task: TaskFunction) -> TaskFunction:
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
 @_takes_batches
-def main(config: DictConfig) -> float:
-    """Train one trial; returns its objective, ``train.metric`` on the selection split."""
+def main(config: DictConfig) -> float | tuple[float, ...]:
+    """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
     with _in_one_line():
-        job = _job(config)
-        from distilbench.trials import run_and_compare
-
-        return _objective(run_and_compare(job))
+        return _run(_task(config))
 
 
 @contextmanager
@@ -84,24 +103,41 @@ def _in_one_line() -> Iterator[None]:
     try:
         yield
     except SettingsError as error:
+        if SweepJob.from_environment():
+            raise  # the sweep ends in one line of its own
         _fail(str(error), status=2)
     except TrialFailed as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         _fail(str(error), status=1)
+    except KeyboardInterrupt:
+        _say_how_to_continue()
+        raise
 
 
-def _job(config: DictConfig) -> Job:
+def _task(config: DictConfig) -> Task:
+    place = SweepJob.from_environment()
+    if place:
+        place.announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
     from distilbench.trials import Job
 
-    return Job(
+    job = Job(
         settings=settings,
         baseline=settings_from(baseline),
         baseline_command=command_for(baseline, choices),
     )
+    return Task(job, place)
+
+
+def _run(task: Task) -> float | tuple[float, ...]:
+    if task.place:
+        return run_in_sweep(task.job, task.place)
+    from distilbench.trials import run_and_compare
+
+    return _objective(run_and_compare(task.job))
 
 
 def _objective(outcome: Outcome) -> float:
@@ -110,17 +146,36 @@ def _objective(outcome: Outcome) -> float:
     return outcome.result.selection.metric(outcome.settings.train.metric)
 
 
-def _conclusion(trained: Trained | Exception) -> TaskFunction:
+def _by_itself(task: Task) -> TaskFunction:
+    def run(config: DictConfig) -> float | tuple[float, ...]:
+        with _in_one_line():
+            return _run(task)
+
+    return run
+
+
+def _conclusion(task: Task, trained: Trained | Exception) -> TaskFunction:
     """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
-    def conclude(config: DictConfig) -> float:
+    def conclude(config: DictConfig) -> float | tuple[float, ...]:
         with _in_one_line():
             if isinstance(trained, Exception):
                 raise trained
             log.info(trained.line)
-            return _objective(trained.outcome)
+            return objectives_at(task.place) if task.place else _objective(trained.outcome)
 
     return conclude
+
+
+def _say_how_to_continue() -> None:
+    """One line with the command that takes up an interrupted trial; a sweep's is said by whoever runs the sweep."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN:
+        given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
+        place = [f"hydra.run.dir={hydra_config.runtime.output_dir}", "train.resume=true"]
+        print(
+            f"distilbench: interrupted; to continue: {shlex.join([*COMMAND.split(), *given, *place])}", file=sys.stderr
+        )
 
 
 def _fail(line: str, status: int) -> NoReturn:

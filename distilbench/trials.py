@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+
+from rich.console import Console
 
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
@@ -18,6 +18,7 @@ from distilbench.engines import engine_for
 from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
 from distilbench.probe import solo_seconds
 from distilbench.progress import Progress
+from distilbench.records import PREDICTIONS, Owner, Record, read_record
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
 from distilbench.results import (
     Evaluation,
@@ -31,14 +32,12 @@ from distilbench.results import (
     treatment_of,
 )
 from distilbench.settings import ROOT, AppSettings, SettingsError, TrialSettings
-from distilbench.tracking import DatasetUsed, RunLog, RunStart, Store, open_store
+from distilbench.tracking import DatasetUsed, RunLog, RunStart, Store, final_metrics, open_store, write_predictions
 
 log = logging.getLogger(__name__)
 
 CACHE = ROOT / "outputs" / "cache"
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
-RECORD = "trial.json"
-"""What a trial's directory says of it: run, identity, status, and its result once there is one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,20 @@ class Job:
     def is_baseline(self) -> bool:
         """Whether this trial's treatment is the baseline's own."""
         return treatment_of(self.settings, "") == treatment_of(self.baseline, "")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What a trial has from the sweep that it belongs to; one on its own has none of it."""
+
+    name: str | None = None
+    """The run's name, where the sweep knows a shorter one than :func:`name_of`."""
+    parent_run_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    judge: Callable[[Evaluation], str | None] | None = None
+    """Asked after each evaluation: why the trial is to stop there, or None."""
+    is_quiet: bool = False
+    """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,8 @@ class Outcome:
     prepared: Prepared
     result: TrialResult
     run_id: str | None
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return name_of(self.settings)
+    name: str
+    """The run's name."""
 
     @property
     def treatment(self) -> dict[str, object]:
@@ -173,8 +183,6 @@ def add_comparison(outcome: Outcome, baseline: StoredTrial | None, store: Store)
 
 
 def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Store) -> None:
-    from rich.console import Console
-
     splits, text = outcome.prepared.splits, outcome.prepared.text
     sizes = {"train": len(splits.train), "validation": len(splits.report)}
     if splits.selection is not splits.report:
@@ -211,9 +219,9 @@ def find_baseline(job: Job, prepared: Prepared, store: Store, ensure: bool) -> S
     return outcome.stored
 
 
-def run(settings: AppSettings, prepared: Prepared, store: Store) -> Outcome:
+def run(settings: AppSettings, prepared: Prepared, store: Store, membership: Membership | None = None) -> Outcome:
     """Train one trial and keep what comes of it, whatever its end."""
-    return run_together([settings], prepared, store)[0]
+    return run_together([settings], prepared, store, [membership or Membership()])[0]
 
 
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
@@ -222,40 +230,48 @@ def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
 
 
 def run_together(
-    trials: Sequence[AppSettings], prepared: Prepared, store: Store, solo_seconds: float | None = None
+    trials: Sequence[AppSettings],
+    prepared: Prepared,
+    store: Store,
+    memberships: Sequence[Membership],
+    solo_seconds: float | None = None,
 ) -> list[Outcome]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
     ``solo_seconds`` is an estimate of what one of them would take alone. Ctrl-C and SIGTERM (as an exception) close
     every run as INTERRUPTED and pass through.
     """
-    records = [_Record.open(settings, prepared) for settings in trials]
-    logs = [store.begin(_run_start(settings, prepared, record.run_id, alone=len(trials) == 1))
-            for settings, record in zip(trials, records, strict=True)]  # fmt: skip
-    for record, run_log in zip(records, logs, strict=True):
-        record.write(Status.RUNNING, run_id=run_log.run_id)
+    records = [_begin(settings, prepared) for settings in trials]
+    alone = len(trials) == 1
+    logs = [store.begin(_run_start(settings, prepared, record.run_id, membership, alone))
+            for settings, record, membership in zip(trials, records, memberships, strict=True)]  # fmt: skip
+    records = [replace(record, run_id=run_log.run_id) for record, run_log in zip(records, logs, strict=True)]
+    for settings, record in zip(trials, records, strict=True):
+        record.write(Path(settings.output.dir))
     engine = engine_for(trials[0].engine)
     used = [prepared_trial(settings, prepared) for settings in trials]
+    names = [member.name or name_of(settings) for settings, member in zip(trials, memberships, strict=True)]
     began = time.perf_counter()
     try:
-        with Progress([name_of(settings) for settings in trials]) as progress:
-            results = engine.train(used, prepared.splits, _Observers(logs, progress))
+        with Progress(names, Console(quiet=any(member.is_quiet for member in memberships))) as progress:
+            observers = _Observers(logs, progress, memberships)
+            results = observers.explain(engine.train(used, prepared.splits, observers))
     except KeyboardInterrupt:
-        for record, run_log in zip(records, logs, strict=True):
-            stopped = TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
+        stopped = TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
+        for settings, record, run_log in zip(trials, records, logs, strict=True):
             run_log.finish(stopped, None)
-            record.write(stopped.status, run_id=run_log.run_id)
+            record.with_result(stopped, {}).write(Path(settings.output.dir))
         raise
     if len(trials) > 1:
         seconds = time.perf_counter() - began
         results = [_in_batch(result, len(trials), seconds, solo_seconds) for result in results]
     outcomes = [
-        Outcome(settings, prepared, replace(result, setup_seconds=result.setup_seconds + prepared.seconds), log.run_id)
-        for settings, result, log in zip(trials, results, logs, strict=True)
-    ]
+        Outcome(settings, prepared, replace(result, setup_seconds=result.setup_seconds + prepared.seconds), log.run_id,
+                name)
+        for settings, result, log, name in zip(trials, results, logs, names, strict=True)
+    ]  # fmt: skip
     for outcome, record, run_log in zip(outcomes, records, logs, strict=True):
-        run_log.finish(outcome.result, outcome.predictions)
-        record.write(outcome.result.status, run_id=run_log.run_id, result=outcome.result)
+        _end(outcome, record, run_log)
     return outcomes
 
 
@@ -272,7 +288,9 @@ def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: floa
     )
 
 
-def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, alone: bool) -> RunStart:
+def _run_start(
+    settings: AppSettings, prepared: Prepared, run_id: str | None, membership: Membership, alone: bool
+) -> RunStart:
     from omegaconf import OmegaConf
 
     splits, fingerprint = prepared.splits, prepared.protocol.data.fingerprint
@@ -280,7 +298,7 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, al
     if splits.selection is not splits.report:
         parts.insert(1, ("selection", splits.selection))
     return RunStart(
-        name=name_of(settings),
+        name=membership.name or name_of(settings),
         settings=prepared_trial(settings, prepared),
         protocol=prepared.protocol,
         treatment=treatment_of(settings, prepared.precision),
@@ -292,15 +310,18 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, al
         label_names=splits.label_names,
         datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
         alone=alone,
+        tags=membership.tags,
+        parent_run_id=membership.parent_run_id,
         run_id=run_id,
     )
 
 
 class _Observers:
-    """Hands what an engine reports to each trial's run and to the progress shown."""
+    """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
 
-    def __init__(self, logs: Sequence[RunLog], progress: Progress) -> None:
-        self._logs, self._progress = logs, progress
+    def __init__(self, logs: Sequence[RunLog], progress: Progress, memberships: Sequence[Membership]) -> None:
+        self._logs, self._progress, self._memberships = logs, progress, memberships
+        self._reasons: dict[int, str] = {}
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Log and show a step."""
@@ -308,52 +329,51 @@ class _Observers:
         self._progress.on_step(trial, record)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Log and show an evaluation; neither stops a trial."""
+        """Log and show an evaluation; the trial's judge says whether it goes on."""
         self._logs[trial].on_evaluation(evaluation)
-        return self._progress.on_evaluation(trial, evaluation)
+        self._progress.on_evaluation(trial, evaluation)
+        judge = self._memberships[trial].judge
+        reason = judge(evaluation) if judge else None
+        if reason:
+            self._reasons[trial] = reason
+        return bool(reason)
+
+    def explain(self, results: Sequence[TrialResult]) -> list[TrialResult]:
+        """The results, with the judge's reason in those that were stopped."""
+        return [
+            replace(result, error=f"{result.error}: {self._reasons[trial]}")
+            if result.status is Status.PRUNED and trial in self._reasons
+            else result
+            for trial, result in enumerate(results)
+        ]
 
 
-@dataclass(frozen=True)
-class _Record:
-    """``trial.json`` in a trial's directory: which run it is, what it is, how it stands."""
-
-    path: Path
-    identity: dict[str, object]
-    run_id: str | None = None
-
-    @classmethod
-    def open(cls, settings: AppSettings, prepared: Prepared) -> _Record:
-        """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
-        path = Path(settings.output.dir) / RECORD
-        treatment = treatment_of(settings, prepared.precision)
-        identity = {"protocol": prepared.protocol.id, "treatment": digest(treatment), "seed": settings.seed}
-        if not (settings.train.resume and path.is_file()):
-            return cls(path, identity)
-        found = json.loads(path.read_text())
-        if found["status"] == Status.FINISHED:
-            raise SettingsError(
-                f"train.resume must continue an unfinished trial, got {path.parent}, which FINISHED with accuracy "
-                f"{found['accuracy']:.4f}; drop train.resume=true to train it anew"
-            )
-        changed = [key for key, value in identity.items() if found[key] != value]
-        if changed:
-            raise SettingsError(
-                f"train.resume must continue the trial in {path.parent}, got another {' and '.join(changed)}; "
-                "use the settings it was started with, or another hydra.run.dir"
-            )
-        return cls(path, identity, found["run_id"])
-
-    def write(self, status: Status, run_id: str | None, result: TrialResult | None = None) -> None:
-        """Replace the file at once, so that a kill leaves the old or the new one."""
-        content = self.identity | {"run_id": run_id, "status": status}
-        if result is not None:
-            content |= {"error": result.error, "train_seconds": result.train_seconds} | _scores(result)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, self.path)
+def _begin(settings: AppSettings, prepared: Prepared) -> Record:
+    """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
+    directory = Path(settings.output.dir)
+    treatment = treatment_of(settings, prepared.precision)
+    identity: dict[str, object] = {
+        "protocol": prepared.protocol.id, "treatment": digest(treatment), "seed": settings.seed
+    }  # fmt: skip
+    found = read_record(directory) if settings.train.resume else None
+    if found and found.status is Status.FINISHED:
+        raise SettingsError(
+            f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
+            f"{found.scores['accuracy']:.4f}; drop train.resume=true to train it anew"
+        )
+    changed = [key for key, value in identity.items() if found and found.identity[key] != value]
+    if changed:
+        raise SettingsError(
+            f"train.resume must continue the trial in {directory}, got another {' and '.join(changed)}; "
+            "use the settings it was started with, or another hydra.run.dir"
+        )
+    return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
 
 
-def _scores(result: TrialResult) -> dict[str, object]:
-    report = result.report
-    return {} if report is None else {k: getattr(report, k) for k in ("accuracy", "loss", "f1", "mcc", "epoch")}
+def _end(outcome: Outcome, record: Record, run_log: RunLog) -> None:
+    """Keep a trial's result: in its directory first, which is at once and settles it, then in the store."""
+    directory = Path(outcome.settings.output.dir)
+    if outcome.predictions is not None:
+        write_predictions(outcome.predictions, directory / PREDICTIONS)
+    record.with_result(outcome.result, final_metrics(outcome.result)).write(directory)
+    run_log.finish(outcome.result, outcome.predictions)

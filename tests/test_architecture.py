@@ -13,15 +13,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "distilbench"
 LAYERS = [
     {"settings"},
     {"results"},
-    {"sources", "significance"},
+    {"sources", "significance", "records"},
     {"corpora"},
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
     {"probe", "limits"},
     {"peers"},
     {"trials"},
-    {"together"},
-    {"composition"},
+    {"composition", "sweeps", "prediction", "together"},
     {"train", "benchmark"},
 ]
 """From the bottom up: a module may import from layers below its own, and from its own package."""
@@ -29,6 +28,7 @@ ONLY_IN = {
     "mlflow": {"tracking"},
     "hydra": {"settings", "composition", "train", "benchmark"},
     "rich": {"progress", "report", "trials", "benchmark"},
+    "optuna": {"sweeps"},
 }
 HEAVY = ("torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "optuna", "matplotlib")
 

@@ -122,10 +122,8 @@ def test_a_job_that_is_refused_or_fails_leaves_the_others_alone(returns, tmpdir)
     assert "seven is too much for twenty" in said[2]
 
 
-BATCH = (
-    "--multirun", *TINY[:2], "hydra/launcher=fused", "engine=fused", "hydra.sweep.dir=sweep", "train.logging_steps=5",
-    "train.epochs=2",
-)  # fmt: skip
+TRIALS = ("--multirun", *TINY[:2], "hydra/launcher=fused", "engine=fused", "train.logging_steps=5", "train.epochs=2")
+BATCH = (*TRIALS, "hydra/sweeper=basic", "hydra.sweep.dir=sweep")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +206,7 @@ def test_a_mistake_in_one_trial_of_a_batch_is_answered_before_any_is_trained(tmp
     workspace = Workspace(tmp_path)
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"word {i},{i % 2}\n" for i in range(40)))
     mine = ("data=files", "data.train=train.csv", "data.text_column=text,txet")
-    done = workspace.run(*BATCH[:1], "model=tiny", *mine, *BATCH[3:])
+    done = workspace.run(*(argument for argument in BATCH if argument != "data=synthetic"), *mine)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "txet" in line
@@ -237,13 +235,33 @@ def test_sigterm_ends_every_trial_of_the_batch_as_interrupted(tmp_path):
 
 
 @pytest.mark.e2e
-def test_optuna_gets_the_objectives_of_a_batch(tmp_path):
+def test_an_optuna_sweep_trains_its_batches_at_once_and_prunes_within_them(tmp_path):
     workspace = Workspace(tmp_path)
     done = workspace.run(
-        *BATCH, "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=3", "hydra.sweeper.n_trials=3",
-        "hydra.sweeper.direction=maximize", "optim.lr=tag(log,interval(1e-3,1e-1))", "tracking=none",
+        *TRIALS, "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=3", "sweep.trials=3", "sweep.name=together",
+        "sweep.baseline=false", "sweep.pruner=threshold", "+sweep.pruner_options.lower=0.9",
+        "optim.lr=choice(1e-6,1e-2,2e-2)", "hydra/sweeper/sampler=grid", "hydra.sweep.dir=sweep",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(3)]
-    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml").best_value
-    assert best == max(record["accuracy"] for record in records)
+    assert sorted(record["status"] for record in records) == ["FINISHED", "FINISHED", "PRUNED"]
+    children = [run for run in workspace.runs() if "distilbench.trial" in run.data.tags]
+    assert {run.data.metrics["batch_size"] for run in children} == {3}
+    for run in children:
+        record = records[int(run.data.tags["distilbench.trial"])]
+        assert run.data.tags["distilbench.status"] == record["status"]
+        assert run.data.tags["distilbench.sweep"] == "together"
+        assert (tmp_path / "sweep" / run.data.tags["distilbench.trial"] / ".hydra" / "config.yaml").is_file()
+
+
+@pytest.mark.e2e
+def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finished_ones(tmp_path):
+    workspace = Workspace(tmp_path)
+    arguments = (*TRIALS, "sweep.name=grid", "sweep.baseline=false", "hydra.sweep.dir=sweep")
+    done = workspace.run(*arguments, "seed=1,2,3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    children = [run for run in workspace.runs() if "distilbench.trial" in run.data.tags]
+    assert [run.data.metrics["batch_size"] for run in children] == [3, 3, 3]
+    again = workspace.run(*arguments, "seed=1,2,3")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len([run for run in workspace.runs() if "distilbench.trial" in run.data.tags]) == 3

@@ -6,10 +6,23 @@ where a split of its own picks epochs) per evaluation, and without a group what 
 ``accuracy``, ``loss``, ``f1`` and ``mcc`` are the kept epoch's on the report split.
 """
 
+from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.description import DatasetUsed, RunStart, params_of
+from distilbench.tracking.group import Group
 from distilbench.tracking.opening import open_store
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.run import RunLog
+from distilbench.tracking.run import RunLog, final_metrics
 from distilbench.tracking.store import Store
 
-__all__ = ["DatasetUsed", "RunLog", "RunStart", "Store", "open_store", "params_of", "redact"]
+__all__ = [
+    "DatasetUsed",
+    "Group",
+    "RunLog",
+    "RunStart",
+    "Store",
+    "final_metrics",
+    "open_store",
+    "params_of",
+    "redact",
+    "write_predictions",
+]

@@ -92,7 +92,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
         "distilbench.alone": json.dumps(start.alone),
         "mlflow.note.content": _note(start),
     }
-    tags |= _source_tags("model", start) | _source_tags("data", start) | _process_tags() | _git_tags()
+    tags |= _source_tags("model", start) | _source_tags("data", start) | process_tags() | _git_tags()
     tags |= {f"distilbench.version.{library}": version for library, version in start.versions.items()}
     if start.parent_run_id:
         tags["mlflow.parentRunId"] = start.parent_run_id
@@ -121,7 +121,7 @@ def _note(start: RunStart) -> str:
     )
 
 
-def _process_tags() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
     """Who runs this. Host, pid and start time together tell whether the process of a RUNNING run still lives."""
     import psutil
 

@@ -50,7 +50,7 @@ def _quieten() -> None:
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  its import sets the levels that the next lines change
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+    for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

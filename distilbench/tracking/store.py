@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeGuard
 from distilbench.results import Predictions, SourceUsed, Status, StoredTrial, digest
 from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.description import DatasetUsed, RunStart, params_of, tags_of
+from distilbench.tracking.description import DatasetUsed, RunStart, params_of, process_tags, tags_of
+from distilbench.tracking.group import Group, MlflowGroup, NullGroup
 from distilbench.tracking.place import Place
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
@@ -46,6 +47,11 @@ class NullStore:
 
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Do nothing."""
+
+    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> Group:  # fmt: skip
+        """Return a group that keeps nothing."""
+        return NullGroup()
 
     def runs_url(self) -> str | None:
         """Return None."""
@@ -104,6 +110,21 @@ class MlflowStore:
         insist("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
         values = [(name, float(value), milliseconds(), 0) for name, value in (metrics or {}).items()]
         insist("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
+
+    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> Group:  # fmt: skip
+        """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
+        known = {**fresh, **process_tags(), **parent, **tags}
+        with self._asking():
+            if self._holds(run_id):
+                self._client.update_run(run_id, status="RUNNING")
+                for key, value in known.items():
+                    self._client.set_tag(run_id, key, value)
+            else:
+                run_id = self._client.create_run(self._experiment_id, tags=known, run_name=redact(name)).info.run_id
+        return MlflowGroup(self._client, self._experiment_id, run_id, tags["distilbench.sweep"])
 
     def runs_url(self) -> str:
         """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""

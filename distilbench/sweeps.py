@@ -1,0 +1,282 @@
+"""A sweep's side of one trial: what the sweep tells its job, pruning, and the mean over seeds.
+
+The sweep's process writes ``job.json`` into the trial's directory and names it in the job's environment, which every
+launcher carries over; the job answers through ``trial.json``. Nothing else passes between the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbench.records import Owner, Record
+from distilbench.results import Evaluation, Status
+from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
+
+if TYPE_CHECKING:
+    import optuna
+
+    from distilbench.tracking import Group, Store
+    from distilbench.trials import Job, Membership, Outcome, Prepared
+
+ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
+"""Names the ``job.json`` of the trial that a job is to train."""
+JOB = "job.json"
+_GOES_UP = ("accuracy", "f1", "mcc")
+_NOBODY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
+
+
+class Orphaned(RuntimeError):
+    """The sweep that launched this job is gone, and another process may have taken its trial over."""
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One trial as its sweep sees it."""
+
+    sweep: str
+    trial: str
+    """Its place in the sweep: the number of its directory."""
+    name: str
+    """What its run is called: what varies in the sweep."""
+    is_baseline: bool
+    parent_run_id: str | None
+    owner: Owner
+    """The process that runs the sweep."""
+    directory: Path
+    objectives: tuple[str, ...]
+    is_quiet: bool = False
+    """Whether the job shows nothing of its own, since others run beside it."""
+    storage: str | None = None
+    """Optuna's storage where the trial may be pruned, with study and trial in it; None where it may not."""
+    study: str = ""
+    trial_id: int = 0
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What each run of this trial is found by."""
+        kind = {"distilbench.role": "baseline"} if self.is_baseline else {}
+        return {"distilbench.sweep": self.sweep, "distilbench.trial": self.trial} | kind
+
+    def write(self) -> Path:
+        """Write ``job.json`` into the trial's directory; returns its path."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / JOB
+        path.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        return path
+
+    @classmethod
+    def from_environment(cls) -> SweepJob | None:
+        """The trial that this job was launched for; None outside of our sweeps."""
+        path = os.environ.get(ENVIRONMENT)
+        if not path:
+            return None
+        content = json.loads(Path(path).read_text())
+        known = {"owner": Owner(**content["owner"]), "directory": Path(content["directory"])}
+        return cls(**content | known | {"objectives": tuple(content["objectives"])})
+
+    def announce(self) -> None:
+        """Say in ``trial.json`` that this process works on the trial; raises :class:`Orphaned` if its sweep is dead."""
+        if self.owner.is_dead():
+            raise Orphaned(f"the sweep {self.sweep} was killed before trial {self.trial} began; run it again")
+        Record(_NOBODY, Status.RUNNING, Owner.of_this_process()).write(self.directory)
+
+
+def directions_of(objectives: Sequence[str]) -> list[str]:
+    """``maximize`` or ``minimize`` for each objective."""
+    return ["maximize" if name in _GOES_UP else "minimize" for name in objectives]
+
+
+def objectives_of(settings: AppSettings) -> tuple[str, ...]:
+    """What a sweep with these settings optimises."""
+    return tuple(settings.sweep.objectives or [settings.train.metric])
+
+
+def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
+    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
+    from distilbench.tracking import open_store
+    from distilbench.trials import prepare, run
+
+    store = open_store(job.settings.tracking)
+    prepared = prepare(job.settings)
+    if job.settings.sweep.seeds:
+        _train_seeds(job, place, prepared, store, _judge_of(place, job.settings.sweep))
+    else:
+        _compare(job, run(job.settings, prepared, store, membership_of(job, place)), store)
+    return objectives_at(place)
+
+
+def objectives_at(place: SweepJob) -> tuple[float, ...]:
+    """What ``trial.json`` says of a trial that has ended: its objectives, NaN where it has none."""
+    from distilbench.records import read_record
+
+    record = read_record(place.directory)
+    assert record is not None  # written by whatever trained the trial
+    return tuple(record.objective(name) for name in place.objectives)
+
+
+Judge = Callable[[float, int], str | None]
+"""Given the objective so far and how often it was measured: why the trial is to stop, or None."""
+
+
+def membership_of(job: Job, place: SweepJob) -> Membership:
+    """What a trial has from its sweep, the pruner's judgement of each evaluation included."""
+    from distilbench.trials import Membership
+
+    judge = _judge_of(place, job.settings.sweep)
+    count = 0
+
+    def after_evaluation(evaluation: Evaluation) -> str | None:
+        nonlocal count
+        count += 1
+        return judge(evaluation.metric(place.objectives[0]), count) if judge else None
+
+    return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
+
+
+def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store, judge: Judge | None) -> Record:
+    """Train the trial once for each seed, each in a run and a directory of its own; the trial is their mean."""
+    seeds = job.settings.sweep.seeds or []
+    group = store.open_group(place.name, place.tags, place.parent_run_id)
+    begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), group.run_id)
+    begun.write(place.directory)
+    records: list[Record] = []
+    reason = None
+    try:
+        for count, seed in enumerate(seeds, start=1):
+            records.append(_train_seed(seed, job, place, prepared, store, group))
+            if records[-1].status is not Status.FINISHED:
+                break
+            mean = statistics.fmean(record.objective(place.objectives[0]) for record in records)
+            reason = judge(mean, count) if judge and count < len(seeds) else None
+            if reason:
+                break
+    except KeyboardInterrupt:
+        stopped = replace(begun, status=Status.INTERRUPTED, error="interrupted")
+        stopped.write(place.directory)
+        group.finish(stopped.status, stopped.error)
+        raise
+    return _finish_seeds(begun, records, reason, place, group)
+
+
+def _train_seed(seed: int, job: Job, place: SweepJob, prepared: Prepared, store: Store, group: Group) -> Record:
+    from distilbench.records import read_record
+    from distilbench.trials import Membership, run
+
+    directory = place.directory / f"seed-{seed}"
+    output = replace(job.settings.output, dir=str(directory))
+    seeded = replace(
+        job, settings=replace(job.settings, seed=seed, output=output), baseline=replace(job.baseline, seed=seed)
+    )
+    membership = Membership(f"{place.name} seed={seed}", group.run_id, place.tags, is_quiet=place.is_quiet)
+    _compare(seeded, run(seeded.settings, prepared, store, membership), store)
+    record = read_record(directory)
+    assert record is not None
+    return record
+
+
+def _finish_seeds(
+    begun: Record, records: Sequence[Record], reason: str | None, place: SweepJob, group: Group
+) -> Record:
+    """Write what the seeds come to together: their means, and the spread of each objective over them."""
+    last = records[-1]
+    status = Status.PRUNED if reason else last.status
+    done = [record for record in records if record.status is Status.FINISHED]
+    figures = _means([record.figures for record in done]) | {"seeds": float(len(done))}
+    for name in place.objectives if len(done) > 1 else ():
+        figures[f"{name}_std"] = statistics.stdev(record.objective(name) for record in done)
+    record = replace(
+        begun,
+        identity={**last.identity, "seed": None},
+        status=status,
+        error=f"pruned after {len(done)} seeds: {reason}" if reason else last.error,
+        scores=_means([record.scores for record in done]),
+        selection=_means([record.selection for record in done]),
+        figures=figures,
+    )
+    record.write(place.directory)
+    group.update({**record.figures, **{k: v for k, v in record.scores.items() if k in METRICS}})
+    group.finish(record.status, record.error)
+    return record
+
+
+def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(part[name] for part in parts) for name in parts[0]} if parts else {}
+
+
+def _compare(job: Job, outcome: Outcome, store: Store) -> None:
+    """Attach the comparison with the sweep's baseline, or an earlier one, to a trial that is not one itself."""
+    from distilbench.results import treatment_of
+    from distilbench.trials import add_comparison
+
+    if job.is_baseline:
+        return
+    wanted = treatment_of(job.baseline, outcome.prepared.precision)
+    add_comparison(outcome, store.newest_baseline(outcome.prepared.protocol.id, wanted, job.baseline.seed), store)
+
+
+def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
+    """Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
+    import optuna
+
+    makers: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "percentile": optuna.pruners.PercentilePruner,
+        "patient": lambda **options: optuna.pruners.PatientPruner(None, **options),
+        "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "threshold": optuna.pruners.ThresholdPruner,
+        "wilcoxon": optuna.pruners.WilcoxonPruner,
+    }
+    try:
+        return makers[settings.pruner](**settings.pruner_options)
+    except (TypeError, ValueError) as error:
+        said = str(error).partition("__init__() ")[2] or str(error)
+        raise SettingsError(
+            f"sweep.pruner_options must be what Optuna's {settings.pruner} pruner takes, "
+            f"got {dict(settings.pruner_options)}: {said}"
+        ) from None
+
+
+def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
+    """Raise :class:`SettingsError` for a pruner that these objectives leave without anything to judge."""
+    pruner_of(settings)
+    if settings.pruner != "none" and (len(objectives) > 1 or objectives[0] not in METRICS):
+        raise SettingsError(
+            f"sweep.pruner must be none for sweep.objectives={list(objectives)}, got {settings.pruner!r}; "
+            f"pruning takes one objective that is measured on the way: {', '.join(METRICS)}"
+        )
+
+
+def _judge_of(place: SweepJob, settings: SweepSettings) -> Judge | None:
+    """Report to the study and ask its pruner; the trial's end is left to the sweep to tell."""
+    if place.storage is None:
+        return None
+    import optuna
+
+    study = optuna.load_study(study_name=place.study, storage=storage_of(place.storage), pruner=pruner_of(settings))
+    trial = optuna.trial.Trial(study, place.trial_id)
+
+    def judge(value: float, count: int) -> str | None:
+        if not math.isfinite(value):
+            return None  # the engine ends such a trial as DIVERGED
+        trial.report(value, count)
+        prune = not place.is_baseline and trial.should_prune()
+        return f"{place.objectives[0]} {value:.4f} at evaluation {count} ({settings.pruner})" if prune else None
+
+    return judge
+
+
+def storage_of(url: str) -> optuna.storages.RDBStorage:
+    """Optuna's storage at ``url``; a SQLite file waits a minute for its lock, since several processes write."""
+    import optuna
+
+    arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)

@@ -1,0 +1,135 @@
+"""Runs that hold other runs (a sweep's, a trial's with several seeds), and runs whose process is gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distilbench.records import Owner
+from distilbench.results import Status
+from distilbench.tracking.description import LONGEST_TAG
+from distilbench.tracking.redaction import redact
+from distilbench.tracking.run import TERMINAL, log_metrics, milliseconds
+from distilbench.tracking.trouble import insist
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+PAGE = 1000
+
+
+class NullGroup:
+    """The group of runs that are not tracked."""
+
+    run_id = None
+
+    def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
+        """Do nothing."""
+
+    def finish(self, status: Status, error: str | None = None) -> None:
+        """Do nothing."""
+
+    def settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
+               predictions: Path) -> None:  # fmt: skip
+        """Do nothing."""
+
+    def close_dead(self, is_dead: Callable[[Owner], bool]) -> int:
+        """Return 0: there is nothing to close."""
+        return 0
+
+    def link(self, run_id: str | None) -> str | None:
+        """Return None: there is no page."""
+        return None
+
+
+class MlflowGroup:
+    """An open run that others name as their parent; ``sweep`` is in its and their tag ``distilbench.sweep``."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, sweep: str) -> None:
+        self._client, self._experiment_id, self._run_id, self._sweep = client, experiment_id, run_id, sweep
+        self._note = ""
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self._run_id
+
+    def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
+        """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
+        at = milliseconds()
+        values = [(name, float(value), at, 0) for name, value in metrics.items()]
+        insist("the sweep's metrics", lambda: log_metrics(self._client, self._run_id, values))
+        if note is not None and note != self._note:
+            self._note = note
+            text = redact(note)[:LONGEST_TAG]
+            insist("the description", lambda: self._describe(text))
+
+    def _describe(self, text: str) -> None:
+        self._client.set_tag(self._run_id, "mlflow.note.content", text)
+
+    def finish(self, status: Status, error: str | None = None) -> None:
+        """Give the run its true end; one that was opened again may be ended again."""
+        insist("the end of the run", lambda: end_run(self._client, self._run_id, status, error))
+
+    def settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
+               predictions: Path) -> None:  # fmt: skip
+        """End a run of this group whose process could not, with what its directory says; leaves ended ones alone."""
+        insist("the end of a trial", lambda: self._settle(run_id, status, error, metrics, predictions))
+
+    def _settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
+                predictions: Path) -> None:  # fmt: skip
+        if self._client.get_run(run_id).info.status != "RUNNING":
+            return
+        at = milliseconds()
+        log_metrics(self._client, run_id, [(name, float(value), at, 0) for name, value in metrics.items()])
+        if predictions.is_file():
+            self._client.log_artifact(run_id, str(predictions))
+        end_run(self._client, run_id, status, error)
+
+    def close_dead(self, is_dead: Callable[[Owner], bool]) -> int:
+        """End as INTERRUPTED every run of the sweep that is RUNNING in a process that ``is_dead``; how many."""
+        closed: list[str] = []
+        insist("the end of interrupted trials", lambda: closed.extend(self._close_dead(is_dead)))
+        return len(set(closed))
+
+    def _close_dead(self, is_dead: Callable[[Owner], bool]) -> list[str]:
+        query = f"attributes.status = 'RUNNING' and tags.`distilbench.sweep` = '{self._sweep}'"
+        running = self._client.search_runs([self._experiment_id], query, max_results=PAGE)
+        dead = [run for run in running if run.info.run_id != self._run_id and _is_of_dead(run, is_dead)]
+        for run in dead:
+            end_run(self._client, run.info.run_id, Status.INTERRUPTED, "its process was killed")
+        return [run.info.run_id for run in dead]
+
+    def link(self, run_id: str | None) -> str | None:
+        """The page of a run, within MLflow's own pages."""
+        return f"#/experiments/{self._experiment_id}/runs/{run_id}" if run_id else None
+
+
+def _is_of_dead(run: Run, is_dead: Callable[[Owner], bool]) -> bool:
+    tags = run.data.tags
+    try:
+        owner = Owner(
+            tags["distilbench.host"], int(tags["distilbench.pid"]), float(tags["distilbench.process_started"])
+        )
+    except (KeyError, ValueError):  # not one of ours, or its tags were edited
+        return False
+    return is_dead(owner)
+
+
+def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
+    """Tag a run with its status and error, then end it in MLflow's own terms."""
+    from mlflow.entities import RunTag
+
+    tags = [RunTag("distilbench.status", status.value)]
+    tags.append(RunTag("distilbench.error", redact(" ".join((error or "").split()))[:LONGEST_TAG]))
+    client.log_batch(run_id, tags=tags, synchronous=True)
+    client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
+
+
+Group = NullGroup | MlflowGroup
+"""A run that holds other runs."""

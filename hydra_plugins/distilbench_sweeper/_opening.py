@@ -1,0 +1,199 @@
+"""Making a sweep's study, or taking it up again: storage, lock, and what must not have changed in between."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+from optuna.distributions import check_distribution_compatibility, json_to_distribution
+from optuna.study import StudyDirection
+from sqlalchemy.exc import SQLAlchemyError
+
+from distilbench.settings import SettingsError
+from distilbench.sweeps import storage_of
+from distilbench.tracking import redact
+
+ANSWER_SECONDS = 4.0
+LOCK_SECONDS = 120.0
+"""Longest wait for another process that takes or settles a trial; each holds the lock for well under a second."""
+_LONGEST_SHOWN = 6
+SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
+"""What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where studies are kept; ``directory`` is the sweep's own."""
+
+    url: str
+    directory: Path
+
+    @property
+    def file(self) -> Path | None:
+        """SQLite's file; None for a database behind a network."""
+        found = re.fullmatch(r"sqlite(?:\+\w+)?:///(.+)", self.url)
+        return Path(found[1]) if found else None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep every other process from taking or settling trials; the system lets go of a lock whose holder dies."""
+        if self.file:
+            lock = FileLock(self.file.with_name(f".{self.file.name}.lock"), timeout=LOCK_SECONDS)
+            with contextlib.ExitStack() as held:
+                try:
+                    held.enter_context(lock)
+                except Timeout:
+                    raise SettingsError(
+                        f"hydra.sweeper.storage must be free, got {self.file}, which another process has held for "
+                        f"{LOCK_SECONDS:g} s; end that one, or wait for it"
+                    ) from None
+                yield
+            return
+        with self._server_lock():
+            yield
+
+    @contextlib.contextmanager
+    def _server_lock(self) -> Iterator[None]:
+        """A lock of the database's own, which ends with its connection (PostgreSQL); others go without."""
+        engine = sqlalchemy.create_engine(self.url)
+        with engine.connect() as connection:
+            if engine.dialect.name == "postgresql":
+                number = int.from_bytes(hashlib.sha256(str(self.directory).encode()).digest()[:7], "big")
+                connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), {"number": number})
+            yield
+        engine.dispose()
+
+
+def storage_at(url: str | None, directory: Path) -> Storage:
+    """``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
+
+    Raises :class:`SettingsError` for what is no storage, holds a password, or does not answer.
+    """
+    if url is None:
+        return Storage(f"sqlite:///{directory / 'study.db'}", directory)
+    _check_url(url)
+    storage = Storage(url, directory)
+    try:
+        if storage.file:
+            _check_file(storage.file)
+        else:
+            sqlalchemy.create_engine(url).connect().close()
+    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+        said = redact(" ".join(str(error).split())[:160])
+        raise SettingsError(
+            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {said}; "
+            "start it, correct the address, or leave it out"
+        ) from None
+    return storage
+
+
+def _check_url(url: str) -> None:
+    if re.search(r"//[^/@\s]*:[^/@\s]*@", url):
+        raise SettingsError(
+            "hydra.sweeper.storage must not hold a password, since Hydra writes settings to disk; "
+            "put it into PGPASSWORD or ~/.pgpass"
+        )
+    if not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", url):
+        raise SettingsError(
+            f"hydra.sweeper.storage must be the URL of a database, got {url!r}; for example sqlite:///sweeps.db or "
+            "postgresql://user@host/name"
+        )
+
+
+def _check_file(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+
+
+def open_study(storage: Storage, name: str, directions: Sequence[str], sampler: Any, pruner: Any) -> optuna.Study:
+    """Make the study or load it; raises :class:`SettingsError` where the file is locked or is no study."""
+    if storage.file:
+        storage.file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if storage.file:
+            _check_file(storage.file)
+        return optuna.create_study(
+            study_name=name, storage=storage_of(storage.url), sampler=sampler, pruner=pruner, load_if_exists=True,
+            directions=[StudyDirection[direction.upper()] for direction in directions],
+        )  # fmt: skip
+    except (SQLAlchemyError, sqlite3.Error, RuntimeError) as error:
+        raise SettingsError(
+            f"hydra.sweeper.storage must be a database of Optuna's that can be written, got {redact(storage.url)}: "
+            f"{' '.join(str(error).split())[:160]}; end what holds it, or name another"
+        ) from None
+
+
+def sampler_of(config: DictConfig | None, trials: int) -> Any:
+    """Optuna's sampler as ``hydra.sweeper.sampler`` names it; None, Optuna's default, for a grid.
+
+    A seed moves on with the ``trials`` that there are, or a continued sweep would draw its first points again.
+    """
+    from hydra.utils import instantiate
+
+    if config is None or config._target_ == "optuna.samplers.GridSampler":
+        return None
+    seed = config.get("seed")
+    moved = {} if seed is None else {"seed": seed + trials}
+    try:
+        return instantiate(config, _execution_whitelist_=SAMPLERS, **moved)
+    except Exception as error:  # whatever a sampler says of its own arguments
+        root: BaseException = error.__cause__ or error
+        said = " ".join(str(root).split())[:200]
+        raise SettingsError(f"hydra.sweeper.sampler must be a sampler of Optuna's with its arguments: {said}") from None
+
+
+def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
+    """Raise :class:`SettingsError` where a sweep is continued as another: its difference, and what to do.
+
+    With ``extend`` dimensions may change as far as Optuna can take it, what they are laid over may not.
+    """
+    fixed = _differences(kept["fixed"], now["fixed"])
+    fixed += [line for key in ("objectives", "directions") for line in _differences({key: kept[key]}, {key: now[key]})]
+    space = _differences(kept["space"], now["space"])
+    if fixed or (space and not extend):
+        shown = [*fixed, *space]
+        more = f" and {len(shown) - _LONGEST_SHOWN} more" if len(shown) > _LONGEST_SHOWN else ""
+        remedy = "" if fixed else " or add sweep.on_change=extend"
+        raise SettingsError(
+            f"sweep.name must be another one for another sweep, got {name!r}, which had "
+            f"{'; '.join(shown[:_LONGEST_SHOWN])}{more}; take another name{remedy}"
+        )
+    if space:
+        _check_extension(kept["space"], now["space"])
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in {**kept, **now} if kept.get(key) != now.get(key)]
+    return [f"{key} {_shown(kept.get(key))} (now {_shown(now.get(key))})" for key in keys]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith('{"name"'):
+        content = json.loads(value)
+        attributes = content["attributes"]
+        choices = attributes.get("choices")
+        return str(choices) if choices is not None else f"{attributes['low']}..{attributes['high']}"
+    return "unset" if value is None else str(value)
+
+
+def _check_extension(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Optuna fixes the choices of a categorical parameter, and whether a parameter is logarithmic."""
+    for key in kept.keys() & now.keys():
+        try:
+            check_distribution_compatibility(json_to_distribution(kept[key]), json_to_distribution(now[key]))
+        except ValueError:
+            raise SettingsError(
+                f"{key} must keep its kind and its choices in a study, got {_shown(now[key])} after "
+                f"{_shown(kept[key])}; take another sweep.name"
+            ) from None

@@ -1,0 +1,72 @@
+"""What a person sees of a sweep: a live table where trials run beside each other on a terminal, lines elsewhere.
+
+Where trials run in the sweep's own process, one after another, each shows a progress bar of its own, and the sweep
+speaks between them.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from distilbench.report import duration
+from distilbench.results import Status
+from hydra_plugins.distilbench_sweeper._board import Board, Row, shown
+
+SHOWN = 8
+"""Rows of the live table: the best trials, after those that run."""
+
+
+class Screen:
+    """A context manager that shows boards and lines on ``console``."""
+
+    def __init__(self, console: Console, is_live: bool) -> None:
+        self._console = console
+        self._live = Live(console=console, transient=True) if is_live and console.is_terminal else None
+
+    def __enter__(self) -> Screen:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, board: Board, at_once: int) -> None:
+        """Show how the sweep stands now."""
+        if self._live:
+            self._live.update(Group(live_table(board), Text(board.line(at_once))))
+        else:
+            self.say(board.line(at_once))
+
+    def show_all(self, board: Board) -> None:
+        """Show every trial, at the end."""
+        self._console.print(board.table())
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self._console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def live_table(board: Board) -> Table:
+    """The trials that run, then the best of those that have ended."""
+    running = [row for row in board.rows if row.status == Status.RUNNING]
+    ended = [row for row in board.ordered if row.values and row.status != Status.RUNNING]
+    table = Table(box=None, pad_edge=False)
+    for title in ("trial", "settings", *board.objectives, "time", "status"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis")
+    for row in [*running, *ended[:SHOWN]]:
+        table.add_row(*(Text(cell) for cell in _cells(row, board)))
+    return table
+
+
+def _cells(row: Row, board: Board) -> list[str]:
+    values = [shown(name, value) for name, value in zip(board.objectives, row.values, strict=False)]
+    values += [""] * (len(board.objectives) - len(values))
+    mark = ", baseline" if row.is_baseline else ""
+    return [row.number, row.name, *values, duration(row.seconds) if row.seconds else "", row.status + mark]

@@ -1,0 +1,213 @@
+"""Grids and Optuna sweeps over the quick task: what is trained, in which order, and what a second call does."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.e2e
+SPACE = ("hydra/sweeper=optuna", "freeze.layers=range(0,3)", "optim.lr=tag(log,interval(1e-5,1e-2))")
+
+
+def done(workspace, *command, status=0, **environment):
+    """Run a sweep that ends with ``status``, and return it."""
+    ended = workspace.run(*command, **environment)
+    assert ended.returncode == status, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended
+
+
+def test_a_grid_trains_its_baseline_first_then_each_cell_once_and_answers_at_once_when_asked_again(workspace):
+    command = ("freeze.layers=2,0", "optim.lr=2e-5,1e-3", "sweep.name=grid")
+    done(workspace, *command)
+    assert [where for where, _ in workspace.finished()] == ["0", "1", "2", "3"]
+    assert [what for _, what in workspace.finished()] == ["0/2e-05/42", "2/2e-05/42", "2/0.001/42", "0/0.001/42"]
+    trials = workspace.study("grid")
+    assert [t.user_attrs["baseline"] for t in trials] == [True, False, False, False]
+    assert trials[1].params == {"freeze.layers": 2, "optim.lr": 2e-5}
+    assert all(workspace.record("grid", t.number)["status"] == "FINISHED" for t in trials)
+    again = done(workspace, *command)
+    assert len(workspace.finished()) == 4
+    assert "4 of 4 trials" in again.stdout
+
+
+def test_a_baseline_outside_of_the_grid_is_trained_beside_it_for_each_seed(workspace):
+    done(workspace, "freeze.layers=1,2", "seed=1,2", "sweep.name=grid")
+    beside = [(where, what) for where, what in workspace.finished() if where.startswith("baseline/")]
+    assert beside == [("baseline/0", "0/2e-05/1"), ("baseline/1", "0/2e-05/2")]
+    assert len(workspace.finished()) == 6
+    assert len(workspace.study("grid")) == 4
+
+
+def test_without_a_baseline_there_is_none(workspace):
+    done(workspace, "freeze.layers=1,2", "sweep.baseline=false", "sweep.name=grid")
+    assert [what for _, what in workspace.finished()] == ["1/2e-05/42", "2/2e-05/42"]
+
+
+def test_experiments_are_a_grid_whose_baseline_is_one_of_them(workspace):
+    done(workspace, "experiment=layer_freezing,baseline", "model.layers=3", "seed=1,2", "sweep.name=report")
+    assert [what for _, what in workspace.finished()] == ["0/2e-05/1", "0/2e-05/2", "3/2e-05/1", "3/2e-05/2"]
+
+
+def test_cells_with_the_same_settings_are_trained_once(workspace):
+    ended = done(workspace, "freeze=none,layers3", "freeze.layers=0,1", "sweep.name=grid")
+    assert len(workspace.finished()) == 2
+    assert Counter(t.user_attrs["status"] for t in workspace.study("grid")) == {"FINISHED": 2, "REUSED": 2}
+    assert Counter(t.state.name for t in workspace.study("grid")) == {"COMPLETE": 4}
+    assert "REUSED from 0" in ended.stdout
+
+
+def test_an_optuna_sweep_counts_its_trials_in_all_and_begins_with_the_baseline(workspace):
+    done(workspace, *SPACE, "sweep.name=first", "sweep.trials=3", "hydra.sweeper.sampler.seed=7")
+    first = workspace.study("first")
+    assert first[0].params == {"freeze.layers": 0, "optim.lr": 2e-5}
+    assert first[0].user_attrs["baseline"]
+    done(workspace, *SPACE, "sweep.name=first", "sweep.trials=5", "hydra.sweeper.sampler.seed=7")
+    trials = workspace.study("first")
+    assert [t.number for t in trials] == [0, 1, 2, 3, 4]
+    assert len({str(t.params) for t in trials}) == 5, "a sampler's seed drew its first points again"
+    assert [where for where, _ in workspace.finished()] == ["0", "1", "2", "3", "4"]
+    results = yaml.safe_load((workspace.sweep("first") / "optimization_results.yaml").read_text())
+    assert results["best_value"] == max(t.value for t in trials)
+
+
+def test_a_baseline_outside_of_a_space_is_not_told_to_the_study(workspace):
+    done(workspace, "hydra/sweeper=optuna", "optim.lr=interval(1e-3,1e-2)", "sweep.trials=2", "sweep.name=first")
+    assert len(workspace.study("first")) == 2
+    assert workspace.study("first", ".baseline")[0].state.name == "COMPLETE"
+    assert workspace.finished()[0] == ("baseline/0", "0/2e-05/42")
+
+
+def test_a_space_of_four_points_ends_after_four_and_says_so(workspace):
+    ended = done(workspace, "hydra/sweeper=optuna", "freeze.layers=0,1", "scheduler=linear,cosine",
+                 "sweep.trials=30", "sweep.name=small", "hydra/sweeper/sampler=random")  # fmt: skip
+    assert len(workspace.finished()) == 4
+    assert "every one of the 4 points of the space has been evaluated" in ended.stdout
+
+
+def test_keys_of_the_stock_sweeper_are_taken(workspace):
+    done(workspace, "hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "hydra.sweeper.n_trials=2",
+         "hydra.sweeper.direction=minimize", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_jobs=2",
+         f"hydra.sweeper.storage=sqlite:///{workspace.path}/all.db", "sweep.objectives=[loss]",
+         "+hydra.sweeper.params.freeze\\.layers='choice(0,1,2)'", "hydra.sweeper.max_failure_rate=0.5")  # fmt: skip
+    import optuna
+
+    trials = optuna.load_study(study_name="mine", storage=f"sqlite:///{workspace.path}/all.db").trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 2
+    assert trials[0].value == pytest.approx(1 - 1 / (1 + 2e-5))
+
+
+def test_optunas_grid_sampler_is_a_grid(workspace):
+    done(workspace, "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "freeze.layers=0,1,2", "sweep.name=grid")
+    assert len(workspace.finished()) == 3
+
+
+def test_failures_are_told_apart_and_end_the_sweep_at_the_limit(workspace):
+    ended = done(workspace, "optim.lr=2e-5,2,3,4,5,6", "sweep.max_failures=2", "sweep.name=bad", status=1)
+    assert "3 trials failed, which is more than sweep.max_failures allows" in ended.stderr
+    counts = Counter(t.user_attrs.get("status", t.state.name) for t in workspace.study("bad"))
+    assert counts == {"FINISHED": 1, "DIVERGED": 3, "WAITING": 2}
+    assert "DIVERGED: the loss was nan" in ended.stdout
+    more = done(workspace, "optim.lr=2e-5,2,3,4,5,6", "sweep.max_failures=9", "sweep.name=bad")
+    assert "6 of 6 trials" in more.stdout
+
+
+def test_a_sweep_whose_every_trial_failed_ends_with_its_table_and_a_status(workspace):
+    ended = done(workspace, "optim.lr=2,3", "sweep.baseline=false", "sweep.max_failures=null", "sweep.name=bad",
+                 status=1)  # fmt: skip
+    assert "no trial of the sweep finished" in ended.stderr
+    assert ended.stdout.count("DIVERGED: the loss was nan") >= 2
+
+
+def test_after_its_time_a_sweep_begins_no_further_trial_and_continues_when_asked(workspace):
+    command = ("freeze.layers=0,1,2", "seed=1,2,3", "sweep.name=timed")
+    ended = done(workspace, *command, "sweep.timeout_minutes=0.01")
+    assert "no further trial is begun" in ended.stdout
+    assert 0 < len(workspace.finished()) < 9
+    done(workspace, *command)
+    assert len(set(workspace.finished())) == len(workspace.finished()) == 9
+
+
+def test_another_space_under_the_same_name_is_refused_with_the_difference(workspace):
+    done(workspace, *SPACE, "sweep.name=first", "sweep.trials=2")
+    other = (*SPACE[:2], "optim.lr=tag(log,interval(1e-6,1e-2))", "sweep.name=first", "sweep.trials=3")
+    refused = done(workspace, *other, status=2)
+    assert re.search(r"optim\.lr 1e-05\.\.0\.01 \(now 1e-06\.\.0\.01\)", refused.stderr)
+    assert len(refused.stderr.strip().splitlines()) == 1
+    done(workspace, *other, "sweep.on_change=extend")
+    assert len(workspace.finished()) == 3
+    epochs = done(workspace, *other, "train.epochs=2", "sweep.on_change=extend", status=2)
+    assert "train.epochs 1 (now 2)" in epochs.stderr
+
+
+def test_choices_that_optuna_has_fixed_are_not_extended(workspace):
+    done(workspace, "freeze.layers=0,1", "sweep.name=grid")
+    refused = done(workspace, "freeze.layers=0,1,2", "sweep.name=grid", "sweep.on_change=extend", status=2)
+    assert "freeze.layers must keep its kind and its choices in a study, got [0, 1, 2] after [0, 1]" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["freeze.layers=0,3"], "freeze.layers must be 0..2"),
+        (["freeze.layerz=0,1"], "layerz"),
+        (["optim.lr=fast,slow"], "optim.lr"),
+        (["optim.lr=interval(0,1)"], "add hydra/sweeper=optuna"),
+        (["seed=range(2000)"], "to train them all: sweep.max_grid=2000"),
+        (["seed=1,2", "sweep.name=../elsewhere"], "sweep.name must be letters"),
+        (["seed=1,2", "sweep.pruner=best"], "sweep.pruner must be one of none, median"),
+        (["seed=1,2", "sweep.pruner=median", "+sweep.pruner_options.steps=1"], "sweep.pruner_options must be what"),
+        (["seed=1,2", "sweep.pruner=median", "sweep.objectives=[accuracy,train_seconds]"], "sweep.pruner must be none"),
+        (["seed=1,2", "sweep.objectives=[speed]"], "sweep.objectives must be one of accuracy"),
+        (["seed=1,2", "hydra.sweeper.storage=sweeps.db"], "hydra.sweeper.storage must be the URL of a database"),
+        (["seed=1,2", "hydra.sweeper.storage=postgresql://me:pw@127.0.0.1:9/x"], "must not hold a password"),
+        (["seed=1,2", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "unable to open database file"),
+        ([*SPACE, "hydra.sweeper.direction=[maximize,minimize]"], "hydra.sweeper.direction must be"),
+        ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
+        ([*SPACE, "hydra.sweeper.sampler.n_startup_trials=many"], "n_startup_trials"),
+        (["hydra/sweeper=optuna", "hydra/sweeper/sampler=best", "seed=1,2"], "hydra/sweeper/sampler/best"),
+    ],
+)
+def test_a_mistake_is_answered_before_the_first_trial_and_leaves_nothing(workspace, arguments, line):
+    ended = workspace.run(*arguments)
+    assert line in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "pw" not in ended.stderr
+    own = ended.stderr.startswith("distilbench:")
+    assert ended.returncode == (2 if own else 1), ended.stderr
+    assert not own or len(ended.stderr.strip().splitlines()) == 1
+    assert list(workspace.path.iterdir()) == []
+
+
+def test_a_locked_storage_is_one_line(workspace):
+    import sqlite3
+
+    done(workspace, "seed=1,2", "sweep.name=locked")
+    with sqlite3.connect(workspace.sweep("locked") / "study.db") as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        ended = done(workspace, "seed=1,2", "sweep.name=locked", status=2)
+    assert "database is locked" in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace):
+    command = ("freeze.layers=0,1,2", "seed=1,2,3,4", "sweep.name=shared")
+    both = [workspace.start(*command, TASK_SECONDS="0.3") for _ in range(2)]
+    ended = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    trials = workspace.study("shared")
+    assert Counter(t.user_attrs["status"] for t in trials) == {"FINISHED": 12}
+    assert len(set(workspace.finished())) == len(workspace.finished()) == 12
+    assert len({t.user_attrs["owner"]["pid"] for t in trials}) == 2, "one of the two did nothing"
+
+
+def test_joblib_gives_each_free_worker_the_next_trial(workspace):
+    ended = done(workspace, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "freeze.layers=0,1,2", "seed=1,2",
+                 "sweep.name=wide", TASK_SECONDS="0.5")  # fmt: skip
+    assert "2 running" in ended.stdout
+    assert len(set(workspace.finished())) == len(workspace.finished()) == 6
+    owners = {workspace.record("wide", number)["owner"]["pid"] for number in range(6)}
+    assert len(owners) == 2
