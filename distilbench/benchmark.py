@@ -83,11 +83,11 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
     """Measure all rows; raises :class:`SettingsError` for what the fused engine does not take."""
     from rich.console import Console
 
-    from distilbench.engines.fusion import check_fusable
+    from distilbench.engines import check_engine
     from distilbench.trials import prepare
 
     prepared = prepare(settings)
-    check_fusable(prepared.model, prepared.precision)
+    check_engine(replace(settings.engine, name="fused"), prepared.model, prepared.precision)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(
         f"model {prepared.model.used.describe()}, data {prepared.text.used.describe()}, {prepared.device}", markup=False

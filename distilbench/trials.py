@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
-from distilbench.engines import engine_for
+from distilbench.engines import check_engine, engine_for
 from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
 from distilbench.probe import solo_seconds
 from distilbench.progress import Progress
@@ -145,6 +145,7 @@ def prepare(settings: AppSettings) -> Prepared:
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
     check_length(model, settings.train.max_length)
+    check_engine(settings.engine, model, precision)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"

@@ -15,6 +15,8 @@ from hydra.core.plugins import Plugins
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 from omegaconf import OmegaConf
 
+from distilbench.records import Owner, Record
+from distilbench.results import Status
 from tests.conftest import TINY
 from tests.test_train import Workspace
 
@@ -265,3 +267,20 @@ def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finis
     again = workspace.run(*arguments, "seed=1,2,3")
     assert again.returncode == 0, again.stdout + again.stderr
     assert len([run for run in workspace.runs() if "distilbench.trial" in run.data.tags]) == 3
+
+
+def test_a_sweep_that_minimises_time_takes_a_batched_trials_estimate_for_its_own():
+    owner = Owner("host", 1, 0.0)
+    alone = Record({}, Status.FINISHED, owner, figures={"train_seconds": 4.0})
+    shared = Record({}, Status.FINISHED, owner, figures={"train_seconds": 30.0, "solo_seconds_estimate": 5.0})
+    assert (alone.objective("train_seconds"), shared.objective("train_seconds")) == (4.0, 5.0)
+
+
+@pytest.mark.e2e
+def test_a_model_that_the_engine_does_not_take_is_answered_before_anything_is_written(tmp_path):
+    workspace = Workspace(tmp_path)
+    done = workspace.run(*BATCH, "model.checkpoint=electra", "seed=1,2")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "use engine=trainer" in line
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from distilbench.engines.base import Engine
+from distilbench.model import ResolvedModel
 from distilbench.settings import EngineSettings, TrialSettings
 
 
@@ -26,6 +27,14 @@ _ENGINES = {"trainer": _trainer, "fused": _fused}
 def engine_for(settings: EngineSettings) -> Engine:
     """The engine that ``engine.name`` names; its libraries are imported here and not before."""
     return _ENGINES[settings.name]()
+
+
+def check_engine(settings: EngineSettings, model: ResolvedModel, precision: str) -> None:
+    """Raise :class:`SettingsError` for a model or a precision that the engine does not train; needs no torch."""
+    if settings.name == "fused":
+        from distilbench.engines.fusion import check_fusable
+
+        check_fusable(model, precision)
 
 
 def batch_key(settings: TrialSettings) -> Hashable | None:
