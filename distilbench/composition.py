@@ -147,6 +147,7 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
 
     Deciding on the hub can take seconds: without ``ask_hub`` a model from there is left to the job itself.
     """
+    from distilbench.engines import check_engine
     from distilbench.model import check_freeze, check_length, resolve_model
 
     unplaced = config.copy()
@@ -156,4 +157,5 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
         model = resolve_model(settings.model)
         check_freeze(model, settings.freeze)
         check_length(model, settings.train.max_length)
+        check_engine(settings.engine, model, settings.train.precision)
     return settings

@@ -79,8 +79,14 @@ class Record:
         return self.status not in (Status.RUNNING, Status.INTERRUPTED)
 
     def objective(self, name: str) -> float:
-        """The value that a sweep optimises; NaN where there is none."""
-        return float({**self.figures, **self.selection}.get(name, "nan"))
+        """The value that a sweep optimises; NaN where there is none.
+
+        The time of a trial that shared the device with others is what it would take alone, as far as that is known.
+        """
+        known = {**self.figures, **self.selection}
+        if name == "train_seconds" and "solo_seconds_estimate" in known:
+            return known["solo_seconds_estimate"]
+        return float(known.get(name, "nan"))
 
     def with_result(self, result: TrialResult, figures: Mapping[str, float]) -> Record:
         """The record of a trial that ended so."""

@@ -73,6 +73,10 @@ class TrialResult:
     evaluation. ``history`` holds all evaluations on the selection split in order. Seconds are wall time:
     ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``setup_seconds`` what
     came before the first step. ``peak_memory_bytes`` is the device's, or the process's resident set on a CPU.
+
+    A trial that was trained at once with others took part in all of their seconds: ``batch_size`` counts them, itself
+    included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
+    ``solo_seconds_estimate`` what ``train_seconds`` would have been alone, estimated from a probe.
     """
 
     status: Status
@@ -90,6 +94,14 @@ class TrialResult:
     total_parameters: int = 0
     device: str = ""
     precision: str = ""
+    batch_size: int = 1
+    batch_seconds: float = 0.0
+    solo_seconds_estimate: float | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the trial had the device to itself, so that its seconds are its own."""
+        return self.batch_size == 1
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
-ENGINES = ("trainer",)
+ENGINES = ("trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
 OBJECTIVES = (*METRICS, "train_seconds", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
@@ -298,7 +298,7 @@ class EngineSettings:
     """What trains the trial; changes speed, never results beyond rounding."""
 
     name: str
-    """trainer (Hugging Face Trainer)."""
+    """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape)."""
     device: str
     """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
 
@@ -504,6 +504,38 @@ class ConfirmSettings:
         _at_least("seeds", self.seeds, 2)
 
 
+BENCH_WINDOW = 8
+"""Steps of a benchmark come in multiples of this: engines may run parts of so many steps ahead."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What a benchmark measures: short runs, each in a process of its own, interleaved and repeated."""
+
+    trials: int
+    """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
+    steps: int
+    """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
+    eval_examples: int
+    """Examples of the selection split that each run evaluates, 1 or more."""
+    repeats: int
+    """Times that each row is measured, 1 or more."""
+
+    def __post_init__(self) -> None:
+        _at_least("bench.trials", self.trials, 2)
+        require(self.steps > 0 and self.steps % BENCH_WINDOW == 0, "bench.steps", f"a multiple of {BENCH_WINDOW}",
+                self.steps)  # fmt: skip
+        _at_least("bench.eval_examples", self.eval_examples, 1)
+        _at_least("bench.repeats", self.repeats, 1)
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(AppSettings):
+    """The whole configuration of `python -m distilbench.benchmark`."""
+
+    bench: BenchSettings
+
+
 Kind = TypeVar("Kind")
 
 
@@ -557,10 +589,10 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def register_schema() -> None:
-    """Register the schemas that ``conf/config.yaml``, ``compare.yaml`` and ``confirm.yaml`` build on."""
+def register_schema(app: type[AppSettings] = AppSettings) -> None:
+    """Register the schemas that the main configurations in ``conf/`` build on; ``app`` is that of ``config.yaml``."""
     from hydra.core.config_store import ConfigStore
 
-    kinds = {"schema": AppSettings, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings}
+    kinds = {"schema": app, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings}
     for name, kind in kinds.items():
         ConfigStore.instance().store(name=name, node=_schema(kind), replace=True)

@@ -109,7 +109,16 @@ def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
-    record = train(job, place, prepared, store)
+    train(job, place, prepared, store)
+    return objectives_at(place)
+
+
+def objectives_at(place: SweepJob) -> tuple[float, ...]:
+    """What ``trial.json`` says of a trial that has ended: its objectives, NaN where it has none."""
+    from distilbench.records import read_record
+
+    record = read_record(place.directory)
+    assert record is not None  # written by whatever trained the trial
     return tuple(record.objective(name) for name in place.objectives)
 
 
@@ -132,18 +141,14 @@ def membership_of(place: SweepJob, settings: SweepSettings) -> Membership:
     return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
 
 
-def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> Record:
-    from distilbench.records import read_record
+def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
     from distilbench.trials import run
 
     membership = membership_of(place, job.settings.sweep)
     _compare(job, run(job.settings, prepared, store, membership), store)
-    record = read_record(place.directory)
-    assert record is not None  # run() has just written it
-    return record
 
 
-def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> Record:
+def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
     """Train the trial once for each seed, each in a run and a directory of its own; the trial is their mean."""
     judge = _judge_of(place, job.settings.sweep)
     seeds = job.settings.sweep.seeds or []
@@ -166,7 +171,7 @@ def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) ->
         stopped.write(place.directory)
         group.finish(stopped.status, stopped.error)
         raise
-    return _finish_seeds(begun, records, reason, place, group)
+    _finish_seeds(begun, records, reason, place, group)
 
 
 def _train_seed(seed: int, job: Job, place: SweepJob, prepared: Prepared, store: Store, group: Group) -> Record:

@@ -5,22 +5,30 @@ Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 in
 
 from __future__ import annotations
 
+import logging
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.composition import COMMAND, baseline_config, command_for
-from distilbench.settings import CONF, SettingsError, register_schema, settings_from
-from distilbench.sweeps import SweepJob, run_in_sweep
+from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
+from distilbench.sweeps import SweepJob, membership_of, objectives_at, run_in_sweep
+
+if TYPE_CHECKING:
+    from distilbench.together import Trained, Workshop
+    from distilbench.trials import Job, Outcome
 
 register_schema()
+log = logging.getLogger("distilbench.train")  # not __main__, which a command line makes of this module
 
 
 class Terminated(KeyboardInterrupt):
@@ -31,11 +39,69 @@ class TrialFailed(RuntimeError):
     """A trial of a multirun ended without a result; the message is the trial's own error."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one job is to do: a trial, and its place in a sweep of ours."""
+
+    job: Job
+    place: SweepJob | None
+
+
+class Batches:
+    """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
+
+    def __init__(self, max_trials: int) -> None:
+        with _in_one_line():
+            require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
+        self._max_trials = max_trials
+        self._workshop: Workshop | None = None
+
+    def describe(self, config: DictConfig) -> Task:
+        """Return what a job is to do; raises or exits as the job itself would."""
+        with _in_one_line():
+            return _task(config)
+
+    def train(self, jobs: Sequence[Task]) -> Iterator[Mapping[int, TaskFunction]]:
+        """Train the jobs; yields task functions that end as :func:`main` would have.
+
+        A trial with several seeds of its own (``sweep.seeds``) is trained where it is concluded, seed by seed.
+        """
+        if not jobs:
+            return
+        from distilbench.together import Entry, Workshop
+
+        self._workshop = self._workshop or Workshop(self._max_trials)
+        with_seeds = {index for index, task in enumerate(jobs) if task.place and task.job.settings.sweep.seeds}
+        yield {index: _by_itself(jobs[index]) for index in with_seeds}
+        together = [index for index in range(len(jobs)) if index not in with_seeds]
+        entries = [
+            Entry(task.job, membership_of(task.place, task.job.settings.sweep) if task.place else None)
+            for task in (jobs[index] for index in together)
+        ]
+        for ended in self._workshop.train(entries):
+            places = {together[i]: trained for i, trained in ended.items()}
+            yield {index: _conclusion(jobs[index], trained) for index, trained in places.items()}
+
+
+def _takes_batches(task: TaskFunction) -> TaskFunction:
+    """Tell the launcher that :class:`Batches` can train several of these jobs at once."""
+    task.takes_batches = Batches  # type: ignore[attr-defined]
+    return task
+
+
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
+@_takes_batches
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
+    with _in_one_line():
+        return _run(_task(config))
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """End a job on an error that a person can mend, or on a trial's own, with one line and its exit status."""
     try:
-        return _run(config)
+        yield
     except SettingsError as error:
         if SweepJob.from_environment():
             raise  # the sweep ends in one line of its own
@@ -49,26 +115,56 @@ def main(config: DictConfig) -> float | tuple[float, ...]:
         raise
 
 
-def _run(config: DictConfig) -> float | tuple[float, ...]:
+def _task(config: DictConfig) -> Task:
     place = SweepJob.from_environment()
     if place:
         place.announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
-    from distilbench.trials import Job, run_and_compare
+    from distilbench.trials import Job
 
     job = Job(
         settings=settings,
         baseline=settings_from(baseline),
         baseline_command=command_for(baseline, choices),
     )
-    if place:
-        return run_in_sweep(job, place)
-    outcome = run_and_compare(job)
+    return Task(job, place)
+
+
+def _run(task: Task) -> float | tuple[float, ...]:
+    if task.place:
+        return run_in_sweep(task.job, task.place)
+    from distilbench.trials import run_and_compare
+
+    return _objective(run_and_compare(task.job))
+
+
+def _objective(outcome: Outcome) -> float:
     if outcome.result.selection is None or outcome.result.error is not None:
         raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
-    return outcome.result.selection.metric(settings.train.metric)
+    return outcome.result.selection.metric(outcome.settings.train.metric)
+
+
+def _by_itself(task: Task) -> TaskFunction:
+    def run(config: DictConfig) -> float | tuple[float, ...]:
+        with _in_one_line():
+            return _run(task)
+
+    return run
+
+
+def _conclusion(task: Task, trained: Trained | Exception) -> TaskFunction:
+    """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
+
+    def conclude(config: DictConfig) -> float | tuple[float, ...]:
+        with _in_one_line():
+            if isinstance(trained, Exception):
+                raise trained
+            log.info(trained.line)
+            return objectives_at(task.place) if task.place else _objective(trained.outcome)
+
+    return conclude
 
 
 def _say_how_to_continue() -> None:

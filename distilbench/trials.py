@@ -14,8 +14,9 @@ from rich.console import Console
 
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
-from distilbench.engines import engine_for
+from distilbench.engines import check_engine, engine_for
 from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
+from distilbench.probe import solo_seconds
 from distilbench.progress import Progress
 from distilbench.records import PREDICTIONS, Owner, Record, read_record
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
@@ -30,7 +31,7 @@ from distilbench.results import (
     digest,
     treatment_of,
 )
-from distilbench.settings import ROOT, AppSettings, SettingsError
+from distilbench.settings import ROOT, AppSettings, SettingsError, TrialSettings
 from distilbench.tracking import DatasetUsed, RunLog, RunStart, Store, final_metrics, open_store, write_predictions
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class Outcome:
             train_seconds=self.result.train_seconds,
             trainable_parameters=self.result.trainable_parameters,
             measured_on=self.prepared.measured_on,
+            alone=self.result.alone,
             predictions=self.predictions,
         )
 
@@ -143,6 +145,7 @@ def prepare(settings: AppSettings) -> Prepared:
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
     check_length(model, settings.train.max_length)
+    check_engine(settings.engine, model, precision)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"
@@ -164,10 +167,9 @@ def run_and_compare(job: Job) -> Outcome:
     """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
-    baseline = None if job.is_baseline else _find_baseline(job, prepared, store)
+    baseline = None if job.is_baseline else find_baseline(job, prepared, store, job.settings.baseline.ensure)
     outcome = run(job.settings, prepared, store)
-    comparison = add_comparison(outcome, baseline, store)
-    _print(job, outcome, comparison, store)
+    _print(job, outcome, add_comparison(outcome, baseline, store), store)
     return outcome
 
 
@@ -202,10 +204,11 @@ def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Sto
     print_summary(Console(), summary)
 
 
-def _find_baseline(job: Job, prepared: Prepared, store: Store) -> StoredTrial | None:
+def find_baseline(job: Job, prepared: Prepared, store: Store, ensure: bool) -> StoredTrial | None:
+    """The newest finished baseline of the job; with ``ensure``, one is trained where there is none."""
     wanted = treatment_of(job.baseline, prepared.precision)
     found = store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed)
-    if found is not None or not job.settings.baseline.ensure:
+    if found is not None or not ensure:
         return found
     log.info("no finished baseline of this protocol yet: training it first")
     directory = Path(job.settings.output.dir) / "baseline"
@@ -222,22 +225,34 @@ def run(settings: AppSettings, prepared: Prepared, store: Store, membership: Mem
     return run_together([settings], prepared, store, [membership or Membership()])[0]
 
 
+def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
+    """The trial as an engine gets it: with the weights that were really resolved."""
+    return replace(settings.trial, model=prepared.model.settings)
+
+
 def run_together(
-    trials: Sequence[AppSettings], prepared: Prepared, store: Store, memberships: Sequence[Membership]
+    trials: Sequence[AppSettings],
+    prepared: Prepared,
+    store: Store,
+    memberships: Sequence[Membership],
+    solo_seconds: float | None = None,
 ) -> list[Outcome]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
-    Ctrl-C and SIGTERM (as an exception) close every run as INTERRUPTED and pass through.
+    ``solo_seconds`` is an estimate of what one of them would take alone. Ctrl-C and SIGTERM (as an exception) close
+    every run as INTERRUPTED and pass through.
     """
     records = [_begin(settings, prepared) for settings in trials]
-    logs = [store.begin(_run_start(settings, prepared, record.run_id, membership))
+    alone = len(trials) == 1
+    logs = [store.begin(_run_start(settings, prepared, record.run_id, membership, alone))
             for settings, record, membership in zip(trials, records, memberships, strict=True)]  # fmt: skip
     records = [replace(record, run_id=run_log.run_id) for record, run_log in zip(records, logs, strict=True)]
     for settings, record in zip(trials, records, strict=True):
         record.write(Path(settings.output.dir))
     engine = engine_for(trials[0].engine)
-    used = [replace(settings.trial, model=prepared.model.settings) for settings in trials]
+    used = [prepared_trial(settings, prepared) for settings in trials]
     names = [member.name or name_of(settings) for settings, member in zip(trials, memberships, strict=True)]
+    began = time.perf_counter()
     try:
         with Progress(names, Console(quiet=any(member.is_quiet for member in memberships))) as progress:
             observers = _Observers(logs, progress, memberships)
@@ -248,6 +263,9 @@ def run_together(
             run_log.finish(stopped, None)
             record.with_result(stopped, {}).write(Path(settings.output.dir))
         raise
+    if len(trials) > 1:
+        seconds = time.perf_counter() - began
+        results = [_in_batch(result, len(trials), seconds, solo_seconds) for result in results]
     outcomes = [
         Outcome(settings, prepared, replace(result, setup_seconds=result.setup_seconds + prepared.seconds), log.run_id,
                 name)
@@ -258,7 +276,22 @@ def run_together(
     return outcomes
 
 
-def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, membership: Membership) -> RunStart:
+def estimate_alone(settings: AppSettings, prepared: Prepared) -> float | None:
+    """Predict ``train_seconds`` of a trial that has the device to itself; None where the probe fails."""
+    return solo_seconds(engine_for(settings.engine), prepared_trial(settings, prepared), prepared.splits)
+
+
+def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: float | None) -> TrialResult:
+    """A result that says in what company it came about; the estimate is for trials that took all of their steps."""
+    whole = result.status is Status.FINISHED
+    return replace(
+        result, batch_size=size, batch_seconds=seconds, solo_seconds_estimate=solo_seconds if whole else None
+    )
+
+
+def _run_start(
+    settings: AppSettings, prepared: Prepared, run_id: str | None, membership: Membership, alone: bool
+) -> RunStart:
     from omegaconf import OmegaConf
 
     splits, fingerprint = prepared.splits, prepared.protocol.data.fingerprint
@@ -267,7 +300,7 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, me
         parts.insert(1, ("selection", splits.selection))
     return RunStart(
         name=membership.name or name_of(settings),
-        settings=replace(settings.trial, model=prepared.model.settings),
+        settings=prepared_trial(settings, prepared),
         protocol=prepared.protocol,
         treatment=treatment_of(settings, prepared.precision),
         device=prepared.device,
@@ -277,6 +310,7 @@ def _run_start(settings: AppSettings, prepared: Prepared, run_id: str | None, me
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(settings)),
         label_names=splits.label_names,
         datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
+        alone=alone,
         tags=membership.tags,
         parent_run_id=membership.parent_run_id,
         run_id=run_id,

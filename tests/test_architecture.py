@@ -17,16 +17,18 @@ LAYERS = [
     {"corpora"},
     {"data", "model", "freezing", "optimization", "device", "report"},
     {"tracking", "progress", "engines"},
+    {"probe", "limits"},
+    {"peers"},
     {"trials", "reporting"},
-    {"composition", "sweeps", "prediction"},
-    {"train", "compare"},
+    {"composition", "sweeps", "prediction", "together"},
+    {"train", "compare", "benchmark"},
     {"confirm"},
 ]
 """From the bottom up: a module may import from layers below its own, and from its own package."""
 ONLY_IN = {
     "mlflow": {"tracking"},
-    "hydra": {"settings", "composition", "train", "compare", "confirm"},
-    "rich": {"progress", "report", "trials", "reporting", "compare"},
+    "hydra": {"settings", "composition", "train", "compare", "confirm", "benchmark"},
+    "rich": {"progress", "report", "trials", "reporting", "compare", "benchmark"},
     "optuna": {"sweeps", "report"},
 }
 HEAVY = ("torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "optuna", "matplotlib")
@@ -70,7 +72,7 @@ def test_each_collaborator_has_one_room(path):
 
 
 def test_checking_a_configuration_imports_nothing_heavy():
-    modules = ("train", "compare", "confirm", "model", "data", "tracking")
+    modules = ("train", "compare", "confirm", "benchmark", "model", "data", "tracking")
     code = "import sys" + "".join(f", distilbench.{name}" for name in modules)
     code += f"; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

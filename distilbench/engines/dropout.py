@@ -19,28 +19,27 @@ class Dropout:
         """Key one generator for each order of examples by its trial's seed, ``stage`` and ``step``."""
         self._generators = [torch.Generator(device).manual_seed(_key(seed, stage, step)) for seed in seeds]
 
-    def keep(self, rate: float, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
-        """Return ones where a value is kept and zeros elsewhere, ``(orders, *shape)``.
+    def keep(
+        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
 
-        ``shapes`` are those of each order; smaller ones are filled up with zeros, after the draw, so that a trial's
-        mask does not depend on the size of its neighbours.
+        ``shapes`` are what is real of each order. Only that is drawn, so that a trial's mask does not depend on its
+        neighbours' sizes; the rest is zero.
         """
-        masks = [self._draw(rate, shape, g, dtype) for shape, g in zip(shapes, self._generators, strict=True)]
-        if len(masks) == 1:
-            return masks[0][None]
-        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-        stacked = torch.zeros(len(masks), *largest, dtype=dtype, device=masks[0].device)
-        for place, mask in zip(stacked, masks, strict=True):
-            place[tuple(slice(size) for size in mask.shape)] = mask
-        return stacked
+        masks = torch.zeros(len(shapes), *whole, dtype=dtype, device=self._generators[0].device)
+        for mask, shape, generator in zip(masks, shapes, self._generators, strict=True):
+            bits = _bits(shape, generator)
+            torch.ge(bits, _dropped(rate) - _LEVELS // 2, out=mask[tuple(slice(size) for size in shape)])
+        return masks
 
-    @staticmethod
-    def _draw(rate: float, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        size, device = math.prod(shape), generator.device
-        words = torch.empty(-(-size // 4), dtype=torch.int64, device=device)
-        words.random_(-(1 << 63), None, generator=generator)
-        bits = words.view(torch.int16)[:size].view(tuple(shape))
-        return torch.ge(bits, _dropped(rate) - _LEVELS // 2, out=torch.empty(tuple(shape), dtype=dtype, device=device))
+
+def _bits(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Draw 16 bits for each place of ``shape``, as int16."""
+    size = math.prod(shape)
+    words = torch.empty(-(-size // 4), dtype=torch.int64, device=generator.device)
+    words.random_(-(1 << 63), None, generator=generator)
+    return words.view(torch.int16)[:size].view(tuple(shape))
 
 
 def keep_scale(rate: float) -> float:

@@ -165,7 +165,7 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    own = {weights.rows.untyped_storage().data_ptr()}
+    own = {weights[leaf].untyped_storage().data_ptr() for leaf in ground.rowmap.leaves}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward.logits(forward.layers(forward.embed(forward.embedded()), 0, ground.rowmap.architecture.depth))
     activations = sum(size for place, size in kept.items() if place not in own)

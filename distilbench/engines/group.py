@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ from distilbench.engines.stacked import Forward, StackedWeights
 from distilbench.engines.updates import RowOptimizer, moments_needed
 from distilbench.model import build_model
 from distilbench.results import Status, StepRecord, TrialResult
+
+Ending = tuple[Status, str | None]
+"""How a trial ended, and in one line why."""
 
 
 @dataclass
@@ -159,7 +162,7 @@ class Group:
             embedded = forward.embedded()
             x = forward.layers(forward.embed(embedded), 0, depth)
         else:
-            x = forward.layers(self.prefix.hidden(self.orders, self.step), self.prefix.depth, depth)
+            x = forward.layers(self.prefix.hidden(self.orders, self.step, batch), self.prefix.depth, depth)
         logits = forward.logits(x)
         labels = batch.labels.expand(len(logits), -1)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
@@ -169,12 +172,13 @@ class Group:
     def _record(self, norms: torch.Tensor) -> None:
         """Tell each observer of the steps since the last record."""
         seconds, steps = self._lap(), self.step - self.recorded
+        memory = peak_memory(self.ground.device)
         examples = self.course.seen(self.step) - self.course.seen(self.recorded)
-        endings = {}
+        endings: dict[int, Ending] = {}
         for t, (member, loss, norm) in enumerate(
             zip(self.members, (self.losses / steps).tolist(), norms.tolist(), strict=True)
         ):
-            member.stepped(self.step, seconds, peak_memory(self.ground.device))
+            member.stepped(self.step, seconds, memory)
             record = StepRecord(
                 step=self.step,
                 steps=self.course.steps,
@@ -200,7 +204,7 @@ class Group:
         logits = self._predict(splits.selection)
         self.evaluation_due = False
         seconds, last = self._lap(), self.step == self.course.steps
-        endings = {}
+        endings: dict[int, Ending] = {}
         for t, member in enumerate(self.members):
             member.progress.train_seconds += seconds
             epoch = self.step / self.course.steps_per_epoch
@@ -265,8 +269,8 @@ class Group:
         if splits.selection is not splits.report:
             for member, logits in zip(self.members, self._predict(splits.report), strict=True):
                 at = member.best
-                member.report = evaluate_logits("report", logits, splits.report.labels, at.step, at.epoch)
-        endings: dict[int, tuple[Status, str | None]] = {}
+                member.report = evaluate_logits("validation", logits, splits.report.labels, at.step, at.epoch)
+        endings: dict[int, Ending] = {}
         for t, member in enumerate(self.members):
             try:
                 if member.settings.output.save_model:
@@ -276,7 +280,7 @@ class Group:
                 endings[t] = ending_of(error, member.settings)
         self._leave(endings)
 
-    def _leave(self, endings: dict[int, tuple[Status, str | None]]) -> None:
+    def _leave(self, endings: Mapping[int, Ending]) -> None:
         """Give the results of members at these places, and go on with the others."""
         if not endings:
             return

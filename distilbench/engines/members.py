@@ -95,7 +95,8 @@ class Member:
 
     def start(self, initial: torch.Tensor | None, moments: int) -> tuple[torch.Tensor, ...]:
         """Return the row (size,) and ``moments`` like it to begin with: a checkpoint's, or ``initial`` and zeros."""
-        if initial is not None:
+        if self.checkpoint is None:
+            assert initial is not None
             return (initial, *(torch.zeros_like(initial) for _ in range(moments)))
         state = load_file(self.checkpoint / _STATE)
         self.best_row = state.get("best", state["row"])

@@ -20,6 +20,11 @@ from distilbench.data import EncodedSplit
 FILLER = -1
 """The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
 
+GRAIN = 16
+"""Batches are filled up to a multiple of so many tokens: the CPU's kernels are compiled anew for every new shape.
+
+Measured on two Zen 5 cores, products of 213 +- 36 tokens: bf16 167 GFLOP/s as they come, 182 so; float32 67 and 79.
+"""
 APART = -1e30
 """Added to the scores of tokens of different sentences: finite, for a filler query may find no key of its own."""
 
@@ -89,10 +94,11 @@ def pack(split: EncodedSplit, examples: np.ndarray) -> Packed:
     """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given."""
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
+    width = _rounded(int(lengths.max()), 8)
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
-    bin_, column, turn = _fill_bins(lengths, int(lengths.max()))
+    bin_, column, turn = _fill_bins(lengths, width)
     return Packed(
         ids=split.tokens[starts[sentence] + positions].astype(np.int64),
         positions=positions,
@@ -103,7 +109,7 @@ def pack(split: EncodedSplit, examples: np.ndarray) -> Packed:
         column=column,
         turn=turn,
         bins=int(bin_.max()) + 1,
-        width=int(lengths.max()),
+        width=width,
         turns=int(turn.max()) + 1,
     )
 
@@ -210,8 +216,8 @@ class Placement:
 class Batch:
     """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
 
-    ``ids``, ``positions`` (orders, tokens); ``first``, ``labels`` (orders, sentences). ``packs`` are what was stacked,
-    ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins.
+    ``ids``, ``positions`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences). ``packs``
+    are what was stacked, ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins.
     """
 
     packs: tuple[Packed, ...]
@@ -245,23 +251,24 @@ def stack(packs: Sequence[Packed], device: torch.device) -> Batch:
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device)
 
-    tokens = _placement(packs, [p.sentence for p in packs], max(p.width for p in packs), "column", device)
+    size = _rounded(max(len(p.ids) for p in packs), GRAIN)
+    tokens = _placement(packs, [p.sentence for p in packs], size, max(p.width for p in packs), "column", device)
     numbers = [np.arange(len(p.first)) for p in packs]
     return Batch(
         packs=tuple(packs),
-        ids=on_device(_filled([p.ids for p in packs], 0)),
-        positions=on_device(_filled([p.positions for p in packs], 0)),
+        ids=on_device(_filled([p.ids for p in packs], 0, size)),
+        positions=on_device(_filled([p.positions for p in packs], 0, size)),
         first=on_device(np.stack([p.first for p in packs])),
         labels=on_device(np.stack([p.labels for p in packs])),
         all_tokens=tokens,
-        sentences=_placement(packs, numbers, max(p.turns for p in packs), "turn", device),
+        sentences=_placement(packs, numbers, len(numbers[0]), max(p.turns for p in packs), "turn", device),
     )
 
 
 def _placement(
-    packs: Sequence[Packed], sentences: list[np.ndarray], columns: int, start: str, device: torch.device
+    packs: Sequence[Packed], sentences: list[np.ndarray], rows: int, columns: int, start: str, device: torch.device
 ) -> Placement:
-    """Lay rows, of ``sentences`` (rows,) each, into bins of ``columns`` from each sentence's ``start`` on."""
+    """Lay ``rows``, of ``sentences`` (at most rows,) each, into bins of ``columns`` from each one's ``start`` on."""
     bins = max(p.bins for p in packs)
     row = np.zeros((len(packs), bins, columns), dtype=np.int64)
     owner = np.full((len(packs), bins, columns), FILLER, dtype=np.int64)
@@ -272,19 +279,23 @@ def _placement(
         column.append(getattr(p, start)[sentence] + within)
         row[i, bin_[i], column[i]] = np.arange(len(sentence))
         owner[i, bin_[i], column[i]] = sentence
-    empty = _filled([np.zeros(len(s), dtype=bool) for s in sentences], True)
+    empty = _filled([np.zeros(len(s), dtype=bool) for s in sentences], True, rows)
     return Placement(
-        bin=torch.from_numpy(_filled(bin_, 0)).to(device),
-        column=torch.from_numpy(_filled(column, 0)).to(device),
+        bin=torch.from_numpy(_filled(bin_, 0, rows)).to(device),
+        column=torch.from_numpy(_filled(column, 0, rows)).to(device),
         row=torch.from_numpy(row).to(device),
         owner=torch.from_numpy(owner).to(device),
         empty=torch.from_numpy(empty).to(device) if empty.any() else None,
     )
 
 
-def _filled(arrays: Sequence[np.ndarray], value: object) -> np.ndarray:
-    """Stack vectors of different lengths, ``(arrays, longest)``, filled up with ``value``."""
-    stacked = np.full((len(arrays), max(len(a) for a in arrays)), value, dtype=arrays[0].dtype)
+def _rounded(size: int, grain: int) -> int:
+    return -(-size // grain) * grain
+
+
+def _filled(arrays: Sequence[np.ndarray], value: object, size: int) -> np.ndarray:
+    """Stack vectors, ``(arrays, size)``, filled up with ``value``."""
+    stacked = np.full((len(arrays), size), value, dtype=arrays[0].dtype)
     for row, array in zip(stacked, arrays, strict=True):
         row[: len(array)] = array
     return stacked

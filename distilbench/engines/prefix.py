@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distilbench.data import EncodedSplit
 from distilbench.engines.batches import batches_by_length
@@ -73,9 +74,11 @@ class TrainingPrefix:
         depth = prefix_depth(weights)
         return None if depth is None else cls(weights, split, course, dropout, budget, depth)
 
-    def hidden(self, orders: Sequence[int], step: int) -> torch.Tensor:
+    def hidden(self, orders: Sequence[int], step: int, batch: Batch) -> torch.Tensor:
         """The hidden states of step ``step`` in the orders of these seeds, ``(orders, rows, width)``."""
-        return torch.nn.utils.rnn.pad_sequence([self._of_order(seed, step) for seed in orders], batch_first=True)
+        rows = (batch.first if self._sentences_only else batch.ids).shape[1]
+        own = [self._of_order(seed, step) for seed in orders]
+        return torch.stack([F.pad(states, (0, 0, 0, rows - len(states))) for states in own])
 
     def _of_order(self, seed: int, step: int) -> torch.Tensor:
         if self._once:
@@ -111,4 +114,5 @@ class TrainingPrefix:
         packed = pack(self._split, examples)
         batch = stack([packed], self._weights.rows.device)
         states = run_prefix(self._weights, batch, self.depth, dropout)[0]
-        return states, np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
+        rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
+        return states[: rows.sum()], rows

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.activations import get_activation
 
+from distilbench.engines.attention import attend
 from distilbench.engines.dropout import Dropout, keep_scale
 from distilbench.engines.packing import Batch, Exchange, Placement
 from distilbench.optimization import decay_parameter_names
@@ -83,7 +84,8 @@ class Architecture:
 
         The last layer keeps its query apart, for it is asked for [CLS] alone.
         """
-        leaves = {table: (f"{self.names[table]}.weight",) for table in TABLES if table in self.names}
+        tables = [table for table in TABLES if table in self.names]
+        leaves: dict[str, tuple[str, ...]] = {table: (f"{self.names[table]}.weight",) for table in tables}
         self._add(leaves, "embedding_norm", self.names["embedding_norm"])
         for i in range(self.depth):
             layer = f"{self.names['layer']}.{i}."
@@ -179,10 +181,11 @@ class RowMap:
         decayed = decay_parameter_names(model)
         ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
         parameters = dict(model.named_parameters())
+
         self.spans: list[Span] = []
         ends = [0, 0, 0, 0]
         start = 0
-        for leaf in sorted(self.leaves.keys() - self.frozen, key=lambda leaf: (ranks[leaf], list(ranks).index(leaf))):
+        for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
             span = Span(leaf, start, tuple(self.read(leaf, parameters).shape))
             self.spans.append(span)
             start = span.stop
@@ -278,17 +281,13 @@ class StackedWeights:
             self._copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
 
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch) -> None:
-        """Fill ``gradient`` (trials, size) from ``loss``; ``embedded`` is what :func:`embed` returned, if it trains."""
+        """Fill ``gradient`` (trials, size) from ``loss``; ``embedded`` is the summed embeddings, where they train."""
         spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
-        inputs = [self._leaves[span.leaf] for span in spans]
-        trainable_tables = embedded is not None and embedded.requires_grad
-        if trainable_tables:
-            assert embedded is not None
-            inputs.append(embedded)
+        inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
         gradients = torch.autograd.grad(loss, inputs)
         for span, gradient in zip(spans, gradients, strict=False):
             self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape).copy_(gradient)
-        if trainable_tables:
+        if embedded is not None:
             self._add_up_tables(gradients[-1], batch)
 
     def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
@@ -353,52 +352,61 @@ class Forward:
 
     def _layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
         last = i == self.architecture.depth - 1
-        attended = self._dropped(self._attention(x, i, last), self.architecture.attention_output_rate, last)
-        x = self._norm((_sentence_rows(x, self.batch.first) if last else x) + attended, f"{i}.attention_norm")
+        attended = self._attention(x, i, last)
+        x = _sentence_rows(x, self.batch.first) if last else x
+        x = self._norm(self._sum(x, attended, self.architecture.attention_output_rate, last), f"{i}.attention_norm")
         expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
-        return self._norm(x + self._dropped(expanded, self.architecture.output_rate, last), f"{i}.output_norm")
+        return self._norm(self._sum(x, expanded, self.architecture.output_rate, last), f"{i}.output_norm")
 
     def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """Attend within sentences; in the last layer, from [CLS] alone."""
         batch = self.batch
         queries = batch.sentences if last else batch.all_tokens
+        asked = None
         if last:
-            asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q")
-            q = self._to_slots(asked, queries, 1)[0]
-            k, v = self._to_slots(self._linear(x, f"{i}.kv"), batch.all_tokens, 2)
-        else:
-            q, k, v = self._to_slots(self._linear(x, f"{i}.qkv"), queries, 3)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (trials, bins, heads, queries, width)
-        scores += batch.sentence_mask if last else batch.token_mask
-        probabilities, scale = self._dropped_probabilities(scores.softmax(-1), last)
-        context = probabilities @ v
-        trials = len(context)
-        move = self._exchange(queries, trials, 0)
-        rows = move(context.reshape(-1, context.shape[-1])).view(trials, queries.bin.shape[1], -1)
-        return self._linear(rows if scale == 1 else rows * scale, f"{i}.out")
+            asked = self._to_slots(self._linear(_sentence_rows(x, batch.first), f"{i}.q"), queries, 1).squeeze(0)
+        slots = self._to_slots(self._linear(x, f"{i}.kv" if last else f"{i}.qkv"), batch.all_tokens, 2 if last else 3)
+        keep, scale = self._attention_keep(last, slots.dtype)
+        context = attend(slots, asked, batch.sentence_mask if last else batch.token_mask, keep, scale)
+        move = self._exchange(queries, len(context), 0)
+        rows = move(context.view(-1, context.shape[-1])).view(len(context), queries.bin.shape[1], -1)
+        return self._linear(rows, f"{i}.out")
 
-    def _dropped_probabilities(self, probabilities: torch.Tensor, last: bool) -> tuple[torch.Tensor, float]:
-        """Drop attention probabilities; their scale is left to the smaller result of the product that follows."""
+    def _attention_keep(self, last: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, float]:
+        """The mask of attention probabilities, and what is kept is multiplied by."""
         rate = self.architecture.attention_rate
         if self.dropout is None or rate == 0:
-            return probabilities, 1
+            return None, 1
         heads = self.architecture.heads
+        bins, width = self.batch.all_tokens.row.shape[1:]
+        turns = self.batch.sentences.row.shape[2]
         shapes = [(p.bins, heads, p.turns if last else p.width, p.width) for p in self.batch.packs]
-        return probabilities * self.dropout.keep(rate, shapes, probabilities.dtype), keep_scale(rate)
+        whole = (bins, heads, turns if last else width, width)
+        return self.dropout.keep(rate, shapes, whole, dtype), keep_scale(rate)
 
     def _dropped(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
         """Drop hidden states ``(trials, rows, width)``, of [CLS] alone from the ``last`` layer on."""
+        keep = self._keep(x, rate, last)
+        return x if keep is None else x * keep.mul_(keep_scale(rate))
+
+    def _sum(self, x: torch.Tensor, branch: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
+        """Add what is left of ``branch`` after dropout to the residual stream ``x``."""
+        keep = self._keep(branch, rate, last)
+        return x + branch if keep is None else torch.addcmul(x, branch, keep, value=keep_scale(rate))
+
+    def _keep(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
+        """The mask of hidden states like ``x``; None where nothing drops."""
         if self.dropout is None or rate == 0:
-            return x
+            return None
         shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
-        keep = self.dropout.keep(rate, shapes, self.weights.rows.dtype)
-        return x * keep.mul_(keep_scale(rate))
+        return self.dropout.keep(rate, shapes, x.shape[1:], self.weights.rows.dtype)
 
     def _linear(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
         weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
         x = x.to(weight.dtype)
         if len(weight) == 1:
-            return torch.addmm(bias[0], x.reshape(-1, x.shape[2]), weight[0]).view(*x.shape[:2], -1)
+            product = torch.addmm(bias.squeeze(0), x.reshape(-1, x.shape[2]), weight.squeeze(0))
+            return product.view(*x.shape[:2], -1)
         return torch.baddbmm(bias[:, None], x.expand(len(weight), -1, -1), weight)
 
     def _norm(self, x: torch.Tensor, leaf: str) -> torch.Tensor:

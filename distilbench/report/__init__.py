@@ -12,6 +12,7 @@ from distilbench.report.trial import (
     comparison_metrics,
     frozen_part,
     print_summary,
+    trial_line,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "points",
     "print_summary",
     "time_gain",
+    "trial_line",
 ]

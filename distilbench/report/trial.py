@@ -257,6 +257,27 @@ def _time(result: TrialResult) -> str:
     )
 
 
+def trial_line(name: str, result: TrialResult, comparison: Comparison | None) -> str:
+    """A trial of a batch on one line: how it ended, its figures, the difference to its baseline, and its time."""
+    parts = [f"{name} {result.status}"]
+    if result.report is not None:
+        parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
+    if comparison is not None and comparison.trial.run_id != comparison.baseline.run_id:
+        test = f" (McNemar p {p_value(comparison.test.p)})" if comparison.test else ""
+        parts.append(f"{points(comparison.difference_points)} points against {comparison.baseline.name}{test}")
+    if result.error is not None:
+        parts.append(result.error)
+    return "; ".join([*parts, _batch_time(result)])
+
+
+def _batch_time(result: TrialResult) -> str:
+    if result.alone:
+        return f"{duration(result.train_seconds)} training"
+    estimate = result.solo_seconds_estimate
+    solo = f", one alone about {duration(estimate)} (estimate)" if estimate is not None else ""
+    return f"{duration(result.train_seconds)} training at once with {counted(result.batch_size - 1, 'other')}{solo}"
+
+
 def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:
     comparison = summary.comparison
     if comparison is not None:

@@ -164,6 +164,10 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
         "trainable_parameters": result.trainable_parameters,
         "total_parameters": result.total_parameters,
     }
+    if not result.alone:
+        values |= {"batch_size": result.batch_size, "batch_seconds": result.batch_seconds}
+        if result.solo_seconds_estimate is not None:
+            values["solo_seconds_estimate"] = result.solo_seconds_estimate
     if result.selection is not None:
         values["best_epoch"] = result.selection.epoch
     if result.selection is not None and result.selection is not result.report:

@@ -1,0 +1,43 @@
+"""``hydra/launcher=fused``: a sweeper's batch of trials in one call, each with a job of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from hydra_plugins.distilbench_launcher._core import Batches
+
+
+class FusedLauncher(Launcher):
+    """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
+
+    Such a function carries an attribute ``takes_batches``, a ``TakesBatches`` of ``_core``.
+    """
+
+    def __init__(self, max_trials: int) -> None:
+        self._max_trials = max_trials
+        self._basic = BasicLauncher()
+        self._batches: Batches | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra hands over."""
+        self._context, self._task, self._config = hydra_context, task_function, config
+        self._basic.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; returns keep their order."""
+        takes_batches = getattr(self._task, "takes_batches", None)
+        if takes_batches is None:
+            return self._basic.launch(job_overrides, initial_job_idx)
+        from hydra_plugins.distilbench_launcher import _core
+
+        if self._batches is None:
+            self._batches = takes_batches(self._max_trials)
+        return _core.launch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
