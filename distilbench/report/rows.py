@@ -125,7 +125,9 @@ def _row(members: Sequence[StoredTrial]) -> Row:
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    return mean_and_deviation(values) if values else (math.nan, None)
+    if len(values) < 2:  # numpy takes a second for ten thousand of these
+        return (values[0] if values else math.nan), None
+    return mean_and_deviation(values)
 
 
 def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:

@@ -31,7 +31,7 @@ from distilbench.report.formats import (
 )
 from distilbench.report.rows import Row
 
-WIDE = 132
+WIDE = 150
 """Columns of text from which on a terminal gets every column."""
 ERRORS_TOLD = 5
 _LONGEST_ERROR = 200
@@ -44,9 +44,8 @@ class Column:
     title: str
     text: Callable[[Row], str]
     right: bool = True
-    narrow: bool = True
-    least: int | None = None
-    """Characters that a terminal leaves it at least."""
+    narrow: int = 0
+    """Characters that it takes in a narrow terminal, which leaves columns of 0 away; the first gets what is left."""
 
 
 def _accuracy(row: Row) -> str:
@@ -76,17 +75,17 @@ def _said(row: Row) -> str:
 
 
 FULL = (
-    Column("setting", lambda row: row.label, right=False, least=20),
-    Column("difference (95 %)", _difference),
-    Column("verdict", _said, right=False),
-    Column("accuracy", _accuracy),
-    Column("time gain", _gain),
-    Column("time", _seconds, narrow=False),
-    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else "", narrow=False),
-    Column("loss", lambda row: f"{row.loss:.4f}" if row.trials else "", narrow=False),
-    Column("trained", lambda row: millions(row.trainable_parameters), narrow=False),
-    Column("n", lambda row: str(row.n), narrow=False),
-    Column("status", lambda row: row.status, right=False, narrow=False),
+    Column("setting", lambda row: row.label, right=False, narrow=20),
+    Column("difference (95 %)", _difference, narrow=18),
+    Column("verdict", _said, right=False, narrow=15),
+    Column("accuracy", _accuracy, narrow=8),
+    Column("time gain", _gain, narrow=10),
+    Column("time", _seconds),
+    Column("p (Holm)", lambda row: p_value(row.difference.p_holm) if row.difference else ""),
+    Column("loss", lambda row: f"{row.loss:.4f}" if row.trials else ""),
+    Column("trained", lambda row: millions(row.trainable_parameters)),
+    Column("n", lambda row: str(row.n)),
+    Column("status", lambda row: row.status, right=False),
 )
 PAPER = (
     Column("experiment", lambda row: row.label, right=False),
@@ -146,15 +145,17 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
 def _rich_table(report: Report, layout: str, most: int, width: int) -> Table:
     narrow = width < WIDE and layout != "paper"
     columns = [column for column in LAYOUTS[layout] if column.narrow or not narrow]
+    left = max(width - 2 - sum(column.narrow + 1 for column in columns[1:]), 20)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in columns:
+    for i, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column.right else "left"
-        table.add_column(_folded(column.title, narrow), justify=side, overflow="fold", min_width=column.least,
-                         no_wrap=column.right)  # fmt: skip
+        room = (column.narrow if i else left) if narrow else None
+        whole = column.right and not narrow
+        table.add_column(_folded(column.title, narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
     rows = rows_of(report, layout)
     for row in [row for i, row in enumerate(rows) if i < most or row.is_baseline]:
         style = "bold" if row.is_baseline else _STYLES.get(_said(row).split(" ")[0].rstrip(","), "")
-        cells = (_folded(one_line(column.text(row)), narrow and column.right) for column in columns)
+        cells = (_folded(one_line(column.text(row)), narrow) for column in columns)
         table.add_row(*(Text(cell) for cell in cells), style=style)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
