@@ -118,7 +118,11 @@ def test_a_name_that_never_resolves_does_not_prolong_the_decision(probe, monkeyp
     assert seconds < 1.5
 
 
-@pytest.mark.parametrize("endpoint", [closed_port(), "http://[", "no address", "http://127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [closed_port(), "http://[", "no address", "http://127.0.0.1:99999"],
+    ids=["closed port", "broken bracket", "no address", "port out of range"],
+)
 def test_a_closed_port_or_a_malformed_address_is_out_of_reach_at_once(probe, endpoint):
     reachable, seconds = probe(endpoint)
     assert not reachable
