@@ -18,7 +18,7 @@ SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train
 STEPS_PER_EPOCH, STEPS = 5, 15
 
 
-@pytest.fixture(params=["trainer"])
+@pytest.fixture(params=["trainer", "fused"])
 def engine_name(request):
     return request.param
 
