@@ -75,9 +75,12 @@ class SweepJob:
     def from_environment(cls) -> SweepJob | None:
         """The trial that this job was launched for; None outside of our sweeps."""
         path = os.environ.get(ENVIRONMENT)
-        if not path:
-            return None
-        content = json.loads(Path(path).read_text())
+        return cls.read(Path(path)) if path else None
+
+    @classmethod
+    def read(cls, path: Path) -> SweepJob:
+        """Read the ``job.json`` that :meth:`write` wrote."""
+        content = json.loads(path.read_text())
         known = {"owner": Owner(**content["owner"]), "directory": Path(content["directory"])}
         return cls(**content | known | {"objectives": tuple(content["objectives"])})
 
@@ -106,9 +109,9 @@ def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
     if job.settings.sweep.seeds:
-        _train_seeds(job, place, prepared, store, _judge_of(place, job.settings.sweep))
+        _train_seeds(job, place, prepared, store)
     else:
-        _compare(job, run(job.settings, prepared, store, membership_of(job, place)), store)
+        _compare(job, run(job.settings, prepared, store, membership_of(place, job.settings.sweep)), store)
     return objectives_at(place)
 
 
@@ -125,11 +128,11 @@ Judge = Callable[[float, int], str | None]
 """Given the objective so far and how often it was measured: why the trial is to stop, or None."""
 
 
-def membership_of(job: Job, place: SweepJob) -> Membership:
-    """What a trial has from its sweep, the pruner's judgement of each evaluation included."""
+def membership_of(place: SweepJob, settings: SweepSettings) -> Membership:
+    """What a trial with one seed has from its sweep: name, parent, tags, and who may prune it."""
     from distilbench.trials import Membership
 
-    judge = _judge_of(place, job.settings.sweep)
+    judge = _judge_of(place, settings)
     count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -140,8 +143,9 @@ def membership_of(job: Job, place: SweepJob) -> Membership:
     return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
 
 
-def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store, judge: Judge | None) -> Record:
+def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> Record:
     """Train the trial once for each seed, each in a run and a directory of its own; the trial is their mean."""
+    judge = _judge_of(place, job.settings.sweep)
     seeds = job.settings.sweep.seeds or []
     group = store.open_group(place.name, place.tags, place.parent_run_id)
     begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), group.run_id)

@@ -75,7 +75,7 @@ class Batches:
         yield {index: _by_itself(jobs[index]) for index in with_seeds}
         together = [index for index in range(len(jobs)) if index not in with_seeds]
         entries = [
-            Entry(task.job, membership_of(task.job, task.place) if task.place else None)
+            Entry(task.job, membership_of(task.place, task.job.settings.sweep) if task.place else None)
             for task in (jobs[index] for index in together)
         ]
         for ended in self._workshop.train(entries):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and threads that spin cost a lot
 
 from hydra import compose, initialize_config_dir
 

@@ -24,7 +24,7 @@ from distilbench.settings import (
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-GROUPS = ("model", "data", "freeze", "scheduler", "optim", "engine", "tracking", "experiment")
+GROUPS = ("model", "data", "freeze", "scheduler", "optim", "engine", "tracking", "experiment", "search")
 NEEDED = {"local": ["model.checkpoint=."], "files": ["data.train=README.md"]}
 CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
 
@@ -32,7 +32,7 @@ CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml")
 def composed(*overrides: str) -> AppSettings:
     register_schema()
     with initialize_config_dir(str(CONF)):
-        return settings_from(compose("config", ["output.dir=unused", *overrides]))
+        return settings_from(compose("config", ["output.dir=unused", "sweep.name=unused", *overrides]))
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: v)

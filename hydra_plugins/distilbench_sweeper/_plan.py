@@ -45,6 +45,12 @@ class Plan:
         }
 
     @property
+    def selection_split(self) -> str:
+        """The split that picks epochs and winners."""
+        held_out = self.settings.data.selection_fraction > 0
+        return "selection split held out of train" if held_out else "validation split, which also reports"
+
+    @property
     def failures_borne(self) -> float:
         """Failed trials that do not end the sweep yet; infinite without a limit."""
         limit = self.settings.sweep.max_failures

@@ -89,11 +89,18 @@ class Study:
         self._owner, self._take_over, self._retry = owner, take_over, frozenset(retry)
         self.mine: set[int] = set()
         """Numbers of trials that this process has launched and not settled yet."""
+        self._known: list[Standing] | None = None
         self._random = random.Random(0)
 
     def standings(self) -> list[Standing]:
-        """Every trial, by number."""
-        return [Standing(trial) for trial in self.study.get_trials(deepcopy=False)]
+        """Every trial, by number, as of the last change of this process's own or the last :meth:`refresh`."""
+        if self._known is None:
+            self._known = [Standing(trial) for trial in self.study.get_trials(deepcopy=False)]
+        return self._known
+
+    def refresh(self) -> None:
+        """Forget what was read: other processes write, too. A reading takes as long as there are trials queued."""
+        self._known = None
 
     def _is_void(self, standing: Standing) -> bool:
         """Whether a trial counts for nothing: it was interrupted, is retried, or copied one that was still running."""
@@ -120,6 +127,7 @@ class Study:
                 present.add(cell.point)
                 attributes = {"point": cell.point, "extra": list(cell.extra), "baseline": cell.is_baseline}
                 self.study.enqueue_trial(cell.params, user_attrs=attributes)
+                self.refresh()
 
     def take(self, space: Space, compose: Compose, config: Any) -> Task | None:
         """The next trial to launch; None where only points are left that were evaluated or are under way."""
@@ -135,7 +143,10 @@ class Study:
 
     def _draw(self, space: Space, compose: Compose, config: Any) -> tuple[Task | None, bool]:
         """Ask Optuna for one point: a task, or none and whether the same point is under way elsewhere."""
+        self.refresh()
+        others = self.counted()
         trial = self.study.ask()
+        self.refresh()
         trial.set_user_attr("owner", asdict(self._owner))
         for key, distribution in space.dimensions.items():
             trial._suggest(key, distribution)
@@ -147,7 +158,7 @@ class Study:
             self._tell(trial._trial_id, Status.FAILED, str(error))
             return None, False
         trial.set_user_attr("key", point.key)
-        same = next((s for s in self.counted() if s.number != trial.number and s.attribute("key") == point.key), None)
+        same = next((s for s in others if s.attribute("key") == point.key), None)
         if same is not None:
             self._reuse(trial, same)
             return None, same.status == Status.RUNNING
@@ -170,6 +181,7 @@ class Study:
 
     def _reuse(self, trial: optuna.Trial, same: Standing) -> None:
         """End ``trial`` with what its twin came to."""
+        self.refresh()
         values = {"status": REUSED, "reused_from": same.number, "pending": same.status == Status.RUNNING}
         for name, value in values.items():
             trial.set_user_attr(name, value)
@@ -222,11 +234,13 @@ class Study:
 
     def _id_of(self, number: int) -> int | None:
         """The storage's id of a trial that is RUNNING in the study."""
-        trial = self.study.get_trials(deepcopy=False)[number]
+        self.refresh()
+        trial = self.standings()[number].trial
         return trial._trial_id if trial.state == TrialState.RUNNING else None
 
     def _tell(self, trial_id: int, status: Status, error: str | None, values: Sequence[float] = ()) -> None:
         storage = self.study._storage
+        self.refresh()
         storage.set_trial_user_attr(trial_id, "status", status.value)
         storage.set_trial_user_attr(trial_id, "error", error)
         number = storage.get_trial_number_from_id(trial_id)

@@ -208,6 +208,7 @@ class Loop:
         space = plan.space if is_main else Space({}, plan.space.fixed)
         tasks: list[Task] = []
         with self._storage.lock():
+            study.refresh()
             self._close_dead_in(study)
             study.queue(plan.cells if is_main else plan.beside)
             while not self._is_ended() and (self._hands.at_once is None or running + len(tasks) < self._hands.at_once):
@@ -278,21 +279,26 @@ class Loop:
             self._settle_runs(study, number)
         if isinstance(error, SettingsError):
             raise error
-        nothing_yet = not any(s.status in (Status.FINISHED, Status.PRUNED)
-                              for each in self._studies.all for s in each.counted())  # fmt: skip
-        if status is Status.FAILED and nothing_yet:
+        if status is Status.FAILED and self._has_nothing_yet():
             self._end(f"the first trial failed, as every other would: {reason}", failed=True)
         directory = study.directory / str(number)
         self._say(f"trial {directory.relative_to(self._plan.directory)} {status}" + (f": {reason}" if reason else ""))
 
+    def _has_nothing_yet(self) -> bool:
+        """Whether no trial of the sweep has ever come to a result."""
+        results = (Status.FINISHED, Status.PRUNED)
+        return not any(s.status in results for study in self._studies.all for s in study.counted())
+
     def _others(self, study: Study) -> int:
         """Trials that are under way in other processes."""
+        study.refresh()
         return sum(s.status == Status.RUNNING and s.number not in study.mine for s in study.standings())
 
     def _board(self) -> Board:
         plan = self._plan
         rows = []
         for study in self._studies.all:
+            study.refresh()
             standings = study.standings()
             prefix = "" if study is self._studies.main else f"{BESIDE}/"
             for s in standings:
@@ -314,6 +320,7 @@ class Loop:
         self._group.update(board.metrics(), board.markdown(self._group.link))
         OmegaConf.save(OmegaConf.create(board.results()), self._plan.directory / "optimization_results.yaml")
         self._screen.show_all(board)
+        self._say(f"trials are chosen by {' and '.join(self._plan.objectives)} on the {self._plan.selection_split}")
         if self._plan.asked > self._plan.total and self._studies.main.is_exhausted(self._plan.space):
             self._say(f"every one of the {self._plan.total} points of the space has been evaluated: no more to try")
         self._say(f"{self._plan.name}: {board.line()}; {self._plan.directory}")
