@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 register_schema(BenchmarkSettings)
 
+TABLE_WIDTH = 158
+"""Columns that the table takes, wherever it is shown: a narrower terminal wraps it, but hides no figure."""
+
 
 @hydra.main(config_path=str(CONF), config_name="benchmark", execution_whitelist=["distilbench.composition.CheckFirst"])
 def main(config: DictConfig) -> None:
@@ -88,7 +91,7 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
 
     prepared = prepare(settings)
     check_engine(replace(settings.engine, name="fused"), prepared.model, prepared.precision)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=TABLE_WIDTH)
     console.print(
         f"model {prepared.model.used.describe()}, data {prepared.text.used.describe()}, {prepared.device}", markup=False
     )
@@ -283,7 +286,7 @@ def table_of(done: Benchmark) -> Table:
     bench = done.settings.bench
     columns = ("", "wall ms", "CPU ms", "x tuned, wall", "x tuned, CPU", "tokens/s", "eval s", "set-up s", "trial s",
                f"{bench.trials} trials s", "peak MB", "x limit", "loss")  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=True)
     for line in lines_of(done):
