@@ -15,7 +15,9 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from distilbench.composition import usual_treatment
 from distilbench.records import PREDICTIONS, RECORD, Owner, read_record
+from distilbench.reporting import report_sweep
 from distilbench.results import Status
 from distilbench.settings import SettingsError
 from distilbench.sweeps import ENVIRONMENT, SweepJob, pruner_of
@@ -57,7 +59,11 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
         store = open_store(plan.settings.tracking)
         sweep = _open(plan, storage, options)
         group = _open_group(plan, sweep, store)
-        return Loop(plan, place, storage, sweep, group, options).run()
+        loop = Loop(plan, place, storage, sweep, group, options)
+        failure = loop.run()
+        if report_sweep(store, plan.name, plan.directory, usual_treatment()) is None:
+            loop.show_all()  # nothing is tracked: there is only what the study knows
+        return failure
 
 
 @dataclass(frozen=True)
@@ -313,13 +319,16 @@ class Loop:
         self._screen.show(board, self._hands.at_once or 1)
         self._group.update(board.metrics(), board.markdown(self._group.link))
 
+    def show_all(self) -> None:
+        """Print every trial as a table."""
+        self._screen.show_all(self._board())
+
     def _finish(self) -> str | None:
         """The report, and the sweep's end in MLflow."""
         board = self._board()
         self._group.close_dead(self._is_over)
         self._group.update(board.metrics(), board.markdown(self._group.link))
         OmegaConf.save(OmegaConf.create(board.results()), self._plan.directory / "optimization_results.yaml")
-        self._screen.show_all(board)
         self._say(f"trials are chosen by {' and '.join(self._plan.objectives)} on the {self._plan.selection_split}")
         if self._plan.asked > self._plan.total and self._studies.main.is_exhausted(self._plan.space):
             self._say(f"every one of the {self._plan.total} points of the space has been evaluated: no more to try")
