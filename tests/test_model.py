@@ -282,7 +282,7 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_refused(checkpoint):
         ),
         (
             lambda d: (d / "model.safetensors").write_bytes(b"\0" * 99),
-            "must be a readable checkpoint, got .*Safetensor",
+            "must be a readable checkpoint, got .*deserializing header",
         ),
         (
             lambda d: edit_json(d / "config.json", n_layers=3),
@@ -305,7 +305,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(checkpoint, damage, message
         (lambda d: (d / "tokenizer.json").unlink(), "must be a model with its tokenizer, got"),
         (
             lambda d: (d / "tokenizer.json").write_text("{"),
-            "must come with a readable tokenizer, got .*JSONDecodeError",
+            "must come with a readable tokenizer, got .*property name",
         ),
         (
             lambda d: edit_json(d / "config.json", vocab_size=9),

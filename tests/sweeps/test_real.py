@@ -50,14 +50,19 @@ def test_the_parents_description_is_a_table_with_links_to_its_runs(grid):
     workspace, _ = grid
     parent, *children = workspace.runs()
     note = parent.data.tags["mlflow.note.content"]
-    assert "2 of 2 trials" in note
+    assert "better than the baseline" in note
     for child in children:
         assert f"runs/{child.info.run_id})" in note
 
 
-def test_the_sweep_ends_with_a_table_of_its_trials(grid):
+def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
     workspace, process = grid
-    assert "against baseline" in process.stdout
+    assert "Sweep grid" in process.stdout
+    assert "verdict" in process.stdout
+    written = {path.name for path in workspace.sweep("grid").iterdir()}
+    assert {"report.html", "report.md", "report.tex", "report.csv"} <= written
+        p.name for p in workspace.sweep("grid").iterdir()
+    }
     assert "\x1b[" not in process.stdout, "control codes in piped output"
     record = workspace.record("grid", 1)
     assert record["selection"]["accuracy"] == workspace.study("grid")[1].value
