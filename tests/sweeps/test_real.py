@@ -61,8 +61,6 @@ def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
     assert "verdict" in process.stdout
     written = {path.name for path in workspace.sweep("grid").iterdir()}
     assert {"report.html", "report.md", "report.tex", "report.csv"} <= written
-        p.name for p in workspace.sweep("grid").iterdir()
-    }
     assert "\x1b[" not in process.stdout, "control codes in piped output"
     record = workspace.record("grid", 1)
     assert record["selection"]["accuracy"] == workspace.study("grid")[1].value
