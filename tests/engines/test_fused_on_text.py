@@ -57,6 +57,6 @@ def test_losses_follow_trainers_over_many_steps(settings, splits_of, recorder, s
     apart = np.abs(np.array(ours.losses()) - np.array(theirs.losses()))
     assert apart[:50].max() < 1e-5
     assert apart.max() < 1e-3
-    assert ours.losses()[-1] < 0.69
+    assert np.mean(ours.losses()[-50:]) < np.mean(ours.losses()[:50]), "nothing was learnt: nothing was compared"
     assert np.abs(fused.report.logits - trainer.report.logits).max() < 5e-3
     assert fused.report.accuracy == pytest.approx(trainer.report.accuracy, abs=1 / 200)
