@@ -72,7 +72,9 @@ class TrialResult:
     that reports (the same object where one split does both); both are None where a trial ended before its first
     evaluation. ``history`` holds all evaluations on the selection split in order. Seconds are wall time:
     ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``setup_seconds`` what
-    came before the first step. ``peak_memory_bytes`` is the device's, or the process's resident set on a CPU.
+    came before the first step, attempts that ran out of memory included. ``peak_memory_bytes`` is the device's, or the
+    process's resident set on a CPU. ``micro_batch_size`` counts the examples whose gradients were computed at once in
+    the end, where those were fewer than a batch.
 
     A trial that was trained at once with others took part in all of their seconds: ``batch_size`` counts them, itself
     included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
@@ -94,6 +96,7 @@ class TrialResult:
     total_parameters: int = 0
     device: str = ""
     precision: str = ""
+    micro_batch_size: int | None = None
     batch_size: int = 1
     batch_seconds: float = 0.0
     solo_seconds_estimate: float | None = None

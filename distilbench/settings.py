@@ -263,6 +263,9 @@ class TrainSettings:
     """Passes over the training examples, 1 or more."""
     batch_size: int
     """Examples a step, 1 or more; the last batch of an epoch may be smaller."""
+    micro_batch_size: Optional[int]
+    """Examples whose gradients are computed at once and added up to those of `batch_size`, which it must divide; null
+    is all. Halved where memory runs out; changes memory and speed only."""
     eval_batch_size: int
     """Examples a batch in evaluation, 1 or more; changes speed only."""
     max_length: int
@@ -281,8 +284,10 @@ class TrainSettings:
     """Continue an interrupted trial of the same settings from its last checkpoint in the same `output.dir`."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "logging_steps", "eval_steps"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "logging_steps", "eval_steps"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        require(self.batch_size % self.examples_at_once == 0, "train.micro_batch_size",
+                f"a divisor of train.batch_size={self.batch_size}", self.micro_batch_size)  # fmt: skip
         _at_least("train.max_length", self.max_length, 3)
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.metric", self.metric, METRICS)
@@ -291,6 +296,15 @@ class TrainSettings:
     def greater_is_better(self) -> bool:
         """Whether a larger value of `metric` is better."""
         return self.metric != "loss"
+
+    @property
+    def examples_at_once(self) -> int:
+        """`micro_batch_size` with null decided."""
+        return self.micro_batch_size or self.batch_size
+
+    def smaller_micro_batch(self, size: int) -> Optional[int]:
+        """The largest divisor of `batch_size` that is at most half of `size`; None where that is a single example."""
+        return next((part for part in range(size // 2, 0, -1) if self.batch_size % part == 0), None)
 
 
 @dataclass(frozen=True)

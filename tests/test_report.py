@@ -182,6 +182,12 @@ def shown(summary: Summary, **console) -> str:
     return stream.getvalue()
 
 
+def test_summary_tells_how_many_examples_were_taken_at_once_where_memory_was_short(summary):
+    assert "batch 16 (4 at once), cut" in " ".join(
+        shown(replace(summary, result=replace(summary.result, micro_batch_size=4))).split()
+    )
+
+
 def test_summary_tells_what_was_trained_and_how_it_compares(summary):
     words = " ".join(shown(summary).split())
     for expected in (

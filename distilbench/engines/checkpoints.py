@@ -23,7 +23,13 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "checkpoints"
 _SEAL = "seal.json"
-_SPEED_ONLY = ("train.eval_batch_size", "train.logging_steps", "train.checkpoints", "train.resume")
+_SPEED_ONLY = (
+    "train.micro_batch_size",
+    "train.eval_batch_size",
+    "train.logging_steps",
+    "train.checkpoints",
+    "train.resume",
+)
 
 
 @dataclass

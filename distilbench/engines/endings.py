@@ -15,6 +15,10 @@ log = logging.getLogger(__name__)
 _MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
+SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
+"""Said where a trial goes on with fewer rows at once."""
+
+
 class Ended(Exception):
     """A trial is over before its last step; the message is one line for the user."""
 
@@ -46,8 +50,8 @@ def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
     if _out_of_memory(error):
         train = settings.train
         return Status.OUT_OF_MEMORY, (
-            f"out of memory ({first_line or type(error).__name__}); lower train.batch_size (now {train.batch_size}), "
-            f"train.eval_batch_size ({train.eval_batch_size}) or train.max_length ({train.max_length})"
+            f"out of memory ({first_line or type(error).__name__}); lower train.max_length (now {train.max_length}), "
+            "freeze more layers, or take a smaller model"
         )
     log.error("the trial failed", exc_info=error)
     return Status.FAILED, f"{type(error).__name__}: {first_line}"

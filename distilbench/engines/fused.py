@@ -155,7 +155,7 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     low = torch.bfloat16 if ground.precision == "bf16" else ground.dtype
     weights = StackedWeights(ground.rowmap, ground.frozen, ground.device, ground.dtype, low)
     weights.load(torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device))
-    longest = next(batches_by_length(ground.splits.train, settings.train.batch_size))
+    longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
     batch = stack([pack(ground.splits.train, longest)], ground.device)
     forward = Forward(weights, batch, Dropout([settings.seed], "estimate", 0, ground.device))
     kept: dict[int, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,21 @@ import torch
 import torch.nn.functional as F
 
 from distilbench.data import EncodedSplit
-from distilbench.device import peak_memory
+from distilbench.device import peak_memory, release_memory
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
 from distilbench.engines.dropout import Dropout
-from distilbench.engines.endings import Ended, ending_of, require_finite
+from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite
 from distilbench.engines.evaluation import evaluate_logits, selection_name
 from distilbench.engines.members import Member
 from distilbench.engines.packing import Batch, pack, stack
-from distilbench.engines.prefix import Budget, TrainingPrefix, run_prefix
+from distilbench.engines.prefix import WINDOW, Budget, TrainingPrefix, run_prefix
 from distilbench.engines.stacked import Forward, StackedWeights
 from distilbench.engines.updates import RowOptimizer, moments_needed
 from distilbench.model import build_model
 from distilbench.results import Status, StepRecord, TrialResult
+
+log = logging.getLogger(__name__)
 
 Ending = tuple[Status, str | None]
 """How a trial ended, and in one line why."""
@@ -51,10 +54,11 @@ class Group:
         self.members, self.observer, self.results = members, observer, results
         self.ground, self.settings = members[0].ground, members[0].settings
         self.course = self.ground.course
+        self.lengths = np.diff(self.ground.splits.train.offsets)
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
         self.budget = Budget(prefix_bytes)
-        self.evaluations: dict[int, list[EvaluationBatch]] = {}
+        self.evaluations: dict[tuple[int, int], list[EvaluationBatch]] = {}
 
     def run(self, began: float) -> None:
         """Train every member to its end; ``began`` is when their set-up did."""
@@ -121,52 +125,83 @@ class Group:
         return self.step, self.recorded, self.evaluation_due
 
     def _train(self) -> bool:
-        """Train to the last step; False where memory ran out and there is a group to halve."""
+        """Train to the last step; False where memory ran out and there is a group to halve.
+
+        A single trial that ran out of memory takes the same step again with half as many rows at once.
+        """
         while self.members and (self.step < self.course.steps or self.evaluation_due):
             try:
                 if self.evaluation_due:
                     self._evaluate()
                 else:
                     self._advance()
+                continue
             except Exception as error:  # the trials' boundary: other groups go on
                 ending = ending_of(error, self.settings)
-                if ending[0] is Status.OUT_OF_MEMORY and len(self.members) > 1:
+            if ending[0] is Status.OUT_OF_MEMORY:
+                release_memory()  # not before: the error's own frames hold the step's tensors
+                if len(self.members) > 1:
                     return False
-                self._leave(dict.fromkeys(range(len(self.members)), ending))
+                if self._take_less_at_once(self.members[0]):
+                    continue
+            self._leave(dict.fromkeys(range(len(self.members)), ending))
+        return True
+
+    def _take_less_at_once(self, member: Member) -> bool:
+        """Halve the batch of what has just run out of memory; False where it is a single example."""
+        if self.evaluation_due:
+            self._forget_evaluations()
+            member.eval_batch, before = max(1, member.eval_batch // 2), member.eval_batch
+            return before > 1
+        smaller = member.settings.train.smaller_micro_batch(member.micro_batch)
+        if smaller is None:
+            return False
+        member.micro_batch = smaller
+        log.warning(SMALLER, smaller)
         return True
 
     def _advance(self) -> None:
         """Take one step, and record it where a record is due; every evaluation comes after a record."""
-        packs = [pack(self.ground.splits.train, self.course.batch(seed, self.step)) for seed in self.orders]
-        losses = self._differentiate(stack(packs, self.ground.device))
+        examples = [self.course.batch(seed, self.step) for seed in self.orders]
+        losses = self._differentiate(examples)
         rates = [member.rates[self.step] for member in self.members]
         norms = self.optimizer.step(self.step + 1, rates)
         self.losses += losses
         self.step += 1
-        for member, packed in zip(self.members, packs * (len(self.members) // len(packs)), strict=True):
-            member.progress.tokens += len(packed.ids)
+        for member, chosen in zip(self.members, examples * (len(self.members) // len(examples)), strict=True):
+            member.progress.tokens += int(self.lengths[chosen].sum())
         train = self.settings.train
         every = train.eval_steps or self.course.steps_per_epoch
         self.evaluation_due = self.step % every == 0 or self.step == self.course.steps
         if self.evaluation_due or self.step % train.logging_steps == 0:
             self._record(norms)
 
-    def _differentiate(self, batch: Batch) -> torch.Tensor:
-        """Fill the gradient, and return the mean loss of each trial, ``(trials,)``."""
-        depth = self.ground.rowmap.architecture.depth
+    def _differentiate(self, examples: Sequence[np.ndarray]) -> torch.Tensor:
+        """Fill the gradient from the batch of each order, and return the mean loss of each trial, ``(trials,)``."""
+        size = len(examples[0])
+        most = self.members[0].micro_batch
+        parts = [slice(start, min(start + most, size)) for start in range(0, size, most)]
+        return torch.stack([self._differentiate_part(examples, part) for part in parts]).sum(0)
+
+    def _differentiate_part(self, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
+        """Add the gradient of a part of each batch to those before, and return its share of the mean loss."""
+        depth, size = self.ground.rowmap.architecture.depth, len(examples[0])
         freeze = self.settings.freeze
-        dropout = Dropout(self.orders, "step", self.step, self.ground.device)
+        batch = stack([pack(self.ground.splits.train, chosen[part]) for chosen in examples], self.ground.device)
+        dropout = Dropout(self.orders, f"step+{part.start}" if part.start else "step", self.step, self.ground.device)
         forward = Forward(self.weights, batch, dropout, still_layers=0 if freeze.dropout else freeze.layers)
         embedded = None
         if self.prefix is None:
             embedded = forward.embedded()
             x = forward.layers(forward.embed(embedded), 0, depth)
         else:
-            x = forward.layers(self.prefix.hidden(self.orders, self.step, batch), self.prefix.depth, depth)
+            hidden = self.prefix.hidden(self.orders, self.step, part, batch, WINDOW * self.members[0].micro_batch)
+            x = forward.layers(hidden, self.prefix.depth, depth)
         logits = forward.logits(x)
         labels = batch.labels.expand(len(logits), -1)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-        self.weights.backward(losses.sum(), embedded, batch)
+        losses = losses * (labels.shape[1] / size)
+        self.weights.backward(losses.sum(), embedded, batch, add=part.start > 0)
         return losses.detach()
 
     def _record(self, norms: torch.Tensor) -> None:
@@ -237,11 +272,17 @@ class Group:
 
     def _evaluation_batches(self, split: EncodedSplit) -> list[EvaluationBatch]:
         """The batches of ``split``, longest rows first, packed once for all evaluations."""
-        if id(split) not in self.evaluations:
-            chosen = list(batches_by_length(split, self.settings.train.eval_batch_size))
-            device = self.ground.device
-            self.evaluations[id(split)] = [EvaluationBatch(rows, stack([pack(split, rows)], device)) for rows in chosen]
-        return self.evaluations[id(split)]
+        size, device = self.members[0].eval_batch, self.ground.device
+        if (id(split), size) not in self.evaluations:
+            self.evaluations[id(split), size] = [
+                EvaluationBatch(rows, stack([pack(split, rows)], device)) for rows in batches_by_length(split, size)
+            ]
+        return self.evaluations[id(split), size]
+
+    def _forget_evaluations(self) -> None:
+        kept = [part.hidden for parts in self.evaluations.values() for part in parts if part.hidden is not None]
+        self.budget.left += sum(hidden.nbytes for hidden in kept)
+        self.evaluations.clear()
 
     def _under_trained(self, part: EvaluationBatch, forward: Forward) -> tuple[torch.Tensor, int]:
         """Hidden states under the first layer that trains, and its number; kept where the budget allows."""

@@ -46,7 +46,11 @@ class Ground:
 
 @dataclass
 class Member:
-    """A trial in a group. ``best_row`` (size,) holds the weights of its best evaluation once others have followed."""
+    """A trial in a group.
+
+    ``best_row`` (size,) holds the weights of its best evaluation once others have followed. ``micro_batch`` and
+    ``eval_batch`` are examples taken at once: what the settings say, until memory runs out.
+    """
 
     index: int
     settings: TrialSettings
@@ -55,6 +59,8 @@ class Member:
     identity: dict[str, object]
     progress: Progress = field(default_factory=Progress)
     checkpoint: Path | None = None
+    micro_batch: int = 0
+    eval_batch: int = 0
     best_row: torch.Tensor | None = None
     report: Evaluation | None = None
     setup_seconds: float = 0.0
@@ -64,7 +70,9 @@ class Member:
         """Prepare a trial, from its newest checkpoint where it is to resume; ``original`` are the splits as given."""
         factors = lr_factors(settings.scheduler, ground.course.steps, settings.optim.lr)
         identity = checkpoints.identity_of(settings, original, ground.resolved.used.fingerprint, ground.precision)
-        member = cls(index, settings, ground, factors * settings.optim.lr, identity)
+        train = settings.train
+        member = cls(index, settings, ground, factors * settings.optim.lr, identity,
+                     micro_batch=train.examples_at_once, eval_batch=train.eval_batch_size)  # fmt: skip
         member._find_checkpoint()
         return member
 
@@ -157,6 +165,7 @@ class Member:
             examples_per_second=ground.course.seen(progress.step) / seconds if seconds else 0.0,
             tokens_per_second=progress.tokens / seconds if seconds else 0.0,
             peak_memory_bytes=progress.peak_memory_bytes,
+            micro_batch_size=self.micro_batch if self.micro_batch < self.settings.train.batch_size else None,
             trainable_parameters=ground.parameters[0],
             total_parameters=ground.parameters[1],
             device=ground.device_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class TrainingPrefix:
         self.depth = depth
         self._weights, self._split, self._course, self._dropout = weights, split, course, dropout
         self._sentences_only = depth == weights.rowmap.architecture.depth
-        self._windows: dict[int, tuple[int, list[torch.Tensor]]] = {}
+        self._windows: dict[int, tuple[int, list[list[torch.Tensor]]]] = {}
         self._all: list[torch.Tensor] = []
         rows = len(split) if self._sentences_only else len(split.tokens)
         self._once = not dropout and budget.take(rows * weights["word"].shape[2] * weights.rows.element_size())
@@ -74,45 +75,52 @@ class TrainingPrefix:
         depth = prefix_depth(weights)
         return None if depth is None else cls(weights, split, course, dropout, budget, depth)
 
-    def hidden(self, orders: Sequence[int], step: int, batch: Batch) -> torch.Tensor:
-        """The hidden states of step ``step`` in the orders of these seeds, ``(orders, rows, width)``."""
+    def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
+        """The hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
+
+        ``batch`` holds those examples; the prefix is run over at most ``at_once``.
+        """
         rows = (batch.first if self._sentences_only else batch.ids).shape[1]
-        own = [self._of_order(seed, step) for seed in orders]
+        own = [torch.cat(self._of_order(seed, step, at_once)[part]) for seed in orders]
         return torch.stack([F.pad(states, (0, 0, 0, rows - len(states))) for states in own])
 
-    def _of_order(self, seed: int, step: int) -> torch.Tensor:
+    def _of_order(self, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
+        """The hidden states of each example of a step, ``(rows, width)``."""
         if self._once:
-            self._all = self._all or self._run_all()
-            return torch.cat([self._all[i] for i in self._course.batch(seed, step)])
+            self._all = self._all or self._run_all(at_once)
+            return [self._all[i] for i in self._course.batch(seed, step)]
         number, kept = self._windows.get(seed, (-1, []))
         if step // WINDOW != number:
             number = step // WINDOW
-            kept = self._run_window(seed, number)
+            kept = self._run_window(seed, number, at_once)
             self._windows[seed] = number, kept
         return kept[step % WINDOW]
 
-    def _run_window(self, seed: int, number: int) -> list[torch.Tensor]:
+    def _run_window(self, seed: int, number: int, at_once: int) -> list[list[torch.Tensor]]:
         """Run the prefix for the steps of a window, whole even where a run is resumed within it."""
         steps = range(number * WINDOW, min((number + 1) * WINDOW, self._course.steps))
-        parts = [self._course.batch(seed, step) for step in steps]
-        dropout = Dropout([seed], "prefix", number, self._weights.rows.device) if self._dropout else None
-        states, rows = self._run(np.concatenate(parts), dropout)
-        ends = np.cumsum([len(part) for part in parts])[:-1]
-        return list(states.split([int(part.sum()) for part in np.split(rows, ends)]))
+        batches = [self._course.batch(seed, step) for step in steps]
+        examples = np.concatenate(batches)
+        states: list[torch.Tensor] = []
+        for start in range(0, len(examples), at_once):
+            stage = f"prefix+{start}" if start else "prefix"
+            dropout = Dropout([seed], stage, number, self._weights.rows.device) if self._dropout else None
+            states += self._run(examples[start : start + at_once], dropout)
+        own = iter(states)
+        return [list(islice(own, len(batch))) for batch in batches]
 
-    def _run_all(self) -> list[torch.Tensor]:
+    def _run_all(self, at_once: int) -> list[torch.Tensor]:
         """Run the prefix over the whole split without dropout, rows of like length together."""
         hidden: list[torch.Tensor] = [torch.empty(0)] * len(self._split)
-        for chosen in batches_by_length(self._split, 128):
-            states, rows = self._run(chosen, None)
-            for i, own in zip(chosen, states.split(rows.tolist()), strict=True):
+        for chosen in batches_by_length(self._split, at_once):
+            for i, own in zip(chosen, self._run(chosen, None), strict=True):
                 hidden[i] = own
         return hidden
 
-    def _run(self, examples: np.ndarray, dropout: Dropout | None) -> tuple[torch.Tensor, np.ndarray]:
-        """Hidden states (rows, width), and how many rows of them each of ``examples`` has."""
+    def _run(self, examples: np.ndarray, dropout: Dropout | None) -> list[torch.Tensor]:
+        """The hidden states of each of ``examples``, ``(rows, width)``."""
         packed = pack(self._split, examples)
         batch = stack([packed], self._weights.rows.device)
         states = run_prefix(self._weights, batch, self.depth, dropout)[0]
         rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
-        return states[: rows.sum()], rows
+        return list(states[: rows.sum()].split(rows.tolist()))

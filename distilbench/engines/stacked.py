@@ -280,19 +280,24 @@ class StackedWeights:
         if self._copy is not None:
             self._copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
 
-    def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch) -> None:
-        """Fill ``gradient`` (trials, size) from ``loss``; ``embedded`` is the summed embeddings, where they train."""
+    def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
+        """Fill ``gradient`` (trials, size) from ``loss``, or ``add`` to it.
+
+        ``embedded`` is the summed embeddings, where they train.
+        """
         spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
         inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
         gradients = torch.autograd.grad(loss, inputs)
         for span, gradient in zip(spans, gradients, strict=False):
-            self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape).copy_(gradient)
+            place = self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape)
+            place.add_(gradient) if add else place.copy_(gradient)
         if embedded is not None:
+            if not add:
+                self.gradient[:, : self.rowmap.tables].zero_()
             self._add_up_tables(gradients[-1], batch)
 
     def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
-        self.gradient[:, : self.rowmap.tables].zero_()
         places = {"word": batch.ids, "position": batch.positions, "type": torch.zeros_like(batch.ids)}
         for span in self.rowmap.spans:
             if span.leaf in TABLES:

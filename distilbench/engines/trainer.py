@@ -32,13 +32,14 @@ from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
 from distilbench.engines.checkpoints import Progress
-from distilbench.engines.endings import Ended, ending_of, require_finite
+from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite
 from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
+from distilbench.engines.packing import Course
 from distilbench.freezing import freeze, parameter_counts
 from distilbench.model import build_model, export_model, load_tokenizer, resolve_model
 from distilbench.optimization import build_optimizer, lr_factors
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
-from distilbench.settings import TrialSettings
+from distilbench.settings import TrainSettings, TrialSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,35 @@ class TrainerEngine:
 
 
 def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> TrialResult:
-    """Train one trial; whatever goes wrong inside it becomes its status and error."""
-    run = _Run(index, settings, splits, observer)
+    """Train one trial; where memory runs out, again from its newest checkpoint with smaller micro-batches."""
+    began, train = time.perf_counter(), settings.train
+    while True:
+        result = _attempt(_Run(index, replace(settings, train=train), splits, observer, began))
+        smaller = _smaller(train) if result.status is Status.OUT_OF_MEMORY else None
+        if smaller is None:
+            return result
+        train = smaller
+        log.warning(SMALLER, train.micro_batch_size)
+        release_memory()
+
+
+def _smaller(train: TrainSettings) -> TrainSettings | None:
+    """About half as many examples at once; None where it is one already."""
+    micro = train.smaller_micro_batch(train.examples_at_once)
+    if micro is None and train.eval_batch_size == 1:
+        return None
+    return replace(train, micro_batch_size=micro or 1, eval_batch_size=max(1, train.eval_batch_size // 2), resume=True)
+
+
+def _attempt(run: _Run) -> TrialResult:
+    """Train as far as it goes; whatever goes wrong becomes the result's status and error."""
     try:
         run.set_up()
         run.train()
         run.finish()
         return run.result(Status.FINISHED)
     except Exception as error:  # the trial's boundary: other trials go on
-        return run.result(*ending_of(error, settings))
+        return run.result(*ending_of(error, run.settings))
     finally:
         run.close()
 
@@ -90,11 +111,15 @@ class _Trainer(Trainer):
 class _Run(TrainerCallback):
     """One trial: what Trainer calls on the way, and what is kept of it."""
 
-    def __init__(self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> None:
+    def __init__(
+        self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver, began: float
+    ) -> None:
+        """Set-up is counted from ``began``, as ``time.perf_counter`` has it."""
         self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
         self.batches = TrainingBatches(splits.train, splits.pad_token_id)
-        self.steps_per_epoch = math.ceil(len(splits.train) / settings.train.batch_size)
-        self.steps = settings.train.epochs * self.steps_per_epoch
+        train = settings.train
+        self.course = Course(len(splits.train), train.batch_size, train.epochs)
+        self.steps_per_epoch, self.steps = self.course.steps_per_epoch, self.course.steps
         self.directory = Path(settings.output.dir)
         self.checkpoints = self.directory / checkpoints.DIRECTORY
         self.progress = Progress()
@@ -104,7 +129,7 @@ class _Run(TrainerCallback):
         self.device_name = self.precision = ""
         self.setup_seconds = 0.0
         self.status: Status | None = None
-        self.mark = time.perf_counter()
+        self.mark = began
 
     def set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
@@ -145,6 +170,7 @@ class _Run(TrainerCallback):
             train_dataset=range(len(self.splits.train)),
             data_collator=self.batches,
             optimizers=(optimizer, schedule),
+            compute_loss_func=_share_of_batch if self._is_accumulated else None,
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
@@ -195,7 +221,7 @@ class _Run(TrainerCallback):
         progress.step = state.global_step
         progress.train_seconds += seconds
         progress.step_seconds += seconds
-        progress.tokens += self.batches.tokens_of(progress.step - before)
+        progress.tokens += self.batches.tokens_of(self._micro_batches(progress.step) - self._micro_batches(before))
         self._sample_memory()
         require_finite(logs["loss"], "training", progress.step, self.steps, self.settings)
         record = StepRecord(
@@ -205,7 +231,7 @@ class _Run(TrainerCallback):
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
-            examples_per_second=(self._examples(progress.step) - self._examples(before)) / seconds,
+            examples_per_second=(self.course.seen(progress.step) - self.course.seen(before)) / seconds,
         )
         self.observer.on_step(self.index, record)
         self._lap()
@@ -249,9 +275,10 @@ class _Run(TrainerCallback):
             steps=progress.step,
             train_seconds=progress.train_seconds,
             setup_seconds=self.setup_seconds or self._lap(),
-            examples_per_second=_rate(self._examples(progress.step), progress.step_seconds),
+            examples_per_second=_rate(self.course.seen(progress.step), progress.step_seconds),
             tokens_per_second=_rate(progress.tokens, progress.step_seconds),
             peak_memory_bytes=progress.peak_memory_bytes,
+            micro_batch_size=self.settings.train.examples_at_once if self._is_accumulated else None,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             device=self.device_name,
@@ -285,11 +312,15 @@ class _Run(TrainerCallback):
         before, self.mark = self.mark, time.perf_counter()
         return self.mark - before
 
-    def _examples(self, step: int) -> int:
-        """Examples trained on in the first ``step`` steps; the last batch of an epoch may be smaller."""
+    @property
+    def _is_accumulated(self) -> bool:
+        return self.settings.train.examples_at_once < self.settings.train.batch_size
+
+    def _micro_batches(self, step: int) -> int:
+        """Micro-batches of the first ``step`` steps; the last batch of an epoch may have fewer."""
         epochs, steps = divmod(step, self.steps_per_epoch)
-        examples = len(self.splits.train)
-        return epochs * examples + min(steps * self.settings.train.batch_size, examples)
+        size, whole = self.settings.train.examples_at_once, self.course.examples
+        return epochs * math.ceil(whole / size) + math.ceil(self.course.seen(steps) / size)
 
     def _sample_memory(self) -> None:
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
@@ -301,7 +332,8 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.examples_at_once,
+        gradient_accumulation_steps=train.batch_size // train.examples_at_once,
         max_grad_norm=settings.optim.max_grad_norm,
         seed=settings.seed,
         use_cpu=device.type == "cpu",
@@ -320,6 +352,11 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
     if precision == "fp32":
         arguments.mixed_precision = "no"  # whatever ACCELERATE_MIXED_PRECISION says
     return arguments
+
+
+def _share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """What a micro-batch adds to its batch's mean loss: a mean of means would weigh the last, smaller one too much."""
+    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 @contextmanager

@@ -218,9 +218,10 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     rates = f"{optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}"
     yield "schedule", f"{_schedule(settings.scheduler)}, {rates}"
     precision = result.precision or train.precision
+    parts = f" ({result.micro_batch_size} at once)" if result.micro_batch_size else ""
     yield (
         "training",
-        f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}, cut at {train.max_length} tokens, "
+        f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
         f"{precision}, seed {settings.seed}",
     )
     if result.report is not None:

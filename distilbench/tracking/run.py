@@ -164,6 +164,8 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
         "trainable_parameters": result.trainable_parameters,
         "total_parameters": result.total_parameters,
     }
+    if result.micro_batch_size is not None:
+        values["micro_batch_size"] = result.micro_batch_size
     if not result.alone:
         values |= {"batch_size": result.batch_size, "batch_seconds": result.batch_seconds}
         if result.solo_seconds_estimate is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from distilbench.engines import engine_for
@@ -253,6 +254,49 @@ def test_an_interrupted_trial_continues_to_the_same_bits(trial, train, recorder,
     weights, expected = (load_file(f"{s.output.dir}/model/model.safetensors") for s in (other, settings))
     for name, values in expected.items():
         np.testing.assert_array_equal(weights[name], values, err_msg=name)
+
+
+def test_micro_batches_add_up_to_their_batch(trial, train):
+    for freezing in ("freeze.layers=0", "freeze.layers=1"):
+        _, whole = train([trial(freezing)])
+        for size in (2, 4):  # the last batch of an epoch, of 5, ends with a smaller micro-batch
+            [result], parts = train([trial(freezing, f"train.micro_batch_size={size}")])
+            assert (result.status, result.micro_batch_size) == (Status.FINISHED, size)
+            np.testing.assert_allclose(parts.losses(), whole.losses(), rtol=2e-5)
+            norms = [[r.gradient_norm for r in seen.steps[0]] for seen in (parts, whole)]
+            np.testing.assert_allclose(*norms, rtol=2e-4)
+
+
+def examples_that_fit(monkeypatch, most: int, calls: int = 0) -> None:
+    """Let memory run out where a loss is taken over more than ``most`` examples, after so many calls."""
+    cross_entropy, made = torch.nn.functional.cross_entropy, iter(range(10_000))
+
+    def limited(inputs, target, *args, **kwargs):
+        if target.numel() > most and next(made) >= calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return cross_entropy(inputs, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", limited)
+
+
+@pytest.mark.parametrize("checkpoints", ["true", "false"])
+def test_a_batch_that_does_not_fit_is_added_up_from_smaller_ones(trial, train, monkeypatch, caplog, checkpoints):
+    settings = f"train.checkpoints={checkpoints}", "train.logging_steps=1"
+    _, fitting = train([trial(*settings)])
+    examples_that_fit(monkeypatch, most=3, calls=7)
+    [result], seen = train([trial(*settings)])
+    assert (result.status, result.micro_batch_size, result.steps) == (Status.FINISHED, 2, STEPS)
+    last_told = {record.step: record.loss for record in seen.steps[0]}
+    np.testing.assert_allclose(list(last_told.values()), fitting.losses(), rtol=2e-5)
+    assert "going on with train.micro_batch_size=4" in caplog.text
+    assert "going on with train.micro_batch_size=2" in caplog.text
+
+
+def test_an_example_that_does_not_fit_alone_ends_the_trial_with_what_to_change(trial, train, monkeypatch):
+    examples_that_fit(monkeypatch, most=0)
+    [result], _ = train([trial()])
+    assert result.status is Status.OUT_OF_MEMORY
+    assert result.error.endswith("; lower train.max_length (now 128), freeze more layers, or take a smaller model")
 
 
 def test_engines_print_nothing(trial, train, capfd):

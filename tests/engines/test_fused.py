@@ -345,10 +345,10 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(trial, spl
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
     run = Group._differentiate
 
-    def short_of_memory(group, batch):
+    def short_of_memory(group, examples):
         if group.step >= 4 and len(group.members) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return run(group, batch)
+        return run(group, examples)
 
     monkeypatch.setattr(Group, "_differentiate", short_of_memory)
     seen = recorder()
@@ -359,14 +359,30 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(trial, spl
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)
 
 
-def test_a_single_trial_that_does_not_fit_says_what_to_change(trial, splits_of, recorder, monkeypatch):
-    def short_of_memory(group, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, splits_of, recorder, monkeypatch):
+    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", "freeze.layers=1") for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    fitting, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
+    run, predict = Group._differentiate_part, Group._predict
 
-    monkeypatch.setattr(Group, "_differentiate", short_of_memory)
-    [result] = FusedEngine().train([trial()], splits_of(trial()), recorder())
-    assert result.status is Status.OUT_OF_MEMORY
-    assert "lower train.batch_size (now 8)" in result.error
+    def short_of_memory(group, examples, part):
+        if group.step >= 4 and (len(group.members) > 1 or group.members[0].index == 0 and part.stop - part.start > 2):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(group, examples, part)
+
+    def short_of_memory_too(group, split):
+        if len(group.members) == 1 and group.members[0].index == 0 and group.members[0].eval_batch > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return predict(group, split)
+
+    monkeypatch.setattr(Group, "_differentiate_part", short_of_memory)
+    monkeypatch.setattr(Group, "_predict", short_of_memory_too)
+    seen = recorder()
+    results = FusedEngine(torch.float64).train(trials, splits, seen)
+    assert [(r.status, r.micro_batch_size) for r in results] == [(Status.FINISHED, 2), (Status.FINISHED, None)]
+    for t in range(2):
+        assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
+        np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=1e-10)
 
 
 def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorder, monkeypatch):

@@ -331,11 +331,28 @@ def test_out_of_memory_says_what_to_change(trial, splits_of, recorder, error):
     settings = trial("output.save_model=false")
     [result] = TrainerEngine().train([settings], splits_of(settings), recorder(raise_at={2: error}))
     assert result.status is Status.OUT_OF_MEMORY
-    assert result.error.endswith(
-        "; lower train.batch_size (now 8), train.eval_batch_size (64) or train.max_length (128)"
-    )
+    assert result.error.endswith("; lower train.max_length (now 128), freeze more layers, or take a smaller model")
     assert "\n" not in result.error
     assert result.peak_memory_bytes > 0
+
+
+def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(trial, splits_of, recorder, monkeypatch):
+    from distilbench.engines.trainer import _Run
+
+    settings = trial("train.eval_batch_size=8", "output.save_model=false")
+    splits = splits_of(settings)
+    [fitting] = TrainerEngine().train([settings], splits, recorder())
+    predict = _Run._predict
+
+    def short_of_memory(run, split):
+        if run.settings.train.eval_batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return predict(run, split)
+
+    monkeypatch.setattr(_Run, "_predict", short_of_memory)
+    [result] = TrainerEngine().train([settings], splits, recorder())
+    assert (result.status, result.micro_batch_size) == (Status.FINISHED, 2)
+    assert result.report.loss == pytest.approx(fitting.report.loss, rel=1e-5)
 
 
 def test_an_unforeseen_error_fails_the_trial_and_logs_its_traceback(trial, splits_of, recorder, caplog):
