@@ -10,7 +10,7 @@ import numpy as np
 from distilbench.data import EncodedSplit, EncodedSplits
 from distilbench.engines.base import Engine
 from distilbench.results import Evaluation, Status, StepRecord
-from distilbench.settings import TrialSettings
+from distilbench.settings import SettingsError, TrialSettings
 
 STEPS = 8
 """Optimisation steps of a probe; on two cores a step of MiniLM takes 0.1-0.3 s."""
@@ -27,11 +27,11 @@ class _StopAtEvaluation:
         return True
 
 
-def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float | None:
-    """Estimate ``train_seconds`` of a trial that ``engine`` trains alone; None where the probe itself fails.
+def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:
+    """Estimate ``train_seconds`` of a trial that ``engine`` trains alone.
 
     The probe trains on :data:`STEPS` random batches and evaluates a like share of the selection split. It runs twice,
-    and the second run counts: the first warms libraries and caches.
+    and the second run counts: the first warms libraries and caches. Raises :class:`SettingsError` where it fails.
     """
     probed, scale = _share_of(splits, settings)
     with tempfile.TemporaryDirectory() as directory:
@@ -40,7 +40,9 @@ def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits)
         short = replace(settings, train=train, output=output)
         for _ in range(2):
             (result,) = engine.train([short], probed, _StopAtEvaluation())
-    return result.train_seconds * scale if result.status is Status.PRUNED else None
+    if result.status is not Status.PRUNED:
+        raise SettingsError(f"an estimate needs a trial that can begin, got {result.status}: {result.error}")
+    return result.train_seconds * scale
 
 
 def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSplits, float]:

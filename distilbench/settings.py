@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "sgd")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
-ENGINES = ("trainer", "fused")
+ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
 OBJECTIVES = (*METRICS, "train_seconds", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
@@ -312,7 +312,8 @@ class EngineSettings:
     """What trains the trial; changes speed, never results beyond rounding."""
 
     name: str
-    """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape)."""
+    """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape) |
+    auto (fused on a CPU where it takes the model and the precision, else trainer)."""
     device: str
     """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
 

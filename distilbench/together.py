@@ -22,6 +22,7 @@ from distilbench.trials import (
     estimate_alone,
     find_baseline,
     prepare,
+    prepared_trial,
     run_together,
 )
 
@@ -57,6 +58,11 @@ class _Ready:
     membership: Membership | None
     prepared: Prepared
     store: Store
+
+    @property
+    def batch_key(self) -> Hashable | None:
+        """What jobs must share to be trained at once; None for one that is trained by itself."""
+        return batch_key(prepared_trial(self.job.settings, self.prepared))
 
     def treatment_key(self, of: AppSettings) -> Hashable:
         """Tells a trial with the settings ``of`` from others in everything that a result depends on."""
@@ -102,7 +108,7 @@ class Workshop:
                 yield dict.fromkeys(group, error)
 
     def _tell_if_apart(self, ready: Collection[_Ready]) -> None:
-        engines = {r.job.settings.engine.name for r in ready if batch_key(r.job.settings) is None}
+        engines = {r.prepared.engine.name for r in ready if r.batch_key is None}
         if len(ready) > 1 and engines and not self._told_apart:
             self._told_apart = True
             log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *engines)
@@ -122,7 +128,7 @@ class Workshop:
         """Places of the jobs that train at once, at most ``max_trials``; baselines first: others are held to them."""
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, r in ready.items():
-            key = batch_key(r.job.settings)
+            key = r.batch_key
             alone = key is None
             groups[index if alone else (_preparation_key(r.job.settings), key, id(r.store))].append(index)
         size = self._max_trials
@@ -147,9 +153,13 @@ class Workshop:
     def _solo(self, ready: _Ready) -> float | None:
         """The estimate for a trial of this kind alone, measured once in a sweep."""
         settings = ready.job.settings
-        key = _preparation_key(settings), batch_key(settings)
+        key = _preparation_key(settings), ready.batch_key
         if key not in self._solo_seconds:
-            self._solo_seconds[key] = estimate_alone(settings, ready.prepared)
+            try:
+                self._solo_seconds[key] = estimate_alone(settings, ready.prepared)
+            except SettingsError as error:
+                log.warning("no estimate of a trial alone: %s", error)
+                self._solo_seconds[key] = None
         return self._solo_seconds[key]
 
     def _comparison(self, ready: _Ready, outcome: Outcome) -> Comparison | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distilbench.data import EncodedSplits, TextSplits, encode, load_text
 from distilbench.device import describe_device, resolve_device, resolve_precision
-from distilbench.engines import check_engine, engine_for
+from distilbench.engines import decided, engine_for
 from distilbench.model import ResolvedModel, check_freeze, check_length, load_tokenizer, resolve_model
 from distilbench.probe import solo_seconds
 from distilbench.progress import Progress
@@ -31,7 +31,7 @@ from distilbench.results import (
     digest,
     treatment_of,
 )
-from distilbench.settings import ROOT, AppSettings, SettingsError, TrialSettings
+from distilbench.settings import ROOT, AppSettings, EngineSettings, SettingsError, TrialSettings
 from distilbench.tracking import DatasetUsed, RunLog, RunStart, Store, final_metrics, open_store, write_predictions
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Prepared:
     text: TextSplits
     splits: EncodedSplits
     protocol: ProtocolIdentity
+    engine: EngineSettings
     device: str
     precision: str
     measured_on: str
@@ -145,7 +146,7 @@ def prepare(settings: AppSettings) -> Prepared:
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
     check_length(model, settings.train.max_length)
-    check_engine(settings.engine, model, precision)
+    engine = decided(settings.engine, model, precision, device.type)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"
@@ -155,9 +156,10 @@ def prepare(settings: AppSettings) -> Prepared:
         text=text,
         splits=splits,
         protocol=ProtocolIdentity(model.used, text.used, settings.train.metric, selection, "validation"),
+        engine=engine,
         device=name,
         precision=precision,
-        measured_on=f"{name}; {settings.engine.name}; {precision}; torch {version('torch')}; "
+        measured_on=f"{name}; {engine.name}; {precision}; torch {version('torch')}; "
         f"transformers {version('transformers')}",
         seconds=time.perf_counter() - start,
     )
@@ -190,7 +192,7 @@ def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Sto
         sizes["selection"] = len(splits.selection)
     summary = Summary(
         name=outcome.name,
-        settings=outcome.settings.trial,
+        settings=prepared_trial(outcome.settings, outcome.prepared),
         model=outcome.prepared.model.used,
         data=text.used,
         sizes=sizes,
@@ -226,8 +228,8 @@ def run(settings: AppSettings, prepared: Prepared, store: Store, membership: Mem
 
 
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
-    """The trial as an engine gets it: with the weights that were really resolved."""
-    return replace(settings.trial, model=prepared.model.settings)
+    """The trial as an engine gets it: with the weights that were really resolved, and the engine decided."""
+    return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
 
 
 def run_together(
@@ -249,7 +251,7 @@ def run_together(
     records = [replace(record, run_id=run_log.run_id) for record, run_log in zip(records, logs, strict=True)]
     for settings, record in zip(trials, records, strict=True):
         record.write(Path(settings.output.dir))
-    engine = engine_for(trials[0].engine)
+    engine = engine_for(prepared.engine)
     used = [prepared_trial(settings, prepared) for settings in trials]
     names = [member.name or name_of(settings) for settings, member in zip(trials, memberships, strict=True)]
     began = time.perf_counter()
@@ -276,9 +278,12 @@ def run_together(
     return outcomes
 
 
-def estimate_alone(settings: AppSettings, prepared: Prepared) -> float | None:
-    """Predict ``train_seconds`` of a trial that has the device to itself; None where the probe fails."""
-    return solo_seconds(engine_for(settings.engine), prepared_trial(settings, prepared), prepared.splits)
+def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
+    """Predict ``train_seconds`` of a trial that has the device to itself.
+
+    Raises :class:`SettingsError` where a trial of these settings fails within its first steps.
+    """
+    return solo_seconds(engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits)
 
 
 def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: float | None) -> TrialResult:

@@ -20,7 +20,7 @@ LAYERS = [
     {"probe", "limits"},
     {"peers"},
     {"trials", "reporting"},
-    {"composition", "sweeps", "prediction", "together"},
+    {"composition", "sweeps", "together"},
     {"train", "compare", "benchmark"},
     {"confirm"},
 ]

@@ -11,6 +11,7 @@ from distilbench.data import encode, load_text
 from distilbench.model import load_tokenizer, resolve_model
 from distilbench.probe import STEPS, random_part, solo_seconds
 from distilbench.results import Status, TrialResult
+from distilbench.settings import SettingsError
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def test_a_probe_keeps_the_vocabulary_and_touches_no_directory_of_the_trial(sett
 
 
 def test_a_probe_that_fails_gives_no_estimate(settings, splits):
-    assert solo_seconds(Recording(Status.FAILED), settings().trial, splits) is None
+    with pytest.raises(SettingsError, match="needs a trial that can begin, got FAILED"):
+        solo_seconds(Recording(Status.FAILED), settings().trial, splits)
 
 
 def test_random_parts_keep_rows_whole_and_in_order(splits):

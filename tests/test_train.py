@@ -176,13 +176,17 @@ def test_a_diverged_trial_says_what_to_change_and_ends_with_one(workspace):
     assert (run.info.status, run.data.tags["distilbench.status"]) == ("FAILED", "DIVERGED")
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace, signum, status):
-    long = (*TINY_TRACKED, "data.max_train_examples=2000", "train.epochs=3", "optim.lr=1e-3")
+@pytest.mark.parametrize(
+    ("signum", "status", "engine"),
+    [(signal.SIGINT, 130, "trainer"), (signal.SIGTERM, 143, "trainer"), (signal.SIGTERM, 143, "fused")],
+    ids=["ctrl-c", "sigterm", "fused"],
+)
+def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace, signum, status, engine):
+    long = (*TINY_TRACKED, f"engine={engine}", "data.max_train_examples=2000", "train.epochs=3", "optim.lr=1e-3")
     whole = workspace.run(*long, "tracking=none", "hydra.run.dir=whole") if signum == signal.SIGTERM else None
     process = workspace.start(*long, "hydra.run.dir=out")
     deadline = time.monotonic() + 120
-    while not list(workspace.path.glob("out/**/trainer_state.json")) and time.monotonic() < deadline:
+    while not list(workspace.path.glob("out/**/seal.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signum)

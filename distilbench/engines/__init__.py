@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 from distilbench.engines.base import Engine
 from distilbench.model import ResolvedModel
-from distilbench.settings import EngineSettings, TrialSettings
+from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
 
 def _trainer() -> Engine:
@@ -25,7 +26,7 @@ _ENGINES = {"trainer": _trainer, "fused": _fused}
 
 
 def engine_for(settings: EngineSettings) -> Engine:
-    """The engine that ``engine.name`` names; its libraries are imported here and not before."""
+    """The engine that ``engine.name`` names, auto decided; its libraries are imported here and not before."""
     return _ENGINES[settings.name]()
 
 
@@ -37,8 +38,24 @@ def check_engine(settings: EngineSettings, model: ResolvedModel, precision: str)
         check_fusable(model, precision)
 
 
+def decided(settings: EngineSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
+    """``settings`` with auto decided for this model, precision and kind of device; raises as :func:`check_engine`.
+
+    On other devices than a CPU, auto is the reference engine: the fused one has been measured on CPUs alone.
+    """
+    if settings.name != "auto":
+        check_engine(settings, model, precision)
+        return settings
+    fused = replace(settings, name="fused")
+    try:
+        check_engine(fused, model, precision)
+    except SettingsError:
+        return replace(settings, name="trainer")
+    return fused if device == "cpu" else replace(settings, name="trainer")
+
+
 def batch_key(settings: TrialSettings) -> Hashable | None:
-    """What must be equal for trials to be trained at once; None where the engine trains one after another."""
+    """What must be equal for trials to be trained at once; None where the engine, auto decided, trains one by one."""
     if settings.engine.name != "fused":
         return None
     from distilbench.engines.fusion import fusion_key

@@ -222,7 +222,7 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield (
         "training",
         f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
-        f"{precision}, seed {settings.seed}",
+        f"{precision}, seed {settings.seed}, engine {settings.engine.name}",
     )
     if result.report is not None:
         yield "result", _result(result, result.report)

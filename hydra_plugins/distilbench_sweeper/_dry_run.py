@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.prediction import predicted_seconds
 from distilbench.report import duration
+from distilbench.trials import estimate_alone, prepare
 from hydra_plugins.distilbench_sweeper._board import name_of
 from hydra_plugins.distilbench_sweeper._plan import Plan
 
@@ -15,15 +15,15 @@ ROWS = 40
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print the cells (or the space), their number, and a prediction from the first steps of one trial."""
+    """Print the cells (or the space), their number, and a prediction from a few steps of one trial."""
     console.print(_cells(plan) if plan.is_grid else _space(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
     what = f"{trials} trials" + (f" of {seeds} seeds each" if seeds > 1 else "")
-    seconds = predicted_seconds(plan.settings)
+    seconds = estimate_alone(plan.settings, prepare(plan.settings))
     prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"
     console.print(
-        f"[sweep] {plan.name}: {what}; {prediction}, by the first steps of one; nothing was trained or kept",
+        f"[sweep] {plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -259,7 +259,15 @@ def fixed_of(settings: AppSettings, space: Space) -> dict[str, str]:
     """What every trial of a sweep shares and must keep when it is continued: settings outside of the space, flat."""
     from distilbench.tracking import params_of
 
-    loose = ("output.", "train.resume", "train.checkpoints", "train.logging_steps", "train.eval_batch_size", "engine.")
+    loose = (
+        "output.",
+        "train.resume",
+        "train.checkpoints",
+        "train.logging_steps",
+        "train.micro_batch_size",
+        "train.eval_batch_size",
+        "engine.",
+    )
     groups = tuple(f"{key}." for key in space.dimensions)
     flat = params_of(settings.trial) | {"sweep.seeds": str(settings.sweep.seeds)}
     return {

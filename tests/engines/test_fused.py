@@ -366,7 +366,7 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     run, predict = Group._differentiate_part, Group._predict
 
     def short_of_memory(group, examples, part):
-        if group.step >= 4 and (len(group.members) > 1 or group.members[0].index == 0 and part.stop - part.start > 2):
+        if group.step >= 4 and (len(group.members) > 1 or (group.members[0].index == 0 and part.stop - part.start > 2)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(group, examples, part)
 
