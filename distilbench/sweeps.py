@@ -10,7 +10,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSetti
 if TYPE_CHECKING:
     import optuna
 
-    from distilbench.tracking import Group, Store
+    from distilbench.tracking import Store
     from distilbench.trials import Job, Membership, Outcome, Prepared
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
@@ -149,70 +150,101 @@ def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> N
 
 
 def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
-    """Train the trial once for each seed, each in a run and a directory of its own; the trial is their mean."""
+    """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
+    from distilbench.trials import run
+
     judge = _judge_of(place, job.settings.sweep)
-    seeds = job.settings.sweep.seeds or []
-    group = store.open_group(place.name, place.tags, place.parent_run_id)
-    begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), group.run_id)
-    begun.write(place.directory)
+    seeds = Seeds(job, place, store)
     records: list[Record] = []
     reason = None
-    try:
-        for count, seed in enumerate(seeds, start=1):
-            records.append(_train_seed(seed, job, place, prepared, store, group))
+    with seeds.closing():
+        for count, (seeded, membership) in enumerate(seeds.jobs, start=1):
+            _compare(seeded, run(seeded.settings, prepared, store, membership), store)
+            records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
             mean = statistics.fmean(record.objective(place.objectives[0]) for record in records)
-            reason = judge(mean, count) if judge and count < len(seeds) else None
+            reason = judge(mean, count) if judge and count < len(seeds.jobs) else None
             if reason:
                 break
-    except KeyboardInterrupt:
-        stopped = replace(begun, status=Status.INTERRUPTED, error="interrupted")
-        stopped.write(place.directory)
-        group.finish(stopped.status, stopped.error)
-        raise
-    _finish_seeds(begun, records, reason, place, group)
+        seeds.finish(records, reason)
 
 
-def _train_seed(seed: int, job: Job, place: SweepJob, prepared: Prepared, store: Store, group: Group) -> Record:
-    from distilbench.records import read_record
-    from distilbench.trials import Membership, run
+class Seeds:
+    """A trial of a sweep that is trained once for each seed: a run above theirs, and what they come to together.
 
-    directory = place.directory / f"seed-{seed}"
+    ``jobs`` are the seeds', each in a run and a directory of its own.
+    """
+
+    def __init__(self, job: Job, place: SweepJob, store: Store) -> None:
+        """Open the trial's run and say in ``trial.json`` that it is under way."""
+        from distilbench.trials import Membership
+
+        self._place = place
+        self._group = store.open_group(place.name, place.tags, place.parent_run_id)
+        self._begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), self._group.run_id)
+        self._begun.write(place.directory)
+        self._is_finished = False
+        self.jobs = [
+            (
+                _with_seed(job, seed, place.directory / f"seed-{seed}"),
+                Membership(f"{place.name} seed={seed}", self._group.run_id, place.tags, is_quiet=place.is_quiet),
+            )
+            for seed in job.settings.sweep.seeds or []
+        ]
+
+    @staticmethod
+    def record_of(seeded: Job) -> Record:
+        """What the directory of one of ``jobs`` tells of it, once it has been trained."""
+        from distilbench.records import read_record
+
+        record = read_record(Path(seeded.settings.output.dir))
+        assert record is not None
+        return record
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close the trial as INTERRUPTED where a signal ends what is inside before it is finished."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._is_finished:
+                raise
+            stopped = replace(self._begun, status=Status.INTERRUPTED, error="interrupted")
+            stopped.write(self._place.directory)
+            self._group.finish(stopped.status, stopped.error)
+            raise
+
+    def finish(self, records: Sequence[Record], reason: str | None) -> None:
+        """Keep the seeds' means, and the spread of each objective; ``reason`` is why the pruner stopped them.
+
+        A seed that did not finish gives the trial its status; it stands last.
+        """
+        last = records[-1]
+        done = [record for record in records if record.status is Status.FINISHED]
+        figures = _means([record.figures for record in done]) | {"seeds": float(len(done))}
+        for name in self._place.objectives if len(done) > 1 else ():
+            figures[f"{name}_std"] = statistics.stdev(record.objective(name) for record in done)
+        record = replace(
+            self._begun,
+            identity={**last.identity, "seed": None},
+            status=Status.PRUNED if reason else last.status,
+            error=f"pruned after {len(done)} seeds: {reason}" if reason else last.error,
+            scores=_means([record.scores for record in done]),
+            selection=_means([record.selection for record in done]),
+            figures=figures,
+        )
+        record.write(self._place.directory)
+        self._group.update({**record.figures, **{k: v for k, v in record.scores.items() if k in METRICS}})
+        self._group.finish(record.status, record.error)
+        self._is_finished = True
+
+
+def _with_seed(job: Job, seed: int, directory: Path) -> Job:
     output = replace(job.settings.output, dir=str(directory))
-    seeded = replace(
+    return replace(
         job, settings=replace(job.settings, seed=seed, output=output), baseline=replace(job.baseline, seed=seed)
     )
-    membership = Membership(f"{place.name} seed={seed}", group.run_id, place.tags, is_quiet=place.is_quiet)
-    _compare(seeded, run(seeded.settings, prepared, store, membership), store)
-    record = read_record(directory)
-    assert record is not None
-    return record
-
-
-def _finish_seeds(
-    begun: Record, records: Sequence[Record], reason: str | None, place: SweepJob, group: Group
-) -> Record:
-    """Write what the seeds come to together: their means, and the spread of each objective over them."""
-    last = records[-1]
-    status = Status.PRUNED if reason else last.status
-    done = [record for record in records if record.status is Status.FINISHED]
-    figures = _means([record.figures for record in done]) | {"seeds": float(len(done))}
-    for name in place.objectives if len(done) > 1 else ():
-        figures[f"{name}_std"] = statistics.stdev(record.objective(name) for record in done)
-    record = replace(
-        begun,
-        identity={**last.identity, "seed": None},
-        status=status,
-        error=f"pruned after {len(done)} seeds: {reason}" if reason else last.error,
-        scores=_means([record.scores for record in done]),
-        selection=_means([record.selection for record in done]),
-        figures=figures,
-    )
-    record.write(place.directory)
-    group.update({**record.figures, **{k: v for k, v in record.scores.items() if k in METRICS}})
-    group.finish(record.status, record.error)
-    return record
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

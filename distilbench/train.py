@@ -9,8 +9,9 @@ import logging
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,11 +21,12 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.composition import COMMAND, baseline_config, command_for
+from distilbench.results import Status
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
-from distilbench.sweeps import SweepJob, membership_of, objectives_at, run_in_sweep
+from distilbench.sweeps import Seeds, SweepJob, membership_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
-    from distilbench.together import Trained, Workshop
+    from distilbench.together import Entry, Trained, Workshop
     from distilbench.trials import Job, Outcome
 
 register_schema()
@@ -46,6 +48,16 @@ class Task:
     job: Job
     place: SweepJob | None
 
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a sweep wants the mean over several seeds."""
+        return self.place is not None and bool(self.job.settings.sweep.seeds)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the trial may be stopped on the way."""
+        return self.place is not None and self.place.storage is not None
+
 
 class Batches:
     """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
@@ -64,23 +76,47 @@ class Batches:
     def train(self, jobs: Sequence[Task]) -> Iterator[Mapping[int, TaskFunction]]:
         """Train the jobs; yields task functions that end as :func:`main` would have.
 
-        A trial with several seeds of its own (``sweep.seeds``) is trained where it is concluded, seed by seed.
+        The seeds of a trial with several (``sweep.seeds``) are trained at once too; a pruner, which judges them one
+        after another, has such a trial trained by itself.
         """
         if not jobs:
             return
-        from distilbench.together import Entry, Workshop
+        from distilbench.together import Workshop
 
         self._workshop = self._workshop or Workshop(self._max_trials)
-        with_seeds = {index for index, task in enumerate(jobs) if task.place and task.job.settings.sweep.seeds}
-        yield {index: _by_itself(jobs[index]) for index in with_seeds}
-        together = [index for index in range(len(jobs)) if index not in with_seeds]
-        entries = [
-            Entry(task.job, membership_of(task.place, task.job.settings.sweep) if task.place else None)
-            for task in (jobs[index] for index in together)
-        ]
-        for ended in self._workshop.train(entries):
-            places = {together[i]: trained for i, trained in ended.items()}
-            yield {index: _conclusion(jobs[index], trained) for index, trained in places.items()}
+        by_themselves = {index for index, task in enumerate(jobs) if task.has_seeds and task.prunes}
+        yield {index: _by_itself(jobs[index]) for index in by_themselves}
+        with ExitStack() as closing:
+            parts = {index: _parts_of(task, closing) for index, task in enumerate(jobs) if index not in by_themselves}
+            entries = [(index, entry) for index, own in parts.items() for entry in own.entries]
+            ended: dict[int, list[Trained | Exception]] = defaultdict(list)
+            for trained in self._workshop.train([entry for _, entry in entries]):
+                for place, result in trained.items():
+                    ended[entries[place][0]].append(result)
+                whole = [index for index, results in ended.items() if len(results) == len(parts[index].entries)]
+                yield {index: _conclusion(jobs[index], parts[index].seeds, ended.pop(index)) for index in whole}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a task is trained as: itself, or each of its seeds."""
+
+    entries: Sequence[Entry]
+    seeds: Seeds | None = None
+
+
+def _parts_of(task: Task, closing: ExitStack) -> _Parts:
+    from distilbench.together import Entry
+    from distilbench.tracking import open_store
+
+    if not task.place:
+        return _Parts([Entry(task.job)])
+    settings = task.job.settings
+    if not task.has_seeds:
+        return _Parts([Entry(task.job, membership_of(task.place, settings.sweep))])
+    seeds = Seeds(task.job, task.place, open_store(settings.tracking))
+    closing.enter_context(seeds.closing())
+    return _Parts([Entry(*part) for part in seeds.jobs], seeds)
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -154,15 +190,21 @@ def _by_itself(task: Task) -> TaskFunction:
     return run
 
 
-def _conclusion(task: Task, trained: Trained | Exception) -> TaskFunction:
+def _conclusion(task: Task, seeds: Seeds | None, trained: Sequence[Trained | Exception]) -> TaskFunction:
     """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
     def conclude(config: DictConfig) -> float | tuple[float, ...]:
         with _in_one_line():
-            if isinstance(trained, Exception):
-                raise trained
-            log.info(trained.line)
-            return objectives_at(task.place) if task.place else _objective(trained.outcome)
+            results = []
+            for result in trained:
+                if isinstance(result, Exception):
+                    raise result
+                log.info(result.line)
+                results.append(result)
+            if seeds:
+                records = [seeds.record_of(seeded) for seeded, _ in seeds.jobs]
+                seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
+            return objectives_at(task.place) if task.place else _objective(results[0].outcome)
 
     return conclude
 

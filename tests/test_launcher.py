@@ -269,6 +269,28 @@ def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finis
     assert len([run for run in workspace.runs() if "distilbench.trial" in run.data.tags]) == 3
 
 
+@pytest.mark.e2e
+def test_the_seeds_of_trials_are_trained_at_once_and_each_trial_ends_as_its_seeds_do(tmp_path):
+    workspace = Workspace(tmp_path)
+    done = workspace.run(
+        *TRIALS, "sweep.name=seeds", "sweep.baseline=false", "sweep.seeds=[1,2]", "sweep.max_failures=1",
+        "optim=sgd", "optim.max_grad_norm=0", "optim.lr=1e-2,1e30", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {run.info.run_name: run for run in workspace.runs()}
+    seeds = [run for name, run in runs.items() if "seed=" in name]
+    assert [run.data.metrics["batch_size"] for run in seeds] == [4] * 4
+    first, second = (json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(2))
+    assert (first["status"], first["figures"]["seeds"], second["status"]) == ("FINISHED", 2, "DIVERGED")
+    each = [json.loads((tmp_path / "sweep" / "0" / f"seed-{i}" / "trial.json").read_text())["accuracy"] for i in (1, 2)]
+    assert first["accuracy"] == pytest.approx(sum(each) / 2)
+    ends = {name: run.data.tags["distilbench.status"] for name, run in runs.items()}
+    assert {name: end for name, end in ends.items() if "1e+30" in name} == dict.fromkeys(
+        ("lr=1e+30", "lr=1e+30 seed=1", "lr=1e+30 seed=2"), "DIVERGED"
+    )
+    assert len([end for end in ends.values() if end == "FINISHED"]) == 4
+
+
 def test_a_sweep_that_minimises_time_takes_a_batched_trials_estimate_for_its_own():
     owner = Owner("host", 1, 0.0)
     alone = Record({}, Status.FINISHED, owner, figures={"train_seconds": 4.0})
