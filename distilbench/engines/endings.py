@@ -1,4 +1,4 @@
-"""How a trial ends before its last step, in the same words from every engine."""
+"""How a trial ends, in the same words and figures from every engine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import math
 
 import torch
 
-from distilbench.results import Status
-from distilbench.settings import SettingsError, TrialSettings
+from distilbench.data import EncodedSplits
+from distilbench.engines.checkpoints import Progress
+from distilbench.engines.evaluation import best_of
+from distilbench.engines.packing import Course
+from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.settings import SettingsError, TrainSettings, TrialSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,33 @@ def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
         )
     log.error("the trial failed", exc_info=error)
     return Status.FAILED, f"{type(error).__name__}: {first_line}"
+
+
+def result_of(
+    progress: Progress,
+    ending: tuple[Status, str | None],
+    train: TrainSettings,
+    splits: EncodedSplits,
+    report: Evaluation | None,
+) -> TrialResult:
+    """What a trial's ``progress`` amounts to; ``report`` is the kept weights' evaluation on a report split of its own.
+
+    What belongs to the device and the model is left for the engine to add.
+    """
+    best = progress.history[best_of(progress.history, train)] if progress.history else None
+    examples = Course(len(splits.train), train.batch_size, train.epochs).seen(progress.step)
+    seconds = progress.step_seconds
+    return TrialResult(
+        *ending,
+        selection=best,
+        report=best if splits.selection is splits.report else report,
+        history=tuple(progress.history),
+        steps=progress.step,
+        train_seconds=progress.train_seconds,
+        examples_per_second=examples / seconds if seconds else 0.0,
+        tokens_per_second=progress.tokens / seconds if seconds else 0.0,
+        peak_memory_bytes=progress.peak_memory_bytes,
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from distilbench.data import EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.checkpoints import Progress
+from distilbench.engines.endings import result_of
 from distilbench.engines.evaluation import best_of
 from distilbench.engines.packing import Course
 from distilbench.engines.stacked import RowMap
@@ -149,23 +150,11 @@ class Member:
             checkpoints.remove_all(self.folder)
         else:
             self.tidy()
-        progress, ground = self.progress, self.ground
-        best = self.best if progress.history else None
-        both = ground.splits.selection is ground.splits.report
-        seconds = progress.step_seconds
-        return TrialResult(
-            status=status,
-            error=error,
-            selection=best,
-            report=best if both else self.report,
-            history=tuple(progress.history),
-            steps=progress.step,
-            train_seconds=progress.train_seconds,
+        ground, train = self.ground, self.settings.train
+        return replace(
+            result_of(self.progress, (status, error), train, ground.splits, self.report),
             setup_seconds=self.setup_seconds,
-            examples_per_second=ground.course.seen(progress.step) / seconds if seconds else 0.0,
-            tokens_per_second=progress.tokens / seconds if seconds else 0.0,
-            peak_memory_bytes=progress.peak_memory_bytes,
-            micro_batch_size=self.micro_batch if self.micro_batch < self.settings.train.batch_size else None,
+            micro_batch_size=self.micro_batch if self.micro_batch < train.batch_size else None,
             trainable_parameters=ground.parameters[0],
             total_parameters=ground.parameters[1],
             device=ground.device_name,

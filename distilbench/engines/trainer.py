@@ -32,7 +32,7 @@ from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
 from distilbench.engines.checkpoints import Progress
-from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite
+from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite, result_of
 from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
 from distilbench.engines.packing import Course
 from distilbench.freezing import freeze, parameter_counts
@@ -264,21 +264,11 @@ class _Run(TrainerCallback):
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """What the engine returns of a trial that ended so."""
         self.status = status
-        progress, best = self.progress, self._best if self.progress.history else None
-        both = self.splits.selection is self.splits.report
-        return TrialResult(
-            status=status,
-            error=error,
-            selection=best,
-            report=best if both else self.report,
-            history=tuple(progress.history),
-            steps=progress.step,
-            train_seconds=progress.train_seconds,
+        settings = self.settings
+        return replace(
+            result_of(self.progress, (status, error), settings.train, self.splits, self.report),
             setup_seconds=self.setup_seconds or self._lap(),
-            examples_per_second=_rate(self.course.seen(progress.step), progress.step_seconds),
-            tokens_per_second=_rate(progress.tokens, progress.step_seconds),
-            peak_memory_bytes=progress.peak_memory_bytes,
-            micro_batch_size=self.settings.train.examples_at_once if self._is_accumulated else None,
+            micro_batch_size=settings.train.examples_at_once if self._is_accumulated else None,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             device=self.device_name,
@@ -391,7 +381,3 @@ def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, values in weights.items():
             parameters[name].copy_(values)
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds else 0.0
