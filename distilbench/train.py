@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
@@ -163,7 +164,7 @@ def _task(config: DictConfig) -> Task:
     job = Job(
         settings=settings,
         baseline=settings_from(baseline),
-        baseline_command=command_for(baseline, choices),
+        baseline_command=partial(command_for, baseline, choices),
     )
     return Task(job, place)
 

@@ -20,6 +20,7 @@ import torch
 
 from distilbench.data import EncodedSplits
 from distilbench.device import (
+    cheap_collections,
     describe_device,
     release_memory,
     reset_peak_memory,
@@ -65,9 +66,10 @@ class FusedEngine:
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, settings in enumerate(trials):
             groups[fusion_key(settings)].append(index)
-        for indices in groups.values():
-            self._train_group({index: trials[index] for index in indices}, splits, observer, results)
-            release_memory()
+        with cheap_collections():
+            for indices in groups.values():
+                self._train_group({index: trials[index] for index in indices}, splits, observer, results)
+                release_memory()
         return [results[index] for index in range(len(trials))]
 
     def _train_group(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from distilbench.data import EncodedSplit, EncodedSplits
 from distilbench.device import (
+    cheap_collections,
     describe_device,
     peak_memory,
     release_memory,
@@ -54,7 +54,7 @@ class TrainerEngine:
     ) -> list[TrialResult]:
         """Train the trials in their order; see :class:`distilbench.engines.base.Engine`."""
         results = []
-        with _cheap_collections():
+        with cheap_collections():
             for index, settings in enumerate(trials):
                 results.append(_train_one(index, settings, splits, observer))
                 release_memory()  # not before: until then, the trial's own frame holds model and optimizer
@@ -347,16 +347,6 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
 def _share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """What a micro-batch adds to its batch's mean loss: a mean of means would weigh the last, smaller one too much."""
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-
-@contextmanager
-def _cheap_collections() -> Iterator[None]:
-    """Leave what was there before out of garbage collections: two a trial, 0.25 s each for the libraries' objects."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

@@ -59,8 +59,8 @@ def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
     """Loss (train, selection split) and accuracy over steps as a matplotlib Figure, the kept epoch marked."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(8, 3.4))  # fixed margins: a layout that measures itself draws all of it twice, 0.15 s
+    loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.15})
     if losses:
         loss_axes.plot(*zip(*losses, strict=True), color="0.6", linewidth=1, label="train")
     steps = [evaluation.step for evaluation in result.history]
@@ -69,5 +69,5 @@ def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
         if result.selection is not None:
             axes.axvline(result.selection.step, color="tab:green", linestyle=":", label="kept")
         axes.set(xlabel="step", title=name)
-        axes.legend()
+        axes.legend(loc="best" if len(losses) < 1000 else "upper right")
     return figure
