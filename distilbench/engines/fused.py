@@ -29,7 +29,7 @@ from distilbench.device import (
 )
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.dropout import Dropout
+from distilbench.engines.dropout import draws_for
 from distilbench.engines.endings import ending_of
 from distilbench.engines.fusion import check_fusable, fusion_key
 from distilbench.engines.group import Group
@@ -52,11 +52,14 @@ MEMORY_SHARE = 0.8
 class FusedEngine:
     """Train trials together where they may, one stacked model per group; see :class:`distilbench.engines.base.Engine`.
 
-    ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly.
+    ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly. ``static`` steps, for
+    :mod:`.static`, are what CUDA gets unless told otherwise; on a CPU, which has nothing to record, they are slower.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32, prefix_bytes: int = PREFIX_BYTES) -> None:
-        self.dtype, self.prefix_bytes = dtype, prefix_bytes
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, prefix_bytes: int = PREFIX_BYTES, static: bool | None = None
+    ) -> None:
+        self.dtype, self.prefix_bytes, self.static = dtype, prefix_bytes, static
 
     def train(
         self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
@@ -92,8 +95,12 @@ class FusedEngine:
         for members in waiting.values():
             size = _trials_that_fit(ground, members[0].settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                Group(members[start : start + size], observer, results, self.prefix_bytes).run(began)
+                part, static = members[start : start + size], self._is_static(ground)
+                Group(part, observer, results, self.prefix_bytes, static).run(began)
                 began = time.perf_counter()
+
+    def _is_static(self, ground: Ground) -> bool:
+        return ground.device.type == "cuda" if self.static is None else self.static
 
 
 def _ground(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> Ground:
@@ -159,7 +166,7 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     weights.load(torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device))
     longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
     batch = stack([pack(ground.splits.train, longest)], ground.device)
-    forward = Forward(weights, batch, Dropout([settings.seed], "estimate", 0, ground.device))
+    forward = Forward(weights, batch, draws_for([settings.seed], "estimate", 0, ground.device))
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

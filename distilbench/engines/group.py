@@ -9,19 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from distilbench.data import EncodedSplit
 from distilbench.device import peak_memory, release_memory
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.dropout import Dropout
+from distilbench.engines.capture import runner_for
+from distilbench.engines.dropout import draws_for
 from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite
 from distilbench.engines.evaluation import evaluate_logits, selection_name
 from distilbench.engines.members import Member
 from distilbench.engines.packing import Batch, pack, stack
-from distilbench.engines.prefix import WINDOW, Budget, TrainingPrefix, run_prefix
+from distilbench.engines.prefix import Budget, TrainingPrefix, run_prefix
 from distilbench.engines.stacked import Forward, StackedWeights
+from distilbench.engines.static import StaticSteps
+from distilbench.engines.timetable import Timetable
 from distilbench.engines.updates import RowOptimizer, moments_needed
 from distilbench.model import build_model
 from distilbench.results import Status, StepRecord, TrialResult
@@ -49,14 +51,18 @@ class Group:
     """
 
     def __init__(
-        self, members: list[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int
-    ) -> None:
+        self, members: list[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
+        static: bool = False,
+    ) -> None:  # fmt: skip
+        """``static`` steps go through buffers that stay where they are (:mod:`.static`), recorded where that helps."""
         self.members, self.observer, self.results = members, observer, results
         self.ground, self.settings = members[0].ground, members[0].settings
         self.course = self.ground.course
         self.lengths = np.diff(self.ground.splits.train.offsets)
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
+        self.static = static
+        self.static_steps: StaticSteps | None = None
         self.budget = Budget(prefix_bytes)
         self.evaluations: dict[tuple[int, int], list[EvaluationBatch]] = {}
 
@@ -105,6 +111,7 @@ class Group:
         self.optimizer.load(moments, [m.settings.optim for m in self.members])
         seeds = [m.seed for m in self.members]
         self.orders = seeds[:1] if len(set(seeds)) == 1 else seeds
+        self.static_steps = None
 
     def _state(self) -> list[torch.Tensor]:
         return [self.losses, self.weights.rows, *self.optimizer.moments]
@@ -163,10 +170,11 @@ class Group:
     def _advance(self) -> None:
         """Take one step, and record it where a record is due; every evaluation comes after a record."""
         examples = [self.course.batch(seed, self.step) for seed in self.orders]
-        losses = self._differentiate(examples)
-        rates = [member.rates[self.step] for member in self.members]
-        norms = self.optimizer.step(self.step + 1, rates)
-        self.losses += losses
+        if self.static and self.members[0].micro_batch >= self.settings.train.batch_size:
+            norms = self._static_step()
+        else:
+            self.losses += self._differentiate(examples)
+            norms = self.optimizer.step(self.step + 1, [member.rates[self.step] for member in self.members])
         self.step += 1
         for member, chosen in zip(self.members, examples * (len(self.members) // len(examples)), strict=True):
             member.progress.tokens += int(self.lengths[chosen].sum())
@@ -175,6 +183,26 @@ class Group:
         self.evaluation_due = self.step % every == 0 or self.step == self.course.steps
         if self.evaluation_due or self.step % train.logging_steps == 0:
             self._record(norms)
+
+    def _static_step(self) -> torch.Tensor:
+        """Take a step through static buffers, and return the norms; what recording takes belongs to the set-up."""
+        if self.static_steps is None:
+            device = self.ground.device
+            timetable = Timetable(self.ground.splits.train, self.course, self.orders, device)
+            rates = np.stack([member.rates for member in self.members], axis=1)
+            self.static_steps = StaticSteps(
+                self.weights, self.optimizer, self.prefix, timetable, rates, self.losses, self._still_layers(),
+                runner_for(device),
+            )  # fmt: skip
+        seconds = self.static_steps.take(self.step)
+        self.mark += seconds
+        for member in self.members:
+            member.setup_seconds += seconds
+        return self.static_steps.norms
+
+    def _still_layers(self) -> int:
+        """Layers without dropout, from the bottom."""
+        return 0 if self.settings.freeze.dropout else self.settings.freeze.layers
 
     def _differentiate(self, examples: Sequence[np.ndarray]) -> torch.Tensor:
         """Fill the gradient from the batch of each order, and return the mean loss of each trial, ``(trials,)``."""
@@ -185,22 +213,18 @@ class Group:
 
     def _differentiate_part(self, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
         """Add the gradient of a part of each batch to those before, and return its share of the mean loss."""
-        depth, size = self.ground.rowmap.architecture.depth, len(examples[0])
-        freeze = self.settings.freeze
+        size = len(examples[0])
         batch = stack([pack(self.ground.splits.train, chosen[part]) for chosen in examples], self.ground.device)
-        dropout = Dropout(self.orders, f"step+{part.start}" if part.start else "step", self.step, self.ground.device)
-        forward = Forward(self.weights, batch, dropout, still_layers=0 if freeze.dropout else freeze.layers)
-        embedded = None
-        if self.prefix is None:
-            embedded = forward.embedded()
-            x = forward.layers(forward.embed(embedded), 0, depth)
-        else:
-            hidden = self.prefix.hidden(self.orders, self.step, part, batch, WINDOW * self.members[0].micro_batch)
-            x = forward.layers(hidden, self.prefix.depth, depth)
-        logits = forward.logits(x)
-        labels = batch.labels.expand(len(logits), -1)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-        losses = losses * (labels.shape[1] / size)
+        stage = f"step+{part.start}" if part.start else "step"
+        dropout = draws_for(self.orders, stage, self.step, self.ground.device)
+        forward = Forward(self.weights, batch, dropout, self._still_layers())
+        hidden, start = None, 0
+        if self.prefix is not None:
+            start = self.prefix.depth
+            at_once = self.prefix.window * self.members[0].micro_batch
+            hidden = self.prefix.hidden(self.orders, self.step, part, batch, at_once)
+        each, embedded = forward.losses(hidden, start)
+        losses = each.mean(1) * (each.shape[1] / size)
         self.weights.backward(losses.sum(), embedded, batch, add=part.start > 0)
         return losses.detach()
 

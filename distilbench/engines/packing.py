@@ -90,15 +90,16 @@ class Packed:
     turns: int
 
 
-def pack(split: EncodedSplit, examples: np.ndarray) -> Packed:
-    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given."""
+def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packed:
+    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given; may they ``share`` bins?"""
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
     width = _rounded(int(lengths.max()), 8)
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
-    bin_, column, turn = _fill_bins(lengths, width)
+    alone = np.arange(len(lengths)), np.zeros_like(lengths), np.zeros_like(lengths)
+    bin_, column, turn = _fill_bins(lengths, width) if share else alone
     return Packed(
         ids=split.tokens[starts[sentence] + positions].astype(np.int64),
         positions=positions,
@@ -217,7 +218,8 @@ class Batch:
     """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
 
     ``ids``, ``positions`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences). ``packs``
-    are what was stacked, ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins.
+    are what was stacked, ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins. A batch of
+    ``fixed`` size is worked on without a loop over trials and without a sum whose order is left open.
     """
 
     packs: tuple[Packed, ...]
@@ -227,6 +229,7 @@ class Batch:
     labels: torch.Tensor
     all_tokens: Placement
     sentences: Placement
+    fixed: bool = False
 
     @cached_property
     def token_mask(self) -> torch.Tensor:

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from distilbench.data import EncodedSplit
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.dropout import Dropout
+from distilbench.engines.dropout import Draws, draws_for
 from distilbench.engines.packing import Batch, Course, pack, stack
 from distilbench.engines.stacked import Forward, StackedWeights
 
 WINDOW = 8
 """Steps whose prefix is run at once. On two cores 8 batches of 16 fill the products and still fit the cache."""
+GPU_WINDOW = 64
+"""The same on a GPU, where a pass of 8 batches would be bound by its launches; 40 MB of states at 768 wide."""
 
 
 def prefix_depth(weights: StackedWeights) -> int | None:
@@ -29,7 +31,7 @@ def prefix_depth(weights: StackedWeights) -> int | None:
 
 
 @torch.no_grad()
-def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: Dropout | None) -> torch.Tensor:
+def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: Draws | None) -> torch.Tensor:
     """Hidden states of ``batch`` under layer ``depth``: ``(orders, tokens, width)``, of [CLS] where that is the top."""
     forward = Forward(weights, batch, dropout)
     return forward.layers(forward.embed(forward.embedded()), 0, depth)
@@ -61,6 +63,7 @@ class TrainingPrefix:
     ) -> None:
         self.depth = depth
         self._weights, self._split, self._course, self._dropout = weights, split, course, dropout
+        self.window = WINDOW if weights.rows.device.type == "cpu" else GPU_WINDOW
         self._sentences_only = depth == weights.rowmap.architecture.depth
         self._windows: dict[int, tuple[int, list[list[torch.Tensor]]]] = {}
         self._all: list[torch.Tensor] = []
@@ -78,11 +81,16 @@ class TrainingPrefix:
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
         """The hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
 
-        ``batch`` holds those examples; the prefix is run over at most ``at_once``.
+        ``batch`` has the size of those examples; the prefix is run over at most ``at_once``.
         """
         rows = (batch.first if self._sentences_only else batch.ids).shape[1]
         own = [torch.cat(self._of_order(seed, step, at_once)[part]) for seed in orders]
         return torch.stack([F.pad(states, (0, 0, 0, rows - len(states))) for states in own])
+
+    def empty(self, batch: Batch) -> torch.Tensor:
+        """Room for the hidden states of a batch of that size, ``(orders, rows, width)``."""
+        rows = batch.first if self._sentences_only else batch.ids
+        return self._weights.rows.new_zeros(*rows.shape, self._weights["word"].shape[2])
 
     def _of_order(self, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
         """The hidden states of each example of a step, ``(rows, width)``."""
@@ -90,21 +98,21 @@ class TrainingPrefix:
             self._all = self._all or self._run_all(at_once)
             return [self._all[i] for i in self._course.batch(seed, step)]
         number, kept = self._windows.get(seed, (-1, []))
-        if step // WINDOW != number:
-            number = step // WINDOW
+        if step // self.window != number:
+            number = step // self.window
             kept = self._run_window(seed, number, at_once)
             self._windows[seed] = number, kept
-        return kept[step % WINDOW]
+        return kept[step % self.window]
 
     def _run_window(self, seed: int, number: int, at_once: int) -> list[list[torch.Tensor]]:
         """Run the prefix for the steps of a window, whole even where a run is resumed within it."""
-        steps = range(number * WINDOW, min((number + 1) * WINDOW, self._course.steps))
+        steps = range(number * self.window, min((number + 1) * self.window, self._course.steps))
         batches = [self._course.batch(seed, step) for step in steps]
         examples = np.concatenate(batches)
         states: list[torch.Tensor] = []
         for start in range(0, len(examples), at_once):
             stage = f"prefix+{start}" if start else "prefix"
-            dropout = Dropout([seed], stage, number, self._weights.rows.device) if self._dropout else None
+            dropout = draws_for([seed], stage, number, self._weights.rows.device) if self._dropout else None
             states += self._run(examples[start : start + at_once], dropout)
         own = iter(states)
         return [list(islice(own, len(batch))) for batch in batches]
@@ -117,10 +125,11 @@ class TrainingPrefix:
                 hidden[i] = own
         return hidden
 
-    def _run(self, examples: np.ndarray, dropout: Dropout | None) -> list[torch.Tensor]:
+    def _run(self, examples: np.ndarray, dropout: Draws | None) -> list[torch.Tensor]:
         """The hidden states of each of ``examples``, ``(rows, width)``."""
-        packed = pack(self._split, examples)
-        batch = stack([packed], self._weights.rows.device)
+        device = self._weights.rows.device
+        packed = pack(self._split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
+        batch = stack([packed], device)
         states = run_prefix(self._weights, batch, self.depth, dropout)[0]
         rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
         return list(states[: rows.sum()].split(rows.tolist()))

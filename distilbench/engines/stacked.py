@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import get_activation
 
 from distilbench.engines.attention import attend
-from distilbench.engines.dropout import Dropout, keep_scale
+from distilbench.engines.dropout import Draws, keep_scale
 from distilbench.engines.packing import Batch, Exchange, Placement
 from distilbench.optimization import decay_parameter_names
 
@@ -256,19 +256,19 @@ class StackedWeights:
     def load(self, rows: torch.Tensor) -> None:
         """Train ``rows`` (trials, size) from now on, in place."""
         self._leaves: dict[str, torch.Tensor] = {}
-        self._copy: torch.Tensor | None = None
+        self.copy: torch.Tensor | None = None  # (trials, low - tables)
         self.rows = rows
         self.gradient = torch.zeros_like(rows)
         if self.low != rows.dtype:
-            self._copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
+            self.copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
         for span in self.rowmap.spans:
             self._leaves[span.leaf] = self._view(span).detach().requires_grad_(span.leaf not in TABLES)
 
     def _view(self, span: Span) -> torch.Tensor:
         """The weight as products read it, ``(trials, *shape)``: a view of the rows, or of their copy."""
         source, start = self.rows, span.start
-        if self._copy is not None and self.rowmap.tables <= start < self.rowmap.low:
-            source, start = self._copy, start - self.rowmap.tables
+        if self.copy is not None and self.rowmap.tables <= start < self.rowmap.low:
+            source, start = self.copy, start - self.rowmap.tables
         return source[:, start : start + span.stop - span.start].view(len(source), *span.shape)
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
@@ -277,8 +277,8 @@ class StackedWeights:
 
     def updated(self) -> None:
         """Follow the rows after a step of the optimizer."""
-        if self._copy is not None:
-            self._copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
+        if self.copy is not None:
+            self.copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
 
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
         """Fill ``gradient`` (trials, size) from ``loss``, or ``add`` to it.
@@ -302,11 +302,26 @@ class StackedWeights:
         for span in self.rowmap.spans:
             if span.leaf in TABLES:
                 table = self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape)
-                index = places[span.leaf].expand(len(self.rows), -1)
-                for trial in range(len(self.rows)):
-                    table[trial].index_add_(0, index[trial], gradient[trial])
+                if batch.fixed:
+                    _add_rows(table, places[span.leaf], gradient)
+                else:
+                    index = places[span.leaf].expand(len(self.rows), -1)
+                    for trial in range(len(self.rows)):
+                        table[trial].index_add_(0, index[trial], gradient[trial])
                 if span.leaf == "word" and self.rowmap.vocabulary.padding is not None:
                     table[:, self.rowmap.vocabulary.padding].zero_()
+
+
+def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
+
+    What goes to one row is added up by a product where it comes first, and zeros go there from its other places: the
+    result does not hang on the order in which a GPU's threads arrive.
+    """
+    same = index[:, :, None] == index[:, None, :]
+    comes_first = ~same.tril(-1).any(2, keepdim=True)
+    sums = (same & comes_first).to(values.dtype) @ values
+    table.scatter_add_(1, index[:, :, None].expand_as(sums), sums)
 
 
 def _precision(leaf: str, low: torch.dtype, high: torch.dtype) -> torch.dtype:
@@ -320,7 +335,7 @@ class Forward:
     size is 1 as long as nothing that was trained has been met and all trials share one order.
     """
 
-    def __init__(self, weights: StackedWeights, batch: Batch, dropout: Dropout | None, still_layers: int = 0) -> None:
+    def __init__(self, weights: StackedWeights, batch: Batch, dropout: Draws | None, still_layers: int = 0) -> None:
         """Layers below ``still_layers`` go without dropout, whatever ``dropout`` says."""
         self.weights, self.batch, self.dropout = weights, batch, dropout
         self._still = still_layers
@@ -331,7 +346,8 @@ class Forward:
     def embedded(self) -> torch.Tensor:
         """Return the sum of the embeddings of every token, a leaf of the graph where the tables train."""
         weights, batch = self.weights, self.batch
-        total = _rows_of(weights["word"], batch.ids) + _rows_of(weights["position"], batch.positions)
+        rows_of = _gathered if batch.fixed else _rows_of
+        total = rows_of(weights["word"], batch.ids) + rows_of(weights["position"], batch.positions)
         if "type" in self.architecture.names:
             total += weights["type"]
         return total.requires_grad_("word" not in weights.rowmap.frozen)
@@ -339,6 +355,20 @@ class Forward:
     def embed(self, embedded: torch.Tensor) -> torch.Tensor:
         """Normalise the summed embeddings."""
         return self._dropped(self._norm(embedded, "embedding_norm"), self.architecture.embedding_rate, last=False)
+
+    def losses(self, hidden: torch.Tensor | None, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross-entropies ``(trials, sentences)`` from the states under layer ``start``, and the summed embeddings.
+
+        Without ``hidden`` states, which the embeddings then train for, the pass begins with the embeddings.
+        """
+        embedded = None
+        if hidden is None:
+            embedded = self.embedded()
+            hidden = self.embed(embedded)
+        logits = self.logits(self.layers(hidden, start, self.architecture.depth))
+        labels = self.batch.labels.expand(len(logits), -1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(labels.shape), embedded
 
     def layers(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run layers ``start`` to ``stop - 1``."""
@@ -443,6 +473,13 @@ def _rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if len(table) == 1:
         return F.embedding(index, table[0])
     return torch.stack([F.embedding(i, t) for t, i in zip(table, index.expand(len(table), -1), strict=True)])
+
+
+def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The same as :func:`_rows_of` with one operation for all trials."""
+    if len(table) == 1:
+        return F.embedding(index, table[0])
+    return table.gather(1, index[:, :, None].expand(len(table), -1, table.shape[2]))
 
 
 def _sentence_rows(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
