@@ -1,0 +1,170 @@
+"""A stand-in for CUDA graphs that works on a CPU: it records the operations of a step and repeats them blindly.
+
+Like a graph it knows tensors, not where they came from. A step whose numbers pass through Python, or whose shapes hang
+on data, replays wrongly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"}
+"""Operations that bring a value to the host."""
+DATA_DEPENDENT = {"nonzero", "nonzero_numpy", "masked_select", "unique", "_unique", "_unique2", "unique_dim",
+                  "unique_consecutive", "bincount", "histc", "repeat_interleave"}  # fmt: skip
+"""Operations whose result has a size that only the data tells."""
+FROM_HOST = {"lift_fresh", "lift", "scalar_tensor", "from_file", "pin_memory"}
+"""Operations that make a tensor of the host's values, or would on a GPU."""
+DRAWS = {"random_", "uniform_", "normal_", "bernoulli", "bernoulli_", "native_dropout", "rand", "randn", "randint"}
+"""Operations with a generator, whose state a graph would have to know."""
+
+
+TO_HOST = {"tolist", "numpy", "cpu", "cuda", "__array__"}
+"""What a CPU does without an operation, and a GPU would wait for."""
+
+
+class NoHost(TorchFunctionMode):
+    """Refuses to bring tensors to the host, or to a device by its name."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        assert name not in TO_HOST, f"{name} waits"
+        if name == "to":
+            devices = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, (str, torch.device))]
+            assert not devices, "to(device) would move to or from the host"
+        return function(*args, **kwargs)
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass
+class Call:
+    """One operation with what it was given and what it gave."""
+
+    operation: Any
+    given: tuple[tuple, dict]
+    result: Any
+
+    def outline(self, outside: set[int]) -> tuple:
+        """What must be the same in every step: shapes, plain values, and the place of what was there before it."""
+
+        def part(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            place = storage(leaf) if storage(leaf) in outside else None
+            return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.storage_offset(), place
+
+        return str(self.operation), tree_map(part, self.given), tree_map(part, self.result)
+
+
+@dataclass
+class Recording(TorchDispatchMode):
+    """Writes down every operation below autograd, and refuses those that a recorded step may not contain."""
+
+    calls: list[Call] = field(default_factory=list)
+    made: set[int] = field(default_factory=set)
+    before: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.no_host = NoHost()
+
+    def __enter__(self):
+        self.no_host.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.no_host.__exit__(*error)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.overloadpacket.__name__, kwargs or {}
+        for refused, why in ((WAITS, "waits"), (DATA_DEPENDENT, "has a size that hangs on data"),
+                             (FROM_HOST, "comes from the host"), (DRAWS, "draws from a generator")):  # fmt: skip
+            assert name not in refused, f"{name} {why}"
+        if name in ("_to_copy", "copy_"):
+            assert len({t.device for t in tensors((args, kwargs))} | {torch.device("cpu")}) == 1
+        if name == "index":
+            assert all(t.dtype != torch.bool for t in tensors(args[1])), "a mask as index has a size that hangs on data"
+        if name == "where":
+            assert all(isinstance(a, torch.Tensor) for a in args), "where with a number makes a tensor on the host"
+        self._save(operation, args, kwargs)
+        result = operation(*args, **kwargs)
+        given = {storage(t) for t in tensors((args, kwargs))}
+        self.made |= {storage(t) for t in tensors(result)} - given
+        self.calls.append(Call(operation, (args, kwargs), result))
+        return result
+
+    def _save(self, operation, args, kwargs) -> None:
+        """Keep what is about to be overwritten, of tensors that were there before."""
+        for place, argument in enumerate(operation._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tensors(value):
+                    if storage(tensor) not in self.made and storage(tensor) not in self.before:
+                        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+                        self.before[storage(tensor)] = whole, whole.clone()
+
+    @property
+    def outside(self) -> set[int]:
+        """Places of tensors that were there before the step."""
+        return {storage(t) for call in self.calls for t in tensors((call.given, call.result))} - self.made
+
+    def outline(self) -> list[tuple]:
+        outside = self.outside
+        return [call.outline(outside) for call in self.calls]
+
+    def undo(self) -> None:
+        for tensor, saved in self.before.values():
+            tensor.copy_(saved)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Repeat every operation on the very same tensors."""
+        for call in self.calls:
+            args, kwargs = call.given
+            again = call.operation(*args, **kwargs)
+            given = {storage(t) for t in tensors(call.given)}
+            for old, new in zip(tensors(call.result), tensors(again), strict=True):
+                assert old.shape == new.shape
+                if storage(new) not in given:
+                    old.copy_(new)
+
+
+@dataclass
+class FakeGraphs:
+    """What :class:`distilbench.engines.capture.Graphs` is on a GPU."""
+
+    graphs: dict[Hashable, Recording] = field(default_factory=dict)
+    replays: int = 0
+    direct: int = 0
+
+    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
+        rehearsal()
+        recording = Recording()
+        with recording:
+            step()
+        recording.undo()
+        self.graphs[key] = recording
+        return 1000.0  # seconds that nothing else could take
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        if key in self.graphs:
+            self.graphs[key].replay()
+            self.replays += 1
+        else:
+            step()
+            self.direct += 1
