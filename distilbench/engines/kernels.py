@@ -7,6 +7,7 @@ where Triton or CUDA is not there. Kernels are compiled at their first use, abou
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -14,10 +15,30 @@ from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
+
 
 def usable(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can run on what ``tensor`` is on."""
-    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether kernels run on the device of ``tensor``."""
+    return tensor.device.type == "cuda" and _compile()
+
+
+@cache
+def _compile() -> bool:
+    """Try the kernels once; where they fail, say so, and leave the work to their plain versions."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("Triton is not installed: a step takes thousands of launches instead of hundreds")
+        return False
+    try:
+        philox_keep(torch.zeros(1, dtype=torch.int64, device="cuda"), 1, 6554, (8, 8), 512, torch.float32)
+        rows = torch.zeros(6, 1, 8, device="cuda")
+        one = torch.ones(1, 6, device="cuda")
+        adamw(rows[0], rows[1], [rows[2], rows[3]], None, one, one, one[0], 8, (0, 0))
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler's errors have no common class
+        log.warning("Triton's kernels are left out: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def philox_keep(

@@ -25,8 +25,8 @@ from distilbench.engines.tabled import NUMBERS, TabledOptimizer
 from distilbench.engines.timetable import IGNORED, Bucket, Timetable, batch_of
 from distilbench.engines.updates import RowOptimizer
 
-WORTH_RECORDING = 20
-"""Steps that a bucket must still have ahead: recording one takes about as long as so many eager ones."""
+WORTH_RECORDING = 8
+"""Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
 
 
 @dataclass
