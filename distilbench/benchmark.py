@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from distilbench.settings import (
     CONF,
     BenchmarkSettings,
     SettingsError,
+    TrialSettings,
     register_schema,
     require,
     settings_from,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 register_schema(BenchmarkSettings)
 
+START_SECONDS = 900.0
+"""How long Trainers that are to run at once may wait for each other."""
 TABLE_WIDTH = 158
 """Columns that the table takes, wherever it is shown: a narrower terminal wraps it, but hides no figure."""
 
@@ -77,6 +81,8 @@ class Benchmark:
     work: Work
     tokens: int
     device: str
+    driver: str | None
+    day: str
     versions: dict[str, str]
     model: str
     data: str
@@ -86,6 +92,7 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
     """Measure all rows; raises :class:`SettingsError` for what the fused engine does not take."""
     from rich.console import Console
 
+    from distilbench.device import driver_version, resolve_device
     from distilbench.engines import check_engine
     from distilbench.trials import prepare
 
@@ -99,7 +106,8 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
     rows = _measure_all(settings, cases, console)
     machine, work = _limit(settings, prepared, rows)
     done = Benchmark(
-        settings, rows, machine, work, _timed_tokens(cases[0][1], settings), prepared.device, _versions(),
+        settings, rows, machine, work, _timed_tokens(cases[0][1], settings), prepared.device,
+        driver_version(resolve_device(settings.engine.device)), date.today().isoformat(), _versions(),
         prepared.model.used.describe(), prepared.text.used.describe(),
     )  # fmt: skip
     _write(done, console)
@@ -109,25 +117,40 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {library: version(library) for library in ("torch", "transformers", "accelerate", "distilbench")}
+    import torch
+
+    libraries = {library: version(library) for library in ("torch", "transformers", "accelerate", "distilbench")}
+    return libraries | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def _cases(settings: BenchmarkSettings, prepared: Prepared) -> list[tuple[str, Case]]:
-    """What is measured; the tuned Trainer comes in each precision that ``train.precision`` leaves open."""
-    from distilbench.peers import ENGINE, REPORTED, TUNED, Case
+    """What is measured; the tuned Trainer comes in each way that may be the fastest (:func:`_tuned`)."""
+    from distilbench.device import resolve_device
+    from distilbench.peers import ENGINE, REPORTED, Case
 
     splits = _short_splits(settings, prepared)
     train = replace(settings.train, precision=prepared.precision)
     trial = replace(settings.trial, model=prepared.model.settings, train=train)
     trainer, fused = (replace(trial, engine=replace(trial.engine, name=name)) for name in ("trainer", "fused"))
+    on_gpu = resolve_device(settings.engine.device).type == "cuda"
     tuned = [replace(trial, train=replace(train, precision=p)) for p in _precisions(settings, prepared)]
     return [
         ("HF as reported", Case(REPORTED, trial, splits)),
-        *(("HF tuned", Case(TUNED, each, splits)) for each in tuned),
+        *(case for each in tuned for case in _tuned(each, splits, settings.bench.processes, on_gpu)),
         ("trainer", Case(ENGINE, trainer, splits)),
         ("fused, alone", Case(ENGINE, fused, splits)),
         (f"fused, {settings.bench.trials} trials", Case(ENGINE, fused, splits, settings.bench.trials)),
     ]
+
+
+def _tuned(trial: TrialSettings, splits: Any, processes: int, on_gpu: bool) -> list[tuple[str, Case]]:
+    """The tuned Trainer in one precision: alone, on a GPU compiled as well, and several at once where asked for."""
+    from distilbench.peers import TUNED, Case
+
+    alone = Case(TUNED, trial, splits)
+    compiled = [("HF tuned, compiled", replace(alone, compiled=True))] if on_gpu else []
+    at_once = [(f"HF tuned, {processes} at once", replace(alone, trials=processes))] if processes else []
+    return [("HF tuned", alone), *compiled, *at_once]
 
 
 def _precisions(settings: BenchmarkSettings, prepared: Prepared) -> list[str]:
@@ -162,7 +185,9 @@ def _short_splits(settings: BenchmarkSettings, prepared: Prepared) -> Any:
 
 
 def _measure_all(settings: BenchmarkSettings, cases: Sequence[tuple[str, Case]], console: Console) -> list[Row]:
-    """Measure every row once a round; the slower precision of the tuned Trainer drops out after the first."""
+    """Measure every row once a round; the slower ways to tune Trainer drop out after the first."""
+    from distilbench.device import resolve_device
+
     rows = [Row(name, case) for name, case in cases]
     for repeat in range(settings.bench.repeats):
         for place, row in enumerate(rows):
@@ -174,26 +199,43 @@ def _measure_all(settings: BenchmarkSettings, cases: Sequence[tuple[str, Case]],
                 f"{milliseconds:.1f} ms a step and trial", markup=False, highlight=False,
             )  # fmt: skip
         if repeat == 0:
-            rows = _without_slower_precision(rows)
+            rows = _without_slower_tuning(rows, resolve_device(settings.engine.device).type == "cuda")
     return rows
 
 
-def _without_slower_precision(rows: Sequence[Row]) -> list[Row]:
+def _without_slower_tuning(rows: Sequence[Row], on_gpu: bool) -> list[Row]:
+    """Keep the tuned Trainer in its fastest way, by wall time on a GPU, by CPU time elsewhere; and its several at once.
+
+    Those run in the precision of the fastest, never compiled: each process would have to compile for itself.
+    """
     from distilbench.peers import TUNED
 
-    tuned = min((row for row in rows if row.case.kind == TUNED), key=lambda row: row.runs[0].steps_cpu_seconds)
-    return [row for row in rows if row is tuned or row.case.kind != TUNED]
+    def seconds(row: Row) -> float:
+        return row.runs[0].steps_seconds if on_gpu else row.runs[0].steps_cpu_seconds
+
+    tuned = min((row for row in rows if row.case.kind == TUNED and row.case.trials == 1), key=seconds)
+    return [row for row in rows if row.case.kind != TUNED or row is tuned
+            or (row.case.trials > 1 and row.precision == tuned.precision)]  # fmt: skip
 
 
 def _in_own_process(case: Case) -> Measured:
-    """Measure in a new process: no cache warmed by another row, and a peak of memory of its own."""
+    """Measure in a new process: no cache warmed by another row, and a peak of memory of its own.
+
+    Trials of a stock Trainer run at once, each in a process, and begin their timed steps together.
+    """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    from distilbench.peers import measure
+    from distilbench.peers import ENGINE, measure, start_with, together
 
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, case).result()
+    context = multiprocessing.get_context("spawn")
+    if case.kind == ENGINE or case.trials == 1:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(measure, case).result()
+    barrier = context.Barrier(case.trials, timeout=START_SECONDS)
+    with ProcessPoolExecutor(case.trials, mp_context=context, initializer=start_with, initargs=(barrier,)) as pool:
+        runs = [pool.submit(measure, replace(case, trials=1)) for _ in range(case.trials)]
+        return together([run.result() for run in runs])
 
 
 def _limit(settings: BenchmarkSettings, prepared: Prepared, rows: Sequence[Row]) -> tuple[Machine, Work]:
@@ -246,16 +288,18 @@ def lines_of(done: Benchmark) -> list[Line]:
     """The table's figures."""
     from distilbench.peers import TUNED
 
-    tuned = next(row for row in done.rows if row.case.kind == TUNED)
+    tuned = next(row for row in done.rows if row.case.kind == TUNED and row.case.trials == 1)
     return [_line(done, row, tuned) for row in done.rows]
 
 
 def _line(done: Benchmark, row: Row, tuned: Row) -> Line:
+    from distilbench.peers import ENGINE
+
     bench, trials = done.settings.bench, row.case.trials
     steps = median(run.steps_seconds for run in row.runs) / trials
     whole = median(run.steps_seconds + run.evaluation_seconds + run.rest_seconds for run in row.runs)
     pairs = list(zip(tuned.runs, row.runs, strict=True))
-    limit = done.work.seconds(done.machine, row.precision, trials)
+    limit = done.work.seconds(done.machine, row.precision, trials if row.case.kind == ENGINE else 1)
     return Line(
         name=row.name,
         precision=row.precision,
@@ -309,17 +353,19 @@ def caption_of(done: Benchmark) -> str:
     """What the figures mean and where they come from."""
     settings, machine, work = done.settings, done.machine, done.work
     rates = ", ".join(f"{p} {rate / 1e9:,.0f} GFLOP/s" for p, rate in machine.operations_per_second.items())
+    driver = f" (driver {done.driver}, CUDA {done.versions['cuda']})" if done.driver else ""
     bench, size, layers = settings.bench, settings.train.batch_size, settings.freeze.layers
     return (
         f"Wall and CPU milliseconds a step and trial: medians of {bench.repeats} interleaved runs of {bench.steps} "
         f"steps after {BENCH_WINDOW}, batch {size}, freeze.layers={layers}, {done.tokens / bench.steps:.0f} tokens a "
         "step. HF: Hugging Face Trainer. x tuned: times faster than it is when tuned, median (range). "
-        f"eval: {bench.eval_examples} examples at most. set-up: model, optimizer, warm-up. trial: all of it; its sweep "
-        "runs one trial after another but for the batch. "
+        f"eval: {bench.eval_examples} examples at most. set-up: model, optimizer, compiling, recording, "
+        "warm-up. trial: all of it; its sweep runs one trial after another but for the batch. "
         f"x limit: times the least that {work.operations / 1e9:.1f} GFLOP ({rates}) or "
         f"{work.optimizer_bytes / 1e6:,.0f} MB of AdamW ({machine.bytes_per_second / 1e9:,.0f} GB/s) take, both rates "
         "measured here. loss: mean over all steps; dropout draws differ between engines. "
-        f"{done.device}; torch {done.versions['torch']}, transformers {done.versions['transformers']}; "
+        f"{done.day}, {done.device}{driver}; torch {done.versions['torch']}, "
+        f"transformers {done.versions['transformers']}; "
         f"model {done.model}; data {done.data}."
     )
 
@@ -334,7 +380,8 @@ def _write(done: Benchmark, console: Console) -> None:
         "runs": [{"name": row.name, "precision": row.precision, "trials": row.case.trials,
                   "repeats": [asdict(run) for run in row.runs]} for row in done.rows],
         "machine": asdict(done.machine), "work": asdict(done.work), "tokens_timed": done.tokens,
-        "device": done.device, "versions": done.versions, "model": done.model, "data": done.data,
+        "device": done.device, "driver": done.driver, "day": done.day, "versions": done.versions,
+        "model": done.model, "data": done.data,
         "bench": asdict(done.settings.bench), "freeze": asdict(done.settings.freeze),
         "train": asdict(done.settings.train), "caption": caption_of(done),
     }  # fmt: skip

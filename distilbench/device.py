@@ -80,6 +80,19 @@ def describe_device(device: torch.device) -> str:
     return f"{_cpu_model()}, {torch.get_num_threads()} threads"
 
 
+def driver_version(device: torch.device) -> str | None:
+    """Return the version of a GPU's driver as ``nvidia-smi`` tells it; None where there is nothing to ask."""
+    import shutil
+    import subprocess
+
+    command = shutil.which("nvidia-smi") if device.type == "cuda" else None
+    if command is None:
+        return None
+    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return (said.stdout.splitlines() or [""])[0].strip() or None
+
+
 def _cpu_model() -> str:
     """Return the model's name where Linux states it, the architecture elsewhere."""
     try:

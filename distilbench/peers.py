@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from distilbench.device import peak_memory, reset_peak_memory, resolve_device
 from distilbench.engines import engine_for
 from distilbench.freezing import freeze
 from distilbench.limits import synchronise
-from distilbench.model import build_model, load_tokenizer, resolve_model
+from distilbench.model import ResolvedModel, build_model, load_tokenizer, resolve_model
 from distilbench.results import Evaluation, Status, StepRecord
 from distilbench.settings import BENCH_WINDOW, TrialSettings
 
@@ -36,12 +37,16 @@ REPORTED, TUNED, ENGINE = "reported", "tuned", "engine"
 
 @dataclass(frozen=True)
 class Case:
-    """One run: ``trials`` of these settings (with learning rates of their own), one epoch of ``splits.train``."""
+    """One run: ``trials`` of these settings (with learning rates of their own), one epoch of ``splits.train``.
+
+    Trials of a stock Trainer are as many processes at once. ``compiled`` is whether Trainer compiles its model.
+    """
 
     kind: str
     settings: TrialSettings
     splits: EncodedSplits
     trials: int = 1
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Measured:
     """What a run took, for all of its trials: wall and CPU seconds (of all threads) and bytes.
 
     ``steps`` are those after the warm-up. ``rest_seconds`` is what the run took besides them and the evaluation: model,
-    optimizer, warm-up. ``loss`` is the mean training loss of all steps of the first trial.
+    optimizer, compiling, recording, warm-up. ``loss`` is the mean training loss of all steps of the first trial.
+    ``began`` is when the steps did, by a clock that all processes of the machine share.
     """
 
     steps_seconds: float
@@ -59,6 +65,7 @@ class Measured:
     rest_seconds: float
     peak_bytes: int
     loss: float
+    began: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,33 @@ def measure(case: Case) -> Measured:
     evaluation = [(start, end) for _, start, end in marks]
     wall = [_covered((a.wall, b.wall) for a, b in spans) for spans in (steps, evaluation)]
     cpu = [_covered((a.cpu, b.cpu) for a, b in spans) for spans in (steps, evaluation)]
-    return Measured(wall[0], cpu[0], wall[1], cpu[1], total - sum(wall), _peak_bytes(device), loss)
+    start = min(a.wall for a, _ in steps)
+    return Measured(wall[0], cpu[0], wall[1], cpu[1], total - sum(wall), _peak_bytes(device), loss, start)
+
+
+def together(runs: Sequence[Measured]) -> Measured:
+    """What processes took that ran at once: from the first one's first timed step to the last one's last, and so on."""
+    steps = max(r.began + r.steps_seconds for r in runs) - min(r.began for r in runs)
+    all_done = max(r.began + r.steps_seconds + r.evaluation_seconds for r in runs) - min(r.began for r in runs)
+    return Measured(
+        steps_seconds=steps,
+        steps_cpu_seconds=sum(r.steps_cpu_seconds for r in runs),
+        evaluation_seconds=all_done - steps,
+        evaluation_cpu_seconds=sum(r.evaluation_cpu_seconds for r in runs),
+        rest_seconds=max(r.rest_seconds for r in runs),
+        peak_bytes=sum(r.peak_bytes for r in runs),
+        loss=runs[0].loss,
+        began=min(r.began for r in runs),
+    )
+
+
+_START: list[Barrier] = []
+"""Where processes that run at once wait for each other, after their warm-up."""
+
+
+def start_with(barrier: Barrier) -> None:
+    """Make this process wait at ``barrier`` before its timed steps."""
+    _START.append(barrier)
 
 
 Marks = list[tuple[Instant, Instant, Instant]]
@@ -168,6 +201,9 @@ class _StepClock(TrainerCallback):
         """Note the steps that count."""
         if state.global_step in (WARM_UP, state.max_steps):
             synchronise(self.device)
+            if state.global_step == WARM_UP:
+                for barrier in _START:
+                    barrier.wait()
             self.marks.append(Instant.now())
 
 
@@ -185,7 +221,7 @@ def _stock_run(case: Case, device: torch.device) -> tuple[Marks, float]:
             args=_stock_arguments(case, device, directory),
             train_dataset=_rows(splits.train, splits.pad_token_id, length),
             eval_dataset=_rows(splits.selection, splits.pad_token_id, length),
-            data_collator=DataCollatorWithPadding(load_tokenizer(resolved)) if tuned else default_data_collator,
+            data_collator=_padding(resolved, device) if tuned else default_data_collator,
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
@@ -199,6 +235,11 @@ def _stock_run(case: Case, device: torch.device) -> tuple[Marks, float]:
     return [(warm, trained, Instant(evaluated.wall - shift.wall, evaluated.cpu - shift.cpu))], loss
 
 
+def _padding(resolved: ResolvedModel, device: torch.device) -> DataCollatorWithPadding:
+    """Padding to the longest row; on a GPU to a multiple of 8, which its matrix units like."""
+    return DataCollatorWithPadding(load_tokenizer(resolved), pad_to_multiple_of=8 if device.type == "cuda" else None)
+
+
 def _stock_arguments(case: Case, device: torch.device, directory: str) -> TrainingArguments:
     """Trainer's defaults with the report's numbers; tuned, what makes it faster without changing the result."""
     settings, tuned = case.settings, case.kind == TUNED
@@ -210,6 +251,8 @@ def _stock_arguments(case: Case, device: torch.device, directory: str) -> Traini
         # on a CPU, workers of the loader would take cores from the training
         workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True} if on_gpu else {}
         faster = {"optim": "adamw_torch_fused", "logging_nan_inf_filter": False, **workers}
+        if case.compiled:
+            faster["torch_compile"] = True
     arguments = TrainingArguments(
         output_dir=directory,
         num_train_epochs=1,

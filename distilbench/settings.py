@@ -535,6 +535,8 @@ class BenchSettings:
     """Examples of the selection split that each run evaluates, 1 or more."""
     repeats: int
     """Times that each row is measured, 1 or more."""
+    processes: int
+    """Tuned Trainers that share the device as one more row, each in a process of its own; 0 for none, or 2 or more."""
 
     def __post_init__(self) -> None:
         _at_least("bench.trials", self.trials, 2)
@@ -542,6 +544,7 @@ class BenchSettings:
                 self.steps)  # fmt: skip
         _at_least("bench.eval_examples", self.eval_examples, 1)
         _at_least("bench.repeats", self.repeats, 1)
+        require(self.processes == 0 or self.processes >= 2, "bench.processes", "0, or 2 or more", self.processes)
 
 
 @dataclass(frozen=True)

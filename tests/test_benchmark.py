@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from distilbench.peers import _covered
+from distilbench.benchmark import Row, _tuned, _without_slower_tuning
+from distilbench.peers import ENGINE, TUNED, Case, Measured, _covered, together
 
 COMMAND = [sys.executable, "-m", "distilbench.benchmark", "model=tiny", "data=synthetic", "tracking=none"]
 
@@ -23,10 +24,40 @@ def test_time_shared_by_trials_of_a_batch_counts_once():
     assert _covered([(0.0, 4.0), (0.1, 4.1), (10.0, 12.0)]) == pytest.approx(6.1)
 
 
+def measured(began=0.0, steps=4.0, cpu=8.0, evaluation=1.0):
+    return Measured(steps, cpu, evaluation, 2.0, 3.0, 100, 0.5, began)
+
+
+def test_processes_at_once_take_from_the_first_start_to_the_last_end():
+    both = together([measured(10.0), measured(11.0, steps=5.0, evaluation=0.5)])
+    assert both == Measured(6.0, 16.0, 0.5, 4.0, 3.0, 200, 0.5, 10.0)
+
+
+def test_trainer_is_tuned_in_each_way_that_may_help(settings):
+    trial = settings().trial
+    assert [name for name, _ in _tuned(trial, None, 0, on_gpu=False)] == ["HF tuned"]
+    names = [(name, case.trials, case.compiled) for name, case in _tuned(trial, None, 4, on_gpu=True)]
+    assert names == [("HF tuned", 1, False), ("HF tuned, compiled", 1, True), ("HF tuned, 4 at once", 4, False)]
+
+
+@pytest.mark.parametrize(("on_gpu", "kept"), [(False, "fp32"), (True, "bf16")])
+def test_only_the_fastest_tuning_goes_on_by_wall_time_on_a_gpu(settings, on_gpu, kept):
+    rows = [Row("fused", Case(ENGINE, settings().trial, None), (measured(),))]
+    for precision, steps, cpu in (("fp32", 4.0, 6.0), ("bf16", 3.0, 7.0)):
+        for name, case in _tuned(settings(f"train.precision={precision}").trial, None, 2, on_gpu):
+            slower = 2.0 if case.compiled else 1.0
+            rows.append(Row(name, case, (measured(steps=slower * steps, cpu=cpu),)))
+    left = _without_slower_tuning(rows, on_gpu)
+    assert [(row.name, row.precision) for row in left if row.case.kind == TUNED] == [
+        ("HF tuned", kept), ("HF tuned, 2 at once", kept),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["bench.steps=9"], "bench.steps must be a multiple of 8, got 9"),
+        (["bench.processes=1"], "bench.processes must be 0, or 2 or more, got 1"),
         (["bench.trials=1"], "bench.trials must be 2 or more, got 1"),
         (["optim=sgd"], "optim.name must be adamw in a benchmark, got 'sgd'"),
         (["bench.steps=16"], "bench.steps must be at most 8 for 256 training examples, got 16"),
@@ -42,14 +73,17 @@ def test_a_mistake_is_one_line(tmp_path, arguments, line):
 
 
 @pytest.mark.e2e
-def test_the_benchmark_measures_five_rows_and_writes_table_plot_and_figures(tmp_path):
-    short = ("bench.steps=8", "bench.trials=3", "bench.repeats=1", "bench.eval_examples=16", "train.batch_size=8")
+def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(tmp_path):
+    short = ("bench.steps=8", "bench.trials=3", "bench.repeats=1", "bench.eval_examples=16", "train.batch_size=8",
+             "bench.processes=2")  # fmt: skip
     done = run(tmp_path, *short, "freeze.layers=1", "train.precision=fp32", "hydra.run.dir=out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
     figures = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     lines = {line["name"]: line for line in figures["lines"]}
-    assert list(lines) == ["HF as reported", "HF tuned", "trainer", "fused, alone", "fused, 3 trials"]
+    assert list(lines) == [
+        "HF as reported", "HF tuned", "HF tuned, 2 at once", "trainer", "fused, alone", "fused, 3 trials",
+    ]  # fmt: skip
     assert lines["HF tuned"]["speed"] == [1, 1, 1]
     for line in lines.values():
         assert line["step_seconds"] > 0
@@ -59,4 +93,6 @@ def test_the_benchmark_measures_five_rows_and_writes_table_plot_and_figures(tmp_
         assert line["loss"] == pytest.approx(lines["HF tuned"]["loss"], abs=0.02), "the same training"
         assert line["name"] in done.stdout
     assert lines["fused, 3 trials"]["sweep_seconds"] == pytest.approx(3 * lines["fused, 3 trials"]["trial_seconds"])
+    assert figures["driver"] is None, "there is no GPU here"
+    assert figures["day"] in figures["caption"]
     assert figures["work"]["shared_operations"] > 0

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from distilbench import device
-from distilbench.device import available_devices, describe_device, peak_memory, resolve_device, resolve_precision
+from distilbench.device import (
+    available_devices,
+    describe_device,
+    driver_version,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+)
 from distilbench.settings import SettingsError
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
@@ -81,3 +90,13 @@ def test_memory_on_the_cpu_is_the_resident_set():
     before = peak_memory(CPU)
     ballast = torch.ones(32 * 2**20 // 4)
     assert peak_memory(CPU) - before > 0.9 * ballast.nbytes
+
+
+@pytest.mark.parametrize(("said", "expected"), [("580.95.05\n580.95.05\n", "580.95.05"), ("", None)])
+def test_the_drivers_version_is_what_nvidia_smi_says(tmp_path, monkeypatch, said, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert driver_version(torch.device("cuda", 0)) == expected
+    assert driver_version(torch.device("cpu")) is None
