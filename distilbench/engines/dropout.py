@@ -88,9 +88,13 @@ class CounterDropout:
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; filler is drawn for, too."""
-        self._site += 1
         draw = kernels.philox_keep if kernels.usable(self._keys) else philox_keep
-        return draw(self._keys, self._site, _dropped(rate), whole, EXTENT, dtype)
+        return draw(*self.site(rate), whole, EXTENT, dtype)
+
+    def site(self, rate: float) -> tuple[torch.Tensor, int, int]:
+        """Go to the next site: the keys, its number, and below which of 65,536 values a draw drops."""
+        self._site += 1
+        return self._keys, self._site, _dropped(rate)
 
 
 def philox_keep(

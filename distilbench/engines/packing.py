@@ -219,7 +219,8 @@ class Batch:
 
     ``ids``, ``positions`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences). ``packs``
     are what was stacked, ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins. A batch of
-    ``fixed`` size is worked on without a loop over trials and without a sum whose order is left open.
+    :attr:`fixed` size, which is one that has ``lengths`` (orders, sentences) and one sentence a bin, is worked on
+    without a loop over trials and without a sum whose order is left open.
     """
 
     packs: tuple[Packed, ...]
@@ -229,7 +230,12 @@ class Batch:
     labels: torch.Tensor
     all_tokens: Placement
     sentences: Placement
-    fixed: bool = False
+    lengths: torch.Tensor | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether shapes say nothing about what is in the batch."""
+        return self.lengths is not None
 
     @cached_property
     def token_mask(self) -> torch.Tensor:

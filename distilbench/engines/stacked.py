@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.activations import get_activation
 
+from distilbench.engines import kernels
 from distilbench.engines.attention import attend
-from distilbench.engines.dropout import Draws, keep_scale
+from distilbench.engines.dropout import EXTENT, CounterDropout, Draws, keep_scale
 from distilbench.engines.packing import Batch, Exchange, Placement
 from distilbench.optimization import decay_parameter_names
 
@@ -288,9 +289,12 @@ class StackedWeights:
         spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
         inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
         gradients = torch.autograd.grad(loss, inputs)
-        for span, gradient in zip(spans, gradients, strict=False):
-            place = self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape)
-            place.add_(gradient) if add else place.copy_(gradient)
+        places = [self.gradient[:, s.start : s.stop].view(len(self.rows), *s.shape) for s in spans]
+        if batch.fixed and not add:
+            torch._foreach_copy_(places, list(gradients[: len(places)]))
+        else:
+            for place, gradient in zip(places, gradients, strict=False):
+                place.add_(gradient) if add else place.copy_(gradient)
         if embedded is not None:
             if not add:
                 self.gradient[:, : self.rowmap.tables].zero_()
@@ -396,6 +400,8 @@ class Forward:
     def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """Attend within sentences; in the last layer, from [CLS] alone."""
         batch = self.batch
+        if batch.lengths is not None and kernels.attends(self.weights.low, x):
+            return self._linear(self._attended(x, i, last), f"{i}.out")
         queries = batch.sentences if last else batch.all_tokens
         asked = None
         if last:
@@ -406,6 +412,16 @@ class Forward:
         move = self._exchange(queries, len(context), 0)
         rows = move(context.view(-1, context.shape[-1])).view(len(context), queries.bin.shape[1], -1)
         return self._linear(rows, f"{i}.out")
+
+    def _attended(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
+        """The context of every token, or of [CLS] alone, by one kernel; ``(trials, rows, width)``."""
+        batch, rate = self.batch, self.architecture.attention_rate
+        assert batch.lengths is not None
+        asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
+        rows = self._linear(x, f"{i}.kv" if last else f"{i}.qkv")
+        draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
+        width = batch.all_tokens.row.shape[2]
+        return kernels.attend(rows, asked, batch.first, batch.lengths, draws, self.architecture.heads, width, EXTENT)
 
     def _attention_keep(self, last: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, float]:
         """The mask of attention probabilities, and what is kept is multiplied by."""
@@ -446,6 +462,8 @@ class Forward:
 
     def _norm(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
         weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
+        if self.batch.fixed and len(weight) == 1:
+            return F.layer_norm(x, x.shape[-1:], weight.squeeze(0), bias.squeeze(0), self.architecture.eps)
         normal = F.layer_norm(x, x.shape[-1:], eps=self.architecture.eps)
         return torch.addcmul(bias[:, None], normal, weight[:, None])
 

@@ -198,4 +198,4 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
         owner=tokens.owner[:, :, :1],
         empty=None,
     )
-    return Batch((), ids, positions, first, labels, tokens, sentences, fixed=True), key.squeeze(1)
+    return Batch((), ids, positions, first, labels, tokens, sentences, length), key.flatten().contiguous()

@@ -7,11 +7,17 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
 from distilbench.engines import kernels, tabled
-from distilbench.engines.dropout import EXTENT, philox_keep
+from distilbench.engines.attention import attend
+from distilbench.engines.dropout import EXTENT, keep_scale, philox_keep
+from distilbench.engines.fused import FusedEngine
+from tests.engines.test_fused import losses_of, models, trial
+
+__all__ = ["models", "trial"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(
@@ -57,3 +63,68 @@ def test_adamw_is_the_same_up_to_rounding(with_copy):
     if copy is not None:
         # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(copy.float(), rows[:, slice(*low)], rtol=2**-7, atol=0)
+
+
+def attention_by_the_book(rows, asked, first, lengths, draws, heads, width):
+    """Sentence by sentence with the plain :func:`attend`; rows of no sentence stay zero."""
+    size = rows.shape[2] // ((3 if asked is None else 2) * heads)
+    trials, orders, sentences = len(rows), *first.shape
+    shape = (sentences, heads, width if asked is None else 1, width)
+    keep = torch.ones(orders, *shape) if draws is None else philox_keep(*draws, shape, EXTENT, torch.float32)
+    out = []
+    for t in range(trials):
+        o = t if orders > 1 else 0
+        context = torch.zeros(len(rows[t]) if asked is None else sentences, heads * size)
+        for s in range(sentences):
+            start, n = int(first[o, s]), int(lengths[o, s])
+            if not n:
+                continue
+            pieces = rows[t, start : start + n].view(n, -1, heads, size).permute(1, 2, 0, 3)[:, None, None]
+            query = None if asked is None else asked[t, s].view(1, 1, heads, 1, size)
+            own = keep[o, s, :, :n, :n][None, None] if asked is None else keep[o, s, :, :, :n][None, None]
+            scale = 1 if draws is None else keep_scale(0.1)
+            zero = torch.zeros(1, 1, 1, 1, n)
+            got = attend(pieces.contiguous(), query, zero, own, scale)[0, 0].transpose(0, 1).flatten(1)
+            where = torch.arange(start, start + n) if asked is None else torch.tensor([s])
+            context = context.index_add(0, where, got)
+        out.append(context)
+    return torch.stack(out)
+
+
+@inside
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("trials", "orders"), [(1, 1), (2, 1), (2, 2)])
+def test_attention_and_its_gradient_are_the_same_up_to_rounding(drops, apart, trials, orders):
+    torch.manual_seed(0)
+    heads, size, tokens, width = 2, 8, 40, 24
+    lengths = torch.tensor([[5, 20, 3, 0], [11, 1, 17, 9]])[:orders]
+    first = (lengths.cumsum(1) - lengths) * (lengths > 0)
+    rows = torch.randn(trials, tokens, (2 if apart else 3) * heads * size, requires_grad=True)
+    asked = torch.randn(trials, 4, heads * size, requires_grad=True) if apart else None
+    draws = (torch.tensor([12345, 1 << 50])[:orders], 3, 6554) if drops else None
+    leaves = [rows] if asked is None else [rows, asked]
+    ours = kernels.attend(rows, asked, first, lengths, draws, heads, width, EXTENT)
+    plain = attention_by_the_book(rows, asked, first, lengths, draws, heads, width)
+    there = torch.ones_like(plain) if asked is None else (lengths > 0).expand(trials, -1)[:, :, None].float()
+    torch.testing.assert_close(ours * there, plain, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(plain) * there
+    for got, expected in zip(
+        torch.autograd.grad(ours, leaves, weight), torch.autograd.grad(plain, leaves, weight), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@inside
+@pytest.mark.parametrize(("kind", "freezing"), [("distilbert", "freeze=none"), ("bert", "freeze.layers=1")])
+def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch, kind, freezing):
+    """All kernels together, two orders of examples, dropout on and the last batch a short one."""
+    common = (freezing, "train.epochs=1", "train.batch_size=15", "output.save_model=false")
+    trials = [trial(*common, f"seed={seed}", kind=kind, still=False) for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    plain, _ = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    used = []
+    monkeypatch.setattr(kernels, "usable", lambda tensor: used.append(tensor) or True)
+    ours, _ = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    assert used
+    np.testing.assert_allclose(ours, plain, rtol=2e-5)
