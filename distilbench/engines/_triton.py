@@ -34,7 +34,7 @@ def keep(
 
 @triton.jit
 def adamw(
-    rows, gradient, mean, square, copy, numbers, constants, factors,
+    rows, gradient, low_gradient, mean, square, copy, numbers, constants, factors,
     size, decayed, low_start, low_stop, numbers_stride, constants_stride, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one block of columns of one trial."""
@@ -49,7 +49,14 @@ def adamw(
     keep_square = tl.load(constants + trial * constants_stride + 1)
     to_square = tl.load(constants + trial * constants_stride + 2)
     eps = tl.load(constants + trial * constants_stride + 3)
-    g = tl.load(gradient + at, mask=there, other=0.0) * tl.load(factors + trial)
+    if COPIES:
+        low = (column >= low_start) & (column < low_stop)
+        low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
+        g = tl.load(gradient + at, mask=there & ~low, other=0.0)
+        g += tl.load(low_gradient + low_at, mask=low, other=0.0).to(g.dtype)
+    else:
+        g = tl.load(gradient + at, mask=there, other=0.0)
+    g *= tl.load(factors + trial)
     p = tl.load(rows + at, mask=there, other=0.0)
     m = tl.load(mean + at, mask=there, other=0.0)
     v = tl.load(square + at, mask=there, other=0.0)
@@ -61,9 +68,7 @@ def adamw(
     tl.store(mean + at, m, mask=there)
     tl.store(square + at, v, mask=there)
     if COPIES:
-        low = (column >= low_start) & (column < low_stop)
-        width = low_stop - low_start
-        tl.store(copy + trial.to(tl.int64) * width + (column - low_start), p.to(copy.dtype.element_ty), mask=low)
+        tl.store(copy + low_at, p.to(copy.dtype.element_ty), mask=low)
 
 
 @triton.jit

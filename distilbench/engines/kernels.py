@@ -33,7 +33,7 @@ def _compile() -> bool:
         philox_keep(torch.zeros(1, dtype=torch.int64, device="cuda"), 1, 6554, (8, 8), 512, torch.float32)
         rows = torch.zeros(6, 1, 8, device="cuda")
         one = torch.ones(1, 6, device="cuda")
-        adamw(rows[0], rows[1], [rows[2], rows[3]], None, one, one, one[0], 8, (0, 0))
+        adamw(rows[0], rows[1], None, [rows[2], rows[3]], None, one, one, one[0], 8, slice(0, 0))
         number = torch.ones(1, 1, dtype=torch.int64, device="cuda")
         joined = torch.ones(1, 2, 48, device="cuda", requires_grad=True)
         attend(joined, None, number * 0, number, (number[0], 1, 6554), 1, 8, 512).sum().backward()
@@ -61,15 +61,20 @@ def philox_keep(
 
 
 def adamw(
-    rows: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor], copy: torch.Tensor | None,
-    numbers: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int, low: tuple[int, int],
+    rows: torch.Tensor, gradient: torch.Tensor, low_gradient: torch.Tensor | None, moments: Sequence[torch.Tensor],
+    copy: torch.Tensor | None, numbers: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor,
+    decayed: int, low: slice,
 ) -> None:  # fmt: skip
-    """Do what :func:`distilbench.engines.tabled.adamw` does, and write ``copy`` of columns ``low`` along the way."""
+    """Do what :func:`distilbench.engines.tabled.adamw` does, and write ``copy`` of columns ``low`` along the way.
+
+    With a ``copy`` goes a ``low_gradient``, both (trials, columns of low), which is read there for ``gradient``.
+    """
     trials, size = rows.shape
     block = 1024
     _compiled().adamw[(-(-size // block), trials)](
-        rows, gradient, *moments, rows if copy is None else copy, numbers, constants, factors,
-        size, decayed, low[0], low[1], numbers.stride(0), constants.stride(0), COPIES=copy is not None, BLOCK=block,
+        rows, gradient, gradient if low_gradient is None else low_gradient, *moments, rows if copy is None else copy,
+        numbers, constants, factors, size, decayed, low.start, low.stop,
+        numbers.stride(0), constants.stride(0), COPIES=copy is not None, BLOCK=block,
     )  # fmt: skip
 
 

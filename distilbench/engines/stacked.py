@@ -260,6 +260,7 @@ class StackedWeights:
         self.copy: torch.Tensor | None = None  # (trials, low - tables)
         self.rows = rows
         self.gradient = torch.zeros_like(rows)
+        self.low_gradient: torch.Tensor | None = None
         if self.low != rows.dtype:
             self.copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
         for span in self.rowmap.spans:
@@ -284,12 +285,15 @@ class StackedWeights:
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
         """Fill ``gradient`` (trials, size) from ``loss``, or ``add`` to it.
 
-        ``embedded`` is the summed embeddings, where they train.
+        ``embedded`` is the summed embeddings, where they train. From a batch of fixed size, what is multiplied in low
+        precision has its gradient in ``low_gradient`` (trials, low - tables) instead, as it comes: less to move.
         """
         spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
         inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
         gradients = torch.autograd.grad(loss, inputs)
-        places = [self.gradient[:, s.start : s.stop].view(len(self.rows), *s.shape) for s in spans]
+        if batch.fixed and self.copy is not None and self.low_gradient is None:
+            self.low_gradient = torch.zeros_like(self.copy)
+        places = [self._gradient_of(span, batch.fixed) for span in spans]
         if batch.fixed and not add:
             torch._foreach_copy_(places, list(gradients[: len(places)]))
         else:
@@ -299,6 +303,13 @@ class StackedWeights:
             if not add:
                 self.gradient[:, : self.rowmap.tables].zero_()
             self._add_up_tables(gradients[-1], batch)
+
+    def _gradient_of(self, span: Span, fixed: bool) -> torch.Tensor:
+        """Where the gradient of a weight goes, ``(trials, *shape)``."""
+        target, start = self.gradient, span.start
+        if fixed and self.low_gradient is not None and self.rowmap.tables <= start < self.rowmap.low:
+            target, start = self.low_gradient, start - self.rowmap.tables
+        return target[:, start : start + span.stop - span.start].view(len(self.rows), *span.shape)
 
     def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""

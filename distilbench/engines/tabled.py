@@ -36,14 +36,19 @@ class TabledOptimizer:
     def step(self, numbers: torch.Tensor, norms: torch.Tensor) -> None:
         """Clip each gradient, take a step with ``numbers`` (trials, NUMBERS), and write the norms (trials,)."""
         weights = self.weights
-        torch.linalg.vector_norm(weights.gradient, dim=1, out=norms)
+        decayed, low = weights.rowmap.decayed, slice(weights.rowmap.tables, weights.rowmap.low)
+        parts = [weights.gradient]
+        if weights.low_gradient is not None:
+            parts = [weights.gradient[:, : low.start], weights.low_gradient, weights.gradient[:, low.stop :]]
+        each = [torch.linalg.vector_norm(part, dim=1, dtype=norms.dtype) for part in parts]
+        torch.linalg.vector_norm(torch.stack(each), dim=0, out=norms)
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        decayed = weights.rowmap.decayed
         if self.adaptive and kernels.usable(norms):
-            low = weights.rowmap.tables, weights.rowmap.low
-            state = weights.rows, weights.gradient, self.moments, weights.copy
+            state = weights.rows, weights.gradient, weights.low_gradient, self.moments, weights.copy
             kernels.adamw(*state, numbers, self.constants, factors, decayed, low)
             return
+        if weights.low_gradient is not None:
+            weights.gradient[:, low] = weights.low_gradient
         rule = adamw if self.adaptive else sgd
         rule(weights.rows, weights.gradient, self.moments, numbers, self.constants, factors, decayed)
         weights.updated()

@@ -84,7 +84,7 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
     fill = static.StaticSteps._fill
 
     def poisoned(steps, step, buffers):
-        for tensor in (steps._numbers, steps.norms, steps.weights.gradient, buffers.hidden):
+        for tensor in (steps._numbers, steps.norms, steps.weights.gradient, steps.weights.low_gradient, buffers.hidden):
             if tensor is not None:
                 tensor.fill_(torch.nan)
         fill(steps, step, buffers)
@@ -145,19 +145,25 @@ def test_masks_are_the_same_bit_for_bit(whole, dtype):
 @pytest.mark.parametrize("with_copy", [False, True])
 def test_adamw_is_the_same_up_to_rounding(with_copy):
     torch.manual_seed(0)
-    trials, size, decayed, low = 3, 250_001, 180_000, (70_000, 170_000)
+    trials, size, decayed, low = 3, 250_001, 180_000, slice(70_000, 170_000)
     rows, gradient, mean = (torch.randn(trials, size, device="cuda") for _ in range(3))
     square = torch.rand(trials, size, device="cuda")
     numbers, constants = torch.rand(trials, 4, device="cuda") * 0.1, torch.rand(trials, 6, device="cuda") * 0.1 + 0.1
     factors = torch.rand(trials, device="cuda")
-    copy = torch.empty(trials, low[1] - low[0], dtype=torch.bfloat16, device="cuda") if with_copy else None
+    shape = trials, low.stop - low.start
+    copy = torch.empty(shape, dtype=torch.bfloat16, device="cuda") if with_copy else None
+    low_gradient = torch.randn(shape, device="cuda").bfloat16() if with_copy else None
     expected = [t.clone() for t in (rows, mean, square)]
-    tabled.adamw(expected[0], gradient, expected[1:], numbers, constants, factors, decayed)
-    kernels.adamw(rows, gradient, [mean, square], copy, numbers, constants, factors, decayed, low)
+    whole = gradient.clone()
+    if low_gradient is not None:
+        whole[:, low] = low_gradient.float()
+        gradient[:, low] = torch.nan  # is not to be read
+    tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
+    kernels.adamw(rows, gradient, low_gradient, [mean, square], copy, numbers, constants, factors, decayed, low)
     for ours, plain in zip((rows, mean, square), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
     if copy is not None:
-        assert torch.equal(copy, rows[:, slice(*low)].bfloat16())
+        assert torch.equal(copy, rows[:, low].bfloat16())
 
 
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-3), ("bf16", 3e-2)])

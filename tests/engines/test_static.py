@@ -204,9 +204,10 @@ def test_a_number_that_passes_through_python_shows_in_a_replay():
 
 
 @pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1"])
-def test_a_step_reads_nothing_that_is_left_over(trial, splits_of, recorder, monkeypatch, freezing):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_reads_nothing_that_is_left_over(trial, splits_of, recorder, monkeypatch, freezing, precision):
     """Buffers and the gradient are full of NaN before each step, or of ids that are none: nothing of it comes out."""
-    settings = trial(freezing, "optim.momentum=0", still=False)
+    settings = trial(freezing, f"train.precision={precision}", still=False)
     splits = splits_of(settings)
     clean, _ = losses_of(FusedEngine(static=True), [settings], splits, recorder)
     fill = static.StaticSteps._fill
@@ -214,7 +215,9 @@ def test_a_step_reads_nothing_that_is_left_over(trial, splits_of, recorder, monk
     def poisoned(steps, step, buffers):
         steps._numbers.fill_(torch.nan)
         steps.norms.fill_(torch.nan)
-        steps.weights.gradient.fill_(torch.nan)
+        for gradient in (steps.weights.gradient, steps.weights.low_gradient):
+            if gradient is not None:
+                gradient.fill_(torch.nan)
         buffers.inputs.fill_(1 << 40)
         if buffers.hidden is not None:
             buffers.hidden.fill_(torch.nan)

@@ -31,7 +31,8 @@ class Weights:
     """As much of :class:`StackedWeights` as an optimizer sees."""
 
     def __init__(self, rows):
-        self.rows, self.gradient, self.copy = rows, torch.empty_like(rows), None
+        self.rows, self.gradient = rows, torch.empty_like(rows)
+        self.copy = self.low_gradient = None
         self.rowmap = SimpleNamespace(decayed=DECAYED, size=SIZE, tables=0, low=0)
 
     def updated(self):
