@@ -178,5 +178,6 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward.logits(forward.layers(forward.embed(forward.embedded()), 0, ground.rowmap.architecture.depth))
     activations = sum(size for place, size in kept.items() if place not in own)
-    copies = 5 * ground.dtype.itemsize + (low.itemsize if low != ground.dtype else 0)
+    low_copies = 2 if ground.device.type == "cuda" else 1  # the gradient is there in that precision, too
+    copies = 5 * ground.dtype.itemsize + (low_copies * low.itemsize if low != ground.dtype else 0)
     return ground.rowmap.size * copies + 2 * activations

@@ -106,12 +106,12 @@ class Group:
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from ``state``, whose leading size is that of the members as they are now."""
+        self.static_steps = None  # first of all, for its recordings hold memory
         self.losses, rows, *moments = (part.to(self.ground.device) for part in state)
         self.weights.load(rows)
         self.optimizer.load(moments, [m.settings.optim for m in self.members])
         seeds = [m.seed for m in self.members]
         self.orders = seeds[:1] if len(set(seeds)) == 1 else seeds
-        self.static_steps = None
 
     def _state(self) -> list[torch.Tensor]:
         return [self.losses, self.weights.rows, *self.optimizer.moments]
@@ -173,6 +173,7 @@ class Group:
         if self.static and self.members[0].micro_batch >= self.settings.train.batch_size:
             norms = self._static_step()
         else:
+            self.static_steps = None
             self.losses += self._differentiate(examples)
             norms = self.optimizer.step(self.step + 1, [member.rates[self.step] for member in self.members])
         self.step += 1
@@ -325,6 +326,7 @@ class Group:
             return
         best = [self.weights.rows[t] if m.best_row is None else m.best_row for t, m in enumerate(self.members)]
         rows = torch.stack([row.to(self.ground.device) for row in best])
+        self.static_steps = None
         self.optimizer.load([], [])
         self.weights.load(rows)
         splits = self.ground.splits

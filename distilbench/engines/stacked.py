@@ -295,7 +295,7 @@ class StackedWeights:
             self.low_gradient = torch.zeros_like(self.copy)
         places = [self._gradient_of(span, batch.fixed) for span in spans]
         if batch.fixed and not add:
-            torch._foreach_copy_(places, list(gradients[: len(places)]))
+            _copy_all(places, gradients)
         else:
             for place, gradient in zip(places, gradients, strict=False):
                 place.add_(gradient) if add else place.copy_(gradient)
@@ -325,6 +325,21 @@ class StackedWeights:
                         table[trial].index_add_(0, index[trial], gradient[trial])
                 if span.leaf == "word" and self.rowmap.vocabulary.padding is not None:
                     table[:, self.rowmap.vocabulary.padding].zero_()
+
+
+def _copy_all(places: list[torch.Tensor], values: tuple[torch.Tensor, ...]) -> None:
+    """Copy ``values`` (trials, ...) to ``places``; of a single trial, all of one precision in one launch.
+
+    Torch does that for lists of one precision each and equal strides, which a dimension of size 1 would spoil.
+    """
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for place, value in zip(places, values, strict=False):
+        if len(place) == 1:
+            kinds.setdefault((place.dtype, value.dtype), []).append((place[0], value[0]))
+        else:
+            place.copy_(value)
+    for pairs in kinds.values():
+        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
 
 
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
