@@ -173,7 +173,7 @@ class Group:
         if self.static and self.members[0].micro_batch >= self.settings.train.batch_size:
             norms = self._static_step()
         else:
-            self.static_steps = None
+            self._give_up_static_steps()
             self.losses += self._differentiate(examples)
             norms = self.optimizer.step(self.step + 1, [member.rates[self.step] for member in self.members])
         self.step += 1
@@ -200,6 +200,10 @@ class Group:
         for member in self.members:
             member.setup_seconds += seconds
         return self.static_steps.norms
+
+    def _give_up_static_steps(self) -> None:
+        """Go on without them, where memory did not hold a whole batch."""
+        self.static_steps = self.weights.low_gradient = None
 
     def _still_layers(self) -> int:
         """Layers without dropout, from the bottom."""

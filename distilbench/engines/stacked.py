@@ -285,15 +285,12 @@ class StackedWeights:
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
         """Fill ``gradient`` (trials, size) from ``loss``, or ``add`` to it.
 
-        ``embedded`` is the summed embeddings, where they train. From a batch of fixed size, what is multiplied in low
-        precision has its gradient in ``low_gradient`` (trials, low - tables) instead, as it comes: less to move.
+        ``embedded`` is the summed embeddings, where they train.
         """
         spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
         inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
         gradients = torch.autograd.grad(loss, inputs)
-        if batch.fixed and self.copy is not None and self.low_gradient is None:
-            self.low_gradient = torch.zeros_like(self.copy)
-        places = [self._gradient_of(span, batch.fixed) for span in spans]
+        places = [self._gradient_of(span) for span in spans]
         if batch.fixed and not add:
             _copy_all(places, gradients)
         else:
@@ -304,10 +301,17 @@ class StackedWeights:
                 self.gradient[:, : self.rowmap.tables].zero_()
             self._add_up_tables(gradients[-1], batch)
 
-    def _gradient_of(self, span: Span, fixed: bool) -> torch.Tensor:
+    def split_gradient(self) -> None:
+        """Keep the gradient of what is multiplied in low precision as it comes: less to move.
+
+        It is in ``low_gradient`` (trials, low - tables) from now on, and no longer in ``gradient``.
+        """
+        self.low_gradient = None if self.copy is None else torch.zeros_like(self.copy)
+
+    def _gradient_of(self, span: Span) -> torch.Tensor:
         """Where the gradient of a weight goes, ``(trials, *shape)``."""
         target, start = self.gradient, span.start
-        if fixed and self.low_gradient is not None and self.rowmap.tables <= start < self.rowmap.low:
+        if self.low_gradient is not None and self.rowmap.tables <= start < self.rowmap.low:
             target, start = self.low_gradient, start - self.rowmap.tables
         return target[:, start : start + span.stop - span.start].view(len(self.rows), *span.shape)
 
