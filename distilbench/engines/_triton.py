@@ -7,8 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton compiles anew for an argument that is 1 or a multiple of 16; of these it would know nothing useful.
+_KEEP = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
+_ATTEND = [
+    "first_stride", "lengths_stride", "per_trial", "tokens", "kept_rows", "site", "dropped", "keep_factor", "extent",
+]  # fmt: skip
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_KEEP)
 def keep(
     keys, kept, site, dropped, count, rows, blocks, columns, numbered_rows, numbered_blocks, stride, SIZE: tl.constexpr
 ):
@@ -71,7 +77,7 @@ def adamw(
         tl.store(copy + low_at, p.to(copy.dtype.element_ty), mask=low)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ATTEND)
 def attend(
     rows, asked, kept, to_rows, to_asked, first, lengths, keys, first_stride, lengths_stride, per_trial,
     tokens, kept_rows, heads, size, factor, site, dropped, keep_factor, extent,

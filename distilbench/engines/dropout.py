@@ -2,7 +2,7 @@
 
 There are two ways to draw. :class:`Dropout` takes torch's generators, one for each order of examples: the fastest on a
 CPU. :class:`CounterDropout` computes every draw from its place alone, with keys that are tensors: what a recorded step
-on a GPU needs. Milliseconds of two cores for the masks of a step of MiniLM, 240 tokens: 6 and 150.
+on a GPU needs. For the masks of one step of MiniLM, 16 sentences of 240 tokens, they take 5 and 45 ms of CPU time.
 """
 
 from __future__ import annotations
@@ -118,9 +118,14 @@ def philox_keep(
 
 
 def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Tensor]:
-    """Return four words of 32 bits for ``counter`` (below 2**32) under ``site`` and ``key`` (64 bits), all int64."""
+    """Return four words of 32 bits for ``counter`` (its low 32) under ``site`` and ``key`` (64 bits), all int64."""
     word = 0xFFFFFFFF
-    c0, c1, c2, c3 = counter, torch.full_like(counter, site), torch.zeros_like(counter), torch.zeros_like(counter)
+    c0, c1, c2, c3 = (
+        counter & word,
+        torch.full_like(counter, site),
+        torch.zeros_like(counter),
+        torch.zeros_like(counter),
+    )
     k0, k1 = key & word, (key >> 32) & word
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # overflow wraps, and the mask takes the bits of the sign away

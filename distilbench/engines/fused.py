@@ -53,7 +53,8 @@ class FusedEngine:
     """Train trials together where they may, one stacked model per group; see :class:`distilbench.engines.base.Engine`.
 
     ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly. ``static`` steps, for
-    :mod:`.static`, are what CUDA gets unless told otherwise; on a CPU, which has nothing to record, they are slower.
+    :mod:`.static`, are what CUDA gets unless told otherwise. On a CPU, which has nothing to record, they are slower:
+    MiniLM on SST-2, batch 16, 546 ms of CPU time a step instead of 203, at freeze=3 176 instead of 107.
     """
 
     def __init__(

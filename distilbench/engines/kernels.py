@@ -20,28 +20,32 @@ log = logging.getLogger(__name__)
 
 def usable(tensor: torch.Tensor) -> bool:
     """Whether kernels run on the device of ``tensor``."""
-    return tensor.device.type == "cuda" and _compile()
+    return tensor.device.type == "cuda" and works("cuda")
 
 
 @cache
-def _compile() -> bool:
-    """Try the kernels once; where they fail, say so, and leave the work to their plain versions."""
+def works(device: str) -> bool:
+    """Try every kernel once; where one fails, say so, and leave the work to the plain versions."""
     if importlib.util.find_spec("triton") is None:
         log.warning("Triton is not installed: a step takes thousands of launches instead of hundreds")
         return False
     try:
-        philox_keep(torch.zeros(1, dtype=torch.int64, device="cuda"), 1, 6554, (8, 8), 512, torch.float32)
-        rows = torch.zeros(6, 1, 8, device="cuda")
-        one = torch.ones(1, 6, device="cuda")
-        adamw(rows[0], rows[1], None, [rows[2], rows[3]], None, one, one, one[0], 8, slice(0, 0))
-        number = torch.ones(1, 1, dtype=torch.int64, device="cuda")
-        joined = torch.ones(1, 2, 48, device="cuda", requires_grad=True)
-        attend(joined, None, number * 0, number, (number[0], 1, 6554), 1, 8, 512).sum().backward()
-        torch.cuda.synchronize()
+        _try_all(device)
     except Exception as error:  # a compiler's errors have no common class
         log.warning("Triton's kernels are left out: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return False
     return True
+
+
+@torch.enable_grad()
+def _try_all(device: str) -> None:
+    number = torch.ones(1, 1, dtype=torch.int64, device=device)
+    philox_keep(number[0], 1, 6554, (8, 8), 512, torch.float32)
+    rows, one = torch.zeros(4, 1, 8, device=device), torch.ones(1, 6, device=device)
+    adamw(rows[0], rows[1], None, [rows[2], rows[3]], None, one, one, one[0], 8, slice(0, 0))
+    joined = torch.ones(1, 2, 48, device=device, requires_grad=True)
+    attend(joined, None, number * 0, number, (number[0], 1, 6554), 1, 8, 512).sum().backward()
+    joined.grad.isfinite().all().item()  # type: ignore[union-attr]  # waits for the device
 
 
 def philox_keep(
@@ -139,7 +143,8 @@ def _launch(given, ctx, context, gradient, to_rows, to_asked):  # type: ignore[n
     )  # fmt: skip
     _compiled().attend[(first.shape[1] * heads, trials)](
         *arguments, FORWARD=context is not None, APART=apart, DROPS=keys is not None,
-        QUERIES=16 if apart else _power(width), WIDTH=_power(width), SIZE=_power(size), num_warps=4,
+        QUERIES=16 if apart else _power(width), WIDTH=_power(width), SIZE=_power(size),
+        num_warps=4 if width <= 64 else 8,
     )  # fmt: skip
 
 

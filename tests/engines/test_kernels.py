@@ -37,6 +37,16 @@ def test_kernels_equal_their_plain_versions_in_tritons_interpreter():
 
 
 @inside
+@torch.no_grad()
+def test_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
+    """Also where the first to ask runs without gradients, as a frozen prefix does."""
+    assert kernels.works.__wrapped__("cpu")
+    monkeypatch.setattr(kernels, "adamw", lambda *args: torch.empty(-1))
+    assert not kernels.works.__wrapped__("cpu")
+    assert [r.message for r in caplog.records if "left out: RuntimeError" in r.message]
+
+
+@inside
 @pytest.mark.parametrize("whole", [(5, 16), (37, 20), (3, 2, 24, 24), (3, 2, 1, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_same_bit_for_bit(whole, dtype):
