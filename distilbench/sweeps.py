@@ -55,7 +55,8 @@ class SweepJob:
     is_quiet: bool = False
     """Whether the job shows nothing of its own, since others run beside it."""
     storage: str | None = None
-    """Optuna's storage where the trial may be pruned, with study and trial in it; None where it may not."""
+    """Optuna's storage where the trial may be pruned, with study and trial in it; None where it may not. Interpolations
+    such as ``${oc.env:NAME}`` stand in it unresolved, since a password would be written to disk."""
     study: str = ""
     trial_id: int = 0
 
@@ -316,8 +317,13 @@ def _judge_of(place: SweepJob, settings: SweepSettings) -> Judge | None:
 
 
 def storage_of(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's storage at ``url``; a SQLite file waits a minute for its lock, since several processes write."""
-    import optuna
+    """Optuna's storage at ``url``, whose interpolations are resolved in this process.
 
+    A SQLite file waits a minute for its lock, since several processes write.
+    """
+    import optuna
+    from omegaconf import OmegaConf
+
+    url = str(OmegaConf.create({"url": url}).url)
     arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     return optuna.storages.RDBStorage(url, engine_kwargs=arguments)

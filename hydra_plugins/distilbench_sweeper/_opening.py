@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import sqlite3
@@ -17,8 +16,10 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from optuna.distributions import check_distribution_compatibility, json_to_distribution
+from optuna.exceptions import StorageInternalError
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from distilbench.settings import SettingsError
 from distilbench.sweeps import storage_of
@@ -27,17 +28,27 @@ from distilbench.tracking import redact
 ANSWER_SECONDS = 4.0
 LOCK_SECONDS = 120.0
 """Longest wait for another process that takes or settles a trial; each holds the lock for well under a second."""
+_LOCK_NUMBER = 0x64697374696C6265
+"""Of PostgreSQL's advisory locks: "distilbe" in ASCII, so that another program will hardly have it."""
 _LONGEST_SHOWN = 6
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
 
 
+UNANSWERED = (SQLAlchemyError, StorageInternalError)
+"""What a storage that no longer answers raises, from SQLAlchemy or from Optuna."""
+_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Packages that bring a database's driver, by the module that SQLAlchemy looks for, where the two names differ."""
+_PASSWORDS = re.compile(r"//[^:/]*:([^@]+)@|[?&]password=([^&]+)")
+"""As SQLAlchemy and libpq read a URL."""
+
+
 @dataclass(frozen=True)
 class Storage:
-    """Where studies are kept; ``directory`` is the sweep's own."""
+    """Where studies are kept; ``shown`` is the URL as it may be written down, a password being an interpolation."""
 
     url: str
-    directory: Path
+    shown: str
 
     @property
     def file(self) -> Path | None:
@@ -65,49 +76,64 @@ class Storage:
 
     @contextlib.contextmanager
     def _server_lock(self) -> Iterator[None]:
-        """A lock of the database's own, which ends with its connection (PostgreSQL); others go without."""
-        engine = sqlalchemy.create_engine(self.url)
+        """A lock of the database's own, which ends with its connection (PostgreSQL); others go without.
+
+        One for all sweeps in a database, since the first of them makes Optuna's tables.
+        """
+        engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             if engine.dialect.name == "postgresql":
-                number = int.from_bytes(hashlib.sha256(str(self.directory).encode()).digest()[:7], "big")
-                connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), {"number": number})
+                connection.execute(sqlalchemy.text(f"SET lock_timeout = '{LOCK_SECONDS:g}s'"))
+                connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK_NUMBER})"))
             yield
-        engine.dispose()
 
 
-def storage_at(url: str | None, directory: Path) -> Storage:
+def storage_at(url: str | None, written: str | None, directory: Path) -> Storage:
     """``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
 
-    Raises :class:`SettingsError` for what is no storage, holds a password, or does not answer.
+    ``written`` is the setting before its interpolations are resolved. Raises :class:`SettingsError` for what is no
+    storage, has a password written out, or does not answer.
     """
     if url is None:
-        return Storage(f"sqlite:///{directory / 'study.db'}", directory)
-    _check_url(url)
-    storage = Storage(url, directory)
+        default = f"sqlite:///{directory / 'study.db'}"
+        return Storage(default, default)
+    _check_url(url, written or url)
+    storage = Storage(url, written or url)
     try:
         if storage.file:
             _check_file(storage.file)
         else:
-            sqlalchemy.create_engine(url).connect().close()
-    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
-        said = redact(" ".join(str(error).split())[:160])
+            sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(str(error.name), error.name)
         raise SettingsError(
-            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {said}; "
+            f"hydra.sweeper.storage must be a database whose driver is installed, got {redact(url)} without "
+            f"{error.name}; run: pip install '{package}'"
+        ) from None
+    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+        raise SettingsError(
+            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {said_by(error)}; "
             "start it, correct the address, or leave it out"
         ) from None
     return storage
 
 
-def _check_url(url: str) -> None:
-    if re.search(r"//[^/@\s]*:[^/@\s]*@", url):
+def said_by(error: BaseException) -> str:
+    """What a database said, in part of a line, without its passwords and SQLAlchemy's hints."""
+    return redact(" ".join(str(error).partition("(Background on this error")[0].split()))[:200]
+
+
+def _check_url(url: str, written: str) -> None:
+    if _PASSWORDS.search(re.sub(r"\$\{[^{}]*\}", "", written)):
         raise SettingsError(
-            "hydra.sweeper.storage must not hold a password, since Hydra writes settings to disk; "
-            "put it into PGPASSWORD or ~/.pgpass"
+            "hydra.sweeper.storage must not hold a password, since Hydra writes settings to disk; put it into "
+            "PGPASSWORD or ~/.pgpass, or the URL into a variable of the environment: "
+            "'hydra.sweeper.storage=${oc.env:NAME}'"
         )
     if not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", url):
         raise SettingsError(
-            f"hydra.sweeper.storage must be the URL of a database, got {url!r}; for example sqlite:///sweeps.db or "
-            "postgresql://user@host/name"
+            f"hydra.sweeper.storage must be the URL of a database, got {redact(url)!r}; for example "
+            "sqlite:///sweeps.db or postgresql://user@host/name"
         )
 
 
@@ -127,10 +153,10 @@ def open_study(storage: Storage, name: str, directions: Sequence[str], sampler: 
             study_name=name, storage=storage_of(storage.url), sampler=sampler, pruner=pruner, load_if_exists=True,
             directions=[StudyDirection[direction.upper()] for direction in directions],
         )  # fmt: skip
-    except (SQLAlchemyError, sqlite3.Error, RuntimeError) as error:
+    except (SQLAlchemyError, sqlite3.Error, RuntimeError, StorageInternalError) as error:
         raise SettingsError(
             f"hydra.sweeper.storage must be a database of Optuna's that can be written, got {redact(storage.url)}: "
-            f"{' '.join(str(error).split())[:160]}; end what holds it, or name another"
+            f"{said_by(error)}; end what holds it, or name another"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,11 @@ from hydra_plugins.distilbench_sweeper._board import Board, name_of, row_of
 from hydra_plugins.distilbench_sweeper._dry_run import print_plan
 from hydra_plugins.distilbench_sweeper._launching import AsFreed, Hands, Launch, error_of, hands_of
 from hydra_plugins.distilbench_sweeper._opening import (
+    UNANSWERED,
     Storage,
     check_unchanged,
     open_study,
+    said_by,
     sampler_of,
     storage_at,
 )
@@ -55,12 +58,15 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
         if plan.settings.sweep.dry_run:
             print_plan(plan, Console())
             return None
-        storage = storage_at(options.storage, plan.directory)
+        storage = storage_at(options.storage, place.written("storage"), plan.directory)
         store = open_store(plan.settings.tracking)
         sweep = _open(plan, storage, options)
         group = _open_group(plan, sweep, store)
         loop = Loop(plan, place, storage, sweep, group, options)
-        failure = loop.run()
+        try:
+            failure = loop.run()
+        except UNANSWERED as error:
+            return f"hydra.sweeper.storage no longer answers: {said_by(error)}; the same command continues"
         if report_sweep(store, plan.name, plan.directory, usual_treatment()) is None:
             loop.show_all()  # nothing is tracked: there is only what the study knows
         return failure
@@ -149,15 +155,19 @@ class Loop:
             yield
         except BaseException as error:
             self._hands.stop()
-            with self._storage.lock():
-                for study in self._studies.all:
-                    for number in sorted(study.mine):
-                        study.settle(number, interrupted=True, error="interrupted with its sweep")
+            with contextlib.suppress(*UNANSWERED):  # the next call closes them
+                self._close_mine()
             self._group.close_dead(self._is_over)
             self._group.finish(Status.INTERRUPTED, "interrupted; the same command continues")
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._board().line()}; the same command continues")
             raise
+
+    def _close_mine(self) -> None:
+        with self._storage.lock():
+            for study in self._studies.all:
+                for number in sorted(study.mine):
+                    study.settle(number, interrupted=True, error="interrupted with its sweep")
 
     def _close_dead(self) -> None:
         """Close what killed processes left, in the studies and in MLflow, and say so."""
@@ -267,7 +277,7 @@ class Loop:
             directory=directory,
             objectives=plan.objectives,
             is_quiet=isinstance(self._hands, AsFreed),
-            storage=self._storage.url if prunes else None,
+            storage=self._storage.shown if prunes else None,
             study=study.study.study_name,
             trial_id=task.trial_id,
         )

@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distilbench.settings import SettingsError
 
@@ -42,6 +42,12 @@ class Place:
     config: DictConfig
     context: HydraContext
     launcher: Launcher
+
+    def written(self, key: str) -> str | None:
+        """A key of ``hydra.sweeper`` as it stands on the command line or in a file, interpolations left as they are."""
+        values: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
+        found: str | None = values[key]
+        return found
 
 
 class _Sweeper(Sweeper):

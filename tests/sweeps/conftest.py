@@ -42,8 +42,8 @@ class Workspace:
     def sweep(self, name: str) -> Path:
         return self.path / "outputs" / "sweeps" / name
 
-    def study(self, name: str, suffix: str = "") -> list[optuna.trial.FrozenTrial]:
-        url = f"sqlite:///{self.sweep(name)}/study.db"
+    def study(self, name: str, suffix: str = "", url: str | None = None) -> list[optuna.trial.FrozenTrial]:
+        url = url or f"sqlite:///{self.sweep(name)}/study.db"
         return optuna.load_study(study_name=name + suffix, storage=url).trials
 
     def states(self, name: str) -> Counter[str]:

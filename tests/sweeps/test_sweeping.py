@@ -165,6 +165,9 @@ def test_choices_that_optuna_has_fixed_are_not_extended(workspace):
         (["seed=1,2", "sweep.objectives=[speed]"], "sweep.objectives must be one of accuracy"),
         (["seed=1,2", "hydra.sweeper.storage=sweeps.db"], "hydra.sweeper.storage must be the URL of a database"),
         (["seed=1,2", "hydra.sweeper.storage=postgresql://me:pw@127.0.0.1:9/x"], "must not hold a password"),
+        (["seed=1,2", "hydra.sweeper.storage='mysql://me:pw${oc.env:HOME}@127.0.0.1:9/x'"], "must not hold a password"),
+        (["seed=1,2", "hydra.sweeper.storage=postgresql+pg8000://me@127.0.0.1:9/x"], "run: pip install 'pg8000'"),
+        (["seed=1,2", "hydra.sweeper.storage=postgresql://me@127.0.0.1:9/x"], "a storage that answers"),
         (["seed=1,2", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "unable to open database file"),
         ([*SPACE, "hydra.sweeper.direction=[maximize,minimize]"], "hydra.sweeper.direction must be"),
         ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
@@ -181,6 +184,16 @@ def test_a_mistake_is_answered_before_the_first_trial_and_leaves_nothing(workspa
     assert ended.returncode == (2 if own else 1), ended.stderr
     assert not own or len(ended.stderr.strip().splitlines()) == 1
     assert list(workspace.path.iterdir()) == []
+
+
+def test_a_storage_named_by_the_environment_is_written_nowhere_but_as_its_name(workspace):
+    url = f"sqlite:///{workspace.path}/between-us.db"
+    done(workspace, *SPACE, "hydra.sweeper.storage=${oc.env:SWEEP_DATABASE}", "sweep.pruner=median", "sweep.trials=2",
+         "sweep.name=named", SWEEP_DATABASE=url)  # fmt: skip
+    assert len(workspace.study("named", url=url)) == 2
+    told = [path for path in workspace.sweep("named").rglob("*") if path.is_file()]
+    assert len(told) > 8
+    assert [path for path in told if b"between-us" in path.read_bytes()] == []
 
 
 def test_a_locked_storage_is_one_line(workspace):
