@@ -89,6 +89,13 @@ def resolve_model(settings: ModelSettings) -> ResolvedModel:
     return _SOURCES[settings.source](settings)
 
 
+def used_now(resolved: ResolvedModel) -> SourceUsed:
+    """What ``used`` would say now: a local directory's files may have changed since they were resolved."""
+    if resolved.settings.source != "local" or resolved.directory is None:
+        return resolved.used
+    return replace(resolved.used, fingerprint=_fingerprint(resolved.directory))
+
+
 def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
     """Raise :class:`SettingsError` where ``freeze`` asks for more layers than the model has, or can give."""
     name = resolved.used.name

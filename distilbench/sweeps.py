@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from distilbench.records import Owner, Record
-from distilbench.results import Evaluation, Status
+from distilbench.results import Evaluation, Status, digest
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
 """Names the ``job.json`` of the trial that a job is to train."""
 JOB = "job.json"
+SOURCES = "sources.json"
+"""In a sweep's directory: the model and the text that its first trials really used, by their settings."""
 _GOES_UP = ("accuracy", "f1", "mcc")
 _NOBODY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
 
@@ -59,6 +63,11 @@ class SweepJob:
     such as ``${oc.env:NAME}`` stand in it unresolved, since a password would be written to disk."""
     study: str = ""
     trial_id: int = 0
+
+    @property
+    def sweep_directory(self) -> Path:
+        """The directory of the whole sweep."""
+        return self.directory.parents[len(Path(self.trial).parts) - 1]
 
     @property
     def tags(self) -> dict[str, str]:
@@ -110,9 +119,41 @@ def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
 
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
+    hold_sources(prepared, job.settings, place)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
     train(job, place, prepared, store)
     return objectives_at(place)
+
+
+def hold_sources(prepared: Prepared, settings: AppSettings, place: SweepJob) -> None:
+    """Keep what this trial's model and text really are, for all of its sweep's later trials to be the same.
+
+    Raises :class:`SettingsError` where an earlier trial, of this call or another, had others under the same settings.
+    """
+    from distilbench.model import used_now
+
+    found = {"model": (settings.model, used_now(prepared.model)), "data": (settings.data, prepared.text.used)}
+    path = place.sweep_directory / SOURCES
+    with FileLock(path.with_name(f".{SOURCES}.lock")):
+        known: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
+        for group, (asked, used) in found.items():
+            now = {"fingerprint": used.fingerprint, "is": used.describe()}
+            kept = known.setdefault(f"{group} {digest(asked)}", now)
+            if kept["fingerprint"] != now["fingerprint"]:
+                raise SettingsError(_other_source(group, kept, now, place.sweep))
+        partial = path.with_name(f".{SOURCES}.partial")
+        partial.write_text(json.dumps(known, indent=2) + "\n")
+        os.replace(partial, path)
+
+
+def _other_source(group: str, kept: Mapping[str, str], now: Mapping[str, str], sweep: str) -> str:
+    same_name = kept["is"] == now["is"]
+    got = "other contents under that name" if same_name else now["is"]
+    remedy = "put the first contents back" if same_name else "make the first available again"
+    return (
+        f"{group} must be what the sweep {sweep!r} began with, {kept['is']} ({kept['fingerprint'][:12]}), got {got} "
+        f"({now['fingerprint'][:12]}); {remedy}, or take another sweep.name"
+    )
 
 
 def objectives_at(place: SweepJob) -> tuple[float, ...]:
@@ -128,11 +169,11 @@ Judge = Callable[[float, int], str | None]
 """Given the objective so far and how often it was measured: why the trial is to stop, or None."""
 
 
-def membership_of(place: SweepJob, settings: SweepSettings) -> Membership:
-    """What a trial with one seed has from its sweep: name, parent, tags, and who may prune it."""
+def membership_of(place: SweepJob, settings: AppSettings) -> Membership:
+    """What a trial with one seed has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
     from distilbench.trials import Membership
 
-    judge = _judge_of(place, settings)
+    judge = _judge_of(place, settings.sweep)
     count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -140,13 +181,18 @@ def membership_of(place: SweepJob, settings: SweepSettings) -> Membership:
         count += 1
         return judge(evaluation.metric(place.objectives[0]), count) if judge else None
 
-    return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet)
+    accept = _accepting(settings, place)
+    return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet, accept)
+
+
+def _accepting(settings: AppSettings, place: SweepJob) -> Callable[[Prepared], None]:
+    return lambda prepared: hold_sources(prepared, settings, place)
 
 
 def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
     from distilbench.trials import run
 
-    membership = membership_of(place, job.settings.sweep)
+    membership = membership_of(place, job.settings)
     _compare(job, run(job.settings, prepared, store, membership), store)
 
 
@@ -189,8 +235,9 @@ class Seeds:
         self.jobs = [
             (
                 _with_seed(job, seed, place.directory / f"seed-{seed}"),
-                Membership(f"{place.name} seed={seed}", self._group.run_id, place.tags, is_quiet=place.is_quiet),
-            )
+                Membership(f"{place.name} seed={seed}", self._group.run_id, place.tags, is_quiet=place.is_quiet,
+                           accept=_accepting(job.settings, place)),
+            )  # fmt: skip
             for seed in job.settings.sweep.seeds or []
         ]
 

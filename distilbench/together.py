@@ -122,6 +122,8 @@ class Workshop:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
         check_freeze(prepared.model, settings.freeze)
+        if entry.membership and entry.membership.accept:
+            entry.membership.accept(prepared)
         return _Ready(entry.job, entry.membership, prepared, self._stores[settings.tracking])
 
     def _groups(self, ready: Mapping[int, _Ready]) -> list[list[int]]:

@@ -114,7 +114,7 @@ def _parts_of(task: Task, closing: ExitStack) -> _Parts:
         return _Parts([Entry(task.job)])
     settings = task.job.settings
     if not task.has_seeds:
-        return _Parts([Entry(task.job, membership_of(task.place, settings.sweep))])
+        return _Parts([Entry(task.job, membership_of(task.place, settings))])
     seeds = Seeds(task.job, task.place, open_store(settings.tracking))
     closing.enter_context(seeds.closing())
     return _Parts([Entry(*part) for part in seeds.jobs], seeds)

@@ -67,6 +67,8 @@ class Membership:
     """Asked after each evaluation: why the trial is to stop there, or None."""
     is_quiet: bool = False
     """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
+    accept: Callable[[Prepared], None] | None = None
+    """Raises :class:`SettingsError` for sources that are not those of the sweep's other trials."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from distilbench.model import (
     export_model,
     load_tokenizer,
     resolve_model,
+    used_now,
 )
 from distilbench.settings import FreezeSettings, ModelSettings, SettingsError
 from distilbench.sources import file_sha256
@@ -509,3 +510,14 @@ def test_a_repository_without_safetensors_is_refused_in_one_line(checkpoint, tmp
         "model.checkpoint must be a model with model.safetensors, got 'owner/name'; "
         "use a checkpoint whose model and tokenizer were saved with save_pretrained"
     )
+
+
+def test_weights_that_change_in_place_are_told_from_those_that_were_resolved(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
+    (tmp_path / "vocab.txt").write_text("[PAD]\n")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"first")
+    resolved = resolve_model(ModelSettings("local", str(tmp_path)))
+    assert used_now(resolved) == resolved.used
+    weights.write_bytes(b"second")
+    assert used_now(resolved).fingerprint != resolved.used.fingerprint

@@ -111,6 +111,34 @@ def test_an_error_that_every_trial_would_share_ends_the_sweep_at_the_first(works
     assert counts == {"INTERRUPTED": 1, "WAITING": 2}, "the sweep can be continued once the setting is mended"
 
 
+def sentences(path, start: int) -> str:
+    path.write_text("text,label\n" + "\n".join(f"word {i},{i % 2}" for i in range(start, start + 60)) + "\n")
+    return f"data.train={path}"
+
+
+TEXT = ("data=files", "data.text_column=text", "data.label_column=label", "data.max_train_examples=null")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "fused"])
+def test_a_text_that_changed_under_its_name_stops_the_continued_sweep_in_one_line(workspace, launcher):
+    launch = (f"hydra/launcher={launcher}",) + (("engine=fused",) if launcher == "fused" else ())
+    train = sentences(workspace.path / "train.csv", start=0)
+    first = (*TEXT, train, *launch, "sweep.name=text", "hydra/sweeper=optuna",
+             "optim.weight_decay=interval(0,0.1)", "sweep.baseline=false")  # fmt: skip
+    ended(workspace, *first, "sweep.trials=1")
+    sentences(workspace.path / "train.csv", start=1000)
+    refused = ended(workspace, *first, "sweep.trials=4", status=2)
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("distilbench: ")]
+    assert "data must be what the sweep 'text' began with" in line
+    assert "other contents under that name" in line
+    assert "another sweep.name" in line
+    assert "Traceback" not in refused.stderr
+    assert Counter(t.user_attrs["status"] for t in workspace.study("text")) == {"FINISHED": 1, "INTERRUPTED": 1}
+    sentences(workspace.path / "train.csv", start=0)
+    ended(workspace, *first, "sweep.trials=2")
+    assert workspace.states("text")["COMPLETE"] == 2
+
+
 def test_killed_real_trials_leave_nothing_running_and_nothing_lost(workspace):
     rng = random.Random(3)
     command = ("freeze.layers=0,1,2", "seed=1,2", "sweep.name=killed")
