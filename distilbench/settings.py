@@ -401,7 +401,7 @@ class SweepSettings:
     pruner: str
     """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
     pruner_options: dict[str, Any]
-    """Arguments of Optuna's pruner, such as n_startup_trials."""
+    """Arguments of Optuna's pruner, such as n_startup_trials: numbers (a resource may be auto); null is its default."""
     max_failures: Optional[float]
     """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
     timeout_minutes: Optional[float]
@@ -422,6 +422,11 @@ class SweepSettings:
                 "letters, digits and ._+- without a path", self.name)  # fmt: skip
         _at_least("sweep.trials", self.trials, 1)
         _one_of("sweep.pruner", self.pruner, PRUNERS)
+        for name, value in self.pruner_options.items():
+            takes = "a number, auto or null" if name.endswith("_resource") else "a number or null"
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            is_auto = value == "auto" and name.endswith("_resource")
+            require(value is None or is_number or is_auto, f"sweep.pruner_options.{name}", takes, value)
         for objective in self.objectives or ():
             _one_of("sweep.objectives", objective, OBJECTIVES)
         for name in ("objectives", "seeds"):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -235,9 +236,14 @@ class Seeds:
         self.jobs = [
             (
                 _with_seed(job, seed, place.directory / f"seed-{seed}"),
-                Membership(f"{place.name} seed={seed}", self._group.run_id, place.tags, is_quiet=place.is_quiet,
-                           accept=_accepting(job.settings, place)),
-            )  # fmt: skip
+                Membership(
+                    f"{place.name} seed={seed}",
+                    self._group.run_id,
+                    place.tags,
+                    is_quiet=place.is_quiet,
+                    accept=_accepting(job.settings, place),
+                ),
+            )
             for seed in job.settings.sweep.seeds or []
         ]
 
@@ -324,13 +330,15 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
         "threshold": optuna.pruners.ThresholdPruner,
         "wilcoxon": optuna.pruners.WilcoxonPruner,
     }
+    options = {name: value for name, value in settings.pruner_options.items() if value is not None}
     try:
-        return makers[settings.pruner](**settings.pruner_options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # asked for by name
+            return makers[settings.pruner](**options)
     except (TypeError, ValueError) as error:
         said = str(error).partition("__init__() ")[2] or str(error)
         raise SettingsError(
-            f"sweep.pruner_options must be what Optuna's {settings.pruner} pruner takes, "
-            f"got {dict(settings.pruner_options)}: {said}"
+            f"sweep.pruner_options must be what Optuna's {settings.pruner} pruner takes, got {options}: {said}"
         ) from None
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
@@ -239,6 +240,9 @@ def cli(entrypoint: Callable[[], object] = main) -> None:
         sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ending:
+        # Hydra ends with 1 while it handles what it has explained: a choice or a key that there is not
+        sys.exit(2 if ending.code == 1 and isinstance(ending.__context__, CompactHydraException) else ending.code)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def test_an_optuna_sweep_trains_its_batches_at_once_and_prunes_within_them(tmp_p
     workspace = Workspace(tmp_path)
     done = workspace.run(
         *TRIALS, "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=3", "sweep.trials=3", "sweep.name=together",
-        "sweep.baseline=false", "sweep.pruner=threshold", "+sweep.pruner_options.lower=0.9",
+        "sweep.baseline=false", "sweep.pruner=threshold", "sweep.pruner_options.lower=0.9",
         "optim.lr=choice(1e-6,1e-2,2e-2)", "hydra/sweeper/sampler=grid", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -139,7 +139,7 @@ def test_a_mistake_costs_two_seconds_and_one_line_and_leaves_nothing(workspace, 
 
 def test_an_unknown_key_is_answered_by_hydra(workspace):
     done = workspace.run(*TINY, "freeze.layerz=1")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "layerz" in done.stderr
     assert "Traceback" not in done.stderr
 

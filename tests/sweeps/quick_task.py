@@ -7,8 +7,6 @@ finished is appended to ``finished.log``, one line at once, so that a test knows
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from distilbench.records import Owner, Record
 from distilbench.results import Status
 from distilbench.settings import CONF, register_schema, settings_from
 from distilbench.sweeps import SweepJob
-from distilbench.train import Terminated, _terminate
+from distilbench.train import cli
 
 register_schema()
 SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
@@ -52,10 +50,4 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        main()
-    except Terminated:
-        sys.exit(143)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli(main)

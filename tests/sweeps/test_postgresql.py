@@ -78,7 +78,7 @@ def test_real_trials_are_pruned_through_it_and_the_password_is_written_nowhere(w
 
     ended(workspace.start(STORAGE, "hydra/sweeper=optuna", "freeze.layers=0,1,2", "data.max_train_examples=64",
                           f"sweep.name={name}", "sweep.trials=3", "sweep.pruner=threshold", "train.epochs=2",
-                          "+sweep.pruner_options.lower=1.1", "output.save_model=false", real=True))  # fmt: skip
+                          "sweep.pruner_options.lower=1.1", "output.save_model=false", real=True))  # fmt: skip
     states = Counter(trial.state.name for trial in workspace.study(name, url=URL))
     assert states["PRUNED"] >= 2
     password = (make_url(URL).password or "").encode()

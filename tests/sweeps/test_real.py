@@ -89,7 +89,7 @@ def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspa
 
 def test_a_pruned_trial_is_pruned_in_study_record_and_mlflow_and_the_baseline_never_is(workspace):
     ended(workspace, "hydra/sweeper=optuna", "freeze.layers=0,1,2", "sweep.name=pruned", "sweep.trials=3",
-          "sweep.pruner=threshold", "+sweep.pruner_options.lower=1.1", "train.epochs=2")  # fmt: skip
+          "sweep.pruner=threshold", "sweep.pruner_options.lower=1.1", "train.epochs=2")  # fmt: skip
     trials = [t for t in workspace.study("pruned") if t.user_attrs["status"] != "REUSED"]
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
     assert [list(t.intermediate_values) for t in trials] == [[1, 2], [1], [1]]
