@@ -6,8 +6,8 @@ import contextlib
 import json
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,24 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
-from optuna.distributions import check_distribution_compatibility, json_to_distribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+)
 from optuna.exceptions import StorageInternalError
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from distilbench.records import Owner
 from distilbench.settings import SettingsError
 from distilbench.sweeps import storage_of
 from distilbench.tracking import redact
+from hydra_plugins.distilbench_sweeper._space import Space
 
 ANSWER_SECONDS = 4.0
 LOCK_SECONDS = 120.0
@@ -182,11 +191,19 @@ def sampler_of(config: DictConfig | None, trials: int) -> Any:
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
     """Raise :class:`SettingsError` where a sweep is continued as another: its difference, and what to do.
 
-    With ``extend`` dimensions may change as far as Optuna can take it, what they are laid over may not.
+    With ``extend`` the space may change, what it is laid over may not.
     """
-    fixed = _differences(kept["fixed"], now["fixed"])
+    had, has = ({key: _in_order(value) for key, value in identity["space"].items()} for identity in (kept, now))
+    moved = had.keys() ^ has.keys()
+    """Dimensions of one of the two, whose value, or whose group's values, the other has fixed."""
+
+    def stays(identity: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in identity["fixed"].items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
+
+    fixed = _differences(stays(kept), stays(now))
     fixed += [line for key in ("objectives", "directions") for line in _differences({key: kept[key]}, {key: now[key]})]
-    space = _differences(kept["space"], now["space"])
+    space = _differences(had | {m: kept["fixed"].get(m) for m in moved - had.keys()},
+                         has | {m: now["fixed"].get(m) for m in moved - has.keys()})  # fmt: skip
     if fixed or (space and not extend):
         shown = [*fixed, *space]
         more = f" and {len(shown) - _LONGEST_SHOWN} more" if len(shown) > _LONGEST_SHOWN else ""
@@ -195,8 +212,14 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
             f"sweep.name must be another one for another sweep, got {name!r}, which had "
             f"{'; '.join(shown[:_LONGEST_SHOWN])}{more}; take another name{remedy}"
         )
-    if space:
-        _check_extension(kept["space"], now["space"])
+
+
+def _in_order(distribution: str) -> str:
+    """Choices make the same dimension in any order."""
+    content = json.loads(distribution)
+    if "choices" in content["attributes"]:
+        content["attributes"]["choices"].sort(key=str)
+    return json.dumps(content)
 
 
 def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -213,13 +236,75 @@ def _shown(value: Any) -> str:
     return "unset" if value is None else str(value)
 
 
-def _check_extension(kept: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Optuna fixes the choices of a categorical parameter, and whether a parameter is logarithmic."""
-    for key in kept.keys() & now.keys():
-        try:
-            check_distribution_compatibility(json_to_distribution(kept[key]), json_to_distribution(now[key]))
-        except ValueError:
-            raise SettingsError(
-                f"{key} must keep its kind and its choices in a study, got {_shown(now[key])} after "
-                f"{_shown(kept[key])}; take another sweep.name"
-            ) from None
+def extend_study(study: optuna.Study, space: Space, storage: Storage, is_dead: Callable[[Owner], bool]) -> Space:
+    """Make the study take ``space``; returns it with its choices in the study's own order, further ones after them.
+
+    Optuna keeps a choice by its place in the list and refuses a longer list, so the list is replaced in its records.
+    Raises :class:`SettingsError` where a dimension's kind changed, choices are gone, or another process is at work.
+    """
+    dimensions = dict(space.dimensions)
+    trials = study.get_trials(deepcopy=False)
+    longer: dict[str, CategoricalDistribution] = {}
+    for key, distribution in dimensions.items():
+        known = next((trial.distributions[key] for trial in trials if key in trial.distributions), None)
+        if isinstance(known, CategoricalDistribution) and isinstance(distribution, CategoricalDistribution):
+            dimensions[key] = joined = _joined(key, known, distribution)
+            if joined != known:
+                longer[key] = joined
+        elif known is not None:
+            _check_kind(key, known, distribution)
+    if longer:
+        _check_alone(trials, is_dead)
+        _replace_choices(study, longer, storage)
+    return replace(space, dimensions=dimensions)
+
+
+def _joined(key: str, known: CategoricalDistribution, now: CategoricalDistribution) -> CategoricalDistribution:
+    gone = [choice for choice in known.choices if choice not in now.choices]
+    if gone:
+        raise SettingsError(
+            f"{key} must keep the choices that it had in this sweep, got {list(now.choices)} without "
+            f"{', '.join(map(str, gone))}; add them, or take another sweep.name"
+        )
+    return CategoricalDistribution([*known.choices, *(c for c in now.choices if c not in known.choices)])
+
+
+def _check_kind(key: str, known: BaseDistribution, now: BaseDistribution) -> None:
+    """Optuna fixes whether a parameter is whole, continuous or a choice, and whether it is logarithmic."""
+    try:
+        check_distribution_compatibility(known, now)
+    except ValueError:
+        kinds = [_kind(distribution) for distribution in (known, now)]
+        raise SettingsError(
+            f"{key} must stay {kinds[0]} in this sweep, got {kinds[1]}; only its ends may change; "
+            "take another sweep.name"
+        ) from None
+
+
+def _kind(distribution: BaseDistribution) -> str:
+    scale = "logarithmic" if getattr(distribution, "log", False) else "linear"
+    words = {IntDistribution: f"a {scale} range of whole numbers", FloatDistribution: f"a {scale} interval"}
+    return words.get(type(distribution), "a list of choices")
+
+
+def _check_alone(trials: Sequence[optuna.trial.FrozenTrial], is_dead: Callable[[Owner], bool]) -> None:
+    running = (trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING)
+    owners = [Owner(**trial.user_attrs["owner"]) for trial in running if "owner" in trial.user_attrs]
+    alive = next((owner for owner in owners if not is_dead(owner)), None)
+    if alive:
+        raise SettingsError(
+            f"sweep.on_change=extend must find nobody else at work to add choices, got process {alive.pid} on "
+            f"{alive.host}; wait for it, or end it"
+        )
+
+
+def _replace_choices(study: optuna.Study, longer: Mapping[str, BaseDistribution], storage: Storage) -> None:
+    """Write longer lists of choices into Optuna's table of parameters, all at once; places in the lists stay."""
+    statement = sqlalchemy.text(
+        "UPDATE trial_params SET distribution_json = :json WHERE param_name = :key "
+        "AND trial_id IN (SELECT trial_id FROM trials WHERE study_id = :study)"
+    )
+    with sqlalchemy.create_engine(storage.url, poolclass=NullPool).begin() as connection:
+        for key, distribution in longer.items():
+            values = {"json": distribution_to_json(distribution), "key": key, "study": study._study_id}
+            connection.execute(statement, values)

@@ -68,11 +68,10 @@ class Space:
         varied = [f"{key}={value}" for key, value in cell.params.items()]
         return [*self.fixed, *varied, *cell.extra]
 
-    def contains(self, params: Params) -> bool:
+    def contains(self, params: Mapping[str, Any]) -> bool:
         """Whether a point lies inside: it names every dimension, with a value that this one has."""
-        return params.keys() == self.dimensions.keys() and all(
-            _contains(self.dimensions[key], value) for key, value in params.items()
-        )
+        named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
+        return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
 
     def describe(self) -> dict[str, str]:
         """Each dimension as Optuna writes it, to be kept and compared."""

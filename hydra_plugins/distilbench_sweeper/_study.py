@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ class Standing:
         queued = self.trial.user_attrs.get("point")
         return str(queued) if queued else Cell(self.trial.params).point
 
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Its parameters; of one that waits, those that it was queued with."""
+        return self.trial.params or self.trial.system_attrs.get("fixed_params", {})
+
     def attribute(self, name: str) -> Any:
         """A user attribute, None where it was never set."""
         return self.trial.user_attrs.get(name)
@@ -116,18 +121,32 @@ class Study:
         """How many trials are queued."""
         return sum(s.status == "WAITING" for s in self.standings())
 
-    def queue(self, cells: Sequence[Cell]) -> None:
-        """Queue those of ``cells``, and of the void trials' points, that no other trial stands for."""
+    def queue(self, cells: Sequence[Cell], space: Space) -> None:
+        """Queue those of ``cells``, and of the void trials' points, that no other trial stands for.
+
+        What an earlier ``space`` had and this one lacks is taken out of the queue.
+        """
+        for standing in self.standings():
+            if standing.status == "WAITING" and not space.contains(standing.params):
+                self._withdraw(standing.trial._trial_id)
         standings = self.standings()
         present = {s.point for s in standings if not self._is_void(s)}
         void = [Cell(s.trial.params, is_baseline=s.is_baseline) for s in standings
-                if self._is_void(s) and s.trial.params]  # fmt: skip
+                if self._is_void(s) and s.trial.params and space.contains(s.params)]  # fmt: skip
         for cell in [*cells, *void]:
             if cell.point not in present:
                 present.add(cell.point)
                 attributes = {"point": cell.point, "extra": list(cell.extra), "baseline": cell.is_baseline}
                 self.study.enqueue_trial(cell.params, user_attrs=attributes)
                 self.refresh()
+
+    def _withdraw(self, trial_id: int) -> None:
+        """End a trial that waits; ``Study.tell`` takes only those that run."""
+        storage = self.study._storage
+        storage.set_trial_user_attr(trial_id, "status", Status.INTERRUPTED.value)
+        storage.set_trial_user_attr(trial_id, "error", "the sweep went on with another space")
+        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self.refresh()
 
     def take(self, space: Space, compose: Compose, config: Any) -> Task | None:
         """The next trial to launch; None where only points are left that were evaluated or are under way."""
@@ -166,10 +185,11 @@ class Study:
         return Task(trial.number, trial._trial_id, point, bool(trial.user_attrs.get("baseline"))), False
 
     def is_exhausted(self, space: Space) -> bool:
-        """Whether every point of a space that can be counted stands in the study."""
+        """Whether every point of a space that can be counted stands in the study, which may hold others, too."""
         if space.size is None:
             return False
-        return len({s.point for s in self.standings() if not self._is_void(s)}) >= space.size
+        inside = {s.point for s in self.standings() if not self._is_void(s) and space.contains(s.params)}
+        return len(inside) >= space.size
 
     def _queue_untried(self, space: Space) -> None:
         if space.size is None or space.size > LARGEST_LISTED:
@@ -177,7 +197,7 @@ class Study:
         tried = {s.point for s in self.standings() if not self._is_void(s)}
         left = [cell for cell in map(Cell, space.cells()) if cell.point not in tried]
         if left:
-            self.queue([self._random.choice(left)])
+            self.queue([self._random.choice(left)], space)
 
     def _reuse(self, trial: optuna.Trial, same: Standing) -> None:
         """End ``trial`` with what its twin came to."""

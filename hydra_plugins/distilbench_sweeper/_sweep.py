@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -30,6 +30,7 @@ from hydra_plugins.distilbench_sweeper._opening import (
     UNANSWERED,
     Storage,
     check_unchanged,
+    extend_study,
     open_study,
     said_by,
     sampler_of,
@@ -60,7 +61,7 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
             return None
         storage = storage_at(options.storage, place.written("storage"), plan.directory)
         store = open_store(plan.settings.tracking)
-        sweep = _open(plan, storage, options)
+        plan, sweep = _open(plan, storage, options)
         group = _open_group(plan, sweep, store)
         loop = Loop(plan, place, storage, sweep, group, options)
         try:
@@ -85,21 +86,24 @@ class Studies:
         return [study for study in (self.beside, self.main) if study]
 
 
-def _open(plan: Plan, storage: Storage, options: Options) -> Studies:
-    """Make or load the studies, close what dead processes left, and queue what is to be trained."""
+def _open(plan: Plan, storage: Storage, options: Options) -> tuple[Plan, Studies]:
+    """Make or load the studies; returns them with the plan, whose space has become the study's own."""
     plan.directory.mkdir(parents=True, exist_ok=True)
     owner, take_over = Owner.of_this_process(), plan.settings.sweep.take_over
     with storage.lock():
         main = open_study(storage, plan.name, plan.directions, None, pruner_of(plan.settings.sweep))
         kept = main.user_attrs.get("identity")
-        if kept is None:
-            main.set_user_attr("identity", plan.identity)
-        elif kept != plan.identity:
+        if kept is not None and kept != plan.identity:
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
+        space = extend_study(main, plan.space, storage, lambda other: other.is_dead(take_over))
+        if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
+        if space != plan.space:  # the study is read again, for Optuna to see the longer lists
+            plan = replace(plan, space=space)
+            main = open_study(storage, plan.name, plan.directions, None, pruner_of(plan.settings.sweep))
         main.sampler = sampler_of(options.sampler, len(main.get_trials(deepcopy=False))) or main.sampler
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, None) if plan.beside else None
-        return Studies(
+        return plan, Studies(
             Study(main, plan.directory, plan.objectives, owner, take_over, _to_retry(plan, main)),
             Study(beside, plan.directory / BESIDE, plan.objectives, owner, take_over) if beside else None,
         )
@@ -226,7 +230,7 @@ class Loop:
         with self._storage.lock():
             study.refresh()
             self._close_dead_in(study)
-            study.queue(plan.cells if is_main else plan.beside)
+            study.queue(plan.cells if is_main else plan.beside, space)
             while not self._is_ended() and (self._hands.at_once is None or running + len(tasks) < self._hands.at_once):
                 if not self._has_more(study, is_main):
                     break

@@ -68,7 +68,7 @@ def test_a_trial_cut_short_is_interrupted_and_its_point_queued_again(make):
     mine = make(ME)
     assert mine.close_dead() == [0]
     assert read_record(mine.directory / "0").status is Status.INTERRUPTED
-    mine.queue([])
+    mine.queue([], SPACE)
     again = mine.take(SPACE, compose, None)
     assert (again.number, again.point.cell.params) == (1, task.point.cell.params)
     assert len(mine.counted()) == 1
@@ -108,7 +108,7 @@ def test_a_trial_that_was_asked_for_but_never_signed_is_closed(make):
 def test_a_point_evaluated_before_is_reused_with_its_value_and_does_not_count(make):
     study = make(ME)
     cell = Cell({"freeze.layers": 1, "scheduler": "cosine"})
-    study.queue([cell])
+    study.queue([cell], SPACE)
     finish(study, study.take(SPACE, compose, None).number, accuracy=0.8)
     study.settle(0)
     study.study.enqueue_trial(cell.params)
@@ -166,7 +166,7 @@ def test_a_point_that_is_no_trial_fails_and_the_next_is_taken(make):
             raise SettingsError("scheduler must be cosine")
         return compose(cell)
 
-    study.queue([Cell({"freeze.layers": 0, "scheduler": "linear"})])
+    study.queue([Cell({"freeze.layers": 0, "scheduler": "linear"})], SPACE)
     task = study.take(SPACE, picky, None)
     assert task.point.cell.params["scheduler"] == "cosine"
     assert study.standings()[0].attribute("error") == "scheduler must be cosine"
@@ -177,7 +177,7 @@ def test_failed_trials_are_retried_when_asked_for(make):
     finish(study, study.take(SPACE, compose, None).number, Status.FAILED, error="disk full")
     study.settle(0)
     retrying = make(ME, retry=[0])
-    retrying.queue([])
+    retrying.queue([], SPACE)
     assert retrying.take(SPACE, compose, None).point.cell.params == study.standings()[0].trial.params
 
 

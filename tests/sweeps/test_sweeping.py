@@ -150,10 +150,52 @@ def test_another_space_under_the_same_name_is_refused_with_the_difference(worksp
     assert "train.epochs 1 (now 2)" in epochs.stderr
 
 
-def test_choices_that_optuna_has_fixed_are_not_extended(workspace):
-    done(workspace, "freeze.layers=0,1", "sweep.name=grid")
-    refused = done(workspace, "freeze.layers=0,1,2", "sweep.name=grid", "sweep.on_change=extend", status=2)
-    assert "freeze.layers must keep its kind and its choices in a study, got [0, 1, 2] after [0, 1]" in refused.stderr
+def test_a_grid_is_extended_by_values_and_dimensions_and_trains_only_what_is_new(workspace):
+    extend = ("sweep.name=grid", "sweep.on_change=extend")
+    done(workspace, "freeze.layers=0,1", *extend)
+    done(workspace, "freeze.layers=2,1,0", *extend)
+    assert [what for _, what in workspace.finished()] == ["0/2e-05/42", "1/2e-05/42", "2/2e-05/42"]
+    done(workspace, "freeze.layers=0,1,2", "seed=41,42", *extend)
+    assert sorted(what for _, what in workspace.finished()[3:]) == ["0/2e-05/41", "1/2e-05/41", "2/2e-05/41"]
+    params = [trial.params.get("freeze.layers") for trial in workspace.study("grid")[:3]]
+    assert params == [0, 1, 2], "choices are kept by their places: those of finished trials must not have moved"
+    again = done(workspace, "freeze.layers=2,0,1", "seed=42,41", "sweep.name=grid")
+    assert "6 of 6 trials" in again.stdout
+    assert len(workspace.finished()) == 6
+
+
+def test_a_grid_cut_short_goes_on_with_the_cells_of_its_new_space_alone(workspace):
+    done(workspace, "freeze.layers=0,1,2", "sweep.name=grid", "sweep.timeout_minutes=0.001")
+    done(workspace, "freeze.layers=0,1,2", "seed=42,43", "sweep.name=grid", "sweep.on_change=extend")
+    seeds = {what for _, what in workspace.finished()}
+    assert seeds == {f"{layers}/2e-05/{seed}" for layers in (0, 1, 2) for seed in (42, 43)}
+    assert len(workspace.finished()) == 6
+
+
+def test_an_optuna_sweep_is_extended_by_choices_ranges_and_dimensions(workspace):
+    extend = ("hydra/sweeper=optuna", "sweep.name=first", "sweep.on_change=extend")
+    done(workspace, *extend, "scheduler=linear,cosine", "freeze.layers=range(0,2)", "sweep.trials=2")
+    done(workspace, *extend, "scheduler=polynomial,linear,cosine", "freeze.layers=range(1,3)", "sweep.trials=4")
+    done(workspace, *extend, "scheduler=polynomial,linear,cosine", "optim.lr=interval(1e-5,1e-3)", "sweep.trials=6")
+    assert len(workspace.finished()) in (6, 7)  # a baseline outside of the second space is trained beside it
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        (["freeze.layers=0,1", "optim.lr=interval(1e-5,1e-2)"], "got [0, 1] without 2"),
+        (["freeze.layers=0,1,2", "optim.lr=tag(log,interval(1e-5,1e-2))"], "optim.lr must stay a linear interval"),
+        (["freeze.layers=range(0,3)", "optim.lr=interval(1e-5,1e-2)"], "freeze.layers must stay a list of choices"),
+    ],
+)
+def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line):
+    known = ("hydra/sweeper=optuna", "sweep.name=first")
+    done(workspace, *known, "freeze.layers=0,1,2", "optim.lr=interval(1e-5,1e-2)", "sweep.trials=1")
+    refused = done(workspace, *known, *now, "sweep.trials=3", "sweep.on_change=extend", status=2)
+    assert line in refused.stderr
+    assert "take another sweep.name" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert len(workspace.finished()) == 1
 
 
 @pytest.mark.parametrize(
