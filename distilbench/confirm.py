@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distilbench.composition import usual_treatment
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, digest
 from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, settings_from
+from distilbench.signals import end_cleanly
 from distilbench.train import cli as run_command_line
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def confirm(settings: ConfirmSettings) -> int:
     _announce(settings, cells)
     if settings.dry_run:
         return 0
+    end_cleanly()
     group = store.open_group(name, _tags(store, settings.sweep, name), run_id=own.run_id if own else None)
     group.close_dead(lambda owner: owner.is_dead())
     try:

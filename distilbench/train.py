@@ -5,16 +5,20 @@ Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 in
 
 from __future__ import annotations
 
+from distilbench.signals import Terminated, end_at_once, end_cleanly
+
+if __name__ == "__main__":
+    end_at_once()  # before the imports, which take half a second
+
 import logging
 import shlex
-import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -33,10 +37,6 @@ if TYPE_CHECKING:
 
 register_schema()
 log = logging.getLogger("distilbench.train")  # not __main__, which a command line makes of this module
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: ends a trial as cleanly as Ctrl-C does."""
 
 
 class TrialFailed(RuntimeError):
@@ -83,6 +83,7 @@ class Batches:
         """
         if not jobs:
             return
+        end_cleanly()
         from distilbench.together import Workshop
 
         self._workshop = self._workshop or Workshop(self._max_trials)
@@ -171,6 +172,7 @@ def _task(config: DictConfig) -> Task:
 
 
 def _run(task: Task) -> float | tuple[float, ...]:
+    end_cleanly()
     if task.place:
         return run_in_sweep(task.job, task.place)
     from distilbench.trials import run_and_compare
@@ -227,18 +229,15 @@ def _fail(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise Terminated
-
-
 def cli(entrypoint: Callable[[], object] = main) -> None:
     """Run an entrypoint as the command line does, with exit statuses for interruption."""
-    signal.signal(signal.SIGTERM, _terminate)
+    end_at_once()
     try:
         entrypoint()
     except Terminated:
         sys.exit(143)
     except KeyboardInterrupt:
+        exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
         sys.exit(130)
     except SystemExit as ending:
         # Hydra ends with 1 while it handles what it has explained: a choice or a key that there is not

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "distilbench"
 LAYERS = [
-    {"settings"},
+    {"signals", "settings"},
     {"results"},
     {"records", "sources", "significance"},
     {"corpora"},

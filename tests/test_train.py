@@ -176,6 +176,28 @@ def test_a_diverged_trial_says_what_to_change_and_ends_with_one(workspace):
     assert (run.info.status, run.data.tags["distilbench.status"]) == ("FAILED", "DIVERGED")
 
 
+def wait_for_handlers(process) -> None:
+    """Until Python itself has come up and runs the command's first lines, which takes longer on a busy machine."""
+    caught = 0
+    while not caught & 1 << signal.SIGTERM - 1:
+        assert process.poll() is None
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when the command has come up")
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3, 0.6, 1.0, 1.5])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+def test_a_signal_before_anything_has_begun_is_one_line_at_most(workspace, signum, status, seconds):
+    process = workspace.start("--multirun", *TINY, "freeze.layers=0,1")
+    wait_for_handlers(process)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert len(err.splitlines()) <= 1, err
+
+
 @pytest.mark.parametrize(
     ("signum", "status", "engine"),
     [(signal.SIGINT, 130, "trainer"), (signal.SIGTERM, 143, "trainer"), (signal.SIGTERM, 143, "fused")],

@@ -128,10 +128,22 @@ def _open_database(place: Place, settings: TrackingSettings) -> str:
     place.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(place.artifacts / ".lock", timeout=60):
         _check_database(place)
+        if place.file and not place.file.stat().st_size:
+            _make_database(place.file, place.artifacts)
         store = SqlAlchemyStore(place.uri, place.artifacts.as_uri())
         experiment_id = _experiment_of(store, settings)
         _check_artifacts(store.get_experiment(experiment_id).artifact_location, place.artifacts, settings)
     return experiment_id
+
+
+def _make_database(file: Path, artifacts: Path) -> None:
+    """Make all of mlflow's tables beside ``file`` and put them there at once: half of them could never be opened."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)
+    SqlAlchemyStore(f"sqlite:///{partial}", artifacts.as_uri()).engine.dispose()
+    os.replace(partial, file)
 
 
 def _check_database(place: Place) -> None:

@@ -21,6 +21,7 @@ from distilbench.records import PREDICTIONS, RECORD, Owner, read_record
 from distilbench.reporting import report_sweep
 from distilbench.results import Status
 from distilbench.settings import SettingsError
+from distilbench.signals import end_cleanly
 from distilbench.sweeps import ENVIRONMENT, SweepJob, pruner_of
 from distilbench.tracking import Group, open_store
 from hydra_plugins.distilbench_sweeper._board import Board, name_of, row_of
@@ -59,6 +60,7 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
         if plan.settings.sweep.dry_run:
             print_plan(plan, Console())
             return None
+        end_cleanly()
         storage = storage_at(options.storage, place.written("storage"), plan.directory)
         store = open_store(plan.settings.tracking)
         plan, sweep = _open(plan, storage, options)
