@@ -136,7 +136,9 @@ class Board:
         header, *rows = self._cells()
         for title in header:
             is_text = title in ("trial", "settings", "status")
-            table.add_column(title, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+            table.add_column(
+                title.replace(" ", "\n"), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text
+            )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

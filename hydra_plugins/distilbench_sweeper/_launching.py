@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,6 +101,23 @@ def hands_of(launcher: Launcher, config: DictConfig, at_once: int | None) -> Han
             return InTurn(launcher, 1)
         return AsFreed(launcher, min(at_once or workers, workers))
     return InTurn(launcher, at_once)
+
+
+@contextlib.contextmanager
+def quiet_launchers(config: DictConfig) -> Iterator[None]:
+    """Keep launchers from a paragraph about each trial, of which the sweep says what there is to say itself.
+
+    ``hydra.verbose`` lets them speak.
+    """
+    logs = [logging.getLogger(name) for name in ("hydra_plugins.hydra_joblib_launcher", "hydra._internal.core_plugins")]
+    levels = [log.level for log in logs]
+    for log in logs if not config.hydra.verbose else ():
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def error_of(future: Future[JobReturn]) -> BaseException | None:

@@ -28,6 +28,11 @@ class Screen:
         self._console = console
         self._live = Live(console=console, transient=True) if is_live and console.is_terminal else None
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it shows a table that changes in place."""
+        return self._live is not None
+
     def __enter__(self) -> Screen:
         if self._live:
             self._live.start()
@@ -59,9 +64,9 @@ def live_table(board: Board) -> Table:
     ended = [row for row in board.ordered if row.values and row.status != Status.RUNNING]
     table = Table(box=None, pad_edge=False)
     for title in ("trial", "settings", *board.objectives, "time", "status"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
+        table.add_column(title, no_wrap=title != "settings")  # the one that a narrow terminal makes narrower
     for row in [*running, *ended[:SHOWN]]:
-        table.add_row(*(Text(cell) for cell in _cells(row, board)))
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in _cells(row, board)))
     return table
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -26,7 +27,14 @@ from distilbench.sweeps import ENVIRONMENT, SweepJob, pruner_of
 from distilbench.tracking import Group, open_store
 from hydra_plugins.distilbench_sweeper._board import Board, name_of, row_of
 from hydra_plugins.distilbench_sweeper._dry_run import print_plan
-from hydra_plugins.distilbench_sweeper._launching import AsFreed, Hands, Launch, error_of, hands_of
+from hydra_plugins.distilbench_sweeper._launching import (
+    AsFreed,
+    Hands,
+    Launch,
+    error_of,
+    hands_of,
+    quiet_launchers,
+)
 from hydra_plugins.distilbench_sweeper._opening import (
     UNANSWERED,
     Storage,
@@ -148,7 +156,7 @@ class Loop:
 
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
-        with self._screen, self._closing():
+        with quiet_launchers(self._place.config), self._screen, self._closing():
             self._close_dead()
             for study in self._studies.all:
                 self._work(study)
@@ -209,8 +217,10 @@ class Loop:
         while True:
             tasks = self._take(study, len(running))
             if tasks:
+                launches = [self._launch(study, task) for task in tasks]
                 self._show()
-                running |= self._hands.start([self._launch(study, task) for task in tasks])
+                self._tell_of(study, tasks)
+                running |= self._hands.start(launches)
             elif not running:
                 others = self._others(study)
                 if not others:
@@ -303,8 +313,7 @@ class Loop:
             raise error
         if status is Status.FAILED and self._has_nothing_yet():
             self._end(f"the first trial failed, as every other would: {reason}", failed=True)
-        directory = study.directory / str(number)
-        self._say(f"trial {directory.relative_to(self._plan.directory)} {status}" + (f": {reason}" if reason else ""))
+        self._say(f"trial {self._where(study, number)} {status}" + (f": {reason}" if reason else ""))
 
     def _has_nothing_yet(self) -> bool:
         """Whether no trial of the sweep has ever come to a result."""
@@ -330,6 +339,16 @@ class Loop:
                     rows.append(row_of(s, plan.space, len(plan.objectives), prefix, known))
         return Board(rows, plan.objectives, plan.directions, plan.total + len(plan.beside))
 
+    def _tell_of(self, study: Study, tasks: Sequence[Task]) -> None:
+        """Name what is about to be trained, where the table does not."""
+        study.refresh()
+        for task in tasks if not self._screen.is_live else ():
+            self._say(f"trial {self._where(study, task.number)}: {study.standings()[task.number].attribute('name')}")
+
+    def _where(self, study: Study, number: int) -> Path:
+        """A trial's place in the sweep's directory."""
+        return (study.directory / str(number)).relative_to(self._plan.directory)
+
     def _show(self) -> None:
         board = self._board()
         self._screen.show(board, self._hands.at_once or 1)
@@ -346,7 +365,11 @@ class Loop:
         self._group.update(board.metrics(), board.markdown(self._group.link))
         OmegaConf.save(OmegaConf.create(board.results()), self._plan.directory / "optimization_results.yaml")
         self._say(f"trials are chosen by {' and '.join(self._plan.objectives)} on the {self._plan.selection_split}")
-        if self._plan.asked > self._plan.total and self._studies.main.is_exhausted(self._plan.space):
+        if (
+            not self._plan.is_grid
+            and self._plan.asked > self._plan.total
+            and self._studies.main.is_exhausted(self._plan.space)
+        ):
             self._say(f"every one of the {self._plan.total} points of the space has been evaluated: no more to try")
         self._say(f"{self._plan.name}: {board.line()}; {self._plan.directory}")
         if not board.best and self._ended is None:

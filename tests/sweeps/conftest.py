@@ -24,15 +24,17 @@ class Workspace:
         self.uri = f"sqlite:///{path}/mlflow.db"
         self.log = path / "finished.log"
 
-    def start(self, *arguments: str, real: bool = False, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, real: bool = False, terminal: int | None = None,
+              **environment: str) -> subprocess.Popen[str]:  # fmt: skip
         program = ["-m", "distilbench.train"] if real else [str(HERE / "quick_task.py")]
         tracking = () if real else ("tracking=none",)
         command = [sys.executable, *program, "--multirun", *TINY, *tracking, *arguments]
         env = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "160",
                             "FINISHED_LOG": str(self.log), "PYTHONPATH": str(HERE.parents[1])}  # fmt: skip
         return subprocess.Popen(
-            command, cwd=self.path, env=env | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            command, cwd=self.path, env=env | environment, text=True, stdout=terminal or subprocess.PIPE,
+            stderr=terminal or subprocess.PIPE,
+        )  # fmt: skip
 
     def run(self, *arguments: str, real: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, real=real, **environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 
@@ -276,3 +277,39 @@ def test_joblib_gives_each_free_worker_the_next_trial(workspace):
     assert len(set(workspace.finished())) == len(workspace.finished()) == 6
     owners = {workspace.record("wide", number)["owner"]["pid"] for number in range(6)}
     assert len(owners) == 2
+
+
+def screen(workspace, command, columns):
+    """What a terminal of that width is sent, control codes taken out."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = workspace.start(*command, COLUMNS=str(columns), TASK_SECONDS="0.5", TERM="xterm", terminal=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # how a terminal says that its last program has ended
+            break
+        if not part:
+            break
+        seen += part
+    assert process.wait(timeout=60) == 0
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_shows_a_table_whose_figures_are_whole_and_no_launchers_lines(workspace, columns):
+    command = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "freeze.layers=0,1,2", "optim.lr=2e-5,3e-4",
+               "scheduler.name=linear,cosine", "sweep.name=live")  # fmt: skip
+    shown = screen(workspace, command, columns)
+    assert "99.00 %" in shown
+    assert re.search(r"layers=1 lr=2e-05 .*RUNNING", shown)
+    assert "FINISHED, baseline" in shown, "a narrow terminal cuts the settings, not the figures"
+    assert "Joblib.Parallel" not in shown
+    assert "HYDRA" not in shown
