@@ -75,7 +75,8 @@ def one_line(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!&~$" else c for c in one_line(text))
+    escaped = (f"\\{c}" if c in "\\`*_{}[]>#|!&~$" else c for c in one_line(text))
+    return "".join("&lt;" if c == "<" else c for c in escaped)  # MLflow's page shows the backslash of an escaped one
 
 
 def markdown_row(cells: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,10 @@ _SHARES = ("accuracy", "f1")
 
 @dataclass(frozen=True)
 class Row:
-    """One trial: ``values`` are its objectives, empty without a result; ``number`` is its directory."""
+    """One trial: ``values`` are its objectives, empty without a result; ``number`` is its directory.
+
+    ``params`` are what varies in the sweep, by override key.
+    """
 
     number: str
     name: str
@@ -37,6 +40,7 @@ class Row:
     seconds: float
     run_id: str | None
     error: str | None
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,10 @@ class Board:
         """What hydra-optuna-sweeper writes to ``optimization_results.yaml``, with each trial's number."""
         if len(self.objectives) > 1:
             return {"name": "optuna", "solutions": [
-                {"trial": row.number, "params": row.name, "values": list(row.values)} for row in self.best
+                {"trial": row.number, "params": dict(row.params), "values": list(row.values)} for row in self.best
             ]}  # fmt: skip
         best = self.best[0] if self.best else None
-        return {"name": "optuna", "best_trial": best and best.number, "best_params": best and best.name,
+        return {"name": "optuna", "best_trial": best and best.number, "best_params": best and dict(best.params),
                 "best_value": best and best.values[0]}  # fmt: skip
 
     def table(self) -> Table:
@@ -185,8 +189,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#|!&~$" else c for c in text)
+    """Text that Markdown shows as it is, also on MLflow's page, which does not know an escaped ``<``."""
+    return "".join("&lt;" if c == "<" else f"\\{c}" if c in "\\`*_{}[]>()#|!&~$" else c for c in text)
 
 
 def shown(objective: str, value: float) -> str:
@@ -228,4 +232,5 @@ def row_of(standing: Standing, space: Space, objectives: int, prefix: str, twin:
         seconds=0.0 if standing.status == REUSED else attributes.get("figures", {}).get("train_seconds", 0.0),
         run_id=attributes.get("run_id"),
         error=attributes.get("error"),
+        params=standing.trial.params,
     )

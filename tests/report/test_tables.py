@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from distilbench.report.formats import markdown
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Status
 from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
@@ -157,3 +158,7 @@ def test_a_sweep_whose_every_trial_failed_gets_every_kind_of_report():
     assert "DIVERGED" in note(broken)
     assert len(csv_report(broken).splitlines()) == 9
     assert "No trial finished" in latex_report(broken)
+
+
+def test_markdown_has_no_backslash_where_mlflows_page_would_show_it():
+    assert markdown("p < 0.001, a_b") == "p &lt; 0.001, a\\_b"
