@@ -30,6 +30,8 @@ from distilbench.results import Status, StepRecord, TrialResult
 
 log = logging.getLogger(__name__)
 
+_FEWEST_EVALUATED = 16
+"""Examples that a group evaluates at once at least, however many trials it has: products of fewer rows are slow."""
 Ending = tuple[Status, str | None]
 """How a trial ended, and in one line why."""
 
@@ -61,6 +63,8 @@ class Group:
         self.lengths = np.diff(self.ground.splits.train.offsets)
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
+        # each trial has hidden states of its own: together, no more than one alone would evaluate at once
+        self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // len(members))
         self.static = static
         self.static_steps: StaticSteps | None = None
         self.budget = Budget(prefix_bytes)
@@ -99,10 +103,16 @@ class Group:
         for seed in {m.seed for m in self.members if m.checkpoint is None}:
             model = build_model(ground.resolved, ground.splits.label_names, seed)
             initial[seed] = ground.rowmap.row(dict(model.named_parameters()), ground.dtype)
-        moments = moments_needed([m.settings.optim for m in self.members])
-        states = [m.start(initial.get(m.seed), moments) for m in self.members]
-        losses = torch.zeros(len(states), dtype=ground.dtype)
-        return [losses, *(torch.stack(parts) for parts in zip(*states, strict=True))]
+        count, moments = len(self.members), moments_needed([m.settings.optim for m in self.members])
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=ground.dtype, device=ground.device)
+
+        state = [zeros(count, ground.rowmap.size) for _ in range(1 + moments)]
+        for t, member in enumerate(self.members):
+            for part, values in zip(state, member.start(initial.get(member.seed)), strict=False):
+                part[t] = values
+        return [zeros(count), *state]
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from ``state``, whose leading size is that of the members as they are now."""
@@ -301,7 +311,7 @@ class Group:
 
     def _evaluation_batches(self, split: EncodedSplit) -> list[EvaluationBatch]:
         """The batches of ``split``, longest rows first, packed once for all evaluations."""
-        size, device = self.members[0].eval_batch, self.ground.device
+        size, device = min(self.members[0].eval_batch, self.eval_share), self.ground.device
         if (id(split), size) not in self.evaluations:
             self.evaluations[id(split), size] = [
                 EvaluationBatch(rows, stack([pack(split, rows)], device)) for rows in batches_by_length(split, size)
@@ -328,10 +338,10 @@ class Group:
         """Go back to the best weights, evaluate them on the report split, and export them."""
         if not self.members:
             return
+        self.static_steps = None
+        self.optimizer.load([], [])  # before more is made: memory that held the moments will do
         best = [self.weights.rows[t] if m.best_row is None else m.best_row for t, m in enumerate(self.members)]
         rows = torch.stack([row.to(self.ground.device) for row in best])
-        self.static_steps = None
-        self.optimizer.load([], [])
         self.weights.load(rows)
         splits = self.ground.splits
         if any(m.best.logits is None for m in self.members):

@@ -102,14 +102,14 @@ class Member:
             log.info("nothing to resume in %s: starting from scratch", self.settings.output.dir)
         checkpoints.remove_all(self.folder)
 
-    def start(self, initial: torch.Tensor | None, moments: int) -> tuple[torch.Tensor, ...]:
-        """Return the row (size,) and ``moments`` like it to begin with: a checkpoint's, or ``initial`` and zeros."""
+    def start(self, initial: torch.Tensor | None) -> list[torch.Tensor]:
+        """Return the row (size,) and the moments like it to begin with: a checkpoint's, or ``initial`` and no more."""
         if self.checkpoint is None:
             assert initial is not None
-            return (initial, *(torch.zeros_like(initial) for _ in range(moments)))
+            return [initial]
         state = load_file(self.checkpoint / _STATE)
         self.best_row = state.get("best", state["row"])
-        return (state["row"], *(state[f"moment{i}"] for i in range(moments)))
+        return [state["row"], *(state[name] for name in sorted(state) if name.startswith("moment"))]
 
     def stepped(self, step: int, seconds: float, memory: int) -> None:
         """Note that the trial has come to ``step`` in ``seconds`` more."""
