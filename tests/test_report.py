@@ -142,7 +142,7 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
     ]
     assert f"**{result.sentence}**" in text
     assert "95 % interval -2.72 to +2.72 points, exact McNemar p 1.00." in text
-    assert r"a\|b\<script\> \# \*x\*" in text
+    assert r"a\|b&lt;script\> \# \*x\*" in text
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -221,7 +222,11 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["seed=1,2", "hydra.sweeper.storage=postgresql://me:pw@127.0.0.1:9/x"], "must not hold a password"),
         (["seed=1,2", "hydra.sweeper.storage='mysql://me:pw${oc.env:HOME}@127.0.0.1:9/x'"], "must not hold a password"),
         (["seed=1,2", "hydra.sweeper.storage=postgresql+pg8000://me@127.0.0.1:9/x"], "run: pip install 'pg8000'"),
-        (["seed=1,2", "hydra.sweeper.storage=postgresql://me@127.0.0.1:9/x"], "a storage that answers"),
+        pytest.param(
+            ["seed=1,2", "hydra.sweeper.storage=postgresql://me@127.0.0.1:9/x"],
+            "a storage that answers",
+            marks=pytest.mark.skipif(not find_spec("psycopg"), reason="needs the driver of the extra postgresql"),
+        ),
         (["seed=1,2", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "unable to open database file"),
         ([*SPACE, "hydra.sweeper.direction=[maximize,minimize]"], "hydra.sweeper.direction must be"),
         ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
