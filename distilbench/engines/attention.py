@@ -16,7 +16,8 @@ def attend(
 
     ``slots`` (pieces, trials, bins, heads, width, size) holds query, key and value, or without the query where
     ``asked`` (trials, bins, heads, queries, size) brings it. ``mask`` (orders, bins, 1, queries, width) is added to the
-    scores; ``keep`` (orders, bins, heads, queries, width) of ones and zeros, and ``scale``, are dropout's.
+    scores; ``keep`` (orders, bins, heads, queries, width) of ones and zeros, and ``scale``, are dropout's. The softmax
+    has the precision of ``mask`` where that is higher: on a CPU, in bf16, it would take 2.7 times as long.
     """
     result: torch.Tensor = _Attend.apply(slots, asked, mask, keep, scale)
     return result
@@ -26,10 +27,10 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, asked, mask, keep, scale):  # type: ignore[no-untyped-def]
         q, k, v = slots if asked is None else (asked, *slots)
-        scores = q @ k.mT
-        torch.add(mask, scores, alpha=q.shape[-1] ** -0.5, out=scores)
-        probabilities = scores.softmax(-1)
-        dropped = probabilities if keep is None else probabilities * keep
+        probabilities = torch.add(mask, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+        dropped = probabilities.to(q.dtype, copy=keep is not None)
+        if keep is not None:
+            dropped *= keep
         context = dropped @ v
         ctx.save_for_backward(slots, asked, probabilities, dropped, keep)
         ctx.scale = scale
@@ -42,11 +43,12 @@ class _Attend(torch.autograd.Function):
         gradient = gradient if ctx.scale == 1 else gradient * ctx.scale
         to_slots = torch.empty_like(slots)
         to_asked = to_slots[0] if asked is None else torch.empty_like(asked)
-        of_probabilities = gradient @ v.mT
+        of_dropped = gradient * q.shape[-1] ** -0.5 @ v.mT  # the scores' factor goes through all that follows
         if keep is not None:
-            of_probabilities *= keep
-        of_scores = torch.ops.aten._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-        of_scores *= q.shape[-1] ** -0.5
+            of_dropped *= keep
+        of_scores = torch.ops.aten._softmax_backward_data(
+            of_dropped.to(probabilities.dtype), probabilities, -1, probabilities.dtype
+        ).to(q.dtype)
         _multiply(of_scores, k, to_asked)
         _multiply(of_scores.mT, q, to_slots[-2])
         _multiply(dropped.mT, gradient, to_slots[-1])

@@ -116,17 +116,19 @@ def _ground(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) 
     compact, vocabulary = _compact(splits)
     rowmap = RowMap(model, frozen, vocabulary)
     freeze(model, settings.freeze)
+    low = torch.bfloat16 if precision == "bf16" else dtype
     return Ground(
         splits=compact,
         resolved=resolved,
         rowmap=rowmap,
-        frozen={name: p.detach() for name, p in model.named_parameters() if name in frozen},
+        frozen=rowmap.frozen_weights(dict(model.named_parameters()), device, dtype, low),
         course=Course(len(splits.train), settings.train.batch_size, settings.train.epochs),
         parameters=parameter_counts(model),
         device=device,
         device_name=describe_device(device),
         precision=precision,
         dtype=dtype,
+        low=low,
     )
 
 
@@ -158,13 +160,13 @@ def _trials_that_fit(ground: Ground, settings: TrialSettings) -> int:
 def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     """Estimate the memory that one more trial takes.
 
-    Its row is there five times (weights, gradient, two moments, best weights) and once more in bf16 where products use
-    that. Added to it is what the forward pass keeps for the backward, measured on a batch of the longest examples,
-    twice, for the backward makes as much again on its way.
+    Its row is there five times (weights, gradient, two moments, best weights), and twice more in bf16 where products
+    use that: a copy, and the gradient, whose room among the others a CPU then never touches. Added to it is what the
+    forward pass keeps for the backward, measured on a batch of the longest examples, twice, for the backward makes as
+    much again on its way.
     """
-    low = torch.bfloat16 if ground.precision == "bf16" else ground.dtype
-    weights = StackedWeights(ground.rowmap, ground.frozen, ground.device, ground.dtype, low)
-    weights.load(torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device))
+    rows = torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device)
+    weights = StackedWeights(ground.rowmap, ground.frozen, ground.low, rows)
     longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
     batch = stack([pack(ground.splits.train, longest)], ground.device)
     forward = Forward(weights, batch, draws_for([settings.seed], "estimate", 0, ground.device))
@@ -179,6 +181,5 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward.logits(forward.layers(forward.embed(forward.embedded()), 0, ground.rowmap.architecture.depth))
     activations = sum(size for place, size in kept.items() if place not in own)
-    low_copies = 2 if ground.device.type == "cuda" else 1  # the gradient is there in that precision, too
-    copies = 5 * ground.dtype.itemsize + (low_copies * low.itemsize if low != ground.dtype else 0)
+    copies = 5 * ground.dtype.itemsize + (2 * ground.low.itemsize if ground.low != ground.dtype else 0)
     return ground.rowmap.size * copies + 2 * activations

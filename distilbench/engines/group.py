@@ -85,8 +85,8 @@ class Group:
 
     def _set_up(self) -> None:
         ground = self.ground
-        low = torch.bfloat16 if ground.precision == "bf16" else ground.dtype
-        self.weights = StackedWeights(ground.rowmap, ground.frozen, ground.device, ground.dtype, low)
+        nobody = torch.empty(0, ground.rowmap.size, dtype=ground.dtype, device=ground.device)
+        self.weights = StackedWeights(ground.rowmap, ground.frozen, ground.low, nobody)
         self.optimizer = RowOptimizer(self.weights)
         self._load(self._initial_state())
         self.prefix = TrainingPrefix.of(
@@ -180,10 +180,12 @@ class Group:
     def _advance(self) -> None:
         """Take one step, and record it where a record is due; every evaluation comes after a record."""
         examples = [self.course.batch(seed, self.step) for seed in self.orders]
-        if self.static and self.members[0].micro_batch >= self.settings.train.batch_size:
+        whole = self.members[0].micro_batch >= self.settings.train.batch_size
+        if self.static and whole:
             norms = self._static_step()
         else:
-            self._give_up_static_steps()
+            if not whole:
+                self._work_in_parts()
             self.losses += self._differentiate(examples)
             norms = self.optimizer.step(self.step + 1, [member.rates[self.step] for member in self.members])
         self.step += 1
@@ -211,9 +213,10 @@ class Group:
             member.setup_seconds += seconds
         return self.static_steps.norms
 
-    def _give_up_static_steps(self) -> None:
-        """Go on without them, where memory did not hold a whole batch."""
-        self.static_steps = self.weights.low_gradient = None
+    def _work_in_parts(self) -> None:
+        """Go on without what takes a whole batch at once."""
+        self.static_steps = None
+        self.weights.join_gradient()
 
     def _still_layers(self) -> int:
         """Layers without dropout, from the bottom."""

@@ -31,7 +31,11 @@ _STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class Ground:
-    """What all trials of a group stand on; ``frozen`` are the initial values of the weights that stay as they are."""
+    """What all trials of a group stand on.
+
+    ``frozen`` are the weights that stay as they are, of :meth:`RowMap.frozen_weights`; ``dtype`` is the precision of
+    the others, ``low`` that of products.
+    """
 
     splits: EncodedSplits
     resolved: ResolvedModel
@@ -43,6 +47,7 @@ class Ground:
     device_name: str
     precision: str
     dtype: torch.dtype
+    low: torch.dtype
 
 
 @dataclass

@@ -137,16 +137,16 @@ class Exchange:
     """Moves rows between the order of tokens and the order of slots, in both directions.
 
     ``index`` (written,) names the row that is read for each row written; ``inverse`` (read,) names, for each row read,
-    where it went; ``unread`` (read,) marks rows that nobody read on purpose, whose gradient is zero.
+    where it went; ``read`` (read,) is false of rows that nobody read on purpose, whose gradient is zero.
     """
 
     index: torch.Tensor
     inverse: torch.Tensor
-    unread: torch.Tensor | None
+    read: torch.Tensor | None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Move ``rows`` (read, size) into their new order (written, size)."""
-        moved: torch.Tensor = _Move.apply(rows, self.index, self.inverse, self.unread)
+        moved: torch.Tensor = _Move.apply(rows, self.index, self.inverse, self.read)
         return moved
 
 
@@ -154,15 +154,17 @@ class _Move(torch.autograd.Function):
     """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up."""
 
     @staticmethod
-    def forward(ctx, rows, index, inverse, unread):  # type: ignore[no-untyped-def]
-        ctx.places = inverse, unread
+    def forward(ctx, rows, index, inverse, read):  # type: ignore[no-untyped-def]
+        ctx.places = inverse, read
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        inverse, unread = ctx.places
+        inverse, read = ctx.places
         back = gradient.index_select(0, inverse)
-        return (back if unread is None else back.masked_fill_(unread[:, None], 0)), None, None, None
+        if read is not None:  # the inverse of the others is their own trial's row 0: a number, wherever that is one
+            back.mul_(read.to(back.dtype)[:, None])
+        return back, None, None, None
 
 
 @dataclass(frozen=True)
@@ -182,35 +184,36 @@ class Placement:
 
     def to_slots(self, trials: int, heads: int, pieces: int) -> Exchange:
         """Move ``(trials, rows, pieces, heads)`` to ``(pieces, trials, bins, heads, columns)``, vectors of a head."""
-        unread = None if self.empty is None else self._spread(self.empty, trials, heads, pieces)
-        return Exchange(self._sources(trials, heads, pieces), self._targets(trials, heads, pieces), unread)
+        read = None
+        if self.empty is not None:
+            read = ~self.empty[:, :, None].expand(trials, self.empty.shape[1], pieces * heads).reshape(-1)
+        return Exchange(self._sources(trials, heads, pieces), self._targets(trials, heads, pieces), read)
 
     def to_rows(self, trials: int, heads: int) -> Exchange:
         """Move ``(trials, bins, heads, columns)`` to ``(trials, rows, heads)``, vectors of a head."""
         orders, bins, columns = self.owner.shape
-        unread = (self.owner == FILLER).view(orders, bins, 1, columns).expand(trials, bins, heads, columns)
-        return Exchange(self._targets(trials, heads, 1), self._sources(trials, heads, 1), unread.reshape(-1))
+        read = (self.owner != FILLER).view(orders, bins, 1, columns).expand(trials, bins, heads, columns)
+        return Exchange(self._targets(trials, heads, 1), self._sources(trials, heads, 1), read.reshape(-1))
 
     def _sources(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
-        rows, device = self.bin.shape[1], self.bin.device
-        trial = torch.arange(trials, device=device).view(trials, 1, 1, 1)
-        head = torch.arange(heads, device=device).view(heads, 1)
-        piece = torch.arange(pieces, device=device).view(pieces, 1, 1, 1, 1)
-        place = (trial * rows + self.row[:, :, None, :]) * (pieces * heads) + head
-        return (place + piece * heads).reshape(-1)
+        """Where each slot's vectors are among those of the rows, ``(pieces * trials * bins * heads * columns,)``."""
+        row = self.row[:, :, None] * (pieces * heads)
+        if trials > 1:
+            row = row + self._steps(trials, self.bin.shape[1] * pieces * heads).view(-1, 1, 1, 1)
+        return (row + self._steps(pieces * heads, 1).view(pieces, 1, 1, heads, 1)).reshape(-1)
 
     def _targets(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
+        """Where each row's vectors are among those of the slots, ``(trials * rows * pieces * heads,)``."""
         bins, columns = self.row.shape[1:]
-        device = self.bin.device
-        trial = torch.arange(trials, device=device).view(trials, 1, 1, 1)
-        head = torch.arange(heads, device=device)
-        piece = torch.arange(pieces, device=device).view(pieces, 1)
-        bin_ = (piece * trials + trial) * bins + self.bin[:, :, None, None]
-        return ((bin_ * heads + head) * columns + self.column[:, :, None, None]).reshape(-1)
+        slot = torch.add(self.column, self.bin, alpha=heads * columns)
+        if trials > 1:
+            slot = slot + self._steps(trials, bins * heads * columns).view(-1, 1)
+        vectors = self._steps(pieces, trials * bins * heads * columns).view(-1, 1) + self._steps(heads, columns)
+        return (slot[:, :, None, None] + vectors).reshape(-1)
 
-    @staticmethod
-    def _spread(empty: torch.Tensor, trials: int, heads: int, pieces: int) -> torch.Tensor:
-        return empty[:, :, None].expand(trials, empty.shape[1], pieces * heads).reshape(-1)
+    def _steps(self, count: int, size: int) -> torch.Tensor:
+        """``count`` multiples of ``size`` from 0."""
+        return torch.arange(0, count * size, size, device=self.bin.device)
 
 
 @dataclass(frozen=True)
@@ -250,8 +253,9 @@ class Batch:
 
 def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """0 within a sentence, ``APART`` elsewhere."""
-    apart = queries[:, :, None, :, None] != keys[:, :, None, None, :]
-    return torch.zeros(apart.shape, device=apart.device).masked_fill_(apart, APART)
+    queries, keys = queries[:, :, None, :, None], keys[:, :, None, None, :]
+    shape = torch.broadcast_shapes(queries.shape, keys.shape)
+    return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
 
 
 def stack(packs: Sequence[Packed], device: torch.device) -> Batch:

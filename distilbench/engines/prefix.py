@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from distilbench.data import EncodedSplit
 from distilbench.engines.batches import batches_by_length
@@ -84,8 +83,9 @@ class TrainingPrefix:
         ``batch`` has the size of those examples; the prefix is run over at most ``at_once``.
         """
         rows = (batch.first if self._sentences_only else batch.ids).shape[1]
-        own = [torch.cat(self._of_order(seed, step, at_once)[part]) for seed in orders]
-        return torch.stack([F.pad(states, (0, 0, 0, rows - len(states))) for states in own])
+        own = [self._of_order(seed, step, at_once)[part] for seed in orders]
+        filler = [states[0].new_zeros(rows - sum(map(len, states)), states[0].shape[1]) for states in own]
+        return torch.stack([torch.cat([*states, rest]) for states, rest in zip(own, filler, strict=True)])
 
     def empty(self, batch: Batch) -> torch.Tensor:
         """Room for the hidden states of a batch of that size, ``(orders, rows, width)``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.activations import get_activation
 from distilbench.engines import kernels
 from distilbench.engines.attention import attend
 from distilbench.engines.dropout import EXTENT, CounterDropout, Draws, keep_scale
+from distilbench.engines.layers import Places, linear, norm_of_sum
 from distilbench.engines.packing import Batch, Exchange, Placement
 from distilbench.optimization import decay_parameter_names
 
@@ -207,6 +209,13 @@ class RowMap:
             return torch.empty(0, dtype=dtype)
         return torch.cat([self.read(span.leaf, weights).to(dtype).reshape(-1) for span in self.spans])
 
+    def frozen_weights(
+        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, low: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Take what never changes from ``weights``, ``(1, ...)`` each: in ``low`` precision where products use that."""
+        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else low for leaf in self.frozen}
+        return {leaf: self.read(leaf, weights)[None].to(device, dtype) for leaf, dtype in precisions.items()}
+
     @torch.no_grad()
     def write(self, row: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
         """Put a trained ``row`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
@@ -240,80 +249,91 @@ class StackedWeights:
     """
 
     def __init__(
-        self,
-        rowmap: RowMap,
-        frozen: Mapping[str, torch.Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        low: torch.dtype,
+        self, rowmap: RowMap, frozen: Mapping[str, torch.Tensor], low: torch.dtype, rows: torch.Tensor
     ) -> None:
-        """Hold the weights that never change; :meth:`load` brings the others."""
-        self.rowmap, self.low = rowmap, low
-        self._frozen = {
-            leaf: rowmap.read(leaf, frozen)[None].to(device, _precision(leaf, low, dtype)) for leaf in rowmap.frozen
-        }
-        self.load(torch.empty(0, rowmap.size, dtype=dtype, device=device))
+        """``frozen`` weights are those of :meth:`RowMap.frozen_weights`."""
+        self.rowmap, self.low, self._frozen = rowmap, low, frozen
+        self.load(rows)
 
     def load(self, rows: torch.Tensor) -> None:
-        """Train ``rows`` (trials, size) from now on, in place."""
+        """Train ``rows`` (trials, size) from now on, in place.
+
+        What is multiplied in low precision has its gradient in ``low_gradient`` (trials, low - tables), as it comes,
+        and the rest in ``gradient`` (trials, size), whose other columns are never touched.
+        """
         self._leaves: dict[str, torch.Tensor] = {}
         self.copy: torch.Tensor | None = None  # (trials, low - tables)
         self.rows = rows
-        self.gradient = torch.zeros_like(rows)
+        self.gradient = torch.empty_like(rows)
         self.low_gradient: torch.Tensor | None = None
         if self.low != rows.dtype:
             self.copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
+            self.low_gradient = torch.empty_like(self.copy)
+            self._wide = rows.new_empty(self.copy.shape[1])
         for span in self.rowmap.spans:
-            self._leaves[span.leaf] = self._view(span).detach().requires_grad_(span.leaf not in TABLES)
+            leaf = self._cut(span, self.rows, self.copy)
+            self._leaves[span.leaf] = leaf.detach().requires_grad_(span.leaf not in TABLES)
+        self._find_places()
 
-    def _view(self, span: Span) -> torch.Tensor:
-        """The weight as products read it, ``(trials, *shape)``: a view of the rows, or of their copy."""
-        source, start = self.rows, span.start
-        if self.copy is not None and self.rowmap.tables <= start < self.rowmap.low:
-            source, start = self.copy, start - self.rowmap.tables
+    def join_gradient(self) -> None:
+        """Have all of the gradient in ``gradient``, where parts of a batch add up without rounding."""
+        if self.low_gradient is not None:
+            self.low_gradient = None
+            self._find_places()
+
+    def _find_places(self) -> None:
+        where = {span.leaf: self._cut(span, self.gradient, self.low_gradient) for span in self.rowmap.spans}
+        layers = {leaf.rpartition(".")[0] for leaf in where if leaf not in TABLES}
+        self._places = {layer: Places(where[f"{layer}.weight"], where[f"{layer}.bias"]) for layer in layers}
+
+    def _cut(self, span: Span, high: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
+        """What belongs to a weight, ``(trials, *shape)``: a view of ``high``, or of ``low`` where products use that."""
+        source, start = high, span.start
+        if low is not None and self.rowmap.tables <= start < self.rowmap.low:
+            source, start = low, start - self.rowmap.tables
         return source[:, start : start + span.stop - span.start].view(len(source), *span.shape)
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
         """A weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
         return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
 
-    def updated(self) -> None:
-        """Follow the rows after a step of the optimizer."""
+    def places(self, layer: str) -> Places | None:
+        """Where the gradients of a layer's weight and bias go; None where it is frozen."""
+        return self._places.get(layer)
+
+    def gradient_of(self, trial: int) -> list[tuple[slice, torch.Tensor]]:
+        """The gradient of a trial in the precision of its row, in parts of which each decays throughout or nowhere.
+
+        They are good until the next call, and what is done to them may change the gradient itself.
+        """
+        rowmap, parts = self.rowmap, []
+        wide = None if self.low_gradient is None else self._wide.copy_(self.low_gradient[trial])
+        for start, stop in pairwise([0, rowmap.tables, rowmap.decayed, rowmap.low, rowmap.size]):
+            gradient = self.gradient[trial, start:stop]
+            if wide is not None and rowmap.tables <= start < rowmap.low:
+                gradient = wide[start - rowmap.tables : stop - rowmap.tables]
+            if stop > start:
+                parts.append((slice(start, stop), gradient))
+        return parts
+
+    def updated(self, trial: int | slice = slice(None)) -> None:
+        """Follow the row of a trial, or all rows, after a step of the optimizer."""
         if self.copy is not None:
-            self.copy.copy_(self.rows[:, self.rowmap.tables : self.rowmap.low])
+            self.copy[trial] = self.rows[trial, self.rowmap.tables : self.rowmap.low]
 
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
-        """Fill ``gradient`` (trials, size) from ``loss``, or ``add`` to it.
+        """Fill the gradient from ``loss``, or ``add`` to it.
 
         ``embedded`` is the summed embeddings, where they train.
         """
-        spans = [span for span in self.rowmap.spans if span.leaf not in TABLES]
-        inputs = [self._leaves[span.leaf] for span in spans] + ([] if embedded is None else [embedded])
-        gradients = torch.autograd.grad(loss, inputs)
-        places = [self._gradient_of(span) for span in spans]
-        if batch.fixed and not add:
-            _copy_all(places, gradients)
-        else:
-            for place, gradient in zip(places, gradients, strict=False):
-                place.add_(gradient) if add else place.copy_(gradient)
+        for places in self._places.values():
+            places.add = add
+        loss.backward()
         if embedded is not None:
+            assert embedded.grad is not None
             if not add:
                 self.gradient[:, : self.rowmap.tables].zero_()
-            self._add_up_tables(gradients[-1], batch)
-
-    def split_gradient(self) -> None:
-        """Keep the gradient of what is multiplied in low precision as it comes: less to move.
-
-        It is in ``low_gradient`` (trials, low - tables) from now on, and no longer in ``gradient``.
-        """
-        self.low_gradient = None if self.copy is None else torch.zeros_like(self.copy)
-
-    def _gradient_of(self, span: Span) -> torch.Tensor:
-        """Where the gradient of a weight goes, ``(trials, *shape)``."""
-        target, start = self.gradient, span.start
-        if self.low_gradient is not None and self.rowmap.tables <= start < self.rowmap.low:
-            target, start = self.low_gradient, start - self.rowmap.tables
-        return target[:, start : start + span.stop - span.start].view(len(self.rows), *span.shape)
+            self._add_up_tables(embedded.grad, batch)
 
     def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
@@ -331,21 +351,6 @@ class StackedWeights:
                     table[:, self.rowmap.vocabulary.padding].zero_()
 
 
-def _copy_all(places: list[torch.Tensor], values: tuple[torch.Tensor, ...]) -> None:
-    """Copy ``values`` (trials, ...) to ``places``; of a single trial, all of one precision in one launch.
-
-    Torch does that for lists of one precision each and equal strides, which a dimension of size 1 would spoil.
-    """
-    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for place, value in zip(places, values, strict=False):
-        if len(place) == 1:
-            kinds.setdefault((place.dtype, value.dtype), []).append((place[0], value[0]))
-        else:
-            place.copy_(value)
-    for pairs in kinds.values():
-        torch._foreach_copy_([place for place, _ in pairs], [value for _, value in pairs])
-
-
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
 
@@ -356,10 +361,6 @@ def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) ->
     comes_first = ~same.tril(-1).any(2, keepdim=True)
     sums = (same & comes_first).to(values.dtype) @ values
     table.scatter_add_(1, index[:, :, None].expand_as(sums), sums)
-
-
-def _precision(leaf: str, low: torch.dtype, high: torch.dtype) -> torch.dtype:
-    return high if leaf in TABLES or "norm" in leaf else low
 
 
 class Forward:
@@ -388,7 +389,8 @@ class Forward:
 
     def embed(self, embedded: torch.Tensor) -> torch.Tensor:
         """Normalise the summed embeddings."""
-        return self._dropped(self._norm(embedded, "embedding_norm"), self.architecture.embedding_rate, last=False)
+        normal = self._norm_of_sum(embedded, None, 0, "embedding_norm", last=False)
+        return self._dropped(normal, self.architecture.embedding_rate, last=False)
 
     def losses(self, hidden: torch.Tensor | None, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross-entropies ``(trials, sentences)`` from the states under layer ``start``, and the summed embeddings.
@@ -423,9 +425,9 @@ class Forward:
         last = i == self.architecture.depth - 1
         attended = self._attention(x, i, last)
         x = _sentence_rows(x, self.batch.first) if last else x
-        x = self._norm(self._sum(x, attended, self.architecture.attention_output_rate, last), f"{i}.attention_norm")
+        x = self._norm_of_sum(x, attended, self.architecture.attention_output_rate, f"{i}.attention_norm", last)
         expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
-        return self._norm(self._sum(x, expanded, self.architecture.output_rate, last), f"{i}.output_norm")
+        return self._norm_of_sum(x, expanded, self.architecture.output_rate, f"{i}.output_norm", last)
 
     def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """Attend within sentences; in the last layer, from [CLS] alone."""
@@ -468,34 +470,28 @@ class Forward:
     def _dropped(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
         """Drop hidden states ``(trials, rows, width)``, of [CLS] alone from the ``last`` layer on."""
         keep = self._keep(x, rate, last)
-        return x if keep is None else x * keep.mul_(keep_scale(rate))
-
-    def _sum(self, x: torch.Tensor, branch: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
-        """Add what is left of ``branch`` after dropout to the residual stream ``x``."""
-        keep = self._keep(branch, rate, last)
-        return x + branch if keep is None else torch.addcmul(x, branch, keep, value=keep_scale(rate))
+        return x if keep is None else x * keep
 
     def _keep(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
-        """The mask of hidden states like ``x``; None where nothing drops."""
+        """The mask of hidden states like ``x``, scaled so that their mean stays; None where nothing drops."""
         if self.dropout is None or rate == 0:
             return None
         shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
-        return self.dropout.keep(rate, shapes, x.shape[1:], self.weights.rows.dtype)
+        return self.dropout.keep(rate, shapes, x.shape[1:], self.weights.rows.dtype).mul_(keep_scale(rate))
 
-    def _linear(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
-        weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
-        x = x.to(weight.dtype)
-        if len(weight) == 1:
-            product = torch.addmm(bias.squeeze(0), x.reshape(-1, x.shape[2]), weight.squeeze(0))
-            return product.view(*x.shape[:2], -1)
-        return torch.baddbmm(bias[:, None], x.expand(len(weight), -1, -1), weight)
+    def _linear(self, x: torch.Tensor, layer: str) -> torch.Tensor:
+        return linear(x, *self._layer_weights(layer), self.weights.places(layer))
 
-    def _norm(self, x: torch.Tensor, leaf: str) -> torch.Tensor:
-        weight, bias = self.weights[f"{leaf}.weight"], self.weights[f"{leaf}.bias"]
-        if self.batch.fixed and len(weight) == 1:
-            return F.layer_norm(x, x.shape[-1:], weight.squeeze(0), bias.squeeze(0), self.architecture.eps)
-        normal = F.layer_norm(x, x.shape[-1:], eps=self.architecture.eps)
-        return torch.addcmul(bias[:, None], normal, weight[:, None])
+    def _norm_of_sum(
+        self, x: torch.Tensor, branch: torch.Tensor | None, rate: float, layer: str, last: bool
+    ) -> torch.Tensor:
+        """Normalise the residual stream ``x`` and what dropout leaves of ``branch``."""
+        keep = None if branch is None else self._keep(branch, rate, last)
+        eps, places = self.architecture.eps, self.weights.places(layer)
+        return norm_of_sum(x, branch, keep, *self._layer_weights(layer), eps, places)
+
+    def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
 
     def _to_slots(self, rows: torch.Tensor, placement: Placement, pieces: int) -> torch.Tensor:
         """Cut rows ``(trials, rows, pieces * width)`` into heads: ``(pieces, trials, bins, heads, slots, size)``."""

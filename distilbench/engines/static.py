@@ -52,7 +52,6 @@ class StaticSteps:
         self.weights, self.prefix, self.timetable = weights, prefix, timetable
         self.losses, self.norms = losses, torch.zeros_like(losses)
         self._still_layers, self._runner = still_layers, runner
-        weights.split_gradient()
         self._optimizer = TabledOptimizer(optimizer, rates)
         self._numbers = losses.new_zeros(len(losses), NUMBERS)
         self._buffers: dict[Bucket, Buffers] = {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distilbench.engines import kernels
-from distilbench.engines.updates import RowOptimizer
+from distilbench.engines.updates import RowOptimizer, gradient_norms
 from distilbench.settings import OptimSettings
 
 NUMBERS = 4
@@ -37,11 +37,7 @@ class TabledOptimizer:
         """Clip each gradient, take a step with ``numbers`` (trials, NUMBERS), and write the norms (trials,)."""
         weights = self.weights
         decayed, low = weights.rowmap.decayed, slice(weights.rowmap.tables, weights.rowmap.low)
-        parts = [weights.gradient]
-        if weights.low_gradient is not None:
-            parts = [weights.gradient[:, : low.start], weights.low_gradient, weights.gradient[:, low.stop :]]
-        each = [torch.linalg.vector_norm(part, dim=1, dtype=norms.dtype) for part in parts]
-        torch.linalg.vector_norm(torch.stack(each), dim=0, out=norms)
+        norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
         if self.adaptive and kernels.usable(norms):
             state = weights.rows, weights.gradient, weights.low_gradient, self.moments, weights.copy

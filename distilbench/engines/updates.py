@@ -34,29 +34,50 @@ class RowOptimizer:
 
         Clipping mirrors ``torch.nn.utils.clip_grad_norm_``: by ``limit / (norm + 1e-6)`` where that is below 1.
         """
-        norms = torch.linalg.vector_norm(self.weights.gradient, dim=1)
-        self._clip(norms)
+        norms = []
         for trial, (settings, rate) in enumerate(zip(self.settings, rates, strict=True)):
-            for part, decay in self._parts(settings):
-                row = (t[trial, part] for t in (self.weights.rows, self.weights.gradient, *self.moments))
-                update = _adamw_row if settings.name == "adamw" else _sgd_row
-                update(list(row), settings, number, rate, decay)
-        self.weights.updated()
-        return norms
+            parts = self.weights.gradient_of(trial)
+            norms.append(torch.stack([gradient.dot(gradient) for _, gradient in parts]).sum().sqrt())
+            divisor = _clip(parts, norms[-1], settings.max_grad_norm)
+            update = _adamw if settings.name == "adamw" else _sgd
+            for decays, decay in ((True, settings.weight_decay), (False, 0.0)):
+                state = [self._state(trial, *part) for part in parts if self._decays(part[0]) == decays]
+                if state:
+                    kinds = [list(kind) for kind in zip(*state, strict=True)]
+                    update(kinds, settings, number, rate, decay, divisor)
+            self.weights.updated(trial)
+        return torch.stack(norms)
 
-    def _clip(self, norms: torch.Tensor) -> None:
-        limits = torch.tensor([s.max_grad_norm or torch.inf for s in self.settings], dtype=norms.dtype)
-        factors = (limits.to(norms.device) / (norms + 1e-6)).clamp(max=1.0)
-        if norms.device.type != "cpu" or bool((factors < 1).any()):  # elsewhere, asking would wait for the device
-            self.weights.gradient.mul_(factors[:, None])
+    def _decays(self, part: slice) -> bool:
+        return bool(part.start < self.weights.rowmap.decayed)
 
-    def _parts(self, settings: OptimSettings) -> list[tuple[slice, float]]:
-        """The decayed and the undecayed part of a row, each with its weight decay."""
-        rowmap = self.weights.rowmap
-        return [
-            (slice(rowmap.decayed), settings.weight_decay),
-            (slice(rowmap.decayed, rowmap.size), 0.0),
-        ]
+    def _state(self, trial: int, part: slice, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """A part of a trial's row, its gradient and its moments, ``(elements,)`` each."""
+        return [self.weights.rows[trial, part], gradient, *(moment[trial, part] for moment in self.moments)]
+
+
+def _clip(parts: Sequence[tuple[slice, torch.Tensor]], norm: torch.Tensor, limit: float) -> torch.Tensor | None:
+    """Clip the gradient, or return what torch's kernel is to divide it by, which saves a pass; that is in float32."""
+    if not limit:
+        return None
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    if norm.device.type == "cpu" and not factor < 1:  # elsewhere, asking would wait for the device
+        return None
+    if norm.dtype == torch.float32:
+        return 1 / factor
+    for _, gradient in parts:
+        gradient.mul_(factor)
+    return None
+
+
+def gradient_norms(weights: StackedWeights) -> torch.Tensor:
+    """The norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
+    parts = [weights.gradient]
+    if weights.low_gradient is not None:
+        rowmap = weights.rowmap
+        parts = [weights.gradient[:, : rowmap.tables], weights.low_gradient, weights.gradient[:, rowmap.low :]]
+    each = [torch.linalg.vector_norm(part, dim=1, dtype=weights.rows.dtype) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(each), dim=0)
 
 
 def moments_needed(settings: Sequence[OptimSettings]) -> int:
@@ -64,16 +85,20 @@ def moments_needed(settings: Sequence[OptimSettings]) -> int:
     return 2 if settings[0].name == "adamw" else int(any(s.momentum for s in settings))
 
 
-def _adamw_row(tensors: list[torch.Tensor], settings: OptimSettings, number: int, rate: float, decay: float) -> None:
-    row, gradient, mean, square = tensors
+def _adamw(
+    state: Sequence[list[torch.Tensor]], settings: OptimSettings, number: int, rate: float, decay: float,
+    divisor: torch.Tensor | None,
+) -> None:  # fmt: skip
+    rows, gradients, means, squares = state
     adamw(
-        [row],
-        [gradient],
-        [mean],
-        [square],
+        rows,
+        gradients,
+        means,
+        squares,
         [],
-        [torch.tensor(number - 1.0, device=row.device)],
+        [torch.tensor(number - 1.0, device=row.device) for row in rows],
         fused=True,
+        grad_scale=divisor,
         amsgrad=False,
         beta1=settings.beta1,
         beta2=settings.beta2,
@@ -84,13 +109,17 @@ def _adamw_row(tensors: list[torch.Tensor], settings: OptimSettings, number: int
     )
 
 
-def _sgd_row(tensors: list[torch.Tensor], settings: OptimSettings, number: int, rate: float, decay: float) -> None:
-    row, gradient, *momentum = tensors
+def _sgd(
+    state: Sequence[list[torch.Tensor]], settings: OptimSettings, number: int, rate: float, decay: float,
+    divisor: torch.Tensor | None,
+) -> None:  # fmt: skip
+    rows, gradients, *momentum = state
     sgd(
-        [row],
-        [gradient],
-        list(momentum) if settings.momentum else [None],
+        rows,
+        gradients,
+        list(momentum[0]) if settings.momentum else [None] * len(rows),
         fused=True,
+        grad_scale=divisor,
         weight_decay=decay,
         momentum=settings.momentum,
         lr=rate,
