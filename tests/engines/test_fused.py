@@ -420,15 +420,24 @@ def test_trials_interrupted_at_different_steps_resume_together(trial, splits_of,
         assert [e.step for e in result.history] == [e.step for e in expected.history]
 
 
-def test_bf16_follows_autocast(trial, splits_of, recorder):
+@pytest.mark.parametrize("whole", [True, False], ids=["whole batches", "in parts"])
+@pytest.mark.parametrize("freezing", ["freeze.layers=0", "freeze.layers=1"])
+def test_bf16_follows_autocast(trial, splits_of, recorder, freezing, whole):
+    """With clipping that bites in most steps, and beside a neighbour: parts of a batch add up in float32."""
     from distilbench.engines.trainer import TrainerEngine
 
-    settings = trial("train.precision=bf16", "optim.lr=3e-3", "train.epochs=4", "output.save_model=false")
-    splits, ours, theirs = splits_of(settings), recorder(), recorder()
-    [fused] = FusedEngine().train([settings], splits, ours)
-    [trainer] = TrainerEngine().train([settings], splits, theirs)
-    assert (fused.precision, trainer.precision) == ("bf16", "bf16")
-    np.testing.assert_allclose(ours.losses(), theirs.losses(), atol=5e-3)
+    common = ("train.precision=bf16", "train.epochs=4", "optim.max_grad_norm=0.1", freezing, "output.save_model=false",
+              *(() if whole else ("train.micro_batch_size=2",)))  # fmt: skip
+    trials = [trial(f"optim.lr={rate}", *common) for rate in (1e-3, 3e-3)]
+    splits, ours, theirs = splits_of(trials[0]), recorder(), recorder()
+    fused = FusedEngine().train(trials, splits, ours)
+    trainer = TrainerEngine().train(trials, splits, theirs)
+    for t in range(2):
+        assert (fused[t].precision, trainer[t].precision) == ("bf16", "bf16")
+        np.testing.assert_allclose(ours.losses(t), theirs.losses(t), atol=5e-3)
+        norms = [np.array([r.gradient_norm for r in seen.steps[t]]) for seen in (ours, theirs)]
+        assert np.mean(norms[0] > 0.1) > 0.5
+        np.testing.assert_allclose(*norms, rtol=0.05, atol=1e-3)
 
 
 def test_two_labels_or_more(trial, splits_of, recorder):
