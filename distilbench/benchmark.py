@@ -98,6 +98,7 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
 
     prepared = prepare(settings)
     check_engine(replace(settings.engine, name="fused"), prepared.model, prepared.precision)
+    Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     console = Console(width=TABLE_WIDTH)
     console.print(
         f"model {prepared.model.used.describe()}, data {prepared.text.used.describe()}, {prepared.device}", markup=False

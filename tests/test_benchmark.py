@@ -76,10 +76,10 @@ def test_a_mistake_is_one_line(tmp_path, arguments, line):
 def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(tmp_path):
     short = ("bench.steps=8", "bench.trials=3", "bench.repeats=1", "bench.eval_examples=16", "train.batch_size=8",
              "bench.processes=2")  # fmt: skip
-    done = run(tmp_path, *short, "freeze.layers=1", "train.precision=fp32", "hydra.run.dir=out")
+    done = run(tmp_path, *short, "freeze.layers=1", "train.precision=fp32", "output.dir=out/figures")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
-    figures = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert (tmp_path / "out" / "figures" / "benchmark.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "out" / "figures" / "benchmark.json").read_text())
     lines = {line["name"]: line for line in figures["lines"]}
     assert list(lines) == [
         "HF as reported", "HF tuned", "HF tuned, 2 at once", "trainer", "fused, alone", "fused, 3 trials",
