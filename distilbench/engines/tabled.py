@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from distilbench.engines import kernels
-from distilbench.engines.updates import RowOptimizer, gradient_norms
+from distilbench.engines.stacked import StackedWeights
+from distilbench.engines.updates import RowOptimizer
 from distilbench.settings import OptimSettings
 
 NUMBERS = 4
@@ -48,6 +49,16 @@ class TabledOptimizer:
         rule = adamw if self.adaptive else sgd
         rule(weights.rows, weights.gradient, self.moments, numbers, self.constants, factors, decayed)
         weights.updated()
+
+
+def gradient_norms(weights: StackedWeights) -> torch.Tensor:
+    """The norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
+    parts = [weights.gradient]
+    if weights.low_gradient is not None:
+        rowmap = weights.rowmap
+        parts = [weights.gradient[:, : rowmap.tables], weights.low_gradient, weights.gradient[:, rowmap.low :]]
+    each = [torch.linalg.vector_norm(part, dim=1, dtype=weights.rows.dtype) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(each), dim=0)
 
 
 def numbers_of(settings: Sequence[OptimSettings], rates: np.ndarray) -> np.ndarray:

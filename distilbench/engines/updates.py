@@ -70,16 +70,6 @@ def _clip(parts: Sequence[tuple[slice, torch.Tensor]], norm: torch.Tensor, limit
     return None
 
 
-def gradient_norms(weights: StackedWeights) -> torch.Tensor:
-    """The norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
-    parts = [weights.gradient]
-    if weights.low_gradient is not None:
-        rowmap = weights.rowmap
-        parts = [weights.gradient[:, : rowmap.tables], weights.low_gradient, weights.gradient[:, rowmap.low :]]
-    each = [torch.linalg.vector_norm(part, dim=1, dtype=weights.rows.dtype) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(each), dim=0)
-
-
 def moments_needed(settings: Sequence[OptimSettings]) -> int:
     """How many vectors like a row the optimizer of a group remembers."""
     return 2 if settings[0].name == "adamw" else int(any(s.momentum for s in settings))
