@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
         low, weight = ctx.saved_tensors
         if ctx.places is not None:
             _multiply(low.expand(len(weight), -1, -1).mT, gradient, ctx.places.weight, ctx.places.add)
-            _put(gradient.sum(1), ctx.places.bias, ctx.places.add)
+            put(gradient.sum(1), ctx.places.bias, ctx.places.add)
         to_x = None
         if ctx.needs_input_grad[0]:
             if len(weight) == 1:
@@ -93,8 +93,8 @@ class _NormOfSum(torch.autograd.Function):
         places = ctx.places
         to_total, *own = _norm_backward(ctx, gradient)
         if places is not None:
-            _put(own[0], places.weight, places.add)
-            _put(own[1], places.bias, places.add)
+            put(own[0], places.weight, places.add)
+            put(own[1], places.bias, places.add)
         keep = ctx.saved_tensors[3]
         to_branch = None
         if ctx.branch is not None:
@@ -125,14 +125,15 @@ def _norm_backward(ctx, gradient):  # type: ignore[no-untyped-def]
 def _multiply(a: torch.Tensor, b: torch.Tensor, place: torch.Tensor, add: bool) -> None:
     """Put ``a @ b`` (trials, ...) in its place."""
     if add or place.dtype != a.dtype:
-        _put(a @ b, place, add)
+        put(a @ b, place, add)
     elif len(a) == 1:
         torch.mm(a[0], b[0], out=place[0])
     else:
         torch.bmm(a, b, out=place)
 
 
-def _put(value: torch.Tensor, place: torch.Tensor, add: bool) -> None:
+def put(value: torch.Tensor, place: torch.Tensor, add: bool) -> None:
+    """Write ``value`` to its ``place``, or ``add`` it to what is there."""
     if add:
         place.add_(value)
     else:

@@ -74,7 +74,7 @@ class Packed:
 
     ``ids`` and ``positions`` (tokens,): rows of the word and the position table. ``first`` (sentences,): where each
     sentence's [CLS] is. ``labels`` (sentences,). ``sentence`` (tokens,): whose token it is. ``bin`` (sentences,) and
-    ``column`` (sentences,): where each sentence starts; ``turn`` (sentences,): its number within the bin.
+    ``column`` (sentences,): where each sentence starts.
     """
 
     ids: np.ndarray
@@ -84,10 +84,8 @@ class Packed:
     sentence: np.ndarray
     bin: np.ndarray
     column: np.ndarray
-    turn: np.ndarray
     bins: int
     width: int
-    turns: int
 
 
 def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packed:
@@ -98,8 +96,7 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
-    alone = np.arange(len(lengths)), np.zeros_like(lengths), np.zeros_like(lengths)
-    bin_, column, turn = _fill_bins(lengths, width) if share else alone
+    bin_, column = _fill_bins(lengths, width) if share else _alone(len(lengths))
     return Packed(
         ids=split.tokens[starts[sentence] + positions].astype(np.int64),
         positions=positions,
@@ -108,28 +105,23 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
         sentence=sentence,
         bin=bin_,
         column=column,
-        turn=turn,
         bins=int(bin_.max()) + 1,
         width=width,
-        turns=int(turn.max()) + 1,
     )
 
 
-def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put each sentence, the longest first, into the first bin with room: its bin, first column and turn there."""
+def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put each sentence, the longest first, into the first bin with room: its bin, and its first column there."""
     used: list[int] = []
-    members: list[int] = []
-    places = np.empty((3, len(lengths)), dtype=np.int64)
+    places = np.empty((2, len(lengths)), dtype=np.int64)
     for i in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[i])
         chosen = next((b for b, filled in enumerate(used) if filled + length <= width), len(used))
         if chosen == len(used):
             used.append(0)
-            members.append(0)
-        places[:, i] = chosen, used[chosen], members[chosen]
+        places[:, i] = chosen, used[chosen]
         used[chosen] += length
-        members[chosen] += 1
-    return places[0], places[1], places[2]
+    return places[0], places[1]
 
 
 @dataclass(frozen=True)
@@ -169,11 +161,11 @@ class _Move(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where rows stand in the bins: all tokens, or one row a sentence. The leading size is 1 or the trials'.
+    """Where tokens, a row each, stand in the bins. The leading size is 1 or the trials'.
 
     ``bin``, ``column`` (orders, rows): the slot of each row. ``row`` (orders, bins, columns): the row of each slot, 0
     where there is none. ``owner`` (orders, bins, columns): the sentence of each slot, or FILLER. ``empty`` (orders,
-    rows) marks rows that are filler; None where there are none, which is so for a single order.
+    rows) marks rows that are filler; None where there are none.
     """
 
     bin: torch.Tensor
@@ -221,9 +213,9 @@ class Batch:
     """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
 
     ``ids``, ``positions`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences). ``packs``
-    are what was stacked, ``all_tokens`` and ``sentences`` where tokens and sentences stand in the bins. A batch of
-    :attr:`fixed` size, which is one that has ``lengths`` (orders, sentences) and one sentence a bin, is worked on
-    without a loop over trials and without a sum whose order is left open.
+    are what was stacked. ``shared`` is where tokens stand in as few bins as will do, ``alone`` where they stand in bins
+    of one sentence each. A batch of :attr:`fixed` size, which is one that has ``lengths`` (orders, sentences) and
+    knows bins of one sentence only, is worked on without a loop over trials and without a sum whose order is left open.
     """
 
     packs: tuple[Packed, ...]
@@ -231,8 +223,8 @@ class Batch:
     positions: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
-    all_tokens: Placement
-    sentences: Placement
+    shared: Placement
+    alone: Placement
     lengths: torch.Tensor | None = None
 
     @property
@@ -243,12 +235,12 @@ class Batch:
     @cached_property
     def token_mask(self) -> torch.Tensor:
         """What is added to the scores of a token for every other of its bin, ``(orders, bins, 1, width, width)``."""
-        return _mask(self.all_tokens.owner, self.all_tokens.owner)
+        return _mask(self.shared.owner, self.shared.owner)
 
     @cached_property
-    def sentence_mask(self) -> torch.Tensor:
-        """The same for [CLS] rows alone, ``(orders, bins, 1, turns, width)``."""
-        return _mask(self.sentences.owner, self.all_tokens.owner)
+    def first_mask(self) -> torch.Tensor:
+        """What is added to the scores of [CLS] for every token of its own, ``(orders, sentences, 1, 1, width)``."""
+        return _mask(self.alone.owner[:, :, :1], self.alone.owner)
 
 
 def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -265,34 +257,32 @@ def stack(packs: Sequence[Packed], device: torch.device) -> Batch:
         return torch.from_numpy(values).to(device)
 
     size = _rounded(max(len(p.ids) for p in packs), GRAIN)
-    tokens = _placement(packs, [p.sentence for p in packs], size, max(p.width for p in packs), "column", device)
-    numbers = [np.arange(len(p.first)) for p in packs]
     return Batch(
         packs=tuple(packs),
         ids=on_device(_filled([p.ids for p in packs], 0, size)),
         positions=on_device(_filled([p.positions for p in packs], 0, size)),
         first=on_device(np.stack([p.first for p in packs])),
         labels=on_device(np.stack([p.labels for p in packs])),
-        all_tokens=tokens,
-        sentences=_placement(packs, numbers, len(numbers[0]), max(p.turns for p in packs), "turn", device),
+        shared=_placement(packs, [(p.bin, p.column) for p in packs], size, device),
+        alone=_placement(packs, [_alone(len(p.first)) for p in packs], size, device),
     )
 
 
 def _placement(
-    packs: Sequence[Packed], sentences: list[np.ndarray], rows: int, columns: int, start: str, device: torch.device
+    packs: Sequence[Packed], starts: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, device: torch.device
 ) -> Placement:
-    """Lay ``rows``, of ``sentences`` (at most rows,) each, into bins of ``columns`` from each one's ``start`` on."""
-    bins = max(p.bins for p in packs)
+    """Lay ``rows`` into bins; each sentence ``starts`` in a bin (sentences,) at a column (sentences,)."""
+    bins = max(int(bin_.max()) for bin_, _ in starts) + 1
+    columns = max(p.width for p in packs)
     row = np.zeros((len(packs), bins, columns), dtype=np.int64)
     owner = np.full((len(packs), bins, columns), FILLER, dtype=np.int64)
     bin_, column = [], []
-    for i, (p, sentence) in enumerate(zip(packs, sentences, strict=True)):
-        within = p.positions if start == "column" else 0
-        bin_.append(p.bin[sentence])
-        column.append(getattr(p, start)[sentence] + within)
-        row[i, bin_[i], column[i]] = np.arange(len(sentence))
-        owner[i, bin_[i], column[i]] = sentence
-    empty = _filled([np.zeros(len(s), dtype=bool) for s in sentences], True, rows)
+    for i, (p, start) in enumerate(zip(packs, starts, strict=True)):
+        bin_.append(start[0][p.sentence])
+        column.append(start[1][p.sentence] + p.positions)
+        row[i, bin_[i], column[i]] = np.arange(len(p.sentence))
+        owner[i, bin_[i], column[i]] = p.sentence
+    empty = _filled([np.zeros(len(p.sentence), dtype=bool) for p in packs], True, rows)
     return Placement(
         bin=torch.from_numpy(_filled(bin_, 0, rows)).to(device),
         column=torch.from_numpy(_filled(column, 0, rows)).to(device),
@@ -300,6 +290,11 @@ def _placement(
         owner=torch.from_numpy(owner).to(device),
         empty=torch.from_numpy(empty).to(device) if empty.any() else None,
     )
+
+
+def _alone(sentences: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each sentence starts in bins of one sentence."""
+    return np.arange(sentences), np.zeros(sentences, dtype=np.int64)
 
 
 def _rounded(size: int, grain: int) -> int:

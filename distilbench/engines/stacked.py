@@ -7,7 +7,7 @@ Matrices are stored as ``(inputs, outputs)``, with query, key and value side by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.activations import get_activation
 
 from distilbench.engines import kernels
-from distilbench.engines.attention import attend
+from distilbench.engines.attention import attend, attend_from_first
 from distilbench.engines.dropout import EXTENT, CounterDropout, Draws, keep_scale
 from distilbench.engines.layers import Places, linear, norm_of_sum
 from distilbench.engines.packing import Batch, Exchange, Placement
@@ -376,7 +376,7 @@ class Forward:
         self._still = still_layers
         self.architecture = weights.rowmap.architecture
         self._activation = get_activation(self.architecture.activation)
-        self._exchanges: dict[tuple[int, int, int], Exchange] = {}
+        self._exchanges: dict[tuple[int, int, int, int], Exchange] = {}
 
     def embedded(self) -> torch.Tensor:
         """Return the sum of the embeddings of every token, a leaf of the graph where the tables train."""
@@ -434,16 +434,35 @@ class Forward:
         batch = self.batch
         if batch.lengths is not None and kernels.attends(self.weights.low, x):
             return self._linear(self._attended(x, i, last), f"{i}.out")
-        queries = batch.sentences if last else batch.all_tokens
-        asked = None
-        if last:
-            asked = self._to_slots(self._linear(_sentence_rows(x, batch.first), f"{i}.q"), queries, 1).squeeze(0)
-        slots = self._to_slots(self._linear(x, f"{i}.kv" if last else f"{i}.qkv"), batch.all_tokens, 2 if last else 3)
-        keep, scale = self._attention_keep(last, slots.dtype)
-        context = attend(slots, asked, batch.sentence_mask if last else batch.token_mask, keep, scale)
-        move = self._exchange(queries, len(context), 0)
-        rows = move(context.view(-1, context.shape[-1])).view(len(context), queries.bin.shape[1], -1)
-        return self._linear(rows, f"{i}.out")
+        return self._linear(self._from_first(x, i) if last else self._from_all(x, i), f"{i}.out")
+
+    def _from_all(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """The context of every token, ``(trials, tokens, width)``."""
+        batch, heads = self.batch, self.architecture.heads
+        rows = self._linear(x, f"{i}.qkv")
+        trials, width = len(rows), rows.shape[2] // 3
+        moved = self._exchange(batch.shared, trials, heads, 3)(rows.view(-1, width // heads))
+        slots = moved.view(3, trials, -1, heads, batch.shared.row.shape[2], width // heads)
+        keep, scale = self._attention_keep(
+            [(p.bins, heads, p.width, p.width) for p in batch.packs], batch.token_mask, slots.dtype
+        )
+        context = attend(slots, batch.token_mask, keep, scale)
+        back = self._exchange(batch.shared, trials, heads, 0)
+        return back(context.view(-1, width // heads)).view(trials, -1, width)
+
+    def _from_first(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """The context of [CLS], ``(trials, sentences, width)``."""
+        batch, heads, width = self.batch, self.architecture.heads, x.shape[2]
+        query = self._linear(_sentence_rows(x, batch.first), f"{i}.q")
+        moved = self._exchange(batch.alone, len(x), 1, 1)(x.to(query.dtype).view(-1, width))
+        slots = moved.view(len(x), *batch.alone.row.shape[1:], width)
+        keep, scale = self._attention_keep(
+            [(len(p.first), heads, 1, p.width) for p in batch.packs], batch.first_mask, slots.dtype
+        )
+        places = self.weights.places(f"{i}.kv")
+        return attend_from_first(
+            slots, query, *self._layer_weights(f"{i}.kv"), places, heads, batch.first_mask, keep, scale
+        )
 
     def _attended(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """The context of every token, or of [CLS] alone, by one kernel; ``(trials, rows, width)``."""
@@ -452,20 +471,20 @@ class Forward:
         asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
         rows = self._linear(x, f"{i}.kv" if last else f"{i}.qkv")
         draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
-        width = batch.all_tokens.row.shape[2]
+        width = batch.alone.row.shape[2]
         return kernels.attend(rows, asked, batch.first, batch.lengths, draws, self.architecture.heads, width, EXTENT)
 
-    def _attention_keep(self, last: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, float]:
-        """The mask of attention probabilities, and what is kept is multiplied by."""
+    def _attention_keep(
+        self, shapes: Sequence[Sequence[int]], mask: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, float]:
+        """What dropout keeps of probabilities that ``mask`` (orders, bins, 1, queries, width) belongs to, and times
+        what; ``shapes`` (bins, heads, queries, width) is what is real of each order.
+        """
         rate = self.architecture.attention_rate
         if self.dropout is None or rate == 0:
             return None, 1
-        heads = self.architecture.heads
-        bins, width = self.batch.all_tokens.row.shape[1:]
-        turns = self.batch.sentences.row.shape[2]
-        shapes = [(p.bins, heads, p.turns if last else p.width, p.width) for p in self.batch.packs]
-        whole = (bins, heads, turns if last else width, width)
-        return self.dropout.keep(rate, shapes, whole, dtype), keep_scale(rate)
+        _, bins, _, *rest = mask.shape
+        return self.dropout.keep(rate, shapes, (bins, self.architecture.heads, *rest), dtype), keep_scale(rate)
 
     def _dropped(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
         """Drop hidden states ``(trials, rows, width)``, of [CLS] alone from the ``last`` layer on."""
@@ -493,19 +512,10 @@ class Forward:
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
 
-    def _to_slots(self, rows: torch.Tensor, placement: Placement, pieces: int) -> torch.Tensor:
-        """Cut rows ``(trials, rows, pieces * width)`` into heads: ``(pieces, trials, bins, heads, slots, size)``."""
-        heads, trials = self.architecture.heads, len(rows)
-        bins, slots = placement.row.shape[1:]
-        size = rows.shape[2] // (pieces * heads)
-        moved = self._exchange(placement, trials, pieces)(rows.reshape(-1, size))
-        return moved.view(pieces, trials, bins, heads, slots, size)
-
-    def _exchange(self, placement: Placement, trials: int, pieces: int) -> Exchange:
+    def _exchange(self, placement: Placement, trials: int, heads: int, pieces: int) -> Exchange:
         """The move into slots, or with no ``pieces`` the one back; built once for all layers."""
-        key = id(placement), trials, pieces
+        key = id(placement), trials, heads, pieces
         if key not in self._exchanges:
-            heads = self.architecture.heads
             self._exchanges[key] = (
                 placement.to_slots(trials, heads, pieces) if pieces else placement.to_rows(trials, heads)
             )

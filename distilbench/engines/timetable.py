@@ -191,11 +191,4 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
         owner=owner.masked_fill(column >= length[:, :, None], FILLER),
         empty=torch.arange(bucket.tokens, device=device) >= count,
     )
-    sentences = Placement(
-        bin=number.expand(orders, -1),
-        column=torch.zeros_like(first),
-        row=owner[:, :, :1],
-        owner=tokens.owner[:, :, :1],
-        empty=None,
-    )
-    return Batch((), ids, positions, first, labels, tokens, sentences, length), key.flatten().contiguous()
+    return Batch((), ids, positions, first, labels, tokens, tokens, length), key.flatten().contiguous()

@@ -195,17 +195,17 @@ class SameMasks:
 
     def attention(self, mask, packed, drawn, p, offset):
         last = self.layer == self.depth - 1
-        shape = (packed.bins, self.heads, packed.turns if last else packed.width, packed.width)
+        bins, queries = (len(packed.first), 1) if last else (packed.bins, packed.width)
+        shape = (bins, self.heads, queries, packed.width)
         keep = drawn.keep(p, [shape], shape, mask.dtype)[0]
         for row in range(len(self.rows)):
             s = row + offset
             start, length = packed.column[s], int((packed.sentence == s).sum())
             columns = slice(start, start + length)
-            own = keep[packed.bin[s]][:, :, columns]
             if last:
-                mask[row, :, 0, :length] = own[:, packed.turn[s]]
+                mask[row, :, 0, :length] = keep[s, :, 0, :length]
             else:
-                mask[row, :, :length, :length] = own[:, columns]
+                mask[row, :, :length, :length] = keep[packed.bin[s]][:, columns, columns]
 
     def hidden(self, mask, packed, drawn, p, offset):
         if self.layer == self.depth - 1:

@@ -49,8 +49,8 @@ def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders
     batch = stack([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
     trials, tokens, heads = len(orders), batch.ids.shape[1], 2
     rows = torch.rand(trials * tokens * heads, 4, requires_grad=True)
-    there = batch.all_tokens.to_slots(trials, heads, 1)(rows)
-    back = batch.all_tokens.to_rows(trials, heads)(there)
+    there = batch.shared.to_slots(trials, heads, 1)(rows)
+    back = batch.shared.to_rows(trials, heads)(there)
     real = torch.zeros(trials, tokens, dtype=torch.bool)
     for place, order in zip(real, orders, strict=True):
         place[: sum(order)] = True
@@ -65,7 +65,7 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
     batch = stack([pack(split_of(lengths), np.arange(5))], CPU)
     allowed = batch.token_mask[0, :, 0] == 0
     assert set(batch.token_mask.unique().tolist()) == {0.0, float(torch.tensor(APART))}
-    place = batch.all_tokens
+    place = batch.shared
     for token in range(sum(lengths)):
         seen = allowed[place.bin[0, token], place.column[0, token]].sum()
         assert seen == lengths[int(batch.packs[0].sentence[token])]

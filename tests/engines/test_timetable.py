@@ -41,9 +41,9 @@ def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
             np.testing.assert_array_equal(batch.first[order, :sentences], packed.first)
             np.testing.assert_array_equal(batch.labels[order, :sentences], packed.labels)
             assert (batch.labels[order, sentences:] == IGNORED).all()
-            np.testing.assert_array_equal(batch.all_tokens.bin[order, :tokens], packed.sentence)
-            assert batch.all_tokens.empty[order].tolist() == [False] * tokens + [True] * (bucket.tokens - tokens)
-            owner, row = batch.all_tokens.owner[order], batch.all_tokens.row[order]
+            np.testing.assert_array_equal(batch.alone.bin[order, :tokens], packed.sentence)
+            assert batch.alone.empty[order].tolist() == [False] * tokens + [True] * (bucket.tokens - tokens)
+            owner, row = batch.alone.owner[order], batch.alone.row[order]
             for sentence in range(size):
                 own = np.flatnonzero(packed.sentence == sentence)
                 assert owner[sentence].tolist() == [sentence] * len(own) + [FILLER] * (bucket.width - len(own))
@@ -56,7 +56,7 @@ def test_no_row_of_scores_is_masked_throughout():
     plan = Timetable(split, Course(5, 4, 1), (1,), CPU)
     for step in range(2):  # the second holds one sentence of four
         batch, _ = batch_of(plan.inputs(step), plan.bucket(step))
-        for mask in (batch.token_mask, batch.sentence_mask):
+        for mask in (batch.token_mask, batch.first_mask):
             assert ((mask == 0).sum(-1) > 0).all()
 
 
