@@ -21,9 +21,8 @@ FILLER = -1
 """The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
 
 GRAIN = 16
-"""Batches are filled up to a multiple of so many tokens: the CPU's kernels are compiled anew for every new shape.
-
-Measured on two Zen 5 cores, products of 213 +- 36 tokens: bf16 167 GFLOP/s as they come, 182 so; float32 67 and 79.
+"""Tokens of a batch and columns of a bin are filled up to a multiple of so many, or more where there are many: a CPU's
+library compiles its products anew for every new shape, and keeps a thousand of them.
 """
 APART = -1e30
 """Added to the scores of tokens of different sentences: finite, for a filler query may find no key of its own."""
@@ -92,7 +91,7 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
     """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given; may they ``share`` bins?"""
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
-    width = _rounded(int(lengths.max()), 8)
+    width = filled_up(int(lengths.max()), GRAIN)
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
@@ -256,23 +255,25 @@ def stack(packs: Sequence[Packed], device: torch.device) -> Batch:
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device)
 
-    size = _rounded(max(len(p.ids) for p in packs), GRAIN)
+    size = filled_up(max(len(p.ids) for p in packs), GRAIN)
+    bins = filled_up(max(p.bins for p in packs), 1)
+    sentences = len(packs[0].first)
     return Batch(
         packs=tuple(packs),
         ids=on_device(_filled([p.ids for p in packs], 0, size)),
         positions=on_device(_filled([p.positions for p in packs], 0, size)),
         first=on_device(np.stack([p.first for p in packs])),
         labels=on_device(np.stack([p.labels for p in packs])),
-        shared=_placement(packs, [(p.bin, p.column) for p in packs], size, device),
-        alone=_placement(packs, [_alone(len(p.first)) for p in packs], size, device),
+        shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, size, device),
+        alone=_placement(packs, [_alone(sentences)] * len(packs), sentences, size, device),
     )
 
 
 def _placement(
-    packs: Sequence[Packed], starts: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, device: torch.device
-) -> Placement:
-    """Lay ``rows`` into bins; each sentence ``starts`` in a bin (sentences,) at a column (sentences,)."""
-    bins = max(int(bin_.max()) for bin_, _ in starts) + 1
+    packs: Sequence[Packed], starts: Sequence[tuple[np.ndarray, np.ndarray]], bins: int, rows: int,
+    device: torch.device,
+) -> Placement:  # fmt: skip
+    """Lay ``rows`` into ``bins``; each sentence ``starts`` in a bin (sentences,) at a column (sentences,)."""
     columns = max(p.width for p in packs)
     row = np.zeros((len(packs), bins, columns), dtype=np.int64)
     owner = np.full((len(packs), bins, columns), FILLER, dtype=np.int64)
@@ -297,7 +298,9 @@ def _alone(sentences: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(sentences), np.zeros(sentences, dtype=np.int64)
 
 
-def _rounded(size: int, grain: int) -> int:
+def filled_up(size: int, grain: int) -> int:
+    """The next multiple of ``grain``, or of the largest power of two below a sixteenth of ``size`` if that is more."""
+    grain = max(grain, 1 << (size // 16).bit_length() - 1) if size >= 16 else grain
     return -(-size // grain) * grain
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data import EncodedSplit
-from distilbench.engines.packing import APART, GRAIN, Course, epoch_order, pack, stack
+from distilbench.engines.packing import APART, GRAIN, Course, epoch_order, filled_up, pack, stack
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=20)
@@ -39,8 +39,8 @@ def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
     columns = packed.column[packed.sentence] + packed.positions
     slots = set(zip(packed.bin[packed.sentence].tolist(), columns.tolist(), strict=True))
     assert len(slots) == sum(lengths)
-    assert columns.max() < packed.width < max(lengths) + 8
-    assert packed.bins * packed.width < 2 * sum(lengths) + packed.width + 8 * packed.bins
+    assert columns.max() < packed.width < max(lengths) + GRAIN
+    assert packed.bins * packed.width < 2 * sum(lengths) + packed.width + GRAIN * packed.bins
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=3).filter(lambda orders: len({len(o) for o in orders}) == 1))
@@ -74,6 +74,10 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
 def test_batches_are_filled_up_to_few_different_sizes():
     sizes = {stack([pack(split_of([n]), np.arange(1))], CPU).ids.shape[1] for n in range(3, 100)}
     assert sizes == set(range(GRAIN, 100 + GRAIN, GRAIN))
+    for n in range(1, 5000):
+        size = filled_up(n, GRAIN)
+        assert n <= size < n + max(GRAIN, n / 16 + 1)
+    assert len({filled_up(n, GRAIN) for n in range(1000, 2001)}) <= 32
 
 
 def test_the_order_of_an_epoch_is_that_of_accelerates_sampler():
