@@ -34,7 +34,7 @@ from distilbench.engines.endings import ending_of
 from distilbench.engines.fusion import check_fusable, fusion_key
 from distilbench.engines.group import Group
 from distilbench.engines.members import Ground, Member
-from distilbench.engines.packing import Course, pack, stack
+from distilbench.engines.packing import Course, pack, stack_batches
 from distilbench.engines.stacked import Forward, RowMap, StackedWeights, Vocabulary
 from distilbench.freezing import freeze, frozen_names, parameter_counts
 from distilbench.model import build_model, resolve_model
@@ -168,7 +168,7 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     rows = torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device)
     weights = StackedWeights(ground.rowmap, ground.frozen, ground.low, rows)
     longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
-    batch = stack([pack(ground.splits.train, longest)], ground.device)
+    batch = stack_batches([pack(ground.splits.train, longest)], ground.device)
     forward = Forward(weights, batch, draws_for([settings.seed], "estimate", 0, ground.device))
     kept: dict[int, int] = {}
 

@@ -249,7 +249,7 @@ def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
 
 
-def stack(packs: Sequence[Packed], device: torch.device) -> Batch:
+def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
     """Stack the batches of several orders; they hold the same number of sentences each."""
 
     def on_device(values: np.ndarray) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from distilbench.data import EncodedSplit
 from distilbench.engines.batches import batches_by_length
 from distilbench.engines.dropout import Draws, draws_for
-from distilbench.engines.packing import Batch, Course, pack, stack
+from distilbench.engines.packing import Batch, Course, pack, stack_batches
 from distilbench.engines.stacked import Forward, StackedWeights
 
 WINDOW = 8
@@ -87,6 +87,10 @@ class TrainingPrefix:
         filler = [states[0].new_zeros(rows - sum(map(len, states)), states[0].shape[1]) for states in own]
         return torch.stack([torch.cat([*states, rest]) for states, rest in zip(own, filler, strict=True)])
 
+    def of_batch(self, batch: Batch) -> torch.Tensor:
+        """The hidden states of ``batch`` without dropout, as an evaluation has them, ``(1, rows, width)``."""
+        return run_prefix(self._weights, batch, self.depth, None)
+
     def empty(self, batch: Batch) -> torch.Tensor:
         """Room for the hidden states of a batch of that size, ``(orders, rows, width)``."""
         rows = batch.first if self._sentences_only else batch.ids
@@ -129,7 +133,7 @@ class TrainingPrefix:
         """The hidden states of each of ``examples``, ``(rows, width)``."""
         device = self._weights.rows.device
         packed = pack(self._split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
-        batch = stack([packed], device)
+        batch = stack_batches([packed], device)
         states = run_prefix(self._weights, batch, self.depth, dropout)[0]
         rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
         return list(states[: rows.sum()].split(rows.tolist()))

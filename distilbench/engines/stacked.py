@@ -249,27 +249,25 @@ class StackedWeights:
     """
 
     def __init__(
-        self, rowmap: RowMap, frozen: Mapping[str, torch.Tensor], low: torch.dtype, rows: torch.Tensor
-    ) -> None:
-        """``frozen`` weights are those of :meth:`RowMap.frozen_weights`."""
-        self.rowmap, self.low, self._frozen = rowmap, low, frozen
-        self.load(rows)
-
-    def load(self, rows: torch.Tensor) -> None:
-        """Train ``rows`` (trials, size) from now on, in place.
+        self, rowmap: RowMap, frozen: Mapping[str, torch.Tensor], low: torch.dtype, rows: torch.Tensor,
+        lender: StackedWeights | None = None,
+    ) -> None:  # fmt: skip
+        """``frozen`` weights are those of :meth:`RowMap.frozen_weights`; ``rows`` are trained in place.
 
         What is multiplied in low precision has its gradient in ``low_gradient`` (trials, low - tables), as it comes,
-        and the rest in ``gradient`` (trials, size), whose other columns are never touched.
+        and the rest in ``gradient`` (trials, size), whose other columns are never touched. A ``lender`` of as many
+        trials or more, whose gradient is not needed meanwhile, lends the room for both.
         """
+        self.rowmap, self.low, self.rows, self._frozen = rowmap, low, rows, frozen
         self._leaves: dict[str, torch.Tensor] = {}
         self.copy: torch.Tensor | None = None  # (trials, low - tables)
-        self.rows = rows
-        self.gradient = torch.empty_like(rows)
+        self.gradient: torch.Tensor = torch.empty_like(rows) if lender is None else lender.gradient[: len(rows)]
         self.low_gradient: torch.Tensor | None = None
-        if self.low != rows.dtype:
-            self.copy = rows[:, self.rowmap.tables : self.rowmap.low].to(self.low)
-            self.low_gradient = torch.empty_like(self.copy)
-            self._wide = rows.new_empty(self.copy.shape[1])
+        if low != rows.dtype:
+            self.copy = rows[:, rowmap.tables : rowmap.low].to(low)
+            lent = None if lender is None else lender.low_gradient
+            self.low_gradient = torch.empty_like(self.copy) if lent is None else lent[: len(rows)]
+            self._wide: torch.Tensor = rows.new_empty(self.copy.shape[1]) if lender is None else lender._wide
         for span in self.rowmap.spans:
             leaf = self._cut(span, self.rows, self.copy)
             self._leaves[span.leaf] = leaf.detach().requires_grad_(span.leaf not in TABLES)

@@ -41,16 +41,16 @@ class Buffers:
 class StaticSteps:
     """Takes the steps of a stack of trials; made anew whenever the stack changes.
 
-    ``losses`` (trials,) is added to in place; ``norms`` (trials,) holds the last step's gradient norms.
+    ``losses`` (trials,) is added to in place; ``norms`` (trials,) takes the last step's gradient norms.
     """
 
     def __init__(
         self, weights: StackedWeights, optimizer: RowOptimizer, prefix: TrainingPrefix | None, timetable: Timetable,
-        rates: np.ndarray, losses: torch.Tensor, still_layers: int, runner: Runner,
+        rates: np.ndarray, losses: torch.Tensor, norms: torch.Tensor, still_layers: int, runner: Runner,
     ) -> None:  # fmt: skip
         """``rates`` (steps, trials) are those of the whole course; see :class:`Forward` for ``still_layers``."""
         self.weights, self.prefix, self.timetable = weights, prefix, timetable
-        self.losses, self.norms = losses, torch.zeros_like(losses)
+        self.losses, self.norms = losses, norms
         self._still_layers, self._runner = still_layers, runner
         self._optimizer = TabledOptimizer(optimizer, rates)
         self._numbers = losses.new_zeros(len(losses), NUMBERS)

@@ -13,20 +13,18 @@ from distilbench.settings import OptimSettings
 
 
 class RowOptimizer:
-    """One step for all trials; ``moments`` are what it remembers, each like the rows ``(trials, size)``.
+    """One step for all trials of ``weights``, each with ``settings`` of its own.
+
+    ``moments`` are what it remembers, as many as :func:`moments_needed` says, each like the rows ``(trials, size)``.
 
     A trial's row is updated as ``torch.optim.AdamW`` or ``torch.optim.SGD`` would: decoupled decay for the former, an
     L2 term for the latter, on all but biases and norms.
     """
 
-    def __init__(self, weights: StackedWeights) -> None:
-        self.weights = weights
-        self.settings: list[OptimSettings] = []
-        self.moments: list[torch.Tensor] = []
-
-    def load(self, moments: Sequence[torch.Tensor], settings: Sequence[OptimSettings]) -> None:
-        """Go on with ``moments``, as many as :func:`moments_needed` says, and the ``settings`` of each trial."""
-        self.moments, self.settings = list(moments), list(settings)
+    def __init__(
+        self, weights: StackedWeights, moments: Sequence[torch.Tensor], settings: Sequence[OptimSettings]
+    ) -> None:
+        self.weights, self.moments, self.settings = weights, moments, settings
 
     @torch.no_grad()
     def step(self, number: int, rates: Sequence[float]) -> torch.Tensor:

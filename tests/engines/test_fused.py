@@ -339,22 +339,31 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
     assert len(set(np.round(sums, 3))) == 3
 
 
-def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(trial, splits_of, recorder, monkeypatch):
-    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", still=False) for seed in (1, 2, 3)]
+@pytest.mark.parametrize(
+    ("count", "short"),
+    [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.places.start > 0)],
+    ids=["within a stack", "between two stacks"],
+)
+def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
+    trial, splits_of, recorder, monkeypatch, count, short
+):
+    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", still=False) for seed in range(1, count + 1)]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
-    run = Group._differentiate
+    run, refused = Group._differentiate, []
 
-    def short_of_memory(group, examples):
-        if group.step >= 4 and len(group.members) > 1:
+    def short_of_memory(group, stack):
+        if group.step >= 4 and short(group, stack):
+            refused.append(group.taken)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return run(group, examples)
+        return run(group, stack)
 
     monkeypatch.setattr(Group, "_differentiate", short_of_memory)
     seen = recorder()
     results = FusedEngine().train(trials, splits, seen)
-    assert [r.status for r in results] == [Status.FINISHED] * 3
-    for t in range(3):
+    assert [r.status for r in results] == [Status.FINISHED] * count
+    assert refused[0] == (4 if count > 4 else 0)
+    for t in range(count):
         assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)
 
@@ -365,10 +374,10 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     fitting, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
     run, predict = Group._differentiate_part, Group._predict
 
-    def short_of_memory(group, examples, part):
+    def short_of_memory(group, stack, examples, part):
         if group.step >= 4 and (len(group.members) > 1 or (group.members[0].index == 0 and part.stop - part.start > 2)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return run(group, examples, part)
+        return run(group, stack, examples, part)
 
     def short_of_memory_too(group, split):
         if len(group.members) == 1 and group.members[0].index == 0 and group.members[0].eval_batch > 7:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from distilbench.engines import kernels, tabled
-from distilbench.engines.attention import attend
 from distilbench.engines.dropout import EXTENT, keep_scale, philox_keep
 from distilbench.engines.fused import FusedEngine
 from tests.engines.test_fused import losses_of, models, trial
@@ -99,8 +98,8 @@ def attention_by_the_book(rows, asked, first, lengths, draws, heads, width):
             query = None if asked is None else asked[t, s].view(1, 1, heads, 1, size)
             own = keep[o, s, :, :n, :n][None, None] if asked is None else keep[o, s, :, :, :n][None, None]
             scale = 1 if draws is None else keep_scale(0.1)
-            zero = torch.zeros(1, 1, 1, 1, n)
-            got = attend(pieces.contiguous(), query, zero, own, scale)[0, 0].transpose(0, 1).flatten(1)
+            q, k, v = pieces if query is None else (query, *pieces)
+            got = (((q @ k.mT / size**0.5).softmax(-1) * own * scale) @ v)[0, 0].transpose(0, 1).flatten(1)
             where = torch.arange(start, start + n) if asked is None else torch.tensor([s])
             context = context.index_add(0, where, got)
         out.append(context)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data import EncodedSplit
-from distilbench.engines.packing import APART, GRAIN, Course, epoch_order, filled_up, pack, stack
+from distilbench.engines.packing import APART, GRAIN, Course, epoch_order, filled_up, pack, stack_batches
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=20)
@@ -46,7 +46,7 @@ def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
 @given(st.lists(LENGTHS, min_size=1, max_size=3).filter(lambda orders: len({len(o) for o in orders}) == 1))
 @settings(max_examples=50, deadline=None)
 def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders):
-    batch = stack([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
+    batch = stack_batches([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
     trials, tokens, heads = len(orders), batch.ids.shape[1], 2
     rows = torch.rand(trials * tokens * heads, 4, requires_grad=True)
     there = batch.shared.to_slots(trials, heads, 1)(rows)
@@ -62,7 +62,7 @@ def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders
 
 def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
     lengths = [5, 3, 9, 4, 8]
-    batch = stack([pack(split_of(lengths), np.arange(5))], CPU)
+    batch = stack_batches([pack(split_of(lengths), np.arange(5))], CPU)
     allowed = batch.token_mask[0, :, 0] == 0
     assert set(batch.token_mask.unique().tolist()) == {0.0, float(torch.tensor(APART))}
     place = batch.shared
@@ -72,7 +72,7 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
 
 
 def test_batches_are_filled_up_to_few_different_sizes():
-    sizes = {stack([pack(split_of([n]), np.arange(1))], CPU).ids.shape[1] for n in range(3, 100)}
+    sizes = {stack_batches([pack(split_of([n]), np.arange(1))], CPU).ids.shape[1] for n in range(3, 100)}
     assert sizes == set(range(GRAIN, 100 + GRAIN, GRAIN))
     for n in range(1, 5000):
         size = filled_up(n, GRAIN)

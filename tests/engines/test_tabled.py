@@ -65,8 +65,7 @@ def test_it_takes_the_steps_of_torchs_optimizer(name, dtype, tolerance):
     start = torch.randn(len(trials), SIZE, dtype=torch.float64).to(dtype)
     gradients = torch.randn(STEPS, len(trials), SIZE, dtype=torch.float64).to(dtype)
     weights = Weights(start.clone())
-    rows = RowOptimizer(weights)
-    rows.load([torch.zeros_like(start) for _ in range(2 if name == "adamw" else 1)], trials)
+    rows = RowOptimizer(weights, [torch.zeros_like(start) for _ in range(2 if name == "adamw" else 1)], trials)
     optimizer = TabledOptimizer(rows, RATES[:, None] * np.array([t.lr for t in trials]))
     seen = []
     for step in range(STEPS):
@@ -83,8 +82,7 @@ def test_it_takes_the_steps_of_torchs_optimizer(name, dtype, tolerance):
 def test_a_trial_that_diverges_leaves_its_neighbours_alone():
     trials = TRIALS["adamw"][:2]
     weights = Weights(torch.ones(2, SIZE))
-    rows = RowOptimizer(weights)
-    rows.load([torch.zeros(2, SIZE), torch.zeros(2, SIZE)], trials)
+    rows = RowOptimizer(weights, [torch.zeros(2, SIZE), torch.zeros(2, SIZE)], trials)
     optimizer = TabledOptimizer(rows, np.full((STEPS, 2), 1e-3))
     weights.gradient.fill_(1.0)
     weights.gradient[0, 3] = torch.nan
