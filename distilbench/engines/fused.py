@@ -29,7 +29,6 @@ from distilbench.device import (
 )
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.dropout import draws_for
 from distilbench.engines.endings import ending_of
 from distilbench.engines.fusion import check_fusable, fusion_key
 from distilbench.engines.group import Group
@@ -162,24 +161,35 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
 
     Its row is there five times (weights, gradient, two moments, best weights), and twice more in bf16 where products
     use that: a copy, and the gradient, whose room among the others a CPU then never touches. Added to it is what the
-    forward pass keeps for the backward, measured on a batch of the longest examples, twice, for the backward makes as
-    much again on its way.
+    forward pass of a batch of the longest examples keeps for the backward, twice, for the backward makes as much again
+    on its way. The pass is that of the engine, on tensors without contents.
     """
-    rows = torch.zeros(1, ground.rowmap.size, dtype=ground.dtype, device=ground.device)
-    weights = StackedWeights(ground.rowmap, ground.frozen, ground.low, rows)
+    meta = torch.device("meta")
+    frozen = {leaf: weight.to(meta) for leaf, weight in ground.frozen.items()}
+    rows = torch.empty(1, ground.rowmap.size, dtype=ground.dtype, device=meta)
+    weights = StackedWeights(ground.rowmap, frozen, ground.low, rows)
     longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
-    batch = stack_batches([pack(ground.splits.train, longest)], ground.device)
-    forward = Forward(weights, batch, draws_for([settings.seed], "estimate", 0, ground.device))
+    forward = Forward(weights, stack_batches([pack(ground.splits.train, longest)], meta), _Undrawn())
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    own = {weights[leaf].untyped_storage().data_ptr() for leaf in ground.rowmap.leaves}
+    own = {weights[leaf].untyped_storage()._cdata for leaf in ground.rowmap.leaves}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward.logits(forward.layers(forward.embed(forward.embedded()), 0, ground.rowmap.architecture.depth))
     activations = sum(size for place, size in kept.items() if place not in own)
     copies = 5 * ground.dtype.itemsize + (2 * ground.low.itemsize if ground.low != ground.dtype else 0)
     return ground.rowmap.size * copies + 2 * activations
+
+
+class _Undrawn:
+    """Masks of dropout that nobody looks into."""
+
+    def keep(
+        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return a mask ``(1, *whole)`` without contents."""
+        return torch.empty(1, *whole, dtype=dtype, device="meta")

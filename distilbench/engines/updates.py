@@ -34,38 +34,34 @@ class RowOptimizer:
         """
         norms = []
         for trial, (settings, rate) in enumerate(zip(self.settings, rates, strict=True)):
-            parts = self.weights.gradient_of(trial)
-            norms.append(torch.stack([gradient.dot(gradient) for _, gradient in parts]).sum().sqrt())
-            divisor = _clip(parts, norms[-1], settings.max_grad_norm)
+            norms.append(self._norm(trial))
+            factor = _clipped(norms[-1], settings.max_grad_norm)
             update = _adamw if settings.name == "adamw" else _sgd
-            for decays, decay in ((True, settings.weight_decay), (False, 0.0)):
-                state = [self._state(trial, *part) for part in parts if self._decays(part[0]) == decays]
-                if state:
-                    kinds = [list(kind) for kind in zip(*state, strict=True)]
-                    update(kinds, settings, number, rate, decay, divisor)
-            self.weights.updated(trial)
+            for part in self.weights.parts():
+                gradient, divisor = self.weights.gradient_of(trial, part), None
+                if factor is not None and gradient.dtype == torch.float32:
+                    divisor = 1 / factor  # torch's kernel divides on its way, in this precision alone
+                elif factor is not None:
+                    gradient.mul_(factor)
+                decay = settings.weight_decay if part.start < self.weights.rowmap.decayed else 0.0
+                moments = [moment[trial, part] for moment in self.moments]
+                update(self.weights.rows[trial, part], gradient, moments, settings, number, rate, decay, divisor)
+                self.weights.updated(trial, part)
         return torch.stack(norms)
 
-    def _decays(self, part: slice) -> bool:
-        return bool(part.start < self.weights.rowmap.decayed)
-
-    def _state(self, trial: int, part: slice, gradient: torch.Tensor) -> list[torch.Tensor]:
-        """A part of a trial's row, its gradient and its moments, ``(elements,)`` each."""
-        return [self.weights.rows[trial, part], gradient, *(moment[trial, part] for moment in self.moments)]
+    def _norm(self, trial: int) -> torch.Tensor:
+        gradients = (self.weights.gradient_of(trial, part) for part in self.weights.parts())
+        return torch.stack([gradient.dot(gradient) for gradient in gradients]).sum().sqrt()
 
 
-def _clip(parts: Sequence[tuple[slice, torch.Tensor]], norm: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """Clip the gradient, or return what torch's kernel is to divide it by, which saves a pass; that is in float32."""
+def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
+    """What clipping multiplies a gradient of this ``norm`` by, or None where it does not."""
     if not limit:
         return None
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     if norm.device.type == "cpu" and not factor < 1:  # elsewhere, asking would wait for the device
         return None
-    if norm.dtype == torch.float32:
-        return 1 / factor
-    for _, gradient in parts:
-        gradient.mul_(factor)
-    return None
+    return factor
 
 
 def moments_needed(settings: Sequence[OptimSettings]) -> int:
@@ -74,17 +70,17 @@ def moments_needed(settings: Sequence[OptimSettings]) -> int:
 
 
 def _adamw(
-    state: Sequence[list[torch.Tensor]], settings: OptimSettings, number: int, rate: float, decay: float,
-    divisor: torch.Tensor | None,
+    row: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings, number: int,
+    rate: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    rows, gradients, means, squares = state
+    mean, square = moments
     adamw(
-        rows,
-        gradients,
-        means,
-        squares,
+        [row],
+        [gradient],
+        [mean],
+        [square],
         [],
-        [torch.tensor(number - 1.0, device=row.device) for row in rows],
+        [torch.tensor(number - 1.0, device=row.device)],
         fused=True,
         grad_scale=divisor,
         amsgrad=False,
@@ -98,14 +94,13 @@ def _adamw(
 
 
 def _sgd(
-    state: Sequence[list[torch.Tensor]], settings: OptimSettings, number: int, rate: float, decay: float,
-    divisor: torch.Tensor | None,
+    row: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings, number: int,
+    rate: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    rows, gradients, *momentum = state
     sgd(
-        rows,
-        gradients,
-        list(momentum[0]) if settings.momentum else [None] * len(rows),
+        [row],
+        [gradient],
+        [moments[0] if settings.momentum else None],
         fused=True,
         grad_scale=divisor,
         weight_decay=decay,
