@@ -21,8 +21,6 @@ _COPY_BYTES = 1 << 28
 _MEASURED_SECONDS = 1.0
 _ADAMW_BYTES = 28
 """AdamW reads parameter, gradient and two moments and writes all but the gradient, 4 bytes each."""
-_OF_ALL_TOKENS = re.compile(r"\.(k_lin|v_lin|key|value)\.weight$")
-"""What the last layer computes of every token; the rest of it only of [CLS]."""
 _OF_INPUT = re.compile(r"\.(q_lin|k_lin|v_lin|query|key|value)\.weight$")
 """What reads a layer's input."""
 
@@ -92,15 +90,16 @@ def work_of(model: nn.Module, tokens: float, sentences: float, words: int) -> Wo
     """Count one step over ``tokens`` in ``sentences``, where ``words`` of the vocabulary occur in the whole text.
 
     Forward, gradient of the input and gradient of the weight take two operations a weight and token each; layers of the
-    frozen prefix only the first, and the first products above it no gradient of the input. Attention's own products, a
-    few per cent, are left out.
+    frozen prefix only the first, and the first products above it no gradient of the input. The last layer is computed of
+    [CLS] alone, whose query its keys' and values' weights then meet once a sentence. Attention's own products, a few per
+    cent, are left out.
     """
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and _layer(name) is not None}
     layers = [_layer(name) for name in matrices]
     bottom = _lowest_trained(model)
     operations = shared = 0.0
     for (name, p), layer in zip(matrices.items(), layers, strict=True):
-        rows = sentences if layer == max(layers) and not _OF_ALL_TOKENS.search(name) else tokens
+        rows = sentences if layer == max(layers) else tokens
         forward = 2.0 * p.numel() * rows
         if layer < bottom:
             operations, shared = operations + forward, shared + forward

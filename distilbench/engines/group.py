@@ -82,8 +82,8 @@ class Group:
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
         self.taken = 0
-        alone = static or self.ground.device.type != "cpu"
-        self.stacked = len(members) if alone else _STACKED
+        in_turn = not static and self.ground.device.type == "cpu"
+        self.stacked = _STACKED if in_turn else len(members)
         # each trial has hidden states of its own: together, no more than one alone would evaluate at once
         together = min(self.stacked, len(members))
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
@@ -238,9 +238,10 @@ class Group:
         if not self._whole():
             self.static_steps = None
             stack.weights.join_gradient()
-        self.losses[stack.places] += self._differentiate(stack)
+        losses = self._differentiate(stack)
         rates = [member.rates[self.step] for member in self.members[stack.places]]
         self.norms[stack.places] = stack.optimizer.step(self.step + 1, rates)
+        self.losses[stack.places] += losses
 
     def _static_step(self) -> None:
         """Take a step through static buffers; what recording takes belongs to the set-up."""
