@@ -90,9 +90,9 @@ def work_of(model: nn.Module, tokens: float, sentences: float, words: int) -> Wo
     """Count one step over ``tokens`` in ``sentences``, where ``words`` of the vocabulary occur in the whole text.
 
     Forward, gradient of the input and gradient of the weight take two operations a weight and token each; layers of the
-    frozen prefix only the first, and the first products above it no gradient of the input. The last layer is computed of
-    [CLS] alone, whose query its keys' and values' weights then meet once a sentence. Attention's own products, a few per
-    cent, are left out.
+    frozen prefix only the first, and the first products above it no gradient of the input. The last layer is computed
+    of [CLS] alone, whose query its keys' and values' weights then meet once a sentence. Attention's own products, a few
+    per cent, are left out.
     """
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and _layer(name) is not None}
     layers = [_layer(name) for name in matrices]
