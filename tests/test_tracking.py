@@ -165,6 +165,36 @@ def test_data_sets_are_recorded_as_inputs(store, client, start):
     assert json.loads(found["training"].source)["path"] == "owner/text"
 
 
+@pytest.mark.parametrize("context", ["training", "validation"])
+def test_parallel_trials_may_record_the_same_data_set_at_once(store, client, start, context):
+    """Another process adds the data set after MLflow has looked for it, before it writes its own."""
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    examples = {"training": 256, "validation": 64}
+    datasets = tuple(DatasetUsed(split, number, f"{context} {split}") for split, number in examples.items())
+    added = []
+
+    def add_first(session, *_):
+        for row in [row for row in session.new if isinstance(row, SqlDataset) and not added]:
+            if json.loads(row.dataset_profile)["num_rows"] == examples[context]:
+                fields = {column.key: getattr(row, column.key) for column in SqlDataset.__table__.columns}
+                added.append(fields | {"dataset_uuid": f"{time.perf_counter_ns():032x}"})
+                with session.get_bind().begin() as connection:
+                    connection.execute(SqlDataset.__table__.insert(), added)
+
+    event.listen(Session, "before_flush", add_first)
+    try:
+        run_id = store.begin(start(datasets=datasets)).run_id
+    finally:
+        event.remove(Session, "before_flush", add_first)
+    (other,) = added
+    inputs = client.get_run(run_id).inputs.dataset_inputs
+    assert sorted(entry.tags[0].value for entry in inputs) == ["training", "validation"]
+    assert other["digest"] in {entry.dataset.digest for entry in inputs}
+
+
 def test_curves_have_every_point_and_the_columns_show_the_kept_epoch(store, client, start):
     run = store.begin(start())
     for number in range(1, 31):

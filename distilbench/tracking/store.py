@@ -237,7 +237,21 @@ class MlflowStore:
             self._client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH], synchronous=True)
 
     def _log_datasets(self, run_id: str, start: RunStart) -> None:
+        """Record the splits as inputs; MLflow looks for each and adds what it misses, as parallel trials do at once.
+
+        Whoever is second is refused by the database, whole. The other's data set is there then, so that as many
+        attempts as there are data sets, and one more, always suffice.
+        """
+        from mlflow.exceptions import MlflowException
+
         inputs = [dataset_input(start.protocol.data, used) for used in start.datasets]
+        for _ in inputs:
+            try:
+                self._client.log_inputs(run_id, datasets=inputs)
+                return
+            except MlflowException as error:
+                if error.error_code != "BAD_REQUEST":
+                    raise
         if inputs:
             self._client.log_inputs(run_id, datasets=inputs)
 
