@@ -16,7 +16,8 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from distilbench.composition import experiments, usual_treatment
-from distilbench.results import StoredTrial, digest
+from distilbench.identity import digest
+from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, settings_from
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def compare_stored(settings: CompareSettings) -> None:
     _check_experiments(settings.experiments)
     from rich.console import Console
 
+    from distilbench.report.from_store import Plan, check_protocol, check_tested, make_report, write_report
     from distilbench.report.tables import print_report
-    from distilbench.reporting import Plan, check_protocol, check_tested, make_report, write_report
     from distilbench.tracking import find_store
 
     store = find_store(settings.tracking)
@@ -112,7 +113,7 @@ def _is_of(trial: StoredTrial, experiment: str) -> bool:
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:
     """Raise the line that says why nothing, or not everything, was found."""
-    from distilbench.reporting import find_sweep
+    from distilbench.report.from_store import find_sweep
 
     if settings.sweep and not trials:
         find_sweep(store, settings.sweep)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distilbench.results import treatment_of
+from distilbench.identity import treatment_of
 from distilbench.settings import AppSettings, SettingsError, settings_from
 
 COMMAND = "python -m distilbench.train"
@@ -148,7 +148,7 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     Deciding on the hub can take seconds: without ``ask_hub`` a model from there is left to the job itself.
     """
     from distilbench.engines import check_engine
-    from distilbench.model import check_freeze, check_length, resolve_model
+    from distilbench.models.resolve import check_freeze, check_length, resolve_model
 
     unplaced = config.copy()
     unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs

@@ -17,17 +17,18 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distilbench.cli import cli as run_command_line
+from distilbench.cli import end_cleanly
 from distilbench.composition import usual_treatment
-from distilbench.results import BASELINE_ROLE, Status, StoredTrial, digest
+from distilbench.identity import digest
+from distilbench.results import BASELINE_ROLE, Status, StoredTrial
 from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, settings_from
-from distilbench.signals import end_cleanly
-from distilbench.train import cli as run_command_line
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.report.rows import Row
     from distilbench.tracking import Group, MlflowStore
-    from distilbench.trials import Prepared
+    from distilbench.trials.run import Prepared
 
 register_schema()
 
@@ -58,7 +59,7 @@ def main(config: DictConfig) -> None:
 
 def confirm(settings: ConfirmSettings) -> int:
     """Run the confirmation; returns how many of its trials failed. Raises :class:`SettingsError` before the first."""
-    from distilbench.reporting import CONFIRMS, report_sweep
+    from distilbench.report.from_store import CONFIRMS, report_sweep
     from distilbench.tracking import SWEEP, Selection, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
@@ -90,7 +91,7 @@ def confirm(settings: ConfirmSettings) -> int:
 
 def _first_report(store: MlflowStore, sweep: str) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
-    from distilbench.reporting import CONFIRMS, Plan, check_protocol, find_sweep, make_report
+    from distilbench.report.from_store import CONFIRMS, Plan, check_protocol, find_sweep, make_report
     from distilbench.tracking import SWEEP, Selection
 
     parent = find_sweep(store, sweep)
@@ -158,7 +159,7 @@ def _announce(settings: ConfirmSettings, cells: Sequence[Cell]) -> None:
 
 
 def _tags(store: MlflowStore, sweep: str, name: str) -> dict[str, str]:
-    from distilbench.reporting import CONFIRMS
+    from distilbench.report.from_store import CONFIRMS
     from distilbench.tracking import SWEEP
 
     first = store.sweep_run(sweep)
@@ -170,7 +171,7 @@ def _train(
 ) -> int:
     """Train the cells in turn, each in the next free directory; returns how many did not finish."""
     from distilbench.tracking import SWEEP
-    from distilbench.trials import Membership, run
+    from distilbench.trials.run import Membership, run
 
     prepared: dict[str, Prepared] = {}
     numbers = (n for n in count(_next_number(directory)) if not (directory / str(n)).exists())
@@ -193,7 +194,7 @@ def _next_number(directory: Path) -> int:
 
 def _prepared(settings: AppSettings, ready: dict[str, Prepared], protocol_id: str) -> Prepared:
     """Sources and splits for these settings, read once; refuses those that are no longer what the sweep used."""
-    from distilbench.trials import prepare
+    from distilbench.trials.run import prepare
 
     shared = (settings.model, settings.data, settings.train.max_length, settings.train.precision, settings.engine)
     key = digest([*shared, settings.train.metric])

@@ -5,7 +5,7 @@ Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 in
 
 from __future__ import annotations
 
-from distilbench.signals import Terminated, end_at_once, end_cleanly
+from distilbench.cli import cli, end_at_once, end_cleanly
 
 if __name__ == "__main__":
     end_at_once()  # before the imports, which take half a second
@@ -14,7 +14,7 @@ import logging
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.results import Status
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
-from distilbench.sweeps import Seeds, SweepJob, membership_of, objectives_at, run_in_sweep
+from distilbench.sweep.job import Seeds, SweepJob, membership_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
-    from distilbench.together import Entry, Trained, Workshop
-    from distilbench.trials import Job, Outcome
+    from distilbench.trials.batch import Entry, Trained, Workshop
+    from distilbench.trials.run import Job, Outcome
 
 register_schema()
+
 log = logging.getLogger("distilbench.train")  # not __main__, which a command line makes of this module
 
 
@@ -84,7 +84,7 @@ class Batches:
         if not jobs:
             return
         end_cleanly()
-        from distilbench.together import Workshop
+        from distilbench.trials.batch import Workshop
 
         self._workshop = self._workshop or Workshop(self._max_trials)
         by_themselves = {index for index, task in enumerate(jobs) if task.has_seeds and task.prunes}
@@ -109,8 +109,8 @@ class _Parts:
 
 
 def _parts_of(task: Task, closing: ExitStack) -> _Parts:
-    from distilbench.together import Entry
     from distilbench.tracking import open_store
+    from distilbench.trials.batch import Entry
 
     if not task.place:
         return _Parts([Entry(task.job)])
@@ -161,7 +161,7 @@ def _task(config: DictConfig) -> Task:
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
-    from distilbench.trials import Job
+    from distilbench.trials.run import Job
 
     job = Job(
         settings=settings,
@@ -175,7 +175,7 @@ def _run(task: Task) -> float | tuple[float, ...]:
     end_cleanly()
     if task.place:
         return run_in_sweep(task.job, task.place)
-    from distilbench.trials import run_and_compare
+    from distilbench.trials.run import run_and_compare
 
     return _objective(run_and_compare(task.job))
 
@@ -229,20 +229,5 @@ def _fail(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def cli(entrypoint: Callable[[], object] = main) -> None:
-    """Run an entrypoint as the command line does, with exit statuses for interruption."""
-    end_at_once()
-    try:
-        entrypoint()
-    except Terminated:
-        sys.exit(143)
-    except KeyboardInterrupt:
-        exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
-        sys.exit(130)
-    except SystemExit as ending:
-        # Hydra ends with 1 while it handles what it has explained: a choice or a key that there is not
-        sys.exit(2 if ending.code == 1 and isinstance(ending.__context__, CompactHydraException) else ending.code)
-
-
 if __name__ == "__main__":
-    cli()
+    cli(main)

@@ -8,15 +8,8 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from distilbench.results import (
-    Evaluation,
-    Predictions,
-    ProtocolIdentity,
-    SourceUsed,
-    Status,
-    TrialResult,
-    treatment_of,
-)
+from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
+from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import TrackingSettings, register_schema, settings_from
 from distilbench.tracking import MlflowStore, RunStart, open_store
 from tests.conftest import ROOT, TINY

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from distilbench.benchmark import Row, _tuned, _without_slower_tuning
-from distilbench.peers import ENGINE, TUNED, Case, Measured, _covered, together
+from distilbench.bench.cases import ENGINE, TUNED, Case, Measured, _covered, together
+from distilbench.bench.table import Row
+from distilbench.benchmark import _tuned, _without_slower_tuning
 
 COMMAND = [sys.executable, "-m", "distilbench.benchmark", "model=tiny", "data=synthetic", "tracking=none"]
 

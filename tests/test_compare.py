@@ -16,7 +16,7 @@ from rich.console import Console
 
 from distilbench.compare import compare_stored, spelled_for_hydra
 from distilbench.composition import usual_treatment
-from distilbench.reporting import report_sweep
+from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult
 from distilbench.settings import CompareSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP

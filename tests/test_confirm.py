@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distilbench import trials
 from distilbench.confirm import confirm
-from distilbench.reporting import CONFIRMS
+from distilbench.report.from_store import CONFIRMS
 from distilbench.results import Status
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP, Selection
+from distilbench.trials import run as trials
 from tests.conftest import ROOT, TINY
 from tests.made_store import add_trial, make_store
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from distilbench.engines.base import Engine
-from distilbench.model import ResolvedModel
+from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
 
@@ -17,7 +17,7 @@ def _trainer() -> Engine:
 
 
 def _fused() -> Engine:
-    from distilbench.engines.fused import FusedEngine
+    from distilbench.engines.fused.engine import FusedEngine
 
     return FusedEngine()
 
@@ -33,7 +33,7 @@ def engine_for(settings: EngineSettings) -> Engine:
 def check_engine(settings: EngineSettings, model: ResolvedModel, precision: str) -> None:
     """Raise :class:`SettingsError` for a model or a precision that the engine does not train; needs no torch."""
     if settings.name == "fused":
-        from distilbench.engines.fusion import check_fusable
+        from distilbench.engines.fused.key import check_fusable
 
         check_fusable(model, precision)
 
@@ -58,6 +58,6 @@ def batch_key(settings: TrialSettings) -> Hashable | None:
     """What must be equal for trials to be trained at once; None where the engine, auto decided, trains one by one."""
     if settings.engine.name != "fused":
         return None
-    from distilbench.engines.fusion import fusion_key
+    from distilbench.engines.fused.key import fusion_key
 
     return fusion_key(settings)

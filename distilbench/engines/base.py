@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from distilbench.data import EncodedSplits
+from distilbench.data.tokens import EncodedSplits
 from distilbench.results import Evaluation, StepRecord, TrialResult
 from distilbench.settings import TrialSettings
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from distilbench.data import EncodedSplit
+from distilbench.data.tokens import EncodedSplit
 
 
 def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:

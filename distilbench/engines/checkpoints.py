@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from distilbench.data import EncodedSplits
+from distilbench.data.tokens import EncodedSplits
 from distilbench.results import Evaluation
 from distilbench.settings import SettingsError, TrialSettings
 

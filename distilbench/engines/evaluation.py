@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from distilbench.data import EncodedSplits
+from distilbench.data.tokens import EncodedSplits
 from distilbench.results import Evaluation
 from distilbench.settings import TrainSettings
 

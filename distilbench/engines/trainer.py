@@ -18,8 +18,12 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from distilbench.data import EncodedSplit, EncodedSplits
-from distilbench.device import (
+from distilbench.data.tokens import EncodedSplit, EncodedSplits
+from distilbench.engines import checkpoints
+from distilbench.engines.base import TrialObserver
+from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
+from distilbench.engines.checkpoints import Progress
+from distilbench.engines.device import (
     cheap_collections,
     describe_device,
     peak_memory,
@@ -28,16 +32,13 @@ from distilbench.device import (
     resolve_device,
     resolve_precision,
 )
-from distilbench.engines import checkpoints
-from distilbench.engines.base import TrialObserver
-from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
-from distilbench.engines.checkpoints import Progress
-from distilbench.engines.endings import SMALLER, Ended, ending_of, require_finite, result_of
 from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
-from distilbench.engines.packing import Course
-from distilbench.freezing import freeze, parameter_counts
-from distilbench.model import build_model, export_model, load_tokenizer, resolve_model
-from distilbench.optimization import build_optimizer, lr_factors
+from distilbench.engines.optimization import build_optimizer, lr_factors
+from distilbench.engines.outcome import SMALLER, Ended, ending_of, require_finite, result_of
+from distilbench.engines.steps import Course
+from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.freezing import freeze, parameter_counts
+from distilbench.models.resolve import resolve_model
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
 from distilbench.settings import TrainSettings, TrialSettings
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from distilbench.report.formats import counted, interval, points
 from distilbench.report.rows import Row, varying_keys
+from distilbench.report.statistics import expected_best_of_k
 from distilbench.results import Status, StoredTrial
-from distilbench.significance import expected_best_of_k
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -7,10 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from distilbench.identity import digest
+from distilbench.report.statistics import compare_over_seeds, holm, mean_and_deviation, verdict
 from distilbench.report.trial import time_saved
-from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, digest
+from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError
-from distilbench.significance import compare_over_seeds, holm, mean_and_deviation, verdict
 
 ReadPredictions = Callable[[StoredTrial], Predictions | None]
 """Fetches what a trial said of every example; asked only for the trials of rows that are tested."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.identity import SourceUsed
 from distilbench.report.formats import (
     counted,
     duration,
@@ -21,9 +22,9 @@ from distilbench.report.formats import (
     signed,
     time_gain,
 )
-from distilbench.results import Evaluation, SourceUsed, Status, StoredTrial, TrialResult
+from distilbench.report.statistics import discordant, mcnemar_exact, paired_accuracy_interval, verdict
+from distilbench.results import Evaluation, Status, StoredTrial, TrialResult
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
-from distilbench.significance import discordant, mcnemar_exact, paired_accuracy_interval, verdict
 
 _WIDTH = 100
 """Columns that a summary takes at most, where the terminal is wider."""

@@ -7,13 +7,13 @@ where a split of its own picks epochs) per evaluation, and without a group what 
 """
 
 from distilbench.tracking.artifacts import write_predictions
-from distilbench.tracking.description import DatasetUsed, RunStart, params_of
+from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.group import Group
-from distilbench.tracking.opening import find_store, open_store
-from distilbench.tracking.reading import RawRun, Selection
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import RunLog, final_metrics
+from distilbench.tracking.search import RawRun, Selection
 from distilbench.tracking.store import SWEEP, MlflowStore, Store
+from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
 __all__ = [
     "SWEEP",

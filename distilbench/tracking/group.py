@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.records import Owner
-from distilbench.results import Status
-from distilbench.tracking.description import LONGEST_TAG
+from distilbench.results import Owner, Status
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.retries import insist
 from distilbench.tracking.run import TERMINAL, log_metrics, milliseconds
-from distilbench.tracking.trouble import insist
+from distilbench.tracking.tags import LONGEST_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

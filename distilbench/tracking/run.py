@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
-from distilbench.tracking.description import LONGEST_TAG, RunStart
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.trouble import insist, reason_of, troubles
+from distilbench.tracking.retries import insist, reason_of, troubles
+from distilbench.tracking.tags import LONGEST_TAG, RunStart
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

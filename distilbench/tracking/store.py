@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from distilbench.results import Predictions, SourceUsed, Status, StoredTrial, digest
+from distilbench.identity import SourceUsed, digest
+from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.description import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
 from distilbench.tracking.group import Group, MlflowGroup, NullGroup
-from distilbench.tracking.place import Place
-from distilbench.tracking.reading import RawRun, Selection, search_database, search_server
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.retries import in_one_line, insist
 from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
-from distilbench.tracking.trouble import in_one_line, insist
+from distilbench.tracking.search import RawRun, Selection, search_database, search_server
+from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
+from distilbench.tracking.uri import Place
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run

@@ -6,48 +6,15 @@ Hydra's scanner imports this module for every command, so that whatever is heavy
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distilbench.settings import SettingsError
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``hydra.sweeper`` says, in the words of Hydra's own sweepers; see ``conf/hydra/sweeper``."""
-
-    params: DictConfig | None
-    storage: str | None
-    study_name: str
-    is_grid: bool
-    at_once: int | None
-    """Trials handed to the launcher together; None leaves it to the kind of launcher."""
-    n_trials: int | None = None
-    direction: Any = None
-    max_failure_rate: float | None = None
-    sampler: DictConfig | None = None
-    custom_search_space: str | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """What Hydra hands to a sweeper."""
-
-    config: DictConfig
-    context: HydraContext
-    launcher: Launcher
-
-    def written(self, key: str) -> str | None:
-        """A key of ``hydra.sweeper`` as it stands on the command line or in a file, interpolations left as they are."""
-        values: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
-        found: str | None = values[key]
-        return found
+from distilbench.sweep.options import Options, Place
 
 
 class _Sweeper(Sweeper):
@@ -64,7 +31,7 @@ class _Sweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep; ends the process in one line and with status 2 for what a person can mend."""
-        from hydra_plugins.distilbench_sweeper._sweep import run_sweep
+        from distilbench.sweep.runner import run_sweep
 
         try:
             failed = run_sweep(self.options, self.place, arguments)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from distilbench.data import EncodedSplits, encode, load_text
-from distilbench.model import build_model, export_model, load_tokenizer, resolve_model
+from distilbench.data.text import load_text
+from distilbench.data.tokens import EncodedSplits, encode
+from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.resolve import resolve_model
 from distilbench.results import Evaluation, StepRecord
 from distilbench.settings import TrialSettings
 

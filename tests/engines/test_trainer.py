@@ -19,12 +19,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from distilbench.data import EncodedSplit, EncodedSplits
+from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
-from distilbench.engines.endings import ending_of
 from distilbench.engines.evaluation import evaluate_logits
+from distilbench.engines.outcome import ending_of
 from distilbench.engines.trainer import TrainerEngine
-from distilbench.model import build_model, load_tokenizer, resolve_model
+from distilbench.models.build import build_model, load_tokenizer
+from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=8", "train.batch_size=8", "train.epochs=2",

@@ -13,8 +13,8 @@ from distilbench.report.findings import (
     saving,
 )
 from distilbench.report.rows import group
+from distilbench.report.statistics import expected_best_of_k
 from distilbench.results import Status
-from distilbench.significance import expected_best_of_k
 from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 
 FROZEN, COSINE = treatment(freeze_layers=3), treatment(scheduler_name="cosine")

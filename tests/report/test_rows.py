@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from distilbench.report.rows import against_baseline, by_choice, find_baseline, group, label_rows
+from distilbench.report.statistics import compare_over_seeds, mcnemar_exact
 from distilbench.results import Predictions, Status
 from distilbench.settings import SettingsError
-from distilbench.significance import compare_over_seeds, mcnemar_exact
 from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)
@@ -71,7 +71,7 @@ def test_embeddings_are_told_where_they_do_not_follow_the_layers():
 
 
 def test_names_of_experiments_go_before_what_differs():
-    from distilbench.results import digest
+    from distilbench.identity import digest
 
     names = {digest(treatment()): "baseline", digest(FROZEN): "layer_freezing"}
     rows = label_rows(group([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)

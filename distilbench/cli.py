@@ -1,0 +1,57 @@
+"""What Ctrl-C and SIGTERM do to a command: end it at once while there is nothing to close, later as an exception.
+
+An exception out of a signal in the middle of an import or of a composition comes out as whatever the interrupted code
+makes of it; OmegaConf for one turns it into an error of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: ends a trial as cleanly as Ctrl-C does."""
+
+
+def end_at_once() -> None:
+    """From here on, both signals end the process without a word."""
+    for number in STATUS:
+        signal.signal(number, _exit)
+
+
+def end_cleanly() -> None:
+    """From here on there is something to close: both signals are exceptions, where :func:`end_at_once` was called."""
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(signum: int, frame: Any) -> NoReturn:
+    os._exit(STATUS[signal.Signals(signum)])
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def cli(entrypoint: Callable[[], object]) -> None:
+    """Run an entrypoint as the command line does, with exit statuses for interruption."""
+    end_at_once()
+    try:
+        entrypoint()
+    except Terminated:
+        sys.exit(143)
+    except KeyboardInterrupt:
+        exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
+        sys.exit(130)
+    except SystemExit as ending:
+        from hydra.errors import CompactHydraException
+
+        # Hydra ends with 1 while it handles what it has explained: a choice or a key that there is not
+        sys.exit(2 if ending.code == 1 and isinstance(ending.__context__, CompactHydraException) else ending.code)

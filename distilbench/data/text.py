@@ -1,0 +1,258 @@
+"""The sources of text -> one :class:`EncodedSplits`.
+
+:func:`load_text` reads a source and checks, splits and caps what it gives; :func:`encode` makes token numbers of it.
+Whatever a user can mend in the text is a one-line :class:`SettingsError` that names the place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from distilbench.data.readers import Corpus, Rows, hub_title, read_corpus, show, show_all
+from distilbench.identity import SourceUsed
+from distilbench.settings import DataSettings, SettingsError, require
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Sentences with their labels: ``texts`` (examples), ``labels`` (examples,) int64 in 0..labels-1."""
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: np.ndarray) -> TextSplit:
+        """The examples at ``indices`` (examples,), in that order."""
+        return TextSplit(tuple(self.texts[i] for i in indices), self.labels[indices])
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """Everything a source yields. ``selection`` is ``report`` itself where one split does both.
+
+    ``dropped`` counts what was left out, by reason.
+    """
+
+    train: TextSplit
+    selection: TextSplit
+    report: TextSplit
+    label_names: tuple[str, ...]
+    used: SourceUsed
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def load_text(settings: DataSettings) -> TextSplits:
+    """Return checked sentences and labels, split and capped.
+
+    Without a validation split, ``validation_fraction`` of all of train becomes the report split. ``selection_fraction``
+    is then carved out of train, and what is left is capped, so that ``max_train_examples`` counts what is trained on;
+    the selection split keeps its proportion to that number. ``max_validation_examples`` caps selection and report each.
+    Every draw is stratified, depends on ``split_seed`` alone and keeps the order of the source.
+
+    Where the hub can't be reached and nothing is cached, ``fallback`` is read with the caps, ``selection_fraction`` and
+    ``split_seed`` of ``settings``. Raises :class:`SettingsError` for everything that the user can mend.
+    """
+    corpus = read_corpus(settings)
+    if corpus is None:
+        return _fall_back(settings)
+    train, report, names = _labelled(corpus)
+    if report is None:
+        remedy = "add examples or give data.validation"
+        train, report = _carve(train, settings.validation_fraction, settings, names, "validation", remedy)
+    report = _cap(report, settings, "max_validation_examples", "report")
+    train, selection = _carve_selection(train, settings, names)
+    train = _cap(train, settings, "max_train_examples", "train")
+    selection = report if selection is None else _cap(selection, settings, "max_validation_examples", "selection")
+    fingerprint = _fingerprint(names, (train, selection, report))
+    used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
+    return TextSplits(train, selection, report, names, used, corpus.dropped)
+
+
+def _fall_back(settings: DataSettings) -> TextSplits:
+    """Read ``settings.fallback`` in place of a hub that is out of reach."""
+    asked = hub_title(settings)
+    if settings.fallback is None:
+        raise SettingsError(
+            f"data.hub_name={asked} must be on a hub that can be reached or in the local cache, got neither; "
+            "connect once, use data=files with a copy of it, or allow a stand-in with data.fallback"
+        )
+    kept = ("max_train_examples", "max_validation_examples", "selection_fraction", "split_seed")
+    splits = load_text(replace(settings.fallback, **{name: getattr(settings, name) for name in kept}))
+    log.warning("The hub can't be reached and %s is not cached: using %s instead", asked, splits.used.name)
+    return replace(splits, used=replace(splits.used, fallback_for=asked))
+
+
+def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
+    """Train, validation and the label names, each example checked."""
+    rows = [corpus.train] if corpus.validation is None else [corpus.train, corpus.validation]
+    texts = [_checked_texts(part) for part in rows]
+    labels = [_checked_labels(part) for part in rows]
+    names = corpus.label_names or _names_in(labels[0])
+    numbers = _numbers(names, corpus.label_names is not None, labels)
+    for part, values in zip(rows, labels, strict=True):
+        unknown = next((i for i, value in enumerate(values) if value not in numbers), None)
+        if unknown is not None:
+            raise SettingsError(_unknown_label(part, unknown, values[unknown], names, corpus.label_names is not None))
+    splits = [
+        TextSplit(tuple(text), np.array([numbers[value] for value in values], dtype=np.int64))
+        for text, values in zip(texts, labels, strict=True)
+    ]
+    _check_classes(splits[0], names, corpus.train.title)
+    return splits[0], splits[1] if len(splits) > 1 else None, names
+
+
+def _checked_texts(rows: Rows) -> list[str]:
+    for i, text in enumerate(rows.texts):
+        if text is None:
+            raise SettingsError(f"{rows.at(i)}: the text is missing (null); write a sentence or delete the row")
+        if not isinstance(text, str):
+            raise SettingsError(f"{rows.at(i)}: the text must be a string, got {show(text)}; put it into quotes")
+        if not text.strip():
+            raise SettingsError(f"{rows.at(i)}: the sentence is blank; write one or delete the row")
+        _check_unicode(text, rows, i)
+    return list(rows.texts)
+
+
+def _checked_labels(rows: Rows) -> list[str]:
+    """Labels as strings without spaces around them, so that 1 in Parquet and "1" in CSV are one label."""
+    labels = []
+    for i, label in enumerate(rows.labels):
+        if label is None or (isinstance(label, str) and not label.strip()):
+            raise SettingsError(f"{rows.at(i)}: the label is missing; write one or delete the row")
+        if isinstance(label, bool) or not isinstance(label, (int, str)):
+            raise SettingsError(f"{rows.at(i)}: the label must be an integer or a string, got {show(label)}")
+        labels.append(str(label).strip())
+        _check_unicode(labels[-1], rows, i)
+    return labels
+
+
+def _check_unicode(text: str, rows: Rows, index: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        broken = ascii(text[error.start])
+        raise SettingsError(f"{rows.at(index)}: {broken} is half a character; write the whole one") from None
+
+
+def _names_in(labels: Iterable[str]) -> tuple[str, ...]:
+    """Label names from the data: numbers in their order, anything else in alphabetical order."""
+    names = set(labels)
+    numeric = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", name) for name in names)
+    return tuple(sorted(names, key=int) if numeric else sorted(names))
+
+
+def _numbers(names: tuple[str, ...], declared: bool, labels: list[list[str]]) -> dict[str, int]:
+    """From a label as written to its number: by name, or by number where declared names occur nowhere as such.
+
+    The choice is made once for all rows: names 1, 2, 3 and data 0, 1, 2 would otherwise mix the two readings.
+    """
+    by_name = {name: i for i, name in enumerate(names)}
+    by_number = {str(i): i for i in range(len(names))}
+    written = set().union(*labels)
+    by_numbers = declared and not written <= by_name.keys() and written <= by_number.keys()
+    return by_number if by_numbers else by_name
+
+
+def _unknown_label(rows: Rows, index: int, label: str, names: tuple[str, ...], declared: bool) -> str:
+    if not declared:
+        return f"{rows.at(index)}: label {show(label)} does not occur in train, which has {show_all(names)}; mend it"
+    return (
+        f"{rows.at(index)}: the label must be one of data.label_names {show_all(names)}, or all labels their numbers "
+        f"0..{len(names) - 1}, got {show(label)}; mend it or data.label_names"
+    )
+
+
+def _check_classes(train: TextSplit, names: tuple[str, ...], title: str) -> None:
+    if len(names) < 2:
+        raise SettingsError(f"{title} must have 2 classes or more, got {show_all(names)} only; check the label column")
+    counts = np.bincount(train.labels, minlength=len(names))
+    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if absent:
+        raise SettingsError(
+            f"{title} must have examples of each class, got none of {show_all(absent)}; "
+            "add some, or set data.label_names to the classes that there are"
+        )
+
+
+def _carve(
+    split: TextSplit, fraction: float, settings: DataSettings, names: tuple[str, ...], part: str, remedy: str
+) -> tuple[TextSplit, TextSplit]:
+    """What is left of ``split``, and about ``fraction`` of each class, never none or all of one."""
+    counts = np.bincount(split.labels, minlength=len(names))
+    if counts.min() < 2:
+        raise SettingsError(
+            f"data.{part}_fraction={fraction:g} needs 2 examples or more of each class, "
+            f"got {counts.min()} of {show(names[counts.argmin()])}; {remedy}"
+        )
+    target = counts * fraction
+    low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
+    drawn = _draw(split.labels, _shares(target, low, high), settings.split_seed, part)
+    return split.take(np.setdiff1d(np.arange(len(split)), drawn)), split.take(drawn)
+
+
+def _carve_selection(
+    train: TextSplit, settings: DataSettings, names: tuple[str, ...]
+) -> tuple[TextSplit, TextSplit | None]:
+    """Take the selection split from train: ``selection_fraction`` of what the cap leaves of the two together."""
+    if settings.selection_fraction == 0:
+        return train, None
+    cap = len(train) if settings.max_train_examples is None else settings.max_train_examples
+    used = min(len(train), cap / (1 - settings.selection_fraction))
+    fraction = settings.selection_fraction * used / len(train)
+    return _carve(train, fraction, settings, names, "selection", "add examples or set data.selection_fraction=0")
+
+
+def _cap(split: TextSplit, settings: DataSettings, setting: str, part: str) -> TextSplit:
+    """At most as many examples as ``setting`` says, with one of each class at least."""
+    most = getattr(settings, setting)
+    if most is None or most >= len(split):
+        return split
+    counts = np.bincount(split.labels)
+    present = np.minimum(counts, 1)
+    require(most >= present.sum(), f"data.{setting}", f"{present.sum()} or more to keep an example of each class", most)
+    target = counts * (most / len(split))
+    return split.take(_draw(split.labels, _shares(target, present, counts), settings.split_seed, part))
+
+
+def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Whole numbers near ``target`` (classes,) within ``low``..``high`` whose sum is as near as can be to target's."""
+    share = np.clip(np.floor(target), low, high).astype(int)
+    total = np.clip(round(target.sum()), low.sum(), high.sum())
+    while share.sum() != total:
+        step = 1 if share.sum() < total else -1
+        movable = share < high if step == 1 else share > low
+        share[np.where(movable, step * (target - share), -np.inf).argmax()] += step
+    return share
+
+
+def _draw(labels: np.ndarray, shares: np.ndarray, seed: int, part: str) -> np.ndarray:
+    """Sorted indices of ``shares[c]`` examples of each class c, drawn without replacement.
+
+    RandomState's stream is frozen by numpy's policy, Generator's is not. Each part has a stream of its own, so that
+    a cap on one split does not move another.
+    """
+    state = np.random.RandomState(int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4], "big"))
+    drawn = [state.permutation(np.flatnonzero(labels == c))[:share] for c, share in enumerate(shares)]
+    return np.sort(np.concatenate(drawn))
+
+
+def _fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:
+    """Sha256 of label names, texts and labels in order; lengths go in too, so that no two contents look alike."""
+    sha = hashlib.sha256(json.dumps(names).encode())
+    for split in splits:
+        texts = [text.encode() for text in split.texts]
+        sha.update(np.array([len(texts), *map(len, texts)], dtype="<i8").tobytes())
+        sha.update(b"".join(texts))
+        sha.update(split.labels.astype("<i8").tobytes())
+    return sha.hexdigest()

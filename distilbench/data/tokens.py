@@ -1,0 +1,148 @@
+"""Encode text as token numbers, kept in a cache on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distilbench.data.text import TextSplit, TextSplits
+from distilbench.settings import require
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Token rows without padding, end to end: row i is ``tokens[offsets[i]:offsets[i + 1]]``.
+
+    ``tokens`` (total tokens,) int32, ``offsets`` (examples + 1,) int64, ``labels`` (examples,) int64.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def row(self, index: int) -> np.ndarray:
+        """The tokens of one example."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """The three splits as token numbers; ``selection is report`` where one split does both."""
+
+    train: EncodedSplit
+    selection: EncodedSplit
+    report: EncodedSplit
+    label_names: tuple[str, ...]
+    pad_token_id: int
+
+
+def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None) -> EncodedSplits:
+    """Return token numbers of every split, cut at ``max_length`` tokens a row, special tokens included.
+
+    ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
+    of everything that decides them; a file there that is damaged is written anew, and None keeps nothing. Raises
+    :class:`SettingsError` for a tokenizer that is not fast or has no padding token.
+    """
+    fast, padded = getattr(tokenizer, "is_fast", False), tokenizer.pad_token_id is not None
+    require(fast and padded, "model.checkpoint", "a model whose tokenizer is fast and has a padding token",
+            type(tokenizer).__name__, "use a checkpoint that has a tokenizer.json with one")  # fmt: skip
+    path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else None
+    arrays = _load_arrays(path) if path else None
+    if arrays is None:
+        arrays = _tokenize(text, tokenizer, max_length)
+        if path:
+            _store_arrays(path, arrays)
+    train, report = (_encoded(arrays, name, getattr(text, name)) for name in ("train", "report"))
+    selection = report if text.selection is text.report else _encoded(arrays, "selection", text.selection)
+    return EncodedSplits(train, selection, report, text.label_names, tokenizer.pad_token_id)
+
+
+def _encoded(arrays: dict[str, np.ndarray], name: str, split: TextSplit) -> EncodedSplit:
+    return EncodedSplit(arrays[f"{name}.tokens"], arrays[f"{name}.offsets"], split.labels)
+
+
+def _tokenize(text: TextSplits, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+    """``<split>.tokens`` and ``<split>.offsets`` of every split; selection only where it is one of its own."""
+    names = ("train", "report") if text.selection is text.report else ("train", "selection", "report")
+    arrays = {}
+    for name in names:
+        rows = tokenizer(
+            list(getattr(text, name).texts),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        arrays[f"{name}.tokens"] = np.fromiter((token for row in rows for token in row), np.int32, lengths.sum())
+        arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(lengths)])
+    return arrays
+
+
+def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
+    """What decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout."""
+    import tokenizers
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"truncation": None, "padding": None}  # state that the last call left behind
+    parts = (1, tokenizers.__version__, text.used.fingerprint, text.selection is text.report, max_length,
+             tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file, or None where it is not there or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            intact = (file.metadata() or {}).get("sha256") == _digest(arrays)
+    except (SafetensorError, OSError, TypeError):  # TypeError: a damaged header that names a type unknown to numpy
+        return None
+    return arrays if intact else None
+
+
+def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a cache file whole or not at all; a cache that can't be written costs time and nothing else."""
+    from safetensors.numpy import save
+
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save(arrays, metadata={"sha256": _digest(arrays)}))
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode())
+        sha.update(arrays[name].tobytes())
+    return sha.hexdigest()
+
+
+def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:
+    """Random ``examples`` of a split, in its order."""
+    chosen = np.sort(rng.choice(len(split), examples, replace=False))
+    rows = [split.row(index) for index in chosen]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return EncodedSplit(np.concatenate(rows), offsets, split.labels[chosen])

@@ -1,0 +1,192 @@
+"""The step of a group as one function over buffers that stay where they are, for a GPU to record and replay.
+
+Forward, backward, clipping, the look-up of learning rates, the optimizer and the sum of losses read and write fixed
+tensors in shapes that a :class:`~distilbench.engines.fused.cuda.buckets.Bucket` fixes; nothing waits for the device.
+Before a step its numbers are copied into place, on the device, and the hidden states under the trained part likewise.
+
+A step is repeatable to the bit on one device and library version: gradients of embeddings are added up by a product in
+a fixed order, norms by a fixed tree, and no two different values are added by atomics.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, Timetable, batch_of
+from distilbench.engines.fused.cuda.optimizer import NUMBERS, TabledOptimizer
+from distilbench.engines.fused.dropout import CounterDropout
+from distilbench.engines.fused.encoder import Forward
+from distilbench.engines.fused.optimizer import RowOptimizer
+from distilbench.engines.fused.packing import Batch
+from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.fused.prefix import TrainingPrefix
+
+WORTH_RECORDING = 8
+"""Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
+
+
+@dataclass
+class Buffers:
+    """What a step of one bucket reads: ``hidden`` unless embeddings train. ``shape`` is a batch of that size."""
+
+    inputs: torch.Tensor
+    hidden: torch.Tensor | None
+    shape: Batch
+
+
+class StaticSteps:
+    """Takes the steps of a stack of trials; made anew whenever the stack changes.
+
+    ``losses`` (trials,) is added to in place; ``norms`` (trials,) takes the last step's gradient norms.
+    """
+
+    def __init__(
+        self, weights: StackedWeights, optimizer: RowOptimizer, prefix: TrainingPrefix | None, timetable: Timetable,
+        rates: np.ndarray, losses: torch.Tensor, norms: torch.Tensor, still_layers: int, runner: Runner,
+    ) -> None:  # fmt: skip
+        """``rates`` (steps, trials) are those of the whole course; see :class:`Forward` for ``still_layers``."""
+        self.weights, self.prefix, self.timetable = weights, prefix, timetable
+        self.losses, self.norms = losses, norms
+        self._still_layers, self._runner = still_layers, runner
+        self._optimizer = TabledOptimizer(optimizer, rates)
+        self._numbers = losses.new_zeros(len(losses), NUMBERS)
+        self._buffers: dict[Bucket, Buffers] = {}
+        self._recorded = False
+
+    def take(self, step: int) -> float:
+        """Take step ``step`` (from 0), and return the seconds that recording took, which it does once.
+
+        The first step is run as it is: it compiles kernels and makes libraries' workspaces, which no recording may.
+        """
+        bucket = self.timetable.bucket(step)
+        self._fill(step, self._buffers_of(bucket))
+        self._runner.run(bucket, lambda: self._step(bucket))
+        if self._recorded:
+            return 0.0
+        self._recorded = True
+        ahead = Counter(self.timetable.bucket(later) for later in range(step + 1, self.timetable.course.steps))
+        worth = sorted((b for b, steps in ahead.items() if steps >= WORTH_RECORDING), reverse=True)
+        return sum(self._record(bucket) for bucket in worth)
+
+    def _record(self, bucket: Bucket) -> float:
+        self._buffers_of(bucket)
+        return self._runner.record(bucket, lambda: self._differentiate(bucket), lambda: self._step(bucket))
+
+    def _buffers_of(self, bucket: Bucket) -> Buffers:
+        if bucket not in self._buffers:
+            orders, device = len(self.timetable.seeds), self.losses.device
+            inputs = torch.zeros(orders, bucket.fields, dtype=torch.int64, device=device)
+            batch, _ = batch_of(inputs, bucket)
+            hidden = None if self.prefix is None else self.prefix.empty(batch)
+            self._buffers[bucket] = Buffers(inputs, hidden, batch)
+        return self._buffers[bucket]
+
+    def _fill(self, step: int, buffers: Buffers) -> None:
+        """Bring what belongs to ``step`` to where the step looks for it."""
+        buffers.inputs.copy_(self.timetable.inputs(step))
+        self._numbers.copy_(self._optimizer.table[step])
+        if self.prefix is not None and buffers.hidden is not None:
+            at_once = self.prefix.window * self.timetable.course.batch_size
+            states = self.prefix.hidden(self.timetable.seeds, step, slice(None), buffers.shape, at_once)
+            buffers.hidden.copy_(states)
+
+    def _step(self, bucket: Bucket) -> None:
+        losses = self._differentiate(bucket)
+        self._optimizer.step(self._numbers, self.norms)
+        self.losses += losses
+
+    def _differentiate(self, bucket: Bucket) -> torch.Tensor:
+        """Fill the gradient, and return the mean loss of each trial, ``(trials,)``."""
+        buffers = self._buffers[bucket]
+        batch, keys = batch_of(buffers.inputs, bucket)
+        forward = Forward(self.weights, batch, CounterDropout(keys), self._still_layers)
+        start = 0 if self.prefix is None else self.prefix.depth
+        losses, embedded = forward.losses(buffers.hidden, start)
+        mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
+        self.weights.backward(mean.sum(), embedded, batch)
+        return mean.detach()
+
+
+log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Runs functions that read and write fixed tensors alone, and may record them first."""
+
+    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
+        """Record ``step`` under ``key`` without taking it, after a ``rehearsal``; return the seconds that it took."""
+        ...
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Take ``step``, from its recording where there is one."""
+        ...
+
+
+class Direct:
+    """Records nothing: what a CPU does."""
+
+    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
+        """Do nothing."""
+        return 0.0
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Take ``step``."""
+        step()
+
+
+class Graphs:
+    """CUDA graphs that share one pool of memory, for they never run at once; nothing in it outlives a replay.
+
+    An error while recording is logged once, and from then on every step that was not recorded is taken as it is. Being
+    out of memory is no such error: the group has its own answer to that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._broken = False
+
+    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
+        """Rehearse on a stream of its own, as CUDA graphs want it, and record there; waits for the device."""
+        if self._broken:
+            return 0.0
+        torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        try:
+            with torch.cuda.stream(self._stream):
+                rehearsal()
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                step()
+            self._graphs[key] = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._broken = True
+            log.warning("steps are not recorded as CUDA graphs: %s", str(error).partition("\n")[0])
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - began
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Replay, or take ``step``."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            step()
+        else:
+            graph.replay()
+
+
+def runner_for(device: torch.device) -> Runner:
+    """What suits the device."""
+    return Graphs(device) if device.type == "cuda" else Direct()

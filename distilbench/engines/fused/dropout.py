@@ -1,0 +1,154 @@
+"""Dropout whose draws belong to a trial: a function of its seed and the step, whoever else is in the batch.
+
+There are two ways to draw. :class:`Dropout` takes numpy's generators, one for each order of examples: the fastest on a
+CPU, in half of the time of torch's. :class:`CounterDropout` computes every draw from its place alone, with keys that
+are tensors: what a recorded step on a GPU needs. For the masks of one step of MiniLM, 16 sentences of 240 tokens, they
+take 6 and 45 ms of CPU time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from numpy.random import SFC64
+
+from distilbench.engines.fused import kernels
+
+_LEVELS = 1 << 16
+"""A draw is 16 bits, a quarter of what the generator yields at once: dropping 0.1 becomes dropping 0.100006."""
+
+
+class Draws(Protocol):
+    """The masks of one forward pass, drawn in the order in which the layers ask for them."""
+
+    def keep(
+        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; ``shapes`` is what is real."""
+        ...
+
+
+def draws_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> Draws:
+    """Return the way to draw that suits the device, keyed for each order of examples."""
+    if device.type != "cuda":
+        return Dropout(seeds, stage, step, device)
+    return CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds], device=device))
+
+
+class Dropout:
+    """The masks of one forward pass, drawn in the order in which the layers ask for them."""
+
+    def __init__(self, seeds: Sequence[int], stage: str, step: int, device: torch.device) -> None:
+        """Key one generator for each order of examples by its trial's seed, ``stage`` and ``step``."""
+        self._generators = [SFC64(key_of(seed, stage, step)) for seed in seeds]
+        self._device = device
+
+    def keep(
+        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
+
+        ``shapes`` are what is real of each order. Only that is drawn, so that a trial's mask does not depend on its
+        neighbours' sizes; the rest is zero.
+        """
+        masks = torch.empty(len(shapes), *whole, dtype=dtype, device=self._device)
+        least = torch.tensor(_dropped(rate) - _LEVELS // 2, dtype=torch.int16)
+        for mask, shape, generator in zip(masks, shapes, self._generators, strict=True):
+            if tuple(shape) != tuple(whole):
+                mask.zero_()
+            bits = _bits(shape, generator).to(self._device)
+            torch.ge(bits, least, out=mask[tuple(slice(size) for size in shape)])
+        return masks
+
+
+def _bits(shape: Sequence[int], generator: SFC64) -> torch.Tensor:
+    """Draw 16 bits for each place of ``shape``, as int16."""
+    size = math.prod(shape)
+    words = torch.from_numpy(generator.random_raw(-(-size // 4)))
+    return words.view(torch.int16)[:size].view(tuple(shape))
+
+
+EXTENT = 512
+"""Draws of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
+
+_LANES = 8
+"""Draws that one block of the generator yields."""
+
+
+class CounterDropout:
+    """Masks that are a function of ``keys`` (orders,) int64, the site and the place, by Philox4x32-10.
+
+    (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.) Sites are numbered as the layers ask.
+    Places are numbered alike whatever a batch is filled up to: by token and column, and in attention, which has one
+    sentence a bin, by sentence, head, query and key.
+    """
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self._keys, self._site = keys, 0
+
+    def keep(
+        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; filler is drawn for, too."""
+        draw = kernels.philox_keep if kernels.usable(self._keys) else philox_keep
+        return draw(*self.site(rate), whole, EXTENT, dtype)
+
+    def site(self, rate: float) -> tuple[torch.Tensor, int, int]:
+        """Go to the next site: the keys, its number, and below which of 65,536 values a draw drops."""
+        self._site += 1
+        return self._keys, self._site, _dropped(rate)
+
+
+def philox_keep(
+    keys: torch.Tensor, site: int, dropped: int, whole: Sequence[int], extent: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ones where a draw of 16 bits is not below ``dropped``, ``(orders, *whole)``.
+
+    ``whole`` is (rows, columns), or of attention (bins, heads, queries, keys), numbered as if there were ``extent`` of
+    the latter two.
+    """
+    *outer, rows, columns = whole
+    blocks = -(-columns // _LANES)
+    numbered = (extent, extent // _LANES) if outer else (rows, blocks)
+    outside = torch.arange(math.prod(outer), device=keys.device).view(-1, 1, 1)
+    row = torch.arange(rows, device=keys.device).view(-1, 1)
+    counter = (outside * numbered[0] + row) * numbered[1] + torch.arange(blocks, device=keys.device)
+    words = philox(counter.reshape(1, -1), site, keys[:, None])
+    bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    kept = (bits >= dropped).view(len(keys), -1, blocks * _LANES)[..., :columns]
+    return kept.to(dtype).view(len(keys), *whole)
+
+
+def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Tensor]:
+    """Return four words of 32 bits for ``counter`` (its low 32) under ``site`` and ``key`` (64 bits), all int64."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = (
+        counter & word,
+        torch.full_like(counter, site),
+        torch.zeros_like(counter),
+        torch.zeros_like(counter),
+    )
+    k0, k1 = key & word, (key >> 32) & word
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # overflow wraps, and the mask takes the bits of the sign away
+        c0, c1, c2, c3 = (b >> 32) & word ^ c1 ^ k0, b & word, (a >> 32) & word ^ c3 ^ k1, a & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return [c0, c1, c2, c3]
+
+
+def keep_scale(rate: float) -> float:
+    """What kept values are multiplied by, so that the mean stays: one over the probability to be kept."""
+    return _LEVELS / (_LEVELS - _dropped(rate))
+
+
+def _dropped(rate: float) -> int:
+    return round(rate * _LEVELS)
+
+
+def key_of(seed: int, stage: str, step: int) -> int:
+    """A number of 56 bits that is a trial's own in a step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {stage} {step}".encode(), digest_size=7).digest())

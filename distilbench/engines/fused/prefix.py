@@ -1,0 +1,142 @@
+"""The frozen lower part, run ahead of the steps that need it and once for all trials that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from distilbench.data.tokens import EncodedSplit
+from distilbench.engines.batches import batches_by_length
+from distilbench.engines.fused.dropout import Draws, draws_for
+from distilbench.engines.fused.encoder import Forward
+from distilbench.engines.fused.packing import Batch, pack, stack_batches
+from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.steps import Course
+
+WINDOW = 8
+"""Steps whose prefix is run at once. On two cores 8 batches of 16 fill the products and still fit the cache."""
+
+GPU_WINDOW = 64
+"""The same on a GPU, where a pass of 8 batches would be bound by its launches; 40 MB of states at 768 wide."""
+
+
+def prefix_depth(weights: StackedWeights) -> int | None:
+    """Return how many layers follow frozen embeddings without a trained one between; None where embeddings train."""
+    frozen, depth = weights.rowmap.frozen, weights.rowmap.architecture.depth
+    if "word" not in frozen:
+        return None
+    return next((i for i in range(depth) if f"{i}.out.weight" not in frozen), depth)
+
+
+@torch.no_grad()
+def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: Draws | None) -> torch.Tensor:
+    """Hidden states of ``batch`` under layer ``depth``: ``(orders, tokens, width)``, of [CLS] where that is the top."""
+    forward = Forward(weights, batch, dropout)
+    return forward.layers(forward.embed(forward.embedded()), 0, depth)
+
+
+@dataclass
+class Budget:
+    """Bytes that hidden states may take up for the whole of a training run."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Whether ``size`` bytes are granted."""
+        granted = size <= self.left
+        self.left -= size if granted else 0
+        return granted
+
+
+class TrainingPrefix:
+    """Hidden states under the trained part for the steps of a run.
+
+    With dropout each example has other hidden states in every epoch, and is seen once in each: a *window* of steps is
+    run at once and kept until the next one. Without, one pass over the split serves all epochs, where the budget holds
+    it; else windows do.
+    """
+
+    def __init__(
+        self, weights: StackedWeights, split: EncodedSplit, course: Course, dropout: bool, budget: Budget, depth: int
+    ) -> None:
+        self.depth = depth
+        self._weights, self._split, self._course, self._dropout = weights, split, course, dropout
+        self.window = WINDOW if weights.rows.device.type == "cpu" else GPU_WINDOW
+        self._sentences_only = depth == weights.rowmap.architecture.depth
+        self._windows: dict[int, tuple[int, list[list[torch.Tensor]]]] = {}
+        self._all: list[torch.Tensor] = []
+        rows = len(split) if self._sentences_only else len(split.tokens)
+        self._once = not dropout and budget.take(rows * weights["word"].shape[2] * weights.rows.element_size())
+
+    @classmethod
+    def of(
+        cls, weights: StackedWeights, split: EncodedSplit, course: Course, dropout: bool, budget: Budget
+    ) -> TrainingPrefix | None:
+        """Make one for the depth that ``weights`` freezes; None where the embeddings train."""
+        depth = prefix_depth(weights)
+        return None if depth is None else cls(weights, split, course, dropout, budget, depth)
+
+    def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
+        """The hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
+
+        ``batch`` has the size of those examples; the prefix is run over at most ``at_once``.
+        """
+        rows = (batch.first if self._sentences_only else batch.ids).shape[1]
+        own = [self._of_order(seed, step, at_once)[part] for seed in orders]
+        filler = [states[0].new_zeros(rows - sum(map(len, states)), states[0].shape[1]) for states in own]
+        return torch.stack([torch.cat([*states, rest]) for states, rest in zip(own, filler, strict=True)])
+
+    def of_batch(self, batch: Batch) -> torch.Tensor:
+        """The hidden states of ``batch`` without dropout, as an evaluation has them, ``(1, rows, width)``."""
+        return run_prefix(self._weights, batch, self.depth, None)
+
+    def empty(self, batch: Batch) -> torch.Tensor:
+        """Room for the hidden states of a batch of that size, ``(orders, rows, width)``."""
+        rows = batch.first if self._sentences_only else batch.ids
+        return self._weights.rows.new_zeros(*rows.shape, self._weights["word"].shape[2])
+
+    def _of_order(self, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
+        """The hidden states of each example of a step, ``(rows, width)``."""
+        if self._once:
+            self._all = self._all or self._run_all(at_once)
+            return [self._all[i] for i in self._course.batch(seed, step)]
+        number, kept = self._windows.get(seed, (-1, []))
+        if step // self.window != number:
+            number = step // self.window
+            kept = self._run_window(seed, number, at_once)
+            self._windows[seed] = number, kept
+        return kept[step % self.window]
+
+    def _run_window(self, seed: int, number: int, at_once: int) -> list[list[torch.Tensor]]:
+        """Run the prefix for the steps of a window, whole even where a run is resumed within it."""
+        steps = range(number * self.window, min((number + 1) * self.window, self._course.steps))
+        batches = [self._course.batch(seed, step) for step in steps]
+        examples = np.concatenate(batches)
+        states: list[torch.Tensor] = []
+        for start in range(0, len(examples), at_once):
+            stage = f"prefix+{start}" if start else "prefix"
+            dropout = draws_for([seed], stage, number, self._weights.rows.device) if self._dropout else None
+            states += self._run(examples[start : start + at_once], dropout)
+        own = iter(states)
+        return [list(islice(own, len(batch))) for batch in batches]
+
+    def _run_all(self, at_once: int) -> list[torch.Tensor]:
+        """Run the prefix over the whole split without dropout, rows of like length together."""
+        hidden: list[torch.Tensor] = [torch.empty(0)] * len(self._split)
+        for chosen in batches_by_length(self._split, at_once):
+            for i, own in zip(chosen, self._run(chosen, None), strict=True):
+                hidden[i] = own
+        return hidden
+
+    def _run(self, examples: np.ndarray, dropout: Draws | None) -> list[torch.Tensor]:
+        """The hidden states of each of ``examples``, ``(rows, width)``."""
+        device = self._weights.rows.device
+        packed = pack(self._split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
+        batch = stack_batches([packed], device)
+        states = run_prefix(self._weights, batch, self.depth, dropout)[0]
+        rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
+        return list(states[: rows.sum()].split(rows.tolist()))

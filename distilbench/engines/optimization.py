@@ -1,0 +1,80 @@
+"""Parameter groups, optimizers, and learning-rate factors as pure functions of the step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distilbench.settings import OptimSettings, SchedulerSettings, require
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+_FUSED_ADAMW = ("cpu", "cuda", "mps")
+
+POLYNOMIAL_END_LR = 1e-7
+"""Where ``transformers.get_polynomial_decay_schedule_with_warmup`` ends unless told otherwise."""
+
+
+def decay_parameter_names(model: nn.Module) -> set[str]:
+    """Name the parameters that weight decay applies to: neither biases nor inside a normalisation layer.
+
+    The rule is that of ``transformers.Trainer.get_decay_parameter_names``.
+    """
+    normalisation = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not _NO_DECAY.search(name.lower()) and not any(name.startswith(f"{prefix}.") for prefix in normalisation)
+    }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters in two groups, with ``weight_decay`` and without, in the model's order."""
+    decayed = decay_parameter_names(model)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+    """Make the optimizer over the trainable parameters of a model that is on ``device`` already."""
+    return _OPTIMIZERS[settings.name](parameter_groups(model, settings.weight_decay), settings, device)
+
+
+def _adamw(groups: list[dict[str, Any]], settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=device.type in _FUSED_ADAMW,
+    )
+
+
+def _sgd(groups: list[dict[str, Any]], settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+_OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
+
+
+def lr_factors(settings: SchedulerSettings, steps: int, lr: float) -> np.ndarray:
+    """Return the factor on the peak learning rate ``lr`` at each step, ``(steps,)`` float64.
+
+    The values are those of ``transformers.get_scheduler``, warm-up rounded as ``TrainingArguments.get_warmup_steps``
+    does. Only ``polynomial`` depends on ``lr``: it ends at 1e-7, not at a share of the peak; raises
+    :class:`SettingsError` for a peak that is not above that.
+    """
+    from transformers import get_scheduler
+
+    if settings.name == "polynomial":
+        require(lr > POLYNOMIAL_END_LR, "optim.lr", "above 1e-07 with scheduler=polynomial", lr, "raise optim.lr")
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = get_scheduler(settings.name, stand_in, settings.warmup(steps), steps)
+    return np.array([schedule.lr_lambdas[0](step) for step in range(steps)], dtype=np.float64)

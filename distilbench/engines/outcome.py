@@ -1,0 +1,93 @@
+"""How a trial ends, in the same words and figures from every engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from distilbench.data.tokens import EncodedSplits
+from distilbench.engines.checkpoints import Progress
+from distilbench.engines.evaluation import best_of
+from distilbench.engines.steps import Course
+from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.settings import SettingsError, TrainSettings, TrialSettings
+
+log = logging.getLogger(__name__)
+
+_MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
+"""Said where a trial goes on with fewer rows at once."""
+
+
+class Ended(Exception):
+    """A trial is over before its last step; the message is one line for the user."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def require_finite(loss: float, kind: str, step: int, steps: int, settings: TrialSettings) -> None:
+    """Raise :class:`Ended` with DIVERGED where the ``kind`` loss (training or validation) is not finite."""
+    if not math.isfinite(loss):
+        raise Ended(
+            Status.DIVERGED,
+            f"the {kind} loss was {loss} at step {step} of {steps}; lower optim.lr (now {settings.optim.lr:g}), "
+            "or warm up with scheduler.warmup_ratio=0.1",
+        )
+
+
+def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
+    """Return the status that an exception inside a trial stands for, and one line that says what to change.
+
+    An error that nobody foresaw is FAILED; its traceback goes to the log.
+    """
+    if isinstance(error, Ended):
+        return error.status, str(error)
+    if isinstance(error, SettingsError):
+        return Status.FAILED, str(error)
+    first_line = (str(error).splitlines() or [""])[0]
+    if _out_of_memory(error):
+        train = settings.train
+        return Status.OUT_OF_MEMORY, (
+            f"out of memory ({first_line or type(error).__name__}); lower train.max_length (now {train.max_length}), "
+            "freeze more layers, or take a smaller model"
+        )
+    log.error("the trial failed", exc_info=error)
+    return Status.FAILED, f"{type(error).__name__}: {first_line}"
+
+
+def result_of(
+    progress: Progress,
+    ending: tuple[Status, str | None],
+    train: TrainSettings,
+    splits: EncodedSplits,
+    report: Evaluation | None,
+) -> TrialResult:
+    """What a trial's ``progress`` amounts to; ``report`` is the kept weights' evaluation on a report split of its own.
+
+    What belongs to the device and the model is left for the engine to add.
+    """
+    best = progress.history[best_of(progress.history, train)] if progress.history else None
+    examples = Course(len(splits.train), train.batch_size, train.epochs).seen(progress.step)
+    seconds = progress.step_seconds
+    return TrialResult(
+        *ending,
+        selection=best,
+        report=best if splits.selection is splits.report else report,
+        history=tuple(progress.history),
+        steps=progress.step,
+        train_seconds=progress.train_seconds,
+        examples_per_second=examples / seconds if seconds else 0.0,
+        tokens_per_second=progress.tokens / seconds if seconds else 0.0,
+        peak_memory_bytes=progress.peak_memory_bytes,
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError."""
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

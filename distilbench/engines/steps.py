@@ -1,0 +1,49 @@
+"""Order the examples of each epoch, and spread them over optimisation steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@lru_cache(maxsize=64)
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of ``examples`` in an epoch, ``(examples,)`` int64, as Hugging Face Trainer has it.
+
+    Mirrors ``accelerate.data_loader.SeedableRandomSampler``, which seeds a new permutation with ``seed + epoch``.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(examples, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the examples of a training split are spread over steps."""
+
+    examples: int
+    batch_size: int
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last of them smaller where it has to be."""
+        return math.ceil(self.examples / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    def batch(self, seed: int, step: int) -> np.ndarray:
+        """Return the examples of step ``step`` (from 0) in the order of ``seed``, ``(at most batch_size,)``."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.examples, seed, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def seen(self, step: int) -> int:
+        """Examples trained on in the first ``step`` steps."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * self.examples + min(steps * self.batch_size, self.examples)

@@ -1,0 +1,242 @@
+"""Build tokenizer and model from a resolved source, and export a trained one. Needs torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbench.data.hub import first_line
+from distilbench.settings import SettingsError, require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
+
+
+def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    """Return the model's fast tokenizer, neither padding nor cutting unless told to.
+
+    The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary, since its inputs lack
+    ``token_type_ids``. A random model gets one over single characters. Raises :class:`SettingsError` where the
+    checkpoint has no fast tokenizer, or one that doesn't fit its embeddings.
+    """
+    with _quiet():
+        if resolved.directory is None:
+            tokenizer = _wordpiece(_characters(), resolved)
+        elif resolved.settings.source == "package":
+            tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+            tokenizer = _wordpiece({token: number for number, token in enumerate(tokens)}, resolved)
+        else:
+            tokenizer = _saved_tokenizer(resolved)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    if resolved.max_tokens is not None:  # tokenizers that were saved without a bound say 1e30
+        tokenizer.model_max_length = min(tokenizer.model_max_length, resolved.max_tokens)
+    return tokenizer
+
+
+def _wordpiece(vocabulary: dict[str, int], resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    from transformers import DistilBertTokenizer
+
+    return DistilBertTokenizer(vocab=vocabulary, model_max_length=resolved.max_tokens)
+
+
+def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    name = resolved.settings.checkpoint
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SettingsError(
+            f"model.checkpoint must come with a readable tokenizer, got {name!r}: {first_line(error)}; "
+            "save it beside the model with save_pretrained"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise SettingsError(f"model.checkpoint must be a model with a fast tokenizer (tokenizer.json), got {name!r}")
+    rows = resolved.config.get("vocab_size")
+    require(rows is None or len(tokenizer) <= rows, "model.checkpoint",
+            f"a model with embeddings for its tokenizer's {len(tokenizer)} tokens", f"{name} with {rows}")  # fmt: skip
+    require(tokenizer.pad_token_id is not None, "model.checkpoint", "a model with a padding token", name)
+    return tokenizer
+
+
+def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) -> PreTrainedModel:
+    """Return a float32 classifier of ``len(label_names)`` labels on the CPU, in evaluation mode.
+
+    A head that the checkpoint lacks, or has for another number of labels, is drawn from ``seed``, whatever was drawn
+    before; torch's global random state is left as it was. Raises :class:`SettingsError` where the weights can't be
+    read or don't match their configuration.
+    """
+    import torch
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        config, weights = _configuration_and_weights(resolved)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: number for number, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+        torch.default_generator.manual_seed(seed)
+        return _load(resolved, config, weights)
+
+
+def _configuration_and_weights(resolved: ResolvedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor] | None]:
+    """The configuration to build, and the encoder's weights unless they are read from the directory as they are."""
+    from transformers import AutoConfig
+
+    if resolved.directory is None:
+        config = AutoConfig.for_model(**resolved.config)
+        return config, _random_encoder(config)
+    if resolved.settings.source == "package":
+        return _minilm_as_distilbert(resolved.directory, resolved.config)
+    try:
+        return AutoConfig.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unusable(resolved, error) from None
+
+
+def _random_encoder(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Encoder weights that depend on the configuration and on :data:`ENCODER_SEED` alone; names of the base model."""
+    import torch
+    from transformers import AutoModel
+
+    torch.default_generator.manual_seed(ENCODER_SEED)
+    return AutoModel.from_config(config, dtype=torch.float32).state_dict()
+
+
+def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """BERT's configuration and weights under DistilBERT's names, computing the same last hidden states.
+
+    DistilBERT (Sanh et al., 2019, section 3) is BERT without token types and pooler. All tokens of a single text are
+    of type 0, so that type's embedding is added to every position's.
+    """
+    from safetensors.torch import load_file
+    from transformers import DistilBertConfig
+
+    config = DistilBertConfig(
+        vocab_size=bert["vocab_size"],
+        max_position_embeddings=bert["max_position_embeddings"],
+        n_layers=bert["num_hidden_layers"],
+        n_heads=bert["num_attention_heads"],
+        dim=bert["hidden_size"],
+        hidden_dim=bert["intermediate_size"],
+        activation=bert["hidden_act"],
+        dropout=bert["hidden_dropout_prob"],
+        attention_dropout=bert["attention_probs_dropout_prob"],
+        initializer_range=bert["initializer_range"],
+        pad_token_id=bert["pad_token_id"],
+    )
+    weights = load_file(directory / "model.safetensors")
+    token_types = weights.pop("embeddings.token_type_embeddings.weight")  # (2, width)
+    weights["embeddings.position_embeddings.weight"] += token_types[0]  # (positions, width)
+    kept = {name: w for name, w in weights.items() if not name.startswith(("pooler", "embeddings.position_ids"))}
+    return config, {_distilbert_name(name): w for name, w in kept.items()}
+
+
+_DISTILBERT_NAMES = (  # the order matters: "attention.output.dense" ends in "output.dense"
+    ("encoder.layer", "transformer.layer"),
+    ("attention.self.query", "attention.q_lin"),
+    ("attention.self.key", "attention.k_lin"),
+    ("attention.self.value", "attention.v_lin"),
+    ("attention.output.dense", "attention.out_lin"),
+    ("attention.output.LayerNorm", "sa_layer_norm"),
+    ("intermediate.dense", "ffn.lin1"),
+    ("output.dense", "ffn.lin2"),
+    ("output.LayerNorm", "output_layer_norm"),
+)
+
+
+def _distilbert_name(name: str) -> str:
+    """DistilBERT's name for a weight of BERT's."""
+    for bert, distilbert in _DISTILBERT_NAMES:
+        name = name.replace(bert, distilbert)
+    return name
+
+
+def _load(
+    resolved: ResolvedModel, config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None
+) -> PreTrainedModel:
+    """Fill a classifier with ``weights``, or with those of the directory, and draw what they lack."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+
+    require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
+            f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
+    classifier: Any = CLASSIFIERS[type(config)]
+    try:
+        model, report = classifier.from_pretrained(
+            resolved.directory if weights is None else None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise _unusable(resolved, error) from None
+    _check_encoder_complete(resolved, model.base_model_prefix, report)
+    return model
+
+
+def _check_encoder_complete(resolved: ResolvedModel, prefix: str, report: dict[str, Any]) -> None:
+    """Refuse weights that leave parts of the encoder to chance; a head, or the pooler that feeds it, may be new."""
+    drawn = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    lacking = sorted(name for name in drawn if name.startswith(f"{prefix}.") and ".pooler." not in name)
+    if lacking:
+        raise SettingsError(
+            f"model.checkpoint must hold the weights that its config.json describes, got {resolved.used.name!r} "
+            f"without {len(lacking)} of them or in other shapes, such as {lacking[0]}; save or download it again"
+        )
+
+
+def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
+    return SettingsError(
+        f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
+        "save or download it again"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is either complete or as it was before.
+
+    Both load with ``from_pretrained(directory)`` of the auto classes. What stood there before is replaced. One process
+    at a time may write to a directory.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)  # what a killed process may have left
+    try:
+        with _quiet():
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+        if directory.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            directory.rename(former)  # a directory can't be renamed over one that holds files
+        fresh.rename(directory)
+    finally:
+        if former.exists() and not directory.exists():
+            former.rename(directory)
+        for leftover in (fresh, former):
+            shutil.rmtree(leftover, ignore_errors=True)

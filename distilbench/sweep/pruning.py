@@ -1,0 +1,61 @@
+"""Optuna's pruners and storage as a trial's own process uses them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distilbench.settings import METRICS, SettingsError, SweepSettings
+
+if TYPE_CHECKING:
+    import optuna
+
+
+def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
+    """Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
+    import optuna
+
+    makers: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "percentile": optuna.pruners.PercentilePruner,
+        "patient": lambda **options: optuna.pruners.PatientPruner(None, **options),
+        "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "threshold": optuna.pruners.ThresholdPruner,
+        "wilcoxon": optuna.pruners.WilcoxonPruner,
+    }
+    options = {name: value for name, value in settings.pruner_options.items() if value is not None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # asked for by name
+            return makers[settings.pruner](**options)
+    except (TypeError, ValueError) as error:
+        said = str(error).partition("__init__() ")[2] or str(error)
+        raise SettingsError(
+            f"sweep.pruner_options must be what Optuna's {settings.pruner} pruner takes, got {options}: {said}"
+        ) from None
+
+
+def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
+    """Raise :class:`SettingsError` for a pruner that these objectives leave without anything to judge."""
+    pruner_of(settings)
+    if settings.pruner != "none" and (len(objectives) > 1 or objectives[0] not in METRICS):
+        raise SettingsError(
+            f"sweep.pruner must be none for sweep.objectives={list(objectives)}, got {settings.pruner!r}; "
+            f"pruning takes one objective that is measured on the way: {', '.join(METRICS)}"
+        )
+
+
+def storage_of(url: str) -> optuna.storages.RDBStorage:
+    """Optuna's storage at ``url``, whose interpolations are resolved in this process.
+
+    A SQLite file waits a minute for its lock, since several processes write.
+    """
+    import optuna
+    from omegaconf import OmegaConf
+
+    url = str(OmegaConf.create({"url": url}).url)
+    arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)

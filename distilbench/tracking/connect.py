@@ -1,0 +1,192 @@
+"""From settings to an open store: which one, is it there, and who makes it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.tracking.retries import in_one_line
+from distilbench.tracking.store import MlflowStore, NullStore, Store
+from distilbench.tracking.uri import Place, place_of
+
+ANSWER_SECONDS = 4.0
+"""How long a server or a database may take to answer at the start; importing mlflow comes on top of it."""
+
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+
+
+def open_store(settings: TrackingSettings) -> Store:
+    """Open the store that ``settings`` name, making database and experiment where they are missing.
+
+    ``tracking.uri`` goes before ``MLFLOW_TRACKING_URI``, that before ``mlflow.db`` at the project's root. Processes
+    may race here. Raises :class:`SettingsError`, within about five seconds, where there is no store to be had.
+    """
+    if settings.name == "none":
+        return NullStore()
+    place = place_of(settings)
+    _quieten()
+    with in_one_line(place.refusal, place.remedy):
+        experiment_id = _open_database(place, settings) if place.artifacts else _open_server(place, settings)
+    return MlflowStore(place, settings.experiment, experiment_id)
+
+
+def find_store(settings: TrackingSettings) -> MlflowStore:
+    """Open a store to read it: unlike :func:`open_store`, what is not there is refused, not made.
+
+    Raises :class:`SettingsError` for ``tracking=none``, no database, and no such experiment.
+    """
+    if settings.name == "none":
+        raise SettingsError("tracking must be mlflow to read trials, got none; drop tracking=none")
+    place = place_of(settings)
+    if place.file and not place.file.is_file():
+        raise SettingsError(
+            f"{place.setting} must be a store that holds trials, got {place.file}, which does not exist; train one "
+            "first (python -m distilbench.train experiment=quick) or name the store with tracking.uri=..."
+        )
+    _quieten()
+    with in_one_line(place.refusal, place.remedy):
+        names = _experiments_of(place)
+    if settings.experiment not in names:
+        raise SettingsError(
+            f"tracking.experiment must be one of {', '.join(sorted(names))}, got {settings.experiment!r}; "
+            "train a trial in it first"
+        )
+    return MlflowStore(place, settings.experiment, names[settings.experiment])
+
+
+def _experiments_of(place: Place) -> dict[str, str]:
+    """Name -> id of the active experiments of a store that exists."""
+    from mlflow import MlflowClient
+
+    if place.artifacts is not None:
+        _check_database(place)
+    client = MlflowClient(place.uri)
+    found = _within(ANSWER_SECONDS if place.artifacts is None else 60, lambda: client.search_experiments())
+    return {experiment.name: str(experiment.experiment_id) for experiment in found}
+
+
+def _quieten() -> None:
+    """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone."""
+    defaults = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        _RETRIES: "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  its import sets the levels that the next lines change
+
+    for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _within(seconds: float, action: Callable[[], Any]) -> Any:
+    """``action()``, or TimeoutError: a thread, since neither name look-ups nor slow answers heed a socket's timeout."""
+    answer: Future[Any] = Future()
+
+    def act() -> None:
+        try:
+            answer.set_result(action())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+
+
+def _open_server(place: Place, settings: TrackingSettings) -> str:
+    """The experiment's id at a server, which keeps artifacts where it likes. Asked once: retries would take minutes."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(place.uri)
+    patience = os.environ[_RETRIES]
+    os.environ[_RETRIES] = "0"
+    try:
+        return str(_within(ANSWER_SECONDS, lambda: _experiment_of(client, settings)))
+    finally:
+        os.environ[_RETRIES] = patience
+
+
+def _open_database(place: Place, settings: TrackingSettings) -> str:
+    """The experiment's id in a database. One process at a time: racing ones break each other's migrations."""
+    from filelock import FileLock
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    assert place.artifacts is not None
+    place.artifacts.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.artifacts / ".lock", timeout=60):
+        _check_database(place)
+        if place.file and not place.file.stat().st_size:
+            _make_database(place.file, place.artifacts)
+        store = SqlAlchemyStore(place.uri, place.artifacts.as_uri())
+        experiment_id = _experiment_of(store, settings)
+        _check_artifacts(store.get_experiment(experiment_id).artifact_location, place.artifacts, settings)
+    return experiment_id
+
+
+def _make_database(file: Path, artifacts: Path) -> None:
+    """Make all of mlflow's tables beside ``file`` and put them there at once: half of them could never be opened."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)
+    SqlAlchemyStore(f"sqlite:///{partial}", artifacts.as_uri()).engine.dispose()
+    os.replace(partial, file)
+
+
+def _check_database(place: Place) -> None:
+    """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer."""
+    if place.file:
+        with contextlib.closing(sqlite3.connect(place.file, timeout=ANSWER_SECONDS)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+        return
+    import sqlalchemy
+
+    _within(ANSWER_SECONDS, lambda: sqlalchemy.create_engine(place.uri).connect().close())
+
+
+def _experiment_of(store: Any, settings: TrackingSettings) -> str:
+    """The id of the experiment, made where it is missing; ``store`` is a client or a store of mlflow's."""
+    from mlflow.exceptions import MlflowException
+
+    found = store.get_experiment_by_name(settings.experiment)
+    if found is None:
+        try:
+            return str(store.create_experiment(settings.experiment))
+        except MlflowException:
+            found = store.get_experiment_by_name(settings.experiment)  # another process was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise SettingsError(
+            f"tracking.experiment must be an active experiment, got {settings.experiment!r}, which was deleted; "
+            f"name another one or run: mlflow experiments restore --experiment-id {found.experiment_id}"
+        )
+    return str(found.experiment_id)
+
+
+def _check_artifacts(location: str, ours: Path, settings: TrackingSettings) -> None:
+    """Refuse an experiment whose artifacts would go to a folder that is gone: locations are absolute and fixed."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    if not location.startswith(("file:", "/")):
+        return
+    folder = Path(local_file_uri_to_path(location))
+    if not (folder.is_relative_to(ours) or folder.parent.is_dir()):
+        raise SettingsError(
+            f"tracking.experiment must keep its artifacts in a folder that exists, got {settings.experiment!r} with "
+            f"{folder} (a moved checkout?); name another experiment or move the folder back"
+        )

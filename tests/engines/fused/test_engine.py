@@ -1,0 +1,468 @@
+"""The fused engine against plain loops over Hugging Face models: equal, up to rounding, whatever is left out."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from distilbench.engines.batches import padded_batch
+from distilbench.engines.fused.dropout import Dropout, keep_scale
+from distilbench.engines.fused.engine import FusedEngine
+from distilbench.engines.fused.loop import Group
+from distilbench.engines.fused.packing import pack
+from distilbench.engines.fused.prefix import WINDOW
+from distilbench.engines.optimization import build_optimizer, lr_factors
+from distilbench.engines.steps import Course, epoch_order
+from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.freezing import freeze
+from distilbench.models.resolve import resolve_model
+from distilbench.results import Status
+from distilbench.settings import ModelSettings
+
+NAMES = ("negative", "positive")
+SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=2",
+         "train.logging_steps=1", "optim.lr=1e-3", "train.checkpoints=false")  # fmt: skip
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Directories of tiny models by architecture, ``still`` ones without dropout."""
+    made = {}
+    for kind in ("distilbert", "bert"):
+        resolved = resolve_model(ModelSettings("random", kind, layers=2))
+        for still in (False, True):
+            model = build_model(resolved, NAMES, seed=3)
+            for key in list(vars(model.config)) if still else []:
+                if "dropout" in key:
+                    model.config.update({key: 0.0})
+            made[kind, still] = tmp_path_factory.mktemp(kind) / "model"
+            export_model(model, load_tokenizer(resolved), made[kind, still])
+    return made
+
+
+@pytest.fixture
+def trial(settings, models, tmp_path):
+    """Return ``trial(*overrides, kind="distilbert", still=True) -> TrialSettings``, each in its own directory."""
+    made = iter(range(1000))
+
+    def make(*overrides, kind="distilbert", still=True):
+        given = ("model=local", f"model.checkpoint={models[kind, still]}", *SMALL)
+        return settings(*given, f"output.dir={tmp_path / str(next(made))}", *overrides).trial
+
+    return make
+
+
+def initial_model(settings, splits, dtype):
+    model = build_model(resolve_model(settings.model), splits.label_names, settings.seed).to(dtype)
+    freeze(model, settings.freeze)
+    return model.train()
+
+
+def reference(settings, splits, dtype=torch.float64, around_step=lambda step, packed: None):
+    """Train as a textbook would: the model, and the loss and the gradient norm of every step."""
+    model = initial_model(settings, splits, dtype)
+    size, examples = settings.train.batch_size, len(splits.train)
+    steps = settings.train.epochs * -(-examples // size)
+    optimizer = build_optimizer(model, settings.optim, torch.device("cpu"))
+    factors = lr_factors(settings.scheduler, steps, settings.optim.lr)
+    losses, norms, step = [], [], 0
+    for epoch in range(settings.train.epochs):
+        order = epoch_order(examples, settings.seed, epoch)
+        for start in range(0, examples, size):
+            rows = order[start : start + size]
+            around_step(step, rows)
+            inputs = padded_batch(splits.train, rows, splits.pad_token_id)
+            loss = model(**inputs, labels=torch.from_numpy(splits.train.labels[rows])).loss
+            loss.backward()
+            limit = settings.optim.max_grad_norm or float("inf")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.optim.lr * factors[step]
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            step += 1
+    return model.eval(), losses, norms
+
+
+def exported(settings):
+    return load_file(Path(settings.output.dir) / "model" / "model.safetensors")
+
+
+LAST_EPOCH = "train.eval_steps=1000"
+"""One evaluation, at the end: what is exported are the last weights."""
+
+LADDER = {
+    "baseline": ("freeze=none",),
+    "clipping inactive": ("optim.max_grad_norm=1000",),
+    "no clipping": ("optim.max_grad_norm=0",),
+    "clipping hard": ("optim.max_grad_norm=0.05",),
+    "cosine with warm-up": ("scheduler=cosine", "scheduler.warmup_ratio=0.3", "optim.weight_decay=0.3"),
+    "sgd": ("optim=sgd", "optim.lr=0.1", "optim.weight_decay=0.1"),
+    "sgd with momentum": ("optim=sgd", "optim.lr=0.05", "optim.momentum=0.9", "optim.weight_decay=0.1"),
+    "freeze 1": ("freeze.layers=1",),
+    "freeze 1, sgd": ("freeze.layers=1", "optim=sgd", "optim.lr=0.1", "optim.max_grad_norm=0.1"),
+    "freeze all layers": ("freeze.layers=2",),
+    "freeze embeddings alone": ("freeze=embeddings",),
+    "freeze a layer under trained embeddings": ("freeze.layers=1", "freeze.embeddings=false"),
+    "whole batches": ("train.batch_size=37",),
+    "batches of one": ("train.batch_size=1", "train.epochs=1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize("case", LADDER)
+def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case):
+    settings = trial(*LADDER[case], LAST_EPOCH, kind=kind)
+    splits, seen = splits_of(settings), recorder()
+    model, losses, norms = reference(settings, splits)
+    [result] = FusedEngine(torch.float64).train([settings], splits, seen)
+    assert result.status is Status.FINISHED, result.error
+    assert seen.losses() == pytest.approx(losses, rel=1e-11)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    for name, values in exported(settings).items():
+        torch.testing.assert_close(values.double(), model.state_dict()[name].float().double(), rtol=0, atol=1e-7)
+
+
+def test_the_ladder_clips_where_it_says_so(trial, splits_of):
+    """Without this, the rungs about clipping could all be the same."""
+    splits = splits_of(trial())
+    _, _, norms = reference(trial("optim.max_grad_norm=0.05"), splits)
+    assert sum(norm > 0.05 for norm in norms) > STEPS / 2
+    assert max(norms) < 1000
+
+
+def test_untouched_vocabulary_rows_decay_as_they_would_have(trial, splits_of, recorder):
+    settings = trial("optim.weight_decay=0.5", LAST_EPOCH)
+    splits = splits_of(settings)
+    before = initial_model(settings, splits, torch.float32).state_dict()
+    FusedEngine(torch.float64).train([settings], splits, recorder())
+    name = "distilbert.embeddings.word_embeddings.weight"
+    occurring = np.concatenate([splits.train.tokens, splits.report.tokens])
+    untouched = np.setdiff1d(np.arange(len(before[name])), occurring)
+    assert len(untouched) > 10
+    factor = np.prod([1 - 1e-3 * (1 - step / STEPS) * 0.5 for step in range(STEPS)])
+    torch.testing.assert_close(exported(settings)[name][untouched], before[name][untouched] * factor)
+
+
+class SameMasks:
+    """Stands in for ``torch.nn.functional.dropout``: the masks that the fused engine draws, on padded batches.
+
+    Where the prefix drops out, its masks are those of the whole window that the step belongs to.
+    """
+
+    def __init__(self, settings, splits, depth=2, heads=2):
+        self.settings, self.split, self.depth, self.heads = settings, splits.train, depth, heads
+        self.course = Course(len(splits.train), settings.train.batch_size, settings.train.epochs)
+        self.ahead = settings.freeze.layers if settings.freeze.dropout else 0
+
+    def around_step(self, step, rows):
+        number = step // WINDOW
+        steps = range(number * WINDOW, min((number + 1) * WINDOW, self.course.steps))
+        before = [self.course.batch(self.settings.seed, other) for other in steps]
+        self.window = pack(self.split, np.concatenate(before))
+        self.offset = sum(len(b) for b in before[: step - steps[0]])
+        self.packed, self.rows = pack(self.split, rows), rows
+        self.drawn_ahead = Dropout([self.settings.seed], "prefix", number, torch.device("cpu"))
+        self.drawn = Dropout([self.settings.seed], "step", step, torch.device("cpu"))
+        self.layer = -1
+
+    def __call__(self, x, p=0.5, training=True, inplace=False):
+        self.layer += x.dim() == 4
+        if not training or p == 0:
+            return x
+        ahead = self.ahead > 0 and self.layer < self.ahead and x.dim() > 2
+        packed, drawn, offset = (self.window, self.drawn_ahead, self.offset) if ahead else (self.packed, self.drawn, 0)
+        fill = {4: self.attention, 3: self.hidden, 2: self.head}[x.dim()]
+        mask = torch.ones_like(x)
+        fill(mask, packed, drawn, p, offset)
+        return x * mask * keep_scale(p)
+
+    def attention(self, mask, packed, drawn, p, offset):
+        last = self.layer == self.depth - 1
+        bins, queries = (len(packed.first), 1) if last else (packed.bins, packed.width)
+        shape = (bins, self.heads, queries, packed.width)
+        keep = drawn.keep(p, [shape], shape, mask.dtype)[0]
+        for row in range(len(self.rows)):
+            s = row + offset
+            start, length = packed.column[s], int((packed.sentence == s).sum())
+            columns = slice(start, start + length)
+            if last:
+                mask[row, :, 0, :length] = keep[s, :, 0, :length]
+            else:
+                mask[row, :, :length, :length] = keep[packed.bin[s]][:, columns, columns]
+
+    def hidden(self, mask, packed, drawn, p, offset):
+        if self.layer == self.depth - 1:
+            self.head(mask[:, 0], packed, drawn, p, offset)
+            return
+        shape = (len(packed.ids), mask.shape[2])
+        keep = drawn.keep(p, [shape], shape, mask.dtype)[0]
+        for row in range(len(self.rows)):
+            own = keep[torch.from_numpy(packed.sentence == row + offset)]
+            mask[row, : len(own)] = own
+
+    def head(self, mask, packed, drawn, p, offset):
+        shape = (len(packed.first), mask.shape[1])
+        mask.copy_(drawn.keep(p, [shape], shape, mask.dtype)[0][offset : offset + len(mask)])
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1", "freeze.layers=2", "freeze.layers=1 still"])
+def test_with_the_same_masks_dropout_is_that_of_the_architecture(
+    trial, splits_of, recorder, monkeypatch, kind, freezing
+):
+    freezing, *still = freezing.split()
+    settings = trial(freezing, f"freeze.dropout={not still}", LAST_EPOCH, kind=kind, still=False)
+    splits, seen = splits_of(settings), recorder()
+    [result] = FusedEngine(torch.float64).train([settings], splits, seen)
+    masks = SameMasks(settings, splits)
+    monkeypatch.setattr(torch.nn.functional, "dropout", masks)
+    monkeypatch.setattr(PreTrainedModel, "train", eager(PreTrainedModel.train))
+    _, losses, norms = reference(settings, splits, around_step=masks.around_step)
+    assert result.status is Status.FINISHED, result.error
+    assert seen.losses() == pytest.approx(losses, rel=1e-11)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+
+
+def eager(train):
+    """Attention written out, for the fused kernel draws its own mask."""
+
+    def wrapped(model, mode=True):
+        model.set_attn_implementation("eager")
+        return train(model, mode)
+
+    return wrapped
+
+
+def losses_of(engine, trials, splits, recorder):
+    seen = recorder()
+    results = engine.train(trials, splits, seen)
+    assert all(r.status is Status.FINISHED for r in results), [r.error for r in results]
+    return np.array([seen.losses(t) for t in range(len(trials))]), results
+
+
+EIGHT = [
+    ("optim.lr=1e-3", "seed=1"),
+    ("optim.lr=3e-3", "seed=2", "optim.max_grad_norm=0.1"),
+    ("optim.lr=1e-2", "seed=1", "scheduler=cosine"),
+    ("optim.lr=1e-4", "seed=3", "optim.weight_decay=0.3"),
+    ("optim.lr=1e-3", "seed=4", "scheduler.warmup_ratio=0.5"),
+    ("optim.lr=2e-3", "seed=5", "optim.beta1=0.8"),
+    ("optim.lr=5e-3", "seed=6", "scheduler=constant"),
+    ("optim.lr=1e-3", "seed=7", "optim.eps=1e-4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "freezing"),
+    [("distilbert", "freeze=none"), ("distilbert", "freeze.layers=1"), ("bert", "freeze.layers=2")],
+)
+def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, recorder, kind, freezing):
+    trials = [trial(freezing, *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
+    splits, engine = splits_of(trials[0]), FusedEngine(torch.float64)
+    together, all_results = losses_of(engine, trials, splits, recorder)
+    weights = exported(trials[1])
+    pair, pair_results = losses_of(engine, trials[1:3], splits, recorder)
+    alone, [result] = losses_of(engine, trials[1:2], splits, recorder)
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-11)
+    np.testing.assert_allclose(pair[0], alone[0], rtol=1e-11)
+    for other in (all_results[1], pair_results[0]):
+        np.testing.assert_allclose(other.report.logits, result.report.logits, atol=1e-6)
+    for name, values in exported(trials[1]).items():
+        torch.testing.assert_close(weights[name], values, rtol=0, atol=1e-7)
+    assert len({tuple(row) for row in together.round(6)}) == len(EIGHT)
+
+
+def test_trials_of_one_seed_share_one_batch_to_the_same_bits(trial, splits_of, recorder):
+    """No filling up is needed there; what differs from a trial alone is which product kernel is called."""
+    trials = [trial(f"optim.lr={rate}", still=False) for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
+    splits = splits_of(trials[0])
+    together, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    pair, _ = losses_of(FusedEngine(), trials[1:3], splits, recorder)
+    np.testing.assert_array_equal(together[1:3], pair)
+    alone, _ = losses_of(FusedEngine(), trials[1:2], splits, recorder)
+    np.testing.assert_allclose(together[1], alone[0], rtol=2e-5)
+
+
+def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder):
+    """Same order of examples, same schedule, same records, on the way that users take."""
+    from distilbench.engines.trainer import TrainerEngine
+
+    settings = trial("scheduler=cosine", "scheduler.warmup_ratio=0.2", "train.epochs=3", "output.save_model=false")
+    splits, ours, theirs = splits_of(settings), recorder(), recorder()
+    [fused] = FusedEngine().train([settings], splits, ours)
+    [trainer] = TrainerEngine().train([settings], splits, theirs)
+    for own, other in zip(ours.steps[0], theirs.steps[0], strict=True):
+        assert (own.step, own.steps, own.epoch) == (other.step, other.steps, other.epoch)
+        assert own.loss == pytest.approx(other.loss, rel=1e-5)
+        assert own.learning_rate == pytest.approx(other.learning_rate, rel=1e-12)
+        assert own.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-3)
+    np.testing.assert_allclose(fused.report.logits, trainer.report.logits, atol=1e-5)
+    assert fused.trainable_parameters == trainer.trainable_parameters
+    assert fused.total_parameters == trainer.total_parameters
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder, depth):
+    settings = trial(f"freeze.layers={depth}", "freeze.dropout=false", still=False)
+    splits = splits_of(settings)
+    kept, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
+    anew, _ = losses_of(FusedEngine(torch.float64, prefix_bytes=0), [settings], splits, recorder)
+    np.testing.assert_allclose(kept, anew, rtol=1e-12)
+
+
+def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recorder, monkeypatch):
+    from distilbench.engines.fused.prefix import TrainingPrefix
+
+    seen = []
+    original = TrainingPrefix.hidden
+    monkeypatch.setattr(TrainingPrefix, "hidden", lambda *args: seen.append(original(*args)) or seen[-1])
+    settings = trial("freeze.layers=1", "train.batch_size=37", "seed=3", "train.epochs=3", still=False)
+    FusedEngine().train([settings], splits_of(settings), recorder())
+    sums = [states.pow(3).sum().item() for states in seen]  # the same examples each time, in another order
+    assert len(set(np.round(sums, 3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "short"),
+    [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.places.start > 0)],
+    ids=["within a stack", "between two stacks"],
+)
+def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
+    trial, splits_of, recorder, monkeypatch, count, short
+):
+    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", still=False) for seed in range(1, count + 1)]
+    splits = splits_of(trials[0])
+    fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    run, refused = Group._differentiate, []
+
+    def short_of_memory(group, stack):
+        if group.step >= 4 and short(group, stack):
+            refused.append(group.taken)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(group, stack)
+
+    monkeypatch.setattr(Group, "_differentiate", short_of_memory)
+    seen = recorder()
+    results = FusedEngine().train(trials, splits, seen)
+    assert [r.status for r in results] == [Status.FINISHED] * count
+    assert refused[0] == (4 if count > 4 else 0)
+    for t in range(count):
+        assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
+        np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)
+
+
+def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, splits_of, recorder, monkeypatch):
+    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", "freeze.layers=1") for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    fitting, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
+    run, predict = Group._differentiate_part, Group._predict
+
+    def short_of_memory(group, stack, examples, part):
+        if group.step >= 4 and (len(group.members) > 1 or (group.members[0].index == 0 and part.stop - part.start > 2)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(group, stack, examples, part)
+
+    def short_of_memory_too(group, split):
+        if len(group.members) == 1 and group.members[0].index == 0 and group.members[0].eval_batch > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return predict(group, split)
+
+    monkeypatch.setattr(Group, "_differentiate_part", short_of_memory)
+    monkeypatch.setattr(Group, "_predict", short_of_memory_too)
+    seen = recorder()
+    results = FusedEngine(torch.float64).train(trials, splits, seen)
+    assert [(r.status, r.micro_batch_size) for r in results] == [(Status.FINISHED, 2), (Status.FINISHED, None)]
+    for t in range(2):
+        assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
+        np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=1e-10)
+
+
+def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorder, monkeypatch):
+    import distilbench.engines.fused.engine as fused
+
+    trials = [trial(f"optim.lr={rate}", "output.save_model=false") for rate in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)]
+    splits, sizes = splits_of(trials[0]), []
+    ground = fused._ground(trials[0], splits, torch.float32)
+    needed = fused.bytes_per_trial(ground, trials[0])
+    assert needed > 5 * 4 * ground.rowmap.size
+    free = namedtuple("free", "available")(int(2.5 * needed / fused.MEMORY_SHARE))
+    monkeypatch.setattr(fused.psutil, "virtual_memory", lambda: free)
+    run = Group.run
+    monkeypatch.setattr(Group, "run", lambda group, began: sizes.append(len(group.members)) or run(group, began))
+    results = FusedEngine().train(trials, splits, recorder())
+    assert [r.status for r in results] == [Status.FINISHED] * 5
+    assert sizes == [2, 2, 1]
+
+
+def test_trials_interrupted_at_different_steps_resume_together(trial, splits_of, recorder):
+    common = ("train.checkpoints=true", "train.eval_steps=3", "output.save_model=false")
+    trials = [trial(f"seed={seed}", *common, still=False) for seed in (1, 2)]
+    whole = [trial(f"seed={seed}", *common, still=False) for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    for settings, step in zip(trials, (4, 8), strict=True):
+        with pytest.raises(KeyboardInterrupt):
+            FusedEngine().train([settings], splits, recorder(raise_at={step: KeyboardInterrupt()}))
+    again = [replace(t, train=replace(t.train, resume=True)) for t in trials]
+    seen = recorder()
+    resumed = FusedEngine().train(again, splits, seen)
+    assert [seen.steps[t][0].step for t in (0, 1)] == [4, 7]
+    for settings, result in zip(whole, resumed, strict=True):
+        [expected] = FusedEngine().train([settings], splits, recorder())
+        np.testing.assert_allclose(result.report.logits, expected.report.logits, atol=1e-6)
+        assert [e.step for e in result.history] == [e.step for e in expected.history]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole batches", "in parts"])
+@pytest.mark.parametrize("freezing", ["freeze.layers=0", "freeze.layers=1"])
+def test_bf16_follows_autocast(trial, splits_of, recorder, freezing, whole):
+    """With clipping that bites in most steps, and beside a neighbour: parts of a batch add up in float32."""
+    from distilbench.engines.trainer import TrainerEngine
+
+    common = ("train.precision=bf16", "train.epochs=4", "optim.max_grad_norm=0.1", freezing, "output.save_model=false",
+              *(() if whole else ("train.micro_batch_size=2",)))  # fmt: skip
+    trials = [trial(f"optim.lr={rate}", *common) for rate in (1e-3, 3e-3)]
+    splits, ours, theirs = splits_of(trials[0]), recorder(), recorder()
+    fused = FusedEngine().train(trials, splits, ours)
+    trainer = TrainerEngine().train(trials, splits, theirs)
+    for t in range(2):
+        assert (fused[t].precision, trainer[t].precision) == ("bf16", "bf16")
+        np.testing.assert_allclose(ours.losses(t), theirs.losses(t), atol=5e-3)
+        norms = [np.array([r.gradient_norm for r in seen.steps[t]]) for seen in (ours, theirs)]
+        assert np.mean(norms[0] > 0.1) > 0.5
+        np.testing.assert_allclose(*norms, rtol=0.05, atol=1e-3)
+
+
+def test_two_labels_or_more(trial, splits_of, recorder):
+    settings = trial(LAST_EPOCH)
+    splits = splits_of(settings)
+    labels = np.arange(len(splits.train)) % 3
+    three = replace(splits, train=replace(splits.train, labels=labels), label_names=("bad", "fair", "good"))
+    _, losses, _ = reference(settings, three)
+    ours, _ = losses_of(FusedEngine(torch.float64), [settings], three, recorder)
+    assert ours[0] == pytest.approx(losses, rel=1e-11)
+
+
+def test_an_architecture_it_does_not_know_fails_its_trials_with_the_remedy(settings, splits_of, recorder):
+    other = settings("model.checkpoint=roberta").trial
+    results = FusedEngine().train([other], splits_of(other), recorder())
+    assert results[0].status is Status.FAILED
+    assert results[0].error.endswith("use engine=trainer")

@@ -1,0 +1,110 @@
+"""One device, chosen and named; precision that it really has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distilbench.engines import device
+from distilbench.engines.device import (
+    available_devices,
+    describe_device,
+    driver_version,
+    resolve_device,
+    resolve_precision,
+)
+from distilbench.settings import SettingsError
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return ``machine(cuda=..., mps=..., bf16=...)``: pretend that this machine has these."""
+
+    def pretend(cuda=False, mps=False, bf16=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [({}, CPU), ({"cuda": True}, CUDA), ({"mps": True}, MPS), ({"cuda": True, "mps": True}, CUDA)],
+)
+def test_auto_takes_cuda_then_mps_then_the_cpu(machine, there, chosen):
+    machine(**there)
+    assert resolve_device("auto") == chosen
+    assert available_devices()[-1] == "cpu"
+
+
+def test_the_cpu_is_always_to_be_had(machine):
+    machine(cuda=True)
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(machine, name):
+    machine()
+    with pytest.raises(SettingsError, match=rf"engine\.device .* auto, cpu .* got '{name}'; use engine.device=auto"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("on", "bf16", "name", "used"),
+    [
+        (CPU, False, "auto", "fp32"),
+        (CPU, False, "bf16", "bf16"),
+        (CUDA, True, "auto", "bf16"),
+        (CUDA, False, "auto", "fp32"),
+        (CUDA, False, "fp16", "fp16"),
+        (CUDA, True, "fp32", "fp32"),
+        (MPS, False, "auto", "fp32"),
+    ],
+)
+def test_precision_is_what_the_device_has(machine, on, bf16, name, used):
+    machine(bf16=bf16)
+    assert resolve_precision(name, on) == used
+
+
+@pytest.mark.parametrize(("on", "name"), [(CPU, "fp16"), (CUDA, "bf16"), (MPS, "bf16")])
+def test_a_precision_that_the_device_lacks_is_refused_in_one_line(machine, on, name):
+    machine()
+    with pytest.raises(SettingsError, match=rf"train\.precision must be one of auto, fp32.*got '{name}'; use") as error:
+        resolve_precision(name, on)
+    assert "\n" not in str(error.value)
+
+
+def test_the_cpu_is_described_by_model_and_threads():
+    assert describe_device(CPU).endswith(f", {torch.get_num_threads()} threads")
+    assert device._cpu_model()
+
+
+def test_memory_on_the_cpu_is_the_resident_set():
+    grown = """if True:
+        import torch
+        from distilbench.device import peak_memory
+
+        before = peak_memory(torch.device("cpu"))
+        ballast = torch.ones(256 * 2**20 // 4)
+        print((peak_memory(torch.device("cpu")) - before) / ballast.nbytes)
+    """  # in a new process: this one may have memory to reuse
+    said = subprocess.run([sys.executable, "-c", grown], capture_output=True, text=True, check=True).stdout
+    assert 0.9 < float(said) < 1.5
+
+
+@pytest.mark.parametrize(("said", "expected"), [("580.95.05\n580.95.05\n", "580.95.05"), ("", None)])
+def test_the_drivers_version_is_what_nvidia_smi_says(tmp_path, monkeypatch, said, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert driver_version(torch.device("cuda", 0)) == expected
+    assert driver_version(torch.device("cpu")) is None

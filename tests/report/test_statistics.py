@@ -1,0 +1,276 @@
+"""Published and hand-computed cases, and simulations of what the tests and intervals promise."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from distilbench.report.statistics import (
+    compare_over_seeds,
+    discordant,
+    expected_best_of_k,
+    holm,
+    mcnemar_exact,
+    mean_and_deviation,
+    paired_accuracy_interval,
+    verdict,
+)
+
+ALPHA = 0.05
+
+
+def bits(text):
+    return np.array([c == "1" for c in text])
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [
+        (1, 7, 2 * (1 + 8) / 2**8),  # Bentur et al. 2009 in Fagerland, Lydersen and Laake 2013: 0.0703
+        (11, 1, 2 * (1 + 12) / 2**12),
+        (5, 5, 1.0),
+        (0, 0, 1.0),
+        (0, 6, 2 / 2**6),
+    ],
+)
+def test_mcnemar_is_the_two_sided_binomial_tail(only_a, only_b, p):
+    assert mcnemar_exact(only_a, only_b) == pytest.approx(p, rel=1e-12)
+    assert mcnemar_exact(only_b, only_a) == pytest.approx(p, rel=1e-12)
+
+
+def test_discordant_examples_are_counted_on_either_side():
+    assert discordant(bits("111010"), bits("100011")) == (2, 1)
+    with pytest.raises(ValueError, match="same examples"):
+        discordant(bits("11"), bits("110"))
+
+
+def test_interval_equals_the_published_one_of_the_airway_data():
+    # Fagerland, Lydersen and Laake 2014, Wald with Bonett and Price's adjustment: -0.508 to -0.013.
+    difference, low, high = paired_accuracy_interval(1, 7, 21)
+    assert difference == pytest.approx(-6 / 21)
+    assert (low, high) == pytest.approx((-0.508, -0.013), abs=5e-4)
+
+
+def test_interval_keeps_a_width_where_nothing_is_discordant():
+    half = stats.norm.isf(0.025) * math.sqrt(2) / 100
+    assert paired_accuracy_interval(0, 0, 98) == pytest.approx((0.0, -half, half))
+
+
+def test_interval_mirrors_narrows_and_stays_within_one():
+    _, low, high = paired_accuracy_interval(30, 12, 500)
+    assert paired_accuracy_interval(12, 30, 500)[1:] == pytest.approx((-high, -low))
+    assert paired_accuracy_interval(30, 12, 500, level=0.5)[1] > low
+    assert paired_accuracy_interval(3, 0, 3)[2] == 1.0
+    with pytest.raises(ValueError, match="do not fit"):
+        paired_accuracy_interval(3, 2, 4)
+
+
+def test_interval_excludes_zero_wherever_the_exact_test_rejects():
+    for discordant_examples in range(1, 60):
+        for only_a in range(discordant_examples // 2 + 1, discordant_examples + 1):
+            only_b = discordant_examples - only_a
+            if mcnemar_exact(only_a, only_b) < ALPHA:
+                assert paired_accuracy_interval(only_a, only_b, 872)[1] > 0
+
+
+@pytest.mark.parametrize("examples", [20, 50, 100])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("lean", [0.5, 0.8])
+def test_interval_covers_by_enumeration(examples, share, lean):
+    true, covered = share * (2 * lean - 1), 0.0
+    for m in range(examples + 1):
+        weight = stats.binom.pmf(m, examples, share)
+        if weight < 1e-6:
+            continue
+        for only_a, p in enumerate(stats.binom.pmf(np.arange(m + 1), m, lean)):
+            _, low, high = paired_accuracy_interval(only_a, m - only_a, examples)
+            covered += weight * p * (low <= true <= high)
+    assert covered >= 1 - ALPHA
+
+
+def test_one_seed_each_is_mcnemar():
+    a, b = bits("1" * 12 + "0" * 8), bits("1" * 5 + "0" * 15)
+    result = compare_over_seeds({1: a}, {2: b})
+    assert result.p == pytest.approx(2 / 2**7)
+    assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
+    assert (result.n, result.paired) == (1, False)
+
+
+def blocks(*sizes):
+    """Seeds that are right on neighbouring blocks, so that every example was right equally often: no example spread."""
+    edges = np.cumsum([0, *sizes])
+    return {s: np.isin(np.arange(edges[-1]), np.arange(*ends)) for s, ends in enumerate(pairwise(edges))}
+
+
+def test_without_example_spread_paired_seeds_give_the_one_sample_t_test():
+    right = blocks(20, 30, 50)
+    result = compare_over_seeds(right, {s: np.zeros(100, bool) for s in right})
+    expected = stats.ttest_1samp([0.2, 0.3, 0.5], 0)
+    assert result.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert (result.n, result.paired) == (3, True)
+
+
+def test_without_example_spread_independent_seeds_give_cochran_and_cox():
+    a, b = blocks(200, 300, 500), blocks(100, 150, 300, 450)
+    b = {seed + 10: right for seed, right in b.items()}
+    result = compare_over_seeds(a, b)
+    w_a, w_b = (np.var([right.mean() for right in side.values()], ddof=1) / len(side) for side in (a, b))
+    half = (w_a * stats.t.isf(0.025, 2) + w_b * stats.t.isf(0.025, 3)) / math.sqrt(w_a + w_b)
+    assert (result.low, result.high) == pytest.approx((1 / 12 - half, 1 / 12 + half))
+    assert compare_over_seeds(a, b, level=1 - result.p).low == pytest.approx(0, abs=1e-9)
+    assert (result.n, result.paired) == (3, False)
+
+
+def test_paired_seeds_weigh_the_mean_squares_of_the_two_way_layout():
+    a = np.stack([bits(t * 20) for t in ("1111111100", "1111110000", "1110111011")]).astype(int)
+    b = np.stack([bits(t * 20) for t in ("0011101100", "1111010000", "1010011010")]).astype(int)
+    d = a - b
+    seeds, examples = d.shape
+    ms_seeds = examples * sum((row.mean() - d.mean()) ** 2 for row in d) / (seeds - 1)
+    ms_examples = seeds * sum((column.mean() - d.mean()) ** 2 for column in d.T) / (examples - 1)
+    total = sum((x - d.mean()) ** 2 for x in d.ravel())
+    ms_rest = (total - (seeds - 1) * ms_seeds - (examples - 1) * ms_examples) / ((seeds - 1) * (examples - 1))
+    from_seeds, from_examples = ms_seeds / d.size, (ms_examples - ms_rest) / d.size
+    assert from_examples > 0
+    weighted = from_seeds * stats.t.isf(0.025, 2) + from_examples * stats.norm.isf(0.025)
+    half = weighted / math.sqrt(from_seeds + from_examples)
+    result = compare_over_seeds(by_seed(a == 1), by_seed(b == 1))
+    assert (result.low, result.high) == pytest.approx((d.mean() - half, d.mean() + half))
+
+
+def test_equal_predictions_show_no_difference_and_no_certainty():
+    same = {s: bits("1101" * 50) for s in (1, 2, 3)}
+    result = compare_over_seeds(same, same)
+    half = stats.norm.isf(0.025) * math.sqrt(2) / 202
+    assert (result.difference, result.p) == (0.0, 1.0)
+    assert (result.low, result.high) == pytest.approx((-half, half))
+
+
+def test_more_agreement_between_seeds_than_chance_gives_no_more_certainty_than_given_seeds():
+    # Both seeds are better by 4 of 100 examples: no spread over seeds, yet the examples alone leave p near 0.06.
+    worse = bits("1" * 80 + "0" * 20)
+    better = bits("1" * 84 + "0" * 16)
+    result = compare_over_seeds({1: better, 2: better}, {1: worse, 2: worse})
+    assert 0.01 < result.p < 0.1
+    assert result.low == pytest.approx(0.04 - 1.96 * math.sqrt((6 / 102 - (4 / 102) ** 2) / 102), abs=1e-4)
+
+
+def test_shared_seeds_are_paired_and_others_left_aside():
+    rng = np.random.default_rng(0)
+    a = {s: rng.random(200) < 0.9 for s in (1, 2, 3, 4)}
+    b = {s: rng.random(200) < 0.8 for s in (3, 2, 9)}
+    result = compare_over_seeds(a, b)
+    assert result == compare_over_seeds({s: a[s] for s in (2, 3)}, {s: b[s] for s in (2, 3)})
+    assert (result.n, result.paired) == (2, True)
+    assert compare_over_seeds(a, {2: b[2]}).n == 1
+
+
+def test_seeds_that_cannot_be_compared_are_refused():
+    one = bits("1100")
+    with pytest.raises(ValueError, match=r"got \[1, 2\] and \[3\]"):
+        compare_over_seeds({1: one, 2: one}, {3: one})
+    with pytest.raises(ValueError, match="same examples"):
+        compare_over_seeds({1: one, 2: one}, {1: one[:3], 2: one[:3]})
+
+
+NOISE = {  # how far examples, seeds and chance move a treatment, beside a difficulty of 1 that all share
+    "chance only": {"example": 0.0, "seed": 0.0, "chance": 0.3},
+    "examples differ": {"example": 0.3, "seed": 0.0, "chance": 0.3},
+    "seeds differ": {"example": 0.0, "seed": 0.3, "chance": 0.3},
+    "all differ": {"example": 0.2, "seed": 0.1, "chance": 0.3},
+}
+
+
+def simulate(rng, draws, ease, seeds, examples, example, seed, chance):
+    """``(draws, treatments, seeds, examples)`` bool: right where ease + difficulty + shifts + chance is above 0."""
+    shape = (draws, len(ease), seeds, examples)
+    score = np.array(ease)[None, :, None, None] + rng.standard_normal((draws, 1, 1, examples))
+    score = score + example * rng.standard_normal((draws, len(ease), 1, examples))
+    score = score + seed * rng.standard_normal((draws, len(ease), seeds, 1))
+    return score + chance * rng.standard_normal(shape) > 0
+
+
+def by_seed(rows, first=0):
+    return dict(enumerate(rows, start=first))
+
+
+def at_most(share, draws):
+    """The largest count that ``draws`` draws of probability ``share`` reach but once in a thousand times."""
+    return stats.binom.isf(1e-3, draws, share)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_under_no_difference_the_level_holds_paired_and_independent(noise, seeds):
+    draws = 300
+    right = simulate(np.random.default_rng(seeds), draws, (1.3, 1.3), seeds, 200, **NOISE[noise])
+    for first in (0, 100):
+        rejected = sum(compare_over_seeds(by_seed(a), by_seed(b, first)).p < ALPHA for a, b in right)
+        assert rejected <= at_most(ALPHA, draws)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_interval_over_seeds_covers_a_true_difference(noise, seeds):
+    draws, ease, moves = 300, (1.5, 1.2), NOISE[noise]
+    scale = math.sqrt(1 + sum(v**2 for v in moves.values()))
+    true = float(np.diff(stats.norm.cdf(np.array(ease[::-1]) / scale))[0])
+    right = simulate(np.random.default_rng(seeds), draws, ease, seeds, 200, **moves)
+    results = [compare_over_seeds(by_seed(a), by_seed(b)) for a, b in right]
+    assert sum(not r.low <= true <= r.high for r in results) <= at_most(ALPHA, draws)
+
+
+def test_a_large_difference_is_found():
+    right = simulate(np.random.default_rng(1), 100, (1.6, 1.2), 5, 800, **NOISE["all differ"])
+    found = [compare_over_seeds(by_seed(a), by_seed(b)) for a, b in right]
+    assert sum(verdict(r.low, r.high, r.p, r.n) == "better" for r in found) >= 80
+
+
+def test_among_treatments_that_do_not_differ_sweeps_with_a_false_verdict_stay_at_the_level():
+    sweeps, false = 500, 0
+    right = simulate(np.random.default_rng(7), sweeps, (1.3,) * 5, 3, 200, **NOISE["all differ"])
+    for baseline, *others in right:
+        results = [compare_over_seeds(by_seed(other), by_seed(baseline)) for other in others]
+        corrected = holm([r.p for r in results])
+        verdicts = [verdict(r.low, r.high, p, r.n) for r, p in zip(results, corrected, strict=True)]
+        false += any(v in ("better", "worse") for v in verdicts)
+    assert false <= at_most(ALPHA, sweeps)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_mean_and_deviation_of_the_report_s_accuracies():
+    mean, deviation = mean_and_deviation([90.71, 90.02, 90.60])
+    assert mean == pytest.approx(90.4433, abs=1e-4)
+    assert deviation == pytest.approx(0.3707, abs=1e-4)
+    assert mean_and_deviation([0.9]) == (0.9, None)
+
+
+def test_expected_best_of_k_by_hand():
+    values = [3.0, 1.0, 2.0]
+    assert expected_best_of_k(values, 1) == pytest.approx(2.0)
+    assert expected_best_of_k(values, 2) == pytest.approx((1 * 1 + 2 * 3 + 3 * 5) / 9)
+    assert expected_best_of_k(values, 200) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="k must be 1 or more"):
+        expected_best_of_k(values, 0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "word"),
+    [
+        (0.01, 0.03, 0.01, "better"),
+        (-0.03, -0.01, 0.01, "worse"),
+        (-0.01, 0.03, 0.2, "no difference shown (n = 3)"),
+        (0.01, 0.03, 0.08, "no difference shown (n = 3)"),
+        (-0.01, 0.03, 0.01, "no difference shown (n = 3)"),
+    ],
+)
+def test_verdict_needs_a_small_p_and_an_interval_on_one_side(low, high, p, word):
+    assert verdict(low, high, p, n=3) == word

@@ -1,0 +1,52 @@
+"""The real command line and sweeper over a task of milliseconds that keeps the real one's promises.
+
+It announces itself, takes a while, and replaces ``trial.json`` at its end, as a trial does; nothing is learnt. What it
+finished is appended to ``finished.log``, one line at once, so that a test knows it apart from study and records.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from distilbench.cli import cli
+from distilbench.results import Owner, Record, Status
+from distilbench.settings import CONF, register_schema, settings_from
+from distilbench.sweep.job import SweepJob
+
+register_schema()
+SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
+
+
+@hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
+def main(config: DictConfig) -> float:
+    place = SweepJob.from_environment()
+    assert place is not None
+    place.announce()
+    settings = settings_from(config)
+    accuracy = 1 / (1 + settings.optim.lr) - 0.01 * settings.freeze.layers
+    treatment = f"{settings.freeze.layers}/{settings.optim.lr}"
+    identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
+    record = Record(identity, Status.RUNNING, Owner.of_this_process())
+    try:
+        time.sleep(SECONDS)
+        status = Status.DIVERGED if settings.optim.lr > 1 else Status.FINISHED
+        scores = {"accuracy": accuracy, "loss": 1 - accuracy}
+        error = "the loss was nan" if status is Status.DIVERGED else None
+        Record(identity, status, record.owner, None, error, scores, scores, {"train_seconds": SECONDS}).write(
+            place.directory
+        )
+    except KeyboardInterrupt:
+        Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(place.directory)
+        raise
+    with Path(os.environ["FINISHED_LOG"]).open("a") as log:
+        log.write(f"{place.trial} {treatment}/{settings.seed}\n")
+    return accuracy
+
+
+if __name__ == "__main__":
+    cli(main)

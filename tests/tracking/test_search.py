@@ -1,0 +1,134 @@
+"""Many runs read at once: what is found, and that a database and a server tell the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from distilbench.results import Status, TrialResult
+from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.tracking import SWEEP, Selection, find_store
+from distilbench.tracking.search import search_server
+from tests.made_store import DONE, make_store, start_of
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A store of two sweeps: ``first`` with a finished, a diverged and a nested trial, ``empty`` without any."""
+    store = make_store(tmp_path_factory.mktemp("kept"))
+    group = store.open_group("first", {SWEEP: "first"})
+    ids = {}
+    for name, result in {
+        "done": DONE,
+        "diverged": TrialResult(Status.DIVERGED, "the loss is nan"),
+        "picked elsewhere": replace(DONE, selection=replace(DONE.report, accuracy=0.9)),
+    }.items():
+        tags = {SWEEP: "first", "distilbench.role": "baseline" if name == "done" else ""}
+        run = store.begin(start_of("freeze.layers=1", name=name, tags=tags, parent_run_id=group.run_id))
+        run.finish(result, None)
+        ids[name] = run.run_id
+    store.open_group("empty", {SWEEP: "empty"})
+    ids["alone"] = store.begin(start_of(name="alone")).run_id
+    return store, ids, group.run_id
+
+
+def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept):
+    store, ids, _ = kept
+    found = store.search(Selection(tags={SWEEP: "first"}))
+    assert [trial.name for trial in found] == ["done", "diverged", "picked elsewhere"]
+    done, diverged, _ = found
+    assert (done.accuracy, done.loss, done.train_seconds, done.role) == (0.75, 0.4, 12.5, "baseline")
+    assert (diverged.status, diverged.error) == (Status.DIVERGED, "the loss is nan")
+    assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}")
+    assert store.search(Selection(tags={SWEEP: "nowhere"})) == []
+    assert store.search(Selection(tags={SWEEP: "' or 1=1 --"})) == []
+
+
+def test_the_score_is_the_metric_on_the_split_that_picked(kept):
+    scores = {trial.name: trial.score for trial in kept[0].search(Selection(tags={SWEEP: "first"}))}
+    assert (scores["done"], scores["picked elsewhere"]) == (0.75, 0.9)
+    assert scores["diverged"] != scores["diverged"]
+
+
+def test_runs_are_found_by_id_and_by_parameter(kept):
+    store, ids, parent = kept
+    assert [t.name for t in store.search(Selection(run_ids=(ids["alone"], ids["done"])))] == ["done", "alone"]
+    assert len(store.search(Selection(params={"freeze.layers": "1"}))) == 3
+    with pytest.raises(SettingsError, match="must be a distilbench trial"):
+        store.search(Selection(run_ids=(parent,)))
+
+
+def test_sweeps_are_known_by_name_newest_first(kept):
+    store, _, parent = kept
+    assert store.sweep_names() == ["empty", "first"]
+    assert store.sweep_run("first").run_id == parent
+    assert store.sweep_run("nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [Selection(tags={SWEEP: "first"}), Selection(params={"freeze.layers": "0"}), Selection(),
+     Selection(are_trials=False)],
+    ids=["sweep", "parameter", "all", "no trials"],
+)  # fmt: skip
+def test_a_server_tells_what_the_database_tells(kept, selection):
+    store = kept[0]
+    url = "u"
+    asked = [run for run in search_server(store._client, "1", selection) if selection.are_trials is not False]
+    by_server = sorted((run.trial(url) for run in asked if run.is_trial), key=lambda t: t.run_id)
+    by_database = sorted((replace(t, url=url) for t in store.search(selection)), key=lambda t: t.run_id)
+    assert repr(by_server) == repr(by_database)  # NaN differs from itself
+
+
+def test_a_run_of_another_version_is_told_in_one_line(kept):
+    store, ids, _ = kept
+    store._client.delete_tag(ids["alone"], "distilbench.measured_on")
+    with pytest.raises(SettingsError, match=r"of distilbench that this one reads, got .*measured_on"):
+        store.search(Selection(run_ids=(ids["alone"],)))
+
+
+def test_history_and_configuration_are_read_back(kept):
+    store, ids, _ = kept
+    assert store.history(ids["done"], "nothing") == []
+    assert store.config(ids["done"]) == "seed: 42\n"
+    with pytest.raises(SettingsError, match=r"must have its config.yaml.*choose another run"):
+        store.config("0" * 32)
+
+
+def test_what_is_attached_to_a_sweep_is_there(kept, tmp_path):
+    store, _, parent = kept
+    (tmp_path / "report.md").write_text("# hello")
+    store.attach(parent, [tmp_path / "report.md"], "**note**")
+    run = store._client.get_run(parent)
+    assert run.data.tags["mlflow.note.content"] == "**note**"
+    assert [file.path for file in store._client.list_artifacts(parent)] == ["report.md"]
+
+
+def test_looking_for_a_store_makes_none(tmp_path):
+    with pytest.raises(
+        SettingsError, match=r"must be a store that holds trials, got .*mlflow.db, which does not exist"
+    ):
+        find_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "tests"))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SettingsError, match=r"tracking must be mlflow"):
+        find_store(TrackingSettings("none", None, "tests"))
+
+
+def test_an_unknown_experiment_names_those_that_are_there(kept):
+    uri = kept[0]._place.uri
+    with pytest.raises(SettingsError, match=r"must be one of Default, distilbench, got 'other'"):
+        find_store(TrackingSettings("mlflow", uri, "other"))
+
+
+def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
+    import shutil
+    import sqlite3
+
+    copy = tmp_path / "other.db"
+    shutil.copy(kept[0]._place.file, copy)
+    with sqlite3.connect(copy) as connection:
+        connection.execute("update alembic_version set version_num = 'ffffffffffff'")
+    connection.close()
+    with pytest.raises(SettingsError, match=r"^tracking.uri must be a store that answers, got .*; check the file"):
+        find_store(TrackingSettings("mlflow", f"sqlite:///{copy}", "distilbench"))

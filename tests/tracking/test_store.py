@@ -1,0 +1,637 @@
+"""Runs are read back through MLflow's own client: what is there after each ending, and what must never be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
+from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.tracking import DatasetUsed, RunStart, open_store, params_of, redact
+from distilbench.tracking import retries as trouble
+from distilbench.tracking import uri as place
+from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
+
+SECRET = "correct-horse-battery"
+PREDICTIONS = Predictions(
+    labels=np.array([0, 1, 1, 0]), logits=np.array([[2, 1], [0, 3], [1, 0], [4, 0]], dtype=np.float32)
+)
+KEPT = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=0.75, f1=0.8, mcc=0.5)
+HISTORY = (replace(KEPT, step=10, epoch=1.0, accuracy=0.5), KEPT, replace(KEPT, step=30, epoch=3.0, accuracy=0.6))
+DONE = TrialResult(
+    Status.FINISHED, selection=KEPT, report=KEPT, history=HISTORY, steps=30, train_seconds=12.5, setup_seconds=1.5,
+    examples_per_second=32.0, tokens_per_second=426.0, peak_memory_bytes=3 * 2**20, trainable_parameters=7,
+    total_parameters=9,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def uri(tmp_path_factory):
+    """One SQLite store for the whole module: making a database takes 1.5 s."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/runs.db"
+
+
+@pytest.fixture
+def store(uri):
+    return open_store(TrackingSettings("mlflow", uri, "tests"))
+
+
+@pytest.fixture
+def client(uri, store):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@pytest.fixture
+def start(settings):
+    """Return ``start(*overrides, **fields) -> RunStart``; every protocol is new unless ``data`` names one."""
+    fresh = f"{time.perf_counter_ns():x}"
+
+    def make(*overrides, data=fresh, **changes):
+        chosen = settings(*overrides).trial
+        source = SourceUsed("hub", "owner/text", data, "0123456789abcdef", fallback_for=None)
+        model = SourceUsed("package", "minilm", "feed", fallback_for="distilbert")
+        values = {
+            "name": "freeze0-linear-s42",
+            "settings": chosen,
+            "protocol": ProtocolIdentity(model, source, "accuracy", "validation", "validation"),
+            "treatment": treatment_of(chosen, "fp32"),
+            "device": "cpu",
+            "precision": "fp32",
+            "measured_on": "cpu; trainer; fp32",
+            "versions": {"torch": "2.13.0"},
+            "config_yaml": "seed: 42\n",
+            "label_names": ("negative", "positive"),
+            "datasets": (DatasetUsed("training", 256, "aa"), DatasetUsed("validation", 64, "bb")),
+        }
+        return RunStart(**values | changes)
+
+    return make
+
+
+def step(number, steps=30, loss=0.5):
+    return StepRecord(number, steps, number / 10, loss, 2e-5, 1.25, 31.0)
+
+
+def finished(store, start, predictions=PREDICTIONS):
+    run = store.begin(start)
+    run.finish(DONE, predictions)
+    return run.run_id
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(trouble, "PAUSES", ())
+
+
+def test_a_trial_is_kept_with_parameters_as_the_command_line_spells_them(store, client, start):
+    run_id = finished(store, start("freeze.layers=1", "scheduler.warmup_steps=null", "optim.lr=3e-5"))
+    params = client.get_run(run_id).data.params
+    assert params["freeze.layers"] == "1"
+    assert params["freeze.embeddings"] == "auto"
+    assert params["freeze.dropout"] == "true"
+    assert params["optim.lr"] == "3e-05"
+    assert params["scheduler.warmup_steps"] == "null"
+    assert params["data.label_names"] == '["negative", "positive"]'
+
+
+def test_a_fallback_is_one_parameter_and_long_values_are_cut(settings):
+    asked = settings("model=distilbert", "data.hub_name=" + "x" * 7000).trial
+    params = params_of(asked)
+    assert params["model.fallback"] == "package"
+    assert "model.fallback.source" not in params
+    assert len(params["data.hub_name"]) == 6000
+
+
+def test_tags_tell_what_was_used_where_and_by_which_process(store, client, start):
+    began = start()
+    tags = client.get_run(store.begin(replace(began, tags={"distilbench.sweep": "first"})).run_id).data.tags
+    assert tags["distilbench.status"] == "RUNNING"
+    assert tags["distilbench.protocol"] == began.protocol.id
+    assert json.loads(tags["distilbench.treatment_settings"]) == began.treatment
+    assert tags["distilbench.seed"] == "42"
+    assert "FALLBACK for distilbert" in tags["distilbench.model"]
+    assert (tags["distilbench.model.is_fallback"], tags["distilbench.data.is_fallback"]) == ("true", "false")
+    assert tags["distilbench.model.fingerprint"] == "feed"
+    assert tags["distilbench.version.torch"] == "2.13.0"
+    assert (tags["distilbench.host"], tags["distilbench.pid"]) == (socket.gethostname(), str(os.getpid()))
+    assert float(tags["distilbench.process_started"]) <= time.time()
+    assert tags["distilbench.sweep"] == "first"
+    assert "256 training, 64 validation examples" in tags["mlflow.note.content"]
+
+
+def test_commit_and_dirty_flag_are_tagged_inside_a_checkout(store, client, start, tmp_path, monkeypatch):
+    from distilbench.tracking import tags as description
+
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "new.txt").write_text("staged")
+    subprocess.run(["git", "-C", tmp_path, "add", "new.txt"], check=True)
+    monkeypatch.setattr(description, "ROOT", tmp_path)
+    tags = client.get_run(store.begin(start()).run_id).data.tags
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    assert tags["mlflow.source.git.dirty"] == "true"
+    monkeypatch.setenv("PATH", "")
+    assert "mlflow.source.git.commit" not in client.get_run(store.begin(start()).run_id).data.tags
+
+
+def test_data_sets_are_recorded_as_inputs(store, client, start):
+    inputs = client.get_run(store.begin(start()).run_id).inputs.dataset_inputs
+    found = {entry.tags[0].value: entry.dataset for entry in inputs}
+    assert set(found) == {"training", "validation"}
+    assert json.loads(found["training"].profile) == {"num_rows": 256}
+    assert found["training"].digest != found["validation"].digest
+    assert json.loads(found["training"].source)["path"] == "owner/text"
+
+
+@pytest.mark.parametrize("context", ["training", "validation"])
+def test_parallel_trials_may_record_the_same_data_set_at_once(store, client, start, context):
+    """Another process adds the data set after MLflow has looked for it, before it writes its own."""
+    from mlflow.store.tracking.dbmodels.models import SqlDataset
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    examples = {"training": 256, "validation": 64}
+    datasets = tuple(DatasetUsed(split, number, f"{context} {split}") for split, number in examples.items())
+    added = []
+
+    def add_first(session, *_):
+        for row in [row for row in session.new if isinstance(row, SqlDataset) and not added]:
+            if json.loads(row.dataset_profile)["num_rows"] == examples[context]:
+                fields = {column.key: getattr(row, column.key) for column in SqlDataset.__table__.columns}
+                added.append(fields | {"dataset_uuid": f"{time.perf_counter_ns():032x}"})
+                with session.get_bind().begin() as connection:
+                    connection.execute(SqlDataset.__table__.insert(), added)
+
+    event.listen(Session, "before_flush", add_first)
+    try:
+        run_id = store.begin(start(datasets=datasets)).run_id
+    finally:
+        event.remove(Session, "before_flush", add_first)
+    (other,) = added
+    inputs = client.get_run(run_id).inputs.dataset_inputs
+    assert sorted(entry.tags[0].value for entry in inputs) == ["training", "validation"]
+    assert other["digest"] in {entry.dataset.digest for entry in inputs}
+
+
+def test_curves_have_every_point_and_the_columns_show_the_kept_epoch(store, client, start):
+    run = store.begin(start())
+    for number in range(1, 31):
+        run.on_step(step(number, loss=1 / number))
+        if number % 10 == 0:
+            run.on_evaluation(HISTORY[number // 10 - 1])
+    run.finish(DONE, PREDICTIONS)
+    losses = client.get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in losses] == [(n, 1 / n) for n in range(1, 31)]
+    accuracies = client.get_metric_history(run.run_id, "validation/accuracy")
+    assert [(point.step, point.value) for point in accuracies] == [(10, 0.5), (20, 0.75), (30, 0.6)]
+    metrics = client.get_run(run.run_id).data.metrics
+    assert [metrics[name] for name in ("accuracy", "loss", "f1", "mcc")] == [0.75, 0.4, 0.8, 0.5]
+    assert (metrics["best_epoch"], metrics["epoch"]) == (2.0, 3.0)
+    assert (metrics["train_seconds"], metrics["setup_seconds"], metrics["peak_memory_mb"]) == (12.5, 1.5, 3.0)
+    assert (metrics["trainable_parameters"], metrics["total_parameters"]) == (7, 9)
+    assert metrics["train/gradient_norm"] == 1.25
+
+
+def test_a_selection_split_of_its_own_has_curves_of_its_own(store, client, start):
+    began = start()
+    run = store.begin(replace(began, protocol=replace(began.protocol, selection_split="train (held out)")))
+    run.on_evaluation(KEPT)
+    run.finish(replace(DONE, report=replace(KEPT, accuracy=0.7)))
+    metrics = client.get_run(run.run_id).data.metrics
+    assert (metrics["selection/accuracy"], metrics["accuracy"]) == (0.75, 0.7)
+
+
+def test_artifacts_are_configuration_predictions_and_figures(store, client, start, uri):
+    import pyarrow.parquet
+
+    run_id = finished(store, start())
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / "1" / run_id / "artifacts"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml", "confusion_matrix.png", "learning_curve.png", "predictions.parquet",
+    ]  # fmt: skip
+    assert (folder / "config.yaml").read_text() == "seed: 42\n"
+    table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    assert list(table) == ["index", "label", "prediction", "logit_0", "logit_1"]
+    assert table["prediction"] == [0, 1, 0, 0]
+    assert table["logit_1"] == [1.0, 3.0, 0.0, 0.0]
+    assert all(
+        (folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("confusion_matrix.png", "learning_curve.png")
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "terminal"),
+    [
+        (Status.FINISHED, "FINISHED"),
+        (Status.PRUNED, "KILLED"),
+        (Status.INTERRUPTED, "KILLED"),
+        (Status.DIVERGED, "FAILED"),
+        (Status.OUT_OF_MEMORY, "FAILED"),
+        (Status.FAILED, "FAILED"),
+    ],
+)
+def test_the_terminal_status_is_true_in_every_ending(store, client, start, status, terminal):
+    run = store.begin(start())
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    run.finish(TrialResult(status, error=None if status == Status.FINISHED else "loss is nan\nat step 7"))
+    kept = client.get_run(run.run_id)
+    assert (kept.info.status, kept.data.tags["distilbench.status"]) == (terminal, status)
+    assert kept.info.end_time is not None
+    assert kept.data.tags.get("distilbench.error") == (None if status == Status.FINISHED else "loss is nan at step 7")
+
+
+def test_non_finite_losses_are_kept(store, client, start):
+    run = store.begin(start())
+    run.on_step(step(1, loss=float("nan")))
+    run.on_step(step(2, loss=float("inf")))
+    run.finish(TrialResult(Status.DIVERGED, "loss is nan", steps=2))
+    values = [point.value for point in client.get_metric_history(run.run_id, "train/loss")]
+    assert np.isnan(values[0])
+    assert values[1] > 1e300
+
+
+def test_an_interrupted_run_is_continued_under_its_id(store, client, start):
+    run = store.begin(start())
+    run.on_step(step(1))
+    run.finish(TrialResult(Status.INTERRUPTED, error="Ctrl-C", steps=1))
+    again = store.begin(start("train.resume=true", run_id=run.run_id))
+    assert again.run_id == run.run_id
+    running = client.get_run(run.run_id)
+    assert (running.info.status, running.data.tags["distilbench.error"]) == ("RUNNING", "")
+    assert running.data.params["train.resume"] == "false"
+    again.on_step(step(2))
+    again.finish(DONE)
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run.run_id, "train/loss")] == [1, 2]
+
+
+def test_a_run_that_was_deleted_meanwhile_is_replaced_and_a_line_says_so(store, client, start, caplog):
+    deleted = store.begin(start()).run_id
+    client.delete_run(deleted)
+    for missing in (deleted, "0" * 32):
+        caplog.clear()
+        run = store.begin(start(run_id=missing))
+        assert run.run_id != missing
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        assert [record.getMessage() for record in caplog.records] == [
+            f"run {missing} is no longer in the store; the trial continues as a new run"
+        ]
+
+
+def test_runs_nest_under_a_parent(store, client, start):
+    parent = store.begin(start()).run_id
+    child = store.begin(start(parent_run_id=parent)).run_id
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == parent
+
+
+def test_the_newest_finished_baseline_of_the_same_seed_is_found(store, start):
+    began = start()
+    other_seed = start("seed=7")
+    first, second = finished(store, began), finished(store, began)
+    newest = finished(store, other_seed)
+    run = store.begin(began)
+    run.finish(TrialResult(Status.DIVERGED, error="loss is nan"))
+    store.begin(began)
+
+    def find(seed, treatment=began.treatment, protocol=began.protocol.id):
+        return store.newest_baseline(protocol, treatment, seed)
+
+    assert first != second
+    assert find(42).run_id == second
+    assert find(7).run_id == newest
+    assert find(8).run_id == newest
+    assert find(42, protocol="000000000000") is None
+    assert find(42, treatment=began.treatment | {"freeze.layers": 6}) is None
+
+
+def test_a_stored_trial_equals_what_was_logged(store, start):
+    began = start(alone=False)
+    kept = store.load(finished(store, began))
+    assert (kept.name, kept.protocol_id, kept.treatment, kept.seed) == (
+        began.name, began.protocol.id, began.treatment, 42,
+    )  # fmt: skip
+    assert (kept.status, kept.accuracy, kept.loss, kept.train_seconds) == (Status.FINISHED, 0.75, 0.4, 12.5)
+    assert (kept.trainable_parameters, kept.measured_on, kept.alone) == (7, "cpu; trainer; fp32", False)
+    np.testing.assert_array_equal(kept.predictions.logits, PREDICTIONS.logits)
+    np.testing.assert_array_equal(kept.predictions.correct, [True, True, False, True])
+
+
+def test_missing_or_broken_predictions_load_as_none(store, start, uri):
+    assert store.load(finished(store, start(), predictions=None)).predictions is None
+    run_id = finished(store, start())
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    next(folder.rglob(f"{run_id}/artifacts/predictions.parquet")).write_bytes(b"half")
+    assert store.load(run_id).predictions is None
+
+
+def test_a_run_that_is_no_trial_is_refused_in_one_line(store, client):
+    with pytest.raises(SettingsError, match=r"^run must be one of .*, got 'nowhere': .*; name another one$"):
+        store.load("nowhere")
+    foreign = client.create_run("1").info.run_id
+    with pytest.raises(SettingsError, match="must be a distilbench trial"):
+        store.load(foreign)
+
+
+def test_a_comparison_is_added_to_an_ended_run(store, client, start):
+    run_id = finished(store, start())
+    store.add_comparison(run_id, "| a | b |", {"difference_points": -0.5})
+    assert client.get_run(run_id).data.metrics["difference_points"] == -0.5
+    assert Path(client.download_artifacts(run_id, "comparison.md")).read_text() == "| a | b |"
+
+
+def test_text_is_redacted_and_otherwise_left_alone(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsehood")
+    assert (
+        redact("https://juan:hunter2@example.org/x and git@example.org")
+        == "https://***@example.org/x and git@example.org"
+    )
+    assert redact("https://ghp@example.org/a//b c") == "https://***@example.org/a//b c"
+    assert redact("postgresql://h/d?password=hunter2&x=1") == "postgresql://h/d?password=***&x=1"
+    assert redact(f"run with {SECRET}") == "run with ***"
+    assert redact("hf_" + "a" * 30) == "***"
+    unchanged = "freeze.layers=3 model: distilbert, tokens_per_second 3.5, falsehood"
+    assert redact(unchanged) == unchanged
+
+
+def test_no_secret_of_the_environment_reaches_the_store(uri, start, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    monkeypatch.setattr(sys, "argv", [f"https://juan:{SECRET}@example.org/train.py"])
+    store = open_store(TrackingSettings("mlflow", uri, "tests"))
+    began = start(f"data.hub_name=https://juan:{SECRET}@example.org/d", config_yaml=f"hub_name: {SECRET}")
+    run = store.begin(replace(began, name=f"run {SECRET}", tags={"extra": SECRET}))
+    run.finish(TrialResult(Status.FAILED, error=f"could not reach https://juan:{SECRET}@example.org"))
+    store.add_comparison(run.run_id, f"made with {SECRET}")
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    holding = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert holding == []
+
+
+def test_trouble_in_mid_training_warns_once_and_loses_nothing(store, client, start, monkeypatch, caplog, impatient):
+    from mlflow.exceptions import MlflowException
+
+    run = store.begin(start())
+    real, clock = run._client.log_batch, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def locked(*args, **kwargs):
+        raise MlflowException("database is locked")
+
+    monkeypatch.setattr(run._client, "log_batch", locked)
+    run._due = 0.0
+    for number in range(1, 21):
+        clock[0] += SHORTEST_WAIT
+        run.on_step(step(number))
+    assert [record.getMessage() for record in caplog.records] == [
+        "MLflow takes no metrics now (database is locked); training goes on, they wait"
+    ]
+    monkeypatch.setattr(run._client, "log_batch", real)
+    run.finish(DONE)
+    assert len(client.get_metric_history(run.run_id, "train/loss")) == 20
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("seconds", "wait"), [(0.01, SHORTEST_WAIT), (0.2, 20.0), (20.0, LONGEST_WAIT)])
+def test_sending_takes_a_hundredth_of_the_time_at_most(start, monkeypatch, seconds, wait):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    class Client:
+        def log_batch(self, run_id, metrics, synchronous):
+            clock[0] += seconds
+
+    run = MlflowRun(Client(), "id", start())
+    run.on_evaluation(KEPT)
+    assert run._due == pytest.approx(seconds + wait)
+
+
+def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, caplog, impatient):
+    run = store.begin(start())
+
+    def gone(*args, **kwargs):
+        raise ConnectionError("the server is gone")
+
+    for name in ("log_batch", "log_artifact", "log_figure", "set_terminated"):
+        monkeypatch.setattr(run._client, name, gone)
+    run.finish(DONE, PREDICTIONS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "MLflow did not take the last metrics: the server is gone",
+        "MLflow did not take the end of the run: the server is gone",
+    ]
+
+
+def test_a_batch_sent_twice_is_kept_once(store, client, start):
+    run = store.begin(start())
+    run.on_step(step(1))
+    waiting = list(run._waiting)
+    run._send()
+    run._waiting = waiting
+    run._send()
+    assert len(client.get_metric_history(run.run_id, "train/loss")) == 1
+
+
+def test_batches_stay_within_mlflows_limit(start):
+    sizes = []
+
+    class Client:
+        def log_batch(self, run_id, metrics, synchronous):
+            sizes.append(len(metrics))
+
+    run = MlflowRun(Client(), "id", start())
+    for number in range(1, 601):
+        run.on_step(step(number, steps=600))
+    run.on_evaluation(KEPT)
+    assert sizes == [1000, 1000, 405]
+
+
+def test_tracking_none_keeps_nothing_and_imports_no_mlflow(start):
+    store = open_store(TrackingSettings("none", None, "tests"))
+    run = store.begin(start())
+    run.on_step(step(1))
+    run.finish(DONE, PREDICTIONS)
+    assert (run.run_id, store.runs_url()) == (None, None)
+    assert store.newest_baseline("0", {}, 42) is None
+    assert store.describe() == "not tracked (tracking=none)"
+
+
+def test_the_place_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
+    monkeypatch.setattr(place, "ROOT", tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = place.place_of(TrackingSettings("mlflow", None, "tests"))
+    assert (found.uri, found.artifacts) == (f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlruns")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org/mlflow")
+    assert place.place_of(TrackingSettings("mlflow", None, "tests")).uri == "https://example.org/mlflow"
+    found = place.place_of(TrackingSettings("mlflow", "sqlite:///here/x.db", "tests"))
+    assert found.artifacts == Path("here/mlruns").absolute()
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "sqlite://", "sqlite:///:memory:", "databricks"])
+def test_a_uri_of_no_known_kind_is_refused(uri):
+    with pytest.raises(SettingsError, match=r"^tracking.uri must be sqlite:///<file>, http\(s\)://<server> or"):
+        open_store(TrackingSettings("mlflow", uri, "tests"))
+
+
+def test_links_open_the_table_of_runs_without_the_password(store):
+    table = "runs?workflowType=machine_learning&orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+    assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
+    server = place.Place("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")
+    assert server.runs_url("4") == f"https://example.org/mlflow/#/experiments/4/{table}"
+    assert server.describe() == "https://***@example.org/mlflow/"
+
+
+def test_racing_processes_agree_on_one_database_and_experiment(tmp_path):
+    code = (
+        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store;"
+        "store = open_store(TrackingSettings('mlflow', sys.argv[1], 'raced')); print(store.runs_url())"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/raced.db"]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=120) for process in racing]
+    assert [process.returncode for process in racing] == [0] * 4, said
+    assert {out for out, _ in said} == {said[0][0]}
+    assert {err for _, err in said} == {""}, "the terminal stays quiet"
+    assert "/experiments/1/" in said[0][0]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real MLflow server on loopback: ``(process, port, folder)``."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ["--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/runs.db"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", str(folder / "artifacts")],
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=(folder / "server.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        if not answers(port, seconds=90):
+            pytest.skip("mlflow server did not come up within 90 s")
+        yield process, port, folder
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def answers(port, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            return urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
+        except OSError:
+            time.sleep(0.2)
+    return False
+
+
+@pytest.mark.e2e
+def test_a_server_keeps_trials_without_seeing_the_password_and_may_die(
+    server, start, monkeypatch, caplog, capfd, impatient
+):
+    process, port, folder = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://juan:{SECRET}@127.0.0.1:{port}")
+    store = open_store(TrackingSettings("mlflow", None, "tests"))
+    began = start(config_yaml=f"password: {SECRET}")
+    run_id = finished(store, began)
+    found = store.newest_baseline(began.protocol.id, began.treatment, 42)
+    assert (found.run_id, found.accuracy) == (run_id, 0.75)
+    np.testing.assert_array_equal(found.predictions.logits, PREDICTIONS.logits)
+    assert store.runs_url().startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs?")
+    kept = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert kept == []
+    run = store.begin(began)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for number in (1, 2, 3):
+        run._due = 0.0
+        run.on_step(step(number))
+    run.finish(DONE, PREDICTIONS)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "MLflow takes no metrics now",
+        "MLflow did not take the last metrics: Connection refused",
+        "MLflow did not take the end of the run: Connection refused",
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_refuses_is_told_in_one_line_without_its_password(monkeypatch, store):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://juan:{SECRET}@127.0.0.1:{port}")
+    began = time.perf_counter()
+    with pytest.raises(SettingsError) as refused:
+        open_store(TrackingSettings("mlflow", None, "tests"))
+    assert time.perf_counter() - began < 5
+    assert str(refused.value) == (
+        f"MLFLOW_TRACKING_URI must be a store that answers, got http://***@127.0.0.1:{port}: Connection refused; "
+        "start it or correct the address, or go without: tracking=none"
+    )
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up_within_five_seconds(store):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.perf_counter()
+        with pytest.raises(SettingsError, match=r"no answer within 4 s; start it or correct the address"):
+            open_store(TrackingSettings("mlflow", f"http://127.0.0.1:{silent.getsockname()[1]}", "tests"))
+        assert time.perf_counter() - began < 5
+
+
+def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch):
+    from distilbench.tracking import connect as opening
+
+    monkeypatch.setattr(opening, "ANSWER_SECONDS", 0.1)
+    (tmp_path / "text.db").write_text("no database, but a text of some length " * 100)
+    with pytest.raises(SettingsError, match=r"^tracking.uri must be .*text.db: file is not a database; check the file"):
+        open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/text.db", "tests"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"Not a directory|File exists"):
+        open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/file/x.db", "tests"))
+
+
+def test_a_locked_database_is_told_in_one_line(uri, store, monkeypatch):
+    import sqlite3
+
+    from distilbench.tracking import connect as opening
+
+    monkeypatch.setattr(opening, "ANSWER_SECONDS", 0.1)
+    holder = sqlite3.connect(uri.removeprefix("sqlite:///"))
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(SettingsError, match="database is locked"):
+        open_store(TrackingSettings("mlflow", uri, "tests"))
+    holder.close()
+
+
+def test_a_deleted_experiment_and_one_of_a_moved_checkout_are_refused(uri, store, client, tmp_path):
+    deleted = client.create_experiment("deleted")
+    client.delete_experiment(deleted)
+    with pytest.raises(SettingsError, match=f"mlflow experiments restore --experiment-id {deleted}"):
+        open_store(TrackingSettings("mlflow", uri, "deleted"))
+    client.create_experiment("moved", artifact_location=(tmp_path / "gone" / "mlruns" / "9").as_uri())
+    with pytest.raises(SettingsError, match="a moved checkout"):
+        open_store(TrackingSettings("mlflow", uri, "moved"))
+
+
+def test_opening_leaves_the_programs_own_logging_alone(store):
+    assert logging.getLogger("distilbench").level == logging.NOTSET
+    assert logging.getLogger("alembic").level == logging.ERROR
