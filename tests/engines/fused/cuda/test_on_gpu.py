@@ -18,7 +18,7 @@ from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
 from tests.engines.fused.test_engine_on_text import still_minilm
-from tests.engines.test_static import RECORDED
+from tests.engines.fused.cuda.test_graph_step import RECORDED
 
 __all__ = ["models", "still_minilm", "trial"]
 
