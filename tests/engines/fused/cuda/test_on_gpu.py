@@ -16,9 +16,9 @@ from distilbench.engines.fused.dropout import EXTENT, philox_keep
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
-from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
-from tests.engines.fused.test_engine_on_text import still_minilm
 from tests.engines.fused.cuda.test_graph_step import RECORDED
+from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
+from tests.engines.fused.test_on_text import still_minilm
 
 __all__ = ["models", "still_minilm", "trial"]
 
