@@ -12,7 +12,8 @@ from packaging.version import Version
 
 from tests.conftest import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 REQUIRED = [Requirement(line) for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]]
 LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton$")
 """What a CUDA build of torch asks for by exact version itself; a pin would fight it."""
