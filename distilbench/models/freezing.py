@@ -63,13 +63,13 @@ def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn
         settings.layers,
         "its layers share one set of weights, so the lower ones can't be frozen alone",
     )
-    path, layers = _layer_list(model)
+    path, layers = layer_list(model)
     require(settings.layers <= len(layers), "freeze.layers", f"0..{len(layers)} for {name}", settings.layers)
-    embeddings = list(_modules_before(model.base_model, path)) if settings.freezes_embeddings else []
+    embeddings = list(modules_before(model.base_model, path)) if settings.freezes_embeddings else []
     return [*embeddings, *layers[: settings.layers]]
 
 
-def _layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
+def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
     """The encoder's layers and the path of names that leads to them from the base model.
 
     Lists inside a list that was found (a layer's own) don't count; two lists side by side (an encoder and a decoder)
@@ -91,7 +91,7 @@ def _layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
     return name.split("."), layers
 
 
-def _modules_before(base: nn.Module, path: list[str]) -> Iterator[nn.Module]:
+def modules_before(base: nn.Module, path: list[str]) -> Iterator[nn.Module]:
     """What stands before the layer list, at every level on the way down to it."""
     module = base
     for name in path:

@@ -1,0 +1,117 @@
+"""The formula against torch's counter, on every freeze depth of every shape that it knows and on any other choice."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distilbench.models.build import build_model
+from distilbench.models.flops import TrainFlops
+from distilbench.models.freezing import freeze
+from distilbench.models.resolve import resolve_model
+from distilbench.settings import FreezeSettings, ModelSettings
+
+DEPTH = 3
+KNOWN = ("distilbert", "bert", "roberta", "electra")
+
+
+def tiny(family: str, layers: int = DEPTH):
+    return build_model(resolve_model(ModelSettings("random", family, layers=layers)), ["no", "yes", "maybe"], seed=1)
+
+
+def counted(model, sentences: int, length: int, attention: str = "eager") -> int:
+    """What torch counts in one step over a batch without padding."""
+    model.set_attn_implementation(attention)
+    tokens, labels = torch.full((sentences, length), 7), torch.zeros(sentences, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=labels).loss.backward()
+    return counter.get_total_flops()
+
+
+def total(flops: TrainFlops, *lengths: int) -> float:
+    return flops.total(np.array(lengths), np.ones(len(lengths), dtype=int))
+
+
+@pytest.mark.parametrize("embeddings", ["auto", True, False])
+@pytest.mark.parametrize("depth", range(DEPTH + 1))
+@pytest.mark.parametrize("family", KNOWN)
+def test_every_freeze_depth_costs_what_torch_counts(family, depth, embeddings):
+    model = tiny(family)
+    freeze(model, FreezeSettings(depth, embeddings, dropout=True))
+    flops = TrainFlops.of(model)
+    assert not flops.counted
+    for sentences, length in ((1, 2), (4, 13), (3, 40)):
+        assert total(flops, *[length] * sentences) == counted(model, sentences, length)
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_any_set_of_trained_parameters_costs_what_torch_counts(family):
+    model, draw = tiny(family), random.Random(family)
+    head = ("classifier", "pre_classifier")
+    choices = [lambda name: name.startswith(head), lambda name: name.endswith("bias") or name.startswith(head)]
+    choices += [lambda name, share=share: draw.random() < share or name.startswith(head) for share in (0.02, 0.1, 0.5)]
+    for is_trained in choices:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(name))
+        assert total(TrainFlops.of(model), 11, 11) == counted(model, 2, 11)
+
+
+@pytest.mark.parametrize("family", ["albert", "modernbert"])
+def test_shapes_without_a_formula_are_counted(family):
+    model = tiny(family)
+    freeze(model, FreezeSettings(0, True, dropout=True))
+    flops = TrainFlops.of(model)
+    assert flops.counted
+    for length in (3, 50):
+        assert total(flops, length, length) == counted(model, 2, length)
+
+
+class Adapter(nn.Module):
+    """Adds a product of low rank to what a matrix gives."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(32, 2), nn.Linear(2, 32)
+
+    def forward(self, rows):
+        return self.base(rows) + self.up(self.down(rows))
+
+
+def test_a_known_model_with_other_matrices_in_a_layer_is_counted():
+    model = tiny("distilbert")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in model.distilbert.transformer.layer:
+        layer.attention.q_lin = Adapter(layer.attention.q_lin)
+    flops = TrainFlops.of(model)
+    assert flops.counted
+    assert total(flops, 9) == counted(model, 1, 9)
+
+
+def test_a_layer_costs_what_the_formula_says_by_hand():
+    model = tiny("distilbert", layers=1)
+    encoder, pairs = 2 * (4 * 32 * 32 + 2 * 32 * 64), 2 * 32 * 2
+    head, classifier = 2 * 32 * 32, 2 * 32 * 3
+    assert TrainFlops.of(model) == TrainFlops(3 * (head + classifier), 3 * encoder, 3 * pairs)
+    freeze(model, FreezeSettings(1, "auto", dropout=True))
+    assert TrainFlops.of(model) == TrainFlops(2 * head + 3 * classifier, encoder, pairs)
+
+
+def test_examples_add_up_as_often_as_they_are_seen():
+    flops = TrainFlops(per_example=1000, per_token=10, per_token_pair=1)
+    assert flops.total(np.array([2, 5, 9]), np.array([3, 0, 1])) == 4 * 1000 + (3 * 2 + 9) * 10 + 3 * 4 + 81
+    assert flops.total(np.array([128], np.int32), np.array([300_000], np.int32)) == 300_000 * (1000 + 1280 + 128**2)
+
+
+def test_counting_changes_nothing_of_the_model():
+    model = tiny("albert").train()
+    state = torch.random.get_rng_state()
+    TrainFlops.of(model)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
