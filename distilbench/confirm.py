@@ -171,7 +171,7 @@ def _train(
 ) -> int:
     """Train the cells in turn, each in the next free directory; returns how many did not finish."""
     from distilbench.tracking import SWEEP
-    from distilbench.trials.run import Membership, run
+    from distilbench.trials.run import SweepContext, run
 
     prepared: dict[str, Prepared] = {}
     numbers = (n for n in count(_next_number(directory)) if not (directory / str(n)).exists())
@@ -182,7 +182,7 @@ def _train(
         chosen = replace(cell.settings, output=output, train=replace(cell.settings.train, resume=False))
         tags = {SWEEP: name, "distilbench.trial": str(number)}
         tags |= {"distilbench.role": BASELINE_ROLE} if cell.is_baseline else {}
-        outcome = run(chosen, ready, store, Membership(f"{cell.label} seed={chosen.seed}", group.run_id, tags))
+        outcome = run(chosen, ready, store, SweepContext(f"{cell.label} seed={chosen.seed}", group.run_id, tags))
         failed += outcome.result.status is not Status.FINISHED
     return failed
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.results import Status
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
-from distilbench.sweep.job import Seeds, SweepJob, membership_of, objectives_at, run_in_sweep
+from distilbench.sweep.job import Seeds, SweepJob, context_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
     from distilbench.trials.batch import Entry, Trained, Workshop
@@ -116,7 +116,7 @@ def _parts_of(task: Task, closing: ExitStack) -> _Parts:
         return _Parts([Entry(task.job)])
     settings = task.job.settings
     if not task.has_seeds:
-        return _Parts([Entry(task.job, membership_of(task.place, settings))])
+        return _Parts([Entry(task.job, context_of(task.place, settings))])
     seeds = Seeds(task.job, task.place, open_store(settings.tracking))
     closing.enter_context(seeds.closing())
     return _Parts([Entry(*part) for part in seeds.jobs], seeds)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
             settings = settings_from(compose("config", asked))
             prepared = trials.prepare(settings)
             tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
-            trials.run(settings, prepared, store, trials.Membership(f"lr={rate}", group.run_id, tags))
+            trials.run(settings, prepared, store, trials.SweepContext(f"lr={rate}", group.run_id, tags))
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
     return folder
 

@@ -24,7 +24,7 @@ from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSetti
 
 if TYPE_CHECKING:
     from distilbench.tracking import Store
-    from distilbench.trials.run import Job, Membership, Outcome, Prepared
+    from distilbench.trials.run import Job, Outcome, Prepared, SweepContext
 from distilbench.sweep.pruning import pruner_of, storage_of
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
@@ -122,13 +122,13 @@ def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
 
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
-    hold_sources(prepared, job.settings, place)
+    pin_sources(prepared, job.settings, place)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
     train(job, place, prepared, store)
     return objectives_at(place)
 
 
-def hold_sources(prepared: Prepared, settings: AppSettings, place: SweepJob) -> None:
+def pin_sources(prepared: Prepared, settings: AppSettings, place: SweepJob) -> None:
     """Keep what this trial's model and text really are, for all of its sweep's later trials to be the same.
 
     Raises :class:`SettingsError` where an earlier trial, of this call or another, had others under the same settings.
@@ -168,53 +168,53 @@ def objectives_at(place: SweepJob) -> tuple[float, ...]:
     return tuple(record.objective(name) for name in place.objectives)
 
 
-Judge = Callable[[float, int], str | None]
+PruningCallback = Callable[[float, int], str | None]
 """Given the objective so far and how often it was measured: why the trial is to stop, or None."""
 
 
-def membership_of(place: SweepJob, settings: AppSettings) -> Membership:
+def context_of(place: SweepJob, settings: AppSettings) -> SweepContext:
     """What a trial with one seed has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
-    from distilbench.trials.run import Membership
+    from distilbench.trials.run import SweepContext
 
-    judge = _judge_of(place, settings.sweep)
+    prune = _pruning_callback(place, settings.sweep)
     count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
         nonlocal count
         count += 1
-        return judge(evaluation.metric(place.objectives[0]), count) if judge else None
+        return prune(evaluation.metric(place.objectives[0]), count) if prune else None
 
     accept = _accepting(settings, place)
-    return Membership(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet, accept)
+    return SweepContext(place.name, place.parent_run_id, place.tags, after_evaluation, place.is_quiet, accept)
 
 
 def _accepting(settings: AppSettings, place: SweepJob) -> Callable[[Prepared], None]:
-    return lambda prepared: hold_sources(prepared, settings, place)
+    return lambda prepared: pin_sources(prepared, settings, place)
 
 
 def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
     from distilbench.trials.run import run
 
-    membership = membership_of(place, job.settings)
-    _compare(job, run(job.settings, prepared, store, membership), store)
+    context = context_of(place, job.settings)
+    _compare(job, run(job.settings, prepared, store, context), store)
 
 
 def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
     from distilbench.trials.run import run
 
-    judge = _judge_of(place, job.settings.sweep)
+    prune = _pruning_callback(place, job.settings.sweep)
     seeds = Seeds(job, place, store)
     records: list[Record] = []
     reason = None
     with seeds.closing():
-        for count, (seeded, membership) in enumerate(seeds.jobs, start=1):
-            _compare(seeded, run(seeded.settings, prepared, store, membership), store)
+        for count, (seeded, context) in enumerate(seeds.jobs, start=1):
+            _compare(seeded, run(seeded.settings, prepared, store, context), store)
             records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
             mean = statistics.fmean(record.objective(place.objectives[0]) for record in records)
-            reason = judge(mean, count) if judge and count < len(seeds.jobs) else None
+            reason = prune(mean, count) if prune and count < len(seeds.jobs) else None
             if reason:
                 break
         seeds.finish(records, reason)
@@ -228,7 +228,7 @@ class Seeds:
 
     def __init__(self, job: Job, place: SweepJob, store: Store) -> None:
         """Open the trial's run and say in ``trial.json`` that it is under way."""
-        from distilbench.trials.run import Membership
+        from distilbench.trials.run import SweepContext
 
         self._place = place
         self._group = store.open_group(place.name, place.tags, place.parent_run_id)
@@ -238,7 +238,7 @@ class Seeds:
         self.jobs = [
             (
                 _with_seed(job, seed, place.directory / f"seed-{seed}"),
-                Membership(
+                SweepContext(
                     f"{place.name} seed={seed}",
                     self._group.run_id,
                     place.tags,
@@ -318,7 +318,7 @@ def _compare(job: Job, outcome: Outcome, store: Store) -> None:
     add_comparison(outcome, store.newest_baseline(outcome.prepared.protocol.id, wanted, job.baseline.seed), store)
 
 
-def _judge_of(place: SweepJob, settings: SweepSettings) -> Judge | None:
+def _pruning_callback(place: SweepJob, settings: SweepSettings) -> PruningCallback | None:
     """Report to the study and ask its pruner; the trial's end is left to the sweep to tell."""
     if place.storage is None:
         return None
@@ -327,11 +327,11 @@ def _judge_of(place: SweepJob, settings: SweepSettings) -> Judge | None:
     study = optuna.load_study(study_name=place.study, storage=storage_of(place.storage), pruner=pruner_of(settings))
     trial = optuna.trial.Trial(study, place.trial_id)
 
-    def judge(value: float, count: int) -> str | None:
+    def report(value: float, count: int) -> str | None:
         if not math.isfinite(value):
             return None  # the engine ends such a trial as DIVERGED
         trial.report(value, count)
-        prune = not place.is_baseline and trial.should_prune()
-        return f"{place.objectives[0]} {value:.4f} at evaluation {count} ({settings.pruner})" if prune else None
+        is_worse = not place.is_baseline and trial.should_prune()
+        return f"{place.objectives[0]} {value:.4f} at evaluation {count} ({settings.pruner})" if is_worse else None
 
-    return judge
+    return report

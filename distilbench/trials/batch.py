@@ -16,9 +16,9 @@ from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import Store, open_store
 from distilbench.trials.run import (
     Job,
-    Membership,
     Outcome,
     Prepared,
+    SweepContext,
     add_comparison,
     estimate_alone,
     find_baseline,
@@ -48,7 +48,7 @@ class Entry:
     """A job to train; one that belongs to a sweep leaves its baseline to that."""
 
     job: Job
-    membership: Membership | None = None
+    context: SweepContext | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Ready:
     """A job with all that it needs to start."""
 
     job: Job
-    membership: Membership | None
+    context: SweepContext | None
     prepared: Prepared
     store: Store
 
@@ -123,9 +123,9 @@ class Workshop:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
         check_freeze(prepared.model, settings.freeze)
-        if entry.membership and entry.membership.accept:
-            entry.membership.accept(prepared)
-        return _Ready(entry.job, entry.membership, prepared, self._stores[settings.tracking])
+        if entry.context and entry.context.accept:
+            entry.context.accept(prepared)
+        return _Ready(entry.job, entry.context, prepared, self._stores[settings.tracking])
 
     def _groups(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
         """Places of the jobs that train at once, at most ``max_trials``; baselines first: others are held to them."""
@@ -140,14 +140,14 @@ class Workshop:
 
     def _train_group(self, members: Sequence[_Ready], trained_here: set[Hashable]) -> list[Trained]:
         for r in members:
-            ensure = r.job.settings.baseline.ensure and r.membership is None
+            ensure = r.job.settings.baseline.ensure and r.context is None
             if ensure and r.treatment_key(r.job.baseline) not in trained_here:
                 self._baseline_of(r, ensure=True)
         first = members[0]
         settings = [r.job.settings for r in members]
         solo = self._solo(first) if len(members) > 1 else None
-        memberships = [r.membership or Membership() for r in members]
-        outcomes = run_together(settings, first.prepared, first.store, memberships, solo)
+        contexts = [r.context or SweepContext() for r in members]
+        outcomes = run_together(settings, first.prepared, first.store, contexts, solo)
         for r, outcome in zip(members, outcomes, strict=True):
             if outcome.result.status is Status.FINISHED and r.job.is_baseline:
                 self._baselines[r.treatment_key(r.job.baseline)] = outcome.stored

@@ -60,15 +60,15 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Membership:
+class SweepContext:
     """What a trial has from the sweep that it belongs to; one on its own has none of it."""
 
     name: str | None = None
     """The run's name, where the sweep knows a shorter one than :func:`name_of`."""
     parent_run_id: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    judge: Callable[[Evaluation], str | None] | None = None
-    """Asked after each evaluation: why the trial is to stop there, or None."""
+    pruning_callback: Callable[[Evaluation], str | None] | None = None
+    """Called after each evaluation; returns why the trial is to stop there, or None."""
     is_quiet: bool = False
     """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
     accept: Callable[[Prepared], None] | None = None
@@ -228,9 +228,9 @@ def find_baseline(job: Job, prepared: Prepared, store: Store, ensure: bool) -> S
     return outcome.stored
 
 
-def run(settings: AppSettings, prepared: Prepared, store: Store, membership: Membership | None = None) -> Outcome:
+def run(settings: AppSettings, prepared: Prepared, store: Store, context: SweepContext | None = None) -> Outcome:
     """Train one trial and keep what comes of it, whatever its end."""
-    return run_together([settings], prepared, store, [membership or Membership()])[0]
+    return run_together([settings], prepared, store, [context or SweepContext()])[0]
 
 
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
@@ -242,7 +242,7 @@ def run_together(
     trials: Sequence[AppSettings],
     prepared: Prepared,
     store: Store,
-    memberships: Sequence[Membership],
+    contexts: Sequence[SweepContext],
     solo_seconds: float | None = None,
 ) -> list[Outcome]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
@@ -252,18 +252,18 @@ def run_together(
     """
     records = [_begin(settings, prepared) for settings in trials]
     alone = len(trials) == 1
-    logs = [store.begin(_run_start(settings, prepared, record.run_id, membership, alone))
-            for settings, record, membership in zip(trials, records, memberships, strict=True)]  # fmt: skip
+    logs = [store.begin(_run_start(settings, prepared, record.run_id, context, alone))
+            for settings, record, context in zip(trials, records, contexts, strict=True)]  # fmt: skip
     records = [replace(record, run_id=run_log.run_id) for record, run_log in zip(records, logs, strict=True)]
     for settings, record in zip(trials, records, strict=True):
         record.write(Path(settings.output.dir))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(settings, prepared) for settings in trials]
-    names = [member.name or name_of(settings) for settings, member in zip(trials, memberships, strict=True)]
+    names = [context.name or name_of(settings) for settings, context in zip(trials, contexts, strict=True)]
     began = time.perf_counter()
     try:
-        with Progress(names, Console(quiet=any(member.is_quiet for member in memberships))) as progress:
-            observers = _Observers(logs, progress, memberships)
+        with Progress(names, Console(quiet=any(context.is_quiet for context in contexts))) as progress:
+            observers = _Observers(logs, progress, contexts)
             results = observers.explain(engine.train(used, prepared.splits, observers))
     except KeyboardInterrupt:
         stopped = TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
@@ -301,7 +301,7 @@ def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: floa
 
 
 def _run_start(
-    settings: AppSettings, prepared: Prepared, run_id: str | None, membership: Membership, alone: bool
+    settings: AppSettings, prepared: Prepared, run_id: str | None, context: SweepContext, alone: bool
 ) -> RunStart:
     from omegaconf import OmegaConf
 
@@ -310,7 +310,7 @@ def _run_start(
     if splits.selection is not splits.report:
         parts.insert(1, ("selection", splits.selection))
     return RunStart(
-        name=membership.name or name_of(settings),
+        name=context.name or name_of(settings),
         settings=prepared_trial(settings, prepared),
         protocol=prepared.protocol,
         treatment=treatment_of(settings, prepared.precision),
@@ -322,8 +322,8 @@ def _run_start(
         label_names=splits.label_names,
         datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
         alone=alone,
-        tags=membership.tags,
-        parent_run_id=membership.parent_run_id,
+        tags=context.tags,
+        parent_run_id=context.parent_run_id,
         run_id=run_id,
     )
 
@@ -331,8 +331,8 @@ def _run_start(
 class _Observers:
     """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
 
-    def __init__(self, logs: Sequence[RunLog], progress: Progress, memberships: Sequence[Membership]) -> None:
-        self._logs, self._progress, self._memberships = logs, progress, memberships
+    def __init__(self, logs: Sequence[RunLog], progress: Progress, contexts: Sequence[SweepContext]) -> None:
+        self._logs, self._progress, self._contexts = logs, progress, contexts
         self._reasons: dict[int, str] = {}
 
     def on_step(self, trial: int, record: StepRecord) -> None:
@@ -341,17 +341,17 @@ class _Observers:
         self._progress.on_step(trial, record)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Log and show an evaluation; the trial's judge says whether it goes on."""
+        """Log and show an evaluation; the trial's pruning callback says whether it goes on."""
         self._logs[trial].on_evaluation(evaluation)
         self._progress.on_evaluation(trial, evaluation)
-        judge = self._memberships[trial].judge
-        reason = judge(evaluation) if judge else None
+        prune = self._contexts[trial].pruning_callback
+        reason = prune(evaluation) if prune else None
         if reason:
             self._reasons[trial] = reason
         return bool(reason)
 
     def explain(self, results: Sequence[TrialResult]) -> list[TrialResult]:
-        """The results, with the judge's reason in those that were stopped."""
+        """The results, with the pruner's reason in those that were stopped."""
         return [
             replace(result, error=f"{result.error}: {self._reasons[trial]}")
             if result.status is Status.PRUNED and trial in self._reasons
