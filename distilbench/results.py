@@ -28,7 +28,9 @@ class Status(StrEnum):
     FAILED = "FAILED"
 
 
-METRICS_KEPT = ("accuracy", "loss", "f1", "mcc", "epoch")
+MEASURES = ("accuracy", "loss", "f1", "mcc", "brier", "ece")
+"""What an evaluation measures."""
+METRICS_KEPT = (*MEASURES, "epoch")
 """What is kept of an evaluation, beside its predictions."""
 
 
@@ -50,7 +52,9 @@ class Evaluation:
     """One pass over a split: mean cross-entropy, metrics in [0, 1] (MCC in [-1, 1]) and what was predicted.
 
     ``logits`` is ``(examples, labels)`` float32 in the split's order, or None where an evaluation was restored from a
-    checkpoint. F1 is binary for two labels (the second is positive) and macro above.
+    checkpoint. F1 is binary for two labels (the second is positive) and macro above. ``brier`` is the mean squared
+    error of the probabilities (in [0, 1] for two labels, [0, 2] above), ``ece`` their expected calibration error; NaN
+    where a checkpoint was written before they were measured.
     """
 
     split: str
@@ -60,10 +64,12 @@ class Evaluation:
     accuracy: float
     f1: float
     mcc: float
+    brier: float = math.nan
+    ece: float = math.nan
     logits: np.ndarray | None = None
 
     def metric(self, name: str) -> float:
-        """The value of ``accuracy``, ``f1``, ``mcc`` or ``loss``."""
+        """Return the value of one of :data:`MEASURES`."""
         return float(getattr(self, name))
 
 

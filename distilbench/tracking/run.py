@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.results import MEASURES, Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import insist, reason_of, troubles
@@ -28,7 +28,6 @@ METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
 
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
-MEASURES = ("accuracy", "loss", "f1", "mcc")
 PREDICTIONS = "predictions.parquet"
 
 

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distilbench.results import Status, StoredTrial
+from distilbench.results import MEASURES, Status, StoredTrial
 from distilbench.settings import SettingsError
-from distilbench.tracking.run import MEASURES
 from distilbench.tracking.uri import Place
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from distilbench.engines import engine_for
-from distilbench.results import Status
+from distilbench.results import MEASURES, Status
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=3",
          "train.logging_steps=2", "train.checkpoints=false", "optim.lr=1e-3", "output.save_model=false")  # fmt: skip
@@ -50,7 +50,7 @@ def train(splits_of, recorder):
 
 
 def numbers(evaluation):
-    return (evaluation.step, evaluation.epoch, evaluation.loss, evaluation.accuracy, evaluation.f1, evaluation.mcc)
+    return (evaluation.step, evaluation.epoch, *(evaluation.metric(name) for name in MEASURES))
 
 
 def against(split):
@@ -152,6 +152,8 @@ def test_the_metrics_are_those_of_the_logits(trial, train, splits_of):
     deviation = math.sqrt(called.mean() * (1 - called.mean()) * positive.mean() * (1 - positive.mean()))
     mcc = ((called & positive).mean() - called.mean() * positive.mean()) / deviation if deviation else 0.0
     assert result.report.mcc == pytest.approx(mcc)
+    assert result.report.brier == pytest.approx(((chances[:, 1] - positive) ** 2).mean(), rel=1e-5)
+    assert 0 < result.report.ece < 1
 
 
 def test_one_split_that_does_both_is_one_evaluation(trial, train):

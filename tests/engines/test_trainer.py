@@ -21,7 +21,6 @@ from transformers import (
 
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
-from distilbench.engines.evaluation import evaluate_logits
 from distilbench.engines.outcome import ending_of
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
@@ -367,20 +366,7 @@ def test_the_first_line_of_an_error_is_enough_for_the_user(trial):
     assert ending_of(ValueError("one\ntwo"), trial()) == (Status.FAILED, "ValueError: one")
 
 
-# Metrics and arguments
-
-
-def test_more_than_two_labels_have_a_macro_f1():
-    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]] * 9
-    evaluation = evaluate_logits("validation", logits, np.array([0, 1, 2, 2]), step=4, epoch=1.0)
-    assert evaluation.accuracy == 0.75
-    assert evaluation.f1 == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
-    assert evaluation.loss == pytest.approx((4 * math.log(1 + 2 * math.exp(-9)) + 9) / 4)
-
-
-def test_huge_logits_have_a_finite_loss():
-    logits = np.array([[3e38, -3e38], [-3e38, 3e38]], dtype=np.float32)
-    assert evaluate_logits("validation", logits, np.array([0, 1]), 1, 1.0).loss == 0.0
+# Arguments
 
 
 def test_several_visible_gpus_are_never_used_together(trial, monkeypatch):

@@ -29,7 +29,7 @@ SECRET = "correct-horse-battery"
 PREDICTIONS = Predictions(
     labels=np.array([0, 1, 1, 0]), logits=np.array([[2, 1], [0, 3], [1, 0], [4, 0]], dtype=np.float32)
 )
-KEPT = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=0.75, f1=0.8, mcc=0.5)
+KEPT = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=0.75, f1=0.8, mcc=0.5, brier=0.12, ece=0.03)
 HISTORY = (replace(KEPT, step=10, epoch=1.0, accuracy=0.5), KEPT, replace(KEPT, step=30, epoch=3.0, accuracy=0.6))
 DONE = TrialResult(
     Status.FINISHED, selection=KEPT, report=KEPT, history=HISTORY, steps=30, train_seconds=12.5, setup_seconds=1.5,
@@ -201,7 +201,9 @@ def test_curves_have_every_point_and_the_columns_show_the_kept_epoch(store, clie
     accuracies = client.get_metric_history(run.run_id, "validation/accuracy")
     assert [(point.step, point.value) for point in accuracies] == [(10, 0.5), (20, 0.75), (30, 0.6)]
     metrics = client.get_run(run.run_id).data.metrics
-    assert [metrics[name] for name in ("accuracy", "loss", "f1", "mcc")] == [0.75, 0.4, 0.8, 0.5]
+    names = ("accuracy", "loss", "f1", "mcc", "brier", "ece")
+    assert [metrics[name] for name in names] == [0.75, 0.4, 0.8, 0.5, 0.12, 0.03]
+    assert [metrics[f"validation/{name}"] for name in names] == [0.6, 0.4, 0.8, 0.5, 0.12, 0.03]
     assert (metrics["best_epoch"], metrics["epoch"]) == (2.0, 3.0)
     assert (metrics["train_seconds"], metrics["setup_seconds"], metrics["peak_memory_mb"]) == (12.5, 1.5, 3.0)
     assert (metrics["trainable_parameters"], metrics["total_parameters"]) == (7, 9)
