@@ -67,7 +67,7 @@ def compare_stored(settings: CompareSettings) -> None:
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
     """The trials that fulfil all that was asked for, and names of treatments where experiments were asked for."""
-    from distilbench.tracking import SWEEP, Selection
+    from distilbench.tracking import SWEEP, RunFilter
 
     runs = tuple(settings.runs)
     tags = {SWEEP: settings.sweep} if settings.sweep else {}
@@ -75,12 +75,12 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
     if settings.experiments:
         found: dict[str, StoredTrial] = {}
         for name in settings.experiments:
-            own = [trial for trial in store.search(Selection(runs, tags, _params(name))) if _is_of(trial, name)]
+            own = [trial for trial in store.search(RunFilter(runs, tags, _params(name))) if _is_of(trial, name)]
             found |= {trial.run_id: trial for trial in own}
             names |= {digest(trial.treatment): name for trial in own if digest(trial.treatment) not in names}
         trials = list(found.values())
     else:
-        trials = store.search(Selection(runs, tags))
+        trials = store.search(RunFilter(runs, tags))
     if settings.protocol:
         trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     _refuse_nothing(store, settings, trials)

@@ -27,7 +27,7 @@ from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsErr
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.report.rows import Row
-    from distilbench.tracking import Group, MlflowStore
+    from distilbench.tracking import MlflowStore, ParentRun
     from distilbench.trials.run import Prepared
 
 register_schema()
@@ -60,7 +60,7 @@ def main(config: DictConfig) -> None:
 def confirm(settings: ConfirmSettings) -> int:
     """Run the confirmation; returns how many of its trials failed. Raises :class:`SettingsError` before the first."""
     from distilbench.report.from_store import CONFIRMS, report_sweep
-    from distilbench.tracking import SWEEP, Selection, find_store
+    from distilbench.tracking import SWEEP, RunFilter, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
@@ -71,13 +71,13 @@ def confirm(settings: ConfirmSettings) -> int:
     if own is not None and own.tags.get(CONFIRMS) != settings.sweep:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
-    known = store.search(Selection(tags={SWEEP: name}))
+    known = store.search(RunFilter(tags={SWEEP: name}))
     cells = list(_missing(store, settings, report, known))
     _announce(settings, cells)
     if settings.dry_run:
         return 0
     end_cleanly()
-    group = store.open_group(name, _tags(store, settings.sweep, name), run_id=own.run_id if own else None)
+    group = store.open_parent_run(name, _tags(store, settings.sweep, name), run_id=own.run_id if own else None)
     group.close_dead(lambda owner: owner.is_dead())
     try:
         failed = _train(cells, store, group, directory, report.sample.protocol_id, name)
@@ -92,13 +92,13 @@ def confirm(settings: ConfirmSettings) -> int:
 def _first_report(store: MlflowStore, sweep: str) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
     from distilbench.report.from_store import CONFIRMS, Plan, check_protocol, find_sweep, make_report
-    from distilbench.tracking import SWEEP, Selection
+    from distilbench.tracking import SWEEP, RunFilter
 
     parent = find_sweep(store, sweep)
     if CONFIRMS in parent.tags:
         raise SettingsError(f"sweep must be a search, got {sweep!r}, itself a confirmation of {parent.tags[CONFIRMS]}; "
                             f"for more seeds: sweep={parent.tags[CONFIRMS]} seeds=...")  # fmt: skip
-    trials = store.search(Selection(tags={SWEEP: sweep}))
+    trials = store.search(RunFilter(tags={SWEEP: sweep}))
     if not trials:
         raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
     check_protocol(trials)
@@ -167,7 +167,7 @@ def _tags(store: MlflowStore, sweep: str, name: str) -> dict[str, str]:
 
 
 def _train(
-    cells: Sequence[Cell], store: MlflowStore, group: Group, directory: Path, protocol_id: str, name: str
+    cells: Sequence[Cell], store: MlflowStore, group: ParentRun, directory: Path, protocol_id: str, name: str
 ) -> int:
     """Train the cells in turn, each in the next free directory; returns how many did not finish."""
     from distilbench.tracking import SWEEP

@@ -85,8 +85,8 @@ class TrialResult:
     process's resident set on a CPU. ``micro_batch_size`` counts the examples whose gradients were computed at once in
     the end, where those were fewer than a batch.
 
-    A trial that was trained at once with others took part in all of their seconds: ``batch_size`` counts them, itself
-    included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
+    A trial that was trained at once with others took part in all of their seconds: ``num_trials_in_batch`` counts them,
+    itself included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
     ``solo_seconds_estimate`` what ``train_seconds`` would have been alone, estimated from a probe.
     """
 
@@ -106,14 +106,14 @@ class TrialResult:
     device: str = ""
     precision: str = ""
     micro_batch_size: int | None = None
-    batch_size: int = 1
+    num_trials_in_batch: int = 1
     batch_seconds: float = 0.0
     solo_seconds_estimate: float | None = None
 
     @property
     def alone(self) -> bool:
         """Whether the trial had the device to itself, so that its seconds are its own."""
-        return self.batch_size == 1
+        return self.num_trials_in_batch == 1
 
 
 @dataclass(frozen=True)

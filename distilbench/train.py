@@ -31,7 +31,7 @@ from distilbench.settings import CONF, SettingsError, register_schema, require, 
 from distilbench.sweep.job import Seeds, SweepJob, context_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
-    from distilbench.trials.batch import Entry, Trained, Workshop
+    from distilbench.trials.batch import BatchRunner, Entry, Trained
     from distilbench.trials.run import Job, Outcome
 
 register_schema()
@@ -68,7 +68,7 @@ class Batches:
         with _in_one_line():
             require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
         self._max_trials = max_trials
-        self._workshop: Workshop | None = None
+        self._runner: BatchRunner | None = None
 
     def describe(self, config: DictConfig) -> Task:
         """Return what a job is to do; raises or exits as the job itself would."""
@@ -84,16 +84,16 @@ class Batches:
         if not jobs:
             return
         end_cleanly()
-        from distilbench.trials.batch import Workshop
+        from distilbench.trials.batch import BatchRunner
 
-        self._workshop = self._workshop or Workshop(self._max_trials)
+        self._runner = self._runner or BatchRunner(self._max_trials)
         by_themselves = {index for index, task in enumerate(jobs) if task.has_seeds and task.prunes}
         yield {index: _by_itself(jobs[index]) for index in by_themselves}
         with ExitStack() as closing:
             parts = {index: _parts_of(task, closing) for index, task in enumerate(jobs) if index not in by_themselves}
             entries = [(index, entry) for index, own in parts.items() for entry in own.entries]
             ended: dict[int, list[Trained | Exception]] = defaultdict(list)
-            for trained in self._workshop.train([entry for _, entry in entries]):
+            for trained in self._runner.train([entry for _, entry in entries]):
                 for place, result in trained.items():
                     ended[entries[place][0]].append(result)
                 whole = [index for index, results in ended.items() if len(results) == len(parts[index].entries)]

@@ -31,16 +31,16 @@ def folder(tmp_path_factory):
     """A store with a sweep, the report's three experiments, one without predictions and one of another protocol."""
     folder = tmp_path_factory.mktemp("compared")
     store = make_store(folder)
-    group = store.open_group("first", {SWEEP: "first"})
+    group = store.open_parent_run("first", {SWEEP: "first"})
     inside = {"parent_run_id": group.run_id, "tags": {SWEEP: "first"}}
     for seed in (1, 2):
         add_trial(store, f"seed={seed}", **inside)
         add_trial(store, f"seed={seed}", "freeze.layers=1", wrong=60, seconds=30, **inside)
         add_trial(store, f"seed={seed}", *COSINE, wrong=10, **inside)
     add_trial(store, "optim.lr=0.5", text="other", tags={SWEEP: "alien"})
-    store.open_group("empty", {SWEEP: "empty"})
+    store.open_parent_run("empty", {SWEEP: "empty"})
     add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP: "blank"})
-    broken = store.open_group("broken", {SWEEP: "broken"})
+    broken = store.open_parent_run("broken", {SWEEP: "broken"})
     from tests.made_store import start_of
 
     for seed in (1, 2):
@@ -148,11 +148,11 @@ def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
 
 def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     from distilbench.settings import TrackingSettings
-    from distilbench.tracking import Selection, find_store
+    from distilbench.tracking import RunFilter, find_store
 
     store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench"))
-    (alien,) = store.search(Selection(tags={SWEEP: "alien"}))
-    first = store.search(Selection(tags={SWEEP: "first"}))
+    (alien,) = store.search(RunFilter(tags={SWEEP: "alien"}))
+    first = store.search(RunFilter(tags={SWEEP: "first"}))
     runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"
     with pytest.raises(SettingsError, match=r"must be of one protocol, got 2: .*tiny on text.*; choose one: protocol="):
         compare(folder, tmp_path, runs)

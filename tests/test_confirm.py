@@ -12,7 +12,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import CONFIRMS
 from distilbench.results import Status
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP, Selection
+from distilbench.tracking import SWEEP, RunFilter
 from distilbench.trials import run as trials
 from tests.conftest import ROOT, TINY
 from tests.made_store import add_trial, make_store
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     """A real sweep of three tiny trials of seed 1: the baseline and two learning rates."""
     folder = tmp_path_factory.mktemp("confirmed")
     store = make_store(folder)
-    group = store.open_group("first", {SWEEP: "first"})
+    group = store.open_parent_run("first", {SWEEP: "first"})
     with initialize_config_dir(str(ROOT / "conf")):
         for number, rate in enumerate(("2e-5", "1e-2", "3e-3")):
             asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",
@@ -51,7 +51,7 @@ def run_confirm(folder: Path, *asked: str) -> int:
 
 
 def confirmed(folder: Path, name="first-confirm"):
-    return make_store(folder).search(Selection(tags={SWEEP: name}))
+    return make_store(folder).search(RunFilter(tags={SWEEP: name}))
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys):

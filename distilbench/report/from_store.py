@@ -17,7 +17,7 @@ from distilbench.report.rows import Row, against_baseline, by_choice, find_basel
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import SWEEP, MlflowStore, RawRun, Selection, Store
+from distilbench.tracking import SWEEP, MlflowStore, RawRun, RunFilter, Store
 
 log = logging.getLogger(__name__)
 
@@ -116,14 +116,14 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], plan: Plan) -> 
     """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
     sample = (*rows[0].trials, *rows[0].others)[0]
     if plan.baseline:
-        found = store.search(Selection(run_ids=(plan.baseline,)))
+        found = store.search(RunFilter(run_ids=(plan.baseline,)))
         if not found:
             raise SettingsError(f"baseline must be the id of a run, or none, got {plan.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
     expected = digest(_expected(rows, plan.usual))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
-    return store.search(Selection(tags={**tags, "distilbench.status": Status.FINISHED.value}))
+    return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
 
 
 def _picked_here(plan: Plan, trials: Sequence[StoredTrial]) -> bool:
@@ -189,7 +189,7 @@ def _confirmation(store: MlflowStore, report: Report, plan: Plan) -> tuple[Confi
     """A confirmation's settings beside the sweep that picked them; nothing for any other report."""
     name = plan.sweep.tags.get(CONFIRMS) if plan.sweep else None
     first = store.sweep_run(name) if name else None
-    trials = store.search(Selection(tags={SWEEP: name})) if first and name else []
+    trials = store.search(RunFilter(tags={SWEEP: name})) if first and name else []
     trials = [trial for trial in trials if trial.protocol_id == report.sample.protocol_id]
     if not trials:
         return ()
@@ -230,7 +230,7 @@ def report_sweep(
     if not isinstance(store, MlflowStore):
         return None
     parent = store.sweep_run(sweep)
-    trials = store.search(Selection(tags={SWEEP: sweep}))
+    trials = store.search(RunFilter(tags={SWEEP: sweep}))
     if not trials:
         return None
     protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]

@@ -277,7 +277,8 @@ def _batch_time(result: TrialResult) -> str:
         return f"{duration(result.train_seconds)} training"
     estimate = result.solo_seconds_estimate
     solo = f", one alone about {duration(estimate)} (estimate)" if estimate is not None else ""
-    return f"{duration(result.train_seconds)} training at once with {counted(result.batch_size - 1, 'other')}{solo}"
+    others = counted(result.num_trials_in_batch - 1, "other")
+    return f"{duration(result.train_seconds)} training at once with {others}{solo}"
 
 
 def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:

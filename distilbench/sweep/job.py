@@ -231,7 +231,7 @@ class Seeds:
         from distilbench.trials.run import SweepContext
 
         self._place = place
-        self._group = store.open_group(place.name, place.tags, place.parent_run_id)
+        self._group = store.open_parent_run(place.name, place.tags, place.parent_run_id)
         self._begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), self._group.run_id)
         self._begun.write(place.directory)
         self._is_finished = False

@@ -41,7 +41,7 @@ from distilbench.sweep.storage import (
     storage_at,
 )
 from distilbench.sweep.study import FAILURES, Study, Task, quiet
-from distilbench.tracking import Group, open_store
+from distilbench.tracking import ParentRun, open_store
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,11 @@ def _to_retry(plan: Plan, study: Any) -> list[int]:
     return [t.number for t in study.get_trials(deepcopy=False) if t.user_attrs.get("status") in again]
 
 
-def _open_group(plan: Plan, studies: Studies, store: Any) -> Group:
+def _open_group(plan: Plan, studies: Studies, store: Any) -> ParentRun:
     """The sweep's own run: the one that it had before, where there is one."""
     study = studies.main.study
     tags = {"distilbench.sweep": plan.name, "distilbench.role": "sweep"}
-    group: Group = store.open_group(plan.name, tags, run_id=study.user_attrs.get("run_id"))
+    group: ParentRun = store.open_parent_run(plan.name, tags, run_id=study.user_attrs.get("run_id"))
     if group.run_id:
         study.set_user_attr("run_id", group.run_id)
     return group
@@ -131,7 +131,7 @@ def _open_group(plan: Plan, studies: Studies, store: Any) -> Group:
 class Loop:
     """One process at work on a sweep."""
 
-    def __init__(self, plan: Plan, place: Place, storage: Storage, studies: Studies, group: Group,
+    def __init__(self, plan: Plan, place: Place, storage: Storage, studies: Studies, group: ParentRun,
                  options: Options) -> None:  # fmt: skip
         self._plan, self._place, self._storage = plan, place, storage
         self._studies, self._group = studies, group

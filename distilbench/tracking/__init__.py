@@ -2,28 +2,28 @@
 
 A store makes one run per trial through ``MlflowClient`` and explicit run ids, never through MLflow's fluent stack, so
 that several runs may be open at once. Metrics are ``train/...`` per logging step, ``validation/...`` (``selection/...``
-where a split of its own picks epochs) per evaluation, and without a group what a trial amounts to in the end:
+where a split of its own picks epochs) per evaluation, and without a prefix what a trial amounts to in the end:
 ``accuracy``, ``loss``, ``f1`` and ``mcc`` are the kept epoch's on the report split.
 """
 
 from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
-from distilbench.tracking.group import Group
+from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import RunLog, final_metrics
-from distilbench.tracking.search import RawRun, Selection
+from distilbench.tracking.search import RawRun, RunFilter
 from distilbench.tracking.store import SWEEP, MlflowStore, Store
 from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
 __all__ = [
     "SWEEP",
     "DatasetUsed",
-    "Group",
     "MlflowStore",
+    "ParentRun",
     "RawRun",
+    "RunFilter",
     "RunLog",
     "RunStart",
-    "Selection",
     "Store",
     "final_metrics",
     "find_store",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking.retries import in_one_line
+from distilbench.tracking.retries import as_settings_error
 from distilbench.tracking.store import MlflowStore, NullStore, Store
-from distilbench.tracking.uri import Place, place_of
+from distilbench.tracking.uri import StoreAddress, store_address_of
 
 ANSWER_SECONDS = 4.0
 """How long a server or a database may take to answer at the start; importing mlflow comes on top of it."""
@@ -31,11 +31,11 @@ def open_store(settings: TrackingSettings) -> Store:
     """
     if settings.name == "none":
         return NullStore()
-    place = place_of(settings)
+    address = store_address_of(settings)
     _quieten()
-    with in_one_line(place.refusal, place.remedy):
-        experiment_id = _open_database(place, settings) if place.artifacts else _open_server(place, settings)
-    return MlflowStore(place, settings.experiment, experiment_id)
+    with as_settings_error(address.refusal, address.remedy):
+        experiment_id = _open_database(address, settings) if address.artifacts else _open_server(address, settings)
+    return MlflowStore(address, settings.experiment, experiment_id)
 
 
 def find_store(settings: TrackingSettings) -> MlflowStore:
@@ -45,31 +45,31 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     """
     if settings.name == "none":
         raise SettingsError("tracking must be mlflow to read trials, got none; drop tracking=none")
-    place = place_of(settings)
-    if place.file and not place.file.is_file():
+    address = store_address_of(settings)
+    if address.file and not address.file.is_file():
         raise SettingsError(
-            f"{place.setting} must be a store that holds trials, got {place.file}, which does not exist; train one "
+            f"{address.setting} must be a store that holds trials, got {address.file}, which does not exist; train one "
             "first (python -m distilbench.train experiment=quick) or name the store with tracking.uri=..."
         )
     _quieten()
-    with in_one_line(place.refusal, place.remedy):
-        names = _experiments_of(place)
+    with as_settings_error(address.refusal, address.remedy):
+        names = _experiments_of(address)
     if settings.experiment not in names:
         raise SettingsError(
             f"tracking.experiment must be one of {', '.join(sorted(names))}, got {settings.experiment!r}; "
             "train a trial in it first"
         )
-    return MlflowStore(place, settings.experiment, names[settings.experiment])
+    return MlflowStore(address, settings.experiment, names[settings.experiment])
 
 
-def _experiments_of(place: Place) -> dict[str, str]:
+def _experiments_of(address: StoreAddress) -> dict[str, str]:
     """Name -> id of the active experiments of a store that exists."""
     from mlflow import MlflowClient
 
-    if place.artifacts is not None:
-        _check_database(place)
-    client = MlflowClient(place.uri)
-    found = _within(ANSWER_SECONDS if place.artifacts is None else 60, lambda: client.search_experiments())
+    if address.artifacts is not None:
+        _check_database(address)
+    client = MlflowClient(address.uri)
+    found = _within(ANSWER_SECONDS if address.artifacts is None else 60, lambda: client.search_experiments())
     return {experiment.name: str(experiment.experiment_id) for experiment in found}
 
 
@@ -107,11 +107,11 @@ def _within(seconds: float, action: Callable[[], Any]) -> Any:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
-def _open_server(place: Place, settings: TrackingSettings) -> str:
+def _open_server(address: StoreAddress, settings: TrackingSettings) -> str:
     """The experiment's id at a server, which keeps artifacts where it likes. Asked once: retries would take minutes."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(place.uri)
+    client = MlflowClient(address.uri)
     patience = os.environ[_RETRIES]
     os.environ[_RETRIES] = "0"
     try:
@@ -120,20 +120,20 @@ def _open_server(place: Place, settings: TrackingSettings) -> str:
         os.environ[_RETRIES] = patience
 
 
-def _open_database(place: Place, settings: TrackingSettings) -> str:
+def _open_database(address: StoreAddress, settings: TrackingSettings) -> str:
     """The experiment's id in a database. One process at a time: racing ones break each other's migrations."""
     from filelock import FileLock
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    assert place.artifacts is not None
-    place.artifacts.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.artifacts / ".lock", timeout=60):
-        _check_database(place)
-        if place.file and not place.file.stat().st_size:
-            _make_database(place.file, place.artifacts)
-        store = SqlAlchemyStore(place.uri, place.artifacts.as_uri())
+    assert address.artifacts is not None
+    address.artifacts.mkdir(parents=True, exist_ok=True)
+    with FileLock(address.artifacts / ".lock", timeout=60):
+        _check_database(address)
+        if address.file and not address.file.stat().st_size:
+            _make_database(address.file, address.artifacts)
+        store = SqlAlchemyStore(address.uri, address.artifacts.as_uri())
         experiment_id = _experiment_of(store, settings)
-        _check_artifacts(store.get_experiment(experiment_id).artifact_location, place.artifacts, settings)
+        _check_artifacts(store.get_experiment(experiment_id).artifact_location, address.artifacts, settings)
     return experiment_id
 
 
@@ -147,15 +147,15 @@ def _make_database(file: Path, artifacts: Path) -> None:
     os.replace(partial, file)
 
 
-def _check_database(place: Place) -> None:
+def _check_database(address: StoreAddress) -> None:
     """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer."""
-    if place.file:
-        with contextlib.closing(sqlite3.connect(place.file, timeout=ANSWER_SECONDS)) as connection:
+    if address.file:
+        with contextlib.closing(sqlite3.connect(address.file, timeout=ANSWER_SECONDS)) as connection:
             connection.execute("BEGIN IMMEDIATE")
         return
     import sqlalchemy
 
-    _within(ANSWER_SECONDS, lambda: sqlalchemy.create_engine(place.uri).connect().close())
+    _within(ANSWER_SECONDS, lambda: sqlalchemy.create_engine(address.uri).connect().close())
 
 
 def _experiment_of(store: Any, settings: TrackingSettings) -> str:

@@ -17,7 +17,7 @@ PAUSES = (0.5, 2.0)
 """Seconds between the attempts to write what must be written before the process goes on."""
 
 
-def troubles() -> tuple[type[Exception], ...]:
+def store_errors() -> tuple[type[Exception], ...]:
     """What stands for a store in trouble; requests' errors are OSErrors, an ImportError is a database's driver."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
@@ -27,11 +27,11 @@ def troubles() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
-def in_one_line(refusal: str, remedy: str) -> Iterator[None]:
+def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
     """Turn trouble into one :class:`SettingsError`: ``<refusal>: <reason>; <remedy>``."""
     try:
         yield
-    except troubles() as error:
+    except store_errors() as error:
         raise SettingsError(f"{refusal}: {reason_of(error)}; {remedy}") from error
 
 
@@ -44,13 +44,13 @@ def reason_of(error: BaseException) -> str:
     return redact(" ".join(said.split()))[:200]
 
 
-def insist(what: str, action: Callable[[], object]) -> bool:
+def retry_or_warn(what: str, action: Callable[[], object]) -> bool:
     """Try thrice; then warn in one line and return False, since a trained model outweighs its record."""
     for pause in (*PAUSES, None):
         try:
             action()
             return True
-        except troubles() as error:
+        except store_errors() as error:
             if pause is None:
                 log.warning("MLflow did not take %s: %s", what, reason_of(error))
             else:

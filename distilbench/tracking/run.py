@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distilbench.results import MEASURES, Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import insist, reason_of, troubles
+from distilbench.tracking.retries import reason_of, retry_or_warn, store_errors
 from distilbench.tracking.tags import LONGEST_TAG, RunStart
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class MlflowRun:
         self._run_id = run_id
         self._start = start
         same = start.protocol.selection_split == start.protocol.report_split
-        self._group = "validation" if same else "selection"
+        self._split = "validation" if same else "selection"
         self._waiting: list[tuple[str, float, int, int]] = []
         self._losses: list[tuple[int, float]] = []
         self._due = time.monotonic() + SHORTEST_WAIT
@@ -76,7 +76,7 @@ class MlflowRun:
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation on the selection split, and everything that waits."""
-        values = {f"{self._group}/{name}": evaluation.metric(name) for name in MEASURES}
+        values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
         self._wait(values | {"epoch": evaluation.epoch}, evaluation.step)
         if not self._failures or time.monotonic() >= self._due:
             self._flush()
@@ -90,8 +90,8 @@ class MlflowRun:
             writes.append(("the confusion matrix", lambda: self._log_confusion(predictions)))
         if result.history:
             writes.append(("the learning curve", lambda: self._log_curve(result)))
-        all(insist(what, write) for what, write in writes)  # the first that fails spares the wait for the others
-        insist("the end of the run", lambda: self._end(result))
+        all(retry_or_warn(what, write) for what, write in writes)  # the first that fails spares the wait for the others
+        retry_or_warn("the end of the run", lambda: self._end(result))
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
         at = milliseconds()
@@ -103,7 +103,7 @@ class MlflowRun:
         try:
             self._send()
             self._failures = 0
-        except troubles() as error:
+        except store_errors() as error:
             self._failures += 1
             if self._failures == 2 and not self._warned:
                 self._warned = True
@@ -166,7 +166,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     if result.micro_batch_size is not None:
         values["micro_batch_size"] = result.micro_batch_size
     if not result.alone:
-        values |= {"batch_size": result.batch_size, "batch_seconds": result.batch_seconds}
+        values |= {"num_trials_in_batch": result.num_trials_in_batch, "batch_seconds": result.batch_seconds}
         if result.solo_seconds_estimate is not None:
             values["solo_seconds_estimate"] = result.solo_seconds_estimate
     if result.selection is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilbench.results import MEASURES, Status, StoredTrial
 from distilbench.settings import SettingsError
-from distilbench.tracking.uri import Place
+from distilbench.tracking.uri import StoreAddress
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +44,7 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Selection:
+class RunFilter:
     """Which runs are meant: all conditions hold. ``run_ids`` names them; ``tags`` and ``params`` are exact values.
 
     ``are_trials`` leaves the other kind away before it is read, where the store can tell; None takes both.
@@ -133,15 +133,15 @@ def _mapping(text: str) -> dict[str, object]:
     return value
 
 
-def search_server(client: MlflowClient, experiment_id: str, selection: Selection) -> Iterator[RawRun]:
+def search_server(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> Iterator[RawRun]:
     """Runs of a server, a page at a time; values that hold a quote of either kind can't be asked for."""
-    if selection.run_ids:
-        asked = [client.get_run(run_id) for run_id in selection.run_ids]
+    if wanted.run_ids:
+        asked = [client.get_run(run_id) for run_id in wanted.run_ids]
         yield from (RawRun.of(run) for run in asked if run.info.lifecycle_stage == "active")
         return
     conditions = [
         f"{kind}.`{key}` = {_quoted(value)}"
-        for kind, pairs in (("tags", selection.tags), ("params", selection.params))
+        for kind, pairs in (("tags", wanted.tags), ("params", wanted.params))
         for key, value in pairs.items()
     ]
     token = None
@@ -155,15 +155,15 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
-def search_database(place: Place, experiment_id: str, selection: Selection) -> Iterator[RawRun]:
+def search_database(address: StoreAddress, experiment_id: str, wanted: RunFilter) -> Iterator[RawRun]:
     """Runs of a database; several queries, none of which reads more than a report needs."""
     import sqlalchemy
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlTag
 
-    engine = sqlalchemy.create_engine(place.uri)
+    engine = sqlalchemy.create_engine(address.uri)
     try:
         with engine.connect() as connection:
-            runs = connection.execute(_runs_query(experiment_id, selection)).all()
+            runs = connection.execute(_runs_query(experiment_id, wanted)).all()
             ids = [run.run_uuid for run in runs]
             tags = _by_run(connection, SqlTag, SqlTag.value, TAGS, ids)
             metrics = _by_run(connection, SqlLatestMetric, SqlLatestMetric.value, METRICS, ids)
@@ -174,22 +174,22 @@ def search_database(place: Place, experiment_id: str, selection: Selection) -> I
         yield RawRun(run.run_uuid, run.name or "", run.start_time or 0, *found, run.artifact_uri)
 
 
-def _runs_query(experiment_id: str, selection: Selection) -> Any:
+def _runs_query(experiment_id: str, wanted: RunFilter) -> Any:
     from mlflow.store.tracking.dbmodels.models import SqlParam, SqlRun, SqlTag
     from sqlalchemy import select
 
     query: Any = select(SqlRun.run_uuid, SqlRun.name, SqlRun.start_time, SqlRun.artifact_uri)
     query = query.where(SqlRun.experiment_id == int(experiment_id), SqlRun.lifecycle_stage == "active")
-    if selection.run_ids:
-        query = query.where(SqlRun.run_uuid.in_(selection.run_ids))
-    for table, pairs in ((SqlTag, selection.tags), (SqlParam, selection.params)):
+    if wanted.run_ids:
+        query = query.where(SqlRun.run_uuid.in_(wanted.run_ids))
+    for table, pairs in ((SqlTag, wanted.tags), (SqlParam, wanted.params)):
         for key, value in pairs.items():
             query = query.where(
                 SqlRun.run_uuid.in_(select(table.run_uuid).where(table.key == key, table.value == value))
             )
     marked: Any = SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == MARK))
     kinds = {None: query, True: query.where(marked), False: query.where(~marked)}
-    return kinds[selection.are_trials].order_by(SqlRun.start_time, SqlRun.run_uuid)
+    return kinds[wanted.are_trials].order_by(SqlRun.start_time, SqlRun.run_uuid)
 
 
 def _by_run(

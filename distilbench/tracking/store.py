@@ -16,13 +16,13 @@ from distilbench.identity import SourceUsed, digest
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.group import Group, MlflowGroup, NullGroup
+from distilbench.tracking.parent_run import MlflowParentRun, NullParentRun, ParentRun
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import in_one_line, insist
+from distilbench.tracking.retries import as_settings_error, retry_or_warn
 from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
-from distilbench.tracking.search import RawRun, Selection, search_database, search_server
+from distilbench.tracking.search import RawRun, RunFilter, search_database, search_server
 from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
-from distilbench.tracking.uri import Place
+from distilbench.tracking.uri import StoreAddress
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
@@ -55,14 +55,14 @@ class NullStore:
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Do nothing."""
 
-    def search(self, selection: Selection) -> list[StoredTrial]:
+    def search(self, wanted: RunFilter) -> list[StoredTrial]:
         """Return nothing: nothing is kept."""
         return []
 
-    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
-                   run_id: str | None = None) -> Group:  # fmt: skip
-        """Return a group that keeps nothing."""
-        return NullGroup()
+    def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> ParentRun:  # fmt: skip
+        """Return a parent run that keeps nothing."""
+        return NullParentRun()
 
     def runs_url(self) -> str | None:
         """Return None."""
@@ -76,13 +76,13 @@ class NullStore:
 class MlflowStore:
     """Trials as MLflow runs of one experiment."""
 
-    def __init__(self, place: Place, experiment: str, experiment_id: str) -> None:
+    def __init__(self, address: StoreAddress, experiment: str, experiment_id: str) -> None:
         from mlflow import MlflowClient
 
-        self._place = place
+        self._address = address
         self._experiment = experiment
         self._experiment_id = experiment_id
-        self._client = MlflowClient(place.uri)
+        self._client = MlflowClient(address.uri)
         self._artifacts: dict[str, str] = {}
 
     def begin(self, start: RunStart) -> RunLog:
@@ -113,37 +113,37 @@ class MlflowStore:
 
     def load(self, run_id: str) -> StoredTrial:
         """The trial of a run, NaN where a figure is missing; raises :class:`SettingsError` where there is none."""
-        with in_one_line(f"run must be one of {self.describe()}, got {run_id!r}", "name another one"):
+        with as_settings_error(f"run must be one of {self.describe()}, got {run_id!r}", "name another one"):
             run = self._client.get_run(run_id)
         return self._stored(run)
 
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Attach ``comparison.md`` and metrics to a run, which may have ended."""
-        insist("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
+        retry_or_warn("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
         values = [(name, float(value), milliseconds(), 0) for name, value in (metrics or {}).items()]
-        insist("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
+        retry_or_warn("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
 
-    def search(self, selection: Selection) -> list[StoredTrial]:
-        """The trials that ``selection`` means, oldest first, without predictions; raises :class:`SettingsError`.
+    def search(self, wanted: RunFilter) -> list[StoredTrial]:
+        """The trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
 
-        Sweeps' own runs and runs of other programs are passed over, unless ``selection`` names them by id.
+        Sweeps' own runs and runs of other programs are passed over, unless ``wanted`` names them by id.
         """
         with self._asking():
-            found = list(self._search(selection))
-        kept = [run for run in found if run.is_trial or run.run_id in selection.run_ids]
+            found = list(self._search(wanted))
+        kept = [run for run in found if run.is_trial or run.run_id in wanted.run_ids]
         self._artifacts |= {run.run_id: run.artifacts for run in kept}
         return [run.trial(self.run_url(run.run_id)) for run in kept]
 
     def sweep_run(self, sweep: str) -> RawRun | None:
         """The newest run that holds the trials of this sweep, None where there is none."""
         with self._asking():
-            found = list(self._search(Selection(tags={SWEEP: sweep}, are_trials=False)))
+            found = list(self._search(RunFilter(tags={SWEEP: sweep}, are_trials=False)))
         return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
 
     def sweep_names(self) -> list[str]:
         """The names of all sweeps, newest first."""
         with self._asking():
-            held = sorted(filter(_is_sweep, self._search(Selection(are_trials=False))), key=lambda run: -run.started_ms)
+            held = sorted(filter(_is_sweep, self._search(RunFilter(are_trials=False))), key=lambda run: -run.started_ms)
         return list(dict.fromkeys(run.tags[SWEEP] for run in held))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -154,7 +154,7 @@ class MlflowStore:
     def config(self, run_id: str) -> str:
         """The resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
         with (
-            in_one_line(f"run {run_id} must have its config.yaml", "train it again, or choose another run"),
+            as_settings_error(f"run {run_id} must have its config.yaml", "train it again, or choose another run"),
             tempfile.TemporaryDirectory() as folder,
         ):
             return Path(self._client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
@@ -162,16 +162,16 @@ class MlflowStore:
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
         """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
         for file in files:
-            insist(file.name, partial(self._client.log_artifact, run_id, str(file)))
+            retry_or_warn(file.name, partial(self._client.log_artifact, run_id, str(file)))
         text = redact(note)[:LONGEST_TAG]
-        insist("the description", partial(self._client.set_tag, run_id, "mlflow.note.content", text))
+        retry_or_warn("the description", partial(self._client.set_tag, run_id, "mlflow.note.content", text))
 
     def run_url(self, run_id: str) -> str:
         """Link to a run's page; for a local store it needs ``mlflow ui``."""
-        return self._place.run_url(self._experiment_id, run_id)
+        return self._address.run_url(self._experiment_id, run_id)
 
-    def open_group(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
-                   run_id: str | None = None) -> Group:  # fmt: skip
+    def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
+                   run_id: str | None = None) -> ParentRun:  # fmt: skip
         """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
@@ -183,23 +183,23 @@ class MlflowStore:
                     self._client.set_tag(run_id, key, value)
             else:
                 run_id = self._client.create_run(self._experiment_id, tags=known, run_name=redact(name)).info.run_id
-        return MlflowGroup(self._client, self._experiment_id, run_id, tags["distilbench.sweep"])
+        return MlflowParentRun(self._client, self._experiment_id, run_id, tags["distilbench.sweep"])
 
     def runs_url(self) -> str:
         """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""
-        return self._place.runs_url(self._experiment_id)
+        return self._address.runs_url(self._experiment_id)
 
     def describe(self) -> str:
         """One line: where the runs are and how to see them."""
-        return f"experiment {self._experiment} in {self._place.describe()}"
+        return f"experiment {self._experiment} in {self._address.describe()}"
 
-    def _search(self, selection: Selection) -> Iterator[RawRun]:
-        if self._place.artifacts is None:
-            return search_server(self._client, self._experiment_id, selection)
-        return search_database(self._place, self._experiment_id, selection)
+    def _search(self, wanted: RunFilter) -> Iterator[RawRun]:
+        if self._address.artifacts is None:
+            return search_server(self._client, self._experiment_id, wanted)
+        return search_database(self._address, self._experiment_id, wanted)
 
     def _asking(self) -> contextlib.AbstractContextManager[None]:
-        return in_one_line(self._place.refusal, self._place.remedy)
+        return as_settings_error(self._address.refusal, self._address.remedy)
 
     def _created(self, start: RunStart) -> Run:
         return self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
@@ -275,9 +275,9 @@ class MlflowStore:
         """A run's file: in place where :meth:`search` saw a local one (MLflow's download takes 40 ms), else fetched."""
         from mlflow.utils.file_utils import local_file_uri_to_path
 
-        place = self._artifacts.get(run_id, "")
-        if place.startswith("file:"):
-            return Path(local_file_uri_to_path(place)) / name
+        folder_uri = self._artifacts.get(run_id, "")
+        if folder_uri.startswith("file:"):
+            return Path(local_file_uri_to_path(folder_uri)) / name
         return Path(self._client.download_artifacts(run_id, name, str(folder)))
 
 

@@ -15,7 +15,7 @@ DATABASES = ("postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True)
-class Place:
+class StoreAddress:
     """Where runs are kept; ``setting`` names what decided it."""
 
     setting: str
@@ -28,7 +28,7 @@ class Place:
 
     @property
     def refusal(self) -> str:
-        """How a one-line error about this place begins."""
+        """How a one-line error about this store begins."""
         return f"{self.setting} must be a store that answers, got {redact(self.uri)}"
 
     @property
@@ -38,7 +38,7 @@ class Place:
         return f"{mend}, or go without: tracking=none"
 
     def describe(self) -> str:
-        """The place, and the command that shows it where that is not plain ``mlflow ui``."""
+        """Return the address, and the command that shows it where that is not plain ``mlflow ui``."""
         if self.file is None:
             return redact(self.uri)
         plain = self.file == Path.cwd() / "mlflow.db"
@@ -60,7 +60,7 @@ class Place:
         return address.rstrip("/")
 
 
-def place_of(settings: TrackingSettings) -> Place:
+def store_address_of(settings: TrackingSettings) -> StoreAddress:
     """``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` at the project's root.
 
     Artifacts of a SQLite store go to ``mlruns/`` beside its file, those of another database to the project's. Raises
@@ -71,9 +71,9 @@ def place_of(settings: TrackingSettings) -> Place:
     uri = uri or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}"
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme in ("http", "https"):
-        return Place(setting, uri)
+        return StoreAddress(setting, uri)
     if scheme in DATABASES:
-        return Place(setting, uri, artifacts=ROOT / "mlruns")
+        return StoreAddress(setting, uri, artifacts=ROOT / "mlruns")
     name = re.fullmatch(r"sqlite:///([^?]+)", uri)
     if name is None or name[1] == ":memory:":
         raise SettingsError(
@@ -81,4 +81,4 @@ def place_of(settings: TrackingSettings) -> Place:
             "leave it out for mlflow.db at the project's root"
         )
     file = Path(name[1]).absolute()
-    return Place(setting, f"sqlite:///{file.as_posix()}", file.parent / "mlruns", file)
+    return StoreAddress(setting, f"sqlite:///{file.as_posix()}", file.parent / "mlruns", file)

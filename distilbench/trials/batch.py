@@ -70,7 +70,7 @@ class _Ready:
         return self.prepared.protocol.id, digest(treatment_of(of, self.prepared.precision)), of.seed
 
 
-class Workshop:
+class BatchRunner:
     """Trains batches of jobs; what one batch resolved, opened or measured serves the next.
 
     ``max_trials`` bounds how many trials are trained at once, and so how much a kill can cost.

@@ -296,7 +296,7 @@ def _in_batch(result: TrialResult, size: int, seconds: float, solo_seconds: floa
     """A result that says in what company it came about; the estimate is for trials that took all of their steps."""
     whole = result.status is Status.FINISHED
     return replace(
-        result, batch_size=size, batch_seconds=seconds, solo_seconds_estimate=solo_seconds if whole else None
+        result, num_trials_in_batch=size, batch_seconds=seconds, solo_seconds_estimate=solo_seconds if whole else None
     )
 
 

@@ -160,7 +160,7 @@ def test_mlflow_has_a_run_for_each_trial_that_says_in_what_company_it_was_traine
     for run in runs:
         assert run.info.status == "FINISHED"
         assert run.data.tags["distilbench.alone"] == "false"
-        assert run.data.metrics["batch_size"] == 2
+        assert run.data.metrics["num_trials_in_batch"] == 2
         assert run.data.metrics["batch_seconds"] >= run.data.metrics["train_seconds"] > 0
         assert run.data.metrics["solo_seconds_estimate"] > 0
 
@@ -247,7 +247,7 @@ def test_an_optuna_sweep_trains_its_batches_at_once_and_prunes_within_them(tmp_p
     records = [json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(3)]
     assert sorted(record["status"] for record in records) == ["FINISHED", "FINISHED", "PRUNED"]
     children = [run for run in workspace.runs() if "distilbench.trial" in run.data.tags]
-    assert {run.data.metrics["batch_size"] for run in children} == {3}
+    assert {run.data.metrics["num_trials_in_batch"] for run in children} == {3}
     for run in children:
         record = records[int(run.data.tags["distilbench.trial"])]
         assert run.data.tags["distilbench.status"] == record["status"]
@@ -262,7 +262,7 @@ def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finis
     done = workspace.run(*arguments, "seed=1,2,3")
     assert done.returncode == 0, done.stdout + done.stderr
     children = [run for run in workspace.runs() if "distilbench.trial" in run.data.tags]
-    assert [run.data.metrics["batch_size"] for run in children] == [3, 3, 3]
+    assert [run.data.metrics["num_trials_in_batch"] for run in children] == [3, 3, 3]
     again = workspace.run(*arguments, "seed=1,2,3")
     assert again.returncode == 0, again.stdout + again.stderr
     assert len([run for run in workspace.runs() if "distilbench.trial" in run.data.tags]) == 3
@@ -278,7 +278,7 @@ def test_the_seeds_of_trials_are_trained_at_once_and_each_trial_ends_as_its_seed
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {run.info.run_name: run for run in workspace.runs()}
     seeds = [run for name, run in runs.items() if "seed=" in name]
-    assert [run.data.metrics["batch_size"] for run in seeds] == [4] * 4
+    assert [run.data.metrics["num_trials_in_batch"] for run in seeds] == [4] * 4
     first, second = (json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(2))
     assert (first["status"], first["figures"]["seeds"], second["status"]) == ("FINISHED", 2, "DIVERGED")
     each = [json.loads((tmp_path / "sweep" / "0" / f"seed-{i}" / "trial.json").read_text())["accuracy"] for i in (1, 2)]

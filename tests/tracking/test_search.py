@@ -8,7 +8,7 @@ import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import SWEEP, Selection, find_store
+from distilbench.tracking import SWEEP, RunFilter, find_store
 from distilbench.tracking.search import search_server
 from tests.made_store import DONE, make_store, start_of
 
@@ -17,7 +17,7 @@ from tests.made_store import DONE, make_store, start_of
 def kept(tmp_path_factory):
     """A store of two sweeps: ``first`` with a finished, a diverged and a nested trial, ``empty`` without any."""
     store = make_store(tmp_path_factory.mktemp("kept"))
-    group = store.open_group("first", {SWEEP: "first"})
+    parent = store.open_parent_run("first", {SWEEP: "first"})
     ids = {}
     for name, result in {
         "done": DONE,
@@ -25,38 +25,38 @@ def kept(tmp_path_factory):
         "picked elsewhere": replace(DONE, selection=replace(DONE.report, accuracy=0.9)),
     }.items():
         tags = {SWEEP: "first", "distilbench.role": "baseline" if name == "done" else ""}
-        run = store.begin(start_of("freeze.layers=1", name=name, tags=tags, parent_run_id=group.run_id))
+        run = store.begin(start_of("freeze.layers=1", name=name, tags=tags, parent_run_id=parent.run_id))
         run.finish(result, None)
         ids[name] = run.run_id
-    store.open_group("empty", {SWEEP: "empty"})
+    store.open_parent_run("empty", {SWEEP: "empty"})
     ids["alone"] = store.begin(start_of(name="alone")).run_id
-    return store, ids, group.run_id
+    return store, ids, parent.run_id
 
 
 def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept):
     store, ids, _ = kept
-    found = store.search(Selection(tags={SWEEP: "first"}))
+    found = store.search(RunFilter(tags={SWEEP: "first"}))
     assert [trial.name for trial in found] == ["done", "diverged", "picked elsewhere"]
     done, diverged, _ = found
     assert (done.accuracy, done.loss, done.train_seconds, done.role) == (0.75, 0.4, 12.5, "baseline")
     assert (diverged.status, diverged.error) == (Status.DIVERGED, "the loss is nan")
     assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}")
-    assert store.search(Selection(tags={SWEEP: "nowhere"})) == []
-    assert store.search(Selection(tags={SWEEP: "' or 1=1 --"})) == []
+    assert store.search(RunFilter(tags={SWEEP: "nowhere"})) == []
+    assert store.search(RunFilter(tags={SWEEP: "' or 1=1 --"})) == []
 
 
 def test_the_score_is_the_metric_on_the_split_that_picked(kept):
-    scores = {trial.name: trial.score for trial in kept[0].search(Selection(tags={SWEEP: "first"}))}
+    scores = {trial.name: trial.score for trial in kept[0].search(RunFilter(tags={SWEEP: "first"}))}
     assert (scores["done"], scores["picked elsewhere"]) == (0.75, 0.9)
     assert scores["diverged"] != scores["diverged"]
 
 
 def test_runs_are_found_by_id_and_by_parameter(kept):
     store, ids, parent = kept
-    assert [t.name for t in store.search(Selection(run_ids=(ids["alone"], ids["done"])))] == ["done", "alone"]
-    assert len(store.search(Selection(params={"freeze.layers": "1"}))) == 3
+    assert [t.name for t in store.search(RunFilter(run_ids=(ids["alone"], ids["done"])))] == ["done", "alone"]
+    assert len(store.search(RunFilter(params={"freeze.layers": "1"}))) == 3
     with pytest.raises(SettingsError, match="must be a distilbench trial"):
-        store.search(Selection(run_ids=(parent,)))
+        store.search(RunFilter(run_ids=(parent,)))
 
 
 def test_sweeps_are_known_by_name_newest_first(kept):
@@ -68,8 +68,8 @@ def test_sweeps_are_known_by_name_newest_first(kept):
 
 @pytest.mark.parametrize(
     "selection",
-    [Selection(tags={SWEEP: "first"}), Selection(params={"freeze.layers": "0"}), Selection(),
-     Selection(are_trials=False)],
+    [RunFilter(tags={SWEEP: "first"}), RunFilter(params={"freeze.layers": "0"}), RunFilter(),
+     RunFilter(are_trials=False)],
     ids=["sweep", "parameter", "all", "no trials"],
 )  # fmt: skip
 def test_a_server_tells_what_the_database_tells(kept, selection):
@@ -85,7 +85,7 @@ def test_a_run_of_another_version_is_told_in_one_line(kept):
     store, ids, _ = kept
     store._client.delete_tag(ids["alone"], "distilbench.measured_on")
     with pytest.raises(SettingsError, match=r"of distilbench that this one reads, got .*measured_on"):
-        store.search(Selection(run_ids=(ids["alone"],)))
+        store.search(RunFilter(run_ids=(ids["alone"],)))
 
 
 def test_history_and_configuration_are_read_back(kept):
@@ -116,7 +116,7 @@ def test_looking_for_a_store_makes_none(tmp_path):
 
 
 def test_an_unknown_experiment_names_those_that_are_there(kept):
-    uri = kept[0]._place.uri
+    uri = kept[0]._address.uri
     with pytest.raises(SettingsError, match=r"must be one of Default, distilbench, got 'other'"):
         find_store(TrackingSettings("mlflow", uri, "other"))
 
@@ -126,7 +126,7 @@ def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
     import sqlite3
 
     copy = tmp_path / "other.db"
-    shutil.copy(kept[0]._place.file, copy)
+    shutil.copy(kept[0]._address.file, copy)
     with sqlite3.connect(copy) as connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
     connection.close()

@@ -22,7 +22,7 @@ from distilbench.results import Evaluation, Predictions, Status, StepRecord, Tri
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking import DatasetUsed, RunStart, open_store, params_of, redact
 from distilbench.tracking import retries as trouble
-from distilbench.tracking import uri as place
+from distilbench.tracking import uri as address
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
 
 SECRET = "correct-horse-battery"
@@ -474,13 +474,13 @@ def test_tracking_none_keeps_nothing_and_imports_no_mlflow(start):
 
 
 def test_the_place_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
-    monkeypatch.setattr(place, "ROOT", tmp_path)
+    monkeypatch.setattr(address, "ROOT", tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    found = place.place_of(TrackingSettings("mlflow", None, "tests"))
+    found = address.store_address_of(TrackingSettings("mlflow", None, "tests"))
     assert (found.uri, found.artifacts) == (f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlruns")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org/mlflow")
-    assert place.place_of(TrackingSettings("mlflow", None, "tests")).uri == "https://example.org/mlflow"
-    found = place.place_of(TrackingSettings("mlflow", "sqlite:///here/x.db", "tests"))
+    assert address.store_address_of(TrackingSettings("mlflow", None, "tests")).uri == "https://example.org/mlflow"
+    found = address.store_address_of(TrackingSettings("mlflow", "sqlite:///here/x.db", "tests"))
     assert found.artifacts == Path("here/mlruns").absolute()
 
 
@@ -493,7 +493,7 @@ def test_a_uri_of_no_known_kind_is_refused(uri):
 def test_links_open_the_table_of_runs_without_the_password(store):
     table = "runs?workflowType=machine_learning&orderByKey=metrics.%60accuracy%60&orderByAsc=false"
     assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
-    server = place.Place("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")
+    server = address.StoreAddress("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")
     assert server.runs_url("4") == f"https://example.org/mlflow/#/experiments/4/{table}"
     assert server.describe() == "https://***@example.org/mlflow/"
 

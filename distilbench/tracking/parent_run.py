@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distilbench.results import Owner, Status
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import insist
+from distilbench.tracking.retries import retry_or_warn
 from distilbench.tracking.run import TERMINAL, log_metrics, milliseconds
 from distilbench.tracking.tags import LONGEST_TAG
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 PAGE = 1000
 
 
-class NullGroup:
-    """The group of runs that are not tracked."""
+class NullParentRun:
+    """The parent of runs that are not tracked."""
 
     run_id = None
 
@@ -46,7 +46,7 @@ class NullGroup:
         return None
 
 
-class MlflowGroup:
+class MlflowParentRun:
     """An open run that others name as their parent; ``sweep`` is in its and their tag ``distilbench.sweep``."""
 
     def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, sweep: str) -> None:
@@ -62,23 +62,23 @@ class MlflowGroup:
         """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
         at = milliseconds()
         values = [(name, float(value), at, 0) for name, value in metrics.items()]
-        insist("the sweep's metrics", lambda: log_metrics(self._client, self._run_id, values))
+        retry_or_warn("the sweep's metrics", lambda: log_metrics(self._client, self._run_id, values))
         if note is not None and note != self._note:
             self._note = note
             text = redact(note)[:LONGEST_TAG]
-            insist("the description", lambda: self._describe(text))
+            retry_or_warn("the description", lambda: self._describe(text))
 
     def _describe(self, text: str) -> None:
         self._client.set_tag(self._run_id, "mlflow.note.content", text)
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """Give the run its true end; one that was opened again may be ended again."""
-        insist("the end of the run", lambda: end_run(self._client, self._run_id, status, error))
+        retry_or_warn("the end of the run", lambda: end_run(self._client, self._run_id, status, error))
 
     def settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
                predictions: Path) -> None:  # fmt: skip
-        """End a run of this group whose process could not, with what its directory says; leaves ended ones alone."""
-        insist("the end of a trial", lambda: self._settle(run_id, status, error, metrics, predictions))
+        """End a run below this one whose process could not, with what its directory says; leaves ended ones alone."""
+        retry_or_warn("the end of a trial", lambda: self._settle(run_id, status, error, metrics, predictions))
 
     def _settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
                 predictions: Path) -> None:  # fmt: skip
@@ -93,7 +93,7 @@ class MlflowGroup:
     def close_dead(self, is_dead: Callable[[Owner], bool]) -> int:
         """End as INTERRUPTED every run of the sweep that is RUNNING in a process that ``is_dead``; how many."""
         closed: list[str] = []
-        insist("the end of interrupted trials", lambda: closed.extend(self._close_dead(is_dead)))
+        retry_or_warn("the end of interrupted trials", lambda: closed.extend(self._close_dead(is_dead)))
         return len(set(closed))
 
     def _close_dead(self, is_dead: Callable[[Owner], bool]) -> list[str]:
@@ -130,5 +130,5 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
-Group = NullGroup | MlflowGroup
+ParentRun = NullParentRun | MlflowParentRun
 """A run that holds other runs."""
