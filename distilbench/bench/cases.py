@@ -92,8 +92,8 @@ def measure(case: Case) -> Measured:
     total = Instant.now().wall - began.wall
     steps = [(start, end) for start, end, _ in marks]
     evaluation = [(start, end) for _, start, end in marks]
-    wall = [_covered((a.wall, b.wall) for a, b in spans) for spans in (steps, evaluation)]
-    cpu = [_covered((a.cpu, b.cpu) for a, b in spans) for spans in (steps, evaluation)]
+    wall = [_covered((a.wall, b.wall) for a, b in param_slices) for param_slices in (steps, evaluation)]
+    cpu = [_covered((a.cpu, b.cpu) for a, b in param_slices) for param_slices in (steps, evaluation)]
     start = min(a.wall for a, _ in steps)
     return Measured(wall[0], cpu[0], wall[1], cpu[1], total - sum(wall), _peak_bytes(device), loss, start)
 
@@ -127,10 +127,10 @@ Marks = list[tuple[Instant, Instant, Instant]]
 """Of each trial: the end of its warm-up, of its steps, and of its evaluation."""
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
+def _covered(param_slices: Iterable[tuple[float, float]]) -> float:
     """Seconds in one span at least: trials of one batch share theirs, those that memory kept apart do not."""
     covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
+    for start, end in sorted(param_slices):
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered

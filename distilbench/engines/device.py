@@ -127,7 +127,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def cheap_collections() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Leave what was there before out of garbage collections: 0.25-0.5 s each for the libraries' objects alone."""
     import gc
 

@@ -10,7 +10,7 @@ import torch
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.checkpoints import Progress
 from distilbench.engines.evaluation import best_of
-from distilbench.engines.steps import Course
+from distilbench.engines.steps import BatchSchedule
 from distilbench.results import Evaluation, Status, TrialResult
 from distilbench.settings import SettingsError, TrainSettings, TrialSettings
 
@@ -22,7 +22,7 @@ SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to t
 """Said where a trial goes on with fewer rows at once."""
 
 
-class Ended(Exception):
+class TrialEnded(Exception):
     """A trial is over before its last step; the message is one line for the user."""
 
     def __init__(self, status: Status, message: str) -> None:
@@ -31,21 +31,21 @@ class Ended(Exception):
 
 
 def require_finite(loss: float, kind: str, step: int, steps: int, settings: TrialSettings) -> None:
-    """Raise :class:`Ended` with DIVERGED where the ``kind`` loss (training or validation) is not finite."""
+    """Raise :class:`TrialEnded` with DIVERGED where the ``kind`` loss (training or validation) is not finite."""
     if not math.isfinite(loss):
-        raise Ended(
+        raise TrialEnded(
             Status.DIVERGED,
             f"the {kind} loss was {loss} at step {step} of {steps}; lower optim.lr (now {settings.optim.lr:g}), "
             "or warm up with scheduler.warmup_ratio=0.1",
         )
 
 
-def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
+def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
     """Return the status that an exception inside a trial stands for, and one line that says what to change.
 
     An error that nobody foresaw is FAILED; its traceback goes to the log.
     """
-    if isinstance(error, Ended):
+    if isinstance(error, TrialEnded):
         return error.status, str(error)
     if isinstance(error, SettingsError):
         return Status.FAILED, str(error)
@@ -62,7 +62,7 @@ def ending_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
 
 def result_of(
     progress: Progress,
-    ending: tuple[Status, str | None],
+    outcome: tuple[Status, str | None],
     train: TrainSettings,
     splits: EncodedSplits,
     report: Evaluation | None,
@@ -72,10 +72,10 @@ def result_of(
     What belongs to the device and the model is left for the engine to add.
     """
     best = progress.history[best_of(progress.history, train)] if progress.history else None
-    examples = Course(len(splits.train), train.batch_size, train.epochs).seen(progress.step)
+    examples = BatchSchedule(len(splits.train), train.batch_size, train.epochs).seen(progress.step)
     seconds = progress.step_seconds
     return TrialResult(
-        *ending,
+        *outcome,
         selection=best,
         report=best if splits.selection is splits.report else report,
         history=tuple(progress.history),

@@ -21,7 +21,7 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Course:
+class BatchSchedule:
     """How the examples of a training split are spread over steps."""
 
     examples: int

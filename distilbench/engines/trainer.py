@@ -24,8 +24,8 @@ from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
 from distilbench.engines.checkpoints import Progress
 from distilbench.engines.device import (
-    cheap_collections,
     describe_device,
+    gc_frozen,
     peak_memory,
     release_memory,
     reset_peak_memory,
@@ -34,8 +34,8 @@ from distilbench.engines.device import (
 )
 from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
 from distilbench.engines.optimization import build_optimizer, lr_factors
-from distilbench.engines.outcome import SMALLER, Ended, ending_of, require_finite, result_of
-from distilbench.engines.steps import Course
+from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
+from distilbench.engines.steps import BatchSchedule
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import resolve_model
@@ -55,7 +55,7 @@ class TrainerEngine:
     ) -> list[TrialResult]:
         """Train the trials in their order; see :class:`distilbench.engines.base.Engine`."""
         results = []
-        with cheap_collections():
+        with gc_frozen():
             for index, settings in enumerate(trials):
                 results.append(_train_one(index, settings, splits, observer))
                 release_memory()  # not before: until then, the trial's own frame holds model and optimizer
@@ -91,7 +91,7 @@ def _attempt(run: _Run) -> TrialResult:
         run.finish()
         return run.result(Status.FINISHED)
     except Exception as error:  # the trial's boundary: other trials go on
-        return run.result(*ending_of(error, run.settings))
+        return run.result(*outcome_of(error, run.settings))
     finally:
         run.close()
 
@@ -119,8 +119,8 @@ class _Run(TrainerCallback):
         self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
         self.batches = TrainingBatches(splits.train, splits.pad_token_id)
         train = settings.train
-        self.course = Course(len(splits.train), train.batch_size, train.epochs)
-        self.steps_per_epoch, self.steps = self.course.steps_per_epoch, self.course.steps
+        self.schedule = BatchSchedule(len(splits.train), train.batch_size, train.epochs)
+        self.steps_per_epoch, self.steps = self.schedule.steps_per_epoch, self.schedule.steps
         self.directory = Path(settings.output.dir)
         self.checkpoints = self.directory / checkpoints.DIRECTORY
         self.progress = Progress()
@@ -232,7 +232,7 @@ class _Run(TrainerCallback):
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
-            examples_per_second=(self.course.seen(progress.step) - self.course.seen(before)) / seconds,
+            examples_per_second=(self.schedule.seen(progress.step) - self.schedule.seen(before)) / seconds,
         )
         self.observer.on_step(self.index, record)
         self._lap()
@@ -250,7 +250,7 @@ class _Run(TrainerCallback):
         progress.train_seconds += self._lap()
         self._sample_memory()
         if self.observer.on_evaluation(self.index, evaluation):
-            raise Ended(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
+            raise TrialEnded(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
         control.should_save = self.settings.train.checkpoints and not last
         self._lap()
 
@@ -310,8 +310,8 @@ class _Run(TrainerCallback):
     def _micro_batches(self, step: int) -> int:
         """Micro-batches of the first ``step`` steps; the last batch of an epoch may have fewer."""
         epochs, steps = divmod(step, self.steps_per_epoch)
-        size, whole = self.settings.train.examples_at_once, self.course.examples
-        return epochs * math.ceil(whole / size) + math.ceil(self.course.seen(steps) / size)
+        size, whole = self.settings.train.examples_at_once, self.schedule.examples
+        return epochs * math.ceil(whole / size) + math.ceil(self.schedule.seen(steps) / size)
 
     def _sample_memory(self) -> None:
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))

@@ -146,7 +146,7 @@ class Recording(TorchDispatchMode):
 
 @dataclass
 class FakeGraphs:
-    """What :class:`distilbench.engines.fused.cuda.graph_step.Graphs` is on a GPU."""
+    """What :class:`distilbench.engines.fused.cuda.graph_step.GraphRunner` is on a GPU."""
 
     graphs: dict[Hashable, Recording] = field(default_factory=dict)
     replays: int = 0

@@ -21,7 +21,7 @@ from transformers import (
 
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
-from distilbench.engines.outcome import ending_of
+from distilbench.engines.outcome import outcome_of
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.resolve import resolve_model
@@ -363,7 +363,7 @@ def test_an_unforeseen_error_fails_the_trial_and_logs_its_traceback(trial, split
 
 
 def test_the_first_line_of_an_error_is_enough_for_the_user(trial):
-    assert ending_of(ValueError("one\ntwo"), trial()) == (Status.FAILED, "ValueError: one")
+    assert outcome_of(ValueError("one\ntwo"), trial()) == (Status.FAILED, "ValueError: one")
 
 
 # Arguments

@@ -16,7 +16,7 @@ _ATTEND = [
 
 
 @triton.jit(do_not_specialize=_KEEP)
-def keep(
+def draw(
     keys, kept, site, dropped, count, rows, blocks, columns, numbered_rows, numbered_blocks, stride, SIZE: tl.constexpr
 ):
     """Write ones and zeros of one order, eight along the columns for each counter."""
@@ -41,7 +41,7 @@ def keep(
 
 @triton.jit
 def adamw(
-    rows, gradient, low_gradient, mean, square, copy, numbers, constants, factors,
+    rows, gradient, compute_grad, mean, square, copy, numbers, constants, factors,
     size, decayed, low_start, low_stop, numbers_stride, constants_stride, COPIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one block of columns of one trial."""
@@ -49,8 +49,8 @@ def adamw(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = column < size
     at = trial.to(tl.int64) * size + column
-    shrink = tl.load(numbers + trial * numbers_stride + 1)
-    pace = tl.load(numbers + trial * numbers_stride + 2)
+    lr_times_weight_decay = tl.load(numbers + trial * numbers_stride + 1)
+    step_size = tl.load(numbers + trial * numbers_stride + 2)
     root = tl.load(numbers + trial * numbers_stride + 3)
     to_mean = tl.load(constants + trial * constants_stride)
     keep_square = tl.load(constants + trial * constants_stride + 1)
@@ -60,7 +60,7 @@ def adamw(
         low = (column >= low_start) & (column < low_stop)
         low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
         g = tl.load(gradient + at, mask=there & ~low, other=0.0)
-        g += tl.load(low_gradient + low_at, mask=low, other=0.0).to(g.dtype)
+        g += tl.load(compute_grad + low_at, mask=low, other=0.0).to(g.dtype)
     else:
         g = tl.load(gradient + at, mask=there, other=0.0)
     g *= tl.load(factors + trial)
@@ -69,8 +69,8 @@ def adamw(
     v = tl.load(square + at, mask=there, other=0.0)
     m += (g - m) * to_mean
     v = v * keep_square + g * g * to_square
-    p = tl.where(column < decayed, p - p * shrink, p)
-    p -= pace * m / (tl.sqrt(v) * root + eps)
+    p = tl.where(column < decayed, p - p * lr_times_weight_decay, p)
+    p -= step_size * m / (tl.sqrt(v) * root + eps)
     tl.store(rows + at, p, mask=there)
     tl.store(mean + at, m, mask=there)
     tl.store(square + at, v, mask=there)
@@ -131,10 +131,10 @@ def attend(
         g = tl.load(kept + kept_at, mask=asking, other=0.0)
         of_value = tl.dot(tl.trans(left), g, input_precision="ieee")
         of_left = tl.dot(g, tl.trans(v), input_precision="ieee") * keep
-        of_scores = probabilities * (of_left - tl.sum(probabilities * of_left, 1)[:, None]) * factor
-        of_scores = of_scores.to(k.dtype)
-        of_query = tl.dot(of_scores, k, input_precision="ieee")
-        of_key = tl.dot(tl.trans(of_scores), q, input_precision="ieee")
+        grad_scores = probabilities * (of_left - tl.sum(probabilities * of_left, 1)[:, None]) * factor
+        grad_scores = grad_scores.to(k.dtype)
+        of_query = tl.dot(grad_scores, k, input_precision="ieee")
+        of_key = tl.dot(tl.trans(grad_scores), q, input_precision="ieee")
         target = to_rows.dtype.element_ty
         if APART:
             tl.store(to_asked + query_at, of_query.to(target), mask=asking)

@@ -22,17 +22,17 @@ _LEVELS = 1 << 16
 """A draw is 16 bits, a quarter of what the generator yields at once: dropping 0.1 becomes dropping 0.100006."""
 
 
-class Draws(Protocol):
+class DropoutMasks(Protocol):
     """The masks of one forward pass, drawn in the order in which the layers ask for them."""
 
-    def keep(
+    def draw(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; ``shapes`` is what is real."""
         ...
 
 
-def draws_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> Draws:
+def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> DropoutMasks:
     """Return the way to draw that suits the device, keyed for each order of examples."""
     if device.type != "cuda":
         return Dropout(seeds, stage, step, device)
@@ -47,7 +47,7 @@ class Dropout:
         self._generators = [SFC64(key_of(seed, stage, step)) for seed in seeds]
         self._device = device
 
-    def keep(
+    def draw(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
@@ -90,11 +90,11 @@ class CounterDropout:
     def __init__(self, keys: torch.Tensor) -> None:
         self._keys, self._site = keys, 0
 
-    def keep(
+    def draw(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; filler is drawn for, too."""
-        draw = kernels.philox_keep if kernels.usable(self._keys) else philox_keep
+        draw = kernels.philox_mask if kernels.usable(self._keys) else philox_mask
         return draw(*self.site(rate), whole, EXTENT, dtype)
 
     def site(self, rate: float) -> tuple[torch.Tensor, int, int]:
@@ -103,7 +103,7 @@ class CounterDropout:
         return self._keys, self._site, _dropped(rate)
 
 
-def philox_keep(
+def philox_mask(
     keys: torch.Tensor, site: int, dropped: int, whole: Sequence[int], extent: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return ones where a draw of 16 bits is not below ``dropped``, ``(orders, *whole)``.
@@ -140,7 +140,7 @@ def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Te
     return [c0, c1, c2, c3]
 
 
-def keep_scale(rate: float) -> float:
+def dropout_scale(rate: float) -> float:
     """What kept values are multiplied by, so that the mean stays: one over the probability to be kept."""
     return _LEVELS / (_LEVELS - _dropped(rate))
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transformers.activations import get_activation
 
 from distilbench.engines.fused import kernels
-from distilbench.engines.fused.autograd import attend, attend_from_first, linear, norm_of_sum
-from distilbench.engines.fused.dropout import EXTENT, CounterDropout, Draws, keep_scale
+from distilbench.engines.fused.autograd import attend, cls_attention, dropout_add_layer_norm, linear
+from distilbench.engines.fused.dropout import EXTENT, CounterDropout, DropoutMasks, dropout_scale
 from distilbench.engines.fused.packing import Batch, Exchange, Placement
 from distilbench.engines.fused.params import StackedWeights
 
@@ -27,11 +27,13 @@ class Forward:
     size is 1 as long as nothing that was trained has been met and all trials share one order.
     """
 
-    def __init__(self, weights: StackedWeights, batch: Batch, dropout: Draws | None, still_layers: int = 0) -> None:
-        """Layers below ``still_layers`` go without dropout, whatever ``dropout`` says."""
+    def __init__(
+        self, weights: StackedWeights, batch: Batch, dropout: DropoutMasks | None, deterministic_layers: int = 0
+    ) -> None:
+        """Layers below ``deterministic_layers`` go without dropout, whatever ``dropout`` says."""
         self.weights, self.batch, self.dropout = weights, batch, dropout
-        self._still = still_layers
-        self.architecture = weights.rowmap.architecture
+        self._deterministic_layers = deterministic_layers
+        self.architecture = weights.layout.architecture
         self._activation = get_activation(self.architecture.activation)
         self._exchanges: dict[tuple[int, int, int, int], Exchange] = {}
 
@@ -42,11 +44,11 @@ class Forward:
         total = rows_of(weights["word"], batch.ids) + rows_of(weights["position"], batch.positions)
         if "type" in self.architecture.names:
             total += weights["type"]
-        return total.requires_grad_("word" not in weights.rowmap.frozen)
+        return total.requires_grad_("word" not in weights.layout.frozen)
 
     def embed(self, embedded: torch.Tensor) -> torch.Tensor:
         """Normalise the summed embeddings."""
-        normal = self._norm_of_sum(embedded, None, 0, "embedding_norm", last=False)
+        normal = self._dropout_add_layer_norm(embedded, None, 0, "embedding_norm", last=False)
         return self._dropped(normal, self.architecture.embedding_rate, last=False)
 
     def losses(self, hidden: torch.Tensor | None, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -65,31 +67,35 @@ class Forward:
 
     def layers(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run layers ``start`` to ``stop - 1``."""
-        dropout = self.dropout
         for i in range(start, stop):
-            self.dropout = dropout if i >= self._still else None
             x = self._layer(x, i)
-        self.dropout = dropout
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Classify the last hidden states of [CLS]: ``(trials, sentences, labels)`` in the rows' precision."""
         x = get_activation(self.architecture.head_activation)(self._linear(x, "dense"))
         x = self._dropped(x, self.architecture.head_rate, last=True)
-        return self._linear(x, "classifier").to(self.weights.rows.dtype)
+        return self._linear(x, "classifier").to(self.weights.flat_params.dtype)
 
     def _layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
         last = i == self.architecture.depth - 1
         attended = self._attention(x, i, last)
         x = _sentence_rows(x, self.batch.first) if last else x
-        x = self._norm_of_sum(x, attended, self.architecture.attention_output_rate, f"{i}.attention_norm", last)
+        x = self._dropout_add_layer_norm(
+            x, attended, self._rate(i, self.architecture.attention_output_rate), f"{i}.attention_norm", last
+        )
         expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
-        return self._norm_of_sum(x, expanded, self.architecture.output_rate, f"{i}.output_norm", last)
+        rate = self._rate(i, self.architecture.output_rate)
+        return self._dropout_add_layer_norm(x, expanded, rate, f"{i}.output_norm", last)
+
+    def _rate(self, i: int, rate: float) -> float:
+        """Return the dropout rate of layer ``i``: none in a deterministic one."""
+        return rate if i >= self._deterministic_layers else 0.0
 
     def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """Attend within sentences; in the last layer, from [CLS] alone."""
         batch = self.batch
-        if batch.lengths is not None and kernels.attends(self.weights.low, x):
+        if batch.lengths is not None and kernels.attends(self.weights.compute_dtype, x):
             return self._linear(self._attended(x, i, last), f"{i}.out")
         return self._linear(self._from_first(x, i) if last else self._from_all(x, i), f"{i}.out")
 
@@ -100,10 +106,10 @@ class Forward:
         trials, width = len(rows), rows.shape[2] // 3
         moved = self._exchange(batch.shared, trials, heads, 3)(rows.view(-1, width // heads))
         slots = moved.view(3, trials, -1, heads, batch.shared.row.shape[2], width // heads)
-        keep, scale = self._attention_keep(
-            [(p.bins, heads, p.width, p.width) for p in batch.packs], batch.token_mask, slots.dtype
+        dropout_mask, scale = self._attention_dropout_mask(
+            i, [(p.bins, heads, p.width, p.width) for p in batch.packs], batch.token_mask, slots.dtype
         )
-        context = attend(slots, batch.token_mask, keep, scale)
+        context = attend(slots, batch.token_mask, dropout_mask, scale)
         back = self._exchange(batch.shared, trials, heads, 0)
         return back(context.view(-1, width // heads)).view(trials, -1, width)
 
@@ -113,17 +119,17 @@ class Forward:
         query = self._linear(_sentence_rows(x, batch.first), f"{i}.q")
         moved = self._exchange(batch.alone, len(x), 1, 1)(x.to(query.dtype).view(-1, width))
         slots = moved.view(len(x), *batch.alone.row.shape[1:], width)
-        keep, scale = self._attention_keep(
-            [(len(p.first), heads, 1, p.width) for p in batch.packs], batch.first_mask, slots.dtype
+        dropout_mask, scale = self._attention_dropout_mask(
+            i, [(len(p.first), heads, 1, p.width) for p in batch.packs], batch.first_mask, slots.dtype
         )
-        places = self.weights.places(f"{i}.kv")
-        return attend_from_first(
-            slots, query, *self._layer_weights(f"{i}.kv"), places, heads, batch.first_mask, keep, scale
+        grad_buffers = self.weights.grad_buffers(f"{i}.kv")
+        return cls_attention(
+            slots, query, *self._layer_weights(f"{i}.kv"), grad_buffers, heads, batch.first_mask, dropout_mask, scale
         )
 
     def _attended(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """The context of every token, or of [CLS] alone, by one kernel; ``(trials, rows, width)``."""
-        batch, rate = self.batch, self.architecture.attention_rate
+        batch, rate = self.batch, self._rate(i, self.architecture.attention_rate)
         assert batch.lengths is not None
         asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
         rows = self._linear(x, f"{i}.kv" if last else f"{i}.qkv")
@@ -131,40 +137,41 @@ class Forward:
         width = batch.alone.row.shape[2]
         return kernels.attend(rows, asked, batch.first, batch.lengths, draws, self.architecture.heads, width, EXTENT)
 
-    def _attention_keep(
-        self, shapes: Sequence[Sequence[int]], mask: torch.Tensor, dtype: torch.dtype
+    def _attention_dropout_mask(
+        self, i: int, shapes: Sequence[Sequence[int]], mask: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, float]:
-        """What dropout keeps of probabilities that ``mask`` (orders, bins, 1, queries, width) belongs to, and times
-        what; ``shapes`` (bins, heads, queries, width) is what is real of each order.
+        """Return what layer ``i`` keeps of probabilities like ``mask`` (orders, bins, 1, queries, width), times what.
+
+        ``shapes`` (bins, heads, queries, width) is what is real of each order.
         """
-        rate = self.architecture.attention_rate
+        rate = self._rate(i, self.architecture.attention_rate)
         if self.dropout is None or rate == 0:
             return None, 1
         _, bins, _, *rest = mask.shape
-        return self.dropout.keep(rate, shapes, (bins, self.architecture.heads, *rest), dtype), keep_scale(rate)
+        return self.dropout.draw(rate, shapes, (bins, self.architecture.heads, *rest), dtype), dropout_scale(rate)
 
     def _dropped(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor:
         """Drop hidden states ``(trials, rows, width)``, of [CLS] alone from the ``last`` layer on."""
-        keep = self._keep(x, rate, last)
-        return x if keep is None else x * keep
+        dropout_mask = self._dropout_mask(x, rate, last)
+        return x if dropout_mask is None else x * dropout_mask
 
-    def _keep(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
+    def _dropout_mask(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
         """The mask of hidden states like ``x``, scaled so that their mean stays; None where nothing drops."""
         if self.dropout is None or rate == 0:
             return None
         shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
-        return self.dropout.keep(rate, shapes, x.shape[1:], self.weights.rows.dtype).mul_(keep_scale(rate))
+        return self.dropout.draw(rate, shapes, x.shape[1:], self.weights.flat_params.dtype).mul_(dropout_scale(rate))
 
     def _linear(self, x: torch.Tensor, layer: str) -> torch.Tensor:
-        return linear(x, *self._layer_weights(layer), self.weights.places(layer))
+        return linear(x, *self._layer_weights(layer), self.weights.grad_buffers(layer))
 
-    def _norm_of_sum(
+    def _dropout_add_layer_norm(
         self, x: torch.Tensor, branch: torch.Tensor | None, rate: float, layer: str, last: bool
     ) -> torch.Tensor:
         """Normalise the residual stream ``x`` and what dropout leaves of ``branch``."""
-        keep = None if branch is None else self._keep(branch, rate, last)
-        eps, places = self.architecture.eps, self.weights.places(layer)
-        return norm_of_sum(x, branch, keep, *self._layer_weights(layer), eps, places)
+        dropout_mask = None if branch is None else self._dropout_mask(branch, rate, last)
+        eps, grad_buffers = self.architecture.eps, self.weights.grad_buffers(layer)
+        return dropout_add_layer_norm(x, branch, dropout_mask, *self._layer_weights(layer), eps, grad_buffers)
 
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]

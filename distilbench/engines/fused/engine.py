@@ -22,8 +22,8 @@ from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import (
-    cheap_collections,
     describe_device,
+    gc_frozen,
     release_memory,
     reset_peak_memory,
     resolve_device,
@@ -31,12 +31,12 @@ from distilbench.engines.device import (
 )
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.key import check_fusable, fusion_key
-from distilbench.engines.fused.loop import Group
-from distilbench.engines.fused.member import Ground, Member
+from distilbench.engines.fused.loop import TrialGroup
+from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.packing import pack, stack_batches
-from distilbench.engines.fused.params import RowMap, StackedWeights, Vocabulary
-from distilbench.engines.outcome import ending_of
-from distilbench.engines.steps import Course
+from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
+from distilbench.engines.outcome import outcome_of
+from distilbench.engines.steps import BatchSchedule
 from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze, frozen_names, parameter_counts
 from distilbench.models.resolve import resolve_model
@@ -55,15 +55,15 @@ MEMORY_SHARE = 0.8
 class FusedEngine:
     """Train trials together where they may, one stacked model per group; see :class:`distilbench.engines.base.Engine`.
 
-    ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly. ``static`` steps, for
-    :mod:`.static`, are what CUDA gets unless told otherwise. On a CPU, which has nothing to record, they are slower:
+    ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly. ``graph_steps``, for
+    :mod:`.cuda.graph_step`, are what CUDA gets unless told otherwise. On a CPU, which records nothing, they are slower:
     MiniLM on SST-2, batch 16, take 2.7 times the CPU time a step, at freeze=3 1.6 to 2 times.
     """
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, prefix_bytes: int = PREFIX_BYTES, static: bool | None = None
+        self, dtype: torch.dtype = torch.float32, prefix_bytes: int = PREFIX_BYTES, graph_steps: bool | None = None
     ) -> None:
-        self.dtype, self.prefix_bytes, self.static = dtype, prefix_bytes, static
+        self.dtype, self.prefix_bytes, self.graph_steps = dtype, prefix_bytes, graph_steps
 
     def train(
         self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
@@ -73,7 +73,7 @@ class FusedEngine:
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, settings in enumerate(trials):
             groups[fusion_key(settings)].append(index)
-        with cheap_collections():
+        with gc_frozen():
             for indices in groups.values():
                 self._train_group({index: trials[index] for index in indices}, splits, observer, results)
                 release_memory()
@@ -85,29 +85,29 @@ class FusedEngine:
         """Train trials of one fusion key, as many at once as fit and stand at the same step."""
         began = time.perf_counter()
         try:
-            ground = _ground(next(iter(trials.values())), splits, self.dtype)
+            context = _group_context(next(iter(trials.values())), splits, self.dtype)
         except Exception as error:  # the trials' boundary: other groups go on
-            results.update({i: TrialResult(*ending_of(error, settings)) for i, settings in trials.items()})
+            results.update({i: TrialResult(*outcome_of(error, settings)) for i, settings in trials.items()})
             return
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
             try:
-                member = Member.of(index, settings, ground, splits)
+                member = Member.of(index, settings, context, splits)
                 waiting[member.progress.step].append(member)
             except Exception as error:  # the trial's boundary: its neighbours go on
-                results[index] = TrialResult(*ending_of(error, settings))
+                results[index] = TrialResult(*outcome_of(error, settings))
         for members in waiting.values():
-            size = _trials_that_fit(ground, members[0].settings) if len(members) > 1 else 1
+            size = _trials_that_fit(context, members[0].settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                part, static = members[start : start + size], self._is_static(ground)
-                Group(part, observer, results, self.prefix_bytes, static).run(began)
+                part, graph_steps = members[start : start + size], self._uses_graph_steps(context)
+                TrialGroup(part, observer, results, self.prefix_bytes, graph_steps).run(began)
                 began = time.perf_counter()
 
-    def _is_static(self, ground: Ground) -> bool:
-        return ground.device.type == "cuda" if self.static is None else self.static
+    def _uses_graph_steps(self, context: GroupContext) -> bool:
+        return context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
 
 
-def _ground(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> Ground:
+def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> GroupContext:
     """Resolve what the trials share."""
     device = resolve_device(settings.engine.device)
     precision = resolve_precision(settings.train.precision, device)
@@ -117,21 +117,21 @@ def _ground(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) 
     model = build_model(resolved, splits.label_names, settings.seed)
     frozen = frozen_names(model, settings.freeze)
     compact, vocabulary = _compact(splits)
-    rowmap = RowMap(model, frozen, vocabulary)
+    layout = FlatParamLayout(model, frozen, vocabulary)
     freeze(model, settings.freeze)
-    low = torch.bfloat16 if precision == "bf16" else dtype
-    return Ground(
+    compute_dtype = torch.bfloat16 if precision == "bf16" else dtype
+    return GroupContext(
         splits=compact,
         resolved=resolved,
-        rowmap=rowmap,
-        frozen=rowmap.frozen_weights(dict(model.named_parameters()), device, dtype, low),
-        course=Course(len(splits.train), settings.train.batch_size, settings.train.epochs),
+        layout=layout,
+        frozen=layout.frozen_weights(dict(model.named_parameters()), device, dtype, compute_dtype),
+        schedule=BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs),
         parameters=parameter_counts(model),
         device=device,
         device_name=describe_device(device),
         precision=precision,
         dtype=dtype,
-        low=low,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -153,14 +153,14 @@ def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
     )
 
 
-def _trials_that_fit(ground: Ground, settings: TrialSettings) -> int:
+def _trials_that_fit(context: GroupContext, settings: TrialSettings) -> int:
     """Return how many trials fit into the memory that is free, at least one."""
-    on_gpu = ground.device.type == "cuda"
-    free = torch.cuda.mem_get_info(ground.device)[0] if on_gpu else psutil.virtual_memory().available
-    return max(1, int(free * MEMORY_SHARE / bytes_per_trial(ground, settings)))
+    on_gpu = context.device.type == "cuda"
+    free = torch.cuda.mem_get_info(context.device)[0] if on_gpu else psutil.virtual_memory().available
+    return max(1, int(free * MEMORY_SHARE / bytes_per_trial(context, settings)))
 
 
-def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
+def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     """Estimate the memory that one more trial takes.
 
     Its row is there five times (weights, gradient, two moments, best weights), and twice more in bf16 where products
@@ -169,11 +169,11 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
     on its way. The pass is that of the engine, on tensors without contents.
     """
     meta = torch.device("meta")
-    frozen = {leaf: weight.to(meta) for leaf, weight in ground.frozen.items()}
-    rows = torch.empty(1, ground.rowmap.size, dtype=ground.dtype, device=meta)
-    weights = StackedWeights(ground.rowmap, frozen, ground.low, rows)
-    longest = next(batches_by_length(ground.splits.train, settings.train.examples_at_once))
-    forward = Forward(weights, stack_batches([pack(ground.splits.train, longest)], meta), _Undrawn())
+    frozen = {leaf: weight.to(meta) for leaf, weight in context.frozen.items()}
+    flat_params = torch.empty(1, context.layout.size, dtype=context.dtype, device=meta)
+    weights = StackedWeights(context.layout, frozen, context.compute_dtype, flat_params)
+    longest = next(batches_by_length(context.splits.train, settings.train.examples_at_once))
+    forward = Forward(weights, stack_batches([pack(context.splits.train, longest)], meta), _NoMasks())
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,18 +181,20 @@ def bytes_per_trial(ground: Ground, settings: TrialSettings) -> int:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    own = {weights[leaf].untyped_storage()._cdata for leaf in ground.rowmap.leaves}
+    own = {weights[leaf].untyped_storage()._cdata for leaf in context.layout.leaves}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward.logits(forward.layers(forward.embed(forward.embedded()), 0, ground.rowmap.architecture.depth))
+        forward.logits(forward.layers(forward.embed(forward.embedded()), 0, context.layout.architecture.depth))
     activations = sum(size for place, size in kept.items() if place not in own)
-    copies = 5 * ground.dtype.itemsize + (2 * ground.low.itemsize if ground.low != ground.dtype else 0)
-    return ground.rowmap.size * copies + 2 * activations
+    copies = 5 * context.dtype.itemsize + (
+        2 * context.compute_dtype.itemsize if context.compute_dtype != context.dtype else 0
+    )
+    return context.layout.size * copies + 2 * activations
 
 
-class _Undrawn:
+class _NoMasks:
     """Masks of dropout that nobody looks into."""
 
-    def keep(
+    def draw(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return a mask ``(1, *whole)`` without contents."""

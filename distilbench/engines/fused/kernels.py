@@ -40,7 +40,7 @@ def works(device: str) -> bool:
 @torch.enable_grad()
 def _try_all(device: str) -> None:
     number = torch.ones(1, 1, dtype=torch.int64, device=device)
-    philox_keep(number[0], 1, 6554, (8, 8), 512, torch.float32)
+    philox_mask(number[0], 1, 6554, (8, 8), 512, torch.float32)
     rows, one = torch.zeros(4, 1, 8, device=device), torch.ones(1, 6, device=device)
     adamw(rows[0], rows[1], None, [rows[2], rows[3]], None, one, one, one[0], 8, slice(0, 0))
     joined = torch.ones(1, 2, 48, device=device, requires_grad=True)
@@ -48,10 +48,10 @@ def _try_all(device: str) -> None:
     joined.grad.isfinite().all().item()  # type: ignore[union-attr]  # waits for the device
 
 
-def philox_keep(
+def philox_mask(
     keys: torch.Tensor, site: int, dropped: int, whole: Sequence[int], extent: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same masks as :func:`distilbench.engines.fused.dropout.philox_keep`, bit for bit."""
+    """The same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
     *outer, rows, columns = whole
     blocks = -(-columns // 8)
     numbered = (extent, extent // 8) if outer else (rows, blocks)
@@ -65,18 +65,18 @@ def philox_keep(
 
 
 def adamw(
-    rows: torch.Tensor, gradient: torch.Tensor, low_gradient: torch.Tensor | None, moments: Sequence[torch.Tensor],
+    rows: torch.Tensor, gradient: torch.Tensor, compute_grad: torch.Tensor | None, moments: Sequence[torch.Tensor],
     copy: torch.Tensor | None, numbers: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor,
     decayed: int, low: slice,
 ) -> None:  # fmt: skip
     """Do what ``cuda.optimizer.adamw`` does, and write ``copy`` of columns ``low`` along the way.
 
-    With a ``copy`` goes a ``low_gradient``, both (trials, columns of low), which is read there for ``gradient``.
+    With a ``copy`` goes a ``compute_grad``, both (trials, columns of low), which is read there for ``gradient``.
     """
     trials, size = rows.shape
     block = 1024
     _compiled().adamw[(-(-size // block), trials)](
-        rows, gradient, gradient if low_gradient is None else low_gradient, *moments, rows if copy is None else copy,
+        rows, gradient, gradient if compute_grad is None else compute_grad, *moments, rows if copy is None else copy,
         numbers, constants, factors, size, decayed, low.start, low.stop,
         numbers.stride(0), constants.stride(0), COPIES=copy is not None, BLOCK=block,
     )  # fmt: skip
@@ -87,20 +87,20 @@ def attends(low: torch.dtype, x: torch.Tensor) -> bool:
     return low in (torch.float32, torch.bfloat16) and usable(x)
 
 
-Draws = tuple[torch.Tensor, int, int]
+DropoutMasks = tuple[torch.Tensor, int, int]
 """Keys (orders,), site, and below which of 65,536 values a draw drops."""
 
 
 def attend(
-    rows: torch.Tensor, asked: torch.Tensor | None, first: torch.Tensor, lengths: torch.Tensor, draws: Draws | None,
-    heads: int, width: int, extent: int,
+    rows: torch.Tensor, asked: torch.Tensor | None, first: torch.Tensor, lengths: torch.Tensor,
+    draws: DropoutMasks | None, heads: int, width: int, extent: int,
 ) -> torch.Tensor:  # fmt: skip
     """Attention within sentences straight from the rows of tokens, ``(trials, rows asked for, heads * size)``.
 
     ``rows`` (trials, tokens, pieces * heads * size) holds query, key and value side by side; where ``asked`` (trials,
     sentences, heads * size) brings the only query of each sentence, key and value. Sentences start at ``first`` and are
     ``lengths`` long (orders, sentences), ``width`` at most. Draws are those of
-    :func:`distilbench.engines.fused.dropout.philox_keep` for one sentence a bin. Rows of no sentence become zeros.
+    :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence a bin. Rows of no sentence become zeros.
     """
     context: torch.Tensor = _Attend.apply(rows, asked, first, lengths, draws, (heads, width, extent))
     return context

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import peak_memory, release_memory
 from distilbench.engines.evaluation import evaluate_logits, selection_name
-from distilbench.engines.fused.cuda.buckets import Timetable
-from distilbench.engines.fused.cuda.graph_step import StaticSteps, runner_for
-from distilbench.engines.fused.dropout import draws_for
+from distilbench.engines.fused.cuda.buckets import BucketedBatches
+from distilbench.engines.fused.cuda.graph_step import GraphSteps, runner_for
+from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.member import Member
-from distilbench.engines.fused.optimizer import RowOptimizer, moments_needed
+from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Budget, TrainingPrefix
-from distilbench.engines.outcome import SMALLER, Ended, ending_of, require_finite
+from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite
 from distilbench.models.build import build_model
 from distilbench.results import Status, StepRecord, TrialResult
 
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 _FEWEST_EVALUATED = 16
 """Examples that a group evaluates at once at least, however many trials it has: products of fewer rows are slow."""
 
-_STACKED = 4
+_TRIALS_PER_STEP = 4
 """Trials that a CPU takes through a step together; the others of a group follow, over the same hidden states.
 
 Eight at once would save 2 % of the time (MiniLM on SST-2, batch 16) and take the activations of eight.
 """
 
-Ending = tuple[Status, str | None]
+Outcome = tuple[Status, str | None]
 """How a trial ended, and in one line why."""
 
 
@@ -59,13 +59,37 @@ class Stack:
     ``orders`` are the seeds of their orders of examples, or the one that all have.
     """
 
-    places: slice
+    trial_slice: slice
     weights: StackedWeights
-    optimizer: RowOptimizer
+    optimizer: StackedOptimizer
     orders: list[int]
 
 
-class Group:
+@dataclass(frozen=True)
+class GroupState:
+    """All that a group needs to go on from where it stands, on the host: ``tensors`` are (trials, ...) each.
+
+    ``taken`` counts the members, from the first, that have taken the current step.
+    """
+
+    members: list[Member]
+    tensors: list[torch.Tensor]
+    step: int
+    recorded: int
+    evaluation_due: bool
+    taken: int
+
+    def split(self) -> tuple[GroupState, GroupState]:
+        """Halve the group; where memory ran out between two stacks, those that have taken the step go on first."""
+        cut = self.taken or len(self.members) // 2
+        first, second = slice(cut), slice(cut, None)
+        return (
+            replace(self, members=self.members[first], tensors=[tensor[first] for tensor in self.tensors]),
+            replace(self, members=self.members[second], tensors=[tensor[second] for tensor in self.tensors], taken=0),
+        )
+
+
+class TrialGroup:
     """Trains ``members``, which share a fusion key and stand at the same step.
 
     A member that is pruned, diverges or fails leaves the stack; its result goes to ``results`` under its index. Out of
@@ -74,46 +98,56 @@ class Group:
 
     def __init__(
         self, members: list[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
-        static: bool = False,
+        use_graphs: bool = False,
     ) -> None:  # fmt: skip
-        """``static`` steps go through buffers that stay where they are (:mod:`.static`), recorded where that helps."""
+        """With ``use_graphs``, steps go through fixed buffers and are recorded (:mod:`.cuda.graph_step`)."""
         self.members, self.observer, self.results = members, observer, results
-        self.ground, self.settings = members[0].ground, members[0].settings
-        self.course = self.ground.course
-        self.lengths = np.diff(self.ground.splits.train.offsets)
+        self.context, self.settings = members[0].context, members[0].settings
+        self.schedule = self.context.schedule
+        self.lengths = np.diff(self.context.splits.train.offsets)
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
         self.taken = 0
-        in_turn = not static and self.ground.device.type == "cpu"
-        self.stacked = _STACKED if in_turn else len(members)
+        in_turn = not use_graphs and self.context.device.type == "cpu"
+        self.stacked = _TRIALS_PER_STEP if in_turn else len(members)
         # each trial has hidden states of its own: together, no more than one alone would evaluate at once
         together = min(self.stacked, len(members))
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
-        self.static = static
-        self.static_steps: StaticSteps | None = None
+        self.use_graphs = use_graphs
+        self.graph_steps: GraphSteps | None = None
         self.budget = Budget(prefix_bytes)
         self.evaluations: dict[tuple[int, int], list[EvaluationBatch]] = {}
 
     def run(self, began: float) -> None:
-        """Train every member to its end; ``began`` is when their set-up did."""
+        """Train every member to its end; ``began`` is when their set-up did. Where memory runs out, part after part."""
         self.mark = began
+        waiting: list[GroupState] = []
         try:
             self._set_up()
-            self._complete()
+            while True:
+                if self._train():
+                    self._finish()
+                    if not waiting:
+                        return
+                else:
+                    waiting += reversed(self._state().split())
+                self._restore(waiting.pop())
         except BaseException as error:
-            for member in self.members:
+            members = [*self.members, *(member for state in waiting for member in state.members)]
+            for member in members:
                 member.tidy()
             if not isinstance(error, Exception):
                 raise
-            self._leave(dict.fromkeys(range(len(self.members)), ending_of(error, self.settings)))
+            outcome = outcome_of(error, self.settings)
+            self.results.update({member.index: member.result(*outcome) for member in members})
 
     def _set_up(self) -> None:
-        ground = self.ground
+        context = self.context
         self._load(self._initial_state())
-        nobody = torch.empty(0, ground.rowmap.size, dtype=ground.dtype, device=ground.device)
-        frozen = StackedWeights(ground.rowmap, ground.frozen, ground.low, nobody)
+        no_params = torch.empty(0, context.layout.size, dtype=context.dtype, device=context.device)
+        frozen = StackedWeights(context.layout, context.frozen, context.compute_dtype, no_params)
         self.prefix = TrainingPrefix.of(
-            frozen, ground.splits.train, self.course, self.settings.freeze.dropout, self.budget
+            frozen, context.splits.train, self.schedule, self.settings.freeze.dropout, self.budget
         )
         seconds = self._lap()
         for member in self.members:
@@ -121,17 +155,17 @@ class Group:
 
     def _initial_state(self) -> list[torch.Tensor]:
         """The losses since the last record, the last norms (trials,), the rows and the moments (trials, size)."""
-        ground = self.ground
+        context = self.context
         initial: dict[int, torch.Tensor] = {}
         for seed in {m.seed for m in self.members if m.checkpoint is None}:
-            model = build_model(ground.resolved, ground.splits.label_names, seed)
-            initial[seed] = ground.rowmap.row(dict(model.named_parameters()), ground.dtype)
-        count, moments = len(self.members), moments_needed([m.settings.optim for m in self.members])
+            model = build_model(context.resolved, context.splits.label_names, seed)
+            initial[seed] = context.layout.flat_params(dict(model.named_parameters()), context.dtype)
+        count, moments = len(self.members), num_moments([m.settings.optim for m in self.members])
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=ground.dtype, device=ground.device)
+            return torch.zeros(shape, dtype=context.dtype, device=context.device)
 
-        state = [zeros(count, ground.rowmap.size) for _ in range(1 + moments)]
+        state = [zeros(count, context.layout.size) for _ in range(1 + moments)]
         for t, member in enumerate(self.members):
             for part, values in zip(state, member.start(initial.get(member.seed)), strict=False):
                 part[t] = values
@@ -139,50 +173,44 @@ class Group:
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from ``state``, whose leading size is that of the members as they are now."""
-        self.static_steps = None  # first of all, for its recordings hold memory
-        self.losses, self.norms, self.rows, *self.moments = (part.to(self.ground.device) for part in state)
+        self.graph_steps = None  # first of all, for its recordings hold memory
+        self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         self.stacks: list[Stack] = []
         for start in range(0, len(self.members), self.stacked):
             self.stacks.append(self._stack(slice(start, start + self.stacked)))
 
-    def _stack(self, places: slice) -> Stack:
-        """Make the stack of the members at ``places``; the first lends the others its room for gradients."""
-        ground, members = self.ground, self.members[places]
-        lender = self.stacks[0].weights if self.stacks else None
-        weights = StackedWeights(ground.rowmap, ground.frozen, ground.low, self.rows[places], lender)
-        moments = [moment[places] for moment in self.moments]
+    def _stack(self, trial_slice: slice) -> Stack:
+        """Make the stack of the members at ``trial_slice``; the first lends the others its room for gradients."""
+        context, members = self.context, self.members[trial_slice]
+        grad_owner = self.stacks[0].weights if self.stacks else None
+        weights = StackedWeights(
+            context.layout, context.frozen, context.compute_dtype, self.flat_params[trial_slice], grad_owner
+        )
+        moments = [moment[trial_slice] for moment in self.moments]
         seeds = [m.seed for m in members]
         orders = seeds[:1] if len(set(seeds)) == 1 else seeds
-        return Stack(places, weights, RowOptimizer(weights, moments, [m.settings.optim for m in members]), orders)
+        return Stack(
+            trial_slice, weights, StackedOptimizer(weights, moments, [m.settings.optim for m in members]), orders
+        )
 
-    def _state(self) -> list[torch.Tensor]:
-        return [self.losses, self.norms, self.rows, *self.moments]
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.losses, self.norms, self.flat_params, *self.moments]
 
-    def _complete(self) -> None:
-        """Train to the last step and finish; where memory runs out, one half after the other.
+    def _state(self) -> GroupState:
+        tensors = [tensor.cpu() for tensor in self._tensors()]
+        return GroupState(self.members, tensors, self.step, self.recorded, self.evaluation_due, self.taken)
 
-        Where that happens between two stacks, those who have taken the step go on first.
-        """
-        if self._train():
-            self._finish()
-            return
-        members, state, place = self.members, [part.cpu() for part in self._state()], self._place()
-        cut = self.taken or len(members) // 2
-        for half, taken in ((slice(cut), self.taken), (slice(cut, None), 0)):
-            self.members, self.taken = members[half], taken
-            self.step, self.recorded, self.evaluation_due = place
-            self._load([part[half] for part in state])
-            self._complete()
-
-    def _place(self) -> tuple[int, int, bool]:
-        return self.step, self.recorded, self.evaluation_due
+    def _restore(self, state: GroupState) -> None:
+        self.members, self.taken = state.members, state.taken
+        self.step, self.recorded, self.evaluation_due = state.step, state.recorded, state.evaluation_due
+        self._load(state.tensors)
 
     def _train(self) -> bool:
         """Train to the last step; False where memory ran out and there is a group to halve.
 
         A single trial that ran out of memory takes the same step again with half as many rows at once.
         """
-        while self.members and (self.step < self.course.steps or self.evaluation_due):
+        while self.members and (self.step < self.schedule.steps or self.evaluation_due):
             try:
                 if self.evaluation_due:
                     self._evaluate()
@@ -190,17 +218,17 @@ class Group:
                     self._advance()
                 continue
             except Exception as error:  # the trials' boundary: other groups go on
-                ending = ending_of(error, self.settings)
-            if ending[0] is Status.OUT_OF_MEMORY:
+                outcome = outcome_of(error, self.settings)
+            if outcome[0] is Status.OUT_OF_MEMORY:
                 release_memory()  # not before: the error's own frames hold the step's tensors
                 if len(self.members) > 1:
                     return False
-                if self._take_less_at_once(self.members[0]):
+                if self._halve_micro_batch(self.members[0]):
                     continue
-            self._leave(dict.fromkeys(range(len(self.members)), ending))
+            self._leave(dict.fromkeys(range(len(self.members)), outcome))
         return True
 
-    def _take_less_at_once(self, member: Member) -> bool:
+    def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
         if self.evaluation_due:
             self._forget_evaluations()
@@ -215,58 +243,58 @@ class Group:
 
     def _advance(self) -> None:
         """Take one step, and record it where a record is due; every evaluation comes after a record."""
-        if self.static and self._whole():
-            self._static_step()
+        if self.use_graphs and self._takes_whole_batch():
+            self._graph_step()
         else:
             for stack in self.stacks:
-                if stack.places.start >= self.taken:
+                if stack.trial_slice.start >= self.taken:
                     self._step(stack)
-                    self.taken = stack.places.stop
+                    self.taken = stack.trial_slice.stop
         for member in self.members:
-            member.progress.tokens += int(self.lengths[self.course.batch(member.seed, self.step)].sum())
+            member.progress.tokens += int(self.lengths[self.schedule.batch(member.seed, self.step)].sum())
         self.step, self.taken = self.step + 1, 0
         train = self.settings.train
-        every = train.eval_steps or self.course.steps_per_epoch
-        self.evaluation_due = self.step % every == 0 or self.step == self.course.steps
+        every = train.eval_steps or self.schedule.steps_per_epoch
+        self.evaluation_due = self.step % every == 0 or self.step == self.schedule.steps
         if self.evaluation_due or self.step % train.logging_steps == 0:
             self._record()
 
-    def _whole(self) -> bool:
+    def _takes_whole_batch(self) -> bool:
         """Whether a batch is taken at once."""
         return self.members[0].micro_batch >= self.settings.train.batch_size
 
     def _step(self, stack: Stack) -> None:
         """Have a stack take the step."""
-        if not self._whole():
-            self.static_steps = None
-            stack.weights.join_gradient()
+        if not self._takes_whole_batch():
+            self.graph_steps = None
+            stack.weights.accumulate_in_float32()
         losses = self._differentiate(stack)
-        rates = [member.rates[self.step] for member in self.members[stack.places]]
-        self.norms[stack.places] = stack.optimizer.step(self.step + 1, rates)
-        self.losses[stack.places] += losses
+        lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
+        self.norms[stack.trial_slice] = stack.optimizer.step(self.step + 1, lrs)
+        self.losses[stack.trial_slice] += losses
 
-    def _static_step(self) -> None:
+    def _graph_step(self) -> None:
         """Take a step through static buffers; what recording takes belongs to the set-up."""
-        if self.static_steps is None:
-            device, [stack] = self.ground.device, self.stacks
-            timetable = Timetable(self.ground.splits.train, self.course, stack.orders, device)
-            rates = np.stack([member.rates for member in self.members], axis=1)
-            self.static_steps = StaticSteps(
-                stack.weights, stack.optimizer, self.prefix, timetable, rates, self.losses, self.norms,
-                self._still_layers(), runner_for(device),
+        if self.graph_steps is None:
+            device, [stack] = self.context.device, self.stacks
+            bucketed_batches = BucketedBatches(self.context.splits.train, self.schedule, stack.orders, device)
+            lrs = np.stack([member.lrs for member in self.members], axis=1)
+            self.graph_steps = GraphSteps(
+                stack.weights, stack.optimizer, self.prefix, bucketed_batches, lrs, self.losses, self.norms,
+                self._deterministic_layers(), runner_for(device),
             )  # fmt: skip
-        seconds = self.static_steps.take(self.step)
+        seconds = self.graph_steps.take(self.step)
         self.mark += seconds
         for member in self.members:
             member.setup_seconds += seconds
 
-    def _still_layers(self) -> int:
+    def _deterministic_layers(self) -> int:
         """Layers without dropout, from the bottom."""
         return 0 if self.settings.freeze.dropout else self.settings.freeze.layers
 
     def _differentiate(self, stack: Stack) -> torch.Tensor:
         """Fill the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
-        examples = [self.course.batch(seed, self.step) for seed in stack.orders]
+        examples = [self.schedule.batch(seed, self.step) for seed in stack.orders]
         size = len(examples[0])
         most = self.members[0].micro_batch
         parts = [slice(start, min(start + most, size)) for start in range(0, size, most)]
@@ -275,10 +303,12 @@ class Group:
     def _differentiate_part(self, stack: Stack, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
         """Add the gradient of a part of each order's batch to those before, and return its share of the mean loss."""
         size = len(examples[0])
-        batch = stack_batches([pack(self.ground.splits.train, chosen[part]) for chosen in examples], self.ground.device)
+        batch = stack_batches(
+            [pack(self.context.splits.train, chosen[part]) for chosen in examples], self.context.device
+        )
         stage = f"step+{part.start}" if part.start else "step"
-        dropout = draws_for(stack.orders, stage, self.step, self.ground.device)
-        forward = Forward(stack.weights, batch, dropout, self._still_layers())
+        dropout = dropout_masks_for(stack.orders, stage, self.step, self.context.device)
+        forward = Forward(stack.weights, batch, dropout, self._deterministic_layers())
         hidden, start = None, 0
         if self.prefix is not None:
             start = self.prefix.depth
@@ -292,61 +322,61 @@ class Group:
     def _record(self) -> None:
         """Tell each observer of the steps since the last record."""
         seconds, steps = self._lap(), self.step - self.recorded
-        memory = peak_memory(self.ground.device)
-        examples = self.course.seen(self.step) - self.course.seen(self.recorded)
-        endings: dict[int, Ending] = {}
+        memory = peak_memory(self.context.device)
+        examples = self.schedule.seen(self.step) - self.schedule.seen(self.recorded)
+        outcomes: dict[int, Outcome] = {}
         for t, (member, loss, norm) in enumerate(
             zip(self.members, (self.losses / steps).tolist(), self.norms.tolist(), strict=True)
         ):
             member.stepped(self.step, seconds, memory)
             record = StepRecord(
                 step=self.step,
-                steps=self.course.steps,
-                epoch=self.step / self.course.steps_per_epoch,
+                steps=self.schedule.steps,
+                epoch=self.step / self.schedule.steps_per_epoch,
                 loss=loss,
-                learning_rate=float(member.rates[self.step - 1]),
+                learning_rate=float(member.lrs[self.step - 1]),
                 gradient_norm=norm,
                 examples_per_second=examples / seconds,
             )
             try:
-                require_finite(loss, "training", self.step, self.course.steps, member.settings)
+                require_finite(loss, "training", self.step, self.schedule.steps, member.settings)
                 self.observer.on_step(member.index, record)
             except Exception as error:  # the trial's boundary: its neighbours go on
-                endings[t] = ending_of(error, member.settings)
+                outcomes[t] = outcome_of(error, member.settings)
         self.losses.zero_()
         self.recorded = self.step
-        self._leave(endings)
+        self._leave(outcomes)
         self._lap()
 
     def _evaluate(self) -> None:
         """Evaluate on the selection split, keep best weights, ask the observer who goes on, and save the rest."""
-        splits = self.ground.splits
+        splits = self.context.splits
         logits = self._predict(splits.selection)
         self.evaluation_due = False
-        seconds, last = self._lap(), self.step == self.course.steps
-        endings: dict[int, Ending] = {}
+        seconds, last = self._lap(), self.step == self.schedule.steps
+        outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
             member.progress.train_seconds += seconds
-            epoch = self.step / self.course.steps_per_epoch
+            epoch = self.step / self.schedule.steps_per_epoch
             name = selection_name(splits)
             try:
                 evaluation = evaluate_logits(name, logits[t], splits.selection.labels, self.step, epoch)
-                require_finite(evaluation.loss, "validation", self.step, self.course.steps, member.settings)
-                member.evaluated(evaluation, None if last else self.rows[t])
+                require_finite(evaluation.loss, "validation", self.step, self.schedule.steps, member.settings)
+                member.evaluated(evaluation, None if last else self.flat_params[t])
                 if self.observer.on_evaluation(member.index, evaluation):
-                    raise Ended(Status.PRUNED, f"pruned after step {self.step} of {self.course.steps}")
+                    raise TrialEnded(Status.PRUNED, f"pruned after step {self.step} of {self.schedule.steps}")
             except Exception as error:  # the trial's boundary: its neighbours go on
-                endings[t] = ending_of(error, member.settings)
-        self._leave(endings)
+                outcomes[t] = outcome_of(error, member.settings)
+        self._leave(outcomes)
         if self.settings.train.checkpoints and not last:
             for t, member in enumerate(self.members):
-                member.save(self.rows[t], [moment[t] for moment in self.moments])
+                member.save(self.flat_params[t], [moment[t] for moment in self.moments])
         self._lap()
 
     @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
-        labels, depth = len(self.ground.splits.label_names), self.ground.rowmap.architecture.depth
+        labels, depth = len(self.context.splits.label_names), self.context.layout.architecture.depth
         logits = np.empty((len(self.members), len(split), labels), dtype=np.float32)
         for part in self._evaluation_batches(split):
             hidden = self._under_trained(part)
@@ -354,16 +384,16 @@ class Group:
                 forward = Forward(stack.weights, part.batch, None)
                 x, start = (forward.embed(forward.embedded()), 0) if hidden is None else hidden
                 own = forward.logits(forward.layers(x, start, depth))
-                logits[stack.places, part.indices] = own.float().cpu().numpy()
+                logits[stack.trial_slice, part.indices] = own.float().cpu().numpy()
         return logits
 
     def _evaluation_batches(self, split: EncodedSplit) -> list[EvaluationBatch]:
         """The batches of ``split``, longest rows first, packed once for all evaluations."""
-        size, device = min(self.members[0].eval_batch, self.eval_share), self.ground.device
+        size, device = min(self.members[0].eval_batch, self.eval_share), self.context.device
         if (id(split), size) not in self.evaluations:
             self.evaluations[id(split), size] = [
-                EvaluationBatch(rows, stack_batches([pack(split, rows)], device))
-                for rows in batches_by_length(split, size)
+                EvaluationBatch(flat_params, stack_batches([pack(split, flat_params)], device))
+                for flat_params in batches_by_length(split, size)
             ]
         return self.evaluations[id(split), size]
 
@@ -387,11 +417,11 @@ class Group:
         """Go back to the best weights, evaluate them on the report split, and export them."""
         if not self.members:
             return
-        best = [self.rows[t] if m.best_row is None else m.best_row for t, m in enumerate(self.members)]
-        self.static_steps, self.stacks, self.moments = None, [], []  # before more is made: their memory will do
-        rows = torch.stack([row.to(self.ground.device) for row in best])
-        self._load([self.losses, self.norms, rows])
-        splits = self.ground.splits
+        best = [self.flat_params[t] if m.best_params is None else m.best_params for t, m in enumerate(self.members)]
+        self.graph_steps, self.stacks, self.moments = None, [], []  # before more is made: their memory will do
+        flat_params = torch.stack([row.to(self.context.device) for row in best])
+        self._load([self.losses, self.norms, flat_params])
+        splits = self.context.splits
         if any(m.best.logits is None for m in self.members):
             for member, logits in zip(self.members, self._predict(splits.selection), strict=True):
                 member.restore_logits(logits)
@@ -399,26 +429,26 @@ class Group:
             for member, logits in zip(self.members, self._predict(splits.report), strict=True):
                 at = member.best
                 member.report = evaluate_logits("validation", logits, splits.report.labels, at.step, at.epoch)
-        endings: dict[int, Ending] = {}
+        outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
             try:
                 if member.settings.output.save_model:
-                    member.export(rows[t])
-                endings[t] = Status.FINISHED, None
+                    member.export(flat_params[t])
+                outcomes[t] = Status.FINISHED, None
             except Exception as error:  # the trial's boundary: its neighbours go on
-                endings[t] = ending_of(error, member.settings)
-        self._leave(endings)
+                outcomes[t] = outcome_of(error, member.settings)
+        self._leave(outcomes)
 
-    def _leave(self, endings: Mapping[int, Ending]) -> None:
+    def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
         """Give the results of members at these places, and go on with the others."""
-        if not endings:
+        if not outcomes:
             return
-        for t, ending in endings.items():
-            self.results[self.members[t].index] = self.members[t].result(*ending)
-        staying = [t for t in range(len(self.members)) if t not in endings]
+        for t, outcome in outcomes.items():
+            self.results[self.members[t].index] = self.members[t].result(*outcome)
+        staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if self.members:
-            self._load([part[staying] for part in self._state()])
+            self._load([tensor[staying] for tensor in self._tensors()])
 
     def _lap(self) -> float:
         """Seconds since the last call."""

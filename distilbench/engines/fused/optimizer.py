@@ -12,10 +12,10 @@ from distilbench.engines.fused.params import StackedWeights
 from distilbench.settings import OptimSettings
 
 
-class RowOptimizer:
+class StackedOptimizer:
     """One step for all trials of ``weights``, each with ``settings`` of its own.
 
-    ``moments`` are what it remembers, as many as :func:`moments_needed` says, each like the rows ``(trials, size)``.
+    ``moments`` are what it remembers, as many as :func:`num_moments` says, each like the rows ``(trials, size)``.
 
     A trial's row is updated as ``torch.optim.AdamW`` or ``torch.optim.SGD`` would: decoupled decay for the former, an
     L2 term for the latter, on all but biases and norms.
@@ -27,31 +27,31 @@ class RowOptimizer:
         self.weights, self.moments, self.settings = weights, moments, settings
 
     @torch.no_grad()
-    def step(self, number: int, rates: Sequence[float]) -> torch.Tensor:
+    def step(self, number: int, lrs: Sequence[float]) -> torch.Tensor:
         """Clip each trial's gradient, take its step ``number`` (from 1) at its rate, and return the norms (trials,).
 
         Clipping mirrors ``torch.nn.utils.clip_grad_norm_``: by ``limit / (norm + 1e-6)`` where that is below 1.
         """
         norms = []
-        for trial, (settings, rate) in enumerate(zip(self.settings, rates, strict=True)):
+        for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
             norms.append(self._norm(trial))
             factor = _clipped(norms[-1], settings.max_grad_norm)
             update = _adamw if settings.name == "adamw" else _sgd
             for part in self.weights.parts():
-                gradient, divisor = self.weights.gradient_of(trial, part), None
-                if factor is not None and gradient.dtype == torch.float32:
+                grad, divisor = self.weights.grad_of(trial, part), None
+                if factor is not None and grad.dtype == torch.float32:
                     divisor = 1 / factor  # torch's kernel divides on its way, in this precision alone
                 elif factor is not None:
-                    gradient.mul_(factor)
-                decay = settings.weight_decay if part.start < self.weights.rowmap.decayed else 0.0
+                    grad.mul_(factor)
+                decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
                 moments = [moment[trial, part] for moment in self.moments]
-                update(self.weights.rows[trial, part], gradient, moments, settings, number, rate, decay, divisor)
+                update(self.weights.flat_params[trial, part], grad, moments, settings, number, lr, decay, divisor)
                 self.weights.updated(trial, part)
         return torch.stack(norms)
 
     def _norm(self, trial: int) -> torch.Tensor:
-        gradients = (self.weights.gradient_of(trial, part) for part in self.weights.parts())
-        return torch.stack([gradient.dot(gradient) for gradient in gradients]).sum().sqrt()
+        gradients = (self.weights.grad_of(trial, part) for part in self.weights.parts())
+        return torch.stack([grad.dot(grad) for grad in gradients]).sum().sqrt()
 
 
 def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
@@ -64,29 +64,29 @@ def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
     return factor
 
 
-def moments_needed(settings: Sequence[OptimSettings]) -> int:
+def num_moments(settings: Sequence[OptimSettings]) -> int:
     """How many vectors like a row the optimizer of a group remembers."""
     return 2 if settings[0].name == "adamw" else int(any(s.momentum for s in settings))
 
 
 def _adamw(
-    row: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings, number: int,
-    rate: float, decay: float, divisor: torch.Tensor | None,
+    flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings,
+    number: int, lr: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
     mean, square = moments
     adamw(
-        [row],
-        [gradient],
+        [flat_params],
+        [grad],
         [mean],
         [square],
         [],
-        [torch.tensor(number - 1.0, device=row.device)],
+        [torch.tensor(number - 1.0, device=flat_params.device)],
         fused=True,
         grad_scale=divisor,
         amsgrad=False,
         beta1=settings.beta1,
         beta2=settings.beta2,
-        lr=rate,
+        lr=lr,
         weight_decay=decay,
         eps=settings.eps,
         maximize=False,
@@ -94,34 +94,34 @@ def _adamw(
 
 
 def _sgd(
-    row: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings, number: int,
-    rate: float, decay: float, divisor: torch.Tensor | None,
+    flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings,
+    number: int, lr: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
     sgd(
-        [row],
-        [gradient],
+        [flat_params],
+        [grad],
         [moments[0] if settings.momentum else None],
         fused=True,
         grad_scale=divisor,
         weight_decay=decay,
         momentum=settings.momentum,
-        lr=rate,
+        lr=lr,
         dampening=0.0,
         nesterov=False,
         maximize=False,
     )
 
 
-def untouched_factor(settings: OptimSettings, rates: Sequence[float]) -> float:
-    """Return what steps at ``rates`` make of a decayed weight that never has a gradient, as a factor.
+def untouched_factor(settings: OptimSettings, lrs: Sequence[float]) -> float:
+    """Return what steps at ``lrs`` make of a decayed weight that never has a gradient, as a factor.
 
-    AdamW multiplies by ``1 - rate * decay``. For SGD the L2 term is a gradient of its own and gathers momentum.
+    AdamW multiplies by ``1 - lr * decay``. For SGD the L2 term is a gradient of its own and gathers momentum.
     """
     value, velocity = 1.0, 0.0
-    for rate in rates:
+    for lr in lrs:
         if settings.name == "adamw":
-            value *= 1 - rate * settings.weight_decay
+            value *= 1 - lr * settings.weight_decay
         else:
             velocity = settings.momentum * velocity + settings.weight_decay * value
-            value -= rate * velocity
+            value -= lr * velocity
     return value

@@ -19,7 +19,7 @@ from distilbench.data.tokens import EncodedSplit
 FILLER = -1
 """The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
 
-GRAIN = 16
+PAD_MULTIPLE = 16
 """Tokens of a batch and columns of a bin are filled up to a multiple of so many, or more where there are many: a CPU's
 library compiles its products anew for every new shape, and keeps a thousand of them.
 """
@@ -52,11 +52,11 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
     """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given; may they ``share`` bins?"""
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
-    width = filled_up(int(lengths.max()), GRAIN)
+    width = round_up(int(lengths.max()), PAD_MULTIPLE)
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
-    bin_, column = _fill_bins(lengths, width) if share else _alone(len(lengths))
+    bin_, column = _fill_bins(lengths, width) if share else _one_per_bin(len(lengths))
     return Packed(
         ids=split.tokens[starts[sentence] + positions].astype(np.int64),
         positions=positions,
@@ -107,12 +107,12 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, index, inverse, read):  # type: ignore[no-untyped-def]
-        ctx.places = inverse, read
+        ctx.grad_buffers = inverse, read
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        inverse, read = ctx.places
+        inverse, read = ctx.grad_buffers
         back = gradient.index_select(0, inverse)
         if read is not None:  # the inverse of the others is their own trial's row 0: a number, wherever that is one
             back.mul_(read.to(back.dtype)[:, None])
@@ -216,8 +216,8 @@ def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device)
 
-    size = filled_up(max(len(p.ids) for p in packs), GRAIN)
-    bins = filled_up(max(p.bins for p in packs), 1)
+    size = round_up(max(len(p.ids) for p in packs), PAD_MULTIPLE)
+    bins = round_up(max(p.bins for p in packs), 1)
     sentences = len(packs[0].first)
     return Batch(
         packs=tuple(packs),
@@ -226,7 +226,7 @@ def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
         first=on_device(np.stack([p.first for p in packs])),
         labels=on_device(np.stack([p.labels for p in packs])),
         shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, size, device),
-        alone=_placement(packs, [_alone(sentences)] * len(packs), sentences, size, device),
+        alone=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, size, device),
     )
 
 
@@ -254,15 +254,15 @@ def _placement(
     )
 
 
-def _alone(sentences: int) -> tuple[np.ndarray, np.ndarray]:
+def _one_per_bin(sentences: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each sentence starts in bins of one sentence."""
     return np.arange(sentences), np.zeros(sentences, dtype=np.int64)
 
 
-def filled_up(size: int, grain: int) -> int:
-    """The next multiple of ``grain``, or of the largest power of two below a sixteenth of ``size`` if that is more."""
-    grain = max(grain, 1 << (size // 16).bit_length() - 1) if size >= 16 else grain
-    return -(-size // grain) * grain
+def round_up(size: int, multiple: int) -> int:
+    """Return the next multiple of ``multiple``, or of the largest power of two below ``size / 16`` if that is more."""
+    multiple = max(multiple, 1 << (size // 16).bit_length() - 1) if size >= 16 else multiple
+    return -(-size // multiple) * multiple
 
 
 def _filled(arrays: Sequence[np.ndarray], value: object, size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distilbench.engines.fused.architecture import TABLES, Architecture
-from distilbench.engines.fused.autograd import Places
+from distilbench.engines.fused.autograd import GradBuffers
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 
@@ -38,8 +38,8 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where a weight lies in a trial's row."""
+class ParamSlice:
+    """Where a weight lies in a trial's flat vector."""
 
     leaf: str
     start: int
@@ -51,11 +51,11 @@ class Span:
         return self.start + int(np.prod(self.shape))
 
 
-class RowMap:
-    """The order of the trainable weights in a row: tables, matrices, then without decay biases and norms.
+class FlatParamLayout:
+    """The order of the trainable weights in a trial's flat vector: tables, matrices, then undecayed biases and norms.
 
-    ``tables``, ``decayed`` and ``low`` are where the tables, what weight decay applies to, and what is multiplied in
-    the compute precision end; the latter is ``[tables, low)``.
+    ``tables_end``, ``decayed_end`` and ``compute_end`` are where the tables, what weight decay applies to, and what is
+    multiplied in the compute precision end; the latter is ``[tables_end, compute_end)``.
     """
 
     def __init__(self, model: PreTrainedModel, frozen: frozenset[str], vocabulary: Vocabulary) -> None:
@@ -67,15 +67,15 @@ class RowMap:
         ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
         parameters = dict(model.named_parameters())
 
-        self.spans: list[Span] = []
+        self.param_slices: list[ParamSlice] = []
         ends = [0, 0, 0, 0]
         start = 0
         for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
-            span = Span(leaf, start, tuple(self.read(leaf, parameters).shape))
-            self.spans.append(span)
-            start = span.stop
+            param_slice = ParamSlice(leaf, start, tuple(self.read(leaf, parameters).shape))
+            self.param_slices.append(param_slice)
+            start = param_slice.stop
             ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
-        self.tables, self.decayed, self.low, self.size = ends
+        self.tables_end, self.decayed_end, self.compute_end, self.size = ends
 
     @torch.no_grad()
     def read(self, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -85,31 +85,33 @@ class RowMap:
             return parts[0][torch.from_numpy(self.vocabulary.rows(leaf))]
         return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1)
 
-    def row(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The row of a trial that starts from ``weights``, ``(size,)``."""
-        if not self.spans:
+    def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the flat vector of a trial that starts from ``weights``, ``(size,)``."""
+        if not self.param_slices:
             return torch.empty(0, dtype=dtype)
-        return torch.cat([self.read(span.leaf, weights).to(dtype).reshape(-1) for span in self.spans])
+        return torch.cat(
+            [self.read(param_slice.leaf, weights).to(dtype).reshape(-1) for param_slice in self.param_slices]
+        )
 
     def frozen_weights(
-        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, low: torch.dtype
+        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """Take what never changes from ``weights``, ``(1, ...)`` each: in ``low`` precision where products use that."""
-        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else low for leaf in self.frozen}
+        """Take what never changes from ``weights``, ``(1, ...)`` each, in ``compute_dtype`` where products use that."""
+        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else compute_dtype for leaf in self.frozen}
         return {leaf: self.read(leaf, weights)[None].to(device, dtype) for leaf, dtype in precisions.items()}
 
     @torch.no_grad()
-    def write(self, row: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put a trained ``row`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
+    def write(self, flat_params: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put ``flat_params`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
 
         ``untouched`` is what the optimizer has made of an embedding that never had a gradient, as a factor.
         """
-        for span in self.spans:
-            value = row[span.start : span.stop].view(span.shape).cpu()
-            targets = [weights[name] for name in self.leaves[span.leaf]]
-            if span.leaf in TABLES:
+        for param_slice in self.param_slices:
+            value = flat_params[param_slice.start : param_slice.stop].view(param_slice.shape).cpu()
+            targets = [weights[name] for name in self.leaves[param_slice.leaf]]
+            if param_slice.leaf in TABLES:
                 targets[0].mul_(untouched)
-                targets[0][torch.from_numpy(self.vocabulary.rows(span.leaf))] = value.to(targets[0].dtype)
+                targets[0][torch.from_numpy(self.vocabulary.rows(param_slice.leaf))] = value.to(targets[0].dtype)
                 continue
             for target, part in zip(targets, value.chunk(len(targets), dim=-1), strict=True):
                 target.copy_(part.mT if part.dim() == 2 else part)
@@ -124,122 +126,129 @@ def _rank(leaf: str, decayed: bool) -> int:
 
 
 class StackedWeights:
-    """The weights of ``trials`` trials: ``rows`` (trials, size) to train, and what is frozen, once for all.
+    """The weights of ``trials`` trials: ``flat_params`` (trials, size) to train, and what is frozen, once for all.
 
-    Products run in ``low`` precision from a copy of the rows where that differs from the rows' own; embeddings, norms
-    and the residual stream keep the rows' precision, as under autocast.
+    Products run in ``compute_dtype`` from a copy, ``compute_params``, where that differs from the precision of
+    ``flat_params``; embeddings, norms and the residual stream keep the latter, as under autocast.
     """
 
     def __init__(
-        self, rowmap: RowMap, frozen: Mapping[str, torch.Tensor], low: torch.dtype, rows: torch.Tensor,
-        lender: StackedWeights | None = None,
+        self, layout: FlatParamLayout, frozen: Mapping[str, torch.Tensor], compute_dtype: torch.dtype,
+        flat_params: torch.Tensor, grad_owner: StackedWeights | None = None,
     ) -> None:  # fmt: skip
-        """``frozen`` weights are those of :meth:`RowMap.frozen_weights`; ``rows`` are trained in place.
+        """``frozen`` weights are those of :meth:`FlatParamLayout.frozen_weights`; ``flat_params`` are trained in place.
 
-        What is multiplied in low precision has its gradient in ``low_gradient`` (trials, low - tables), as it comes,
-        and the rest in ``gradient`` (trials, size), whose other columns are never touched. A ``lender`` of as many
+        What is multiplied in low precision has its gradient in ``compute_grad`` (trials, low - tables), as it comes,
+        and the rest in ``grad`` (trials, size), whose other columns are never touched. A ``grad_owner`` of as many
         trials or more, whose gradient is not needed meanwhile, lends the room for both.
         """
-        self.rowmap, self.low, self.rows, self._frozen = rowmap, low, rows, frozen
-        self._most = CACHED if rows.device.type == "cpu" else max(1, rowmap.size)
+        self.layout, self.compute_dtype, self.flat_params, self._frozen = layout, compute_dtype, flat_params, frozen
+        self._most = CACHED if flat_params.device.type == "cpu" else max(1, layout.size)
         self._leaves: dict[str, torch.Tensor] = {}
-        self.copy: torch.Tensor | None = None  # (trials, low - tables)
-        self.gradient: torch.Tensor = torch.empty_like(rows) if lender is None else lender.gradient[: len(rows)]
-        self.low_gradient: torch.Tensor | None = None
-        if low != rows.dtype:
-            self.copy = rows[:, rowmap.tables : rowmap.low].to(low)
-            lent = None if lender is None else lender.low_gradient
-            self.low_gradient = torch.empty_like(self.copy) if lent is None else lent[: len(rows)]
-            widest = min(self._most, self.copy.shape[1])
-            self._wide: torch.Tensor = rows.new_empty(widest) if lender is None else lender._wide
-        for span in self.rowmap.spans:
-            leaf = self._cut(span, self.rows, self.copy)
-            self._leaves[span.leaf] = leaf.detach().requires_grad_(span.leaf not in TABLES)
-        self._find_places()
+        self.compute_params: torch.Tensor | None = None  # (trials, low - tables)
+        self.grad: torch.Tensor = (
+            torch.empty_like(flat_params) if grad_owner is None else grad_owner.grad[: len(flat_params)]
+        )
+        self.compute_grad: torch.Tensor | None = None
+        if compute_dtype != flat_params.dtype:
+            self.compute_params = flat_params[:, layout.tables_end : layout.compute_end].to(compute_dtype)
+            lent = None if grad_owner is None else grad_owner.compute_grad
+            self.compute_grad = torch.empty_like(self.compute_params) if lent is None else lent[: len(flat_params)]
+            widest = min(self._most, self.compute_params.shape[1])
+            self._wide: torch.Tensor = flat_params.new_empty(widest) if grad_owner is None else grad_owner._wide
+        for param_slice in self.layout.param_slices:
+            leaf = self._cut(param_slice, self.flat_params, self.compute_params)
+            self._leaves[param_slice.leaf] = leaf.detach().requires_grad_(param_slice.leaf not in TABLES)
+        self._find_grad_buffers()
 
-    def join_gradient(self) -> None:
-        """Have all of the gradient in ``gradient``, where parts of a batch add up without rounding."""
-        if self.low_gradient is not None:
-            self.low_gradient = None
-            self._find_places()
+    def accumulate_in_float32(self) -> None:
+        """Have all of the gradient in ``grad``, where parts of a batch add up without rounding."""
+        if self.compute_grad is not None:
+            self.compute_grad = None
+            self._find_grad_buffers()
 
-    def _find_places(self) -> None:
-        where = {span.leaf: self._cut(span, self.gradient, self.low_gradient) for span in self.rowmap.spans}
+    def _find_grad_buffers(self) -> None:
+        where = {
+            param_slice.leaf: self._cut(param_slice, self.grad, self.compute_grad)
+            for param_slice in self.layout.param_slices
+        }
         layers = {leaf.rpartition(".")[0] for leaf in where if leaf not in TABLES}
-        self._places = {layer: Places(where[f"{layer}.weight"], where[f"{layer}.bias"]) for layer in layers}
+        self._grad_buffers = {layer: GradBuffers(where[f"{layer}.weight"], where[f"{layer}.bias"]) for layer in layers}
 
-    def _cut(self, span: Span, high: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
-        """What belongs to a weight, ``(trials, *shape)``: a view of ``high``, or of ``low`` where products use that."""
-        source, start = high, span.start
-        if low is not None and self.rowmap.tables <= start < self.rowmap.low:
-            source, start = low, start - self.rowmap.tables
-        return source[:, start : start + span.stop - span.start].view(len(source), *span.shape)
+    def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
+        """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
+        source, start = full, param_slice.start
+        if compute is not None and self.layout.tables_end <= start < self.layout.compute_end:
+            source, start = compute, start - self.layout.tables_end
+        return source[:, start : start + param_slice.stop - param_slice.start].view(len(source), *param_slice.shape)
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
         """A weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
         return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
 
-    def places(self, layer: str) -> Places | None:
+    def grad_buffers(self, layer: str) -> GradBuffers | None:
         """Where the gradients of a layer's weight and bias go; None where it is frozen."""
-        return self._places.get(layer)
+        return self._grad_buffers.get(layer)
 
     def parts(self) -> Iterator[slice]:
-        """Cut a row into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache."""
-        rowmap = self.rowmap
-        for start, stop in pairwise([0, rowmap.tables, rowmap.decayed, rowmap.low, rowmap.size]):
+        """Cut a flat vector into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache."""
+        layout = self.layout
+        for start, stop in pairwise([0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size]):
             for first in range(start, stop, self._most):
                 yield slice(first, min(first + self._most, stop))
 
-    def gradient_of(self, trial: int, part: slice) -> torch.Tensor:
-        """One of the :meth:`parts` of the gradient of a trial, ``(elements,)`` in the precision of its row.
+    def grad_of(self, trial: int, part: slice) -> torch.Tensor:
+        """One of the :meth:`parts` of the gradient of a trial, ``(elements,)`` in the precision of ``flat_params``.
 
         It is good until the next call, and what is done to it may change the gradient itself.
         """
-        if self.low_gradient is None or not self._is_low(part):
-            return self.gradient[trial, part]
-        start = self.rowmap.tables
+        if self.compute_grad is None or not self._is_compute(part):
+            return self.grad[trial, part]
+        start = self.layout.tables_end
         return self._wide[: part.stop - part.start].copy_(
-            self.low_gradient[trial, part.start - start : part.stop - start]
+            self.compute_grad[trial, part.start - start : part.stop - start]
         )
 
     def updated(self, trial: int | slice = slice(None), part: slice | None = None) -> None:
-        """Follow the row of a trial, or all rows, after a step of the optimizer: one of the :meth:`parts`, or all."""
-        tables, low = self.rowmap.tables, self.rowmap.low
-        part = slice(tables, low) if part is None else part
-        if self.copy is not None and self._is_low(part):
-            self.copy[trial, part.start - tables : part.stop - tables] = self.rows[trial, part]
+        """Follow ``flat_params`` after an optimizer step: one trial's or all, one of the :meth:`parts` or all."""
+        tables, compute = self.layout.tables_end, self.layout.compute_end
+        part = slice(tables, compute) if part is None else part
+        if self.compute_params is not None and self._is_compute(part):
+            self.compute_params[trial, part.start - tables : part.stop - tables] = self.flat_params[trial, part]
 
-    def _is_low(self, part: slice) -> bool:
-        return self.rowmap.tables <= part.start < self.rowmap.low
+    def _is_compute(self, part: slice) -> bool:
+        return self.layout.tables_end <= part.start < self.layout.compute_end
 
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
         """Fill the gradient from ``loss``, or ``add`` to it.
 
         ``embedded`` is the summed embeddings, where they train.
         """
-        for places in self._places.values():
-            places.add = add
+        for grad_buffers in self._grad_buffers.values():
+            grad_buffers.add = add
         loss.backward()
         if embedded is not None:
             assert embedded.grad is not None
             if not add:
-                self.gradient[:, : self.rowmap.tables].zero_()
+                self.grad[:, : self.layout.tables_end].zero_()
             self._add_up_tables(embedded.grad, batch)
 
-    def _add_up_tables(self, gradient: torch.Tensor, batch: Batch) -> None:
+    def _add_up_tables(self, grad: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
-        places = {"word": batch.ids, "position": batch.positions, "type": torch.zeros_like(batch.ids)}
-        for span in self.rowmap.spans:
-            if span.leaf in TABLES:
-                table = self.gradient[:, span.start : span.stop].view(len(self.rows), *span.shape)
+        grad_buffers = {"word": batch.ids, "position": batch.positions, "type": torch.zeros_like(batch.ids)}
+        for param_slice in self.layout.param_slices:
+            if param_slice.leaf in TABLES:
+                table = self.grad[:, param_slice.start : param_slice.stop].view(
+                    len(self.flat_params), *param_slice.shape
+                )
                 if batch.fixed:
-                    _add_rows(table, places[span.leaf], gradient)
+                    _add_rows(table, grad_buffers[param_slice.leaf], grad)
                 else:
-                    index = places[span.leaf].expand(len(self.rows), -1)
-                    for trial in range(len(self.rows)):
-                        table[trial].index_add_(0, index[trial], gradient[trial])
-                if span.leaf == "word" and self.rowmap.vocabulary.padding is not None:
-                    table[:, self.rowmap.vocabulary.padding].zero_()
+                    index = grad_buffers[param_slice.leaf].expand(len(self.flat_params), -1)
+                    for trial in range(len(self.flat_params)):
+                        table[trial].index_add_(0, index[trial], grad[trial])
+                if param_slice.leaf == "word" and self.layout.vocabulary.padding is not None:
+                    table[:, self.layout.vocabulary.padding].zero_()
 
 
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

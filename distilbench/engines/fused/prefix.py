@@ -11,11 +11,11 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.fused.dropout import Draws, draws_for
+from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.steps import Course
+from distilbench.engines.steps import BatchSchedule
 
 WINDOW = 8
 """Steps whose prefix is run at once. On two cores 8 batches of 16 fill the products and still fit the cache."""
@@ -26,14 +26,14 @@ GPU_WINDOW = 64
 
 def prefix_depth(weights: StackedWeights) -> int | None:
     """Return how many layers follow frozen embeddings without a trained one between; None where embeddings train."""
-    frozen, depth = weights.rowmap.frozen, weights.rowmap.architecture.depth
+    frozen, depth = weights.layout.frozen, weights.layout.architecture.depth
     if "word" not in frozen:
         return None
     return next((i for i in range(depth) if f"{i}.out.weight" not in frozen), depth)
 
 
 @torch.no_grad()
-def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: Draws | None) -> torch.Tensor:
+def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: DropoutMasks | None) -> torch.Tensor:
     """Hidden states of ``batch`` under layer ``depth``: ``(orders, tokens, width)``, of [CLS] where that is the top."""
     forward = Forward(weights, batch, dropout)
     return forward.layers(forward.embed(forward.embedded()), 0, depth)
@@ -61,24 +61,30 @@ class TrainingPrefix:
     """
 
     def __init__(
-        self, weights: StackedWeights, split: EncodedSplit, course: Course, dropout: bool, budget: Budget, depth: int
+        self,
+        weights: StackedWeights,
+        split: EncodedSplit,
+        schedule: BatchSchedule,
+        dropout: bool,
+        budget: Budget,
+        depth: int,
     ) -> None:
         self.depth = depth
-        self._weights, self._split, self._course, self._dropout = weights, split, course, dropout
-        self.window = WINDOW if weights.rows.device.type == "cpu" else GPU_WINDOW
-        self._sentences_only = depth == weights.rowmap.architecture.depth
+        self._weights, self._split, self._course, self._dropout = weights, split, schedule, dropout
+        self.window = WINDOW if weights.flat_params.device.type == "cpu" else GPU_WINDOW
+        self._sentences_only = depth == weights.layout.architecture.depth
         self._windows: dict[int, tuple[int, list[list[torch.Tensor]]]] = {}
         self._all: list[torch.Tensor] = []
         rows = len(split) if self._sentences_only else len(split.tokens)
-        self._once = not dropout and budget.take(rows * weights["word"].shape[2] * weights.rows.element_size())
+        self._once = not dropout and budget.take(rows * weights["word"].shape[2] * weights.flat_params.element_size())
 
     @classmethod
     def of(
-        cls, weights: StackedWeights, split: EncodedSplit, course: Course, dropout: bool, budget: Budget
+        cls, weights: StackedWeights, split: EncodedSplit, schedule: BatchSchedule, dropout: bool, budget: Budget
     ) -> TrainingPrefix | None:
         """Make one for the depth that ``weights`` freezes; None where the embeddings train."""
         depth = prefix_depth(weights)
-        return None if depth is None else cls(weights, split, course, dropout, budget, depth)
+        return None if depth is None else cls(weights, split, schedule, dropout, budget, depth)
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
         """The hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
@@ -97,7 +103,7 @@ class TrainingPrefix:
     def empty(self, batch: Batch) -> torch.Tensor:
         """Room for the hidden states of a batch of that size, ``(orders, rows, width)``."""
         rows = batch.first if self._sentences_only else batch.ids
-        return self._weights.rows.new_zeros(*rows.shape, self._weights["word"].shape[2])
+        return self._weights.flat_params.new_zeros(*rows.shape, self._weights["word"].shape[2])
 
     def _of_order(self, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
         """The hidden states of each example of a step, ``(rows, width)``."""
@@ -119,7 +125,9 @@ class TrainingPrefix:
         states: list[torch.Tensor] = []
         for start in range(0, len(examples), at_once):
             stage = f"prefix+{start}" if start else "prefix"
-            dropout = draws_for([seed], stage, number, self._weights.rows.device) if self._dropout else None
+            dropout = (
+                dropout_masks_for([seed], stage, number, self._weights.flat_params.device) if self._dropout else None
+            )
             states += self._run(examples[start : start + at_once], dropout)
         own = iter(states)
         return [list(islice(own, len(batch))) for batch in batches]
@@ -132,9 +140,9 @@ class TrainingPrefix:
                 hidden[i] = own
         return hidden
 
-    def _run(self, examples: np.ndarray, dropout: Draws | None) -> list[torch.Tensor]:
+    def _run(self, examples: np.ndarray, dropout: DropoutMasks | None) -> list[torch.Tensor]:
         """The hidden states of each of ``examples``, ``(rows, width)``."""
-        device = self._weights.rows.device
+        device = self._weights.flat_params.device
         packed = pack(self._split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
         batch = stack_batches([packed], device)
         states = run_prefix(self._weights, batch, self.depth, dropout)[0]

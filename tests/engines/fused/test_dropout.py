@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distilbench.engines.fused.dropout import CounterDropout, Dropout, keep_scale, key_of, philox
+from distilbench.engines.fused.dropout import CounterDropout, Dropout, dropout_scale, key_of, philox
 
 CPU = torch.device("cpu")
 
 
 def mask(seeds, shapes, whole, step=0, stage="step", rate=0.1):
-    return Dropout(seeds, stage, step, CPU).keep(rate, shapes, whole, torch.float32)
+    return Dropout(seeds, stage, step, CPU).draw(rate, shapes, whole, torch.float32)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.2, 0.5])
@@ -19,7 +19,7 @@ def test_the_share_that_is_dropped_is_the_rate(rate):
     kept = mask([1], [(1000, 1000)], (1000, 1000), rate=rate)
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     assert kept.mean().item() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate)) ** 0.5 / 1000)
-    assert kept.mean().item() * keep_scale(rate) == pytest.approx(1, abs=5e-3)
+    assert kept.mean().item() * dropout_scale(rate) == pytest.approx(1, abs=5e-3)
 
 
 def test_every_place_is_dropped_as_often():
@@ -40,7 +40,7 @@ def test_the_same_seed_and_step_draw_the_same_and_others_do_not():
 
 def test_sites_of_a_step_draw_differently():
     dropout = Dropout([1], "step", 0, CPU)
-    masks = [dropout.keep(0.1, [(30, 30)], (30, 30), torch.float32) for _ in range(3)]
+    masks = [dropout.draw(0.1, [(30, 30)], (30, 30), torch.float32) for _ in range(3)]
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
 
@@ -54,7 +54,7 @@ def test_a_trials_mask_does_not_depend_on_its_neighbours():
 
 def counted(seeds, whole, step=0, stage="step", rate=0.1, site=1):
     dropout = CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds]))
-    return [dropout.keep(rate, [], whole, torch.float32) for _ in range(site)][-1]
+    return [dropout.draw(rate, [], whole, torch.float32) for _ in range(site)][-1]
 
 
 def words(counter, site, key):

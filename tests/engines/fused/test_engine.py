@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from distilbench.engines.batches import padded_batch
-from distilbench.engines.fused.dropout import Dropout, keep_scale
+from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
-from distilbench.engines.fused.loop import Group
+from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.fused.packing import pack
 from distilbench.engines.fused.prefix import WINDOW
 from distilbench.engines.optimization import build_optimizer, lr_factors
-from distilbench.engines.steps import Course, epoch_order
+from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
@@ -170,13 +170,13 @@ class SameMasks:
 
     def __init__(self, settings, splits, depth=2, heads=2):
         self.settings, self.split, self.depth, self.heads = settings, splits.train, depth, heads
-        self.course = Course(len(splits.train), settings.train.batch_size, settings.train.epochs)
+        self.schedule = BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs)
         self.ahead = settings.freeze.layers if settings.freeze.dropout else 0
 
     def around_step(self, step, rows):
         number = step // WINDOW
-        steps = range(number * WINDOW, min((number + 1) * WINDOW, self.course.steps))
-        before = [self.course.batch(self.settings.seed, other) for other in steps]
+        steps = range(number * WINDOW, min((number + 1) * WINDOW, self.schedule.steps))
+        before = [self.schedule.batch(self.settings.seed, other) for other in steps]
         self.window = pack(self.split, np.concatenate(before))
         self.offset = sum(len(b) for b in before[: step - steps[0]])
         self.packed, self.rows = pack(self.split, rows), rows
@@ -193,13 +193,13 @@ class SameMasks:
         fill = {4: self.attention, 3: self.hidden, 2: self.head}[x.dim()]
         mask = torch.ones_like(x)
         fill(mask, packed, drawn, p, offset)
-        return x * mask * keep_scale(p)
+        return x * mask * dropout_scale(p)
 
     def attention(self, mask, packed, drawn, p, offset):
         last = self.layer == self.depth - 1
         bins, queries = (len(packed.first), 1) if last else (packed.bins, packed.width)
         shape = (bins, self.heads, queries, packed.width)
-        keep = drawn.keep(p, [shape], shape, mask.dtype)[0]
+        keep = drawn.draw(p, [shape], shape, mask.dtype)[0]
         for row in range(len(self.rows)):
             s = row + offset
             start, length = packed.column[s], int((packed.sentence == s).sum())
@@ -214,14 +214,14 @@ class SameMasks:
             self.head(mask[:, 0], packed, drawn, p, offset)
             return
         shape = (len(packed.ids), mask.shape[2])
-        keep = drawn.keep(p, [shape], shape, mask.dtype)[0]
+        keep = drawn.draw(p, [shape], shape, mask.dtype)[0]
         for row in range(len(self.rows)):
             own = keep[torch.from_numpy(packed.sentence == row + offset)]
             mask[row, : len(own)] = own
 
     def head(self, mask, packed, drawn, p, offset):
         shape = (len(packed.first), mask.shape[1])
-        mask.copy_(drawn.keep(p, [shape], shape, mask.dtype)[0][offset : offset + len(mask)])
+        mask.copy_(drawn.draw(p, [shape], shape, mask.dtype)[0][offset : offset + len(mask)])
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
@@ -343,7 +343,7 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
 
 @pytest.mark.parametrize(
     ("count", "short"),
-    [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.places.start > 0)],
+    [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.trial_slice.start > 0)],
     ids=["within a stack", "between two stacks"],
 )
 def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
@@ -352,7 +352,7 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
     trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", still=False) for seed in range(1, count + 1)]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
-    run, refused = Group._differentiate, []
+    run, refused = TrialGroup._differentiate, []
 
     def short_of_memory(group, stack):
         if group.step >= 4 and short(group, stack):
@@ -360,7 +360,7 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(group, stack)
 
-    monkeypatch.setattr(Group, "_differentiate", short_of_memory)
+    monkeypatch.setattr(TrialGroup, "_differentiate", short_of_memory)
     seen = recorder()
     results = FusedEngine().train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * count
@@ -374,7 +374,7 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", "freeze.layers=1") for seed in (1, 2)]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
-    run, predict = Group._differentiate_part, Group._predict
+    run, predict = TrialGroup._differentiate_part, TrialGroup._predict
 
     def short_of_memory(group, stack, examples, part):
         if group.step >= 4 and (len(group.members) > 1 or (group.members[0].index == 0 and part.stop - part.start > 2)):
@@ -386,8 +386,8 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return predict(group, split)
 
-    monkeypatch.setattr(Group, "_differentiate_part", short_of_memory)
-    monkeypatch.setattr(Group, "_predict", short_of_memory_too)
+    monkeypatch.setattr(TrialGroup, "_differentiate_part", short_of_memory)
+    monkeypatch.setattr(TrialGroup, "_predict", short_of_memory_too)
     seen = recorder()
     results = FusedEngine(torch.float64).train(trials, splits, seen)
     assert [(r.status, r.micro_batch_size) for r in results] == [(Status.FINISHED, 2), (Status.FINISHED, None)]
@@ -401,13 +401,13 @@ def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorde
 
     trials = [trial(f"optim.lr={rate}", "output.save_model=false") for rate in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3)]
     splits, sizes = splits_of(trials[0]), []
-    ground = fused._ground(trials[0], splits, torch.float32)
-    needed = fused.bytes_per_trial(ground, trials[0])
-    assert needed > 5 * 4 * ground.rowmap.size
+    context = fused._group_context(trials[0], splits, torch.float32)
+    needed = fused.bytes_per_trial(context, trials[0])
+    assert needed > 5 * 4 * context.layout.size
     free = namedtuple("free", "available")(int(2.5 * needed / fused.MEMORY_SHARE))
     monkeypatch.setattr(fused.psutil, "virtual_memory", lambda: free)
-    run = Group.run
-    monkeypatch.setattr(Group, "run", lambda group, began: sizes.append(len(group.members)) or run(group, began))
+    run = TrialGroup.run
+    monkeypatch.setattr(TrialGroup, "run", lambda group, began: sizes.append(len(group.members)) or run(group, began))
     results = FusedEngine().train(trials, splits, recorder())
     assert [r.status for r in results] == [Status.FINISHED] * 5
     assert sizes == [2, 2, 1]

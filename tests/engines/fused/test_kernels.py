@@ -13,7 +13,7 @@ import torch
 
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda import optimizer as tabled
-from distilbench.engines.fused.dropout import EXTENT, keep_scale, philox_keep
+from distilbench.engines.fused.dropout import EXTENT, dropout_scale, philox_mask
 from distilbench.engines.fused.engine import FusedEngine
 from tests.engines.fused.test_engine import losses_of, models, trial
 
@@ -51,8 +51,8 @@ def test_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_same_bit_for_bit(whole, dtype):
     keys = torch.tensor([12345678901234567, 3])
-    ours = kernels.philox_keep(keys, 4, 6554, whole, EXTENT, dtype)
-    assert torch.equal(ours, philox_keep(keys, 4, 6554, whole, EXTENT, dtype))
+    ours = kernels.philox_mask(keys, 4, 6554, whole, EXTENT, dtype)
+    assert torch.equal(ours, philox_mask(keys, 4, 6554, whole, EXTENT, dtype))
 
 
 @inside
@@ -66,14 +66,14 @@ def test_adamw_is_the_same_up_to_rounding(with_copy):
     factors = torch.rand(trials)
     shape = trials, low.stop - low.start
     copy = torch.empty(shape, dtype=torch.bfloat16) if with_copy else None
-    low_gradient = torch.randn(shape).bfloat16() if with_copy else None
+    compute_grad = torch.randn(shape).bfloat16() if with_copy else None
     expected = [t.clone() for t in (rows, mean, square)]
     whole = gradient.clone()
-    if low_gradient is not None:
-        whole[:, low] = low_gradient.float()
+    if compute_grad is not None:
+        whole[:, low] = compute_grad.float()
         gradient[:, low] = torch.nan  # is not to be read
     tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
-    kernels.adamw(rows, gradient, low_gradient, [mean, square], copy, numbers, constants, factors, decayed, low)
+    kernels.adamw(rows, gradient, compute_grad, [mean, square], copy, numbers, constants, factors, decayed, low)
     for ours, plain in zip((rows, mean, square), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
     if copy is not None:
@@ -86,7 +86,7 @@ def attention_by_the_book(rows, asked, first, lengths, draws, heads, width):
     size = rows.shape[2] // ((3 if asked is None else 2) * heads)
     trials, orders, sentences = len(rows), *first.shape
     shape = (sentences, heads, width if asked is None else 1, width)
-    keep = torch.ones(orders, *shape) if draws is None else philox_keep(*draws, shape, EXTENT, torch.float32)
+    keep = torch.ones(orders, *shape) if draws is None else philox_mask(*draws, shape, EXTENT, torch.float32)
     out = []
     for t in range(trials):
         o = t if orders > 1 else 0
@@ -98,7 +98,7 @@ def attention_by_the_book(rows, asked, first, lengths, draws, heads, width):
             pieces = rows[t, start : start + n].view(n, -1, heads, size).permute(1, 2, 0, 3)[:, None, None]
             query = None if asked is None else asked[t, s].view(1, 1, heads, 1, size)
             own = keep[o, s, :, :n, :n][None, None] if asked is None else keep[o, s, :, :, :n][None, None]
-            scale = 1 if draws is None else keep_scale(0.1)
+            scale = 1 if draws is None else dropout_scale(0.1)
             q, k, v = pieces if query is None else (query, *pieces)
             got = (((q @ k.mT / size**0.5).softmax(-1) * own * scale) @ v)[0, 0].transpose(0, 1).flatten(1)
             where = torch.arange(start, start + n) if asked is None else torch.tensor([s])
@@ -138,9 +138,9 @@ def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch
     common = (freezing, "train.epochs=1", "data.max_train_examples=11", "output.save_model=false")
     trials = [trial(*common, f"seed={seed}", kind=kind, still=False) for seed in (1, 2)]
     splits = splits_of(trials[0])
-    plain, _ = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    plain, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     used = []
     monkeypatch.setattr(kernels, "usable", lambda tensor: used.append(tensor) or True)
-    ours, _ = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    ours, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     assert used
     np.testing.assert_allclose(ours, plain, rtol=2e-5)

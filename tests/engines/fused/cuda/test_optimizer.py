@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from distilbench.engines.fused.cuda.optimizer import TabledOptimizer
-from distilbench.engines.fused.optimizer import RowOptimizer
+from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
+from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.settings import OptimSettings
 
 SIZE, DECAYED, STEPS = 300, 200, 12
@@ -31,9 +31,9 @@ class Weights:
     """As much of :class:`StackedWeights` as an optimizer sees."""
 
     def __init__(self, rows):
-        self.rows, self.gradient = rows, torch.empty_like(rows)
-        self.copy = self.low_gradient = None
-        self.rowmap = SimpleNamespace(decayed=DECAYED, size=SIZE, tables=0, low=0)
+        self.flat_params, self.grad = rows, torch.empty_like(rows)
+        self.compute_params = self.compute_grad = None
+        self.layout = SimpleNamespace(decayed_end=DECAYED, size=SIZE, tables_end=0, compute_end=0)
 
     def updated(self):
         pass
@@ -65,27 +65,27 @@ def test_it_takes_the_steps_of_torchs_optimizer(name, dtype, tolerance):
     start = torch.randn(len(trials), SIZE, dtype=torch.float64).to(dtype)
     gradients = torch.randn(STEPS, len(trials), SIZE, dtype=torch.float64).to(dtype)
     weights = Weights(start.clone())
-    rows = RowOptimizer(weights, [torch.zeros_like(start) for _ in range(2 if name == "adamw" else 1)], trials)
-    optimizer = TabledOptimizer(rows, RATES[:, None] * np.array([t.lr for t in trials]))
+    rows = StackedOptimizer(weights, [torch.zeros_like(start) for _ in range(2 if name == "adamw" else 1)], trials)
+    optimizer = CapturableOptimizer(rows, RATES[:, None] * np.array([t.lr for t in trials]))
     seen = []
     for step in range(STEPS):
-        weights.gradient.copy_(gradients[step])
+        weights.grad.copy_(gradients[step])
         norms = torch.empty(len(trials), dtype=dtype)
         optimizer.step(optimizer.table[step], norms)
         seen.append(norms)
     for t, settings in enumerate(trials):
         row, norms = torchs(settings, start[t], gradients[:, t])
-        torch.testing.assert_close(weights.rows[t], row, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(weights.flat_params[t], row, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(torch.stack(seen)[:, t], norms, rtol=tolerance, atol=0)
 
 
 def test_a_trial_that_diverges_leaves_its_neighbours_alone():
     trials = TRIALS["adamw"][:2]
     weights = Weights(torch.ones(2, SIZE))
-    rows = RowOptimizer(weights, [torch.zeros(2, SIZE), torch.zeros(2, SIZE)], trials)
-    optimizer = TabledOptimizer(rows, np.full((STEPS, 2), 1e-3))
-    weights.gradient.fill_(1.0)
-    weights.gradient[0, 3] = torch.nan
+    rows = StackedOptimizer(weights, [torch.zeros(2, SIZE), torch.zeros(2, SIZE)], trials)
+    optimizer = CapturableOptimizer(rows, np.full((STEPS, 2), 1e-3))
+    weights.grad.fill_(1.0)
+    weights.grad[0, 3] = torch.nan
     optimizer.step(optimizer.table[0], torch.empty(2))
-    assert weights.rows[0].isnan().all()
-    assert weights.rows[1].isfinite().all()
+    assert weights.flat_params[0].isnan().all()
+    assert weights.flat_params[1].isfinite().all()
