@@ -45,7 +45,7 @@ def compare_stored(settings: CompareSettings) -> None:
     _check_experiments(settings.experiments)
     from rich.console import Console
 
-    from distilbench.report.from_store import Plan, check_protocol, check_tested, make_report, write_report
+    from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report, write_report
     from distilbench.report.tables import print_report
     from distilbench.tracking import find_store
 
@@ -53,8 +53,8 @@ def compare_stored(settings: CompareSettings) -> None:
     trials, names = _asked_for(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
-    plan = Plan(_title(settings), usual_treatment(), settings.baseline, settings.rows, names, parent)
-    report = make_report(store, trials, plan)
+    request = ReportRequest(_title(settings), usual_treatment(), settings.baseline, settings.rows, names, parent)
+    report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
         raise SettingsError(_no_baseline(trials))
     if settings.untested == "refuse":

@@ -91,7 +91,7 @@ def confirm(settings: ConfirmSettings) -> int:
 
 def _first_report(store: MlflowStore, sweep: str) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
-    from distilbench.report.from_store import CONFIRMS, Plan, check_protocol, find_sweep, make_report
+    from distilbench.report.from_store import CONFIRMS, ReportRequest, check_protocol, find_sweep, make_report
     from distilbench.tracking import SWEEP, RunFilter
 
     parent = find_sweep(store, sweep)
@@ -102,8 +102,8 @@ def _first_report(store: MlflowStore, sweep: str) -> Report:
     if not trials:
         raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
     check_protocol(trials)
-    report = make_report(store, trials, Plan(f"Sweep {sweep}", usual_treatment(), sweep=parent))
-    if report.baseline is None or not report.others:
+    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", usual_treatment(), sweep=parent))
+    if report.baseline is None or not report.candidates:
         lacking = "baseline" if report.baseline is None else "finished setting beside its baseline"
         raise SettingsError(f"sweep must have a {lacking}, got {sweep!r} without one; run it again to add one")
     return report
@@ -113,10 +113,10 @@ def _missing(
     store: MlflowStore, settings: ConfirmSettings, report: Report, known: Sequence[StoredTrial]
 ) -> Iterator[Cell]:
     """What is left to train, seed by seed, so that an interruption leaves every setting with the same seeds."""
-    from distilbench.report.rows import by_choice
+    from distilbench.report.rows import by_score
 
     assert report.baseline is not None
-    rows = [report.baseline, *by_choice(report.others)[: settings.top]]
+    rows = [report.baseline, *by_score(report.candidates)[: settings.top]]
     started = {digest(row.treatment): _settings_of(store, row) for row in rows}
     done = {(digest(t.treatment), t.seed) for t in known if t.status is Status.FINISHED}
     for seed in fresh_seeds(report, settings.seeds):
@@ -129,13 +129,13 @@ def _missing(
 
 def fresh_seeds(report: Report, number: int) -> list[int]:
     """The first ``number`` seeds from 1 on that no trial of the sweep had; the same ones whenever it is asked."""
-    used = {trial.seed for row in report.rows for trial in (*row.trials, *row.others)}
+    used = {trial.seed for row in report.rows for trial in row.all_trials}
     return list(islice((seed for seed in count(1) if seed not in used), number))
 
 
 def _settings_of(store: MlflowStore, row: Row) -> AppSettings:
     """The settings that a row's first trial was started with, from its run."""
-    run_id = (*row.trials, *row.others)[0].run_id
+    run_id = row.all_trials[0].run_id
     try:
         return settings_from(OmegaConf.create(store.config(run_id)))
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:

@@ -28,6 +28,18 @@ class Status(StrEnum):
     FAILED = "FAILED"
 
 
+class Verdict(StrEnum):
+    """What may be claimed of a treatment against the baseline; the same words in MLflow and in tables."""
+
+    BETTER = "better"
+    AHEAD = "ahead"
+    """Better on a split that also chose it: to be confirmed with fresh seeds."""
+    GOOD_ENOUGH = "good enough"
+    """Its loss is shown to be below the margin."""
+    WORSE = "worse"
+    UNDECIDED = "undecided"
+
+
 MEASURES = ("accuracy", "loss", "f1", "mcc", "brier", "ece")
 """What an evaluation measures."""
 METRICS_KEPT = (*MEASURES, "epoch")

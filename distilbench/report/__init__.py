@@ -1,9 +1,10 @@
 """What people read: a trial beside its baseline, and many trials as a table and a page.
 
-Sees settings and results only: what is shown is handed in, where it goes is for others to say.
+Sees settings and results only: what is shown is handed in, where it goes is for others to say. Comparisons are made in
+``rows`` (with ``statistics``), said in ``words``, laid out by ``columns``.
 """
 
-from distilbench.report.formats import duration, p_value, percent, points, time_gain
+from distilbench.report.formats import duration, less, p_value, percent, points
 from distilbench.report.trial import (
     Comparison,
     Summary,
@@ -12,6 +13,7 @@ from distilbench.report.trial import (
     comparison_metrics,
     frozen_part,
     print_summary,
+    sentence,
     trial_line,
 )
 
@@ -23,10 +25,11 @@ __all__ = [
     "comparison_metrics",
     "duration",
     "frozen_part",
+    "less",
     "p_value",
     "percent",
     "points",
     "print_summary",
-    "time_gain",
+    "sentence",
     "trial_line",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from distilbench.report.formats import html
 
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 46
@@ -60,39 +61,39 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) 
     """A whole chart: grid, ticks, titles, and ``marks`` (SVG) on top; ``title`` is what a screen reader says."""
     across = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{escape(y.shown(t))}</text>'
+        f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{html(y.shown(t))}</text>'
         for t in y.ticks
     )
     along = "".join(
-        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(x.shown(t))}</text>'
+        f'<text x="{x(t):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{html(x.shown(t))}</text>'
         for t in x.ticks
     )
     middle = (LEFT + WIDTH - RIGHT) / 2
     titles = (
-        f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html(x_title)}</text>'
         f'<text class="axis" x="13" y="{HEIGHT / 2 - 20}" text-anchor="middle" '
-        f'transform="rotate(-90 13 {HEIGHT / 2 - 20})">{escape(y_title)}</text>'
+        f'transform="rotate(-90 13 {HEIGHT / 2 - 20})">{html(y_title)}</text>'
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html(title)}">'
         f"{across}{along}{titles}{marks}</svg>"
     )
 
 
 def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5) -> str:
     """A point with a tooltip."""
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(tip)}</title></circle>'
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{html(tip)}</title></circle>'
 
 
 def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str:
     """A polyline with a tooltip."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="{kind}" points="{path}"><title>{escape(tip)}</title></polyline>'
+    return f'<polyline class="{kind}" points="{path}"><title>{html(tip)}</title></polyline>'
 
 
 def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
     """A short text beside a mark."""
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html(text)}</text>'
 
 
 def bars(shares: Mapping[str, float], title: str) -> str:
@@ -103,9 +104,7 @@ def bars(shares: Mapping[str, float], title: str) -> str:
         f'<rect class="bar" x="0" y="{i * gap + 20}" width="{max(share * WIDTH, 1):.1f}" height="{height}" rx="2"/>'
         for i, (name, share) in enumerate(shares.items())
     )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {max(len(shares) * gap, 1)}" role="img" aria-label="{escape(title)}">{marks}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {max(len(shares) * gap, 1)}" role="img" aria-label="{html(title)}">{marks}</svg>'
 
 
 FOREST_WIDTH, FOREST_HEIGHT = 150, 22
@@ -125,7 +124,7 @@ def forest(scale: Axis, low: float, middle: float, high: float, kind: str, tip: 
     at = min(max(scale(middle), 3.0), FOREST_WIDTH - 3)
     return (
         f'<svg class="forest {kind}" viewBox="0 0 {FOREST_WIDTH} {FOREST_HEIGHT}" role="img" '
-        f'aria-label="{escape(tip)}">'
+        f'aria-label="{html(tip)}">'
         f'<line class="zero" x1="{zero}" x2="{zero}" y1="0" y2="{FOREST_HEIGHT}"/>'
         f'<line class="reach" x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}"/>'
         f'<rect class="middle" x="{at - 4:.1f}" y="{y - 4}" width="8" height="8"/></svg>'

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distilbench.report.formats import counted, interval, points
-from distilbench.report.rows import Row, varying_keys
+from distilbench.report.names import varying_keys
+from distilbench.report.rows import Row
 from distilbench.report.statistics import expected_best_of_k
-from distilbench.results import Status, StoredTrial
+from distilbench.report.words import reason_untested, size_of
+from distilbench.results import Status, StoredTrial, Verdict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -62,7 +64,7 @@ class Report:
         return next((row for row in self.rows if row.is_baseline), None)
 
     @property
-    def others(self) -> list[Row]:
+    def candidates(self) -> list[Row]:
         """Rows with a finished trial, without the baseline's."""
         return [row for row in self.rows if row.trials and not row.is_baseline]
 
@@ -78,12 +80,12 @@ class Confirmed:
     @property
     def survived(self) -> bool:
         """Whether the fresh seeds show it better than the baseline."""
-        return self.again.verdict.startswith("better")
+        return self.again.verdict is Verdict.BETTER
 
 
 def headline(report: Report) -> str:
     """The answer in one or two sentences: what is better than the baseline, by how much, and how sure."""
-    others = report.others
+    others = report.candidates
     base = report.baseline
     if not others and (base is None or not base.trials):
         return f"No trial finished: {_endings(report)}."
@@ -93,42 +95,34 @@ def headline(report: Report) -> str:
         return "Only the baseline finished: there is nothing to compare it with."
     if report.confirmation:
         return _confirmed(report.confirmation[0])
-    better = [row for row in others if row.verdict.startswith(("better", "ahead"))]
+    better = [row for row in others if row.verdict in (Verdict.BETTER, Verdict.AHEAD)]
     tried = f"the {counted(len(others), 'setting')} tried" if len(others) > 1 else "the setting tried"
     nothing = f"None of {tried}" if len(others) > 1 else "Nothing"
     if not any(row.difference for row in others):
-        reason = others[0].verdict.removeprefix("not tested: ")
-        return f"{nothing} could be tested against the baseline: {reason}."
+        return f"{nothing} could be tested against the baseline: {reason_untested(others[0])}."
     if not better:
         return f"{nothing} was shown to be better than the baseline."
     best = better[0]
     assert best.difference is not None
     size = f"{points(best.difference.points)} points (95 % {interval(best.difference.low, best.difference.high)})"
-    sure = "ahead of the baseline, yet to be confirmed" if best.verdict.startswith("ahead") else "better"
+    sure = "ahead of the baseline, yet to be confirmed" if best.verdict is Verdict.AHEAD else "better"
     more = f", and {len(better) - 1} more" if len(better) > 1 else ""
     return f"{best.label} is {sure}: {size}{more}, of {tried}."
 
 
 def _confirmed(winner: Confirmed) -> str:
     """Whether the winner's advantage survived, both figures side by side."""
-    then, now = (_figure_of(row) for row in (winner.first, winner.again))
+    then, now = (size_of(row) for row in (winner.first, winner.again))
     word = "survived fresh seeds" if winner.survived else "did not survive fresh seeds"
     if (winner.first.points or 0) <= 0:
         word = "was none in the sweep either" if not winner.survived else "shows only now"
     return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
 
 
-def _figure_of(row: Row) -> str:
-    found = row.difference
-    if found is None:
-        return f"{points(row.points)} points, {row.verdict}" if row.points is not None else row.status
-    return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
-
-
 def saving(report: Report) -> str:
     """What the cheapest setting costs that is not shown to be worse; empty where none saves time."""
-    cheap = [row for row in report.others if row.difference and (row.time_gain_percent or 0) >= WORTH_TELLING]
-    cheap = [row for row in cheap if not row.verdict.startswith("worse")]
+    cheap = [row for row in report.candidates if row.difference and (row.time_gain_percent or 0) >= WORTH_TELLING]
+    cheap = [row for row in cheap if row.verdict is not Verdict.WORSE]
     if not cheap:
         return ""
     row = max(cheap, key=lambda r: r.time_gain_percent or 0)
@@ -140,7 +134,7 @@ def saving(report: Report) -> str:
 def _endings(report: Report) -> str:
     counts: dict[str, int] = {}
     for row in report.rows:
-        for trial in row.others:
+        for trial in row.other_trials:
             counts[trial.status.value] = counts.get(trial.status.value, 0) + 1
     return ", ".join(f"{n} {status}" for status, n in counts.items())
 
@@ -159,8 +153,8 @@ def comparable_in_time(report: Report) -> list[Row]:
     """The rows whose seconds may stand on one axis: the baseline's and those measured as it was."""
     base = report.baseline
     if base is None or not base.trials:
-        alike = len({trial.measured_on for row in report.others for trial in row.trials}) == 1
-        return report.others if alike else []
+        alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
+        return report.candidates if alike else []
     return [row for row in report.rows if row.is_baseline or row.time_gain_percent is not None]
 
 
@@ -222,4 +216,4 @@ def _value(value: object, space: BaseDistribution) -> object:
 
 def unfinished(rows: Sequence[Row]) -> list[StoredTrial]:
     """Every trial that did not finish, for what became of it."""
-    return [trial for row in rows for trial in row.others if trial.status is not Status.FINISHED]
+    return [trial for row in rows for trial in row.other_trials if trial.status is not Status.FINISHED]

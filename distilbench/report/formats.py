@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 
 def duration(seconds: float) -> str:
@@ -39,12 +40,10 @@ def p_value(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
-def time_gain(gain_percent: float | None) -> str:
-    """``35 % less`` training time, ``12 % more``, or that it cannot be said."""
-    if gain_percent is None:
-        return "not compared"
-    whole = round(gain_percent)
-    return f"{abs(whole)} % {'less' if whole > 0 else 'more'}" if whole else "0 %"
+def less(saved_percent: float) -> str:
+    """``35 % less``, ``12 % more`` of a cost, or ``as much``."""
+    whole = round(saved_percent)
+    return f"{abs(whole)} % {'less' if whole > 0 else 'more'}" if whole else "as much"
 
 
 def counted(number: int, noun: str) -> str:
@@ -82,6 +81,16 @@ def markdown(text: str) -> str:
 def markdown_row(cells: Sequence[str]) -> str:
     """One line of a Markdown table; the cells are escaped already."""
     return "| " + " | ".join(cells) + " |"
+
+
+def url_in_markdown(url: str) -> str:
+    """A URL that can't end Markdown's link early."""
+    return url.replace("(", "%28").replace(")", "%29").replace(" ", "%20").replace("|", "%7C")
+
+
+def html(text: str) -> str:
+    """Text that HTML shows as it is, on one line."""
+    return escape(one_line(text))
 
 
 _LATEX = {

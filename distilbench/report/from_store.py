@@ -13,7 +13,7 @@ from rich.console import Console
 from distilbench.identity import digest
 from distilbench.report.findings import Confirmed, Curve, Report
 from distilbench.report.page import page
-from distilbench.report.rows import Row, against_baseline, by_choice, find_baseline, group, label_rows
+from distilbench.report.rows import Row, Untested, against_baseline, by_score, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import FORMATS, SettingsError
@@ -31,7 +31,7 @@ _SUFFIX = {"html": "html", "markdown": "md", "latex": "tex", "csv": "csv"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReportRequest:
     """How trials become a report.
 
     ``usual`` is the baseline's treatment (without precision), as a plain composition has it. ``baseline`` is the id of
@@ -65,39 +65,41 @@ def check_protocol(trials: Sequence[StoredTrial]) -> None:
 
 def check_tested(report: Report) -> None:
     """Raise :class:`SettingsError` where a finished trial could not be tested for want of predictions."""
-    lacking = [row for row in report.table_rows if row.verdict.startswith("not tested: predictions are missing")]
+    lacking = [row for row in report.table_rows if row.untested is Untested.PREDICTIONS]
     if lacking:
         raise SettingsError(
-            f"finished runs must have their predictions, got none for {len(lacking)} of {len(report.others)} settings "
-            f"({lacking[0].label}) or for the baseline; train them again, or show them untested: untested=show"
+            f"finished runs must have their predictions, got none for {len(lacking)} of {len(report.candidates)} "
+            f"settings ({lacking[0].label}) or for the baseline; train them again, or show them untested: untested=show"
         )
 
 
-def make_report(store: MlflowStore, trials: Sequence[StoredTrial], plan: Plan) -> Report:
+def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
     """Compare trials of one protocol with their baseline; one is looked up in the store where they hold none."""
-    rows = group(trials, plan.names)
+    rows = rows_from(trials, request.names)
     notes: list[str] = []
-    baseline = None if plan.baseline == "none" else find_baseline(rows, _expected(rows, plan.usual), plan.baseline)
-    if baseline is None and plan.baseline != "none":
-        found = _baseline_elsewhere(store, rows, plan)
+    baseline = (
+        None if request.baseline == "none" else find_baseline(rows, _expected(rows, request.usual), request.baseline)
+    )
+    if baseline is None and request.baseline != "none":
+        found = _baseline_elsewhere(store, rows, request)
         if found:
-            rows = group([*trials, *found], plan.names)
+            rows = rows_from([*trials, *found], request.names)
             ids = {trial.run_id for trial in found}
-            baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in (*row.trials, *row.others)})
+            baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
             notes.append("The baseline is not among these trials: it is the newest finished one of their protocol.")
     rows = label_rows(rows, baseline)
-    picked = _picked_here(plan, trials)
+    picked = _picked_here(request, trials)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, _ReadOnce(store), plan.shown, picked)
+        rows = against_baseline(rows, baseline, _ReadOnce(store), request.shown, picked)
     report = Report(
-        title=plan.title,
+        title=request.title,
         rows=tuple(rows),
-        shown=plan.shown,
+        shown=request.shown,
         sample=trials[0],
-        notes=tuple(notes + _selection_notes(plan, trials[0], picked)),
+        notes=tuple(notes + _selection_notes(request, trials[0], picked)),
         url=store.runs_url(),
     )
-    return replace(report, curves=_curves(store, report), confirmation=_confirmation(store, report, plan))
+    return replace(report, curves=_curves(store, report), confirmation=_confirmation(store, report, request))
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
@@ -112,23 +114,23 @@ def _most_common(values: Sequence[object]) -> object:
     return next(value for value in values if repr(value) == counts.most_common(1)[0][0])
 
 
-def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], plan: Plan) -> list[StoredTrial]:
+def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
     """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
-    sample = (*rows[0].trials, *rows[0].others)[0]
-    if plan.baseline:
-        found = store.search(RunFilter(run_ids=(plan.baseline,)))
+    sample = rows[0].all_trials[0]
+    if request.baseline:
+        found = store.search(RunFilter(run_ids=(request.baseline,)))
         if not found:
-            raise SettingsError(f"baseline must be the id of a run, or none, got {plan.baseline!r}; check the id")
+            raise SettingsError(f"baseline must be the id of a run, or none, got {request.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
-    expected = digest(_expected(rows, plan.usual))
+    expected = digest(_expected(rows, request.usual))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
     return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
 
 
-def _picked_here(plan: Plan, trials: Sequence[StoredTrial]) -> bool:
+def _picked_here(request: ReportRequest, trials: Sequence[StoredTrial]) -> bool:
     """Whether the report split also chose the winner: in a sweep without a selection split that confirms nothing."""
-    is_search = plan.sweep is not None and CONFIRMS not in plan.sweep.tags
+    is_search = request.sweep is not None and CONFIRMS not in request.sweep.tags
     return is_search and trials[0].selection_split == trials[0].report_split
 
 
@@ -142,16 +144,16 @@ def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
     return found
 
 
-def _selection_notes(plan: Plan, sample: StoredTrial, picked: bool) -> list[str]:
-    if plan.sweep is None:
+def _selection_notes(request: ReportRequest, sample: StoredTrial, picked: bool) -> list[str]:
+    if request.sweep is None:
         return []
-    name = plan.sweep.tags[SWEEP]
+    name = request.sweep.tags[SWEEP]
     if picked:
         return [
             f"The split {sample.report_split} picked the winner and reports it, so its lead is optimistic; confirm it "
             f"with fresh seeds (python -m distilbench.confirm sweep={name}), or sweep with data.selection_fraction=0.1."
         ]
-    if CONFIRMS in plan.sweep.tags and sample.selection_split == sample.report_split:
+    if CONFIRMS in request.sweep.tags and sample.selection_split == sample.report_split:
         return [
             f"Fresh seeds take away the luck of a seed, not that of the sentences: the split {sample.report_split} "
             "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
@@ -178,26 +180,26 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
     sample = report.sample
     part = "validation" if sample.selection_split == sample.report_split else "selection"
     base = [report.baseline] if report.baseline and report.baseline.trials else []
-    drawn = [*report.others[:CURVES], *base]
+    drawn = [*report.candidates[:CURVES], *base]
     return tuple(
         Curve(row.label, tuple(store.history(row.trials[0].run_id, f"{part}/accuracy")), row.is_baseline)
         for row in drawn
     )
 
 
-def _confirmation(store: MlflowStore, report: Report, plan: Plan) -> tuple[Confirmed, ...]:
+def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Confirmed, ...]:
     """A confirmation's settings beside the sweep that picked them; nothing for any other report."""
-    name = plan.sweep.tags.get(CONFIRMS) if plan.sweep else None
+    name = request.sweep.tags.get(CONFIRMS) if request.sweep else None
     first = store.sweep_run(name) if name else None
     trials = store.search(RunFilter(tags={SWEEP: name})) if first and name else []
     trials = [trial for trial in trials if trial.protocol_id == report.sample.protocol_id]
     if not trials:
         return ()
-    before = make_report(store, trials, replace(plan, sweep=first))
-    again = {digest(row.treatment): row for row in report.others}
+    before = make_report(store, trials, replace(request, sweep=first))
+    again = {digest(row.treatment): row for row in report.candidates}
     return tuple(
         Confirmed(again[key].label, row, again[key])
-        for row in by_choice(before.others)
+        for row in by_score(before.candidates)
         if (key := digest(row.treatment)) in again
     )
 
@@ -235,7 +237,7 @@ def report_sweep(
         return None
     protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
     kept = [trial for trial in trials if trial.protocol_id == protocol]
-    report = make_report(store, kept, Plan(f"Sweep {sweep}", usual, sweep=parent))
+    report = make_report(store, kept, ReportRequest(f"Sweep {sweep}", usual, sweep=parent))
     if len(kept) < len(trials):
         left = f"{len(trials) - len(kept)} trials of other protocols are left out: they can't be compared."
         report = replace(report, notes=(left, *report.notes))

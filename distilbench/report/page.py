@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from distilbench.report import charts
+from distilbench.report.columns import FULL, Column, plain
 from distilbench.report.findings import (
     FEWEST_FOR_IMPORTANCE,
     Report,
@@ -21,117 +22,102 @@ from distilbench.report.findings import (
     pareto_front,
     saving,
 )
-from distilbench.report.formats import duration, one_line, percent
+from distilbench.report.formats import duration, html, one_line, percent
 from distilbench.report.rows import Row
-from distilbench.report.tables import FULL, failures, notes_of, protocol_lines, survival
+from distilbench.report.tables import failures, notes_of, protocol_lines
+from distilbench.report.words import VERDICTS, said, survival
+from distilbench.results import Verdict
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FEWEST_DRAWS = 5
 """Settings from which on the best of several is worth a chart."""
 MOST_POINTS = 1000
 """Points in a chart: a browser slows down beyond some thousands."""
-_SLIM = ("loss", "trained", "status", "n")
+_SLIM = ("loss", "trainable_parameters", "status", "seeds")
 """Columns that a phone leaves out."""
 
 
 def page(report: Report) -> str:
-    """The whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
+    """Write the whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
     confirmed = "".join(
-        f"<li><b>{_text(found.label)}</b> {_text(survival(found.first, found.again))}</li>"
+        f"<li><b>{html(found.label)}</b> {html(survival(found.first, found.again))}</li>"
         for found in report.confirmation
     )
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=_text(report.title),
-        headline=_text(headline(report)),
-        saving=_text(saving(report)),
+        title=html(report.title),
+        headline=html(headline(report)),
+        saving=html(saving(report)),
         counts=_counts(report),
         confirmation=f"<h2>Confirmed with fresh seeds?</h2><ul>{confirmed}</ul>" if confirmed else "",
-        header="".join(_head(column.title, column.right) for column in FULL),
+        header="".join(map(_head, FULL)),
         rows=_rows(report),
         charts="".join(_charts(report)),
         failures=_failures(report),
-        notes="".join(f"<li>{_text(line)}</li>" for line in (*protocol_lines(report), *notes_of(report))),
+        notes="".join(f"<li>{html(line)}</li>" for line in (*protocol_lines(report), *notes_of(report))),
     )
-
-
-def _text(text: str) -> str:
-    return escape(one_line(text))
 
 
 def _counts(report: Report) -> str:
     """How many settings came to which verdict, and how many seeds stand behind one."""
-    words = Counter(_kind(row) for row in report.others)
-    named = {"better": "better", "ahead": "ahead, to be confirmed", "even": "no difference shown", "worse": "worse"}
-    items = [(words[kind], name, kind) for kind, name in named.items() if words[kind]]
+    counts = Counter(row.verdict for row in report.candidates)
+    items = [(counts[verdict], name, _class(verdict)) for verdict, name in VERDICTS.items() if counts[verdict]]
     ended = sum(not row.trials for row in report.rows)
     items += [(ended, "without a finished trial", "ended")] if ended else []
-    seeds = sorted({row.n for row in report.others})
-    said = "".join(f'<li class="{kind}"><b>{count:,}</b> {name}</li>' for count, name, kind in items)
+    seeds = sorted({row.n for row in report.candidates})
+    shown = "".join(f'<li class="{kind}"><b>{count:,}</b> {name}</li>' for count, name, kind in items)
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""
-    said += f"<li>seeds for each setting: <b>{span}</b></li>" if span else ""
+    shown += f"<li>seeds for each setting: <b>{span}</b></li>" if span else ""
     address = report.url if report.url.startswith(("http://", "https://")) else ""
-    return said + (f'<li><a href="{escape(address)}">runs in MLflow</a></li>' if address else "")
+    return shown + (f'<li><a href="{escape(address)}">runs in MLflow</a></li>' if address else "")
+
+
+def _class(verdict: Verdict) -> str:
+    return verdict.name.lower()
 
 
 def _kind(row: Row) -> str:
-    """The class that colours a row: base, better, ahead, worse, ended or even."""
+    """The class that colours a row: base, a verdict's, ended or untested."""
     if row.is_baseline:
         return "base"
-    word = row.verdict.partition(" ")[0].rstrip(",")
-    return word if word in ("better", "ahead", "worse") else "even" if row.trials else "ended"
+    return _class(row.verdict) if row.verdict else "untested" if row.trials else "ended"
 
 
-def _head(title: str, right: bool) -> str:
-    return (
-        f'<th class="{"number" if right and title != "difference (95 %)" else ""}"><button>{_text(title)}</button></th>'
-    )
+def _is_drawn(column: Column) -> bool:
+    """Whether a column's cells hold a picture beside their number."""
+    return column.key == "difference_points"
+
+
+def _head(column: Column) -> str:
+    kind = "" if column.is_text or _is_drawn(column) else "number"
+    return f'<th class="{kind}"><button>{html(column.title)}</button></th>'
 
 
 def _rows(report: Report) -> str:
     found = [row.difference for row in report.table_rows if row.difference]
-    scale = charts.forest_axis([(d.low, d.high) for d in found])
+    scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
     lines = []
     for row in report.table_rows:
-        cells = "".join(_cell(column.title, column.text(row), row, scale) for column in FULL)
+        cells = "".join(_cell(column, row, scale) for column in FULL)
         lines.append(f'<tr class="base">{cells}</tr>' if row.is_baseline else f"<tr>{cells}</tr>")
     return "".join(lines)
 
 
-def _cell(title: str, text: str, row: Row, scale: charts.Axis) -> str:
+def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
     """A cell with the value that sorts it; the colour of a verdict is that of its interval."""
-    value = escape(str(_sort_value(title, text, row)))
-    shown = _text(text)
-    if title == "setting" and row.url.startswith(("http://", "https://")):
+    text, found = column.text(row), row.difference
+    shown = html(text)
+    if column.key == "setting" and row.url.startswith(("http://", "https://")):
         shown = f'<a href="{escape(row.url)}">{shown}</a>'
-    if title == "difference (95 %)":
-        found, kind = row.difference, _kind(row)
-        drawn = charts.forest(scale, found.low, found.points, found.high, kind, text) if found else ""
-        return f'<td class="difference" data-value="{value}">{drawn}{shown}</td>'
-    if title == "verdict":
-        return f'<td class="verdict {_kind(row)}" data-value="{value}">{shown}</td>'
-    slim = " slim" if title in _SLIM else ""
-    right = next(column.right for column in FULL if column.title == title)
-    kind = f"{'number' if right else ''}{slim}".strip()
-    return f'<td class="{kind}" data-title="{escape(title)}" data-value="{value}">{shown}</td>'
-
-
-def _sort_value(title: str, text: str, row: Row) -> float | str:
-    numbers: dict[str, float | str] = {
-        "n": row.n,
-        "accuracy": row.accuracy,
-        "loss": row.loss,
-        "time": row.seconds,
-        "trained": row.trainable_parameters,
-        "time gain": math.nan if row.time_gain_percent is None else row.time_gain_percent,
-        "difference (95 %)": row.difference.points if row.difference else math.nan,
-        "p (Holm)": row.difference.p_holm if row.difference else math.nan,
-    }
-    value: float | str = numbers.get(title, text)
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    if _is_drawn(column) and found:
+        shown = charts.forest(scale, found.low, found.points, found.high, _kind(row), text) + shown
+    kinds = [column.key, *(["number"] if not column.is_text and not _is_drawn(column) else [])]
+    kinds += ["slim"] if column.key in _SLIM else [_kind(row)] if column.key == "verdict" else []
+    value = escape(str(plain(column.value(row)) if not column.is_text else text))
+    return f'<td class="{" ".join(kinds)}" data-title="{html(column.title)}" data-value="{value}">{shown}</td>'
 
 
 def _failures(report: Report) -> str:
-    lines = "".join(f"<li>{_text(line)}</li>" for line in failures(report))
+    lines = "".join(f"<li>{html(line)}</li>" for line in failures(report))
     return f"<h2>What did not finish</h2><ul>{lines}</ul>" if lines else ""
 
 
@@ -144,7 +130,7 @@ def _charts(report: Report) -> Iterator[str]:
 
 
 def _figure(title: str, chart: str, caption: str) -> str:
-    return f"<figure><h2>{_text(title)}</h2>{chart}<figcaption>{_text(caption)}</figcaption></figure>"
+    return f"<figure><h2>{html(title)}</h2>{chart}<figcaption>{html(caption)}</figcaption></figure>"
 
 
 def _drawn(rows: Sequence[Row]) -> list[Row]:
@@ -155,7 +141,7 @@ def _drawn(rows: Sequence[Row]) -> list[Row]:
 
 
 def _tip(row: Row) -> str:
-    return one_line(f"{row.label}: {percent(row.accuracy)}, {duration(row.seconds)}, {row.verdict}")
+    return one_line(f"{row.label}: {percent(row.accuracy)}, {duration(row.seconds)}, {said(row)}")
 
 
 def _trade_off(report: Report) -> Iterator[str]:
@@ -171,7 +157,7 @@ def _trade_off(report: Report) -> Iterator[str]:
         marks += charts.dot(
             x(row.seconds / unit), y(100 * row.accuracy), _tip(row), _kind(row), 6 if row.is_baseline else 4.5
         )
-    left = len(report.others) + (report.baseline is not None) - len(rows)
+    left = len(report.candidates) + (report.baseline is not None) - len(rows)
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
     caption += f"{left} settings whose times can't be compared are left out." if left > 0 else ""
@@ -230,15 +216,15 @@ def _importance(report: Report) -> Iterator[str]:
         shown = {one_line(name): share for name, share in list(shares.items())[:7]}
         caption = "Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna)."
         yield _figure(title, charts.bars(shown, title), caption)
-    elif len(report.others) > 3:
+    elif len(report.candidates) > 3:
         yield _figure(
             title, "", f"Parameter importance takes {FEWEST_FOR_IMPORTANCE} settings that differ in two ways."
         )
 
 
 def _best_of(report: Report) -> Iterator[str]:
-    curve = expected_best(report.others)
-    if len(report.others) < FEWEST_DRAWS:
+    curve = expected_best(report.candidates)
+    if len(report.candidates) < FEWEST_DRAWS:
         return
     x, y = charts.horizontal([k for k, _ in curve], whole=True), charts.vertical([100 * value for _, value in curve])
     marks = charts.line([(x(k), y(100 * value)) for k, value in curve], "", "expected best")

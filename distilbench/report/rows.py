@@ -6,11 +6,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from distilbench.identity import digest
+from distilbench.report.names import spell, varying_keys
 from distilbench.report.statistics import compare_over_seeds, holm, mean_and_deviation, verdict
-from distilbench.report.trial import time_saved
-from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial
+from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
 
 ReadPredictions = Callable[[StoredTrial], Predictions | None]
@@ -21,7 +22,7 @@ ReadPredictions = Callable[[StoredTrial], Predictions | None]
 class Difference:
     """A setting minus the baseline in points of accuracy: 95 % interval, p as tested and after Holm's correction.
 
-    ``n`` counts seeds, pairs of them where ``paired``.
+    ``n`` counts seeds, pairs of them where ``paired``; ``examples`` are those that both were asked.
     """
 
     points: float
@@ -31,34 +32,46 @@ class Difference:
     p_holm: float
     n: int
     paired: bool
+    examples: int
+
+
+class Untested(StrEnum):
+    """Why a row that has a result was not tested against the baseline."""
+
+    PREDICTIONS = "no predictions"
+    EXAMPLES = "other examples"
+    SEEDS = "other seeds"
+    ROWS = "beyond the rows asked for"
+    BASELINE = "no finished baseline"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. ``trials`` finished, one per seed in the order of seeds; ``others`` did not, or repeat a seed.
+    """One setting. ``trials`` finished, one per seed in the order of seeds; ``other_trials`` did not, or repeat a seed.
 
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
     the seeds that both have, where it was tested. ``time_gain_percent`` is the share of the baseline's training time
-    saved, None for the reason in ``time_note``. ``verdict`` is what may be claimed.
+    saved, None for the reason in ``time_note``. ``verdict`` is what may be claimed; None for the baseline itself,
+    without a baseline, without a result, and for the reason in ``untested``.
     """
 
     label: str
     treatment: Mapping[str, object]
     trials: tuple[StoredTrial, ...]
-    others: tuple[StoredTrial, ...]
+    other_trials: tuple[StoredTrial, ...]
     accuracy: float
     accuracy_deviation: float | None
     loss: float
     seconds: float
     seconds_deviation: float | None
     is_baseline: bool = False
-    is_winner: bool = False
     points: float | None = None
     difference: Difference | None = None
     time_gain_percent: float | None = None
     time_note: str = ""
-    verdict: str = ""
+    verdict: Verdict | None = None
+    untested: Untested | None = None
 
     @property
     def n(self) -> int:
@@ -71,52 +84,55 @@ class Row:
         return tuple(trial.seed for trial in self.trials)
 
     @property
+    def all_trials(self) -> tuple[StoredTrial, ...]:
+        """Every trial, those first that count."""
+        return (*self.trials, *self.other_trials)
+
+    @property
     def trainable_parameters(self) -> int:
         """Parameters that were trained; 0 where unknown."""
-        return max((trial.trainable_parameters for trial in (*self.trials, *self.others)), default=0)
+        return max(trial.trainable_parameters for trial in self.all_trials)
 
     @property
     def status(self) -> str:
         """``FINISHED``, or how many trials ended how."""
-        counts = Counter(trial.status.value for trial in (*self.trials, *self.others))
+        counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
     @property
     def url(self) -> str:
         """Opens the run of the first trial."""
-        return next((trial.url for trial in (*self.trials, *self.others)), "")
+        return self.all_trials[0].url
 
 
-def group(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
-    """Rows of one protocol's trials, best first by mean accuracy, those without a finished trial last.
+def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
+    """Return the rows of one protocol's trials, best first by mean accuracy, those without a finished trial last.
 
     ``names`` maps digests of treatments to labels that go before what differs.
     """
     by_treatment: dict[str, list[StoredTrial]] = defaultdict(list)
     for trial in trials:
         by_treatment[digest(trial.treatment)].append(trial)
-    rows = [_row(members) for members in by_treatment.values()]
-    named = {key: name for key, name in (names or {}).items() if key in by_treatment}
-    rows = [replace(row, label=named[digest(row.treatment)]) if digest(row.treatment) in named else row for row in rows]
+    named = names or {}
+    rows = [replace(row_from(members), label=named.get(key, "")) for key, members in by_treatment.items()]
     return sorted(rows, key=lambda row: (not row.trials, -row.accuracy if row.trials else 0.0))
 
 
-def _row(members: Sequence[StoredTrial]) -> Row:
+def row_from(members: Sequence[StoredTrial]) -> Row:
     """Aggregate the trials of one treatment: of several finished ones of a seed the newest counts."""
     newest: dict[int, StoredTrial] = {}
     for trial in sorted(members, key=lambda t: t.started_ms):
         if trial.status is Status.FINISHED and not math.isnan(trial.accuracy):
             newest[trial.seed] = trial
     trials = tuple(newest[seed] for seed in sorted(newest))
-    chosen = {id(trial) for trial in trials}
-    others = tuple(trial for trial in members if id(trial) not in chosen)
+    counted = {id(trial) for trial in trials}
     accuracy, accuracy_deviation = _mean([trial.accuracy for trial in trials])
     seconds, seconds_deviation = _mean([trial.train_seconds for trial in trials])
     return Row(
         label="",
         treatment=members[0].treatment,
         trials=trials,
-        others=others,
+        other_trials=tuple(trial for trial in members if id(trial) not in counted),
         accuracy=accuracy,
         accuracy_deviation=accuracy_deviation,
         loss=_mean([trial.loss for trial in trials])[0],
@@ -132,31 +148,27 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:
-    """The position of the baseline's row, None where there is none.
+    """Return the position of the baseline's row, None where there is none.
 
     It is the row of ``run_id`` where that is given, else the one that a sweep tagged as its baseline, else the one
     whose treatment agrees with ``usual`` (the report's choices); of several, the one that agrees in most, then the
     first trained. Raises :class:`SettingsError` where trials of several settings are tagged.
     """
     if run_id is not None:
-        return next((i for i, row in enumerate(rows) if run_id in _run_ids(row)), None)
-    tagged = [i for i, row in enumerate(rows) if any(t.role == BASELINE_ROLE for t in (*row.trials, *row.others))]
+        return next((i for i, row in enumerate(rows) if any(t.run_id == run_id for t in row.all_trials)), None)
+    tagged = [i for i, row in enumerate(rows) if any(t.role == BASELINE_ROLE for t in row.all_trials)]
     if len(tagged) > 1:
         raise SettingsError(
             f"baseline must be one setting, got {len(tagged)} that sweeps took for theirs; name one: "
-            f"baseline={(*rows[tagged[0]].trials, *rows[tagged[0]].others)[0].run_id}"
+            f"baseline={rows[tagged[0]].all_trials[0].run_id}"
         )
     if tagged:
         return tagged[0]
-    fitting = [i for i, row in enumerate(rows) if _same_choices(row.treatment, usual)]
+    fitting = [i for i, row in enumerate(rows) if _has_choices(row.treatment, usual)]
     return min(fitting, key=lambda i: (-_agreement(rows[i].treatment, usual), _started(rows[i])), default=None)
 
 
-def _run_ids(row: Row) -> set[str]:
-    return {trial.run_id for trial in (*row.trials, *row.others)}
-
-
-def _same_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:
+def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:
     """Whether freeze, scheduler and optim are the report's choices; the rest a baseline shares with its trials."""
     return all(treatment.get(key) == value for key, value in usual.items() if not key.startswith("train."))
 
@@ -166,17 +178,17 @@ def _agreement(treatment: Mapping[str, object], usual: Mapping[str, object]) -> 
 
 
 def _started(row: Row) -> int:
-    return min(trial.started_ms for trial in (*row.trials, *row.others))
+    return min(trial.started_ms for trial in row.all_trials)
 
 
-def by_choice(rows: Sequence[Row]) -> list[Row]:
-    """Rows in the order in which a sweep would pick them: by the protocol's metric on the split that selects."""
+def by_score(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in the order in which a sweep would pick them: by the metric on the split that selects."""
 
-    def score(row: Row) -> float:
+    def loss_of(row: Row) -> float:
         mean = sum(trial.score for trial in row.trials) / row.n
         return math.inf if math.isnan(mean) else mean if row.trials[0].metric == "loss" else -mean
 
-    return sorted((row for row in rows if row.trials), key=score)
+    return sorted((row for row in rows if row.trials), key=loss_of)
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
@@ -186,90 +198,77 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     labelled = []
     for i, row in enumerate(rows):
         told = [key for key in varying if i == baseline or row.treatment.get(key) != reference.get(key, ...)]
-        text = " ".join(f"{key.removesuffix('.name')}={_spelled(row.treatment.get(key))}" for key in told)
+        text = " ".join(spell(key, row.treatment.get(key)) for key in told)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
         labelled.append(replace(row, label=shown, is_baseline=i == baseline))
     return labelled
 
 
-def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
-    """Which keys differ among treatments; ``freeze.embeddings`` only where it does more than follow the layers."""
-    keys = sorted({key for treatment in treatments for key in treatment})
-    varying = [key for key in keys if len({repr(treatment.get(key)) for treatment in treatments}) > 1]
-    follows = all(t.get("freeze.embeddings") == (t.get("freeze.layers") != 0) for t in treatments)
-    return [key for key in varying if not (key == "freeze.embeddings" and follows)]
-
-
-def _spelled(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def against_baseline(
-    rows: Sequence[Row], baseline: int, read: ReadPredictions, shown: int, picked_here: bool
+    rows: Sequence[Row], baseline: int, read: ReadPredictions, shown: int = 1, is_picked_here: bool = False
 ) -> list[Row]:
     """Compare the first ``shown`` rows with the baseline; the correction counts the settings beyond them too.
 
     Those could only have smaller p than assumed (1), which would lower the correction of the rows shown, so leaving
-    them untested keeps the level. ``picked_here`` marks the best row as a sweep's winner that the report split chose.
+    them untested keeps the level. ``is_picked_here``: the split that reports also chose among these rows, so a lead
+    is yet to be confirmed.
     """
     base = rows[baseline]
     finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
-    tested = {i: _compared(rows[i], base, read) for i in finished if i < shown} if base.trials else {}
-    differences = {i: found for i, found in tested.items() if isinstance(found, Difference)}
-    unseen = sum(i >= shown for i in finished)
-    corrected = holm([found.p for found in differences.values()] + [1.0] * unseen)
-    best = by_choice([rows[i] for i in finished]) if picked_here else []
-    winner = best[0] if len(best) > 1 else None
-    result = []
-    for i, row in enumerate(rows):
-        gain, note = time_saved(row.trials, base.trials) if row.trials and i != baseline else (None, "")
-        points = 100 * (row.accuracy - base.accuracy) if row.trials and base.trials and i != baseline else None
-        row = replace(row, points=points, time_gain_percent=gain, time_note=note, is_winner=row is winner)
-        if i in differences:
-            p_holm = corrected[list(differences).index(i)]
-            row = replace(row, difference=replace(differences[i], p_holm=p_holm))
-        result.append(replace(row, verdict=_verdict(row, tested.get(i), base)))
-    return result
+    found = {i: _tested(rows[i], base, read) if i < shown or not base.trials else Untested.ROWS for i in finished}
+    differences = {i: tested for i, tested in found.items() if isinstance(tested, Difference)}
+    unseen = sum(tested is Untested.ROWS for tested in found.values())
+    corrected = holm([difference.p for difference in differences.values()] + [1.0] * unseen)
+    for (i, difference), p_holm in zip(differences.items(), corrected, strict=False):
+        found[i] = replace(difference, p_holm=p_holm)
+    chosen = is_picked_here and len(finished) > 1
+    return [_concluded(row, found[i], base, chosen) if i in found else row for i, row in enumerate(rows)]
 
 
-def _compared(row: Row, base: Row, read: ReadPredictions) -> Difference | str:
-    """The row against the baseline, or why it was not tested."""
+def _tested(row: Row, base: Row, read: ReadPredictions) -> Difference | Untested:
+    """Test the row against the baseline, without correction, or return why it can't be."""
+    if not base.trials:
+        return Untested.BASELINE
     ours, theirs = ({trial.seed: read(trial) for trial in side.trials} for side in (row, base))
     everyone = [*ours.values(), *theirs.values()]
-    if any(found is None for found in everyone):
-        return "not tested: predictions are missing"
-    if len({tuple(found.labels.tolist()) for found in everyone if found}) > 1:
-        return "not tested: predictions are of other examples"
+    if any(predictions is None for predictions in everyone):
+        return Untested.PREDICTIONS
+    if len({tuple(predictions.labels.tolist()) for predictions in everyone if predictions}) > 1:
+        return Untested.EXAMPLES
+    ours_right, base_right = ({seed: kept.correct for seed, kept in side.items() if kept} for side in (ours, theirs))
     try:
-        found = compare_over_seeds(
-            {seed: kept.correct for seed, kept in ours.items() if kept},
-            {seed: kept.correct for seed, kept in theirs.items() if kept},
-        )
+        found = compare_over_seeds(ours_right, base_right)
     except ValueError:
-        return f"not tested: the baseline lacks seeds {', '.join(map(str, row.seeds))}"
+        return Untested.SEEDS
     points, low, high = (100 * value for value in (found.difference, found.low, found.high))
-    return Difference(points, low, high, found.p, found.p, found.n, found.paired)
+    examples = len(next(iter(base_right.values())))
+    return Difference(points, low, high, found.p, found.p, found.n, found.paired, examples)
 
 
-def _verdict(row: Row, tested: Difference | str | None, base: Row) -> str:
-    """What may be said of a row; one seed speaks of two trained models only, a winner of a split that chose it."""
-    if row.is_baseline:
-        return "baseline"
-    if not row.trials:
-        return ""
-    if isinstance(tested, str):
-        return tested
-    if row.difference is None:
-        return "not tested: beyond the rows asked for" if base.trials else "not tested: the baseline did not finish"
-    difference = row.difference
-    word = verdict(difference.low, difference.high, difference.p_holm, difference.n)
-    if word not in ("better", "worse"):
-        return word
-    if row.is_winner and word == "better":
-        return f"ahead, to be confirmed (n = {difference.n})"
-    return f"{word} (n = {difference.n})" if difference.n > 1 else f"{word} with this seed (n = 1)"
+def _concluded(row: Row, found: Difference | Untested, base: Row, is_chosen: bool) -> Row:
+    """Write into a row what its test came to, and what it saves."""
+    gain, note = time_saved(row.trials, base.trials)
+    points = 100 * (row.accuracy - base.accuracy) if base.trials else None
+    row = replace(row, points=points, time_gain_percent=gain, time_note=note)
+    if isinstance(found, Untested):
+        return replace(row, untested=found)
+    claim = verdict(found.low, found.high, found.p_holm)
+    if claim is Verdict.BETTER and is_chosen:
+        claim = Verdict.AHEAD
+    return replace(row, difference=found, verdict=claim)
+
+
+def time_saved(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> tuple[float | None, str]:
+    """Return the per cent of the baselines' mean training time that the trials save, or None and why it is unknown."""
+    everyone = (*trials, *baselines)
+    if not trials or not baselines:
+        return None, ""
+    if not all(trial.alone for trial in everyone):
+        return None, "trained in a batch with other trials"
+    if len({trial.measured_on for trial in everyone}) > 1:
+        return None, "measured on different devices, engines, precisions or library versions"
+    if not all(trial.train_seconds > 0 for trial in everyone):
+        return None, "none recorded"
+    ours, theirs = (sum(trial.train_seconds for trial in side) / len(side) for side in (trials, baselines))
+    return 100 * (1 - ours / theirs), ""

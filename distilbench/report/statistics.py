@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distilbench.results import Verdict
+
 LEVEL = 0.95
 """Confidence level of every interval; a difference is called one where p is below ``1 - LEVEL``."""
 
@@ -286,11 +288,11 @@ def expected_best_of_k(values: Sequence[float], k: int) -> float:
     return float(np.sum(np.sort(values) * np.diff(steps)))
 
 
-def verdict(low: float, high: float, p: float, n: int) -> str:
-    """``better``, ``worse`` or ``no difference shown (n = ...)``; ``p`` after any correction, ``n`` seeds.
+def verdict(low: float, high: float, p: float) -> Verdict:
+    """Decide between better, worse and undecided from the interval's ends and p, after any correction.
 
     A claim needs both: p below ``1 - LEVEL`` and an interval on one side of zero.
     """
     if p < 1 - LEVEL and (low > 0 or high < 0):
-        return "better" if low > 0 else "worse"
-    return f"no difference shown (n = {n})"
+        return Verdict.BETTER if low > 0 else Verdict.WORSE
+    return Verdict.UNDECIDED

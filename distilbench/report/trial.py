@@ -1,134 +1,75 @@
-"""A trial against its baseline, and the summary of a trial: what people read. Sees settings and results only."""
+"""A trial beside its baseline, and the summary of a trial: what people read at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from distilbench.identity import SourceUsed
-from distilbench.report.formats import (
-    counted,
-    duration,
-    markdown,
-    markdown_row,
-    p_value,
-    percent,
-    points,
-    signed,
-    time_gain,
-)
-from distilbench.report.statistics import discordant, mcnemar_exact, paired_accuracy_interval, verdict
-from distilbench.results import Evaluation, Status, StoredTrial, TrialResult
+from distilbench.report.columns import CSV, markdown_table, rich_table
+from distilbench.report.formats import counted, duration, interval, markdown, p_value, percent, points
+from distilbench.report.rows import Row, Untested, against_baseline, row_from
+from distilbench.results import Evaluation, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 
 _WIDTH = 100
 """Columns that a summary takes at most, where the terminal is wider."""
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """Two trials on the same ``examples``: the 95 % interval in points, and what the exact McNemar test counts.
-
-    ``only_trial`` and ``only_baseline`` are the examples that one classified correctly and the other did not.
-    """
-
-    low_points: float
-    high_points: float
-    p: float
-    only_trial: int
-    only_baseline: int
-    examples: int
+_COLUMNS = (
+    replace(CSV["setting"], title="", narrow=10),
+    *(replace(CSV[key], narrow=0) for key in ("accuracy", "difference_points", "loss", "train_seconds")),
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial beside its baseline: differences are trial - baseline, points are per cent of accuracy.
+    """A trial beside its baseline: a report of two rows."""
 
-    ``test`` is None without per-example predictions. ``time_gain_percent`` is the share of the baseline's training
-    time saved (negative: more time taken), None where times cannot be compared, for the reason in ``time_note``.
-    ``sentence`` says what may be claimed.
-    """
+    row: Row
+    baseline: Row
 
-    trial: StoredTrial
-    baseline: StoredTrial
-    difference_points: float
-    difference_loss: float
-    test: PairedTest | None
-    time_gain_percent: float | None
-    time_note: str
-    sentence: str
+    @property
+    def trial(self) -> StoredTrial:
+        """The trial that is compared."""
+        return self.row.trials[0]
 
 
 def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
-    """Compare one trial with its baseline; raises :class:`SettingsError` where they are of different protocols."""
+    """Compare two finished trials; raises :class:`SettingsError` for two protocols, or predictions that don't match."""
     if trial.protocol_id != baseline.protocol_id:
         raise SettingsError(
             f"trials to compare must be of one protocol, got {trial.protocol_id} ({trial.name}) and "
             f"{baseline.protocol_id} ({baseline.name}); train a baseline with this trial's model, data and metric"
         )
-    test = _paired_test(trial, baseline)
-    gain, reason = time_saved([trial], [baseline])
-    difference = 100 * (trial.accuracy - baseline.accuracy)
-    return Comparison(
-        trial=trial,
-        baseline=baseline,
-        difference_points=difference,
-        difference_loss=trial.loss - baseline.loss,
-        test=test,
-        time_gain_percent=gain,
-        time_note=f"times not compared: {reason}" if reason else "",
-        sentence=_sentence(trial, baseline, difference, test),
-    )
-
-
-def _paired_test(trial: StoredTrial, baseline: StoredTrial) -> PairedTest | None:
-    if trial.predictions is None or baseline.predictions is None:
-        return None
-    ours, theirs = trial.predictions, baseline.predictions
-    if ours.labels.tolist() != theirs.labels.tolist():
+    rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
+            replace(row_from([trial]), label="this trial")]  # fmt: skip
+    base, row = against_baseline(rows, 0, read=lambda stored: stored.predictions, shown=2)
+    if row.untested is Untested.EXAMPLES:
         raise SettingsError(
-            f"predictions to compare must be of the same examples, got {len(ours.labels)} ({trial.name}) and "
-            f"{len(theirs.labels)} ({baseline.name}) that do not match; train the baseline again"
+            f"predictions to compare must be of the same examples, got others in {trial.name} than in "
+            f"{baseline.name}; train the baseline again"
         )
-    examples = len(ours.labels)
-    only_trial, only_baseline = discordant(ours.correct, theirs.correct)
-    _, low, high = paired_accuracy_interval(only_trial, only_baseline, examples)
-    p = mcnemar_exact(only_trial, only_baseline)
-    return PairedTest(100 * low, 100 * high, p, only_trial, only_baseline, examples)
+    return Comparison(row, base)
 
 
-def time_saved(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> tuple[float | None, str]:
-    """Per cent of the baselines' mean training time that the trials' mean saves, or None and why it is not stated."""
-    everyone = (*trials, *baselines)
-    if not trials or not baselines:
-        return None, "none recorded"
-    if not all(trial.alone for trial in everyone):
-        return None, "trained in a batch with other trials"
-    if len({trial.measured_on for trial in everyone}) > 1:
-        return None, "measured on different devices, engines, precisions or library versions"
-    if not all(trial.train_seconds > 0 for trial in everyone):
-        return None, "none recorded"
-    ours, theirs = (sum(trial.train_seconds for trial in side) / len(side) for side in (trials, baselines))
-    return 100 * (1 - ours / theirs), ""
-
-
-def _sentence(trial: StoredTrial, baseline: StoredTrial, difference: float, test: PairedTest | None) -> str:
-    """What may be claimed, and what may not, in a few short sentences."""
-    if trial.run_id and trial.run_id == baseline.run_id:
+def sentence(comparison: Comparison) -> str:
+    """Say what may be claimed of a trial, and what may not, in a few short sentences."""
+    trial, base, found = comparison.trial, comparison.baseline.trials[0], comparison.row.difference
+    if trial.run_id and trial.run_id == base.run_id:
         return "This trial is the baseline."
-    if test is None:
-        return f"{points(difference)} points against the baseline, not tested: predictions of the examples are missing."
-    word = verdict(test.low_points, test.high_points, test.p, n=1)
+    if found is None:
+        size = points(comparison.row.points or 0.0)
+        return f"{size} points against the baseline, not tested: predictions of the examples are missing."
+    on_these = f"on these {found.examples:,} examples"
     outcome = {
-        "better": f"Better than the baseline on these {test.examples:,} examples.",
-        "worse": f"Worse than the baseline on these {test.examples:,} examples.",
-    }.get(word, f"{word[0].upper()}{word[1:]}: one example of {test.examples:,} is {100 / test.examples:.2f} points.")
-    return f"{outcome} {_scope(trial, baseline)}"
+        Verdict.BETTER: f"Better than the baseline {on_these}.",
+        Verdict.WORSE: f"Worse than the baseline {on_these}.",
+    }.get(comparison.row.verdict or Verdict.UNDECIDED,
+          f"Undecided: one example of {found.examples:,} is {100 / found.examples:.2f} points.")  # fmt: skip
+    return f"{outcome} {_scope(trial, base)}"
 
 
 def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
@@ -140,6 +81,35 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
         return f"Only the seed differs ({trial.seed}, baseline {baseline.seed}): this shows what a seed can do."
     seeds = f"One seed each ({trial.seed})" if same_seed else f"One seed each ({trial.seed}, baseline {baseline.seed})"
     return f"{seeds}: this speaks of two trained models, not yet of their settings."
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Write the table of both, what may be claimed, and the notes as Markdown; names are escaped."""
+    rows = [replace(row, trials=tuple(replace(t, url="") for t in row.trials)) for row in _rows(comparison)]
+    names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.trials[0].name)}."
+    notes = " ".join(f"{note}." for note in _notes(comparison))
+    return "\n".join([*markdown_table(rows, _COLUMNS), "", f"**{sentence(comparison)}**", "", notes, "", names, ""])
+
+
+def comparison_metrics(comparison: Comparison) -> dict[str, float]:
+    """Return the comparison's figures by the names that MLflow has, those that there are."""
+    row, found = comparison.row, comparison.row.difference
+    figures = {"difference_points": row.points, "time_gain_percent": row.time_gain_percent}
+    if found is not None:
+        figures |= {"difference_low_points": found.low, "difference_high_points": found.high, "mcnemar_p": found.p}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _rows(comparison: Comparison) -> list[Row]:
+    return [comparison.row, comparison.baseline]
+
+
+def _notes(comparison: Comparison) -> Iterator[str]:
+    found = comparison.row.difference
+    if found is not None:
+        yield f"95 % interval {interval(found.low, found.high)} points, exact McNemar p {p_value(found.p)}"
+    if comparison.row.time_note:
+        yield f"Times not compared: {comparison.row.time_note}"
 
 
 @dataclass(frozen=True)
@@ -171,10 +141,10 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(_facts(summary), width=width)
     for line in _comparison_lines(summary):
         console.print(line, width=width)
-    places = {"baseline": summary.baseline_command, "runs": summary.run_url, "output": summary.output_dir}
-    for label, place in places.items():
-        if place:  # never wrapped, so that it can be clicked or copied
-            console.print(Text.assemble((f"{label:<10}", "dim"), place), soft_wrap=True)
+    lines = {"baseline": summary.baseline_command, "runs": summary.run_url, "output": summary.output_dir}
+    for label, text in lines.items():
+        if text:  # never wrapped, so that it can be clicked or copied
+            console.print(Text.assemble((f"{label:<10}", "dim"), text), soft_wrap=True)
 
 
 def _heading(summary: Summary) -> Text:
@@ -264,9 +234,11 @@ def trial_line(name: str, result: TrialResult, comparison: Comparison | None) ->
     parts = [f"{name} {result.status}"]
     if result.report is not None:
         parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
-    if comparison is not None and comparison.trial.run_id != comparison.baseline.run_id:
-        test = f" (McNemar p {p_value(comparison.test.p)})" if comparison.test else ""
-        parts.append(f"{points(comparison.difference_points)} points against {comparison.baseline.name}{test}")
+    base = comparison.baseline.trials[0] if comparison else None
+    if comparison and base and comparison.trial.run_id != base.run_id:
+        found = comparison.row.difference
+        test = f" (McNemar p {p_value(found.p)})" if found else ""
+        parts.append(f"{points(comparison.row.points or 0.0)} points against {base.name}{test}")
     if result.error is not None:
         parts.append(result.error)
     return "; ".join([*parts, _batch_time(result)])
@@ -284,8 +256,8 @@ def _batch_time(result: TrialResult) -> str:
 def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:
     comparison = summary.comparison
     if comparison is not None:
-        yield comparison_table(comparison)
-        yield Text(comparison.sentence, "bold")
+        yield rich_table(_rows(comparison), _COLUMNS, _WIDTH)
+        yield Text(sentence(comparison), "bold")
         yield from (Text(f"{note}.") for note in _notes(comparison))
     elif summary.baseline_command:
         yield Text(
@@ -294,59 +266,3 @@ def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:
     elif summary.result.report is not None:
         yield Text("\nThis is a baseline: what other trials of its protocol are compared with.", "bold")
     yield Text()
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Accuracy, loss and training time of both, and their differences, as a rich table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    first, *others, last = _rows(comparison)
-    table.add_column(first[0])
-    for title in first[1:]:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in others:
-        table.add_row(*(Text(cell) for cell in row))
-    table.add_row(*(Text(cell, "bold") for cell in last))
-    return table
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """The same table and notes as Markdown; names are escaped."""
-    header, *rows = _rows(comparison)
-    lines = [markdown_row(header), "| --- | ---: | ---: | ---: |", *(markdown_row(row) for row in rows), ""]
-    names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.name)}."
-    notes = " ".join(f"{note}." for note in _notes(comparison))
-    return "\n".join([*lines, f"**{comparison.sentence}**", "", notes, "", names, ""])
-
-
-def comparison_metrics(comparison: Comparison) -> dict[str, float]:
-    """The comparison's figures by name, those that there are: points, the interval's ends, p, per cent of time."""
-    test, gain = comparison.test, comparison.time_gain_percent
-    figures = {"difference_points": comparison.difference_points}
-    if test is not None:
-        figures |= {"difference_low_points": test.low_points, "difference_high_points": test.high_points}
-        figures["mcnemar_p"] = test.p
-    return figures | ({} if gain is None else {"time_gain_percent": gain})
-
-
-def _rows(comparison: Comparison) -> list[tuple[str, str, str, str]]:
-    rows = [("", "accuracy", "loss", "training time")]
-    for label, trial in (("this trial", comparison.trial), ("baseline", comparison.baseline)):
-        rows.append((label, percent(trial.accuracy), f"{trial.loss:.4f}", duration(trial.train_seconds)))
-    gain = time_gain(comparison.time_gain_percent)
-    change = (f"{points(comparison.difference_points)} points", signed(comparison.difference_loss, 4), gain)
-    return [*rows, ("difference", *change)]
-
-
-def _notes(comparison: Comparison) -> Iterator[str]:
-    test = comparison.test
-    if test is not None:
-        yield (
-            f"95 % interval {points(test.low_points)} to {points(test.high_points)} points, "
-            f"exact McNemar p {p_value(test.p)}"
-        )
-        yield (
-            f"Right only in this trial: {test.only_trial:,}, only in the baseline: {test.only_baseline:,}, "
-            f"of {test.examples:,} examples"
-        )
-    if comparison.time_note:
-        yield comparison.time_note[0].upper() + comparison.time_note[1:]

@@ -12,7 +12,7 @@ from distilbench.report.findings import (
     pareto_front,
     saving,
 )
-from distilbench.report.rows import group
+from distilbench.report.rows import rows_from
 from distilbench.report.statistics import expected_best_of_k
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, sweep, treatment, trial
@@ -20,7 +20,7 @@ from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 FROZEN, COSINE = treatment(freeze_layers=3), treatment(scheduler_name="cosine")
 
 
-def three(best=0.90, seeds=(1, 2, 3), picked_here=False, **changes):
+def three(best=0.90, seeds=(1, 2, 3), is_picked_here=False, **changes):
     trials = [
         made
         for seed in seeds
@@ -30,7 +30,7 @@ def three(best=0.90, seeds=(1, 2, 3), picked_here=False, **changes):
             trial(best, seed, 2, COSINE),
         )
     ]
-    return report_of(trials, picked_here, **changes)
+    return report_of(trials, is_picked_here, **changes)
 
 
 def test_nothing_better_is_said_plainly_and_the_saving_with_its_price():
@@ -44,7 +44,7 @@ def test_something_better_is_named_with_size_and_interval():
     said = headline(three(best=0.95))
     assert said.startswith("scheduler=cosine is better: +4.93 points (95 % +3.")
     assert said.endswith(", of the 2 settings tried.")
-    assert "ahead of the baseline, yet to be confirmed" in headline(three(best=0.95, picked_here=True))
+    assert "ahead of the baseline, yet to be confirmed" in headline(three(best=0.95, is_picked_here=True))
 
 
 def test_without_a_saving_nothing_is_said_of_one():
@@ -69,8 +69,8 @@ def test_sweeps_that_answer_nothing_say_why(trials, said):
 
 def confirmed(first, again):
     """The report of a confirmation of ``scheduler=cosine`` with these accuracies in the sweep and anew."""
-    before = next(row for row in three(first, seeds=(1,)).others if "cosine" in row.label)
-    after = next(row for row in three(again).others if "cosine" in row.label)
+    before = next(row for row in three(first, seeds=(1,)).candidates if "cosine" in row.label)
+    after = next(row for row in three(again).candidates if "cosine" in row.label)
     return three(again, confirmation=(Confirmed(after.label, before, after),))
 
 
@@ -84,7 +84,7 @@ def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures()
 
 
 def test_the_pareto_front_holds_what_no_other_beats_in_both():
-    rows = group([
+    rows = rows_from([
         trial(0.90, 1, 0, train_seconds=100.0),
         trial(0.88, 1, 1, FROZEN, train_seconds=50.0),
         trial(0.87, 1, 2, COSINE, train_seconds=60.0),
@@ -99,21 +99,21 @@ def test_times_measured_elsewhere_stay_off_the_axis():
 
 
 def test_accuracies_by_depth_shallowest_first():
-    rows = group([trial(0.88, 1, 1, FROZEN), trial(0.90), trial(0.91, 1, 2, COSINE)])
+    rows = rows_from([trial(0.88, 1, 1, FROZEN), trial(0.90), trial(0.91, 1, 2, COSINE)])
     found = by_depth(rows)
     assert list(found) == [0, 3]
     assert found[0] == pytest.approx([0.91, 0.90], abs=0.001)
 
 
 def test_expected_best_is_dodges_formula_up_to_all_settings():
-    rows = group([trial(0.90), trial(0.88, 1, 1, FROZEN), trial(0.91, 1, 2, COSINE)])
+    rows = rows_from([trial(0.90), trial(0.88, 1, 1, FROZEN), trial(0.91, 1, 2, COSINE)])
     values = [row.accuracy for row in rows]
     assert expected_best(rows) == [(k, pytest.approx(expected_best_of_k(values, k))) for k in (1, 2, 3)]
 
 
 def test_importance_finds_the_parameter_that_moves_accuracy():
     rates = [10 ** (-5 + i / 20) for i in range(40)]
-    rows = group([
+    rows = rows_from([
         trial(0.8 + 0.003 * i, 1, i, treatment(optim_lr=rate, scheduler_name=("linear", "cosine")[i % 2]))
         for i, rate in enumerate(rates)
     ])  # fmt: skip
@@ -124,4 +124,4 @@ def test_importance_finds_the_parameter_that_moves_accuracy():
 
 
 def test_importance_of_few_trials_is_not_told():
-    assert importance(group(sweep(6))) == {}
+    assert importance(rows_from(sweep(6))) == {}

@@ -115,7 +115,7 @@ def test_a_confirmation_stands_beside_the_sweep():
     from distilbench.report.findings import Confirmed
 
     report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
-    row = report.others[0]
+    row = report.candidates[0]
     words = Document(page(report_of([trial(0.9)], confirmation=(Confirmed(row.label, row, row),)))).words
     assert "Confirmed with fresh seeds?" in words
     assert "freeze.layers=3 not confirmed: " in words

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distilbench.report.rows import against_baseline, by_choice, find_baseline, group, label_rows
+from distilbench.report.rows import against_baseline, by_score, find_baseline, label_rows, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact
-from distilbench.results import Predictions, Status
+from distilbench.report.words import said
+from distilbench.results import Predictions, Status, Verdict
 from distilbench.settings import SettingsError
 from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, sweep, treatment, trial
 
@@ -24,7 +25,7 @@ def right(*wrong: range) -> np.ndarray:
 
 
 def test_seeds_of_a_setting_are_one_row_with_mean_and_deviation():
-    rows = group([trial(0.90, 1), trial(0.92, 2), trial(0.91, 3, train_seconds=1000.0), trial(0.8, 1, 9, FROZEN)])
+    rows = rows_from([trial(0.90, 1), trial(0.92, 2), trial(0.91, 3, train_seconds=1000.0), trial(0.8, 1, 9, FROZEN)])
     assert [row.n for row in rows] == [3, 1]
     values = [trial(a).accuracy for a in (0.90, 0.92, 0.91)]
     assert rows[0].accuracy == pytest.approx(np.mean(values))
@@ -35,21 +36,21 @@ def test_seeds_of_a_setting_are_one_row_with_mean_and_deviation():
 
 
 def test_the_best_comes_first_and_what_did_not_finish_last_but_is_there():
-    rows = group([failed(Status.DIVERGED, 1, COSINE), trial(0.8, 1, 2, FROZEN), trial(0.9)])
+    rows = rows_from([failed(Status.DIVERGED, 1, COSINE), trial(0.8, 1, 2, FROZEN), trial(0.9)])
     assert [row.status for row in rows] == ["FINISHED", "FINISHED", "DIVERGED"]
     assert rows[0].accuracy > rows[1].accuracy
     assert np.isnan(rows[2].accuracy)
-    assert rows[2].others[0].error.startswith("the loss is nan")
+    assert rows[2].other_trials[0].error.startswith("the loss is nan")
 
 
 def test_a_setting_with_a_failed_seed_says_so():
-    (row,) = group([trial(0.9), replace(failed(Status.OUT_OF_MEMORY, 1, treatment()), seed=2)])
+    (row,) = rows_from([trial(0.9), replace(failed(Status.OUT_OF_MEMORY, 1, treatment()), seed=2)])
     assert (row.n, row.status) == (1, "1 FINISHED, 1 OUT_OF_MEMORY")
 
 
 def test_of_a_seed_trained_twice_the_newest_counts():
-    (row,) = group([trial(0.95, 1, 7), trial(0.90, 1, 3)])
-    assert (row.n, len(row.others), row.trials[0].started_ms) == (1, 1, 7)
+    (row,) = rows_from([trial(0.95, 1, 7), trial(0.90, 1, 3)])
+    assert (row.n, len(row.other_trials), row.trials[0].started_ms) == (1, 1, 7)
 
 
 def test_labels_are_the_overrides_that_tell_a_row_from_the_baseline():
@@ -65,7 +66,7 @@ def test_labels_are_the_overrides_that_tell_a_row_from_the_baseline():
 def test_embeddings_are_told_where_they_do_not_follow_the_layers():
     unfrozen = FROZEN | {"freeze.embeddings": False}
     report = report_of([trial(0.9), trial(0.89, 1, 1, FROZEN), trial(0.88, 1, 2, unfrozen)])
-    assert {row.label for row in report.others} == {
+    assert {row.label for row in report.candidates} == {
         "freeze.embeddings=true freeze.layers=3", "freeze.layers=3"
     }  # fmt: skip
 
@@ -74,43 +75,43 @@ def test_names_of_experiments_go_before_what_differs():
     from distilbench.identity import digest
 
     names = {digest(treatment()): "baseline", digest(FROZEN): "layer_freezing"}
-    rows = label_rows(group([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)
+    rows = label_rows(rows_from([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)
     assert [row.label for row in rows] == ["baseline: freeze.layers=0", "layer_freezing: freeze.layers=3"]
 
 
 def test_the_baseline_has_the_reports_choices_and_what_most_trials_share():
     long = treatment() | {"train.epochs": 5}
-    rows = group([trial(0.95, 1, 1, FROZEN), trial(0.94, 1, 2, long), trial(0.9, 1, 3)])
+    rows = rows_from([trial(0.95, 1, 1, FROZEN), trial(0.94, 1, 2, long), trial(0.9, 1, 3)])
     assert rows[find_baseline(rows, USUAL)].treatment == treatment()
     assert find_baseline(rows[:1], USUAL) is None
 
 
 def test_a_sweeps_own_baseline_and_one_that_is_named_go_first():
-    rows = group([trial(0.9), trial(0.89, 1, 1, FROZEN, role="baseline"), trial(0.91, 1, 2, COSINE, run_id="mine")])
+    rows = rows_from([trial(0.9), trial(0.89, 1, 1, FROZEN, role="baseline"), trial(0.91, 1, 2, COSINE, run_id="mine")])
     assert rows[find_baseline(rows, USUAL)].treatment == FROZEN
     assert rows[find_baseline(rows, USUAL, run_id="mine")].treatment == COSINE
     assert find_baseline(rows, USUAL, run_id="nobody") is None
 
 
 def test_two_baselines_are_refused_with_the_remedy():
-    rows = group([trial(0.9, role="baseline"), trial(0.89, 1, 1, FROZEN, role="baseline")])
+    rows = rows_from([trial(0.9, role="baseline"), trial(0.89, 1, 1, FROZEN, role="baseline")])
     with pytest.raises(SettingsError, match=r"^baseline must be one setting, got 2 .*; name one: baseline="):
         find_baseline(rows, USUAL)
 
 
 def test_one_seed_is_mcnemars_exact_test_and_says_that_it_is_one_seed():
     report = report_of(
-        [trial(right=right(range(100))), trial(right=right(range(40)), number=1, settings=FROZEN)], picked_here=False
+        [trial(right=right(range(100))), trial(right=right(range(40)), number=1, settings=FROZEN)], is_picked_here=False
     )
-    (row,) = report.others
+    (row,) = report.candidates
     assert row.difference.points == pytest.approx(100 * 60 / EXAMPLES)
     assert row.difference.p == mcnemar_exact(60, 0)
-    assert row.verdict == "better with this seed (n = 1)"
+    assert (row.verdict, said(row)) == (Verdict.BETTER, "better with this seed (n = 1)")
 
 
 def test_several_seeds_are_paired_over_seeds_and_examples():
     trials = [trial(0.90, seed) for seed in (1, 2, 3)] + [trial(0.88, seed, 1, FROZEN) for seed in (1, 2, 3)]
-    (row,) = report_of(trials).others
+    (row,) = report_of(trials).candidates
     correct = [{t.seed: t.predictions.correct for t in trials if t.started_ms == n} for n in (1, 0)]
     found = compare_over_seeds(*correct)
     assert (row.difference.low, row.difference.high) == pytest.approx((100 * found.low, 100 * found.high))
@@ -122,82 +123,86 @@ def test_the_correction_counts_every_comparison():
     base = trial(right=right(range(100)))
     others = [trial(right=right(range(100 - gain)), number=i, settings=s)
               for i, (gain, s) in enumerate(zip((20, 6, 2), settings, strict=True), start=1)]  # fmt: skip
-    report = report_of([base, *others], picked_here=False)
+    report = report_of([base, *others], is_picked_here=False)
     p = [mcnemar_exact(gain, 0) for gain in (20, 6, 2)]
-    assert [row.difference.p_holm for row in report.others] == pytest.approx([3 * p[0], 2 * p[1], p[2]])
-    assert [row.verdict for row in report.others] == [
-        "better with this seed (n = 1)", "no difference shown (n = 1)", "no difference shown (n = 1)"
-    ]  # fmt: skip
+    assert [row.difference.p_holm for row in report.candidates] == pytest.approx([3 * p[0], 2 * p[1], p[2]])
+    assert [row.verdict for row in report.candidates] == [Verdict.BETTER, Verdict.UNDECIDED, Verdict.UNDECIDED]
 
 
 def test_rows_beyond_those_shown_are_counted_but_never_read():
     base = trial(right=right(range(100)))
     others = [trial(right=right(range(95 - i)), number=i + 1, settings=treatment(optim_lr=i + 1.0)) for i in range(30)]
-    rows = group([base, *others])
+    rows = rows_from([base, *others])
     baseline, read = find_baseline(rows, USUAL), []
     shown = against_baseline(
-        rows, baseline, lambda t: read.append(t.run_id) or t.predictions, shown=2, picked_here=False
+        rows, baseline, lambda t: read.append(t.run_id) or t.predictions, shown=2, is_picked_here=False
     )
     assert set(read) == {base.run_id, others[-1].run_id, others[-2].run_id}
     p = mcnemar_exact(34, 0)
     assert shown[0].difference.p_holm == pytest.approx(30 * p)
-    assert shown[2].verdict == "not tested: beyond the rows asked for"
+    assert (shown[2].verdict, said(shown[2])) == (None, "not tested: beyond the rows asked for")
     assert shown[2].points == pytest.approx(100 * 32 / EXAMPLES)
 
 
-def test_the_winner_that_the_report_split_picked_is_not_called_better():
+def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
     trials = [
         t for seed in (1, 2, 3) for t in (trial(0.85, seed), trial(0.95, seed, 1, FROZEN), trial(0.94, seed, 2, COSINE))
     ]
-    picked = report_of(trials, picked_here=True)
-    assert [row.verdict for row in picked.others] == ["ahead, to be confirmed (n = 3)", "better (n = 3)"]
-    elsewhere = report_of(trials, picked_here=False)
-    assert [row.verdict for row in elsewhere.others] == ["better (n = 3)", "better (n = 3)"]
+    picked = report_of(trials, is_picked_here=True)
+    assert [row.verdict for row in picked.candidates] == [Verdict.AHEAD, Verdict.AHEAD]
+    assert [said(row) for row in picked.candidates] == ["ahead, to be confirmed (n = 3)"] * 2
+    elsewhere = report_of(trials, is_picked_here=False)
+    assert [said(row) for row in elsewhere.candidates] == ["better (n = 3)"] * 2
+
+
+def test_a_single_setting_beside_the_baseline_was_chosen_by_nobody():
+    (row,) = report_of([trial(0.85), trial(0.95, 1, 1, FROZEN)], is_picked_here=True).candidates
+    assert row.verdict is Verdict.BETTER
 
 
 @pytest.mark.parametrize(("metric", "first"), [("accuracy", "a"), ("loss", "b")])
 def test_a_sweep_picks_by_its_metric_on_the_selection_split(metric, first):
-    rows = group([
+    rows = rows_from([
         trial(0.80, 1, 1, FROZEN, name="a", metric=metric, score=0.9),
         trial(0.95, 1, 2, COSINE, name="b", metric=metric, score=0.3),
         trial(0.99, 1, 3, name="c", metric=metric, score=float("nan")),
     ])  # fmt: skip
-    assert [row.trials[0].name for row in by_choice(rows)] == [first, "b" if first == "a" else "a", "c"]
+    assert [row.trials[0].name for row in by_score(rows)] == [first, "b" if first == "a" else "a", "c"]
 
 
 def test_worse_is_said_of_the_frozen_encoder():
     trials = [t for seed in (1, 2, 3) for t in (trial(0.95, seed), trial(0.85, seed, 1, FROZEN))]
-    assert report_of(trials).others[0].verdict == "worse (n = 3)"
+    assert said(report_of(trials).candidates[0]) == "worse (n = 3)"
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "why"),
     [
         ({"predictions": None}, "not tested: predictions are missing"),
         ({"predictions": Predictions(np.zeros(5), np.eye(5, 2))}, "not tested: predictions are of other examples"),
     ],
 )
-def test_what_cannot_be_tested_says_why(changes, said):
-    (row,) = report_of([trial(0.9), trial(0.95, 1, 1, FROZEN, **changes)]).others
-    assert (row.verdict, row.difference) == (said, None)
+def test_what_cannot_be_tested_says_why(changes, why):
+    (row,) = report_of([trial(0.9), trial(0.95, 1, 1, FROZEN, **changes)]).candidates
+    assert (row.verdict, row.difference, said(row)) == (None, None, why)
     assert row.points == pytest.approx(5, abs=0.1)
 
 
 def test_seeds_that_the_baseline_lacks_are_named():
     trials = [trial(0.9, 42), trial(0.95, 1, 1, FROZEN), trial(0.95, 2, 1, FROZEN)]
-    assert report_of(trials).others[0].verdict == "not tested: the baseline lacks seeds 1, 2"
+    assert said(report_of(trials).candidates[0]) == "not tested: the baseline lacks seeds 1, 2"
 
 
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
     report = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)])
-    assert report.others[0].verdict == "not tested: the baseline did not finish"
+    assert said(report.candidates[0]) == "not tested: the baseline did not finish"
 
 
 def test_time_gain_is_told_only_between_trials_measured_alike_and_alone():
     base = trial(0.9, train_seconds=1371.0)
 
     def gain(**changes):
-        (row,) = report_of([base, trial(0.9, 1, 1, FROZEN, **changes)]).others
+        (row,) = report_of([base, trial(0.9, 1, 1, FROZEN, **changes)]).candidates
         return row.time_gain_percent, row.time_note
 
     assert gain(train_seconds=888.0)[0] == pytest.approx(35.2, abs=0.05)
@@ -221,12 +226,12 @@ def test_among_settings_that_do_not_differ_sweeps_that_call_one_better_stay_at_t
             for n in range(5)
             for seed in (1, 2, 3)
         ]
-        report = report_of(trials, picked_here=False)
-        claims += any(row.verdict.startswith(("better", "worse")) for row in report.others)
+        report = report_of(trials, is_picked_here=False)
+        claims += any(row.verdict is not Verdict.UNDECIDED for row in report.candidates)
     assert claims / 600 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
 
 
 def test_a_sweep_of_two_hundred_settings_keeps_every_trial():
     trials = sweep(200, seeds=2)
     report = report_of(trials)
-    assert sum(len(row.trials) + len(row.others) for row in report.rows) == len(trials)
+    assert sum(len(row.all_trials) for row in report.rows) == len(trials)

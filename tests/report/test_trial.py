@@ -12,14 +12,17 @@ from distilbench.report import (
     Summary,
     compare,
     comparison_markdown,
+    comparison_metrics,
     duration,
     frozen_part,
+    less,
     p_value,
     percent,
     points,
     print_summary,
-    time_gain,
+    sentence,
 )
+from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult
 from distilbench.settings import FreezeSettings, SettingsError
 
@@ -56,38 +59,41 @@ BETTER = "1" * 98 + "0" * 2
 
 def test_comparison_counts_tests_and_times_the_same_examples():
     result = compare(stored("1" * 88 + "00" + "1" * 3 + "0" * 7), baseline(SAME))
-    assert result.difference_points == pytest.approx(1.0)
-    assert result.difference_loss == pytest.approx(0.0075)
-    assert (result.test.only_trial, result.test.only_baseline, result.test.examples) == (3, 2, 100)
-    assert result.test.p == pytest.approx(1.0)
-    assert result.test.low_points < 0 < result.test.high_points
-    assert result.time_gain_percent == pytest.approx(35.23, abs=0.01)
-    assert result.time_note == ""
-    assert result.sentence == (
-        "No difference shown (n = 1): one example of 100 is 1.00 points. "
+    low, high = (100 * end for end in paired_accuracy_interval(3, 2, 100)[1:])
+    assert comparison_metrics(result) == {
+        "difference_points": pytest.approx(1.0),
+        "difference_low_points": pytest.approx(low),
+        "difference_high_points": pytest.approx(high),
+        "mcnemar_p": 1.0,
+        "time_gain_percent": pytest.approx(35.23, abs=0.01),
+    }
+    assert result.row.time_note == ""
+    assert sentence(result) == (
+        "Undecided: one example of 100 is 1.00 points. "
         "One seed each (42): this speaks of two trained models, not yet of their settings."
     )
 
 
 def test_better_and_worse_are_said_of_these_examples_only():
-    assert compare(stored(BETTER), baseline(SAME)).sentence.startswith("Better than the baseline on these 100 examples")
-    assert compare(stored(SAME), baseline(BETTER)).sentence.startswith("Worse than the baseline on these 100 examples")
+    better, worse = compare(stored(BETTER), baseline(SAME)), compare(stored(SAME), baseline(BETTER))
+    assert sentence(better).startswith("Better than the baseline on these 100 examples")
+    assert sentence(worse).startswith("Worse than the baseline on these 100 examples")
 
 
 def test_different_seeds_are_named():
-    assert "One seed each (42, baseline 7)" in compare(stored(SAME), baseline(SAME, seed=7)).sentence
+    assert "One seed each (42, baseline 7)" in sentence(compare(stored(SAME), baseline(SAME, seed=7)))
 
 
 def test_the_baseline_itself_its_repeat_and_its_other_seed_are_named_as_such():
     base = baseline(SAME)
-    assert compare(base, base).sentence == "This trial is the baseline."
-    assert "this repeats it" in compare(replace(base, run_id="c"), base).sentence
-    assert "Only the seed differs (1, baseline 42)" in compare(replace(base, run_id="c", seed=1), base).sentence
+    assert sentence(compare(base, base)) == "This trial is the baseline."
+    assert "this repeats it" in sentence(compare(replace(base, run_id="c"), base))
+    assert "Only the seed differs (1, baseline 42)" in sentence(compare(replace(base, run_id="c", seed=1), base))
 
 
 def test_untracked_trials_are_not_taken_for_one_another():
     result = compare(stored(BETTER, run_id=""), baseline(SAME, run_id=""))
-    assert result.sentence.startswith("Better")
+    assert sentence(result).startswith("Better")
 
 
 def test_different_protocols_are_refused_in_one_line():
@@ -99,7 +105,7 @@ def test_different_protocols_are_refused_in_one_line():
 
 
 def test_other_examples_are_refused():
-    with pytest.raises(SettingsError, match=r"of the same examples, got 100 .* and 98 "):
+    with pytest.raises(SettingsError, match=r"of the same examples, got others in freeze3-t than in freeze3-b"):
         compare(stored(SAME), baseline(SAME[:98]))
 
 
@@ -111,8 +117,8 @@ def test_without_predictions_there_is_no_test_and_the_sentence_says_so(lacking):
     else:
         base = replace(base, predictions=None)
     result = compare(trial, base)
-    assert result.test is None
-    assert result.sentence == "+8.00 points against the baseline, not tested: predictions of the examples are missing."
+    assert result.row.difference is None
+    assert sentence(result) == "+8.00 points against the baseline, not tested: predictions of the examples are missing."
     assert "McNemar" not in comparison_markdown(result)
 
 
@@ -126,22 +132,22 @@ def test_without_predictions_there_is_no_test_and_the_sentence_says_so(lacking):
 )
 def test_times_that_cannot_be_compared_give_the_reason_instead(changes, reason):
     result = compare(stored(SAME), baseline(SAME, **changes))
-    assert result.time_gain_percent is None
-    assert reason in result.time_note
-    assert "not compared" in comparison_markdown(result)
+    assert result.row.time_gain_percent is None
+    assert f"Times not compared: {result.row.time_note}." in comparison_markdown(result)
+    assert reason in result.row.time_note
 
 
 def test_markdown_holds_the_table_the_sentence_and_escaped_names():
     result = compare(stored(SAME, name="a|b<script>\n# *x*"), baseline(SAME))
     text = comparison_markdown(result)
     assert text.splitlines()[:5] == [
-        "|  | accuracy | loss | training time |",
-        "| --- | ---: | ---: | ---: |",
-        "| this trial | 90.00 % | 0.3330 | 14 min 48 s |",
-        "| baseline | 90.00 % | 0.3255 | 22 min 51 s |",
-        "| difference | 0.00 points | +0.0075 | 35 % less |",
+        "|  | accuracy | difference (95 %) | loss | time |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| this trial | 90.00 % | 0.00 (-2.72 to +2.72) | 0.3330 | 14 min 48 s (35 % less) |",
+        "| **baseline** | 90.00 % |  | 0.3255 | 22 min 51 s |",
+        "",
     ]
-    assert f"**{result.sentence}**" in text
+    assert f"**{sentence(result)}**" in text
     assert "95 % interval -2.72 to +2.72 points, exact McNemar p 1.00." in text
     assert r"a\|b&lt;script\> \# \*x\*" in text
 
@@ -203,10 +209,10 @@ def test_summary_tells_what_was_trained_and_how_it_compares(summary):
         "epoch 2, on the split validation, which also picked the epoch",
         "14 min 48 s training, 8.4 s set-up on cpu",
         "213 examples/s, 4,021 tokens/s, peak memory 1.0 GiB",
+        "this trial 90.00 % 0.00 (-2.72 to +2.72) 0.3330 14 min 48 s (35 % less)",
         "baseline 90.00 % 0.3255 22 min 51 s",
-        "difference 0.00 points +0.0075 35 % less",
         "exact McNemar p 1.00.",
-        summary.comparison.sentence,
+        sentence(summary.comparison),
     ):
         assert expected in words
     assert "FALLBACK" not in words
@@ -290,10 +296,9 @@ def test_frozen_part_in_words(layers, embeddings, dropout, words):
         (p_value(0.6321), "0.63"),
         (p_value(0.0432), "0.043"),
         (p_value(0.00099), "< 0.001"),
-        (time_gain(35.2), "35 % less"),
-        (time_gain(-12.0), "12 % more"),
-        (time_gain(-0.2), "0 %"),
-        (time_gain(None), "not compared"),
+        (less(35.2), "35 % less"),
+        (less(-12.0), "12 % more"),
+        (less(-0.2), "as much"),
     ],
 )
 def test_formats(text, expected):

@@ -1,0 +1,66 @@
+"""What is said of a row, in words: made here and nowhere else, and never read back."""
+
+from __future__ import annotations
+
+from distilbench.report.formats import interval, p_value, points
+from distilbench.report.rows import Row, Untested
+from distilbench.results import Verdict
+
+VERDICTS = {
+    Verdict.BETTER: "better",
+    Verdict.AHEAD: "ahead, to be confirmed",
+    Verdict.GOOD_ENOUGH: "good enough",
+    Verdict.WORSE: "worse",
+    Verdict.UNDECIDED: "undecided",
+}
+_UNTESTED = {
+    Untested.PREDICTIONS: "predictions are missing",
+    Untested.EXAMPLES: "predictions are of other examples",
+    Untested.BASELINE: "the baseline did not finish",
+    Untested.ROWS: "beyond the rows asked for",
+}
+
+
+def said(row: Row) -> str:
+    """Say what may be claimed of a row, why nothing may be, or how its trials ended; nothing without a baseline."""
+    if not row.trials:
+        return row.status
+    if row.is_baseline:
+        return "baseline"
+    if row.untested:
+        return f"not tested: {reason_untested(row)}"
+    return _verdict(row) if row.verdict else ""
+
+
+def _verdict(row: Row) -> str:
+    """A verdict with its seeds; one seed speaks of two trained models only."""
+    assert row.verdict
+    assert row.difference
+    n = row.difference.n
+    this_seed = " with this seed" if n == 1 and row.verdict in (Verdict.BETTER, Verdict.WORSE) else ""
+    return f"{VERDICTS[row.verdict]}{this_seed} (n = {n})"
+
+
+def reason_untested(row: Row) -> str:
+    """Say why a row was not tested."""
+    if row.untested is Untested.SEEDS:
+        return f"the baseline lacks seeds {', '.join(map(str, row.seeds))}"
+    return _UNTESTED[row.untested] if row.untested else ""
+
+
+def size_of(row: Row) -> str:
+    """Say how far a row is from the baseline, and how sure that is: points, interval, seeds."""
+    found = row.difference
+    if found is None:
+        return f"{points(row.points)} points, {said(row)}" if row.points is not None else row.status
+    return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
+
+
+def survival(first: Row, again: Row) -> str:
+    """Say whether an advantage is still there with fresh seeds, both figures side by side."""
+    word = "confirmed" if again.verdict is Verdict.BETTER else "not confirmed"
+    return f"{word}: {_with_p(first)} in the sweep, {_with_p(again)} with fresh seeds"
+
+
+def _with_p(row: Row) -> str:
+    return size_of(row) + (f", corrected p {p_value(row.difference.p_holm)}" if row.difference else "")
