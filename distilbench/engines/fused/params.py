@@ -32,7 +32,7 @@ class Vocabulary:
     positions: int
     padding: int | None = None
 
-    def flat_params(self, leaf: str) -> np.ndarray:
+    def rows(self, leaf: str) -> np.ndarray:
         """Which rows of a table are kept, ``(kept,)``; a single text has token type 0 throughout."""
         return {"word": self.words, "position": np.arange(self.positions), "type": np.zeros(1, dtype=np.int64)}[leaf]
 
@@ -82,7 +82,7 @@ class FlatParamLayout:
         """Take a weight as it is stored here from a Hugging Face model's ``weights``."""
         parts = [weights[name] for name in self.leaves[leaf]]
         if leaf in TABLES:
-            return parts[0][torch.from_numpy(self.vocabulary.flat_params(leaf))]
+            return parts[0][torch.from_numpy(self.vocabulary.rows(leaf))]
         return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1)
 
     def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -111,7 +111,7 @@ class FlatParamLayout:
             targets = [weights[name] for name in self.leaves[param_slice.leaf]]
             if param_slice.leaf in TABLES:
                 targets[0].mul_(untouched)
-                targets[0][torch.from_numpy(self.vocabulary.flat_params(param_slice.leaf))] = value.to(targets[0].dtype)
+                targets[0][torch.from_numpy(self.vocabulary.rows(param_slice.leaf))] = value.to(targets[0].dtype)
                 continue
             for target, part in zip(targets, value.chunk(len(targets), dim=-1), strict=True):
                 target.copy_(part.mT if part.dim() == 2 else part)
