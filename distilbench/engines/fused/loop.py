@@ -12,7 +12,6 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.base import TrialObserver
-from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import peak_memory, release_memory
 from distilbench.engines.evaluation import evaluate_logits, selection_name
 from distilbench.engines.fused.cuda.buckets import BucketedBatches
@@ -21,8 +20,9 @@ from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.member import Member
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
-from distilbench.engines.fused.packing import Batch, pack, stack_batches
+from distilbench.engines.fused.packing import pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.fused.prediction import Predictor
 from distilbench.engines.fused.prefix import Budget, TrainingPrefix
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite
 from distilbench.models.build import build_model
@@ -41,15 +41,6 @@ Eight at once would save 2 % of the time (MiniLM on SST-2, batch 16) and take th
 
 Outcome = tuple[Status, str | None]
 """How a trial ended, and in one line why."""
-
-
-@dataclass
-class EvaluationBatch:
-    """Rows of a split with what can be kept of them: ``hidden`` under the trained part, where the budget holds it."""
-
-    indices: np.ndarray
-    batch: Batch
-    hidden: torch.Tensor | None = None
 
 
 @dataclass
@@ -115,8 +106,7 @@ class TrialGroup:
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
         self.use_graphs = use_graphs
         self.graph_steps: GraphSteps | None = None
-        self.budget = Budget(prefix_bytes)
-        self.evaluations: dict[tuple[int, int], list[EvaluationBatch]] = {}
+        self.prefix_bytes = prefix_bytes
 
     def run(self, began: float) -> None:
         """Train every member to its end; ``began`` is when their set-up did. Where memory runs out, part after part."""
@@ -146,9 +136,11 @@ class TrialGroup:
         self._load(self._initial_state())
         no_params = torch.empty(0, context.layout.size, dtype=context.dtype, device=context.device)
         frozen = StackedWeights(context.layout, context.frozen, context.compute_dtype, no_params)
+        budget = Budget(self.prefix_bytes)
         self.prefix = TrainingPrefix.of(
-            frozen, context.splits.train, self.schedule, self.settings.freeze.dropout, self.budget
+            frozen, context.splits.train, self.schedule, self.settings.freeze.dropout, budget
         )
+        self.predictor = Predictor(self.prefix, budget, context.device)
         seconds = self._lap()
         for member in self.members:
             member.setup_seconds = seconds
@@ -231,7 +223,7 @@ class TrialGroup:
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
         if self.evaluation_due:
-            self._forget_evaluations()
+            self.predictor.forget()
             member.eval_batch, before = max(1, member.eval_batch // 2), member.eval_batch
             return before > 1
         smaller = member.settings.train.smaller_micro_batch(member.micro_batch)
@@ -373,45 +365,11 @@ class TrialGroup:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
         self._lap()
 
-    @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray:
-        """Logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
-        labels, depth = len(self.context.splits.label_names), self.context.layout.architecture.depth
-        logits = np.empty((len(self.members), len(split), labels), dtype=np.float32)
-        for part in self._evaluation_batches(split):
-            hidden = self._under_trained(part)
-            for stack in self.stacks:
-                forward = Forward(stack.weights, part.batch, None)
-                x, start = (forward.embed(forward.embedded()), 0) if hidden is None else hidden
-                own = forward.logits(forward.layers(x, start, depth))
-                logits[stack.trial_slice, part.indices] = own.float().cpu().numpy()
-        return logits
-
-    def _evaluation_batches(self, split: EncodedSplit) -> list[EvaluationBatch]:
-        """The batches of ``split``, longest rows first, packed once for all evaluations."""
-        size, device = min(self.members[0].eval_batch, self.eval_share), self.context.device
-        if (id(split), size) not in self.evaluations:
-            self.evaluations[id(split), size] = [
-                EvaluationBatch(flat_params, stack_batches([pack(split, flat_params)], device))
-                for flat_params in batches_by_length(split, size)
-            ]
-        return self.evaluations[id(split), size]
-
-    def _forget_evaluations(self) -> None:
-        kept = [part.hidden for parts in self.evaluations.values() for part in parts if part.hidden is not None]
-        self.budget.left += sum(hidden.nbytes for hidden in kept)
-        self.evaluations.clear()
-
-    def _under_trained(self, part: EvaluationBatch) -> tuple[torch.Tensor, int] | None:
-        """Hidden states under the first layer that trains, and its number; kept where the budget allows."""
-        if self.prefix is None:
-            return None
-        hidden = part.hidden
-        if hidden is None:
-            hidden = self.prefix.of_batch(part.batch)
-            if self.budget.take(hidden.nbytes):
-                part.hidden = hidden
-        return hidden, self.prefix.depth
+        """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
+        logits = np.empty((len(self.members), len(split), len(self.context.splits.label_names)), dtype=np.float32)
+        stacks = [(stack.trial_slice, stack.weights) for stack in self.stacks]
+        return self.predictor.predict(stacks, split, min(self.members[0].eval_batch, self.eval_share), logits)
 
     def _finish(self) -> None:
         """Go back to the best weights, evaluate them on the report split, and export them."""
