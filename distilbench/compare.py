@@ -15,8 +15,8 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from distilbench.composition import experiments, usual_treatment
-from distilbench.identity import digest
+from distilbench.composition import default_treatment, experiments
+from distilbench.identity import short_hash
 from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, settings_from
 
@@ -53,7 +53,7 @@ def compare_stored(settings: CompareSettings) -> None:
     trials, names = _asked_for(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
-    request = ReportRequest(_title(settings), usual_treatment(), settings.baseline, settings.rows, names, parent)
+    request = ReportRequest(_title(settings), default_treatment(), settings.baseline, settings.rows, names, parent)
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
         raise SettingsError(_no_baseline(trials))
@@ -77,7 +77,7 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
         for name in settings.experiments:
             own = [trial for trial in store.search(RunFilter(runs, tags, _params(name))) if _is_of(trial, name)]
             found |= {trial.run_id: trial for trial in own}
-            names |= {digest(trial.treatment): name for trial in own if digest(trial.treatment) not in names}
+            names |= {short_hash(trial.treatment): name for trial in own if short_hash(trial.treatment) not in names}
         trials = list(found.values())
     else:
         trials = store.search(RunFilter(runs, tags))
@@ -107,7 +107,7 @@ def _params(experiment: str) -> dict[str, str]:
 
 def _is_of(trial: StoredTrial, experiment: str) -> bool:
     """Whether a trial has an experiment's freezing, schedule and optimizer."""
-    wanted = usual_treatment([f"experiment={experiment}"])
+    wanted = default_treatment([f"experiment={experiment}"])
     return all(trial.treatment.get(key) == value for key, value in wanted.items() if key.startswith(_CHOICES))
 
 
@@ -142,7 +142,7 @@ def _title(settings: CompareSettings) -> str:
 
 
 def _directory(settings: CompareSettings) -> Path:
-    asked = settings.sweep or "-".join(settings.experiments) or digest(sorted(settings.runs))
+    asked = settings.sweep or "-".join(settings.experiments) or short_hash(sorted(settings.runs))
     return Path(settings.output or Path("outputs") / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
 
 

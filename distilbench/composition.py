@@ -42,7 +42,7 @@ def baseline_config(config: DictConfig) -> DictConfig:
     return result
 
 
-def usual_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
+def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
     """The treatment that a plain composition has, with ``overrides``; precision is left to the trials.
 
     Needs an initialised Hydra, as inside a job.

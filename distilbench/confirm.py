@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distilbench.cli import cli as run_command_line
 from distilbench.cli import end_cleanly
-from distilbench.composition import usual_treatment
-from distilbench.identity import digest
+from distilbench.composition import default_treatment
+from distilbench.identity import preparation_key, short_hash
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial
 from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, settings_from
 
@@ -84,7 +84,7 @@ def confirm(settings: ConfirmSettings) -> int:
     except KeyboardInterrupt:
         group.finish(Status.INTERRUPTED, "interrupted; the same command continues")
         raise
-    report_sweep(store, name, directory, usual_treatment())
+    report_sweep(store, name, directory, default_treatment())
     group.finish(Status.FAILED if failed else Status.FINISHED)
     return failed
 
@@ -102,7 +102,7 @@ def _first_report(store: MlflowStore, sweep: str) -> Report:
     if not trials:
         raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
     check_protocol(trials)
-    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", usual_treatment(), sweep=parent))
+    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", default_treatment(), sweep=parent))
     if report.baseline is None or not report.candidates:
         lacking = "baseline" if report.baseline is None else "finished setting beside its baseline"
         raise SettingsError(f"sweep must have a {lacking}, got {sweep!r} without one; run it again to add one")
@@ -117,11 +117,11 @@ def _missing(
 
     assert report.baseline is not None
     rows = [report.baseline, *by_score(report.candidates)[: settings.top]]
-    started = {digest(row.treatment): _settings_of(store, row) for row in rows}
-    done = {(digest(t.treatment), t.seed) for t in known if t.status is Status.FINISHED}
+    started = {short_hash(row.treatment): _settings_of(store, row) for row in rows}
+    done = {(short_hash(t.treatment), t.seed) for t in known if t.status is Status.FINISHED}
     for seed in fresh_seeds(report, settings.seeds):
         for row in rows:
-            key = digest(row.treatment)
+            key = short_hash(row.treatment)
             if (key, seed) not in done:
                 chosen = replace(started[key], seed=seed, tracking=settings.tracking)
                 yield Cell(row.label, chosen, key, row.is_baseline, row.seconds)
@@ -196,8 +196,7 @@ def _prepared(settings: AppSettings, ready: dict[str, Prepared], protocol_id: st
     """Sources and splits for these settings, read once; refuses those that are no longer what the sweep used."""
     from distilbench.trials.run import prepare
 
-    shared = (settings.model, settings.data, settings.train.max_length, settings.train.precision, settings.engine)
-    key = digest([*shared, settings.train.metric])
+    key = preparation_key(settings)
     if key not in ready:
         ready[key] = prepare(settings)
     found = ready[key].protocol

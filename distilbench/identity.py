@@ -1,12 +1,69 @@
-"""By what two trials are the same: protocol, treatment, sources."""
+"""By what two trials are the same: every key is a selection of the tables below, and each setting stands in one table.
+
+A new setting of a trial has to be placed; ``tests/test_identity.py`` fails for one that is in no table, or in two.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from typing import Any
 
 from distilbench.settings import TrialSettings
+
+
+def _of(group: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{group}.{name}" for name in names.split())
+
+
+SOURCES = (
+    *_of("model", "source checkpoint revision layers fallback"),
+    *_of("data", "source hub_name hub_config revision train validation text_column label_column label_names fallback"),
+    *_of("data", "validation_fraction selection_fraction split_seed max_train_examples max_validation_examples"),
+)
+"""Where weights and text come from; a protocol has what was really found there instead."""
+
+METRIC = ("train.metric",)
+"""What keeps an epoch and picks a winner: with the sources, the protocol."""
+
+TREATMENT_OF_INPUT = ("train.max_length", "train.precision")
+"""Treatment that decides what is prepared before the first step."""
+
+TREATMENT_OF_LOOP = (
+    *_of("freeze", "layers embeddings dropout"),
+    *_of("train", "epochs batch_size eval_steps"),
+    "optim.name",
+)
+"""Treatment that shapes the steps: one for all trials that train at once."""
+
+TREATMENT_OF_STEP = (
+    *_of("scheduler", "name warmup_ratio warmup_steps"),
+    *_of("optim", "lr weight_decay max_grad_norm beta1 beta2 eps momentum"),
+)
+"""Treatment that is a number in a step: each trial has its own, beside others too."""
+
+SEED = ("seed",)
+
+ENGINE = ("engine.name",)
+
+DEVICE = ("engine.device",)
+
+SPEED = _of("train", "micro_batch_size eval_batch_size logging_steps")
+"""What changes speed, memory and records alone, and yet is one for all trials that train at once."""
+
+OWN = ("train.checkpoints", "train.resume", "output.dir", "output.save_model")
+"""Where a trial writes and what it keeps: part of no key."""
+
+TABLES = (SOURCES, METRIC, TREATMENT_OF_INPUT, TREATMENT_OF_LOOP, TREATMENT_OF_STEP, SEED, ENGINE, DEVICE, SPEED, OWN)
+
+TREATMENT = (*TREATMENT_OF_LOOP, *TREATMENT_OF_STEP, *TREATMENT_OF_INPUT)
+"""What a sweep may vary within a protocol."""
+
+SWEEP = (*SOURCES, *METRIC, *TREATMENT, *SEED)
+"""What a sweep fixes where it does not vary it, and must still have when it is continued."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +82,7 @@ class SourceUsed:
     fallback_for: str | None = None
 
     def describe(self) -> str:
-        """One line for people, saying so where this stands in for something else."""
+        """Return one line for people, which says so where this stands in for something else."""
         version = f" ({self.revision[:12]})" if self.revision else ""
         instead = f", FALLBACK for {self.fallback_for}" if self.fallback_for else ""
         return f"{self.name}{version}{instead}"
@@ -43,27 +100,63 @@ class ProtocolIdentity:
 
     @property
     def id(self) -> str:
-        """A digest of contents, not of names: the same text from two places is the same protocol."""
-        return digest((self.model.fingerprint, self.data.fingerprint, self.metric, self.selection_split,
-                       self.report_split))  # fmt: skip
+        """A hash of contents, not of names: the same text from two places is the same protocol."""
+        return short_hash((self.model.fingerprint, self.data.fingerprint, self.metric, self.selection_split,
+                           self.report_split))  # fmt: skip
 
 
-_TREATMENT_OF_TRAIN = ("epochs", "batch_size", "max_length", "eval_steps")
+@dataclass(frozen=True)
+class TrialIdentity:
+    """What names one trial among all: its protocol's id, its treatment's hash, its seed."""
+
+    protocol: str
+    treatment: str
+    seed: int
+
+
+def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of these dotted names, flat."""
+    return {name: attrgetter(name)(settings) for name in names}
 
 
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
-    """What a sweep may vary within a protocol, flat and without the seed; ``precision`` is the one really used."""
-    flat = {
-        f"{group}.{f.name}": getattr(getattr(settings, group), f.name)
-        for group in ("freeze", "scheduler", "optim")
-        for f in fields(getattr(settings, group))
-    }
-    flat["freeze.embeddings"] = settings.freeze.freezes_embeddings
-    return (
-        flat | {f"train.{k}": getattr(settings.train, k) for k in _TREATMENT_OF_TRAIN} | {"train.precision": precision}
-    )
+    """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used."""
+    decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
+    return select(settings, TREATMENT) | decided
 
 
-def digest(value: object) -> str:
-    """Twelve hexadecimal digits of the sha256 of ``value`` as canonical JSON."""
+def trial_identity(protocol: ProtocolIdentity, settings: TrialSettings, precision: str) -> TrialIdentity:
+    """Return what names a trial of these settings; ``precision`` is the one really used."""
+    return TrialIdentity(protocol.id, short_hash(treatment_of(settings, precision)), settings.seed)
+
+
+def point_key(settings: TrialSettings) -> str:
+    """Return a key equal for points of a search space that would train the same trial."""
+    treatment = sorted(treatment_of(settings, settings.train.precision).items())
+    return short_hash([select(settings, (*SOURCES, *METRIC, *SEED, *ENGINE)), treatment])
+
+
+def preparation_key(settings: TrialSettings) -> str:
+    """Return a key equal for trials that can share their sources, encoded, and the engine."""
+    return short_hash(select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE)))
+
+
+def fusion_key(settings: TrialSettings) -> str:
+    """Return a key equal for trials that the fused engine can train at once."""
+    shared = (*SOURCES, *TREATMENT_OF_INPUT, *TREATMENT_OF_LOOP, *ENGINE, *DEVICE, *SPEED)
+    return short_hash(select(settings, shared))
+
+
+def checkpoint_identity(settings: TrialSettings, weights: str, text: str, precision: str) -> dict[str, object]:
+    """Return, flat, all that must be the same for a checkpoint to be continued to the same result.
+
+    ``weights`` and ``text`` are fingerprints of the initial weights and the token numbers, ``precision`` is the one
+    really used.
+    """
+    contents = {"model": weights, "data": text, "train.precision": precision}
+    return select(settings, (*TREATMENT, *METRIC, *SEED, *ENGINE)) | contents
+
+
+def short_hash(value: object) -> str:
+    """Return twelve hexadecimal digits of the sha256 of ``value`` as canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=asdict).encode()).hexdigest()[:12]

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from distilbench.compare import compare_stored, spelled_for_hydra
-from distilbench.composition import usual_treatment
+from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult
 from distilbench.settings import CompareSettings, SettingsError, settings_from
@@ -169,7 +169,7 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
     store = make_store(folder)
     stream = io.StringIO()
     with initialize_config_dir(str(ROOT / "conf")):
-        report = report_sweep(store, "first", tmp_path, usual_treatment(), Console(file=stream, width=100))
+        report = report_sweep(store, "first", tmp_path, default_treatment(), Console(file=stream, width=100))
     assert len(report.rows) == 3
     assert "Sweep first" in stream.getvalue()
     parent = store.sweep_run("first").run_id
@@ -186,14 +186,14 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
 def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):
     stream = io.StringIO()
     with initialize_config_dir(str(ROOT / "conf")):
-        report_sweep(make_store(folder), "broken", tmp_path, usual_treatment(), Console(file=stream, width=100))
+        report_sweep(make_store(folder), "broken", tmp_path, default_treatment(), Console(file=stream, width=100))
     assert "No trial finished: 2 DIVERGED." in stream.getvalue()
     assert (tmp_path / "report.html").is_file()
 
 
 def test_a_sweep_without_trials_has_no_report(folder, tmp_path):
     with initialize_config_dir(str(ROOT / "conf")):
-        assert report_sweep(make_store(folder), "empty", tmp_path, usual_treatment()) is None
+        assert report_sweep(make_store(folder), "empty", tmp_path, default_treatment()) is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 
 from distilbench.engines.base import Engine
 from distilbench.models.resolve import ResolvedModel
-from distilbench.settings import EngineSettings, SettingsError, TrialSettings
+from distilbench.settings import EngineSettings, SettingsError
 
 
 def _trainer() -> Engine:
@@ -26,20 +25,20 @@ _ENGINES = {"trainer": _trainer, "fused": _fused}
 
 
 def engine_for(settings: EngineSettings) -> Engine:
-    """The engine that ``engine.name`` names, auto decided; its libraries are imported here and not before."""
+    """Return the engine that ``engine.name`` names, auto resolved; its libraries are imported here and not before."""
     return _ENGINES[settings.name]()
 
 
 def check_engine(settings: EngineSettings, model: ResolvedModel, precision: str) -> None:
     """Raise :class:`SettingsError` for a model or a precision that the engine does not train; needs no torch."""
     if settings.name == "fused":
-        from distilbench.engines.fused.key import check_fusable
+        from distilbench.engines.fused.compatibility import check_fusable
 
         check_fusable(model, precision)
 
 
-def decided(settings: EngineSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
-    """``settings`` with auto decided for this model, precision and kind of device; raises as :func:`check_engine`.
+def resolve_engine(settings: EngineSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
+    """Return ``settings`` with auto resolved for model, precision and kind of device; raises as :func:`check_engine`.
 
     On other devices than a CPU, auto is the reference engine: the fused one has been measured on CPUs alone.
     """
@@ -52,12 +51,3 @@ def decided(settings: EngineSettings, model: ResolvedModel, precision: str, devi
     except SettingsError:
         return replace(settings, name="trainer")
     return fused if device == "cpu" else replace(settings, name="trainer")
-
-
-def batch_key(settings: TrialSettings) -> Hashable | None:
-    """What must be equal for trials to be trained at once; None where the engine, auto decided, trains one by one."""
-    if settings.engine.name != "fused":
-        return None
-    from distilbench.engines.fused.key import fusion_key
-
-    return fusion_key(settings)

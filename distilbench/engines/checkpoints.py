@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from distilbench.data.tokens import EncodedSplits
+from distilbench.identity import checkpoint_identity
 from distilbench.results import Evaluation
 from distilbench.settings import SettingsError, TrialSettings
 
@@ -23,13 +24,6 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "checkpoints"
 _SEAL = "seal.json"
-_SPEED_ONLY = (
-    "train.micro_batch_size",
-    "train.eval_batch_size",
-    "train.logging_steps",
-    "train.checkpoints",
-    "train.resume",
-)
 
 
 @dataclass
@@ -49,26 +43,15 @@ class Progress:
 
 
 def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
-    """Return, flat, all that must be the same for a checkpoint to be continued to the same result.
+    """Return :func:`~distilbench.identity.checkpoint_identity` with the text that ``splits`` hold.
 
     ``weights`` is the fingerprint of the initial weights, ``precision`` the one really used.
     """
-    groups = {name: getattr(settings, name) for name in ("freeze", "scheduler", "optim", "train")}
-    flat: dict[str, object] = {
-        f"{name}.{key}": value for name, group in groups.items() for key, value in asdict(group).items()
-    }
-    kept = {key: value for key, value in flat.items() if key not in _SPEED_ONLY}
     texts = hashlib.sha256()
     for split in (splits.train, splits.selection):
         for values in (split.tokens, split.offsets, split.labels):
             texts.update(values.tobytes())
-    return kept | {
-        "train.precision": precision,
-        "engine.name": settings.engine.name,
-        "seed": settings.seed,
-        "model": weights,
-        "data": texts.hexdigest(),
-    }
+    return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
 
 
 def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distilbench.identity import digest
+from distilbench.identity import short_hash
 from distilbench.report.findings import Confirmed, Curve, Report
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, against_baseline, by_score, find_baseline, label_rows, rows_from
@@ -123,7 +123,7 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: Report
             raise SettingsError(f"baseline must be the id of a run, or none, got {request.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
-    expected = digest(_expected(rows, request.usual))
+    expected = short_hash(_expected(rows, request.usual))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
     return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
 
@@ -196,11 +196,11 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
     if not trials:
         return ()
     before = make_report(store, trials, replace(request, sweep=first))
-    again = {digest(row.treatment): row for row in report.candidates}
+    again = {short_hash(row.treatment): row for row in report.candidates}
     return tuple(
         Confirmed(again[key].label, row, again[key])
         for row in by_score(before.candidates)
-        if (key := digest(row.treatment)) in again
+        if (key := short_hash(row.treatment)) in again
     )
 
 
@@ -227,7 +227,7 @@ def report_sweep(
     """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and in its description.
 
     Every ending of its trials gets a report; None where it has none yet, or nothing is tracked. ``usual`` is the
-    baseline's treatment, from :func:`distilbench.composition.usual_treatment`.
+    baseline's treatment, from :func:`distilbench.composition.default_treatment`.
     """
     if not isinstance(store, MlflowStore):
         return None

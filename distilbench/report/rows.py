@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from distilbench.identity import digest
+from distilbench.identity import short_hash
 from distilbench.report.names import spell, varying_keys
 from distilbench.report.statistics import compare_over_seeds, holm, mean_and_deviation, verdict
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
@@ -112,7 +112,7 @@ def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = N
     """
     by_treatment: dict[str, list[StoredTrial]] = defaultdict(list)
     for trial in trials:
-        by_treatment[digest(trial.treatment)].append(trial)
+        by_treatment[short_hash(trial.treatment)].append(trial)
     named = names or {}
     rows = [replace(row_from(members), label=named.get(key, "")) for key, members in by_treatment.items()]
     return sorted(rows, key=lambda row: (not row.trials, -row.accuracy if row.trials else 0.0))

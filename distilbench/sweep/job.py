@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from distilbench.identity import digest
+from distilbench.identity import short_hash
 from distilbench.results import Evaluation, Owner, Record, Status
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
 
@@ -141,7 +141,7 @@ def pin_sources(prepared: Prepared, settings: AppSettings, place: SweepJob) -> N
         known: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
         for group, (asked, used) in found.items():
             now = {"fingerprint": used.fingerprint, "is": used.describe()}
-            kept = known.setdefault(f"{group} {digest(asked)}", now)
+            kept = known.setdefault(f"{group} {short_hash(asked)}", now)
             if kept["fingerprint"] != now["fingerprint"]:
                 raise SettingsError(_other_source(group, kept, now, place.sweep))
         partial = path.with_name(f".{SOURCES}.partial")

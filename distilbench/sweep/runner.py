@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from distilbench.cli import end_cleanly
-from distilbench.composition import usual_treatment
+from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import PREDICTIONS, RECORD, Owner, Status, read_record
 from distilbench.settings import SettingsError
@@ -71,7 +71,7 @@ def run_sweep(options: Options, place: Place, arguments: Sequence[str]) -> str |
             failure = loop.run()
         except UNANSWERED as error:
             return f"hydra.sweeper.storage no longer answers: {said_by(error)}; the same command continues"
-        if report_sweep(store, plan.name, plan.directory, usual_treatment()) is None:
+        if report_sweep(store, plan.name, plan.directory, default_treatment()) is None:
             loop.show_all()  # nothing is tracked: there is only what the study knows
         return failure
 

@@ -23,7 +23,7 @@ from optuna.distributions import (
 )
 
 from distilbench.composition import baseline_config, check, overrides_between
-from distilbench.identity import digest, treatment_of
+from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.settings import AppSettings, SettingsError
 
 Params = dict[str, Any]
@@ -41,7 +41,7 @@ class Cell:
     @property
     def point(self) -> str:
         """A digest of what the cell is."""
-        return digest([sorted(self.params.items()), self.extra])
+        return short_hash([sorted(self.params.items()), self.extra])
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Composer:
     def point(self, cell: Cell) -> Point:
         """Compose and check one cell; raises :class:`SettingsError` for what a person can mend."""
         settings = check(self._compose(cell), ask_hub=True)
-        return Point(cell, settings, key_of(settings))
+        return Point(cell, settings, point_key(settings))
 
     def baseline_beside(self, cell: Cell) -> Point:
         """What a cell is to be compared with: the cell's own overrides, and those that make it the baseline."""
@@ -198,7 +198,7 @@ class Composer:
         settings = check(baseline, ask_hub=True)
         own = [f"{key}={value}" for key, value in cell.params.items()]
         extra = (*own, *overrides_between(config, baseline))
-        return Point(Cell({}, extra, is_baseline=True), settings, key_of(settings))
+        return Point(Cell({}, extra, is_baseline=True), settings, point_key(settings))
 
     def _compose(self, cell: Cell) -> DictConfig:
         """Compose the groups once for all cells that share them (0.15 s), then put each cell's values over them."""
@@ -242,35 +242,14 @@ def _put(config: DictConfig, override: str) -> None:
     OmegaConf.update(config, parsed.get_key_element().lstrip("+"), parsed.value(), force_add=override.startswith("+"))
 
 
-def key_of(settings: AppSettings) -> str:
-    """A digest of all that decides what a trial's result will be: source, treatment, seed and metric."""
-    return digest([
-        settings.model,
-        settings.data,
-        sorted(treatment_of(settings, settings.train.precision).items()),
-        settings.train.metric,
-        settings.seed,
-        settings.engine.name,
-    ])  # fmt: skip
-
-
 def fixed_of(settings: AppSettings, space: Space) -> dict[str, str]:
     """What every trial of a sweep shares and must keep when it is continued: settings outside of the space, flat."""
     from distilbench.tracking import params_of
 
-    loose = (
-        "output.",
-        "train.resume",
-        "train.checkpoints",
-        "train.logging_steps",
-        "train.micro_batch_size",
-        "train.eval_batch_size",
-        "engine.",
-    )
     groups = tuple(f"{key}." for key in space.dimensions)
     flat = params_of(settings.trial) | {"sweep.seeds": str(settings.sweep.seeds)}
     return {
         key: value
         for key, value in flat.items()
-        if key not in space.dimensions and not key.startswith(loose) and not key.startswith(groups)
+        if key in (*SWEEP, "sweep.seeds") and key not in space.dimensions and not key.startswith(groups)
     }

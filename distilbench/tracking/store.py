@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from distilbench.identity import SourceUsed, digest
+from distilbench.identity import SourceUsed, short_hash
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
@@ -97,7 +97,7 @@ class MlflowStore:
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
         """The newest finished trial of this protocol and treatment: of the same seed where there is one."""
-        wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": digest(dict(treatment))}
+        wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": short_hash(dict(treatment))}
         query = " and ".join([
             "attributes.status = 'FINISHED'",
             *(f"tags.`distilbench.{name}` = '{value}'" for name, value in wanted.items()),
@@ -294,7 +294,7 @@ def dataset_input(source: SourceUsed, used: DatasetUsed) -> DatasetInput:
     origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
     dataset = Dataset(
         name=redact(source.name)[:LONGEST_NAME],
-        digest=digest((used.fingerprint, used.context, used.examples)),
+        digest=short_hash((used.fingerprint, used.context, used.examples)),
         source_type=kind,
         source=redact(json.dumps(origin)),
         profile=json.dumps({"num_rows": used.examples}),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 
-from distilbench.identity import ProtocolIdentity, digest
+from distilbench.identity import ProtocolIdentity, short_hash
 from distilbench.results import Status
 from distilbench.settings import ROOT, TrialSettings
 from distilbench.tracking.redaction import redact
@@ -81,7 +81,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
     tags = {
         "distilbench.status": Status.RUNNING.value,
         "distilbench.protocol": start.protocol.id,
-        "distilbench.treatment": digest(dict(start.treatment)),
+        "distilbench.treatment": short_hash(dict(start.treatment)),
         "distilbench.treatment_settings": json.dumps(dict(start.treatment), sort_keys=True),
         "distilbench.seed": str(start.settings.seed),
         "distilbench.metric": start.protocol.metric,

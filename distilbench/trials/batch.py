@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from distilbench.engines import batch_key
-from distilbench.identity import digest, treatment_of
+from distilbench.identity import fusion_key, preparation_key, trial_identity
 from distilbench.models.resolve import check_freeze
 from distilbench.report import Comparison, trial_line
 from distilbench.results import Status, StoredTrial
@@ -61,13 +60,15 @@ class _Ready:
     store: Store
 
     @property
-    def batch_key(self) -> Hashable | None:
+    def fusion_key(self) -> Hashable | None:
         """What jobs must share to be trained at once; None for one that is trained by itself."""
-        return batch_key(prepared_trial(self.job.settings, self.prepared))
+        if self.prepared.engine.name != "fused":
+            return None
+        return fusion_key(prepared_trial(self.job.settings, self.prepared))
 
-    def treatment_key(self, of: AppSettings) -> Hashable:
+    def identity(self, of: AppSettings) -> Hashable:
         """Tells a trial with the settings ``of`` from others in everything that a result depends on."""
-        return self.prepared.protocol.id, digest(treatment_of(of, self.prepared.precision)), of.seed
+        return trial_identity(self.prepared.protocol, of, self.prepared.precision)
 
 
 class BatchRunner:
@@ -99,7 +100,7 @@ class BatchRunner:
                 refused[index] = error
         yield refused
         self._tell_if_apart(ready.values())
-        trained_here = {r.treatment_key(r.job.settings) for r in ready.values()}
+        trained_here = {r.identity(r.job.settings) for r in ready.values()}
         for group in self._groups(ready):
             members = [ready[index] for index in group]
             try:
@@ -109,7 +110,7 @@ class BatchRunner:
                 yield dict.fromkeys(group, error)
 
     def _tell_if_apart(self, ready: Collection[_Ready]) -> None:
-        engines = {r.prepared.engine.name for r in ready if r.batch_key is None}
+        engines = {r.prepared.engine.name for r in ready if r.fusion_key is None}
         if len(ready) > 1 and engines and not self._told_apart:
             self._told_apart = True
             log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *engines)
@@ -118,7 +119,7 @@ class BatchRunner:
         settings = entry.job.settings
         if settings.tracking not in self._stores:
             self._stores[settings.tracking] = open_store(settings.tracking)
-        key = _preparation_key(settings)
+        key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
@@ -131,9 +132,9 @@ class BatchRunner:
         """Places of the jobs that train at once, at most ``max_trials``; baselines first: others are held to them."""
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, r in ready.items():
-            key = r.batch_key
+            key = r.fusion_key
             alone = key is None
-            groups[index if alone else (_preparation_key(r.job.settings), key, id(r.store))].append(index)
+            groups[index if alone else (preparation_key(r.job.settings), key, id(r.store))].append(index)
         size = self._max_trials
         parts = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
         return sorted(parts, key=lambda group: not any(ready[index].job.is_baseline for index in group))
@@ -141,7 +142,7 @@ class BatchRunner:
     def _train_group(self, members: Sequence[_Ready], trained_here: set[Hashable]) -> list[Trained]:
         for r in members:
             ensure = r.job.settings.baseline.ensure and r.context is None
-            if ensure and r.treatment_key(r.job.baseline) not in trained_here:
+            if ensure and r.identity(r.job.baseline) not in trained_here:
                 self._baseline_of(r, ensure=True)
         first = members[0]
         settings = [r.job.settings for r in members]
@@ -150,13 +151,13 @@ class BatchRunner:
         outcomes = run_together(settings, first.prepared, first.store, contexts, solo)
         for r, outcome in zip(members, outcomes, strict=True):
             if outcome.result.status is Status.FINISHED and r.job.is_baseline:
-                self._baselines[r.treatment_key(r.job.baseline)] = outcome.stored
+                self._baselines[r.identity(r.job.baseline)] = outcome.stored
         return [Trained(outcome, self._comparison(r, outcome)) for r, outcome in zip(members, outcomes, strict=True)]
 
     def _solo(self, ready: _Ready) -> float | None:
         """The estimate for a trial of this kind alone, measured once in a sweep."""
         settings = ready.job.settings
-        key = _preparation_key(settings), ready.batch_key
+        key = preparation_key(settings), ready.fusion_key
         if key not in self._solo_seconds:
             try:
                 self._solo_seconds[key] = estimate_alone(settings, ready.prepared)
@@ -171,16 +172,10 @@ class BatchRunner:
         return add_comparison(outcome, self._baseline_of(ready, ensure=False), ready.store)
 
     def _baseline_of(self, ready: _Ready, ensure: bool) -> StoredTrial | None:
-        key = ready.treatment_key(ready.job.baseline)
+        key = ready.identity(ready.job.baseline)
         if key not in self._baselines:
             found = find_baseline(ready.job, ready.prepared, ready.store, ensure)
             if found is None:
                 return None
             self._baselines[key] = found
         return self._baselines[key]
-
-
-def _preparation_key(settings: AppSettings) -> str:
-    """Names what trials must share to share a :class:`~distilbench.trials.Prepared`."""
-    train = settings.train
-    return digest((settings.model, settings.data, settings.engine, train.max_length, train.precision, train.metric))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,9 @@ from rich.console import Console
 
 from distilbench.data.text import TextSplits, load_text
 from distilbench.data.tokens import EncodedSplits, encode
-from distilbench.engines import decided, engine_for
+from distilbench.engines import engine_for, resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
-from distilbench.identity import ProtocolIdentity, digest, treatment_of
+from distilbench.identity import ProtocolIdentity, treatment_of, trial_identity
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_freeze, check_length, resolve_model
 from distilbench.report import Comparison, Summary, compare, comparison_markdown, comparison_metrics, print_summary
@@ -152,7 +152,7 @@ def prepare(settings: AppSettings) -> Prepared:
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
     check_length(model, settings.train.max_length)
-    engine = decided(settings.engine, model, precision, device.type)
+    engine = resolve_engine(settings.engine, model, precision, device.type)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
     selection = "validation" if splits.selection is splits.report else "train (held out)"
@@ -234,7 +234,7 @@ def run(settings: AppSettings, prepared: Prepared, store: Store, context: SweepC
 
 
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
-    """The trial as an engine gets it: with the weights that were really resolved, and the engine decided."""
+    """The trial as an engine gets it: with the weights that were really resolved, and the engine resolved."""
     return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
 
 
@@ -363,10 +363,7 @@ class _Observers:
 def _begin(settings: AppSettings, prepared: Prepared) -> Record:
     """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
     directory = Path(settings.output.dir)
-    treatment = treatment_of(settings, prepared.precision)
-    identity: dict[str, object] = {
-        "protocol": prepared.protocol.id, "treatment": digest(treatment), "seed": settings.seed
-    }  # fmt: skip
+    identity = asdict(trial_identity(prepared.protocol, settings, prepared.precision))
     found = read_record(directory) if settings.train.resume else None
     if found and found.status is Status.FINISHED:
         raise SettingsError(

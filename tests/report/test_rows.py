@@ -72,9 +72,9 @@ def test_embeddings_are_told_where_they_do_not_follow_the_layers():
 
 
 def test_names_of_experiments_go_before_what_differs():
-    from distilbench.identity import digest
+    from distilbench.identity import short_hash
 
-    names = {digest(treatment()): "baseline", digest(FROZEN): "layer_freezing"}
+    names = {short_hash(treatment()): "baseline", short_hash(FROZEN): "layer_freezing"}
     rows = label_rows(rows_from([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)
     assert [row.label for row in rows] == ["baseline: freeze.layers=0", "layer_freezing: freeze.layers=3"]
 

@@ -1,4 +1,4 @@
-"""The fused engine: trials that share a :func:`~distilbench.engines.fused.key.fusion_key` train in one forward pass.
+"""The fused engine: trials that share a :func:`~distilbench.identity.fusion_key` train in one forward pass.
 
 Compared with Hugging Face Trainer it leaves out what does not change the result: padding, vocabulary rows that never
 occur, all but [CLS] in the last layer, and repeated passes through a frozen part (:mod:`.packing`, :mod:`.stacked`,
@@ -29,14 +29,15 @@ from distilbench.engines.device import (
     resolve_device,
     resolve_precision,
 )
+from distilbench.engines.fused.compatibility import check_fusable
 from distilbench.engines.fused.encoder import Forward
-from distilbench.engines.fused.key import check_fusable, fusion_key
 from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.packing import pack, stack_batches
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
 from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
+from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze, frozen_names, parameter_counts
 from distilbench.models.resolve import resolve_model

@@ -1,29 +1,14 @@
-"""Which trials the fused engine takes, and which of them may train at once; needs no torch."""
+"""Which trials the fused engine takes; needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
-
-from distilbench.identity import digest
 from distilbench.models.resolve import ResolvedModel
-from distilbench.settings import SettingsError, TrialSettings
+from distilbench.settings import SettingsError
 
 ARCHITECTURES = ("distilbert", "bert")
 """Values of ``model_type`` whose encoder the fused engine knows."""
 
 _REMEDY = "use engine=trainer"
-
-
-def fusion_key(settings: TrialSettings) -> Hashable:
-    """What must be equal for trials to train at once.
-
-    That is model, data, freezing, optimizer's kind and all of ``train`` that shapes the loop. Free within a group are
-    learning rate, weight decay, clipping and the optimizer's other numbers, the schedule, the seed (of head, dropout
-    and order), the metric that keeps an epoch, and where the trial writes.
-    """
-    loop = replace(settings.train, metric="accuracy", checkpoints=False, resume=False)
-    return digest((settings.model, settings.data, settings.freeze, settings.engine, loop, settings.optim.name))
 
 
 def check_fusable(resolved: ResolvedModel, precision: str) -> None:

@@ -1,0 +1,23 @@
+"""Which trials the fused engine refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from distilbench.engines.fused.compatibility import check_fusable
+from distilbench.models.resolve import resolve_model
+from distilbench.settings import ModelSettings, SettingsError
+
+
+@pytest.mark.parametrize("kind", ["roberta", "electra", "albert", "modernbert"])
+def test_other_architectures_are_refused_with_the_remedy(kind):
+    resolved = resolve_model(ModelSettings("random", kind, layers=2))
+    with pytest.raises(SettingsError, match=rf"distilbert or bert, got '{kind}' .*; use engine=trainer"):
+        check_fusable(resolved, "fp32")
+
+
+def test_half_precision_that_needs_loss_scaling_is_refused():
+    resolved = resolve_model(ModelSettings("random", "bert", layers=2))
+    with pytest.raises(SettingsError, match=r"train.precision must be fp32 or bf16 .*, got 'fp16'; use engine=trainer"):
+        check_fusable(resolved, "fp16")
+    check_fusable(resolved, "bf16")

@@ -1,0 +1,134 @@
+"""Identity: each setting stands in one table, keys differ where they must, and stored ids stay what they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from distilbench.identity import (
+    TABLES,
+    ProtocolIdentity,
+    SourceUsed,
+    checkpoint_identity,
+    fusion_key,
+    point_key,
+    preparation_key,
+    select,
+    short_hash,
+    treatment_of,
+    trial_identity,
+)
+from distilbench.settings import TrialSettings, _dataclass_in
+
+WEIGHTS = SourceUsed("hub", "m", "a" * 64, "r")
+TEXT = SourceUsed("hub", "d", "b" * 64)
+PROTOCOL = ProtocolIdentity(WEIGHTS, TEXT, "accuracy", "validation", "validation")
+
+
+def names_in(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of all settings of a trial; a fallback, another whole group of sources, counts as one."""
+    from typing import get_type_hints
+
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        nested = _dataclass_in(hint)
+        names += names_in(nested, f"{prefix}{name}.") if nested and nested is not cls else [f"{prefix}{name}"]
+    return names
+
+
+def test_every_setting_of_a_trial_stands_in_exactly_one_table():
+    placed = Counter(name for table in TABLES for name in table)
+    assert sorted(placed.elements()) == sorted(names_in(TrialSettings))
+
+
+def test_every_placed_name_can_be_selected(settings):
+    names = [name for table in TABLES for name in table]
+    assert select(settings("freeze.layers=1").trial, names)["freeze.layers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored"),
+    [
+        ([], "ebb949b75c5b"),
+        (["experiment=layer_freezing"], "744642015e57"),
+        (["experiment=hyperparameters", "train.eval_steps=7", "optim=sgd"], "5118f73ad491"),
+    ],
+)
+def test_treatments_stored_by_earlier_versions_stay_the_same(settings, overrides, stored):
+    trial = settings("data=sst2", *overrides).trial
+    assert short_hash(treatment_of(trial, "fp32")) == stored
+    assert trial_identity(PROTOCOL, trial, "fp32") == type(trial_identity(PROTOCOL, trial, "fp32"))(
+        "c5a5af75cc28", stored, 42
+    )
+
+
+def test_protocols_stored_by_earlier_versions_stay_the_same():
+    assert PROTOCOL.id == "c5a5af75cc28"
+    held_out = dataclasses.replace(PROTOCOL, metric="loss", selection_split="train (held out)")
+    assert held_out.id == "3cac9d5a2539"
+
+
+def test_the_same_contents_from_elsewhere_are_the_same_protocol():
+    moved = dataclasses.replace(WEIGHTS, kind="local", name="copy", revision=None, fallback_for="m")
+    assert dataclasses.replace(PROTOCOL, model=moved).id == PROTOCOL.id
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.max_grad_norm=0", "scheduler=cosine",
+     "scheduler.warmup_ratio=0.1", "seed=7", "train.metric=loss", "train.checkpoints=false", "output.dir=elsewhere"],
+)  # fmt: skip
+def test_trials_that_differ_so_train_at_once(settings, override):
+    assert fusion_key(settings(override).trial) == fusion_key(settings().trial)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["freeze.layers=1", "freeze.dropout=false", "train.epochs=1", "train.batch_size=8", "train.precision=bf16",
+     "train.eval_steps=3", "optim=sgd", "model.layers=3", "data.max_train_examples=9", "engine.device=cpu"],
+)  # fmt: skip
+def test_trials_that_differ_so_do_not(settings, override):
+    assert fusion_key(settings(override).trial) != fusion_key(settings().trial)
+
+
+def test_keys_take_lists_in_the_settings(settings):
+    given = "data.label_names=[a,b]"
+    assert fusion_key(settings(given).trial) == fusion_key(settings(given).trial)
+
+
+@pytest.mark.parametrize(
+    ("override", "shares"),
+    [
+        ("freeze.layers=1", True), ("optim.lr=1e-3", True), ("seed=7", True), ("train.epochs=1", True),
+        ("train.max_length=9", False), ("train.precision=bf16", False), ("train.metric=loss", False),
+        ("engine=trainer", False), ("data.max_train_examples=9", False), ("model.layers=3", False),
+    ],
+)  # fmt: skip
+def test_what_is_prepared_is_shared_by_trials_that_differ_in_steps_alone(settings, override, shares):
+    assert (preparation_key(settings(override).trial) == preparation_key(settings().trial)) is shares
+
+
+@pytest.mark.parametrize(
+    ("override", "is_another"),
+    [
+        ("seed=7", True), ("train.metric=loss", True), ("engine=trainer", True), ("optim.beta1=0.5", True),
+        ("freeze.embeddings=false", False), ("train.logging_steps=1", False), ("output.dir=elsewhere", False),
+        ("train.eval_batch_size=1", False),
+    ],
+)  # fmt: skip
+def test_points_of_a_space_are_told_apart_by_what_they_would_train(settings, override, is_another):
+    assert (point_key(settings(override).trial) != point_key(settings().trial)) is is_another
+
+
+@pytest.mark.parametrize(
+    ("override", "continues"),
+    [
+        ("train.micro_batch_size=4", True), ("train.resume=true", True), ("output.dir=elsewhere", True),
+        ("engine.device=cpu", True), ("optim.lr=1e-3", False), ("train.epochs=9", False), ("seed=7", False),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_continued_by_settings_that_come_to_the_same_result(settings, override, continues):
+    now, then = (checkpoint_identity(s.trial, "w", "t", "fp32") for s in (settings(override), settings()))
+    assert (now == then) is continues
