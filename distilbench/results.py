@@ -92,10 +92,13 @@ class TrialResult:
     ``selection`` is the best evaluation on the split that picks epochs, ``report`` the same weights on the split
     that reports (the same object where one split does both); both are None where a trial ended before its first
     evaluation. ``history`` holds all evaluations on the selection split in order. Seconds are wall time:
-    ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``setup_seconds`` what
-    came before the first step, attempts that ran out of memory included. ``peak_memory_bytes`` is the device's, or the
-    process's resident set on a CPU. ``micro_batch_size`` counts the examples whose gradients were computed at once in
-    the end, where those were fewer than a batch.
+    ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``train_cpu_seconds``
+    is the process's CPU time meanwhile, all threads added up, None unless it trained on a CPU; ``setup_seconds`` is
+    what came before the first step, attempts that ran out of memory included. ``train_flops`` are those of the
+    optimisation steps alone (:mod:`distilbench.models.flops`), by the formula or, where ``train_flops_counted``, by
+    torch's counter. ``peak_memory_bytes`` is the device's, or the process's resident set on a CPU.
+    ``micro_batch_size`` counts the examples whose gradients were computed at once in the end, where those were fewer
+    than a batch.
 
     A trial that was trained at once with others took part in all of their seconds: ``num_trials_in_batch`` counts them,
     itself included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
@@ -109,6 +112,9 @@ class TrialResult:
     history: tuple[Evaluation, ...] = ()
     steps: int = 0
     train_seconds: float = 0.0
+    train_cpu_seconds: float | None = None
+    train_flops: float = 0.0
+    train_flops_counted: bool = False
     setup_seconds: float = 0.0
     examples_per_second: float = 0.0
     tokens_per_second: float = 0.0

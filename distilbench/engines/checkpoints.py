@@ -12,10 +12,11 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from distilbench.data.tokens import EncodedSplits
+from distilbench.engines.stopwatch import Lap
 from distilbench.identity import checkpoint_identity
 from distilbench.results import Evaluation
 from distilbench.settings import SettingsError, TrialSettings
@@ -30,16 +31,21 @@ _SEAL = "seal.json"
 class Progress:
     """How far a trial has come, over all the processes that worked on it.
 
-    ``train_seconds`` is what the result reports, ``step_seconds`` its part without evaluations; ``tokens`` counts
-    those trained on, padding left out.
+    ``train_seconds`` and ``train_cpu_seconds`` are what the result reports, ``step_seconds`` the part of the former
+    without evaluations.
     """
 
     step: int = 0
     train_seconds: float = 0.0
+    train_cpu_seconds: float = 0.0
     step_seconds: float = 0.0
-    tokens: int = 0
     peak_memory_bytes: int = 0
     history: list[Evaluation] = field(default_factory=list)
+
+    def spend(self, lap: Lap) -> None:
+        """Add a lap of training."""
+        self.train_seconds += lap.seconds
+        self.train_cpu_seconds += lap.cpu_seconds
 
 
 def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
@@ -64,9 +70,9 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
         return None
     _, path, seal = max(whole, key=lambda item: item[0])
     _refuse_another(path, seal["identity"], json.loads(json.dumps(identity)))
-    stored = seal["progress"]
-    history = [Evaluation(**values) for values in stored.pop("history")]
-    return path, Progress(**stored, history=history)
+    known = {field.name for field in fields(Progress)}  # earlier versions counted more
+    stored = {name: value for name, value in seal["progress"].items() if name in known}
+    return path, Progress(**stored | {"history": [Evaluation(**values) for values in stored["history"]]})
 
 
 def _refuse_another(path: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.checkpoints import Progress
 from distilbench.engines.evaluation import best_of
 from distilbench.engines.steps import BatchSchedule
+from distilbench.models.flops import TrainFlops
 from distilbench.results import Evaluation, Status, TrialResult
-from distilbench.settings import SettingsError, TrainSettings, TrialSettings
+from distilbench.settings import SettingsError, TrialSettings
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +65,19 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
 def result_of(
     progress: Progress,
     outcome: tuple[Status, str | None],
-    train: TrainSettings,
+    settings: TrialSettings,
     splits: EncodedSplits,
     report: Evaluation | None,
+    flops: TrainFlops | None,
 ) -> TrialResult:
-    """What a trial's ``progress`` amounts to; ``report`` is the kept weights' evaluation on a report split of its own.
+    """Return what a trial's ``progress`` amounts to, but for what belongs to the device, which the engine adds.
 
-    What belongs to the device and the model is left for the engine to add.
+    ``report`` is the kept weights' evaluation on a report split of its own, ``flops`` the cost of an example, None for
+    a trial that ended before its model was there.
     """
+    train, lengths = settings.train, np.diff(splits.train.offsets)
     best = progress.history[best_of(progress.history, train)] if progress.history else None
-    examples = BatchSchedule(len(splits.train), train.batch_size, train.epochs).seen(progress.step)
+    times = BatchSchedule(len(lengths), train.batch_size, train.epochs).times_seen(settings.seed, progress.step)
     seconds = progress.step_seconds
     return TrialResult(
         *outcome,
@@ -81,8 +86,10 @@ def result_of(
         history=tuple(progress.history),
         steps=progress.step,
         train_seconds=progress.train_seconds,
-        examples_per_second=examples / seconds if seconds else 0.0,
-        tokens_per_second=progress.tokens / seconds if seconds else 0.0,
+        train_flops=flops.total(lengths, times) if flops else 0.0,
+        train_flops_counted=bool(flops and flops.counted),
+        examples_per_second=float(times.sum()) / seconds if seconds else 0.0,
+        tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes,
     )
 

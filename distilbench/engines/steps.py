@@ -43,6 +43,13 @@ class BatchSchedule:
         epoch, number = divmod(step, self.steps_per_epoch)
         return epoch_order(self.examples, seed, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
+    def times_seen(self, seed: int, step: int) -> np.ndarray:
+        """Count how often the first ``step`` steps train on each example in the order of ``seed``, ``(examples,)``."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        times = np.full(self.examples, epochs)
+        times[epoch_order(self.examples, seed, epochs)[: steps * self.batch_size]] += 1
+        return times
+
     def seen(self, step: int) -> int:
         """Examples trained on in the first ``step`` steps."""
         epochs, steps = divmod(step, self.steps_per_epoch)

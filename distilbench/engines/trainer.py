@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
-from distilbench.engines.batches import TrainingBatches, batches_by_length, padded_batch
+from distilbench.engines.batches import batches_by_length, padded_batch, training_batch
 from distilbench.engines.checkpoints import Progress
 from distilbench.engines.device import (
     describe_device,
@@ -36,7 +36,9 @@ from distilbench.engines.evaluation import best_of, evaluate_logits, selection_n
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
+from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
@@ -117,7 +119,6 @@ class _Run(TrainerCallback):
     ) -> None:
         """Set-up is counted from ``began``, as ``time.perf_counter`` has it."""
         self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
-        self.batches = TrainingBatches(splits.train, splits.pad_token_id)
         train = settings.train
         self.schedule = BatchSchedule(len(splits.train), train.batch_size, train.epochs)
         self.steps_per_epoch, self.steps = self.schedule.steps_per_epoch, self.schedule.steps
@@ -127,10 +128,12 @@ class _Run(TrainerCallback):
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.report: Evaluation | None = None
         self.parameters = (0, 0)
+        self.flops: TrainFlops | None = None
+        self.device = torch.device("cpu")  # until it is resolved
         self.device_name = self.precision = ""
         self.setup_seconds = 0.0
         self.status: Status | None = None
-        self.mark = began
+        self.stopwatch = Stopwatch(began)
 
     def set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
@@ -142,7 +145,7 @@ class _Run(TrainerCallback):
         self.resolved = resolve_model(settings.model)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
-        self.parameters = parameter_counts(self.model)
+        self.parameters, self.flops = parameter_counts(self.model), TrainFlops.of(self.model)
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
         self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, self.precision)
         self.checkpoint = self._checkpoint()
@@ -169,7 +172,7 @@ class _Run(TrainerCallback):
             model=self.model,
             args=_arguments(self.settings, self.device, self.precision, self.checkpoints),
             train_dataset=range(len(self.splits.train)),
-            data_collator=self.batches,
+            data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
             optimizers=(optimizer, schedule),
             compute_loss_func=_share_of_batch if self._is_accumulated else None,
             callbacks=[self],
@@ -204,7 +207,7 @@ class _Run(TrainerCallback):
         if self.checkpoint is not None:
             stored = self.checkpoint / _BEST_WEIGHTS
             self.best_weights = load_file(stored) if stored.is_file() else _trainable_weights(self.model)
-        self.setup_seconds = self._lap()
+        self.setup_seconds = self.stopwatch.lap().seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
@@ -218,11 +221,10 @@ class _Run(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:  # Trainer's own summary at the end
             return
-        seconds, before, progress = self._lap(), self.progress.step, self.progress
+        lap, before, progress = self.stopwatch.lap(), self.progress.step, self.progress
         progress.step = state.global_step
-        progress.train_seconds += seconds
-        progress.step_seconds += seconds
-        progress.tokens += self.batches.tokens_of(self._micro_batches(progress.step) - self._micro_batches(before))
+        progress.spend(lap)
+        progress.step_seconds += lap.seconds
         self._sample_memory()
         require_finite(logs["loss"], "training", progress.step, self.steps, self.settings)
         record = StepRecord(
@@ -232,10 +234,10 @@ class _Run(TrainerCallback):
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
-            examples_per_second=(self.schedule.seen(progress.step) - self.schedule.seen(before)) / seconds,
+            examples_per_second=(self.schedule.seen(progress.step) - self.schedule.seen(before)) / lap.seconds,
         )
         self.observer.on_step(self.index, record)
-        self._lap()
+        self.stopwatch.lap()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
@@ -247,12 +249,12 @@ class _Run(TrainerCallback):
         progress.history.append(evaluation)
         if best_of(progress.history, self.settings.train) == len(progress.history) - 1:
             self.best_weights = None if last else _trainable_weights(self.model)
-        progress.train_seconds += self._lap()
+        progress.spend(self.stopwatch.lap())
         self._sample_memory()
         if self.observer.on_evaluation(self.index, evaluation):
             raise TrialEnded(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
         control.should_save = self.settings.train.checkpoints and not last
-        self._lap()
+        self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete and seal the checkpoint that Trainer has just written."""
@@ -260,15 +262,16 @@ class _Run(TrainerCallback):
         if self.best_weights is not None and self._best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         checkpoints.seal(path, self.identity, self.progress)
-        self._lap()
+        self.stopwatch.lap()
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """What the engine returns of a trial that ended so."""
         self.status = status
         settings = self.settings
         return replace(
-            result_of(self.progress, (status, error), settings.train, self.splits, self.report),
-            setup_seconds=self.setup_seconds or self._lap(),
+            result_of(self.progress, (status, error), settings, self.splits, self.report, self.flops),
+            train_cpu_seconds=self.progress.train_cpu_seconds if self.device.type == "cpu" else None,
+            setup_seconds=self.setup_seconds or self.stopwatch.lap().seconds,
             micro_batch_size=settings.train.examples_at_once if self._is_accumulated else None,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
@@ -298,20 +301,9 @@ class _Run(TrainerCallback):
                 logits[indices] = outputs.logits.float().cpu().numpy()
         return logits
 
-    def _lap(self) -> float:
-        """Seconds since the last call."""
-        before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before
-
     @property
     def _is_accumulated(self) -> bool:
         return self.settings.train.examples_at_once < self.settings.train.batch_size
-
-    def _micro_batches(self, step: int) -> int:
-        """Micro-batches of the first ``step`` steps; the last batch of an epoch may have fewer."""
-        epochs, steps = divmod(step, self.steps_per_epoch)
-        size, whole = self.settings.train.examples_at_once, self.schedule.examples
-        return epochs * math.ceil(whole / size) + math.ceil(self.schedule.seen(steps) / size)
 
     def _sample_memory(self) -> None:
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))

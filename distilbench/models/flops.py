@@ -18,7 +18,8 @@ pass, and as much again for each of the four factors whose gradient is needed. S
     per_example + per_token * l + per_token_pair * l^2
 
 Padding is not counted, nor is an engine's economy: the last layer counts for all of its tokens, though [CLS] would do,
-and a frozen prefix counts in each epoch, though one pass may serve them all.
+and a frozen prefix counts in each epoch, though one pass may serve them all. Evaluations on the way are left out: how
+often a trial is looked at is not what it costs to train.
 """
 
 from __future__ import annotations

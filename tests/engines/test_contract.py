@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import torch
 from safetensors.numpy import load_file
 
 from distilbench.engines import engine_for
+from distilbench.engines.steps import epoch_order
+from distilbench.models.build import build_model
+from distilbench.models.flops import count_train_flops
+from distilbench.models.freezing import freeze
+from distilbench.models.resolve import resolve_model
 from distilbench.results import MEASURES, Status
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=3",
@@ -65,6 +71,7 @@ def test_results_keep_the_order_of_the_trials(trial, train):
         [alone], _ = train([settings])
         assert result.status is alone.status is Status.FINISHED
         assert result.trainable_parameters == alone.trainable_parameters
+        assert result.train_flops == alone.train_flops > 0
         np.testing.assert_allclose(result.report.logits, alone.report.logits, atol=1e-5)
     assert not np.allclose(together[0].report.logits, together[1].report.logits, atol=1e-3)
 
@@ -86,11 +93,40 @@ def test_the_result_tells_what_was_done(trial, train, splits_of):
     assert (result.steps, result.error) == (STEPS, None)
     assert result.trainable_parameters == result.total_parameters == 39_170
     assert 0 < result.train_seconds < 60
+    assert result.train_cpu_seconds > 0
     assert 0 < result.setup_seconds < 60
     assert result.peak_memory_bytes > 10e6
     assert (result.device != "", result.precision) == (True, "fp32")
     tokens_an_example = len(splits.train.tokens) / len(splits.train)
     assert result.tokens_per_second / result.examples_per_second == pytest.approx(tokens_an_example)
+
+
+def flops_of(settings, splits, examples) -> int:
+    """What torch counts in a step over each of ``examples`` by itself."""
+    model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
+    freeze(model, settings.freeze)
+    counts = Counter(len(splits.train.row(i)) for i in examples)
+    return sum(times * count_train_flops(model, length) for length, times in counts.items())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_flops_are_those_of_each_token_that_was_trained_on(trial, train, splits_of, depth):
+    settings = trial(f"freeze.layers={depth}", "train.epochs=2", "train.max_length=12")
+    splits = splits_of(settings)
+    [result], _ = train([settings])
+    assert len({len(splits.train.row(i)) for i in range(37)}) > 1
+    assert result.train_flops == 2 * flops_of(settings, splits, range(37))
+    assert not result.train_flops_counted
+
+
+def test_flops_of_a_trial_that_stops_early_are_those_of_its_steps(trial, train, recorder, splits_of):
+    together = [trial("train.eval_steps=6", f"seed={seed}") for seed in (1, 2)]
+    results, _ = train(together, recorder(prune={1}))
+    splits = splits_of(together[1])
+    seen = [*range(37), *epoch_order(37, 2, epoch=1)[:8]]
+    assert (results[1].status, results[1].steps) == (Status.PRUNED, 6)
+    assert results[1].train_flops == flops_of(together[1], splits, seen)
+    assert results[0].train_flops == 3 * flops_of(together[0], splits, range(37))
 
 
 def test_steps_are_recorded_at_intervals_at_evaluations_and_at_the_end(trial, train):
@@ -221,7 +257,7 @@ def test_settings_that_the_model_cannot_meet_fail_their_own_trial_only(trial, tr
     results, _ = train([trial("freeze.layers=9"), trial()])
     assert [r.status for r in results] == [Status.FAILED, Status.FINISHED]
     assert results[0].error.startswith("freeze.layers must be 0..2")
-    assert (results[0].report, results[0].selection, results[0].steps) == (None, None, 0)
+    assert (results[0].report, results[0].selection, results[0].steps, results[0].train_flops) == (None, None, 0, 0.0)
 
 
 def test_a_pruned_trial_stops_at_once_and_alone(trial, train, recorder):
@@ -252,7 +288,7 @@ def test_an_interrupted_trial_continues_to_the_same_bits(trial, train, recorder,
     assert [numbers(e) for e in resumed.history] == [numbers(e) for e in whole.history]
     np.testing.assert_array_equal(resumed.selection.logits, whole.selection.logits)
     np.testing.assert_array_equal(resumed.report.logits, whole.report.logits)
-    assert resumed.steps == whole.steps
+    assert (resumed.steps, resumed.train_flops) == (whole.steps, whole.train_flops)
     weights, expected = (load_file(f"{s.output.dir}/model/model.safetensors") for s in (other, settings))
     for name, values in expected.items():
         np.testing.assert_array_equal(weights[name], values, err_msg=name)

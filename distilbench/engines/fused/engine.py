@@ -39,6 +39,7 @@ from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
+from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, frozen_names, parameter_counts
 from distilbench.models.resolve import resolve_model
 from distilbench.results import TrialResult
@@ -128,6 +129,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         frozen=layout.frozen_weights(dict(model.named_parameters()), device, dtype, compute_dtype),
         schedule=BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs),
         parameters=parameter_counts(model),
+        flops=TrainFlops.of(model),
         device=device,
         device_name=describe_device(device),
         precision=precision,

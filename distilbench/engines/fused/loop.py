@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prediction import Predictor
 from distilbench.engines.fused.prefix import Budget, TrainingPrefix
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite
+from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model
 from distilbench.results import Status, StepRecord, TrialResult
 
@@ -95,7 +95,6 @@ class TrialGroup:
         self.members, self.observer, self.results = members, observer, results
         self.context, self.settings = members[0].context, members[0].settings
         self.schedule = self.context.schedule
-        self.lengths = np.diff(self.context.splits.train.offsets)
         self.step = self.recorded = members[0].progress.step
         self.evaluation_due = False
         self.taken = 0
@@ -110,7 +109,7 @@ class TrialGroup:
 
     def run(self, began: float) -> None:
         """Train every member to its end; ``began`` is when their set-up did. Where memory runs out, part after part."""
-        self.mark = began
+        self.stopwatch = Stopwatch(began)
         waiting: list[GroupState] = []
         try:
             self._set_up()
@@ -141,7 +140,7 @@ class TrialGroup:
             frozen, context.splits.train, self.schedule, self.settings.freeze.dropout, budget
         )
         self.predictor = Predictor(self.prefix, budget, context.device)
-        seconds = self._lap()
+        seconds = self.stopwatch.lap().seconds
         for member in self.members:
             member.setup_seconds = seconds
 
@@ -242,8 +241,6 @@ class TrialGroup:
                 if stack.trial_slice.start >= self.taken:
                     self._step(stack)
                     self.taken = stack.trial_slice.stop
-        for member in self.members:
-            member.progress.tokens += int(self.lengths[self.schedule.batch(member.seed, self.step)].sum())
         self.step, self.taken = self.step + 1, 0
         train = self.settings.train
         every = train.eval_steps or self.schedule.steps_per_epoch
@@ -276,7 +273,7 @@ class TrialGroup:
                 self._deterministic_layers(), runner_for(device),
             )  # fmt: skip
         seconds = self.graph_steps.take(self.step)
-        self.mark += seconds
+        self.stopwatch.leave_out(seconds)
         for member in self.members:
             member.setup_seconds += seconds
 
@@ -313,14 +310,14 @@ class TrialGroup:
 
     def _record(self) -> None:
         """Tell each observer of the steps since the last record."""
-        seconds, steps = self._lap(), self.step - self.recorded
+        lap, steps = self.stopwatch.lap(), self.step - self.recorded
         memory = peak_memory(self.context.device)
         examples = self.schedule.seen(self.step) - self.schedule.seen(self.recorded)
         outcomes: dict[int, Outcome] = {}
         for t, (member, loss, norm) in enumerate(
             zip(self.members, (self.losses / steps).tolist(), self.norms.tolist(), strict=True)
         ):
-            member.stepped(self.step, seconds, memory)
+            member.stepped(self.step, lap, memory)
             record = StepRecord(
                 step=self.step,
                 steps=self.schedule.steps,
@@ -328,7 +325,7 @@ class TrialGroup:
                 loss=loss,
                 learning_rate=float(member.lrs[self.step - 1]),
                 gradient_norm=norm,
-                examples_per_second=examples / seconds,
+                examples_per_second=examples / lap.seconds,
             )
             try:
                 require_finite(loss, "training", self.step, self.schedule.steps, member.settings)
@@ -338,17 +335,17 @@ class TrialGroup:
         self.losses.zero_()
         self.recorded = self.step
         self._leave(outcomes)
-        self._lap()
+        self.stopwatch.lap()
 
     def _evaluate(self) -> None:
         """Evaluate on the selection split, keep best weights, ask the observer who goes on, and save the rest."""
         splits = self.context.splits
         logits = self._predict(splits.selection)
         self.evaluation_due = False
-        seconds, last = self._lap(), self.step == self.schedule.steps
+        lap, last = self.stopwatch.lap(), self.step == self.schedule.steps
         outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
-            member.progress.train_seconds += seconds
+            member.progress.spend(lap)
             epoch = self.step / self.schedule.steps_per_epoch
             name = selection_name(splits)
             try:
@@ -363,7 +360,7 @@ class TrialGroup:
         if self.settings.train.checkpoints and not last:
             for t, member in enumerate(self.members):
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
-        self._lap()
+        self.stopwatch.lap()
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
@@ -407,8 +404,3 @@ class TrialGroup:
         self.members = [self.members[t] for t in staying]
         if self.members:
             self._load([tensor[staying] for tensor in self._tensors()])
-
-    def _lap(self) -> float:
-        """Seconds since the last call."""
-        before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before

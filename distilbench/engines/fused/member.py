@@ -20,7 +20,9 @@ from distilbench.engines.fused.params import FlatParamLayout
 from distilbench.engines.optimization import lr_factors
 from distilbench.engines.outcome import result_of
 from distilbench.engines.steps import BatchSchedule
+from distilbench.engines.stopwatch import Lap
 from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
 from distilbench.results import Evaluation, Status, TrialResult
 from distilbench.settings import TrialSettings
@@ -44,6 +46,7 @@ class GroupContext:
     frozen: dict[str, torch.Tensor]
     schedule: BatchSchedule
     parameters: tuple[int, int]
+    flops: TrainFlops
     device: torch.device
     device_name: str
     precision: str
@@ -117,12 +120,12 @@ class Member:
         self.best_params = state.get("best", state["row"])
         return [state["row"], *(state[name] for name in sorted(state) if name.startswith("moment"))]
 
-    def stepped(self, step: int, seconds: float, memory: int) -> None:
-        """Note that the trial has come to ``step`` in ``seconds`` more."""
+    def stepped(self, step: int, lap: Lap, memory: int) -> None:
+        """Note that the trial has come to ``step`` in a ``lap`` more."""
         progress = self.progress
         progress.step = step
-        progress.train_seconds += seconds
-        progress.step_seconds += seconds
+        progress.spend(lap)
+        progress.step_seconds += lap.seconds
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, memory)
 
     def evaluated(self, evaluation: Evaluation, flat_params: torch.Tensor | None) -> None:
@@ -158,7 +161,8 @@ class Member:
             self.tidy()
         context, train = self.context, self.settings.train
         return replace(
-            result_of(self.progress, (status, error), train, context.splits, self.report),
+            result_of(self.progress, (status, error), self.settings, context.splits, self.report, context.flops),
+            train_cpu_seconds=self.progress.train_cpu_seconds if context.device.type == "cpu" else None,
             setup_seconds=self.setup_seconds,
             micro_batch_size=self.micro_batch if self.micro_batch < train.batch_size else None,
             trainable_parameters=context.parameters[0],
