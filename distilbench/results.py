@@ -223,7 +223,7 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             reused = abs(process.create_time() - self.started) > _CLOCK_SECONDS
-            return reused or process.status() == psutil.STATUS_ZOMBIE
+            return bool(reused or process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -98,12 +97,12 @@ def work_of(model: nn.Module, tokens: float, sentences: float, words: int) -> Wo
     of [CLS] alone, whose query its keys' and values' weights then meet once a sentence. Attention's own products, a few
     per cent, are left out.
     """
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and _layer(name) is not None}
-    layers = [_layer(name) for name in matrices]
-    bottom = _lowest_trained(model)
+    placed = [(name, p, _layer(name)) for name, p in model.named_parameters() if p.dim() == 2]
+    matrices = [(name, p, layer) for name, p, layer in placed if layer is not None]
+    top, bottom = max(layer for _, _, layer in matrices), _lowest_trained(model)
     operations = shared = 0.0
-    for (name, p), layer in zip(matrices.items(), layers, strict=True):
-        rows = sentences if layer == max(layers) else tokens
+    for name, p, layer in matrices:
+        rows = sentences if layer == top else tokens
         forward = 2.0 * p.numel() * rows
         if layer < bottom:
             operations, shared = operations + forward, shared + forward
@@ -122,7 +121,7 @@ def _lowest_trained(model: nn.Module) -> int:
     return min((layer for _, layer, trained in parameters if trained and layer is not None), default=above)
 
 
-def _layer(name: str) -> Any:
+def _layer(name: str) -> int | None:
     """The layer that a parameter is of, None for those outside."""
     found = re.search(r"\.layers?\.(\d+)\.", name)
     return int(found[1]) if found else None

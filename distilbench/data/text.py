@@ -227,7 +227,7 @@ def _cap(split: TextSplit, settings: DataSettings, setting: str, part: str) -> T
 
 def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Whole numbers near ``target`` (classes,) within ``low``..``high`` whose sum is as near as can be to target's."""
-    share = np.clip(np.floor(target), low, high).astype(int)
+    share: np.ndarray = np.clip(np.floor(target), low, high).astype(int)
     total = np.clip(round(target.sum()), low.sum(), high.sum())
     while share.sum() != total:
         step = 1 if share.sum() < total else -1

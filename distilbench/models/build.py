@@ -104,7 +104,8 @@ def _random_encoder(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     from transformers import AutoModel
 
     torch.default_generator.manual_seed(ENCODER_SEED)
-    return AutoModel.from_config(config, dtype=torch.float32).state_dict()
+    encoder: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
+    return encoder.state_dict()
 
 
 def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
@@ -168,6 +169,8 @@ def _load(
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
     try:
+        model: PreTrainedModel
+        report: dict[str, Any]
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,
             config=config,
@@ -205,10 +208,12 @@ def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
+    from logging import CRITICAL
+
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield

@@ -146,4 +146,4 @@ def count_train_flops(model: PreTrainedModel, length: int) -> int:
         model(input_ids=tokens, labels=torch.zeros(1, dtype=torch.long)).loss.backward()
     model.zero_grad()
     model.train(was_training)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

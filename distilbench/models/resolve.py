@@ -137,7 +137,7 @@ def _check_hub_id(checkpoint: str) -> None:
 def _download(settings: ModelSettings) -> Path | None:
     """The snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever httpx the hub takes
         GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
@@ -307,7 +307,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # neither JSON nor UTF-8
         raise SettingsError(f"model.checkpoint must hold a valid {path.name}, got {path}: {error}") from None
-    require(isinstance(content, dict), "model.checkpoint", f"a model whose {path.name} holds an object", str(path))
+    if not isinstance(content, dict):
+        raise SettingsError(f"model.checkpoint must be a model whose {path.name} holds an object, got {str(path)!r}")
     return content
 
 
