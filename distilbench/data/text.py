@@ -41,7 +41,8 @@ class TextSplit:
 class TextSplits:
     """Everything a source yields. ``selection`` is ``report`` itself where one split does both.
 
-    ``dropped`` counts what was left out, by reason.
+    ``dropped`` counts what was left out, by reason; ``shared`` the examples of the report split whose text stands in
+    train too, but for case and spacing.
     """
 
     train: TextSplit
@@ -50,6 +51,12 @@ class TextSplits:
     label_names: tuple[str, ...]
     used: SourceUsed
     dropped: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+
+    def label_counts(self, split: TextSplit) -> dict[str, int]:
+        """Return how many examples of each label a split has."""
+        counts = np.bincount(split.labels, minlength=len(self.label_names))
+        return dict(zip(self.label_names, counts.tolist(), strict=True))
 
 
 def load_text(settings: DataSettings) -> TextSplits:
@@ -76,7 +83,21 @@ def load_text(settings: DataSettings) -> TextSplits:
     selection = report if selection is None else _cap(selection, settings, "max_validation_examples", "selection")
     fingerprint = _fingerprint(names, (train, selection, report))
     used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
-    return TextSplits(train, selection, report, names, used, corpus.dropped)
+    shared = _shared(train, report)
+    if shared:
+        log.warning("%s of the %s texts that are reported on stand in the training text too: %s",
+                    f"{shared:,}", f"{len(report):,}", corpus.name)  # fmt: skip
+    return TextSplits(train, selection, report, names, used, corpus.dropped, shared)
+
+
+def _shared(train: TextSplit, report: TextSplit) -> int:
+    """How many examples of ``report`` have a text that ``train`` has, but for case and spacing."""
+    seen = {_folded(text) for text in train.texts}
+    return sum(_folded(text) in seen for text in report.texts)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _fall_back(settings: DataSettings) -> TextSplits:
@@ -98,7 +119,7 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
     rows = [corpus.train] if corpus.validation is None else [corpus.train, corpus.validation]
     texts = [_checked_texts(part) for part in rows]
     labels = [_checked_labels(part) for part in rows]
-    names = corpus.label_names or _names_in(labels[0])
+    names = corpus.label_names or _names_in(labels[0], corpus.train.title)
     numbers = _numbers(names, corpus.label_names is not None, labels)
     for part, values in zip(rows, labels, strict=True):
         unknown = next((i for i, value in enumerate(values) if value not in numbers), None)
@@ -131,7 +152,8 @@ def _checked_labels(rows: Rows) -> list[str]:
         if label is None or (isinstance(label, str) and not label.strip()):
             raise SettingsError(f"{rows.at(i)}: the label is missing; write one or delete the row")
         if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise SettingsError(f"{rows.at(i)}: the label must be an integer or a string, got {show(label)}")
+            remedy = "; write a class" if isinstance(label, float) else ""
+            raise SettingsError(f"{rows.at(i)}: the label must be an integer or a string, got {show(label)}{remedy}")
         labels.append(str(label).strip())
         _check_unicode(labels[-1], rows, i)
     return labels
@@ -145,11 +167,27 @@ def _check_unicode(text: str, rows: Rows, index: int) -> None:
         raise SettingsError(f"{rows.at(index)}: {broken} is half a character; write the whole one") from None
 
 
-def _names_in(labels: Iterable[str]) -> tuple[str, ...]:
-    """Label names from the data: numbers in their order, anything else in alphabetical order."""
-    names = set(labels)
+def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
+    """Label names from the data: numbers in their order, anything else in alphabetical order.
+
+    Numbers with fractions are refused, for they are ratings and no classes; labels that differ little are warned of.
+    """
+    names = sorted(set(labels))
+    fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
+    if fraction is not None:
+        raise SettingsError(
+            f"{title} must have classes for labels, got the number {fraction}; a column of numbers with fractions is a "
+            "target for regression, which is not offered: make classes of it, or name them all in data.label_names"
+        )
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\.0+$", "", _folded(name)), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            log.warning("%s has labels that differ little, and counts them as different classes: %s",
+                        title, show_all(same))  # fmt: skip
     numeric = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", name) for name in names)
-    return tuple(sorted(names, key=int) if numeric else sorted(names))
+    return tuple(sorted(names, key=int) if numeric else names)
 
 
 def _numbers(names: tuple[str, ...], declared: bool, labels: list[list[str]]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from distilbench.data.tokens import encode
 from distilbench.settings import DataSettings, SettingsError
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
 REVISION = "0123456789abcdef" * 2 + "01234567"
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
@@ -40,7 +41,12 @@ def folder(tmp_path_factory):
 
 def write(path: Path, rows) -> Path:
     """Rows of (text, label) in the format that the suffix names."""
-    if path.suffix == ".parquet":
+    if path.suffix == ".gz":
+        plain = write(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": t, "label": y, "id": 7} for t, y in rows]), encoding="utf-8")
+    elif path.suffix == ".parquet":
         pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [y for _, y in rows]}), path)
     elif path.suffix == ".jsonl":
         lines = (json.dumps({"label": y, "text": t}, ensure_ascii=len(t) % 2 == 0) for t, y in rows)
@@ -83,6 +89,7 @@ def refusal(settings: DataSettings) -> str:
 @given(rows=st.lists(texts, min_size=4, max_size=12), strings=st.booleans())
 def test_every_format_gives_the_same_texts_and_fingerprint(folder, rows, strings):
     labels = [("no", "yes")[i % 2] if strings else i % 2 for i in range(len(rows))]
+    rows = [text.translate({ord(c): " " for c in "\t\r\n"}) for text in rows]  # which no TSV can hold
     pairs = list(zip(rows, labels, strict=True))
     loaded = [load_text(files(path, path)) for path in (write(folder / f"same{suffix}", pairs) for suffix in FORMATS)]
     for splits in loaded:
@@ -168,8 +175,16 @@ BROKEN = [
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "\\ud800", "label": 1}\n', "line 2: '\\ud800' is half a character"),
     (".jsonl", "[" * 100_000, "line 1 is not valid JSON"),
     (".jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "line 1 is not valid JSON"),
+    (".json", '{"text": "a", "label": 0}', "must be a JSON list of objects, got {'text': 'a'"),
+    (".json", '[{"text": "a", "label": 0}, 7]', "record 2 must be a JSON object, got 7"),
+    (".json", "[", "is not valid JSON"),
+    (".csv.gz", "text,label\na,0\n", "is not a readable gzip file"),
+    (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
+    (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
+    (".csv", "text,label\na,3.7\nb,2.0\n", "must have classes for labels, got the number 3.7"),
+    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; write a class"),
     (".parquet", b"PAR1 is how it begins", "is not a readable Parquet file"),
-    (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .parquet, got '"),
+    (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .json, .parquet, .csv.gz"),
 ]  # fmt: skip
 
 
@@ -179,6 +194,50 @@ def test_a_broken_file_is_refused_with_place_and_remedy(folder, suffix, content,
     assert message.startswith("data.train")
     assert f"broken{suffix}" in message
     assert words in message
+
+
+def test_a_document_longer_than_the_csv_readers_default_is_read(folder):
+    long = "word " * 40_000
+    settings = raw(folder / "long.csv", f"text,label\n{long},1\nshort,0\n")
+    assert load_text(replace(settings, validation=settings.train)).train.texts[0] == long
+
+
+@pytest.mark.parametrize("line", ['"quoted, he said', 'he said "so', '"The deal is done," he said.', '"', 'a "b" c'])
+def test_stray_quotes_of_a_tsv_are_text_and_swallow_no_row(folder, line):
+    settings = raw(folder / "stray.tsv", "text\tlabel\n" + "".join(f"{line} {i}\t{i % 2}\n" for i in range(6)))
+    splits = load_text(replace(settings, validation=settings.train))
+    assert splits.train.texts == tuple(f"{line} {i}" for i in range(6))
+
+
+def test_a_line_of_a_tsv_that_is_quoted_throughout_is_unquoted(folder):
+    settings = raw(folder / "quoted.tsv", 'text\tlabel\n"say ""no"" now"\t0\r\n"a\tb"\t1\r\n')
+    assert load_text(replace(settings, validation=settings.train)).train.texts == ('say "no" now', "a\tb")
+
+
+def test_rows_that_an_open_quote_swallowed_are_told_with_their_lines(folder, caplog):
+    lines = [f"text {i},{i % 2}" for i in range(20)]
+    lines[4], lines[11] = '"open 4,0', '11",1'
+    settings = raw(folder / "open.csv", "text,label\n" + "\n".join(lines) + "\n")
+    splits = load_text(replace(settings, validation=settings.train))
+    assert len(splits.train) == 13
+    assert "1 rows run over several lines (lines 6 to 13)" in caplog.text
+
+
+@pytest.mark.parametrize("pair", [("Positive", "positive"), ("good one", "good  one"), ("1", "1.0")])
+def test_labels_that_differ_little_are_warned_of(folder, caplog, pair):
+    settings = raw(folder / "alike.csv", "text,label\n" + "".join(f"t{i},{pair[i % 2]}\n" for i in range(4)))
+    assert load_text(replace(settings, validation=settings.train)).label_names == tuple(sorted(pair))
+    assert "labels that differ little" in caplog.text
+    assert all(repr(label) in caplog.text for label in pair)
+
+
+def test_texts_of_train_that_are_reported_on_are_counted(folder, caplog):
+    train = write(folder / "train_shared.csv", [("Good  film", 1), ("bad", 0), ("fine", 1)])
+    report = write(folder / "report_shared.csv", [("good film", 1), ("awful", 0), ("BAD", 0)])
+    splits = load_text(files(train, report))
+    assert splits.shared == 2
+    assert splits.label_counts(splits.train) == {"0": 1, "1": 2}
+    assert "2 of the 3 texts that are reported on stand in the training text too" in caplog.text
 
 
 def test_a_null_in_parquet_is_refused_with_its_row(folder):
