@@ -17,6 +17,9 @@ from distilbench.results import Evaluation, Status, StoredTrial, TrialResult, Ve
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 
 _WIDTH = 100
+
+_MOST_LABELS = 8
+"""Labels whose examples a summary counts."""
 """Columns that a summary takes at most, where the terminal is wider."""
 _COLUMNS = (
     replace(CSV["setting"], title="", narrow=10),
@@ -116,7 +119,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
 class Summary:
     """What is shown at a trial's end.
 
-    ``settings`` are those trained with, ``sizes`` examples by split, ``dropped`` examples left out by reason.
+    ``settings`` are those trained with, ``labels`` examples by split and label, ``dropped`` examples left out by
+    reason, ``shared`` those reported on whose text stands in train too.
     ``baseline_command`` makes the baseline that is missing; both it and ``comparison`` are None for a baseline.
     """
 
@@ -124,8 +128,9 @@ class Summary:
     settings: TrialSettings
     model: SourceUsed
     data: SourceUsed
-    sizes: Mapping[str, int]
+    labels: Mapping[str, Mapping[str, int]]
     dropped: Mapping[str, int]
+    shared: int
     result: TrialResult
     comparison: Comparison | None = None
     baseline_command: str | None = None
@@ -177,12 +182,23 @@ def _source(source: SourceUsed) -> Text:
     return text
 
 
+def _label_counts(labels: Mapping[str, Mapping[str, int]]) -> str:
+    """Each label with its examples in every split, such as ``no 512 / 430, yes 488 / 442 (train / validation)``."""
+    names = list(next(iter(labels.values())))
+    each = (f"{name} " + " / ".join(f"{counts[name]:,}" for counts in labels.values()) for name in names[:_MOST_LABELS])
+    more = f" and {len(names) - _MOST_LABELS} more" if len(names) > _MOST_LABELS else ""
+    return f"{', '.join(each)}{more} ({' / '.join(labels)})"
+
+
 def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     settings, result = summary.settings, summary.result
     train, optim = settings.train, settings.optim
-    sizes = ", ".join(f"{split} {count:,}" for split, count in summary.sizes.items())
+    sizes = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in summary.labels.items())
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.items() if count)
     yield "examples", sizes + (f"; left out: {dropped}" if dropped else "")
+    yield "labels", _label_counts(summary.labels)
+    if summary.shared:
+        yield "in both", f"{summary.shared:,} of the texts reported on stand in train too"
     trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
     share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
     yield "frozen", frozen_part(settings.freeze) + share

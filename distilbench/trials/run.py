@@ -192,17 +192,18 @@ def add_comparison(outcome: Outcome, baseline: StoredTrial | None, store: Store)
 
 
 def _print(job: Job, outcome: Outcome, comparison: Comparison | None, store: Store) -> None:
-    splits, text = outcome.prepared.splits, outcome.prepared.text
-    sizes = {"train": len(splits.train), "validation": len(splits.report)}
-    if splits.selection is not splits.report:
-        sizes["selection"] = len(splits.selection)
+    text = outcome.prepared.text
+    used = {"train": text.train, "validation": text.report}
+    if text.selection is not text.report:
+        used["selection"] = text.selection
     summary = Summary(
         name=outcome.name,
         settings=prepared_trial(outcome.settings, outcome.prepared),
         model=outcome.prepared.model.used,
         data=text.used,
-        sizes=sizes,
+        labels={name: text.label_counts(split) for name, split in used.items()},
         dropped=text.dropped,
+        shared=text.shared,
         result=outcome.result,
         comparison=comparison,
         baseline_command=None if job.is_baseline or comparison else job.baseline_command(),
