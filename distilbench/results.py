@@ -156,9 +156,10 @@ class StoredTrial:
     """A trial as it stands in the store, NaN where a figure is missing.
 
     ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
-    and both were trained ``alone`` (not in a batch). ``model`` and ``data`` describe what was really used, ``metric``
-    and the two splits belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep
-    meant the trial for, ``url`` opens its run.
+    and both were trained ``alone`` (not in a batch), ``train_flops`` always. ``model`` and ``data`` describe what was
+    really used, ``metric`` and the two splits belong to the protocol; ``score`` is that metric on the selection split.
+    ``role`` is what a sweep meant the trial for, ``url`` opens its run. ``train_cpu_seconds`` is NaN unless it trained
+    on a CPU.
     """
 
     run_id: str
@@ -184,6 +185,11 @@ class StoredTrial:
     error: str = ""
     started_ms: int = 0
     url: str = ""
+    train_cpu_seconds: float = math.nan
+    train_flops: float = math.nan
+    peak_memory_bytes: float = math.nan
+    brier: float = math.nan
+    ece: float = math.nan
 
 
 RECORD = "trial.json"

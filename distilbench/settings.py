@@ -28,7 +28,7 @@ MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
-OBJECTIVES = (*METRICS, "train_seconds", "trainable_parameters")
+OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = (
     "linear",
@@ -394,8 +394,8 @@ class SweepSettings:
     baseline: bool
     """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
     objectives: Optional[list[str]]
-    """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, trainable_parameters; null is
-    `train.metric`. Several make a Pareto front."""
+    """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, train_flops, trainable_parameters;
+    null is `train.metric`. Several make a Pareto front."""
     seeds: Optional[list[int]]
     """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
     pruner: str

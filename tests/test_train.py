@@ -93,6 +93,7 @@ def test_mlflow_holds_settings_metrics_and_artifacts_of_trial_and_baseline(train
     assert trial.data.tags["distilbench.status"] == "FINISHED"
     for metric in ("accuracy", "loss", "f1", "mcc", "train_seconds", "setup_seconds", "trainable_parameters"):
         assert metric in trial.data.metrics
+    assert 0 < trial.data.metrics["train_flops"] < baseline.data.metrics["train_flops"]
     files = workspace.artifacts(trial.info.run_id)
     assert {"config.yaml", "predictions.parquet", "confusion_matrix.png", "learning_curve.png"} <= set(files)
 

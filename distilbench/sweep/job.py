@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from distilbench.identity import short_hash
-from distilbench.results import Evaluation, Owner, Record, Status
-from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
+from distilbench.results import MEASURES, Evaluation, Owner, Record, Status
+from distilbench.settings import AppSettings, SettingsError, SweepSettings
 
 if TYPE_CHECKING:
     from distilbench.tracking import Store
@@ -291,7 +291,7 @@ class Seeds:
             figures=figures,
         )
         record.write(self._place.directory)
-        self._group.update({**record.figures, **{k: v for k, v in record.scores.items() if k in METRICS}})
+        self._group.update({**record.figures, **{k: v for k, v in record.scores.items() if k in MEASURES}})
         self._group.finish(record.status, record.error)
         self._is_finished = True
 
@@ -304,7 +304,9 @@ def _with_seed(job: Job, seed: int, directory: Path) -> Job:
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: statistics.fmean(part[name] for part in parts) for name in parts[0]} if parts else {}
+    """Return the means of what all of ``parts`` have."""
+    common = [name for name in (parts[0] if parts else ()) if all(name in part for part in parts)]
+    return {name: statistics.fmean(part[name] for part in parts) for name in common}
 
 
 def _compare(job: Job, outcome: Outcome, store: Store) -> None:

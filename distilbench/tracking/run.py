@@ -156,6 +156,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     values: dict[str, float] = {
         "steps": result.steps,
         "train_seconds": result.train_seconds,
+        "train_flops": result.train_flops,
         "setup_seconds": result.setup_seconds,
         "examples_per_second": result.examples_per_second,
         "tokens_per_second": result.tokens_per_second,
@@ -163,6 +164,10 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
         "trainable_parameters": result.trainable_parameters,
         "total_parameters": result.total_parameters,
     }
+    if result.train_cpu_seconds is not None:
+        values["train_cpu_seconds"] = result.train_cpu_seconds
+    if result.train_flops_counted:
+        values["train_flops_counted"] = 1
     if result.micro_batch_size is not None:
         values["micro_batch_size"] = result.micro_batch_size
     if not result.alone:

@@ -39,7 +39,8 @@ TAGS = (
 )  # fmt: skip
 
 METRICS = (
-    *MEASURES, *(f"selection_{name}" for name in MEASURES), "train_seconds", "trainable_parameters",
+    *MEASURES, *(f"selection_{name}" for name in MEASURES), "train_seconds", "train_cpu_seconds",
+    "train_flops", "peak_memory_mb", "trainable_parameters",
 )  # fmt: skip
 
 
@@ -123,6 +124,11 @@ class RawRun:
             error=tags.get("distilbench.error", ""),
             started_ms=self.started_ms,
             url=url,
+            train_cpu_seconds=metrics.get("train_cpu_seconds", math.nan),
+            train_flops=metrics.get("train_flops", math.nan),
+            peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
+            brier=metrics.get("brier", math.nan),
+            ece=metrics.get("ece", math.nan),
         )
 
 

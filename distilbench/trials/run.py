@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -117,7 +118,8 @@ class Outcome:
     @property
     def stored(self) -> StoredTrial:
         """The trial as the store would give it back; only for one that has a result."""
-        assert self.result.report is not None
+        report, cpu_seconds = self.result.report, self.result.train_cpu_seconds
+        assert report is not None
         return StoredTrial(
             run_id=self.run_id or "",
             name=self.name,
@@ -125,13 +127,18 @@ class Outcome:
             treatment=self.treatment,
             seed=self.settings.seed,
             status=self.result.status,
-            accuracy=self.result.report.accuracy,
-            loss=self.result.report.loss,
+            accuracy=report.accuracy,
+            loss=report.loss,
             train_seconds=self.result.train_seconds,
             trainable_parameters=self.result.trainable_parameters,
             measured_on=self.prepared.measured_on,
             alone=self.result.alone,
             predictions=self.predictions,
+            train_cpu_seconds=math.nan if cpu_seconds is None else cpu_seconds,
+            train_flops=self.result.train_flops,
+            peak_memory_bytes=self.result.peak_memory_bytes,
+            brier=report.brier,
+            ece=report.ece,
         )
 
 

@@ -37,9 +37,8 @@ def main(config: DictConfig) -> float:
         status = Status.DIVERGED if settings.optim.lr > 1 else Status.FINISHED
         scores = {"accuracy": accuracy, "loss": 1 - accuracy}
         error = "the loss was nan" if status is Status.DIVERGED else None
-        Record(identity, status, record.owner, None, error, scores, scores, {"train_seconds": SECONDS}).write(
-            place.directory
-        )
+        figures = {"train_seconds": SECONDS, "train_flops": 1e12 * (6 - settings.freeze.layers)}
+        Record(identity, status, record.owner, None, error, scores, scores, figures).write(place.directory)
     except KeyboardInterrupt:
         Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(place.directory)
         raise

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
+from distilbench.sweep.job import directions_of
+
 pytestmark = pytest.mark.e2e
 SPACE = ("hydra/sweeper=optuna", "freeze.layers=range(0,3)", "optim.lr=tag(log,interval(1e-5,1e-2))")
 
@@ -103,6 +105,15 @@ def test_keys_of_the_stock_sweeper_are_taken(workspace):
     evaluated = [t for t in trials if t.user_attrs["status"] != "REUSED"]  # the sampler may draw a point again
     assert [t.user_attrs["status"] for t in evaluated] == ["FINISHED"] * 2
     assert trials[0].value == pytest.approx(1 - 1 / (1 + 2e-5))
+
+
+def test_flops_are_an_objective_that_goes_down(workspace):
+    ended = done(workspace, "freeze.layers=0,1,2", "optim.lr=2e-5,2", "sweep.objectives=[accuracy,train_flops]",
+                 "sweep.name=costs")  # fmt: skip
+    front = [trial.values for trial in workspace.study("costs") if trial.values]
+    assert sorted(front) == [[pytest.approx(1 / (1 + 2e-5) - 0.01 * k), (6 - k) * 1e12] for k in (2, 1, 0)]
+    assert directions_of(("accuracy", "train_flops")) == ["maximize", "minimize"]
+    assert "train_flops" in ended.stdout
 
 
 def test_a_pruner_takes_its_options_by_their_names(workspace):

@@ -34,7 +34,7 @@ HISTORY = (replace(KEPT, step=10, epoch=1.0, accuracy=0.5), KEPT, replace(KEPT, 
 DONE = TrialResult(
     Status.FINISHED, selection=KEPT, report=KEPT, history=HISTORY, steps=30, train_seconds=12.5, setup_seconds=1.5,
     examples_per_second=32.0, tokens_per_second=426.0, peak_memory_bytes=3 * 2**20, trainable_parameters=7,
-    total_parameters=9,
+    total_parameters=9, train_cpu_seconds=20.5, train_flops=6.9e14,
 )  # fmt: skip
 
 
@@ -207,7 +207,17 @@ def test_curves_have_every_point_and_the_columns_show_the_kept_epoch(store, clie
     assert (metrics["best_epoch"], metrics["epoch"]) == (2.0, 3.0)
     assert (metrics["train_seconds"], metrics["setup_seconds"], metrics["peak_memory_mb"]) == (12.5, 1.5, 3.0)
     assert (metrics["trainable_parameters"], metrics["total_parameters"]) == (7, 9)
+    assert (metrics["train_flops"], metrics["train_cpu_seconds"]) == (6.9e14, 20.5)
+    assert "train_flops_counted" not in metrics
     assert metrics["train/gradient_norm"] == 1.25
+
+
+def test_a_run_says_where_torch_counted_its_flops(store, client, start):
+    run = store.begin(start())
+    run.finish(replace(DONE, train_flops_counted=True, train_cpu_seconds=None))
+    metrics = client.get_run(run.run_id).data.metrics
+    assert metrics["train_flops_counted"] == 1
+    assert "train_cpu_seconds" not in metrics
 
 
 def test_a_selection_split_of_its_own_has_curves_of_its_own(store, client, start):
