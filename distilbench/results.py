@@ -156,10 +156,11 @@ class StoredTrial:
     """A trial as it stands in the store, NaN where a figure is missing.
 
     ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
-    and both were trained ``alone`` (not in a batch), ``train_flops`` always. ``model`` and ``data`` describe what was
-    really used, ``metric`` and the two splits belong to the protocol; ``score`` is that metric on the selection split.
-    ``role`` is what a sweep meant the trial for, ``url`` opens its run. ``train_cpu_seconds`` is NaN unless it trained
-    on a CPU.
+    and both were trained ``alone`` (not in a batch), ``train_flops`` always; ``solo_seconds_estimate`` is what one of a
+    batch would have taken alone. ``model`` and ``data`` describe what was really used, ``metric`` and the two splits
+    belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep meant the trial
+    for, ``number`` is its place in that sweep, ``url`` opens its run. ``train_cpu_seconds`` is NaN unless it trained on
+    a CPU.
     """
 
     run_id: str
@@ -190,6 +191,8 @@ class StoredTrial:
     peak_memory_bytes: float = math.nan
     brier: float = math.nan
     ece: float = math.nan
+    number: str = ""
+    solo_seconds_estimate: float = math.nan
 
 
 RECORD = "trial.json"

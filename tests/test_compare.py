@@ -73,8 +73,8 @@ def test_a_sweep_is_reported_on_screen_and_in_four_files(folder, tmp_path, capsy
     assert len(found) == 3
     cosine = next(row for label, row in found.items() if "cosine" in label)
     assert (cosine["seeds"], cosine["accuracy"], cosine["difference_points"]) == ("1 2", "0.95", "5.0")
-    assert (cosine["verdict"], found["freeze.layers=1"]["verdict"]) == ("ahead", "worse")
-    assert float(found["freeze.layers=1"]["time_gain_percent"]) == pytest.approx(50)
+    assert (cosine["verdict"], found["layers=1"]["verdict"]) == ("ahead", "worse")
+    assert float(found["layers=1"]["time_gain_percent"]) == pytest.approx(50)
     shown = " ".join(capsys.readouterr().out.split())
     assert "is ahead of the baseline, yet to be confirmed: +5.00 points" in shown
     assert "python -m distilbench.confirm sweep=first" in shown
@@ -91,10 +91,10 @@ def test_experiments_are_found_by_their_settings_and_named(folder, tmp_path, cap
 
 def test_runs_are_found_by_id_and_compared_with_the_stores_baseline(folder, tmp_path, capsys):
     compare(folder, tmp_path / "all", "sweep=first")
-    (run_id, _) = rows(tmp_path / "all")["freeze.layers=1"]["runs"].split()
+    (run_id, _) = rows(tmp_path / "all")["layers=1"]["runs"].split()
     compare(folder, tmp_path / "one", f"runs={run_id}")
     found = rows(tmp_path / "one")
-    assert (found["freeze.layers=1"]["verdict"], found["freeze.layers=1"]["seeds"]) == ("worse", "1")
+    assert (found["layers=1"]["verdict"], found["layers=1"]["seeds"]) == ("worse", "1")
     assert "The baseline is not among these trials" in " ".join(capsys.readouterr().out.split())
 
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_reported_is_told_in_one_line_and_leaves_nothing(folder, 
 
 def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
     compare(folder, tmp_path, "sweep=blank", "untested=show")
-    assert rows(tmp_path)["freeze.layers=2"]["not_tested"] == "no predictions"
+    assert rows(tmp_path)["layers=2"]["not_tested"] == "no predictions"
 
 
 def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
@@ -178,9 +178,7 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
         "report.csv", "report.html", "report.md", "report.tex"
     ]  # fmt: skip
     note = store._client.get_run(parent).data.tags["mlflow.note.content"]
-    assert re.search(
-        r"\| \[freeze\.layers=1\]\(http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\) \| -20\.00", note
-    )
+    assert re.search(r"\| \[layers=1\]\(http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\) \| -20\.00", note)
 
 
 def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):

@@ -92,7 +92,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     assert {trial.status for trial in found} == {Status.FINISHED}
     assert store.sweep_run("first-confirm").run_id == parent.run_id, "the same run goes on"
     shown = " ".join(capsys.readouterr().out.split())
-    assert "The advantage of optim.lr=" in shown
+    assert "The advantage of lr=" in shown
     assert " in the sweep; " in shown
     assert " in the confirmation." in shown
     run = store._client.get_run(parent.run_id)

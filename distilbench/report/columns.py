@@ -47,7 +47,7 @@ class Column:
     text: Callable[[Row], str] = str
     is_text: bool = False
     narrow: int = 0
-    """Characters that it takes in a narrow terminal, which leaves columns of 0 away; the first gets what is left."""
+    """Characters that it takes in a narrow terminal, which leaves columns of 0 away; settings get what is left."""
 
 
 def _of_difference(name: str) -> Callable[[Row], Value]:
@@ -73,16 +73,17 @@ def _time(row: Row) -> str:
 
 
 _ALL = (
-    Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True, narrow=20),
+    Column("trial", lambda row: row.number, "#", lambda row: row.number.rpartition("/")[2], narrow=3),
+    Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True, narrow=1),
     Column("is_baseline", lambda row: row.is_baseline),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", lambda row: str(row.n)),
     Column("accuracy", lambda row: row.accuracy, "accuracy",
            lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else "", narrow=8),
     Column("accuracy_deviation", lambda row: row.accuracy_deviation),
     Column("loss", lambda row: row.loss, "loss", lambda row: f"{row.loss:.4f}" if row.trials else ""),
-    Column("train_seconds", lambda row: row.seconds, "time", _time, narrow=13),
+    Column("train_seconds", lambda row: row.seconds, "time", _time, narrow=12),
     Column("train_seconds_deviation", lambda row: row.seconds_deviation),
-    Column("difference_points", _of_difference("points"), "difference (95 %)", _difference, narrow=18),
+    Column("difference_points", _of_difference("points"), "difference (95 %)", _difference, narrow=16),
     Column("difference_low_points", _of_difference("low")),
     Column("difference_high_points", _of_difference("high")),
     Column("p", _of_difference("p")),
@@ -91,7 +92,7 @@ _ALL = (
     Column("time_gain_percent", lambda row: row.time_gain_percent),
     Column("trainable_parameters", lambda row: row.trainable_parameters, "trained",
            lambda row: millions(row.trainable_parameters)),
-    Column("verdict", lambda row: row.verdict or "", "verdict", said, is_text=True, narrow=15),
+    Column("verdict", lambda row: row.verdict or "", "verdict", said, is_text=True, narrow=11),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", lambda row: row.status, "status", lambda row: row.status, is_text=True),
     Column("protocol", lambda row: row.all_trials[0].protocol_id),
@@ -105,7 +106,7 @@ def _choose(*keys: str) -> tuple[Column, ...]:
     return tuple(CSV[key] for key in keys)
 
 
-BRIEF = _choose("setting", "difference_points", "verdict", "accuracy", "train_seconds")
+BRIEF = _choose("trial", "setting", "difference_points", "verdict", "accuracy", "train_seconds")
 NOTE = (*BRIEF, *_choose("p_holm", "seeds"))
 FULL = (*BRIEF, *_choose("p_holm", "loss", "trainable_parameters", "seeds", "status"))
 PAPER = tuple(
@@ -125,15 +126,21 @@ LAYOUTS = {"full": FULL, "paper": PAPER}
 _STYLES = {Verdict.BETTER: "green", Verdict.AHEAD: "yellow", Verdict.WORSE: "red"}
 
 
+def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """Leave away the columns in which nothing stands."""
+    return [column for column in columns if not column.title or any(column.text(row) for row in rows)]
+
+
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
     """Lay rows out for a terminal of ``width`` columns, a narrow one without the columns that it has no room for."""
-    is_narrow = width < WIDE and any(column.narrow for column in columns[1:])
+    columns = filled(columns, rows)
+    is_narrow = width < WIDE and any(column.narrow for column in columns)
     columns = [column for column in columns if column.narrow or not is_narrow]
-    left = max(width - 2 - sum(column.narrow + 1 for column in columns[1:]), 20)
+    left = max(width - 3 - sum(column.narrow + 2 for column in columns if column.key != "setting"), 20)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, column in enumerate(columns):
+    for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"
-        room = (column.narrow if i else left) if is_narrow else None
+        room = (left if column.key == "setting" else column.narrow) if is_narrow else None
         whole = not column.is_text and not is_narrow
         table.add_column(_folded(column.title, is_narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
     for row in rows:
@@ -149,18 +156,26 @@ def _folded(text: str, is_narrow: bool) -> str:
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Return header, rule and rows; the first column links to the row's run where it has one."""
+    """Return header, rule and rows; a setting links to its run where it has one."""
+    columns = filled(columns, rows)
     lines = [markdown_row([column.title for column in columns])]
     lines.append(markdown_row(["---" if column.is_text else "---:" for column in columns]))
-    for row in rows:
-        first, *rest = (markdown(column.text(row)) for column in columns)
-        label = f"[{first}]({url_in_markdown(row.url)})" if row.url else first
-        lines.append(markdown_row([f"**{label}**" if row.is_baseline else label, *rest]))
-    return lines
+    return lines + [markdown_row([_in_markdown(column, row) for column in columns]) for row in rows]
+
+
+def _in_markdown(column: Column, row: Row) -> str:
+    text = markdown(column.text(row))
+    if not column.is_text:
+        return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers are never broken
+    if column.key != "setting":
+        return text
+    label = f"[{text}]({url_in_markdown(row.url)})" if row.url else text
+    return f"**{label}**" if row.is_baseline else label
 
 
 def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Return a ``tabular`` with booktabs' rules."""
+    columns = filled(columns, rows)
     align = "".join("l" if column.is_text else "r" for column in columns)
     head, *body = (" & ".join(cells) + r" \\" for cells in (
         [latex(column.title) for column in columns],

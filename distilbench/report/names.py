@@ -1,24 +1,52 @@
-"""What tells one setting from others, spelled as the command line takes it."""
+"""What a setting is called, in every table, on the page and in MLflow: what varies, the most telling first."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+_TELLING = (
+    "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name", "optim.name", "optim.lr",
+    "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
+)  # fmt: skip
+"""Beginnings of keys: how deep, by what method, at what rate, on how much; then the rest, and the seed last."""
+
+
+def in_order(keys: Sequence[str]) -> list[str]:
+    """Sort keys, the most telling first."""
+
+    def rank(key: str) -> tuple[bool, int, str]:
+        return key == "seed", next(i for i, start in enumerate(_TELLING) if key.startswith(start)), key
+
+    return sorted(keys, key=rank)
 
 
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the keys that differ among treatments; ``freeze.embeddings`` only where it does not follow the layers."""
-    keys = sorted({key for treatment in treatments for key in treatment})
-    varying = [key for key in keys if len({repr(treatment.get(key)) for treatment in treatments}) > 1]
+    keys = {key for treatment in treatments for key in treatment}
+    varying = [key for key in in_order(list(keys)) if len({repr(treatment.get(key)) for treatment in treatments}) > 1]
     follows = all(t.get("freeze.embeddings") == (t.get("freeze.layers") != 0) for t in treatments)
     return [key for key in varying if not (key == "freeze.embeddings" and follows)]
 
 
-def spell(key: str, value: object) -> str:
-    """Spell one value as an override: ``freeze.layers=3``, ``scheduler=cosine``."""
+def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:
+    """Name what ``values`` hold, by the last part of each key: ``layers=3 scheduler=cosine lr=3e-05``.
+
+    ``among`` are all keys that may stand in a name: where two of those end alike, they are told whole.
+    """
+    ends = Counter(map(_end, among or values))
+    return " ".join(
+        f"{_end(key) if ends[_end(key)] <= 1 else key}={_short(values[key])}" for key in in_order([*values])
+    )
+
+
+def _end(key: str) -> str:
+    return key.removesuffix(".name").rpartition(".")[2]
+
+
+def _short(value: object) -> str:
     if value is None:
-        shown = "null"
-    elif isinstance(value, bool):
-        shown = str(value).lower()
-    else:
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f"{key.removesuffix('.name')}={shown}"
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

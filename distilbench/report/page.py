@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from distilbench.report import charts
-from distilbench.report.columns import FULL, Column, plain
+from distilbench.report.columns import FULL, Column, filled, plain
 from distilbench.report.findings import (
     FEWEST_FOR_IMPORTANCE,
     Report,
@@ -49,7 +49,7 @@ def page(report: Report) -> str:
         saving=html(saving(report)),
         counts=_counts(report),
         confirmation=f"<h2>Confirmed with fresh seeds?</h2><ul>{confirmed}</ul>" if confirmed else "",
-        header="".join(map(_head, FULL)),
+        header="".join(map(_head, filled(FULL, report.table_rows))),
         rows=_rows(report),
         charts="".join(_charts(report)),
         failures=_failures(report),
@@ -95,9 +95,9 @@ def _head(column: Column) -> str:
 def _rows(report: Report) -> str:
     found = [row.difference for row in report.table_rows if row.difference]
     scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
-    lines = []
+    columns, lines = filled(FULL, report.table_rows), []
     for row in report.table_rows:
-        cells = "".join(_cell(column, row, scale) for column in FULL)
+        cells = "".join(_cell(column, row, scale) for column in columns)
         lines.append(f'<tr class="base">{cells}</tr>' if row.is_baseline else f"<tr>{cells}</tr>")
     return "".join(lines)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from distilbench.identity import short_hash
-from distilbench.report.names import spell, varying_keys
+from distilbench.report.names import name_of, varying_keys
 from distilbench.report.statistics import compare_over_seeds, holm, mean_and_deviation, verdict
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
@@ -98,6 +98,11 @@ class Row:
         """``FINISHED``, or how many trials ended how."""
         counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+    @property
+    def number(self) -> str:
+        """The first trial's number in its sweep; empty outside of one."""
+        return self.all_trials[0].number
 
     @property
     def url(self) -> str:
@@ -192,13 +197,13 @@ def by_score(rows: Sequence[Row]) -> list[Row]:
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
-    """Give each row the overrides that tell it from the baseline, as they are typed: ``freeze.layers=3``."""
+    """Give each row a name by what tells it from the baseline, and the baseline one by all that varies."""
     varying = varying_keys([row.treatment for row in rows])
     reference = rows[baseline].treatment if baseline is not None else {}
     labelled = []
     for i, row in enumerate(rows):
         told = [key for key in varying if i == baseline or row.treatment.get(key) != reference.get(key, ...)]
-        text = " ".join(spell(key, row.treatment.get(key)) for key in told)
+        text = name_of({key: row.treatment.get(key) for key in told}, varying)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
         labelled.append(replace(row, label=shown, is_baseline=i == baseline))

@@ -22,7 +22,7 @@ _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
 """Columns that a summary takes at most, where the terminal is wider."""
 _COLUMNS = (
-    replace(CSV["setting"], title="", narrow=10),
+    replace(CSV["setting"], title="", narrow=0),
     *(replace(CSV[key], narrow=0) for key in ("accuracy", "difference_points", "loss", "train_seconds")),
 )
 

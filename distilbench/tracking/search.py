@@ -35,12 +35,13 @@ REQUIRED = (MARK, "distilbench.protocol", "distilbench.seed", "distilbench.statu
 TAGS = (
     *REQUIRED, "distilbench.alone", "distilbench.model", "distilbench.data", "distilbench.metric",
     "distilbench.selection_split", "distilbench.report_split", "distilbench.role", "distilbench.error",
-    "distilbench.sweep", "distilbench.confirms", "distilbench.version.distilbench", "mlflow.parentRunId",
+    "distilbench.sweep", "distilbench.trial", "distilbench.confirms", "distilbench.version.distilbench",
+    "mlflow.parentRunId",
 )  # fmt: skip
 
 METRICS = (
     *MEASURES, *(f"selection_{name}" for name in MEASURES), "train_seconds", "train_cpu_seconds",
-    "train_flops", "peak_memory_mb", "trainable_parameters",
+    "solo_seconds_estimate", "train_flops", "peak_memory_mb", "trainable_parameters",
 )  # fmt: skip
 
 
@@ -129,6 +130,8 @@ class RawRun:
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
             brier=metrics.get("brier", math.nan),
             ece=metrics.get("ece", math.nan),
+            number=tags.get("distilbench.trial", ""),
+            solo_seconds_estimate=metrics.get("solo_seconds_estimate", math.nan),
         )
 
 

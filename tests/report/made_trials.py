@@ -28,17 +28,17 @@ def treatment(**changes) -> dict[str, object]:
     return {**changed, "freeze.embeddings": changed["freeze.layers"] > 0}
 
 
-def trial(accuracy: float = 0.9, seed: int = 1, number: int = 0, settings=None, right=None, **changes) -> StoredTrial:
+def trial(accuracy: float = 0.9, seed: int = 1, place: int = 0, settings=None, right=None, **changes) -> StoredTrial:
     """A finished trial that is right on ``accuracy`` of the examples, or on those of the bool array ``right``."""
     if right is None:
         hardness = np.random.default_rng(0).random(EXAMPLES) * 0.7
-        luck = np.random.default_rng([seed, number]).random(EXAMPLES) * 0.3
+        luck = np.random.default_rng([seed, place]).random(EXAMPLES) * 0.3
         order = np.argsort(hardness + luck)
         right = np.isin(np.arange(EXAMPLES), order[: round(accuracy * EXAMPLES)])
     labels = np.arange(len(right)) % 2
     values = {
-        "run_id": f"{number:028x}{seed:04x}",
-        "name": f"run {number}",
+        "run_id": f"{place:028x}{seed:04x}",
+        "name": f"run {place}",
         "protocol_id": "0123456789ab",
         "treatment": settings or treatment(),
         "seed": seed,
@@ -51,9 +51,9 @@ def trial(accuracy: float = 0.9, seed: int = 1, number: int = 0, settings=None, 
         "predictions": Predictions(labels, np.eye(2)[np.where(right, labels, 1 - labels)]),
         "model": "all-MiniLM-L6-v2",
         "data": "sst2",
-        "started_ms": number,
+        "started_ms": place,
         "score": float(right.mean()),
-        "url": f"http://127.0.0.1:5000/#/experiments/1/runs/{number}",
+        "url": f"http://127.0.0.1:5000/#/experiments/1/runs/{place}",
     }
     return StoredTrial(**{**values, **changes})
 
@@ -61,7 +61,7 @@ def trial(accuracy: float = 0.9, seed: int = 1, number: int = 0, settings=None, 
 def failed(status: Status, number: int, settings, error: str = "the loss is nan; lower optim.lr") -> StoredTrial:
     """A trial without a result."""
     nothing = dict.fromkeys(("accuracy", "loss", "train_seconds", "score"), float("nan")) | {"predictions": None}
-    return replace(trial(number=number, settings=settings), status=status, error=error, **nothing)
+    return replace(trial(place=number, settings=settings), status=status, error=error, **nothing)
 
 
 def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTrial]:

@@ -37,7 +37,7 @@ def test_nothing_better_is_said_plainly_and_the_saving_with_its_price():
     report = three()
     assert headline(report) == "None of the 2 settings tried was shown to be better than the baseline."
     said = saving(report)
-    assert said.startswith("Most time saved without a shown loss: freeze.layers=3, 35 % less (-0.34 points, 95 % ")
+    assert said.startswith("Most time saved without a shown loss: layers=3, 35 % less (-0.34 points, 95 % ")
 
 
 def test_something_better_is_named_with_size_and_interval():

@@ -118,7 +118,7 @@ def test_a_confirmation_stands_beside_the_sweep():
     row = report.candidates[0]
     words = Document(page(report_of([trial(0.9)], confirmation=(Confirmed(row.label, row, row),)))).words
     assert "Confirmed with fresh seeds?" in words
-    assert "freeze.layers=3 not confirmed: " in words
+    assert "layers=3 not confirmed: " in words
 
 
 def test_a_chart_of_very_many_settings_stays_drawable():

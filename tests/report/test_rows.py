@@ -53,13 +53,13 @@ def test_of_a_seed_trained_twice_the_newest_counts():
     assert (row.n, len(row.other_trials), row.trials[0].started_ms) == (1, 1, 7)
 
 
-def test_labels_are_the_overrides_that_tell_a_row_from_the_baseline():
+def test_labels_are_what_tells_a_row_from_the_baseline_the_most_telling_first():
     report = report_of([trial(0.9), trial(0.89, 1, 1, FROZEN), trial(0.91, 1, 2, COSINE)])
     labels = {row.label for row in report.rows}
     assert labels == {
-        "baseline: freeze.layers=0 optim.lr=2e-05 scheduler=linear",
-        "freeze.layers=3",
-        "optim.lr=3e-05 scheduler=cosine",
+        "baseline: layers=0 scheduler=linear lr=2e-05",
+        "layers=3",
+        "scheduler=cosine lr=3e-05",
     }
 
 
@@ -67,7 +67,7 @@ def test_embeddings_are_told_where_they_do_not_follow_the_layers():
     unfrozen = FROZEN | {"freeze.embeddings": False}
     report = report_of([trial(0.9), trial(0.89, 1, 1, FROZEN), trial(0.88, 1, 2, unfrozen)])
     assert {row.label for row in report.candidates} == {
-        "freeze.embeddings=true freeze.layers=3", "freeze.layers=3"
+        "layers=3 embeddings=true", "layers=3"
     }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_names_of_experiments_go_before_what_differs():
 
     names = {short_hash(treatment()): "baseline", short_hash(FROZEN): "layer_freezing"}
     rows = label_rows(rows_from([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)
-    assert [row.label for row in rows] == ["baseline: freeze.layers=0", "layer_freezing: freeze.layers=3"]
+    assert [row.label for row in rows] == ["baseline: layers=0", "layer_freezing: layers=3"]
 
 
 def test_the_baseline_has_the_reports_choices_and_what_most_trials_share():
@@ -101,7 +101,7 @@ def test_two_baselines_are_refused_with_the_remedy():
 
 def test_one_seed_is_mcnemars_exact_test_and_says_that_it_is_one_seed():
     report = report_of(
-        [trial(right=right(range(100))), trial(right=right(range(40)), number=1, settings=FROZEN)], is_picked_here=False
+        [trial(right=right(range(100))), trial(right=right(range(40)), place=1, settings=FROZEN)], is_picked_here=False
     )
     (row,) = report.candidates
     assert row.difference.points == pytest.approx(100 * 60 / EXAMPLES)
@@ -121,7 +121,7 @@ def test_several_seeds_are_paired_over_seeds_and_examples():
 def test_the_correction_counts_every_comparison():
     settings = [treatment(optim_lr=lr) for lr in (1e-4, 2e-4, 3e-4)]
     base = trial(right=right(range(100)))
-    others = [trial(right=right(range(100 - gain)), number=i, settings=s)
+    others = [trial(right=right(range(100 - gain)), place=i, settings=s)
               for i, (gain, s) in enumerate(zip((20, 6, 2), settings, strict=True), start=1)]  # fmt: skip
     report = report_of([base, *others], is_picked_here=False)
     p = [mcnemar_exact(gain, 0) for gain in (20, 6, 2)]
@@ -131,7 +131,7 @@ def test_the_correction_counts_every_comparison():
 
 def test_rows_beyond_those_shown_are_counted_but_never_read():
     base = trial(right=right(range(100)))
-    others = [trial(right=right(range(95 - i)), number=i + 1, settings=treatment(optim_lr=i + 1.0)) for i in range(30)]
+    others = [trial(right=right(range(95 - i)), place=i + 1, settings=treatment(optim_lr=i + 1.0)) for i in range(30)]
     rows = rows_from([base, *others])
     baseline, read = find_baseline(rows, USUAL), []
     shown = against_baseline(

@@ -42,7 +42,7 @@ def test_a_wide_terminal_shows_every_column_and_the_answer(report):
     words = " ".join(text.split())
     assert "None of the 2 settings tried was shown to be better than the baseline." in words
     assert "protocol 0123456789ab: all-MiniLM-L6-v2 on sst2" in words
-    (frozen,) = [line for line in text.splitlines() if line.startswith(" freeze.layers=3")]
+    (frozen,) = [line for line in text.splitlines() if line.startswith(" layers=3")]
     for cell in ("90.02 %", "0.3330", "-0.69 (", "1.00", "undecided (n = 1)", "14 min 48 s (35 % less)", "10.60 M",
                  "FINISHED"):  # fmt: skip
         assert cell in frozen
@@ -70,29 +70,37 @@ def test_the_papers_layout_has_its_columns_and_its_order(report):
     assert re.split(r"\s{2,}", header.strip()) == ["experiment", "accuracy", "loss", "training time", "time gain"]
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines if "min" in line]
     assert rows[0][1:] == ["90.71 %", "0.3255", "22 min 51 s", "-"]
-    assert ["freeze.layers=3", "90.02 %", "0.3330", "14 min 48 s", "+35 %"] in rows
-    assert ["optim.lr=3e-05 scheduler=cosine", "90.60 %", "0.3804", "22 min 46 s", "+0 %"] in rows
+    assert ["layers=3", "90.02 %", "0.3330", "14 min 48 s", "+35 %"] in rows
+    assert ["scheduler=cosine lr=3e-05", "90.60 %", "0.3804", "22 min 46 s", "+0 %"] in rows
 
 
 def test_markdown_links_each_setting_to_its_run(report):
     lines = markdown_report(report).splitlines()
-    (row,) = [line for line in lines if line.startswith("| [freeze.layers=3]")]
-    assert row.startswith("| [freeze.layers=3](http://127.0.0.1:5000/#/experiments/1/runs/1) | -0.69 (")
+    (row,) = [line for line in lines if line.startswith("| [layers=3]")]
+    assert row.startswith("| [layers=3](http://127.0.0.1:5000/#/experiments/1/runs/1) | -0.69 (")
     assert any(line.startswith("| **[baseline") for line in lines)
     header = next(line for line in lines if line.startswith("| setting"))
     assert row.replace("\\|", "").count("|") == header.count("|")
 
 
+def test_numbers_of_trials_stand_where_there_are_any(report):
+    numbered = report_of([trial(0.9, number="0"), trial(0.89, 1, 1, FROZEN, number="12")])
+    assert re.search(r"^ *12 +layers=3 ", printed(numbered, width=180), re.MULTILINE)
+    assert re.search(r"^ *# +setting", printed(numbered), re.MULTILINE)
+    assert not re.search(r"^ *# +setting", printed(report), re.MULTILINE)
+    assert "| # | setting |" in markdown_report(numbered)
+
+
 def test_csv_holds_plain_numbers_of_every_row(report):
     rows = {row["setting"]: row for row in csv.DictReader(io.StringIO(csv_report(report)))}
-    frozen = rows["freeze.layers=3"]
+    frozen = rows["layers=3"]
     assert frozen["verdict"] == "undecided"
     assert float(frozen["accuracy"]) == pytest.approx(0.9002, abs=1e-3)
     assert float(frozen["time_gain_percent"]) == pytest.approx(35.2, abs=0.1)
     assert float(frozen["p_holm"]) <= 1
     assert (frozen["seeds"], frozen["freeze.layers"]) == ("1", "3")
-    assert rows["optim.lr=1"]["status"] == "DIVERGED"
-    assert rows["optim.lr=1"]["accuracy"] == ""
+    assert rows["lr=1"]["status"] == "DIVERGED"
+    assert rows["lr=1"]["accuracy"] == ""
 
 
 def test_latex_is_a_whole_table(report):
@@ -100,7 +108,7 @@ def test_latex_is_a_whole_table(report):
     assert text.count(r"\begin") == text.count(r"\end") == 2
     assert r"35 \% less" in text
     columns = re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1]
-    row = next(line for line in text.splitlines() if line.startswith("freeze.layers=3"))
+    row = next(line for line in text.splitlines() if line.startswith("layers=3"))
     assert row.count(" & ") == len(columns) - 1
 
 

@@ -1,0 +1,23 @@
+"""What a setting is called: what varies, the most telling first, and short."""
+
+from distilbench.report.names import name_of, varying_keys
+from tests.report.made_trials import treatment
+
+
+def test_the_most_telling_comes_first_and_the_seed_last():
+    values = {"seed": 3, "optim.weight_decay": 0.05, "optim.lr": 3.123456e-05, "scheduler.name": "cosine",
+              "train.epochs": 2, "freeze.layers": 3, "adapter.name": "lora", "output.save_model": False}  # fmt: skip
+    assert name_of(values) == (
+        "layers=3 adapter=lora scheduler=cosine lr=3.12e-05 epochs=2 weight_decay=0.05 save_model=false seed=3"
+    )
+
+
+def test_keys_that_end_alike_are_told_whole():
+    assert name_of({"adapter.dropout": 0.1}, ["adapter.dropout", "freeze.dropout"]) == "adapter.dropout=0.1"
+
+
+def test_embeddings_that_follow_the_layers_do_not_vary():
+    treatments = [treatment(), treatment(freeze_layers=3)]
+    assert varying_keys(treatments) == ["freeze.layers"]
+    treatments.append(treatment() | {"freeze.embeddings": True})
+    assert varying_keys(treatments) == ["freeze.layers", "freeze.embeddings"]
