@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.stopwatch import Lap
@@ -103,10 +104,10 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
             _remove(other)
 
 
-def _read_seal(path: Path) -> dict | None:
+def _read_seal(path: Path) -> dict[str, Any] | None:
     """The seal of a whole checkpoint; None, with a log line, for one that a kill cut short."""
     try:
-        seal: dict = json.loads((path / _SEAL).read_text())
+        seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
         if all((path / name).stat().st_size == size for name, size in seal["sizes"].items()):
             return seal
     except (OSError, ValueError):  # no seal, or one cut short by a loss of power

@@ -278,14 +278,16 @@ def _softmax_backward(
     """The gradient of the scores from that of what dropout left of ``probabilities``, which it may overwrite."""
     if dropout_mask is not None:
         grad_dropped *= dropout_mask
-    return torch.ops.aten._softmax_backward_data(
+    grad_scores: torch.Tensor = torch.ops.aten._softmax_backward_data(
         grad_dropped.to(probabilities.dtype), probabilities, -1, probabilities.dtype
-    ).to(grad_dropped.dtype)
+    )
+    return grad_scores.to(grad_dropped.dtype)
 
 
 def _by_head(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Cut ``(trials, sentences, width)`` into ``(trials, heads, sentences, size)``."""
-    return rows.unflatten(2, (heads, -1)).transpose(1, 2)
+    by_head: torch.Tensor = rows.unflatten(2, (heads, -1))
+    return by_head.transpose(1, 2)
 
 
 def _pieces(layer: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:

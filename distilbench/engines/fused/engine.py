@@ -82,7 +82,11 @@ class FusedEngine:
         return [results[index] for index in range(len(trials))]
 
     def _train_group(
-        self, trials: dict[int, TrialSettings], splits: EncodedSplits, observer: TrialObserver, results: dict
+        self,
+        trials: dict[int, TrialSettings],
+        splits: EncodedSplits,
+        observer: TrialObserver,
+        results: dict[int, TrialResult],
     ) -> None:
         """Train trials of one fusion key, as many at once as fit and stand at the same step."""
         began = time.perf_counter()

@@ -217,7 +217,7 @@ class StackedWeights:
             self.compute_params[trial, part.start - tables : part.stop - tables] = self.flat_params[trial, part]
 
     def _is_compute(self, part: slice) -> bool:
-        return self.layout.tables_end <= part.start < self.layout.compute_end
+        return bool(self.layout.tables_end <= part.start < self.layout.compute_end)
 
     def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
         """Fill the gradient from ``loss``, or ``add`` to it.

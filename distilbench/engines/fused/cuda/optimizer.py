@@ -58,7 +58,8 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
         layout = weights.layout
         parts = [weights.grad[:, : layout.tables_end], weights.compute_grad, weights.grad[:, layout.compute_end :]]
     each = [torch.linalg.vector_norm(part, dim=1, dtype=weights.flat_params.dtype) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(each), dim=0)
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
+    return norms
 
 
 def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray) -> np.ndarray:
