@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops
@@ -100,6 +101,19 @@ def test_a_layer_costs_what_the_formula_says_by_hand():
     assert TrainFlops.of(model) == TrainFlops(3 * (head + classifier), 3 * encoder, 3 * pairs)
     freeze(model, FreezeSettings(1, "auto", dropout=True))
     assert TrainFlops.of(model) == TrainFlops(2 * head + 3 * classifier, encoder, pairs)
+
+
+def test_the_reports_frozen_trial_costs_a_third_less_than_its_baseline():
+    examples, tokens, squares = 67_349, 897_039, 18_084_855  # of SST-2's training sentences, cut at 128 tokens
+    costs = []
+    for depth in (0, 3):
+        with torch.device("meta"):
+            model = DistilBertForSequenceClassification(DistilBertConfig())
+        freeze(model, FreezeSettings(depth, "auto", dropout=True))
+        flops = TrainFlops.of(model)
+        costs.append(3 * (flops.per_example * examples + flops.per_token * tokens + flops.per_token_pair * squares))
+    assert costs == [pytest.approx(6.89e14, rel=1e-3), pytest.approx(4.50e14, rel=1e-3)]
+    assert 1 - costs[1] / costs[0] == pytest.approx(0.347, abs=5e-4)
 
 
 def test_examples_add_up_as_often_as_they_are_seen():
