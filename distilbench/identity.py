@@ -22,14 +22,17 @@ def _of(group: str, names: str) -> tuple[str, ...]:
 SOURCES = (
     *_of("model", "source checkpoint revision layers fallback"),
     *_of("data", "source hub_name hub_config revision train validation text_column label_column label_names fallback"),
-    *_of("data", "validation_fraction selection_fraction split_seed max_train_examples max_validation_examples"),
+    *_of("data", "validation_fraction selection_fraction split_seed max_validation_examples"),
 )
 """Where weights and text come from; a protocol has what was really found there instead."""
+
+AMOUNT = "data.max_train_examples"
+"""How much of the pool is trained on: the one setting of the data that is treatment, and no part of the protocol."""
 
 METRIC = ("train.metric",)
 """What keeps an epoch and picks a winner: with the sources, the protocol."""
 
-TREATMENT_OF_INPUT = ("train.max_length", "train.precision")
+TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
 """Treatment that decides what is prepared before the first step."""
 
 TREATMENT_OF_LOOP = (
@@ -120,9 +123,13 @@ def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
 
 
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
-    """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used."""
+    """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used.
+
+    The amount of text stands in it where it is not all: so were treatments stored before it was part of them.
+    """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
-    return select(settings, TREATMENT) | decided
+    known = select(settings, TREATMENT) | decided
+    return {name: value for name, value in known.items() if (name, value) != (AMOUNT, None)}
 
 
 def trial_identity(protocol: ProtocolIdentity, settings: TrialSettings, precision: str) -> TrialIdentity:
@@ -153,8 +160,8 @@ def checkpoint_identity(settings: TrialSettings, weights: str, text: str, precis
     ``weights`` and ``text`` are fingerprints of the initial weights and the token numbers, ``precision`` is the one
     really used.
     """
-    contents = {"model": weights, "data": text, "train.precision": precision}
-    return select(settings, (*TREATMENT, *METRIC, *SEED, *ENGINE)) | contents
+    names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != AMOUNT]  # the text itself says it
+    return select(settings, names) | {"model": weights, "data": text, "train.precision": precision}
 
 
 def short_hash(value: object) -> str:

@@ -127,7 +127,7 @@ class DataSettings:
     split_seed: int = 0
     """Seed of every split that is carved out; part of the protocol, unlike `seed`."""
     max_train_examples: Optional[int] = None
-    """Cap on training examples, drawn stratified with `split_seed`; null uses all."""
+    """Training examples, 1 or more: the first of one stratified order, seeded by `split_seed`; null uses all."""
     max_validation_examples: Optional[int] = None
     """Cap on validation examples, drawn likewise; null uses all."""
     fallback: Optional[DataSettings] = None

@@ -64,6 +64,12 @@ def test_treatments_stored_by_earlier_versions_stay_the_same(settings, overrides
     )
 
 
+def test_the_amount_of_text_is_treatment_and_all_of_it_stands_nowhere(settings):
+    few, all_of_it = (settings(f"data.max_train_examples={n}").trial for n in (9, "null"))
+    assert treatment_of(few, "fp32") == treatment_of(all_of_it, "fp32") | {"data.max_train_examples": 9}
+    assert "data.max_train_examples" not in treatment_of(all_of_it, "fp32")
+
+
 def test_protocols_stored_by_earlier_versions_stay_the_same():
     assert PROTOCOL.id == "c5a5af75cc28"
     held_out = dataclasses.replace(PROTOCOL, metric="loss", selection_split="train (held out)")

@@ -63,9 +63,9 @@ def load_text(settings: DataSettings) -> TextSplits:
     """Return checked sentences and labels, split and capped.
 
     Without a validation split, ``validation_fraction`` of all of train becomes the report split. ``selection_fraction``
-    is then carved out of train, and what is left is capped, so that ``max_train_examples`` counts what is trained on;
-    the selection split keeps its proportion to that number. ``max_validation_examples`` caps selection and report each.
-    Every draw is stratified, depends on ``split_seed`` alone and keeps the order of the source.
+    is then carved out of train. What is left is the pool, of which the first ``max_train_examples`` of one stratified
+    order are trained on: fewer are a part of more. ``max_validation_examples`` caps selection and report each. Every
+    draw depends on ``split_seed`` alone and keeps the order of the source. ``used`` has the fingerprint of the pool.
 
     Where the hub can't be reached and nothing is cached, ``fallback`` is read with the caps, ``selection_fraction`` and
     ``split_seed`` of ``settings``. Raises :class:`SettingsError` for everything that the user can mend.
@@ -78,10 +78,13 @@ def load_text(settings: DataSettings) -> TextSplits:
         remedy = "add examples or give data.validation"
         train, report = _carve(train, settings.validation_fraction, settings, names, "validation", remedy)
     report = _cap(report, settings, "max_validation_examples", "report")
-    train, selection = _carve_selection(train, settings, names)
-    train = _cap(train, settings, "max_train_examples", "train")
-    selection = report if selection is None else _cap(selection, settings, "max_validation_examples", "selection")
+    selection = report
+    if settings.selection_fraction:
+        remedy = "add examples or set data.selection_fraction=0"
+        train, selection = _carve(train, settings.selection_fraction, settings, names, "selection", remedy)
+        selection = _cap(selection, settings, "max_validation_examples", "selection")
     fingerprint = _fingerprint(names, (train, selection, report))
+    train = _cap(train, settings, "max_train_examples", "train")
     used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
     shared = _shared(train, report)
     if shared:
@@ -235,32 +238,10 @@ def _carve(
         )
     target = counts * fraction
     low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
-    drawn = _draw(split.labels, _shares(target, low, high), settings.split_seed, part)
-    return split.take(np.setdiff1d(np.arange(len(split)), drawn)), split.take(drawn)
-
-
-def _carve_selection(
-    train: TextSplit, settings: DataSettings, names: tuple[str, ...]
-) -> tuple[TextSplit, TextSplit | None]:
-    """Take the selection split from train: ``selection_fraction`` of what the cap leaves of the two together."""
-    if settings.selection_fraction == 0:
-        return train, None
-    cap = len(train) if settings.max_train_examples is None else settings.max_train_examples
-    used = min(len(train), cap / (1 - settings.selection_fraction))
-    fraction = settings.selection_fraction * used / len(train)
-    return _carve(train, fraction, settings, names, "selection", "add examples or set data.selection_fraction=0")
-
-
-def _cap(split: TextSplit, settings: DataSettings, setting: str, part: str) -> TextSplit:
-    """At most as many examples as ``setting`` says, with one of each class at least."""
-    most = getattr(settings, setting)
-    if most is None or most >= len(split):
-        return split
-    counts = np.bincount(split.labels)
-    present = np.minimum(counts, 1)
-    require(most >= present.sum(), f"data.{setting}", f"{present.sum()} or more to keep an example of each class", most)
-    target = counts * (most / len(split))
-    return split.take(_draw(split.labels, _shares(target, present, counts), settings.split_seed, part))
+    shares = _shares(target, low, high)
+    drawn = [own[:share] for own, share in zip(_shuffled(split.labels, settings, part), shares, strict=True)]
+    taken = np.sort(np.concatenate(drawn))
+    return split.take(np.setdiff1d(np.arange(len(split)), taken)), split.take(taken)
 
 
 def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -274,15 +255,30 @@ def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
     return share
 
 
-def _draw(labels: np.ndarray, shares: np.ndarray, seed: int, part: str) -> np.ndarray:
-    """Sorted indices of ``shares[c]`` examples of each class c, drawn without replacement.
+def _cap(split: TextSplit, settings: DataSettings, setting: str, part: str) -> TextSplit:
+    """At most as many examples as ``setting`` says, one of each class among them; fewer are a part of more."""
+    most = getattr(settings, setting)
+    if most is None or most >= len(split):
+        return split
+    classes = len(np.unique(split.labels))
+    require(most >= classes, f"data.{setting}", f"{classes} or more to keep an example of each class", most)
+    shuffled = _shuffled(split.labels, settings, part)
+    ranks = [(np.arange(len(own)) + 0.5) / len(own) for own in shuffled]  # spread evenly, as Sainte-Lague seats parties
+    for rank in ranks:
+        rank[0] = 0.0
+    order = np.concatenate(shuffled)[np.argsort(np.concatenate(ranks), kind="stable")]
+    return split.take(np.sort(order[:most]))
+
+
+def _shuffled(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.ndarray]:
+    """Return the indices of each class that there is, in random order.
 
     RandomState's stream is frozen by numpy's policy, Generator's is not. Each part has a stream of its own, so that
     a cap on one split does not move another.
     """
-    state = np.random.RandomState(int.from_bytes(hashlib.sha256(f"{part} {seed}".encode()).digest()[:4], "big"))
-    drawn = [state.permutation(np.flatnonzero(labels == c))[:share] for c, share in enumerate(shares)]
-    return np.sort(np.concatenate(drawn))
+    words = f"{part} {settings.split_seed}".encode()
+    state = np.random.RandomState(int.from_bytes(hashlib.sha256(words).digest()[:4], "big"))
+    return [state.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
 
 def _fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:

@@ -94,13 +94,16 @@ def _tokenize(text: TextSplits, tokenizer: Any, max_length: int) -> dict[str, np
 
 
 def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
-    """What decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout."""
+    """What decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout.
+
+    Of a text, its fingerprint and the number of examples trained on do: fewer are a part of more.
+    """
     import tokenizers
 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"truncation": None, "padding": None}  # state that the last call left behind
-    parts = (1, tokenizers.__version__, text.used.fingerprint, text.selection is text.report, max_length,
-             tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
+    parts = (1, tokenizers.__version__, text.used.fingerprint, len(text.train), text.selection is text.report,
+             max_length, tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

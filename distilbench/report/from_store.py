@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distilbench.identity import short_hash
+from distilbench.identity import AMOUNT, short_hash
 from distilbench.report.findings import Confirmed, Curve, Report
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, against_baseline, by_score, find_baseline, label_rows, rows_from
@@ -104,9 +104,9 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
     """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
-    first = rows[0].treatment
-    common = {key: _most_common([row.treatment.get(key) for row in rows]) for key in first if key.startswith("train.")}
-    return {**usual, **common}
+    keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
+    common = {key: _most_common([row.treatment.get(key) for row in rows]) for key in keys}
+    return {**usual, **{key: value for key, value in common.items() if (key, value) != (AMOUNT, None)}}
 
 
 def _most_common(values: Sequence[object]) -> object:

@@ -199,10 +199,10 @@ def by_score(rows: Sequence[Row]) -> list[Row]:
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     """Give each row a name by what tells it from the baseline, and the baseline one by all that varies."""
     varying = varying_keys([row.treatment for row in rows])
-    reference = rows[baseline].treatment if baseline is not None else {}
+    reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
     labelled = []
     for i, row in enumerate(rows):
-        told = [key for key in varying if i == baseline or row.treatment.get(key) != reference.get(key, ...)]
+        told = [key for key in varying if i == baseline or row.treatment.get(key) != reference.get(key)]
         text = name_of({key: row.treatment.get(key) for key in told}, varying)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"

@@ -400,13 +400,29 @@ def test_a_cap_below_the_number_of_classes_is_refused(folder):
     assert message == "data.max_train_examples must be 3 or more to keep an example of each class, got 2"
 
 
-@pytest.mark.parametrize(("cap", "trained", "selecting"), [(None, 160, 40), (80, 80, 20), (500, 160, 40)])
-def test_selection_is_carved_out_of_train_in_proportion_to_the_cap(folder, cap, trained, selecting):
+@pytest.mark.parametrize(("cap", "trained"), [(None, 160), (80, 80), (500, 160)])
+def test_the_selection_split_is_the_same_for_any_amount_of_training_text(folder, cap, trained):
     path, report = write(folder / "many.csv", numbered(200)), write(folder / "report.csv", [("x", 0), ("y", 1)])
-    splits = load_text(files(path, report, selection_fraction=0.2, max_train_examples=cap))
-    assert (len(splits.train), len(splits.selection), len(splits.report)) == (trained, selecting, 2)
+    splits, whole = (load_text(files(path, report, selection_fraction=0.2, max_train_examples=n)) for n in (cap, None))
+    assert (len(splits.train), len(splits.selection), len(splits.report)) == (trained, 40, 2)
     assert not set(splits.train.texts) & set(splits.selection.texts)
-    assert per_class(splits.selection, 2).tolist() == [selecting // 2] * 2
+    assert splits.selection.texts == whole.selection.texts
+    assert splits.used == whole.used, "one pool, one protocol"
+
+
+@examples(max_examples=60, deadline=None)
+@given(counts=class_counts, few=st.integers(5, 100), more=st.integers(0, 100))
+def test_fewer_training_examples_are_a_part_of_more(folder, counts, few, more):
+    path = labelled_file(folder, counts)
+    part, whole = (load_text(files(path, path, max_train_examples=n)) for n in (few, few + more))
+    assert set(part.train.texts) <= set(whole.train.texts)
+    assert part.used.fingerprint == whole.used.fingerprint
+
+
+def test_fewer_validation_examples_are_another_protocol(folder):
+    path = write(folder / "protocol.csv", numbered(100))
+    one, other = (load_text(files(path, max_validation_examples=most)) for most in (None, 4))
+    assert one.used.fingerprint != other.used.fingerprint
 
 
 # ---- packaged and generated text
