@@ -1,144 +1,254 @@
-"""The kernels themselves; only :mod:`.kernels` imports this, where Triton is there."""
+"""The kernels themselves; only :mod:`.kernels` imports this, where Triton is there.
 
-from __future__ import annotations
+What a program is compiled for is as little as will do, so that few are: precisions and the head's size, never lengths.
+"""
 
 # ruff: noqa: N803  # compile-time constants are written as Triton's own code writes them
 # mypy: ignore-errors
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 
 # Triton compiles anew for an argument that is 1 or a multiple of 16; of these it would know nothing useful.
-_KEEP = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
-
-_ATTEND = [
-    "first_stride", "lengths_stride", "per_trial", "tokens", "kept_rows", "site", "dropped", "keep_factor", "extent",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_KEEP)
-def draw(
-    keys, kept, site, dropped, count, rows, blocks, columns, numbered_rows, numbered_blocks, stride, SIZE: tl.constexpr
-):
-    """Write ones and zeros of one order, eight along the columns for each counter."""
-    order = tl.program_id(1)
-    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    block = place % blocks
-    row = place // blocks % rows
-    outer = place // (blocks * rows)
-    counter = (outer * numbered_rows + row) * numbered_blocks + block
-    zero = counter * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(keys + order), counter, zero + site, zero, zero)
-    even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
-    odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
-    bits = tl.interleave(even, odd)
-    lane = tl.arange(0, 8 * SIZE)
-    place = tl.program_id(0) * SIZE + lane // 8
-    column = place % blocks * 8 + lane % 8
-    target = (place // blocks).to(tl.int64) * columns + column
-    values = (bits.to(tl.int32) >= dropped).to(tl.float32).to(kept.dtype.element_ty)
-    tl.store(kept + order.to(tl.int64) * stride + target, values, mask=(place < count) & (column < columns))
+_MASK = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
+_ADAMW = ["size", "decayed", "low_start", "low_stop", "scalars_stride", "constants_stride"]
+_ATTENTION = ["order_stride", "query_rows", "key_rows", "one_query", "site", "dropped", "query_blocks"]
+_BATCH = ["first", "lengths"]
+"""Parts of a batch's numbers, which start wherever those before them end."""
 
 
 @triton.jit
+def _draw(key, site, counter):
+    """Draw 16 bits for each of the eight places that a ``counter`` stands for, along the last dimension."""
+    zero = counter * 0
+    w0, w1, w2, w3 = tl.philox(key, counter, zero + site, zero, zero)
+    even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
+    return tl.interleave(even, odd).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=_MASK)
+def dropout_mask(
+    keys, mask, site, dropped, count, rows, blocks, columns, numbered_rows, numbered_blocks, stride, BLOCK: tl.constexpr
+):
+    """Write ones and zeros of one order, eight along the columns for each counter."""
+    order = tl.program_id(1)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = place % blocks
+    row = place // blocks % rows
+    outer = place // (blocks * rows)
+    bits = _draw(tl.load(keys + order), site, (outer * numbered_rows + row) * numbered_blocks + block)
+    lane = tl.arange(0, 8 * BLOCK)
+    place = tl.program_id(0) * BLOCK + lane // 8
+    column = place % blocks * 8 + lane % 8
+    target = (place // blocks).to(tl.int64) * columns + column
+    values = (bits >= dropped).to(tl.float32).to(mask.dtype.element_ty)
+    tl.store(mask + order.to(tl.int64) * stride + target, values, mask=(place < count) & (column < columns))
+
+
+@triton.jit(do_not_specialize=_ADAMW)
 def adamw(
-    rows, gradient, compute_grad, mean, square, copy, numbers, constants, factors,
-    size, decayed, low_start, low_stop, numbers_stride, constants_stride, COPIES: tl.constexpr, BLOCK: tl.constexpr,
+    param, grad, compute_grad, mean, square, compute_copy, step_scalars, constants, factors,
+    size, decayed, low_start, low_stop, scalars_stride, constants_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the step of one block of columns of one trial."""
     trial = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = column < size
     at = trial.to(tl.int64) * size + column
-    lr_times_weight_decay = tl.load(numbers + trial * numbers_stride + 1)
-    step_size = tl.load(numbers + trial * numbers_stride + 2)
-    root = tl.load(numbers + trial * numbers_stride + 3)
+    lr_times_weight_decay = tl.load(step_scalars + trial * scalars_stride + 1)
+    step_size = tl.load(step_scalars + trial * scalars_stride + 2)
+    root = tl.load(step_scalars + trial * scalars_stride + 3)
     to_mean = tl.load(constants + trial * constants_stride)
     keep_square = tl.load(constants + trial * constants_stride + 1)
     to_square = tl.load(constants + trial * constants_stride + 2)
     eps = tl.load(constants + trial * constants_stride + 3)
-    if COPIES:
+    if compute_copy is not None:
         low = (column >= low_start) & (column < low_stop)
         low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
-        g = tl.load(gradient + at, mask=there & ~low, other=0.0)
+        g = tl.load(grad + at, mask=there & ~low, other=0.0)
         g += tl.load(compute_grad + low_at, mask=low, other=0.0).to(g.dtype)
     else:
-        g = tl.load(gradient + at, mask=there, other=0.0)
+        g = tl.load(grad + at, mask=there, other=0.0)
     g *= tl.load(factors + trial)
-    p = tl.load(rows + at, mask=there, other=0.0)
+    p = tl.load(param + at, mask=there, other=0.0)
     m = tl.load(mean + at, mask=there, other=0.0)
     v = tl.load(square + at, mask=there, other=0.0)
     m += (g - m) * to_mean
     v = v * keep_square + g * g * to_square
     p = tl.where(column < decayed, p - p * lr_times_weight_decay, p)
     p -= step_size * m / (tl.sqrt(v) * root + eps)
-    tl.store(rows + at, p, mask=there)
+    tl.store(param + at, p, mask=there)
     tl.store(mean + at, m, mask=there)
     tl.store(square + at, v, mask=there)
-    if COPIES:
-        tl.store(copy + low_at, p.to(copy.dtype.element_ty), mask=low)
+    if compute_copy is not None:
+        tl.store(compute_copy + low_at, p.to(compute_copy.dtype.element_ty), mask=low)
 
 
-@triton.jit(do_not_specialize=_ATTEND)
-def attend(
-    rows, asked, kept, to_rows, to_asked, first, lengths, keys, first_stride, lengths_stride, per_trial,
-    tokens, kept_rows, heads, size, factor, site, dropped, keep_factor, extent,
-    FORWARD: tl.constexpr, APART: tl.constexpr, DROPS: tl.constexpr,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+@triton.jit
+def _find_sentence(first, lengths, order_stride, HEADS: tl.constexpr):
+    """Return this program's sentence, head, trial and order, and the sentence's first token and length."""
+    sentence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    trial = tl.program_id(2).to(tl.int64)
+    order = tl.where(order_stride > 0, trial, 0)
+    at = order * order_stride + sentence
+    return sentence, head, trial, order, tl.load(first + at), tl.load(lengths + at).to(tl.int32)
+
+
+@triton.jit
+def _load(tensor, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr):
+    """Load what ``head`` has in the rows ``row + number``, (BLOCK, SIZE); zeros from row ``count`` on.
+
+    Products are those of float32 but for bfloat16: Triton uses no tensor cores for float16 on a T4.
+    """
+    part = tl.arange(0, SIZE)
+    there = (number < count)[:, None] & (part < HEAD_SIZE)[None, :]
+    tile = tensor + (row * stride + head * HEAD_SIZE)  # in 64 bits, where a trial's rows may lie; the rest fits 32
+    values = tl.load(tile + (number[:, None] * stride + part[None, :]), mask=there, other=0.0)
+    return values if tensor.dtype.element_ty == tl.bfloat16 else values.to(tl.float32)
+
+
+@triton.jit
+def _store(tensor, values, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr):
+    """Write ``values`` (BLOCK, SIZE) to where :func:`_load` would load them from."""
+    part = tl.arange(0, SIZE)
+    there = (number < count)[:, None] & (part < HEAD_SIZE)[None, :]
+    tile = tensor + (row * stride + head * HEAD_SIZE)
+    tl.store(tile + (number[:, None] * stride + part[None, :]), values.to(tensor.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _kept(keys, order, site, dropped, query, key_start, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Say which probabilities of a block of keys dropout keeps, (queries, BLOCK)."""
+    if keys is None:
+        kept = tl.full((BLOCK, BLOCK), 1, tl.int1)
+    else:
+        eighth = key_start // 8 + tl.arange(0, BLOCK // 8)
+        counter = (tl.program_id(0) * EXTENT + query[:, None]) * (EXTENT // 8) + eighth[None, :]
+        kept = _draw(tl.load(keys + order), site, counter) >= dropped
+    return kept
+
+
+@triton.jit(do_not_specialize=_ATTENTION, do_not_specialize_on_alignment=_BATCH)
+def attention_forward(
+    q, k, v, context, log_sums, first, lengths, keys,
+    order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
 ):  # fmt: skip
-    """Attend in one sentence with one head; ``kept`` is the context to write, or the gradient of it to read."""
-    sentence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    trial = tl.program_id(1).to(tl.int64)
-    order = trial * per_trial
-    start = tl.load(first + order * first_stride + sentence)
-    length = tl.load(lengths + order * lengths_stride + sentence)
-    query, column, part = tl.arange(0, QUERIES), tl.arange(0, WIDTH), tl.arange(0, SIZE)
-    model = heads * size
-    stride = 2 * model if APART else 3 * model
-    known = (column < length)[:, None] & (part < size)[None, :]
-    token = (trial * tokens + start + column) * stride + head * size
-    key_at = token[:, None] + part[None, :] + (0 if APART else model)
-    if APART:
-        asking = (query < 1)[:, None] & (part < size)[None, :]
-        query_at = (trial * kept_rows + sentence + query)[:, None] * model + head * size + part[None, :]
-        kept_at = query_at
-    else:
-        asking = (query < length)[:, None] & (part < size)[None, :]
-        row = trial * tokens + start + query
-        query_at = row[:, None] * stride + head * size + part[None, :]
-        kept_at = row[:, None] * model + head * size + part[None, :]
-    q = tl.load(asked + query_at, mask=asking, other=0.0)
-    k = tl.load(rows + key_at, mask=known, other=0.0)
-    v = tl.load(rows + key_at + model, mask=known, other=0.0)
+    """Attend with a block of queries of one sentence and head to all of its keys, a block of them at a time.
 
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    scores = tl.where((column < length)[None, :], scores, -1e30)
-    powers = tl.exp(scores - tl.max(scores, 1)[:, None])
-    probabilities = powers / tl.sum(powers, 1)[:, None]
-    keep = tl.full((QUERIES, WIDTH), 1.0, tl.float32)
-    if DROPS:
-        counter = ((sentence * heads + head) * extent + query[:, None]) * (extent // 8) + column[None, :] // 8
-        zero = counter * 0
-        w0, w1, w2, w3 = tl.philox(tl.load(keys + order), counter, zero + site, zero, zero)
-        lane = column[None, :] % 8 + zero
-        word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
-        bits = tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16).to(tl.int32)
-        keep = tl.where(bits >= dropped, keep_factor, 0.0)
-    left = (probabilities * keep).to(v.dtype)
-    if FORWARD:
-        context = tl.dot(left, v, input_precision="ieee")
-        tl.store(kept + kept_at, context.to(kept.dtype.element_ty), mask=asking)
+    What is summed so far is scaled to the largest score seen (Dao et al., "FlashAttention", 2022, algorithm 1).
+    """
+    sentence, head, trial, order, start, length = _find_sentence(first, lengths, order_stride, HEADS)
+    queries = tl.where(one_query > 0, 1, length)
+    if tl.program_id(1) * BLOCK >= queries:
+        return
+    query = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    query_row = trial * query_rows + tl.where(one_query > 0, sentence, start)
+    key_row = trial * key_rows + start
+    queries_ = _load(q, query_row, query_stride, query, queries, head, HEAD_SIZE, SIZE)
+    largest = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    summed = tl.zeros((BLOCK, SIZE), tl.float32)
+    for key_start in tl.range(0, length, BLOCK, num_stages=1):
+        column = key_start + tl.arange(0, BLOCK)
+        keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        scores = tl.dot(queries_, tl.trans(keys_), input_precision="ieee") * HEAD_SIZE**-0.5
+        scores = tl.where((column < length)[None, :], scores, -1e30)
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        powers = tl.exp(scores - larger[:, None])  # (queries, keys)
+        shrink = tl.exp(largest - larger)
+        largest, total = larger, total * shrink + tl.sum(powers, 1)
+        powers = tl.where(_kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK), powers, 0.0)
+        summed = tl.dot(powers.to(values.dtype), values, summed * shrink[:, None], input_precision="ieee")
+    total = tl.where(total > 0, total, 1.0)  # a sentence that is not there has no keys
+    result = summed * (65536.0 / (65536 - dropped)) / total[:, None]
+    _store(context, result, query_row, HEADS * HEAD_SIZE, query, queries, head, HEAD_SIZE, SIZE)
+    tl.store(log_sums + (query_row + query) * HEADS + head, largest + tl.log(total), mask=query < queries)
+
+
+@triton.jit
+def _load_backward(
+    q, context, grad_context, log_sums, row, stride, query, queries, head,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Load queries and the gradient of their contexts (BLOCK, SIZE), their scores' log sums, and what the softmax's
+    gradient takes off (BLOCK,): the probabilities times their gradients, summed, which is context times gradient.
+    """  # fmt: skip
+    model: tl.constexpr = HEADS * HEAD_SIZE
+    asked = _load(q, row, stride, query, queries, head, HEAD_SIZE, SIZE)
+    answered = _load(context, row, model, query, queries, head, HEAD_SIZE, SIZE)
+    grad = _load(grad_context, row, model, query, queries, head, HEAD_SIZE, SIZE)
+    log_sum = tl.load(log_sums + (row + query) * HEADS + head, mask=query < queries, other=0.0)
+    return asked, grad, log_sum, tl.sum(answered.to(tl.float32) * grad.to(tl.float32), 1)
+
+
+@triton.jit
+def _scores_backward(q, k, v, grad, log_sum, taken, known, kept, dropped, HEAD_SIZE: tl.constexpr):
+    """Compute probabilities again: what dropout leaves of them, and the gradient of the scores, (queries, keys)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * HEAD_SIZE**-0.5
+    probabilities = tl.where(known[None, :], tl.exp(scores - log_sum[:, None]), 0.0)
+    kept_scale = tl.where(kept, 65536.0 / (65536 - dropped), 0.0)
+    grad_left = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    grad_scores = probabilities * (grad_left * kept_scale - taken[:, None]) * HEAD_SIZE**-0.5
+    return (probabilities * kept_scale).to(grad.dtype), grad_scores.to(q.dtype)
+
+
+@triton.jit(do_not_specialize=_ATTENTION, do_not_specialize_on_alignment=_BATCH)
+def attention_backward(
+    q, k, v, context, log_sums, grad_context, grad_q, grad_k, grad_v, first, lengths, keys,
+    order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped, query_blocks,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of a block of queries, which walks over keys, or of one of keys and values, over queries.
+
+    Both kinds of program make the probabilities anew from ``log_sums``, and nothing is added up between programs.
+    """
+    sentence, head, trial, order, start, length = _find_sentence(first, lengths, order_stride, HEADS)
+    queries = tl.where(one_query > 0, 1, length)
+    query_row = trial * query_rows + tl.where(one_query > 0, sentence, start)
+    key_row = trial * key_rows + start
+    begin = tl.program_id(1) * BLOCK
+    if begin < query_blocks * BLOCK:
+        if begin >= queries:
+            return
+        query = begin + tl.arange(0, BLOCK)
+        asked, grad, log_sum, taken = _load_backward(
+            q, context, grad_context, log_sums, query_row, query_stride, query, queries, head, HEADS, HEAD_SIZE, SIZE
+        )
+        grad_asked = tl.zeros((BLOCK, SIZE), tl.float32)
+        for key_start in tl.range(0, length, BLOCK, num_stages=1):
+            column = key_start + tl.arange(0, BLOCK)
+            keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+            values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+            kept = _kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK)
+            _, grad_scores = _scores_backward(
+                asked, keys_, values, grad, log_sum, taken, column < length, kept, dropped, HEAD_SIZE
+            )
+            grad_asked = tl.dot(grad_scores, keys_, grad_asked, input_precision="ieee")
+        _store(grad_q, grad_asked, query_row, query_stride, query, queries, head, HEAD_SIZE, SIZE)
     else:
-        g = tl.load(kept + kept_at, mask=asking, other=0.0)
-        of_value = tl.dot(tl.trans(left), g, input_precision="ieee")
-        of_left = tl.dot(g, tl.trans(v), input_precision="ieee") * keep
-        grad_scores = probabilities * (of_left - tl.sum(probabilities * of_left, 1)[:, None]) * factor
-        grad_scores = grad_scores.to(k.dtype)
-        of_query = tl.dot(grad_scores, k, input_precision="ieee")
-        of_key = tl.dot(tl.trans(grad_scores), q, input_precision="ieee")
-        target = to_rows.dtype.element_ty
-        if APART:
-            tl.store(to_asked + query_at, of_query.to(target), mask=asking)
-        else:
-            tl.store(to_rows + query_at, of_query.to(target), mask=asking)
-        tl.store(to_rows + key_at, of_key.to(target), mask=known)
-        tl.store(to_rows + key_at + model, of_value.to(target), mask=known)
+        begin -= query_blocks * BLOCK
+        if begin >= length:
+            return
+        column = begin + tl.arange(0, BLOCK)
+        keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        grad_keys = tl.zeros((BLOCK, SIZE), tl.float32)
+        grad_values = tl.zeros((BLOCK, SIZE), tl.float32)
+        for query_start in tl.range(0, queries, BLOCK, num_stages=1):
+            query = query_start + tl.arange(0, BLOCK)
+            asked, grad, log_sum, taken = _load_backward(
+                q, context, grad_context, log_sums, query_row, query_stride, query, queries, head,
+                HEADS, HEAD_SIZE, SIZE,
+            )  # fmt: skip
+            kept = _kept(keys, order, site, dropped, query, begin, EXTENT, BLOCK)
+            left, grad_scores = _scores_backward(
+                asked, keys_, values, grad, log_sum, taken, column < length, kept, dropped, HEAD_SIZE
+            )
+            grad_values = tl.dot(tl.trans(left), grad, grad_values, input_precision="ieee")
+            grad_keys = tl.dot(tl.trans(grad_scores), asked, grad_keys, input_precision="ieee")
+        _store(grad_k, grad_keys, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        _store(grad_v, grad_values, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)

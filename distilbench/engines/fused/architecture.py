@@ -51,6 +51,7 @@ class Architecture:
     names: Mapping[str, str]
     depth: int
     heads: int
+    head_size: int
     eps: float
     activation: str
     head_activation: str
@@ -94,6 +95,7 @@ def _distilbert(config: Any) -> Architecture:
         names=_DISTILBERT,
         depth=config.n_layers,
         heads=config.n_heads,
+        head_size=config.dim // config.n_heads,
         eps=1e-12,
         activation=config.activation,
         head_activation="relu",
@@ -111,6 +113,7 @@ def _bert(config: Any) -> Architecture:
         names=_BERT,
         depth=config.num_hidden_layers,
         heads=config.num_attention_heads,
+        head_size=config.hidden_size // config.num_attention_heads,
         eps=config.layer_norm_eps,
         activation=config.hidden_act,
         head_activation="tanh",

@@ -17,6 +17,7 @@ import torch
 from numpy.random import SFC64
 
 from distilbench.engines.fused import kernels
+from distilbench.engines.fused.kernels import EXTENT, LANES
 
 _LEVELS = 1 << 16
 """A draw is 16 bits, a quarter of what the generator yields at once: dropping 0.1 becomes dropping 0.100006."""
@@ -72,13 +73,6 @@ def _bits(shape: Sequence[int], generator: SFC64) -> torch.Tensor:
     return words.view(torch.int16)[:size].view(tuple(shape))
 
 
-EXTENT = 512
-"""Draws of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
-
-_LANES = 8
-"""Draws that one block of the generator yields."""
-
-
 class CounterDropout:
     """Masks that are a function of ``keys`` (orders,) int64, the site and the place, by Philox4x32-10.
 
@@ -94,32 +88,31 @@ class CounterDropout:
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; filler is drawn for, too."""
-        draw = kernels.philox_mask if kernels.usable(self._keys) else philox_mask
-        return draw(*self.site(rate), whole, EXTENT, dtype)
+        draw = kernels.dropout_mask if kernels.runs("dropout", self._keys.device) else philox_mask
+        return draw(self.site(rate), whole, dtype)
 
-    def site(self, rate: float) -> tuple[torch.Tensor, int, int]:
-        """Go to the next site: the keys, its number, and below which of 65,536 values a draw drops."""
+    def site(self, rate: float) -> kernels.DropoutSite:
+        """Go to the next site."""
         self._site += 1
-        return self._keys, self._site, _dropped(rate)
+        return kernels.DropoutSite(self._keys, self._site, _dropped(rate))
 
 
-def philox_mask(
-    keys: torch.Tensor, site: int, dropped: int, whole: Sequence[int], extent: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return ones where a draw of 16 bits is not below ``dropped``, ``(orders, *whole)``.
+def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return ones where a draw of 16 bits is kept, ``(orders, *whole)``.
 
-    ``whole`` is (rows, columns), or of attention (bins, heads, queries, keys), numbered as if there were ``extent`` of
+    ``whole`` is (rows, columns), or of attention (bins, heads, queries, keys), numbered as if there were ``EXTENT`` of
     the latter two.
     """
+    keys, site, dropped = draws
     *outer, rows, columns = whole
-    blocks = -(-columns // _LANES)
-    numbered = (extent, extent // _LANES) if outer else (rows, blocks)
+    blocks = -(-columns // LANES)
+    numbered = (EXTENT, EXTENT // LANES) if outer else (rows, blocks)
     outside = torch.arange(math.prod(outer), device=keys.device).view(-1, 1, 1)
     row = torch.arange(rows, device=keys.device).view(-1, 1)
     counter = (outside * numbered[0] + row) * numbered[1] + torch.arange(blocks, device=keys.device)
     words = philox(counter.reshape(1, -1), site, keys[:, None])
     bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    kept = (bits >= dropped).view(len(keys), -1, blocks * _LANES)[..., :columns]
+    kept = (bits >= dropped).view(len(keys), -1, blocks * LANES)[..., :columns]
     return kept.to(dtype).view(len(keys), *whole)
 
 

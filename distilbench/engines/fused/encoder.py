@@ -15,7 +15,7 @@ from transformers.activations import get_activation
 
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.autograd import attend, cls_attention, dropout_add_layer_norm, linear
-from distilbench.engines.fused.dropout import EXTENT, CounterDropout, DropoutMasks, dropout_scale
+from distilbench.engines.fused.dropout import CounterDropout, DropoutMasks, dropout_scale
 from distilbench.engines.fused.packing import Batch, Exchange, Placement
 from distilbench.engines.fused.params import StackedWeights
 
@@ -95,7 +95,8 @@ class Forward:
     def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
         """Attend within sentences; in the last layer, from [CLS] alone."""
         batch = self.batch
-        if batch.lengths is not None and kernels.attends(self.weights.compute_dtype, x):
+        details = self.weights.compute_dtype, self.architecture.heads, self.architecture.head_size
+        if batch.lengths is not None and kernels.runs("attention", x.device, *details):
             return self._linear(self._attended(x, i, last), f"{i}.out")
         return self._linear(self._from_first(x, i) if last else self._from_all(x, i), f"{i}.out")
 
@@ -134,8 +135,8 @@ class Forward:
         asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
         rows = self._linear(x, f"{i}.kv" if last else f"{i}.qkv")
         draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
-        width = batch.alone.row.shape[2]
-        return kernels.attend(rows, asked, batch.first, batch.lengths, draws, self.architecture.heads, width, EXTENT)
+        sentences = kernels.Sentences(batch.first, batch.lengths, batch.alone.row.shape[2])
+        return kernels.attention(rows, asked, sentences, draws, self.architecture.heads)
 
     def _attention_dropout_mask(
         self, i: int, shapes: Sequence[Sequence[int]], mask: torch.Tensor, dtype: torch.dtype

@@ -1,7 +1,8 @@
-"""What a GPU does in one launch each: dropout's masks, attention, and AdamW over stacked rows, written in Triton.
+"""What a GPU does in one launch each: dropout's masks, attention, and AdamW over stacked parameters, written in Triton.
 
 Every kernel here has a plain PyTorch version beside its only caller, which the tests compare it with and which runs
-where Triton or CUDA is not there. Kernels are compiled at their first use, about a second each, and kept on disk.
+where Triton or CUDA is not there. A program is compiled once on a machine and kept on disk. It depends on precision and
+head size, not on lengths, so that all that a training launches is compiled and judged before it starts.
 """
 
 from __future__ import annotations
@@ -9,153 +10,288 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 log = logging.getLogger(__name__)
 
-
-def usable(tensor: torch.Tensor) -> bool:
-    """Whether kernels run on the device of ``tensor``."""
-    return tensor.device.type == "cuda" and works("cuda")
-
-
-@cache
-def works(device: str) -> bool:
-    """Try every kernel once; where one fails, say so, and leave the work to the plain versions."""
-    if importlib.util.find_spec("triton") is None:
-        log.warning("Triton is not installed: a step takes thousands of launches instead of hundreds")
-        return False
-    try:
-        _try_all(device)
-    except Exception as error:  # a compiler's errors have no common class
-        log.warning("Triton's kernels are left out: %s: %s", type(error).__name__, str(error).partition("\n")[0])
-        return False
-    return True
+EXTENT = 512
+"""DropoutSite of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
+LANES = 8
+"""DropoutSite that one counter yields."""
+SLOW_SECONDS = 2.0
+"""After so long a training that waits for the compiler says so."""
 
 
-@torch.enable_grad()
-def _try_all(device: str) -> None:
-    number = torch.ones(1, 1, dtype=torch.int64, device=device)
-    philox_mask(number[0], 1, 6554, (8, 8), 512, torch.float32)
-    rows, one = torch.zeros(4, 1, 8, device=device), torch.ones(1, 6, device=device)
-    adamw(rows[0], rows[1], None, [rows[2], rows[3]], None, one, one, one[0], 8, slice(0, 0))
-    joined = torch.ones(1, 2, 48, device=device, requires_grad=True)
-    attend(joined, None, number * 0, number, (number[0], 1, 6554), 1, 8, 512).sum().backward()
-    joined.grad.isfinite().all().item()  # type: ignore[union-attr]  # waits for the device
+class DropoutSite(NamedTuple):
+    """One site of dropout: ``keys`` (orders,), its number, and below which of 65,536 values a draw drops."""
+
+    keys: torch.Tensor
+    site: int
+    dropped: int
 
 
-def philox_mask(
-    keys: torch.Tensor, site: int, dropped: int, whole: Sequence[int], extent: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
-    *outer, rows, columns = whole
-    blocks = -(-columns // 8)
-    numbered = (extent, extent // 8) if outer else (rows, blocks)
-    kept = torch.empty(len(keys), *whole, dtype=dtype, device=keys.device)
-    count = math.prod(outer) * rows * blocks
-    size = 256
-    _compiled().keep[(-(-count // size), len(keys))](
-        keys, kept, site, dropped, count, rows, blocks, columns, numbered[0], numbered[1], math.prod(whole), SIZE=size
-    )
-    return kept
+class Sentences(NamedTuple):
+    """Where sentences lie among the tokens: ``first`` and ``lengths`` (orders, sentences); ``width`` is the longest."""
+
+    first: torch.Tensor
+    lengths: torch.Tensor
+    width: int
 
 
-def adamw(
-    rows: torch.Tensor, gradient: torch.Tensor, compute_grad: torch.Tensor | None, moments: Sequence[torch.Tensor],
-    copy: torch.Tensor | None, numbers: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor,
-    decayed: int, low: slice,
-) -> None:  # fmt: skip
-    """Do what ``cuda.optimizer.adamw`` does, and write ``copy`` of columns ``low`` along the way.
+class Launch(NamedTuple):
+    """A kernel with what it is started with."""
 
-    With a ``copy`` goes a ``compute_grad``, both (trials, columns of low), which is read there for ``gradient``.
-    """
-    trials, size = rows.shape
-    block = 1024
-    _compiled().adamw[(-(-size // block), trials)](
-        rows, gradient, gradient if compute_grad is None else compute_grad, *moments, rows if copy is None else copy,
-        numbers, constants, factors, size, decayed, low.start, low.stop,
-        numbers.stride(0), constants.stride(0), COPIES=copy is not None, BLOCK=block,
-    )  # fmt: skip
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
 
+    def run(self) -> None:
+        """Start it."""
+        getattr(_triton(), self.kernel)[self.grid](**self.arguments, enable_fp_fusion=True)
 
-def attends(low: torch.dtype, x: torch.Tensor) -> bool:
-    """Whether :func:`attend` takes products of precision ``low`` on the device of ``x``."""
-    return low in (torch.float32, torch.bfloat16) and usable(x)
-
-
-DropoutMasks = tuple[torch.Tensor, int, int]
-"""Keys (orders,), site, and below which of 65,536 values a draw drops."""
-
-
-def attend(
-    rows: torch.Tensor, asked: torch.Tensor | None, first: torch.Tensor, lengths: torch.Tensor,
-    draws: DropoutMasks | None, heads: int, width: int, extent: int,
-) -> torch.Tensor:  # fmt: skip
-    """Attention within sentences straight from the rows of tokens, ``(trials, rows asked for, heads * size)``.
-
-    ``rows`` (trials, tokens, pieces * heads * size) holds query, key and value side by side; where ``asked`` (trials,
-    sentences, heads * size) brings the only query of each sentence, key and value. Sentences start at ``first`` and are
-    ``lengths`` long (orders, sentences), ``width`` at most. Draws are those of
-    :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence a bin. Rows of no sentence become zeros.
-    """
-    context: torch.Tensor = _Attend.apply(rows, asked, first, lengths, draws, (heads, width, extent))
-    return context
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, asked, first, lengths, draws, shape):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows, asked, first, lengths, None if draws is None else draws[0])
-        ctx.draws, ctx.shape = None if draws is None else draws[1:], shape
-        pieces = 3 if asked is None else 2
-        like = rows[..., : rows.shape[2] // pieces] if asked is None else asked
-        context = torch.zeros(like.shape, dtype=rows.dtype, device=rows.device)
-        _launch((rows, asked, first, lengths, None if draws is None else draws[0]), ctx, context, None, None, None)
-        return context
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        given = rows, asked, *_ = ctx.saved_tensors
-        to_rows = torch.zeros_like(rows)
-        to_asked = None if asked is None else torch.empty_like(asked)
-        _launch(given, ctx, None, gradient.contiguous(), to_rows, to_asked)
-        return to_rows, to_asked, None, None, None, None
-
-
-def _launch(given, ctx, context, gradient, to_rows, to_asked):  # type: ignore[no-untyped-def]
-    """Start a program for each sentence and head of each trial: forward where there is a ``context`` to write."""
-    rows, asked, first, lengths, keys = given
-    (heads, width, extent), trials = ctx.shape, len(rows)
-    apart = asked is not None
-    size = rows.shape[2] // ((2 if apart else 3) * heads)
-    site, dropped = ctx.draws or (0, 0)
-    kept = context if context is not None else gradient
-    arguments = (
-        rows, asked if apart else rows, kept, to_rows if to_rows is not None else rows,
-        to_asked if to_asked is not None else rows, first, lengths, keys if keys is not None else first,
-        first.stride(0) if len(first) > 1 else 0, lengths.stride(0) if len(lengths) > 1 else 0,
-        int(len(first) > 1), rows.shape[1], kept.shape[1], heads, size, size**-0.5,
-        site, dropped, 65536 / (65536 - dropped), extent,
-    )  # fmt: skip
-    _compiled().attend[(first.shape[1] * heads, trials)](
-        *arguments, FORWARD=context is not None, APART=apart, DROPS=keys is not None,
-        QUERIES=16 if apart else _power(width), WIDTH=_power(width), SIZE=_power(size),
-        num_warps=4 if width <= 64 else 8,
-    )  # fmt: skip
-
-
-def _power(size: int) -> int:
-    """The power of two that holds ``size``, 16 at least: what Triton's products take."""
-    return max(16, 1 << (size - 1).bit_length())
+    def compile(self) -> Any:
+        """Compile it for the current device; tensors need no contents. None where Triton only interprets."""
+        return getattr(_triton(), self.kernel).warmup(grid=self.grid, **self.arguments, enable_fp_fusion=True)
 
 
 @cache
-def _compiled() -> Any:
+def _triton() -> Any:
     """Import the kernels, which needs Triton."""
     from distilbench.engines.fused import _triton
 
     return _triton
+
+
+def runs(work: str, device: torch.device, *details: Any) -> bool:
+    """Say whether ``device`` does ``work`` of :data:`LAUNCHES` by kernels; the first to ask waits for the compiler."""
+    if device.type != "cuda" or torch.float64 in details:
+        return False
+    return _is_installed() and _accepted(work, device, *details)
+
+
+def prepare(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
+    """Have kernels compiled, and those left out that this device cannot run, before a training starts."""
+    if device.type != "cuda":
+        return
+    message = "compiling Triton's kernels for %s: once on a machine, up to half a minute"
+    notice = threading.Timer(SLOW_SECONDS, log.info, (message, device))
+    notice.start()
+    try:
+        runs("dropout", device)
+        runs("adamw", device, dtype)
+        runs("attention", device, dtype, heads, head_size)
+    finally:
+        notice.cancel()
+
+
+@cache
+def _is_installed() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        log.warning("Triton is not installed: a step takes thousands of launches instead of hundreds")
+        return False
+    return True
+
+
+@cache
+@torch.no_grad()
+def _accepted(work: str, device: torch.device, *details: Any) -> bool:
+    """Compile and try what ``work`` launches; where it does not fit or does not run, say so."""
+    try:
+        for launch in LAUNCHES[work](torch.device("meta"), *details):
+            needed, there = shared_memory(launch.compile()), shared_memory_limit(device)
+            if needed > there:
+                log.warning("%s takes its plain version: Triton's kernel needs %d bytes of shared memory, %s has %d",
+                            work, needed, device, there)  # fmt: skip
+                return False
+        for launch in LAUNCHES[work](device, *details):
+            launch.run()
+        torch.zeros(1, device=device).item()  # waits for the device
+    except Exception as error:  # a compiler's errors have no common class
+        reason = str(error).partition("\n")[0]
+        log.warning("%s takes its plain version, for Triton's fails: %s: %s", work, type(error).__name__, reason)
+        return False
+    return True
+
+
+def shared_memory(program: Any) -> int:
+    """Bytes of shared memory that a compiled program takes."""
+    return 0 if program is None else int(program.metadata.shared)
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that ``device`` lets a program take."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def dropout_mask(draws: DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
+    mask = torch.empty(len(draws.keys), *whole, dtype=dtype, device=draws.keys.device)
+    _dropout_mask(draws, mask).run()
+    return mask
+
+
+def _dropout_mask(draws: DropoutSite, mask: torch.Tensor) -> Launch:
+    orders, *outer, rows, columns = mask.shape
+    blocks, size = -(-columns // LANES), 256
+    count = math.prod(outer) * rows * blocks
+    arguments = {
+        "mask": mask, "count": count, "rows": rows, "blocks": blocks, "columns": columns,
+        "numbered_rows": EXTENT if outer else rows, "numbered_blocks": EXTENT // LANES if outer else blocks,
+        "stride": math.prod(mask.shape[1:]), "BLOCK": size,
+    }  # fmt: skip
+    return Launch("dropout_mask", (-(-count // size), orders), draws._asdict() | arguments)
+
+
+def adamw(
+    params: torch.Tensor, grad: torch.Tensor, compute: tuple[torch.Tensor | None, torch.Tensor | None],
+    moments: Sequence[torch.Tensor], rule: tuple[torch.Tensor, torch.Tensor, torch.Tensor], parts: tuple[int, slice],
+) -> Launch:  # fmt: skip
+    """Launch what :func:`distilbench.engines.fused.cuda.optimizer.adamw` does.
+
+    ``rule`` is its step scalars, constants and factors. ``parts`` are how many columns decay, and which of them are
+    multiplied in another precision than they are stored in: those have their gradient in the first of ``compute``
+    (trials, columns), and their new values are written to the second. Both are None where there are none.
+    """
+    trials, size = params.shape
+    step_scalars, constants, factors = rule
+    decayed, low = parts
+    block = 1024
+    arguments = {
+        "param": params, "grad": grad, "mean": moments[0], "square": moments[1],
+        "compute_grad": compute[0], "compute_copy": compute[1],
+        "step_scalars": step_scalars, "constants": constants, "factors": factors,
+        "size": size, "decayed": decayed, "low_start": low.start, "low_stop": low.stop,
+        "scalars_stride": step_scalars.stride(0), "constants_stride": constants.stride(0), "BLOCK": block,
+    }  # fmt: skip
+    return Launch("adamw", (-(-size // block), trials), arguments)
+
+
+def attention(
+    rows: torch.Tensor, query: torch.Tensor | None, sentences: Sentences, draws: DropoutSite | None, heads: int
+) -> torch.Tensor:
+    """Attention within sentences straight from the rows of tokens, ``(trials, rows of queries, heads * head size)``.
+
+    ``rows`` (trials, tokens, 3 * heads * head size) holds query, key and value side by side; where ``query`` (trials,
+    sentences, heads * head size) brings the only query of each sentence, key and value. DropoutSite are those of
+    :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence a bin. Rows of no sentence become zeros.
+    """
+    context: torch.Tensor = _Attention.apply(rows, query, sentences, draws, heads)
+    return context
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, query, sentences, draws, heads):  # type: ignore[no-untyped-def]
+        q, k, v = _parts(rows, query)
+        context = torch.zeros(q.shape, dtype=rows.dtype, device=rows.device)
+        log_sums = torch.empty(*q.shape[:2], heads, dtype=torch.float32, device=rows.device)
+        ctx.save_for_backward(rows, query, context, log_sums, sentences.first, sentences.lengths)
+        ctx.draws, ctx.heads, ctx.width = draws, heads, sentences.width
+        _attention_forward((q, k, v, context, log_sums), sentences, draws, heads).run()
+        return context
+
+    @staticmethod
+    def backward(ctx, grad_context):  # type: ignore[no-untyped-def]
+        rows, query, context, log_sums, *bounds = ctx.saved_tensors
+        grad_rows = torch.zeros_like(rows)
+        grad_query = None if query is None else torch.empty_like(query)
+        read = (*_parts(rows, query), context, log_sums, grad_context.contiguous())
+        written = _parts(grad_rows, grad_query)
+        sentences = Sentences(bounds[0], bounds[1], ctx.width)
+        _attention_backward(read, written, sentences, ctx.draws, ctx.heads).run()
+        return grad_rows, grad_query, None, None, None
+
+
+def _parts(rows: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Query, key and value as views, ``(trials, rows, heads * head size)`` each."""
+    return rows.chunk(3, dim=2) if query is None else (query, *rows.chunk(2, dim=2))
+
+
+def _attention_forward(
+    tensors: Sequence[torch.Tensor], sentences: Sentences, draws: DropoutSite | None, heads: int
+) -> Launch:
+    """``tensors`` are query, key, value, and the context and log sums (trials, rows of queries, heads) to write."""
+    names = ("q", "k", "v", "context", "log_sums")
+    shared, (queries, _) = _attention_arguments(tensors, sentences, draws, heads)
+    grid = sentences.first.shape[1] * heads, queries, len(tensors[0])
+    return Launch("attention_forward", grid, dict(zip(names, tensors, strict=True)) | shared)
+
+
+def _attention_backward(
+    read: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
+    sentences: Sentences,
+    draws: DropoutSite | None,
+    heads: int,
+) -> Launch:
+    """``read`` are those of the forward pass and the context's gradient, ``written`` those of query, key and value."""
+    names = ("q", "k", "v", "context", "log_sums", "grad_context", "grad_q", "grad_k", "grad_v")
+    shared, (queries, keys) = _attention_arguments(read, sentences, draws, heads)
+    grid = sentences.first.shape[1] * heads, queries + keys, len(read[0])
+    tensors = dict(zip(names, (*read, *written), strict=True))
+    return Launch("attention_backward", grid, tensors | shared | {"query_blocks": queries})
+
+
+def _attention_arguments(
+    tensors: Sequence[torch.Tensor], sentences: Sentences, draws: DropoutSite | None, heads: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What both directions take besides tensors, and how many blocks of queries and keys the longest sentence has.
+
+    A block is 32 tokens, and 16 where products are ordinary arithmetic, whose unrolled code and registers limit it.
+    """
+    q, k = tensors[:2]
+    model, one_query = q.shape[2], q.stride(1) != k.stride(1)
+    block = 32 if q.dtype == torch.bfloat16 else 16
+    blocks = -(-sentences.width // block)
+    arguments = {
+        "first": sentences.first, "lengths": sentences.lengths,
+        "keys": None if draws is None else draws.keys,
+        "site": 0 if draws is None else draws.site, "dropped": 0 if draws is None else draws.dropped,
+        "order_stride": sentences.first.stride(0) if len(sentences.first) > 1 else 0,
+        "query_rows": q.shape[1], "key_rows": k.shape[1], "query_stride": q.stride(1), "key_stride": k.stride(1),
+        "one_query": int(one_query), "HEADS": heads, "HEAD_SIZE": model // heads,
+        "SIZE": max(16, 1 << (model // heads - 1).bit_length()), "BLOCK": block, "EXTENT": EXTENT,
+    }  # fmt: skip
+    return arguments, (1 if one_query else blocks, blocks)
+
+
+def _mask_launches(device: torch.device) -> list[Launch]:
+    keys = torch.ones(1, dtype=torch.int64, device=device)
+    return [_dropout_mask(DropoutSite(keys, 1, 6554), torch.empty(1, 8, 8, device=device))]
+
+
+def _adamw_launches(device: torch.device, dtype: torch.dtype) -> list[Launch]:
+    """With a copy for products of ``dtype`` where that is not float32."""
+    params, grad, mean, square = torch.zeros(4, 1, 16, device=device)
+    scalars = torch.ones(1, 6, device=device)
+    low = torch.zeros(2, 1, 16, dtype=dtype, device=device)
+    compute = (None, None) if dtype == torch.float32 else (low[0], low[1])
+    return [adamw(params, grad, compute, [mean, square], (scalars, scalars, scalars[0]), (16, slice(0, 16)))]
+
+
+def _attention_launches(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> list[Launch]:
+    """Both directions with dropout, over one token."""
+    one = torch.ones(1, 1, dtype=torch.int64, device=device)
+    rows, grad_rows = torch.zeros(2, 1, 1, 3 * heads * head_size, dtype=dtype, device=device)
+    context, log_sums = rows[..., : heads * head_size].contiguous(), torch.zeros(1, 1, heads, device=device)
+    read = (*_parts(rows, None), context, log_sums)
+    sentences, draws = Sentences(one * 0, one, 1), DropoutSite(one[0], 1, 6554)
+    written = _parts(grad_rows, None)
+    return [
+        _attention_forward(read, sentences, draws, heads),
+        _attention_backward((*read, context), written, sentences, draws, heads),
+    ]
+
+
+LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
+    "dropout": _mask_launches,
+    "adamw": _adamw_launches,
+    "attention": _attention_launches,
+}
+"""What each kind of work launches in a training, on next to nothing: by device, and for some by precision and heads."""

@@ -13,6 +13,7 @@ from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.device import peak_memory, release_memory
 from distilbench.engines.evaluation import evaluate_logits, selection_name
+from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import BucketedBatches
 from distilbench.engines.fused.cuda.graph_step import GraphSteps, runner_for
 from distilbench.engines.fused.dropout import dropout_masks_for
@@ -131,7 +132,8 @@ class TrialGroup:
             self.results.update({member.index: member.result(*outcome) for member in members})
 
     def _set_up(self) -> None:
-        context = self.context
+        context, architecture = self.context, self.context.layout.architecture
+        kernels.prepare(context.device, context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
         no_params = torch.empty(0, context.layout.size, dtype=context.dtype, device=context.device)
         frozen = StackedWeights(context.layout, context.frozen, context.compute_dtype, no_params)

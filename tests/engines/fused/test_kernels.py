@@ -12,21 +12,34 @@ import pytest
 import torch
 
 from distilbench.engines.fused import kernels
-from distilbench.engines.fused.cuda import optimizer as tabled
-from distilbench.engines.fused.dropout import EXTENT, dropout_scale, philox_mask
+from distilbench.engines.fused.cuda import optimizer
+from distilbench.engines.fused.dropout import dropout_scale, philox_mask
 from distilbench.engines.fused.engine import FusedEngine
+from distilbench.engines.fused.kernels import DropoutSite, Sentences
 from tests.engines.fused.test_engine import losses_of, models, trial
 
 __all__ = ["models", "trial"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(
-    not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1 that another test starts"
-)
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: here in the interpreter; the tests of a GPU put their own device in its place."""
+    if not INTERPRETED:
+        pytest.skip("runs in the process with TRITON_INTERPRET=1 that another test starts")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def on_device(device):
+    """Make tensors there unless they say otherwise."""
+    with device:
+        yield
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it would start")
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which torch brings along with CUDA only")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is in the test extra where it has wheels")
 def test_kernels_equal_their_plain_versions_in_tritons_interpreter():
     """In a process of its own, for the interpreter has to be chosen before the kernels are imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
@@ -36,111 +49,129 @@ def test_kernels_equal_their_plain_versions_in_tritons_interpreter():
     assert "passed" in done.stdout
 
 
-@inside
-@torch.no_grad()
-def test_kernels_are_tried_before_they_are_trusted(monkeypatch, caplog):
-    """Also where the first to ask runs without gradients, as a frozen prefix does."""
-    assert kernels.works.__wrapped__("cpu")
-    monkeypatch.setattr(kernels, "adamw", lambda *args: torch.empty(-1))
-    assert not kernels.works.__wrapped__("cpu")
-    assert [r.message for r in caplog.records if "left out: RuntimeError" in r.message]
-
-
-@inside
 @pytest.mark.parametrize("whole", [(5, 16), (37, 20), (3, 2, 24, 24), (3, 2, 1, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_are_the_same_bit_for_bit(whole, dtype):
-    keys = torch.tensor([12345678901234567, 3])
-    ours = kernels.philox_mask(keys, 4, 6554, whole, EXTENT, dtype)
-    assert torch.equal(ours, philox_mask(keys, 4, 6554, whole, EXTENT, dtype))
+def test_masks_are_the_same_bit_for_bit(device, whole, dtype):
+    draws = DropoutSite(torch.tensor([12345678901234567, 3, 1 << 55], device=device), 4, 6554)
+    assert torch.equal(kernels.dropout_mask(draws, whole, dtype), philox_mask(draws, whole, dtype))
 
 
-@inside
 @pytest.mark.parametrize("with_copy", [False, True])
-def test_adamw_is_the_same_up_to_rounding(with_copy):
+def test_adamw_is_the_same_up_to_rounding(on_device, with_copy):
     torch.manual_seed(0)
     trials, size, decayed, low = 3, 2500, 1800, slice(700, 1700)
-    rows, gradient, mean = (torch.randn(trials, size) for _ in range(3))
+    params, grad, mean = (torch.randn(trials, size) for _ in range(3))
     square = torch.rand(trials, size)
-    numbers, constants = torch.rand(trials, 4) * 0.1, torch.rand(trials, 6) * 0.1 + 0.1
-    factors = torch.rand(trials)
+    rule = torch.rand(trials, 4) * 0.1, torch.rand(trials, 6) * 0.1 + 0.1, torch.rand(trials)
     shape = trials, low.stop - low.start
-    copy = torch.empty(shape, dtype=torch.bfloat16) if with_copy else None
-    compute_grad = torch.randn(shape).bfloat16() if with_copy else None
-    expected = [t.clone() for t in (rows, mean, square)]
-    whole = gradient.clone()
-    if compute_grad is not None:
-        whole[:, low] = compute_grad.float()
-        gradient[:, low] = torch.nan  # is not to be read
-    tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
-    kernels.adamw(rows, gradient, compute_grad, [mean, square], copy, numbers, constants, factors, decayed, low)
-    for ours, plain in zip((rows, mean, square), expected, strict=True):
+    compute = (torch.randn(shape).bfloat16(), torch.empty(shape, dtype=torch.bfloat16)) if with_copy else (None, None)
+    expected = [t.clone() for t in (params, mean, square)]
+    whole = grad.clone()
+    if with_copy:
+        whole[:, low] = compute[0].float()
+        grad[:, low] = torch.nan  # is not to be read
+    optimizer.adamw(expected[0], whole, expected[1:], *rule, decayed)
+    kernels.adamw(params, grad, compute, [mean, square], rule, (decayed, low)).run()
+    for ours, plain in zip((params, mean, square), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
-    if copy is not None:
+    if with_copy:
         # the interpreter cuts off where a GPU rounds
-        torch.testing.assert_close(copy.float(), rows[:, low], rtol=2**-7, atol=0)
+        torch.testing.assert_close(compute[1].float(), params[:, low], rtol=2**-7, atol=0)
 
 
-def attention_by_the_book(rows, asked, first, lengths, draws, heads, width):
-    """Sentence by sentence with the plain :func:`attend`; rows of no sentence stay zero."""
-    size = rows.shape[2] // ((3 if asked is None else 2) * heads)
-    trials, orders, sentences = len(rows), *first.shape
-    shape = (sentences, heads, width if asked is None else 1, width)
-    keep = torch.ones(orders, *shape) if draws is None else philox_mask(*draws, shape, EXTENT, torch.float32)
+def attention_by_the_book(rows, query, sentences, draws, heads):
+    """Sentence by sentence with the plain products; rows of no sentence stay zero, and so do absent sentences."""
+    first, lengths, width = sentences
+    size = rows.shape[2] // ((3 if query is None else 2) * heads)
+    shape = (first.shape[1], heads, width if query is None else 1, width)
+    keep = None if draws is None else philox_mask(draws, shape, rows.dtype) * dropout_scale(0.1)
     out = []
-    for t in range(trials):
-        o = t if orders > 1 else 0
-        context = torch.zeros(len(rows[t]) if asked is None else sentences, heads * size)
-        for s in range(sentences):
+    for t in range(len(rows)):
+        o = t if len(first) > 1 else 0
+        context = torch.zeros(len(rows[t]) if query is None else first.shape[1], heads * size, dtype=rows.dtype)
+        for s in range(first.shape[1]):
             start, n = int(first[o, s]), int(lengths[o, s])
             if not n:
                 continue
-            pieces = rows[t, start : start + n].view(n, -1, heads, size).permute(1, 2, 0, 3)[:, None, None]
-            query = None if asked is None else asked[t, s].view(1, 1, heads, 1, size)
-            own = keep[o, s, :, :n, :n][None, None] if asked is None else keep[o, s, :, :, :n][None, None]
-            scale = 1 if draws is None else dropout_scale(0.1)
-            q, k, v = pieces if query is None else (query, *pieces)
-            got = (((q @ k.mT / size**0.5).softmax(-1) * own * scale) @ v)[0, 0].transpose(0, 1).flatten(1)
-            where = torch.arange(start, start + n) if asked is None else torch.tensor([s])
+            pieces = rows[t, start : start + n].view(n, -1, heads, size).permute(1, 2, 0, 3)
+            q, k, v = pieces if query is None else (query[t, s].view(heads, 1, size), *pieces)
+            own = 1 if keep is None else keep[o, s, :, : q.shape[1], :n]
+            got = (((q @ k.mT / size**0.5).softmax(-1) * own) @ v).transpose(0, 1).flatten(1)
+            where = torch.arange(start, start + n) if query is None else torch.tensor([s])
             context = context.index_add(0, where, got)
         out.append(context)
     return torch.stack(out)
 
 
-@inside
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(("trials", "orders"), [(1, 1), (2, 1), (2, 2)])
-def test_attention_and_its_gradient_are_the_same_up_to_rounding(drops, apart, trials, orders):
+def sentences_of(lengths, width):
+    lengths = torch.tensor(lengths)
+    return Sentences((lengths.cumsum(1) - lengths) * (lengths > 0), lengths, width)
+
+
+def error(ours, plain, leaves, precise_leaves):
+    """The largest difference of contexts and of their gradients, as a share of the largest value of each."""
+    weight = torch.randn_like(plain).to(ours.dtype)
+    grads = torch.autograd.grad(ours, leaves, weight)
+    expected = torch.autograd.grad(plain, precise_leaves, weight.to(plain.dtype))
+    pairs = zip((ours.detach(), *grads), (plain.detach(), *expected), strict=True)
+    return max(float((a.to(b.dtype) - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("drops", "apart", "orders"),
+    [(False, False, 2), (True, False, 1), (True, False, 2), (False, True, 1), (True, True, 2)],
+)
+def test_attention_and_its_gradient_are_the_same_up_to_rounding(on_device, drops, apart, orders):
+    """Several sentences of a few lengths, one of them not there, in one order for all trials or in one for each."""
     torch.manual_seed(0)
-    heads, size, tokens, width = 2, 8, 40, 24
-    lengths = torch.tensor([[5, 20, 3, 0], [11, 1, 17, 9]])[:orders]
-    first = (lengths.cumsum(1) - lengths) * (lengths > 0)
+    trials, heads, size, tokens = 2, 2, 8, 40
+    sentences = sentences_of([[5, 20, 3, 0], [11, 1, 17, 9]][:orders], 24)
     rows = torch.randn(trials, tokens, (2 if apart else 3) * heads * size, requires_grad=True)
-    asked = torch.randn(trials, 4, heads * size, requires_grad=True) if apart else None
-    draws = (torch.tensor([12345, 1 << 50])[:orders], 3, 6554) if drops else None
-    leaves = [rows] if asked is None else [rows, asked]
-    ours = kernels.attend(rows, asked, first, lengths, draws, heads, width, EXTENT)
-    plain = attention_by_the_book(rows, asked, first, lengths, draws, heads, width)
-    there = torch.ones_like(plain) if asked is None else (lengths > 0).expand(trials, -1)[:, :, None].float()
-    torch.testing.assert_close(ours * there, plain, rtol=1e-5, atol=1e-6)
-    weight = torch.randn_like(plain) * there
-    for got, expected in zip(
-        torch.autograd.grad(ours, leaves, weight), torch.autograd.grad(plain, leaves, weight), strict=True
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    query = torch.randn(trials, 4, heads * size, requires_grad=True) if apart else None
+    draws = DropoutSite(torch.tensor([12345, 1 << 50])[:orders], 3, 6554) if drops else None
+    ours = kernels.attention(rows, query, sentences, draws, heads)
+    plain = attention_by_the_book(rows, query, sentences, draws, heads)
+    leaves = [leaf for leaf in (rows, query) if leaf is not None]
+    assert error(ours, plain, leaves, leaves) < 2e-6
 
 
-@inside
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("width", "head_size", "apart"), [(16, 32, False), (51, 64, False), (131, 96, True)])
+def test_attention_takes_sentences_of_any_length(on_device, dtype, close, width, head_size, apart):
+    """Longer than a block, and of odd lengths. Of bfloat16 the interpreter makes no products."""
+    torch.manual_seed(0)
+    sentences = sentences_of([[width, 1, width // 2]], width)
+    rows = torch.randn(1, 2 * width + 3, (2 if apart else 3) * head_size).to(dtype).requires_grad_()
+    query = torch.randn(1, 3, head_size).to(dtype).requires_grad_() if apart else None
+    leaves = [leaf for leaf in (rows, query) if leaf is not None]
+    draws = DropoutSite(torch.tensor([7]), 2, 6554)
+    ours = kernels.attention(rows, query, sentences, draws, 1)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    plain = attention_by_the_book(wide[0], wide[1] if apart else None, sentences, draws, 1)
+    assert error(ours, plain, leaves, wide) < close
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(on_device):
+    """What was summed so far is scaled down as larger scores come, block after block."""
+    tokens = 80
+    rows = torch.zeros(1, tokens, 3 * 16)
+    rows[..., :16], rows[0, :, 16] = 10.0, torch.linspace(-40, 40, tokens)
+    rows[..., 32:] = torch.randn(tokens, 16)
+    sentences = sentences_of([[tokens]], tokens)
+    ours = kernels.attention(rows, None, sentences, None, 1)
+    torch.testing.assert_close(ours, attention_by_the_book(rows, None, sentences, None, 1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "freezing"), [("distilbert", "freeze=none"), ("bert", "freeze.layers=1")])
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1 that another test starts")
 def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch, kind, freezing):
-    """All kernels together, two orders of examples, dropout on and the last batch a short one."""
-    common = (freezing, "train.epochs=1", "data.max_train_examples=11", "output.save_model=false")
+    """All kernels together: two orders of examples, dropout, and batches that lack a sentence; two steps."""
+    common = (freezing, "train.epochs=2", "train.batch_size=3", "data.max_train_examples=2", "output.save_model=false")
     trials = [trial(*common, f"seed={seed}", kind=kind, still=False) for seed in (1, 2)]
     splits = splits_of(trials[0])
     plain, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     used = []
-    monkeypatch.setattr(kernels, "usable", lambda tensor: used.append(tensor) or True)
+    monkeypatch.setattr(kernels, "runs", lambda work, *details: used.append(work) or True)
     ours, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
-    assert used
+    assert set(used) == {"dropout", "adamw", "attention"}
     np.testing.assert_allclose(ours, plain, rtol=2e-5)

@@ -40,9 +40,12 @@ class CapturableOptimizer:
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        if self.adaptive and kernels.usable(norms):
-            state = weights.flat_params, weights.grad, weights.compute_grad, self.moments, weights.compute_params
-            kernels.adamw(*state, step_scalars, self.constants, factors, decayed, compute)
+        compute_part = weights.compute_grad, weights.compute_params
+        compute_dtype = (weights.flat_params if weights.compute_params is None else weights.compute_params).dtype
+        if self.adaptive and kernels.runs("adamw", norms.device, compute_dtype):
+            numbers = step_scalars, self.constants, factors
+            state = weights.flat_params, weights.grad, compute_part, self.moments
+            kernels.adamw(*state, numbers, (decayed, compute)).run()
             return
         if weights.compute_grad is not None:
             weights.grad[:, compute] = weights.compute_grad

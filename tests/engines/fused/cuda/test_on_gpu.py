@@ -10,17 +10,33 @@ import torch
 
 import distilbench.engines.fused.cuda.graph_step as graph_step
 from distilbench.engines.fused import kernels
-from distilbench.engines.fused.cuda import optimizer as tabled
 from distilbench.engines.fused.cuda.graph_step import EagerRunner, GraphRunner
-from distilbench.engines.fused.dropout import EXTENT, philox_mask
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED
 from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
+from tests.engines.fused.test_kernels import (
+    on_device,
+    test_adamw_is_the_same_up_to_rounding,
+    test_attention_and_its_gradient_are_the_same_up_to_rounding,
+    test_attention_takes_sentences_of_any_length,
+    test_masks_are_the_same_bit_for_bit,
+    test_scores_far_apart_neither_overflow_nor_vanish,
+)
 from tests.engines.fused.test_on_text import deterministic_minilm
 
-__all__ = ["deterministic_minilm", "models", "trial"]
+__all__ = [
+    "deterministic_minilm",
+    "models",
+    "on_device",
+    "test_adamw_is_the_same_up_to_rounding",
+    "test_attention_and_its_gradient_are_the_same_up_to_rounding",
+    "test_attention_takes_sentences_of_any_length",
+    "test_masks_are_the_same_bit_for_bit",
+    "test_scores_far_apart_neither_overflow_nor_vanish",
+    "trial",
+]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,40 +149,20 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(trial, splits_of,
     assert len([r for r in caplog.records if "not recorded" in r.message]) == 1
 
 
-def test_kernels_are_compiled():
-    assert kernels.usable(torch.empty(0, device="cuda"))
+@pytest.fixture
+def device():
+    """Where the kernels' own tests run, which are imported above."""
+    return torch.device("cuda")
 
 
-@pytest.mark.parametrize("whole", [(5, 16), (37, 20), (256, 768), (16, 12, 48, 48), (16, 12, 1, 72)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_are_the_same_bit_for_bit(whole, dtype):
-    keys = torch.tensor([12345678901234567, 3, 1 << 55])
-    ours = kernels.philox_mask(keys.cuda(), 4, 6554, whole, EXTENT, dtype)
-    assert torch.equal(ours.cpu(), philox_mask(keys, 4, 6554, whole, EXTENT, dtype))
-
-
-@pytest.mark.parametrize("with_copy", [False, True])
-def test_adamw_is_the_same_up_to_rounding(with_copy):
-    torch.manual_seed(0)
-    trials, size, decayed, low = 3, 250_001, 180_000, slice(70_000, 170_000)
-    rows, gradient, mean = (torch.randn(trials, size, device="cuda") for _ in range(3))
-    square = torch.rand(trials, size, device="cuda")
-    numbers, constants = torch.rand(trials, 4, device="cuda") * 0.1, torch.rand(trials, 6, device="cuda") * 0.1 + 0.1
-    factors = torch.rand(trials, device="cuda")
-    shape = trials, low.stop - low.start
-    copy = torch.empty(shape, dtype=torch.bfloat16, device="cuda") if with_copy else None
-    compute_grad = torch.randn(shape, device="cuda").bfloat16() if with_copy else None
-    expected = [t.clone() for t in (rows, mean, square)]
-    whole = gradient.clone()
-    if compute_grad is not None:
-        whole[:, low] = compute_grad.float()
-        gradient[:, low] = torch.nan  # is not to be read
-    tabled.adamw(expected[0], whole, expected[1:], numbers, constants, factors, decayed)
-    kernels.adamw(rows, gradient, compute_grad, [mean, square], copy, numbers, constants, factors, decayed, low)
-    for ours, plain in zip((rows, mean, square), expected, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
-    if copy is not None:
-        assert torch.equal(copy, rows[:, low].bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [32, 64, 96])
+def test_no_kernel_is_left_out(caplog, dtype, head_size):
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("needs a GPU with bfloat16")
+    kernels.prepare(torch.device("cuda", 0), dtype, 12, head_size)
+    assert kernels.runs("attention", torch.device("cuda", 0), dtype, 12, head_size)
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-3), ("bf16", 3e-2)])

@@ -1,0 +1,157 @@
+"""What Triton compiles the kernels to, for GPUs that need not be there: shared memory, registers, and how few they are.
+
+A run of all devices, precisions and head sizes takes five minutes of one core: ``DISTILBENCH_ALL_PROGRAMS=1``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from distilbench.engines.fused import kernels
+from distilbench.engines.fused.kernels import DropoutSite, Launch, Sentences
+
+triton = pytest.importorskip("triton", reason="needs triton, which is in the test extra where it has wheels")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs the compiler, which TRITON_INTERPRET=1 replaces", allow_module_level=True)
+
+KIB = 1024
+LIMITS = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}
+"""Shared memory of a program by compute capability: T4, A100, RTX 30, L4 and RTX 40, H100 and H200."""
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+HEAD_SIZES = (32, 64, 96)
+WIDTHS = (16, 33, 64, 128, 200, 512)
+SPILLED = 64
+"""Bytes a thread may spill: a few registers; spilled by the kilobyte, as blocks of 32 in float32 would, they cost."""
+ALL = [(device, dtype, size, drops) for device in LIMITS for dtype in (FP32, FP16 if device == 75 else BF16)
+       for size in HEAD_SIZES for drops in (True, False)]  # fmt: skip
+SOME = [(75, FP32, 64, True), (75, FP32, 96, True), (80, BF16, 96, True), (90, BF16, 64, True), (90, BF16, 64, False)]
+CASES = ALL if os.environ.get("DISTILBENCH_ALL_PROGRAMS") == "1" else SOME
+
+
+class Absent:
+    """Stands in for the driver of a GPU that is not there."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return ``gpu(capability)``, which pretends that there is one: what is launched from then on is compiled."""
+
+    def pretend(capability):
+        active = "_active" if "_active" in vars(triton.runtime.driver) else "active"  # until Triton 3.5
+        monkeypatch.setitem(vars(triton.runtime.driver), active, Absent(capability))
+        launched = []
+        monkeypatch.setattr(Launch, "run", lambda self: launched.append(self.compile()))
+        return launched
+
+    return pretend
+
+
+def attend(dtype, head_size, width, one_query=False, drops=True):
+    """Attention and its gradient over sentences of ``width`` tokens at most, two trials in orders of their own."""
+    bounds = torch.ones(2, 3 + width, dtype=torch.int64, device="meta")
+    sentences = Sentences(bounds[:, 1:4], bounds[:, 1:4], width)
+    rows = torch.empty(2, 3 * width, (2 if one_query else 3) * 12 * head_size, dtype=dtype, device="meta")
+    query = torch.empty(2, 3, 12 * head_size, dtype=dtype, device="meta") if one_query else None
+    draws = DropoutSite(bounds[:, 0], 16, 6554) if drops else None
+    context = kernels.attention(rows.requires_grad_(), query, sentences, draws, 12)
+    context.backward(torch.empty_like(context))
+
+
+def spilled(program, folder):
+    """Bytes of registers that a thread spills."""
+    path = folder / "program.cubin"
+    path.write_bytes(program.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+    said = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    return int(re.search(r"STACK:(\d+)", said)[1])
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_size", "drops"), CASES)
+def test_attention_fits_the_device_at_any_width(gpu, tmp_path, capability, dtype, head_size, drops):
+    launched = gpu(capability)
+    for width in WIDTHS:
+        attend(dtype, head_size, width, drops=drops)
+        attend(dtype, head_size, width, one_query=True, drops=drops)
+    programs = {program.hash: program for program in launched}
+    assert len(launched) == 4 * len(WIDTHS)
+    assert len(programs) == 2, "one each way, whatever the width"
+    if drops:
+        judged = kernels.LAUNCHES["attention"](torch.device("meta"), dtype, 12, head_size)
+        assert {launch.compile().hash for launch in judged} == set(programs), "what is judged is what runs"
+    for program in programs.values():
+        assert kernels.shared_memory(program) <= min(LIMITS[capability], 37 * KIB)
+        assert spilled(program, tmp_path) <= SPILLED
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, FP32), (90, BF16)])
+def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_path, capability, dtype):
+    launched = gpu(capability)
+    keys = torch.empty(2, dtype=torch.int64, device="meta")
+    for site, shape in ((1, (208, 768)), (16, (432, 384)), (3, (16, 12, 48, 48))):
+        kernels.dropout_mask(DropoutSite(keys, site, 6554), shape, FP32)
+    for trials, size, low in ((1, 1024, slice(0, 512)), (32, 22_713_986, slice(4_443_648, 22_000_000))):
+        params, grad, mean, square = torch.empty(4, trials, size, device="meta")
+        compute = torch.empty(2, trials, low.stop - low.start, dtype=dtype, device="meta")
+        rule = [torch.empty(trials, n, device="meta") for n in (4, 6)]
+        kernels.adamw(params, grad, (None, None) if dtype == FP32 else tuple(compute), [mean, square],
+                      (*rule, rule[0][:, 0]), (low.stop, low)).run()  # fmt: skip
+    meta = torch.device("meta")
+    judged = [launch.compile() for work in (("dropout", meta), ("adamw", meta, dtype))
+              for launch in kernels.LAUNCHES[work[0]](*work[1:])]  # fmt: skip
+    assert {program.hash for program in judged} == {program.hash for program in launched}
+    assert len(judged) == 2
+    for program in judged:
+        assert kernels.shared_memory(program) <= 16 * KIB
+        assert spilled(program, tmp_path) == 0
+
+
+@pytest.fixture
+def judge(gpu, monkeypatch):
+    """Return ``judge(there, failing=False)``: whether attention is accepted by a T4 with so many bytes of memory."""
+
+    def ask(there, failing=False):
+        gpu(75)
+        monkeypatch.setattr(kernels, "shared_memory_limit", lambda device: there)
+        monkeypatch.setattr(Launch, "run", lambda self: torch.empty(-1 if failing else 0))
+        return kernels._accepted.__wrapped__("attention", torch.device("cpu"), FP32, 12, 64)
+
+    return ask
+
+
+def test_what_does_not_fit_is_left_to_the_plain_version_and_said(judge, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert judge(LIMITS[75])
+        assert caplog.records == []
+        assert not judge(8 * KIB)
+    [record] = caplog.records
+    assert record.getMessage().startswith("attention takes its plain version: Triton's kernel needs 12288 bytes")
+
+
+def test_what_does_not_run_is_left_to_the_plain_version_and_said(judge, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert not judge(LIMITS[75], failing=True)
+    [record] = caplog.records
+    assert "attention takes its plain version, for Triton's fails: RuntimeError" in record.getMessage()
+
+
+def test_no_device_but_a_gpu_runs_kernels_and_none_in_double_precision():
+    assert not kernels.runs("attention", torch.device("cpu"), FP32, 12, 64)
+    assert not kernels.runs("attention", torch.device("cuda", 0), torch.float64, 12, 64)
