@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from distilbench.bench.cases import Case, Measured
     from distilbench.bench.roofline import Machine, Work
-    from distilbench.trials.run import Prepared
+    from distilbench.trials.prepared import Prepared
 from distilbench.bench.table import Benchmark, Row, _write
 
 register_schema(BenchmarkSettings)
@@ -62,7 +62,7 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
 
     from distilbench.engines import check_engine
     from distilbench.engines.device import driver_version, resolve_device
-    from distilbench.trials.run import prepare
+    from distilbench.trials.prepared import prepare
 
     prepared = prepare(settings)
     check_engine(replace(settings.engine, name="fused"), prepared.model, prepared.precision)

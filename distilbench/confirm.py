@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.report.rows import Row
     from distilbench.tracking import MlflowStore, ParentRun
-    from distilbench.trials.run import Prepared
+    from distilbench.trials.prepared import Prepared
 
 register_schema()
 
@@ -171,7 +171,8 @@ def _train(
 ) -> int:
     """Train the cells in turn, each in the next free directory; returns how many did not finish."""
     from distilbench.tracking import SWEEP
-    from distilbench.trials.run import SweepContext, run
+    from distilbench.trials.prepared import SweepContext
+    from distilbench.trials.run import run
 
     prepared: dict[str, Prepared] = {}
     numbers = (n for n in count(_next_number(directory)) if not (directory / str(n)).exists())
@@ -194,7 +195,7 @@ def _next_number(directory: Path) -> int:
 
 def _prepared(settings: AppSettings, ready: dict[str, Prepared], protocol_id: str) -> Prepared:
     """Sources and splits for these settings, read once; refuses those that are no longer what the sweep used."""
-    from distilbench.trials.run import prepare
+    from distilbench.trials.prepared import prepare
 
     key = preparation_key(settings)
     if key not in ready:

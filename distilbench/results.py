@@ -279,13 +279,26 @@ class Record:
         return Record(self.identity, result.status, self.owner, self.run_id, result.error, figures=figures, **scores)
 
     def write(self, directory: Path) -> None:
-        """Replace the file at once, so that a kill leaves the old or the new one."""
+        """Replace the file at once, so that a kill leaves the old or the new one.
+
+        Where there is no room for a second file, the first is written over, which needs none.
+        """
         content = {**self.identity, "run_id": self.run_id, "status": self.status, "error": self.error, **self.scores,
                    "selection": self.selection, "figures": self.figures, "owner": asdict(self.owner)}  # fmt: skip
+        text = json.dumps(content, indent=2) + "\n"
         directory.mkdir(parents=True, exist_ok=True)
+        path = directory / RECORD
         partial = directory / f"{RECORD}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, directory / RECORD)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            if not path.is_file():
+                raise
+            with path.open("r+") as file:
+                file.write(text)
+                file.truncate()
 
 
 def read_record(directory: Path) -> Record | None:

@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,8 +31,9 @@ from distilbench.settings import CONF, SettingsError, register_schema, require, 
 from distilbench.sweep.job import Seeds, SweepJob, context_of, objectives_at, run_in_sweep
 
 if TYPE_CHECKING:
-    from distilbench.trials.batch import BatchRunner, Entry, Trained
-    from distilbench.trials.run import Job, Outcome
+    from distilbench.trials.batch import BatchRunner
+    from distilbench.trials.prepared import Job
+    from distilbench.trials.run import Outcome
 
 register_schema()
 
@@ -91,12 +92,12 @@ class Batches:
         yield {index: _by_itself(jobs[index]) for index in by_themselves}
         with ExitStack() as closing:
             parts = {index: _parts_of(task, closing) for index, task in enumerate(jobs) if index not in by_themselves}
-            entries = [(index, entry) for index, own in parts.items() for entry in own.entries]
-            ended: dict[int, list[Trained | Exception]] = defaultdict(list)
-            for trained in self._runner.train([entry for _, entry in entries]):
-                for place, result in trained.items():
-                    ended[entries[place][0]].append(result)
-                whole = [index for index, results in ended.items() if len(results) == len(parts[index].entries)]
+            parted = [(index, job) for index, own in parts.items() for job in own.jobs]
+            ended: dict[int, list[Outcome | Exception]] = defaultdict(list)
+            for outcomes in self._runner.train([job for _, job in parted]):
+                for part, outcome in outcomes.items():
+                    ended[parted[part][0]].append(outcome)
+                whole = [index for index, results in ended.items() if len(results) == len(parts[index].jobs)]
                 yield {index: _conclusion(jobs[index], parts[index].seeds, ended.pop(index)) for index in whole}
 
 
@@ -104,22 +105,21 @@ class Batches:
 class _Parts:
     """What a task is trained as: itself, or each of its seeds."""
 
-    entries: Sequence[Entry]
+    jobs: Sequence[Job]
     seeds: Seeds | None = None
 
 
 def _parts_of(task: Task, closing: ExitStack) -> _Parts:
     from distilbench.tracking import open_store
-    from distilbench.trials.batch import Entry
 
     if not task.place:
-        return _Parts([Entry(task.job)])
+        return _Parts([task.job])
     settings = task.job.settings
     if not task.has_seeds:
-        return _Parts([Entry(task.job, context_of(task.place, settings))])
+        return _Parts([replace(task.job, context=context_of(task.place, settings))])
     seeds = Seeds(task.job, task.place, open_store(settings.tracking))
     closing.enter_context(seeds.closing())
-    return _Parts([Entry(*part) for part in seeds.jobs], seeds)
+    return _Parts(seeds.jobs, seeds)
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -161,7 +161,7 @@ def _task(config: DictConfig) -> Task:
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
-    from distilbench.trials.run import Job
+    from distilbench.trials.prepared import Job
 
     job = Job(
         settings=settings,
@@ -194,21 +194,21 @@ def _by_itself(task: Task) -> TaskFunction:
     return run
 
 
-def _conclusion(task: Task, seeds: Seeds | None, trained: Sequence[Trained | Exception]) -> TaskFunction:
+def _conclusion(task: Task, seeds: Seeds | None, ended: Sequence[Outcome | Exception]) -> TaskFunction:
     """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
     def conclude(config: DictConfig) -> float | tuple[float, ...]:
         with _in_one_line():
-            results = []
-            for result in trained:
-                if isinstance(result, Exception):
-                    raise result
-                log.info(result.line)
-                results.append(result)
+            outcomes = []
+            for outcome in ended:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                log.info(outcome.line)
+                outcomes.append(outcome)
             if seeds:
-                records = [seeds.record_of(seeded) for seeded, _ in seeds.jobs]
+                records = [seeds.record_of(seeded) for seeded in seeds.jobs]
                 seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
-            return objectives_at(task.place) if task.place else _objective(results[0].outcome)
+            return objectives_at(task.place) if task.place else _objective(outcomes[0])
 
     return conclude
 

@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
 
 
+def compose_settings(*overrides: str) -> AppSettings:
+    """A trial as Hydra composes it."""
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf")):
+        return settings_from(compose("config", list(overrides)))
+
+
 @pytest.fixture
 def settings(tmp_path):
     """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes below tmp_path."""
-
-    def make(*overrides: str) -> AppSettings:
-        register_schema()
-        with initialize_config_dir(str(ROOT / "conf")):
-            return settings_from(compose("config", [*TINY, f"output.dir={tmp_path}", *overrides]))
-
-    return make
+    return lambda *overrides: compose_settings(*TINY, f"output.dir={tmp_path}", *overrides)

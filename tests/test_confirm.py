@@ -14,6 +14,7 @@ from distilbench.results import Status
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP, RunFilter
 from distilbench.trials import run as trials
+from distilbench.trials.prepared import SweepContext, prepare
 from tests.conftest import ROOT, TINY
 from tests.made_store import add_trial, make_store
 
@@ -37,9 +38,9 @@ def folder(tmp_path_factory):
             asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",
                      f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
             settings = settings_from(compose("config", asked))
-            prepared = trials.prepare(settings)
+            prepared = prepare(settings)
             tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
-            trials.run(settings, prepared, store, trials.SweepContext(f"lr={rate}", group.run_id, tags))
+            trials.run(settings, prepared, store, SweepContext(f"lr={rate}", group.run_id, tags))
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
     return folder
 

@@ -17,7 +17,7 @@ from distilbench.report.rows import Row, Untested, against_baseline, by_score, f
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import SWEEP, MlflowStore, RawRun, RunFilter, Store
+from distilbench.tracking import SWEEP, MlflowStore, RawRun, RunFilter
 
 log = logging.getLogger(__name__)
 
@@ -222,14 +222,14 @@ def write_report(report: Report, directory: Path, formats: Sequence[str], layout
 
 
 def report_sweep(
-    store: Store, sweep: str, directory: Path, usual: Mapping[str, object], console: Console | None = None
+    store: MlflowStore | None, sweep: str, directory: Path, usual: Mapping[str, object], console: Console | None = None
 ) -> Report | None:
     """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and in its description.
 
     Every ending of its trials gets a report; None where it has none yet, or nothing is tracked. ``usual`` is the
     baseline's treatment, from :func:`distilbench.composition.default_treatment`.
     """
-    if not isinstance(store, MlflowStore):
+    if store is None:
         return None
     parent = store.sweep_run(sweep)
     trials = store.search(RunFilter(tags={SWEEP: sweep}))

@@ -17,7 +17,8 @@ from distilbench.report import duration
 from distilbench.results import Status
 from distilbench.sweep.leaderboard import Board, Row, name_of, shown
 from distilbench.sweep.plan import Plan
-from distilbench.trials.run import estimate_alone, prepare
+from distilbench.trials.prepared import prepare
+from distilbench.trials.run import estimate_alone
 
 SHOWN = 8
 """Rows of the live table: the best trials, after those that run."""

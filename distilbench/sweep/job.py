@@ -23,8 +23,9 @@ from distilbench.results import MEASURES, Evaluation, Owner, Record, Status
 from distilbench.settings import AppSettings, SettingsError, SweepSettings
 
 if TYPE_CHECKING:
-    from distilbench.tracking import Store
-    from distilbench.trials.run import Job, Outcome, Prepared, SweepContext
+    from distilbench.tracking import MlflowStore, ParentRun
+    from distilbench.trials.prepared import Job, Prepared, SweepContext
+    from distilbench.trials.run import Outcome
 from distilbench.sweep.pruning import pruner_of, storage_of
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
@@ -118,7 +119,7 @@ def objectives_of(settings: AppSettings) -> tuple[str, ...]:
 def run_in_sweep(job: Job, place: SweepJob) -> tuple[float, ...]:
     """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
     from distilbench.tracking import open_store
-    from distilbench.trials.run import prepare
+    from distilbench.trials.prepared import prepare
 
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
@@ -174,7 +175,7 @@ PruningCallback = Callable[[float, int], str | None]
 
 def context_of(place: SweepJob, settings: AppSettings) -> SweepContext:
     """What a trial with one seed has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
-    from distilbench.trials.run import SweepContext
+    from distilbench.trials.prepared import SweepContext
 
     prune = _pruning_callback(place, settings.sweep)
     count = 0
@@ -192,14 +193,14 @@ def _accepting(settings: AppSettings, place: SweepJob) -> Callable[[Prepared], N
     return lambda prepared: pin_sources(prepared, settings, place)
 
 
-def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
+def _train_one(job: Job, place: SweepJob, prepared: Prepared, store: MlflowStore | None) -> None:
     from distilbench.trials.run import run
 
     context = context_of(place, job.settings)
     _compare(job, run(job.settings, prepared, store, context), store)
 
 
-def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) -> None:
+def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: MlflowStore | None) -> None:
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
     from distilbench.trials.run import run
 
@@ -208,8 +209,8 @@ def _train_seeds(job: Job, place: SweepJob, prepared: Prepared, store: Store) ->
     records: list[Record] = []
     reason = None
     with seeds.closing():
-        for count, (seeded, context) in enumerate(seeds.jobs, start=1):
-            _compare(seeded, run(seeded.settings, prepared, store, context), store)
+        for count, seeded in enumerate(seeds.jobs, start=1):
+            _compare(seeded, run(seeded.settings, prepared, store, seeded.context), store)
             records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
@@ -226,18 +227,23 @@ class Seeds:
     ``jobs`` are the seeds', each in a run and a directory of its own.
     """
 
-    def __init__(self, job: Job, place: SweepJob, store: Store) -> None:
+    def __init__(self, job: Job, place: SweepJob, store: MlflowStore | None) -> None:
         """Open the trial's run and say in ``trial.json`` that it is under way."""
-        from distilbench.trials.run import SweepContext
+        from distilbench.tracking import NullParentRun
+        from distilbench.trials.prepared import SweepContext
 
         self._place = place
-        self._group = store.open_parent_run(place.name, place.tags, place.parent_run_id)
+        self._group: ParentRun = (
+            store.open_parent_run(place.name, place.tags, place.parent_run_id) if store else NullParentRun()
+        )
         self._begun = Record(_NOBODY, Status.RUNNING, Owner.of_this_process(), self._group.run_id)
         self._begun.write(place.directory)
         self._is_finished = False
         self.jobs = [
-            (
-                _with_seed(job, seed, place.directory / f"seed-{seed}"),
+            _with_seed(
+                job,
+                seed,
+                place.directory / f"seed-{seed}",
                 SweepContext(
                     f"{place.name} seed={seed}",
                     self._group.run_id,
@@ -296,11 +302,10 @@ class Seeds:
         self._is_finished = True
 
 
-def _with_seed(job: Job, seed: int, directory: Path) -> Job:
+def _with_seed(job: Job, seed: int, directory: Path, context: SweepContext) -> Job:
     output = replace(job.settings.output, dir=str(directory))
-    return replace(
-        job, settings=replace(job.settings, seed=seed, output=output), baseline=replace(job.baseline, seed=seed)
-    )
+    settings = replace(job.settings, seed=seed, output=output)
+    return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -309,15 +314,12 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(part[name] for part in parts) for name in common}
 
 
-def _compare(job: Job, outcome: Outcome, store: Store) -> None:
+def _compare(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
     """Attach the comparison with the sweep's baseline, or an earlier one, to a trial that is not one itself."""
-    from distilbench.identity import treatment_of
-    from distilbench.trials.run import add_comparison
+    from distilbench.trials.run import add_comparison, find_baseline
 
-    if job.is_baseline:
-        return
-    wanted = treatment_of(job.baseline, outcome.prepared.precision)
-    add_comparison(outcome, store.newest_baseline(outcome.prepared.protocol.id, wanted, job.baseline.seed), store)
+    if not job.is_baseline:
+        add_comparison(outcome, store, lambda: find_baseline(job, outcome.prepared, store, ensure=False))
 
 
 def _pruning_callback(place: SweepJob, settings: SweepSettings) -> PruningCallback | None:

@@ -41,7 +41,7 @@ from distilbench.sweep.storage import (
     storage_at,
 )
 from distilbench.sweep.study import FAILURES, Study, Task, quiet
-from distilbench.tracking import ParentRun, open_store
+from distilbench.tracking import MlflowStore, NullParentRun, ParentRun, open_store
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +118,14 @@ def _to_retry(plan: Plan, study: Any) -> list[int]:
     return [t.number for t in study.get_trials(deepcopy=False) if t.user_attrs.get("status") in again]
 
 
-def _open_group(plan: Plan, studies: Studies, store: Any) -> ParentRun:
+def _open_group(plan: Plan, studies: Studies, store: MlflowStore | None) -> ParentRun:
     """The sweep's own run: the one that it had before, where there is one."""
+    if store is None:
+        return NullParentRun()
     study = studies.main.study
     tags = {"distilbench.sweep": plan.name, "distilbench.role": "sweep"}
-    group: ParentRun = store.open_parent_run(plan.name, tags, run_id=study.user_attrs.get("run_id"))
-    if group.run_id:
-        study.set_user_attr("run_id", group.run_id)
+    group = store.open_parent_run(plan.name, tags, run_id=study.user_attrs.get("run_id"))
+    study.set_user_attr("run_id", group.run_id)
     return group
 
 

@@ -8,23 +8,23 @@ where a split of its own picks epochs) per evaluation, and without a prefix what
 
 from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
-from distilbench.tracking.parent_run import ParentRun
+from distilbench.tracking.parent_run import NullParentRun, ParentRun
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.run import RunLog, final_metrics
+from distilbench.tracking.run import MlflowRun, final_metrics
 from distilbench.tracking.search import RawRun, RunFilter
-from distilbench.tracking.store import SWEEP, MlflowStore, Store
+from distilbench.tracking.store import SWEEP, MlflowStore
 from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
 __all__ = [
     "SWEEP",
     "DatasetUsed",
+    "MlflowRun",
     "MlflowStore",
+    "NullParentRun",
     "ParentRun",
     "RawRun",
     "RunFilter",
-    "RunLog",
     "RunStart",
-    "Store",
     "final_metrics",
     "find_store",
     "open_store",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from distilbench.results import Predictions, TrialResult
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
-    """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32)."""
+    """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32).
+
+    The file is whole or not there: where it can't be written, the room that its part took is given back.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -21,7 +25,12 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "prediction": predictions.logits.argmax(axis=1),
         **{f"logit_{i}": column.astype(np.float32) for i, column in enumerate(predictions.logits.T)},
     }
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_predictions(path: Path) -> Predictions:

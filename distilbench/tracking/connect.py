@@ -14,7 +14,7 @@ from typing import Any
 
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking.retries import as_settings_error
-from distilbench.tracking.store import MlflowStore, NullStore, Store
+from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, store_address_of
 
 ANSWER_SECONDS = 4.0
@@ -23,14 +23,14 @@ ANSWER_SECONDS = 4.0
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
-def open_store(settings: TrackingSettings) -> Store:
-    """Open the store that ``settings`` name, making database and experiment where they are missing.
+def open_store(settings: TrackingSettings) -> MlflowStore | None:
+    """Open the store that ``settings`` name, making database and experiment where missing; None for ``tracking=none``.
 
     ``tracking.uri`` goes before ``MLFLOW_TRACKING_URI``, that before ``mlflow.db`` at the project's root. Processes
     may race here. Raises :class:`SettingsError`, within about five seconds, where there is no store to be had.
     """
     if settings.name == "none":
-        return NullStore()
+        return None
     address = store_address_of(settings)
     _quieten()
     with as_settings_error(address.refusal, address.remedy):

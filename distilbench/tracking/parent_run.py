@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distilbench.results import Owner, Status
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import retry_or_warn
-from distilbench.tracking.run import TERMINAL, log_metrics, milliseconds
+from distilbench.tracking.run import end_run, log_metrics, milliseconds
 from distilbench.tracking.tags import LONGEST_TAG
 
 if TYPE_CHECKING:
@@ -118,16 +118,6 @@ def _is_of_dead(run: Run, is_dead: Callable[[Owner], bool]) -> bool:
     except (KeyError, ValueError):  # not one of ours, or its tags were edited
         return False
     return is_dead(owner)
-
-
-def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
-    """Tag a run with its status and error, then end it in MLflow's own terms."""
-    from mlflow.entities import RunTag
-
-    tags = [RunTag("distilbench.status", status.value)]
-    tags.append(RunTag("distilbench.error", redact(" ".join((error or "").split()))[:LONGEST_TAG]))
-    client.log_batch(run_id, tags=tags, synchronous=True)
-    client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
 ParentRun = NullParentRun | MlflowParentRun

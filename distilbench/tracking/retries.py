@@ -45,7 +45,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def retry_or_warn(what: str, action: Callable[[], object]) -> bool:
-    """Try thrice; then warn in one line and return False, since a trained model outweighs its record."""
+    """Try thrice, then warn in one line, since a trained model outweighs its record; return whether the store answers.
+
+    An error that is not the store's (a figure that can't be drawn) is not tried again, but costs no more than that.
+    """
     for pause in (*PAUSES, None):
         try:
             action()
@@ -55,4 +58,7 @@ def retry_or_warn(what: str, action: Callable[[], object]) -> bool:
                 log.warning("MLflow did not take %s: %s", what, reason_of(error))
             else:
                 time.sleep(pause)
+        except Exception as error:
+            log.warning("MLflow did not get %s: %s: %s", what, type(error).__name__, reason_of(error))
+            return True
     return False

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.results import MEASURES, Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import reason_of, retry_or_warn, store_errors
@@ -28,26 +28,13 @@ METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
 
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
-PREDICTIONS = "predictions.parquet"
-
-
-class NullRun:
-    """The run of a trial that is not tracked: forgets everything."""
-
-    run_id = None
-
-    def on_step(self, record: StepRecord) -> None:
-        """Do nothing."""
-
-    def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Do nothing."""
-
-    def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
-        """Do nothing."""
 
 
 class MlflowRun:
-    """One open run. Metrics wait in memory until sending them is worth its time, or until the next evaluation."""
+    """One open run. Metrics wait in memory until sending them is worth its time, or until the next evaluation.
+
+    No trouble of the store ends a trial: it is retried, then told in one line.
+    """
 
     def __init__(self, client: MlflowClient, run_id: str, start: RunStart) -> None:
         self._client = client
@@ -90,8 +77,8 @@ class MlflowRun:
             writes.append(("the confusion matrix", lambda: self._log_confusion(predictions)))
         if result.history:
             writes.append(("the learning curve", lambda: self._log_curve(result)))
-        all(retry_or_warn(what, write) for what, write in writes)  # the first that fails spares the wait for the others
-        retry_or_warn("the end of the run", lambda: self._end(result))
+        all(retry_or_warn(what, write) for what, write in writes)  # a store that is gone is not waited for once more
+        retry_or_warn("the end of the run", lambda: end_run(self._client, self._run_id, result.status, result.error))
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
         at = milliseconds()
@@ -128,15 +115,6 @@ class MlflowRun:
     def _log_curve(self, result: TrialResult) -> None:
         self._client.log_figure(self._run_id, curve_figure(self._losses, result), "learning_curve.png")
 
-    def _end(self, result: TrialResult) -> None:
-        from mlflow.entities import RunTag
-
-        tags = [RunTag("distilbench.status", result.status.value)]
-        if result.error:
-            tags.append(RunTag("distilbench.error", redact(" ".join(result.error.split()))[:LONGEST_TAG]))
-        self._client.log_batch(self._run_id, tags=tags, synchronous=True)
-        self._client.set_terminated(self._run_id, TERMINAL.get(result.status, "FAILED"))
-
 
 def milliseconds() -> int:
     """Milliseconds since the epoch, as MLflow counts."""
@@ -149,6 +127,17 @@ def log_metrics(client: MlflowClient, run_id: str, values: list[tuple[str, float
 
     if values:
         client.log_batch(run_id, metrics=[Metric(*value) for value in values], synchronous=True)
+
+
+def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
+    """Tag a run with its status and error, then end it in MLflow's own terms."""
+    from mlflow.entities import RunTag
+
+    tags = [RunTag("distilbench.status", status.value)]
+    if error:
+        tags.append(RunTag("distilbench.error", redact(" ".join(error.split()))[:LONGEST_TAG]))
+    client.log_batch(run_id, tags=tags, synchronous=True)
+    client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
@@ -181,7 +170,3 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     if result.report is not None:
         values |= {name: result.report.metric(name) for name in MEASURES}
     return values
-
-
-RunLog = NullRun | MlflowRun
-"""What is written of one trial. No trouble of the store ends a trial: it is retried, then told in one line."""

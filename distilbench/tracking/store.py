@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from distilbench.identity import SourceUsed, short_hash
-from distilbench.results import Predictions, Status, StoredTrial
-from distilbench.settings import SettingsError, TrialSettings
+from distilbench.results import PREDICTIONS, Predictions, Status, StoredTrial
+from distilbench.settings import TrialSettings
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.parent_run import MlflowParentRun, NullParentRun, ParentRun
+from distilbench.tracking.parent_run import MlflowParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import as_settings_error, retry_or_warn
-from distilbench.tracking.run import PREDICTIONS, MlflowRun, NullRun, RunLog, log_metrics, milliseconds
+from distilbench.tracking.run import MlflowRun, end_run, log_metrics, milliseconds
 from distilbench.tracking.search import RawRun, RunFilter, search_database, search_server
 from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
 from distilbench.tracking.uri import StoreAddress
@@ -37,42 +37,6 @@ LONGEST_NAME = 500
 """MLflow's own limits (mlflow.utils.validation): parameters a call, characters of a data set's name."""
 
 
-class NullStore:
-    """The store of ``tracking=none``: keeps nothing, finds nothing."""
-
-    def begin(self, start: RunStart) -> RunLog:
-        """Return a log that forgets."""
-        return NullRun()
-
-    def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
-        """Return None."""
-        return None
-
-    def load(self, run_id: str) -> StoredTrial:
-        """Refuse: there is no run to load."""
-        raise SettingsError(f"tracking must be mlflow to load a run, got none (run {run_id}); drop tracking=none")
-
-    def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
-        """Do nothing."""
-
-    def search(self, wanted: RunFilter) -> list[StoredTrial]:
-        """Return nothing: nothing is kept."""
-        return []
-
-    def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
-                   run_id: str | None = None) -> ParentRun:  # fmt: skip
-        """Return a parent run that keeps nothing."""
-        return NullParentRun()
-
-    def runs_url(self) -> str | None:
-        """Return None."""
-        return None
-
-    def describe(self) -> str:
-        """Say that nothing is kept."""
-        return "not tracked (tracking=none)"
-
-
 class MlflowStore:
     """Trials as MLflow runs of one experiment."""
 
@@ -85,14 +49,19 @@ class MlflowStore:
         self._client = MlflowClient(address.uri)
         self._artifacts: dict[str, str] = {}
 
-    def begin(self, start: RunStart) -> RunLog:
+    def begin(self, start: RunStart) -> MlflowRun:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
         with self._asking():
             run = self._reopened(start.run_id, start) if self._holds(start.run_id) else self._created(start)
             run_id = run.info.run_id
-            self._log_params(run_id, start.settings, known=run.data.params)
-            self._log_datasets(run_id, start)
-            self._client.log_text(run_id, redact(start.config_yaml), "config.yaml")
+            try:
+                self._log_params(run_id, start.settings, known=run.data.params)
+                self._log_datasets(run_id, start)
+                self._client.log_text(run_id, redact(start.config_yaml), "config.yaml")
+            except BaseException:
+                ending = partial(end_run, self._client, run_id, Status.FAILED, "the store did not take its start")
+                retry_or_warn("the end of the run", ending)
+                raise
         return MlflowRun(self._client, run_id, start)
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
@@ -110,12 +79,6 @@ class MlflowStore:
             if runs:
                 return self._stored(runs[0])
         return None
-
-    def load(self, run_id: str) -> StoredTrial:
-        """The trial of a run, NaN where a figure is missing; raises :class:`SettingsError` where there is none."""
-        with as_settings_error(f"run must be one of {self.describe()}, got {run_id!r}", "name another one"):
-            run = self._client.get_run(run_id)
-        return self._stored(run)
 
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Attach ``comparison.md`` and metrics to a run, which may have ended."""
@@ -171,7 +134,7 @@ class MlflowStore:
         return self._address.run_url(self._experiment_id, run_id)
 
     def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
-                   run_id: str | None = None) -> ParentRun:  # fmt: skip
+                   run_id: str | None = None) -> MlflowParentRun:  # fmt: skip
         """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
@@ -300,7 +263,3 @@ def dataset_input(source: SourceUsed, used: DatasetUsed) -> DatasetInput:
         profile=json.dumps({"num_rows": used.examples}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])
-
-
-Store = NullStore | MlflowStore
-"""Where trials are kept and found again."""

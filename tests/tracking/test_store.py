@@ -20,8 +20,7 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import DatasetUsed, RunStart, open_store, params_of, redact
-from distilbench.tracking import retries as trouble
+from distilbench.tracking import DatasetUsed, RunFilter, RunStart, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
 
@@ -95,7 +94,7 @@ def finished(store, start, predictions=PREDICTIONS):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(trouble, "PAUSES", ())
+    monkeypatch.setattr(retries, "PAUSES", ())
 
 
 def test_a_trial_is_kept_with_parameters_as_the_command_line_spells_them(store, client, start):
@@ -135,14 +134,14 @@ def test_tags_tell_what_was_used_where_and_by_which_process(store, client, start
 
 
 def test_commit_and_dirty_flag_are_tagged_inside_a_checkout(store, client, start, tmp_path, monkeypatch):
-    from distilbench.tracking import tags as description
+    from distilbench.tracking import tags as run_tags
 
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     (tmp_path / "new.txt").write_text("staged")
     subprocess.run(["git", "-C", tmp_path, "add", "new.txt"], check=True)
-    monkeypatch.setattr(description, "ROOT", tmp_path)
+    monkeypatch.setattr(run_tags, "ROOT", tmp_path)
     tags = client.get_run(store.begin(start()).run_id).data.tags
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["mlflow.source.git.dirty"] == "true"
@@ -334,30 +333,24 @@ def test_the_newest_finished_baseline_of_the_same_seed_is_found(store, start):
 
 def test_a_stored_trial_equals_what_was_logged(store, start):
     began = start(alone=False)
-    kept = store.load(finished(store, began))
+    run_id = finished(store, began)
+    (kept,) = store.search(RunFilter(run_ids=(run_id,)))
     assert (kept.name, kept.protocol_id, kept.treatment, kept.seed) == (
         began.name, began.protocol.id, began.treatment, 42,
     )  # fmt: skip
     assert (kept.status, kept.accuracy, kept.loss, kept.train_seconds) == (Status.FINISHED, 0.75, 0.4, 12.5)
     assert (kept.trainable_parameters, kept.measured_on, kept.alone) == (7, "cpu; trainer; fp32", False)
-    np.testing.assert_array_equal(kept.predictions.logits, PREDICTIONS.logits)
-    np.testing.assert_array_equal(kept.predictions.correct, [True, True, False, True])
+    predictions = store.predictions(run_id)
+    np.testing.assert_array_equal(predictions.logits, PREDICTIONS.logits)
+    np.testing.assert_array_equal(predictions.correct, [True, True, False, True])
 
 
 def test_missing_or_broken_predictions_load_as_none(store, start, uri):
-    assert store.load(finished(store, start(), predictions=None)).predictions is None
+    assert store.predictions(finished(store, start(), predictions=None)) is None
     run_id = finished(store, start())
     folder = Path(uri.removeprefix("sqlite:///")).parent
     next(folder.rglob(f"{run_id}/artifacts/predictions.parquet")).write_bytes(b"half")
-    assert store.load(run_id).predictions is None
-
-
-def test_a_run_that_is_no_trial_is_refused_in_one_line(store, client):
-    with pytest.raises(SettingsError, match=r"^run must be one of .*, got 'nowhere': .*; name another one$"):
-        store.load("nowhere")
-    foreign = client.create_run("1").info.run_id
-    with pytest.raises(SettingsError, match="must be a distilbench trial"):
-        store.load(foreign)
+    assert store.predictions(run_id) is None
 
 
 def test_a_comparison_is_added_to_an_ended_run(store, client, start):
@@ -470,20 +463,19 @@ def test_batches_stay_within_mlflows_limit(start):
     for number in range(1, 601):
         run.on_step(step(number, steps=600))
     run.on_evaluation(KEPT)
-    assert sizes == [1000, 1000, 405]
+    assert sizes == [1000, 1000, 407]
 
 
-def test_tracking_none_keeps_nothing_and_imports_no_mlflow(start):
-    store = open_store(TrackingSettings("none", None, "tests"))
-    run = store.begin(start())
-    run.on_step(step(1))
-    run.finish(DONE, PREDICTIONS)
-    assert (run.run_id, store.runs_url()) == (None, None)
-    assert store.newest_baseline("0", {}, 42) is None
-    assert store.describe() == "not tracked (tracking=none)"
+def test_tracking_none_opens_no_store_and_imports_no_mlflow():
+    code = (
+        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store;"
+        "print(open_store(TrackingSettings('none', None, 'tests')), 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "None False\n"
 
 
-def test_the_place_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
+def test_the_address_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
     monkeypatch.setattr(address, "ROOT", tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = address.store_address_of(TrackingSettings("mlflow", None, "tests"))
@@ -610,9 +602,9 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_within_five_seconds
 
 
 def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch):
-    from distilbench.tracking import connect as opening
+    from distilbench.tracking import connect
 
-    monkeypatch.setattr(opening, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(connect, "ANSWER_SECONDS", 0.1)
     (tmp_path / "text.db").write_text("no database, but a text of some length " * 100)
     with pytest.raises(SettingsError, match=r"^tracking.uri must be .*text.db: file is not a database; check the file"):
         open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/text.db", "tests"))
@@ -624,9 +616,9 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatc
 def test_a_locked_database_is_told_in_one_line(uri, store, monkeypatch):
     import sqlite3
 
-    from distilbench.tracking import connect as opening
+    from distilbench.tracking import connect
 
-    monkeypatch.setattr(opening, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(connect, "ANSWER_SECONDS", 0.1)
     holder = sqlite3.connect(uri.removeprefix("sqlite:///"))
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(SettingsError, match="database is locked"):

@@ -1,0 +1,134 @@
+"""From the moment a trial's run is opened until it is closed: whatever ends it, its record and its run say how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from distilbench.identity import trial_identity
+from distilbench.results import PREDICTIONS, Owner, Predictions, Record, Status, TrialResult, read_record
+from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
+from distilbench.trials.prepared import Prepared, SweepContext, run_start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenTrial:
+    """A trial that has begun; ``result`` is what an engine came to, None until then."""
+
+    settings: AppSettings
+    prepared: Prepared
+    name: str
+    record: Record
+    run: MlflowRun | None
+    """None where nothing is tracked."""
+    result: TrialResult | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where its record and its predictions are."""
+        return Path(self.settings.output.dir)
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What the kept epoch said of the report split."""
+        report = self.result.report if self.result else None
+        if report is None or report.logits is None:
+            return None
+        return Predictions(self.prepared.splits.report.labels, report.logits)
+
+
+@contextmanager
+def open_trials(
+    trials: Sequence[AppSettings], prepared: Prepared, store: MlflowStore | None, contexts: Sequence[SweepContext]
+) -> Iterator[list[OpenTrial]]:
+    """Open a run and a record for each trial; at the end of the block, however it comes, close every one of them.
+
+    A trial that has its result keeps it. Any other ends INTERRUPTED where a signal or an exit ends the block, FAILED
+    where an error does; the exception passes through. Enter and leave it with signals held back.
+    """
+    records = [_begin(settings, prepared) for settings in trials]  # what is refused is refused before any run is open
+    opened: list[OpenTrial] = []
+    try:
+        for settings, record, context in zip(trials, records, contexts, strict=True):
+            start = run_start(settings, prepared, record.run_id, context, alone=len(trials) == 1)
+            run = store.begin(start) if store else None
+            record = replace(record, run_id=run.run_id if run else None)
+            opened.append(OpenTrial(settings, prepared, start.name, record, run))
+            _write_first(record, opened[-1].directory)
+        yield opened
+    except BaseException as error:
+        for trial in opened:
+            trial.result = trial.result or _ended_by(error)
+        raise
+    finally:
+        for trial in opened:  # in their directories first, which settles them: that takes milliseconds
+            _keep_in_directory(trial)
+        for trial in opened:
+            _keep_in_store(trial)
+
+
+def _begin(settings: AppSettings, prepared: Prepared) -> Record:
+    """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
+    directory = Path(settings.output.dir)
+    identity = asdict(trial_identity(prepared.protocol, settings, prepared.precision))
+    found = read_record(directory) if settings.train.resume else None
+    if found and found.status is Status.FINISHED:
+        raise SettingsError(
+            f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
+            f"{found.scores['accuracy']:.4f}; drop train.resume=true to train it anew"
+        )
+    changed = [key for key, value in identity.items() if found and found.identity[key] != value]
+    if changed:
+        raise SettingsError(
+            f"train.resume must continue the trial in {directory}, got another {' and '.join(changed)}; "
+            "use the settings it was started with, or another hydra.run.dir"
+        )
+    return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
+
+
+def _write_first(record: Record, directory: Path) -> None:
+    """Write the record of a trial that begins; raises :class:`SettingsError` where its directory takes none."""
+    try:
+        record.write(directory)
+    except OSError as error:
+        raise SettingsError(
+            f"output.dir must be a directory that can be written, got {directory}: {error.strerror}; "
+            "make room there, or name another with hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
+        ) from error
+
+
+def _ended_by(error: BaseException) -> TrialResult:
+    if isinstance(error, Exception):
+        return TrialResult(Status.FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
+
+
+def _keep_in_directory(trial: OpenTrial) -> None:
+    """Write predictions and record; what can't be written costs a warning, since the figures outweigh the file."""
+    result, predictions = trial.result, trial.predictions
+    if result is None:
+        return
+    if predictions is not None:
+        _write_or_warn(f"the predictions of {trial.name}",
+                       lambda: write_predictions(predictions, trial.directory / PREDICTIONS))  # fmt: skip
+    record = trial.record.with_result(result, final_metrics(result))
+    _write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
+
+
+def _keep_in_store(trial: OpenTrial) -> None:
+    run, result = trial.run, trial.result
+    if run and result:
+        _write_or_warn(f"the run of {trial.name}", lambda: run.finish(result, trial.predictions))
+
+
+def _write_or_warn(what: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except Exception as error:  # whatever it is, the rest of the trial is still to be kept
+        log.warning("%s could not be written: %s", what, getattr(error, "strerror", None) or error)

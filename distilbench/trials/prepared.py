@@ -1,0 +1,149 @@
+"""What a trial begins with: a job, what its sweep says of it, and sources and text made ready."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+
+from distilbench.data.text import TextSplits, load_text
+from distilbench.data.tokens import EncodedSplits, encode
+from distilbench.engines import resolve_engine
+from distilbench.engines.device import describe_device, resolve_device, resolve_precision
+from distilbench.identity import ProtocolIdentity, treatment_of
+from distilbench.models.build import load_tokenizer
+from distilbench.models.resolve import ResolvedModel, check_freeze, check_length, resolve_model
+from distilbench.results import Evaluation
+from distilbench.settings import ROOT, AppSettings, EngineSettings, TrialSettings
+from distilbench.tracking import DatasetUsed, RunStart
+
+CACHE = ROOT / "outputs" / "cache"
+
+LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial as a person asked for it, with what it takes to compare it."""
+
+    settings: AppSettings
+    baseline: AppSettings
+    baseline_command: Callable[[], str]
+    """Makes the command line that trains the baseline; that takes half a second, and few ask."""
+    context: SweepContext | None = None
+    """Set for a trial of a sweep, which sees to the baseline itself."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this trial's treatment is the baseline's own."""
+        return treatment_of(self.settings, "") == treatment_of(self.baseline, "")
+
+
+@dataclass(frozen=True)
+class SweepContext:
+    """What a trial has from the sweep that it belongs to; one on its own has none of it."""
+
+    name: str | None = None
+    """The run's name, where the sweep knows a shorter one than :func:`name_of`."""
+    parent_run_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    pruning_callback: Callable[[Evaluation], str | None] | None = None
+    """Called after each evaluation; returns why the trial is to stop there, or None."""
+    is_quiet: bool = False
+    """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
+    accept: Callable[[Prepared], None] | None = None
+    """Raises :class:`SettingsError` for sources that are not those of the sweep's other trials."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that trials of one model, one text and one device share; ``seconds`` is what preparing took."""
+
+    model: ResolvedModel
+    text: TextSplits
+    splits: EncodedSplits
+    protocol: ProtocolIdentity
+    engine: EngineSettings
+    device: str
+    precision: str
+    measured_on: str
+    seconds: float
+
+
+def version_of(library: str) -> str:
+    """Return the version of an installed library; ``unknown`` for one that runs without metadata, as a checkout may."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def name_of(settings: AppSettings) -> str:
+    """Return a run name that tells what varies most: ``freeze3-cosine-lr3e-05-wd0.05-s42``."""
+    optim = settings.optim
+    return (
+        f"freeze{settings.freeze.layers}-{settings.scheduler.name}"
+        f"-lr{optim.lr:g}-wd{optim.weight_decay:g}-s{settings.seed}"
+    )
+
+
+def prepare(settings: AppSettings) -> Prepared:
+    """Resolve the sources and encode the text; raises :class:`SettingsError` for all that a person can mend."""
+    start = time.perf_counter()
+    device = resolve_device(settings.engine.device)
+    precision = resolve_precision(settings.train.precision, device)
+    model = resolve_model(settings.model)
+    check_freeze(model, settings.freeze)
+    check_length(model, settings.train.max_length)
+    engine = resolve_engine(settings.engine, model, precision, device.type)
+    text = load_text(settings.data)
+    splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
+    selection = "validation" if splits.selection is splits.report else "train (held out)"
+    name = describe_device(device)
+    return Prepared(
+        model=model,
+        text=text,
+        splits=splits,
+        protocol=ProtocolIdentity(model.used, text.used, settings.train.metric, selection, "validation"),
+        engine=engine,
+        device=name,
+        precision=precision,
+        measured_on=f"{name}; {engine.name}; {precision}; torch {version_of('torch')}; "
+        f"transformers {version_of('transformers')}",
+        seconds=time.perf_counter() - start,
+    )
+
+
+def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
+    """Return the trial as an engine gets it: with the weights that were really resolved, and the engine."""
+    return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
+
+
+def run_start(
+    settings: AppSettings, prepared: Prepared, run_id: str | None, context: SweepContext, alone: bool
+) -> RunStart:
+    """Return what is known of a trial before its first step; ``run_id`` is an interrupted run to continue."""
+    from omegaconf import OmegaConf
+
+    splits, fingerprint = prepared.splits, prepared.protocol.data.fingerprint
+    parts = [("training", splits.train), ("validation", splits.report)]
+    if splits.selection is not splits.report:
+        parts.insert(1, ("selection", splits.selection))
+    return RunStart(
+        name=context.name or name_of(settings),
+        settings=prepared_trial(settings, prepared),
+        protocol=prepared.protocol,
+        treatment=treatment_of(settings, prepared.precision),
+        device=prepared.device,
+        precision=prepared.precision,
+        measured_on=prepared.measured_on,
+        versions={library: version_of(library) for library in LIBRARIES},
+        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(settings)),
+        label_names=splits.label_names,
+        datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
+        alone=alone,
+        tags=context.tags,
+        parent_run_id=context.parent_run_id,
+        run_id=run_id,
+    )

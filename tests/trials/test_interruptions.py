@@ -1,0 +1,134 @@
+"""Signals wait while something is opened or closed, and come where they may."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from distilbench.trials.interruptions import SIGNALS, SignalGuard
+
+
+class Ended(KeyboardInterrupt):
+    """A signal, as the command line makes an exception of it."""
+
+
+@pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
+def number(request):
+    """A signal whose handler raises."""
+
+    def handler(number, frame):
+        raise Ended(number)
+
+    before = signal.signal(request.param, handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_a_signal_waits_for_the_end_of_the_block(number):
+    steps = []
+
+    def close():
+        with SignalGuard():
+            signal.raise_signal(number)
+            steps.append("closed")
+
+    with pytest.raises(Ended):
+        close()
+    assert steps == ["closed"]
+
+
+def test_a_signal_is_let_through_where_it_is_released_and_the_next_one_waits(number):
+    steps = []
+
+    def work():
+        with SignalGuard() as guard:
+            try:
+                with guard.released():
+                    signal.raise_signal(number)
+                    steps.append("not reached")
+            finally:
+                signal.raise_signal(number)
+                steps.append("closed")
+
+    with pytest.raises(Ended) as raised:
+        work()
+    assert steps == ["closed"]
+    assert isinstance(raised.value.__context__, Ended), "the second came after the first"
+
+
+def test_a_signal_that_waited_comes_at_the_beginning_of_the_released_part(number):
+    steps = []
+
+    def work():
+        with SignalGuard() as guard:
+            signal.raise_signal(number)
+            steps.append("opened")
+            with guard.released():
+                steps.append("not reached")
+
+    with pytest.raises(Ended):
+        work()
+    assert steps == ["opened"]
+
+
+def test_the_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with SignalGuard() as guard:
+        assert signal.getsignal(number) != before
+        with guard.released():
+            pass
+    assert signal.getsignal(number) is before
+
+
+def test_a_handler_that_goes_on_is_asked_again():
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with SignalGuard() as guard, guard.released():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert told == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals to hang up")
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalGuard() as guard, guard.released():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_default_ends_the_process_after_the_block_only():
+    code = (
+        "import signal; from distilbench.trials.interruptions import SignalGuard\n"
+        "with SignalGuard() as guard:\n"
+        "    try:\n"
+        "        with guard.released(): signal.raise_signal(signal.SIGTERM)\n"
+        "    finally: print('closed', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "closed\n")
+
+
+def test_another_thread_is_left_alone():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def work():
+        with SignalGuard() as guard, guard.released():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
