@@ -113,7 +113,7 @@ def _missing(
     store: MlflowStore, settings: ConfirmSettings, report: Report, known: Sequence[StoredTrial]
 ) -> Iterator[Cell]:
     """What is left to train, seed by seed, so that an interruption leaves every setting with the same seeds."""
-    from distilbench.report.rows import by_score
+    from distilbench.report.findings import by_score
 
     assert report.baseline is not None
     rows = [report.baseline, *by_score(report.candidates)[: settings.top]]
@@ -124,7 +124,7 @@ def _missing(
             key = short_hash(row.treatment)
             if (key, seed) not in done:
                 chosen = replace(started[key], seed=seed, tracking=settings.tracking)
-                yield Cell(row.label, chosen, key, row.is_baseline, row.seconds)
+                yield Cell(row.label, chosen, key, row.is_baseline, row.cost.seconds)
 
 
 def fresh_seeds(report: Report, number: int) -> list[int]:

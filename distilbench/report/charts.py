@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from distilbench.report.formats import html
 
-WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 46
+WIDTH, HEIGHT = 360, 260
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 44
 """Pixels of a chart and of its margins, which hold the axes."""
 
 
@@ -83,6 +83,11 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) 
 def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5) -> str:
     """A point with a tooltip."""
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{html(tip)}</title></circle>'
+
+
+def cross(x: float, y: float, tip: str) -> str:
+    """Mark where a trial was stopped, with a tooltip."""
+    return f'<path class="stopped" d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"><title>{html(tip)}</title></path>'
 
 
 def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str:

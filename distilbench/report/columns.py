@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,14 +12,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.report.costs import Cost, Saving
 from distilbench.report.formats import (
     csv_text,
     duration,
+    flops,
     interval,
     latex,
     less,
     markdown,
     markdown_row,
+    memory,
     millions,
     one_line,
     p_value,
@@ -28,7 +32,7 @@ from distilbench.report.formats import (
 )
 from distilbench.report.rows import Row
 from distilbench.report.words import said
-from distilbench.results import Verdict
+from distilbench.results import Status, Verdict
 
 Value = float | int | str | bool | None
 """Plain numbers: shares, seconds, points; None or NaN where there is none."""
@@ -46,8 +50,8 @@ class Column:
     title: str = ""
     text: Callable[[Row], str] = str
     is_text: bool = False
-    narrow: int = 0
-    """Characters that it takes in a narrow terminal, which leaves columns of 0 away; settings get what is left."""
+    width: int = 0
+    """Characters that it takes in a narrow terminal; settings get what is left."""
 
 
 def _of_difference(name: str) -> Callable[[Row], Value]:
@@ -65,36 +69,70 @@ def _difference(row: Row) -> str:
     return f"{points(found.points)} ({interval(found.low, found.high)})"
 
 
+def _cost(
+    of: Callable[[Cost], float],
+    saved: Callable[[Saving], float | None],
+    text: Callable[[float], str],
+    few: bool = False,
+) -> Callable[[Row], str]:
+    """Tell a cost and, in brackets, what of the baseline's it saves; ``few``: it is counted, not measured."""
+
+    def told(row: Row) -> str:
+        value, percent = of(row.cost), saved(row.saving)
+        return "" if math.isnan(value) else text(value) + (f" ({less(percent, few)})" if percent is not None else "")
+
+    return told  # fmt: skip
+
+
 def _time(row: Row) -> str:
-    if math.isnan(row.seconds):
-        return ""
-    saved = "" if row.time_gain_percent is None else f" ({less(row.time_gain_percent)})"
-    return duration(row.seconds) + saved
+    told = _cost(lambda cost: cost.seconds, lambda saving: saving.seconds, duration)(row)
+    return f"about {told}" if row.cost.is_estimate else told
+
+
+def _seeds(row: Row) -> str:
+    """How many seeds finished, and how the others ended."""
+    ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
+    told = ", ".join(f"{count} {status}" for status, count in ended.items())
+    return f"{row.n} ({told})" if told and row.trials else str(row.n)
+
+
+def _costs(row: Row) -> str:
+    """Time and FLOPs in one cell, each on lines of its own."""
+    counted = CSV["train_flops"].text(row)
+    return "; ".join(part for part in (_time(row), counted and counted.replace(" (", " FLOPs (", 1)) if part)
 
 
 _ALL = (
-    Column("trial", lambda row: row.number, "#", lambda row: row.number.rpartition("/")[2], narrow=3),
-    Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True, narrow=1),
+    Column("trial", lambda row: row.number, "#", lambda row: row.number.rpartition("/")[2]),
+    Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
     Column("is_baseline", lambda row: row.is_baseline),
-    Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", lambda row: str(row.n)),
+    Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
     Column("accuracy", lambda row: row.accuracy, "accuracy",
-           lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else "", narrow=8),
+           lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
     Column("accuracy_deviation", lambda row: row.accuracy_deviation),
     Column("loss", lambda row: row.loss, "loss", lambda row: f"{row.loss:.4f}" if row.trials else ""),
-    Column("train_seconds", lambda row: row.seconds, "time", _time, narrow=12),
-    Column("train_seconds_deviation", lambda row: row.seconds_deviation),
-    Column("difference_points", _of_difference("points"), "difference (95 %)", _difference, narrow=16),
+    Column("train_seconds", lambda row: row.cost.seconds, "time", _time),
+    Column("train_seconds_deviation", lambda row: row.cost.seconds_deviation),
+    Column("is_time_estimate", lambda row: row.cost.is_estimate),
+    Column("train_cpu_seconds", lambda row: row.cost.cpu_seconds, "CPU time",
+           _cost(lambda cost: cost.cpu_seconds, lambda saving: saving.cpu_seconds, duration)),
+    Column("train_flops", lambda row: row.cost.flops, "FLOPs",
+           _cost(lambda cost: cost.flops, lambda saving: saving.flops, flops, few=True)),
+    Column("peak_memory_bytes", lambda row: row.cost.memory_bytes, "memory",
+           _cost(lambda cost: cost.memory_bytes, lambda saving: saving.memory, memory)),
+    Column("difference_points", _of_difference("points"), "difference (95 %)", _difference),
     Column("difference_low_points", _of_difference("low")),
     Column("difference_high_points", _of_difference("high")),
     Column("p", _of_difference("p")),
     Column("p_holm", _of_difference("p_holm"), "p (Holm)",
            lambda row: p_value(row.difference.p_holm) if row.difference else ""),
-    Column("time_gain_percent", lambda row: row.time_gain_percent),
+    Column("time_gain_percent", lambda row: row.saving.seconds),
+    Column("flops_gain_percent", lambda row: row.saving.flops),
     Column("trainable_parameters", lambda row: row.trainable_parameters, "trained",
            lambda row: millions(row.trainable_parameters)),
-    Column("verdict", lambda row: row.verdict or "", "verdict", said, is_text=True, narrow=11),
+    Column("verdict", lambda row: row.verdict or "", "verdict", said, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
-    Column("status", lambda row: row.status, "status", lambda row: row.status, is_text=True),
+    Column("status", lambda row: row.status),
     Column("protocol", lambda row: row.all_trials[0].protocol_id),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
     *map(_of_treatment, ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
@@ -106,19 +144,21 @@ def _choose(*keys: str) -> tuple[Column, ...]:
     return tuple(CSV[key] for key in keys)
 
 
-BRIEF = _choose("trial", "setting", "difference_points", "verdict", "accuracy", "train_seconds")
-NOTE = (*BRIEF, *_choose("p_holm", "seeds"))
-FULL = (*BRIEF, *_choose("p_holm", "loss", "trainable_parameters", "seeds", "status"))
-PAPER = tuple(
-    replace(column, narrow=0)
-    for column in (
-        replace(CSV["setting"], title="experiment"),
-        *_choose("accuracy", "loss"),
-        replace(CSV["train_seconds"], title="training time",
-                text=lambda row: duration(row.seconds) if row.trials else row.status),
-        replace(CSV["time_gain_percent"], title="time gain",
-                text=lambda row: "-" if row.time_gain_percent is None else f"{row.time_gain_percent:+.0f} %"),
-    )
+_BRIEF = ("trial", "setting", "difference_points", "verdict", "accuracy")
+NOTE = _choose(*_BRIEF, "train_flops", "train_seconds", "p_holm", "seeds")
+FULL = _choose(*_BRIEF, "train_flops", "train_seconds", "train_cpu_seconds", "peak_memory_bytes",
+               "trainable_parameters", "p_holm", "loss", "seeds")  # fmt: skip
+NARROW = (
+    *(replace(CSV[key], width=width) for key, width in zip(_BRIEF, (3, 20, 16, 11, 8), strict=True)),
+    Column("cost", lambda row: None, "time, FLOPs", _costs, width=12),
+)
+PAPER = (
+    replace(CSV["setting"], title="experiment"),
+    *_choose("accuracy", "loss"),
+    replace(CSV["train_seconds"], title="training time",
+            text=lambda row: duration(row.cost.seconds) if row.cost.seconds > 0 else row.status),
+    replace(CSV["time_gain_percent"], title="time gain",
+            text=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}
@@ -132,27 +172,27 @@ def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
 
 
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
-    """Lay rows out for a terminal of ``width`` columns, a narrow one without the columns that it has no room for."""
+    """Lay rows out for a terminal of ``width`` columns; :data:`NARROW` has several lines a row."""
     columns = filled(columns, rows)
-    is_narrow = width < WIDE and any(column.narrow for column in columns)
-    columns = [column for column in columns if column.narrow or not is_narrow]
-    left = max(width - 3 - sum(column.narrow + 2 for column in columns if column.key != "setting"), 20)
+    is_narrow = any(column.width for column in columns)
+    left = max(width - 3 - sum(column.width + 2 for column in columns if column.key != "setting"), 20)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"
-        room = (left if column.key == "setting" else column.narrow) if is_narrow else None
+        room = (left if column.key == "setting" else column.width) if is_narrow else None
         whole = not column.is_text and not is_narrow
         table.add_column(_folded(column.title, is_narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
     for row in rows:
         style = "bold" if row.is_baseline else _STYLES.get(row.verdict, "") if row.verdict else ""
-        cells = (_folded(one_line(column.text(row)), is_narrow) for column in columns)
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        cells = (_folded(column.text(row), is_narrow) for column in columns)
+        table.add_row(*map(Text, cells), style=style)
     return table
 
 
 def _folded(text: str, is_narrow: bool) -> str:
     """Put an interval, a deviation, a share below its figure where there is little room."""
-    return text.replace(" (", "\n(").replace(" ± ", "\n± ") if is_narrow else text
+    text = one_line(text)
+    return text.replace(" (", "\n(").replace(" ± ", "\n± ").replace("; ", "\n") if is_narrow else text
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

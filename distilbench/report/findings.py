@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distilbench.report.formats import counted, interval, points
+from distilbench.report.costs import average
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
-from distilbench.report.statistics import expected_best_of_k
-from distilbench.report.words import reason_untested, size_of
 from distilbench.results import Status, StoredTrial, Verdict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-FEWEST_FOR_IMPORTANCE = 10
+FEWEST_FOR_IMPORTANCE = 20
 MOST_FOR_IMPORTANCE = 200
 """Trials below which a parameter's importance says nothing, and above which a sample is taken (500 took 10 s)."""
 
-
 TREES = 32
 """Of fANOVA's forest; Optuna's 64 take twice as long."""
-WORTH_TELLING = 5.0
-"""Per cent of training time below which a saving is not told of: two runs of one setting differ by as much."""
 
 
 @dataclass(frozen=True)
@@ -83,96 +78,59 @@ class Confirmed:
         return self.again.verdict is Verdict.BETTER
 
 
-def headline(report: Report) -> str:
-    """The answer in one or two sentences: what is better than the baseline, by how much, and how sure."""
-    others = report.candidates
-    base = report.baseline
-    if not others and (base is None or not base.trials):
-        return f"No trial finished: {_endings(report)}."
-    if base is None or not base.trials:
-        return f"{counted(len(others), 'setting')} finished, compared with nothing: there is no finished baseline."
-    if not others:
-        return "Only the baseline finished: there is nothing to compare it with."
-    if report.confirmation:
-        return _confirmed(report.confirmation[0])
-    better = [row for row in others if row.verdict in (Verdict.BETTER, Verdict.AHEAD)]
-    tried = f"the {counted(len(others), 'setting')} tried" if len(others) > 1 else "the setting tried"
-    nothing = f"None of {tried}" if len(others) > 1 else "Nothing"
-    if not any(row.difference for row in others):
-        return f"{nothing} could be tested against the baseline: {reason_untested(others[0])}."
-    if not better:
-        return f"{nothing} was shown to be better than the baseline."
-    best = better[0]
-    assert best.difference is not None
-    size = f"{points(best.difference.points)} points (95 % {interval(best.difference.low, best.difference.high)})"
-    sure = "ahead of the baseline, yet to be confirmed" if best.verdict is Verdict.AHEAD else "better"
-    more = f", and {len(better) - 1} more" if len(better) > 1 else ""
-    return f"{best.label} is {sure}: {size}{more}, of {tried}."
+def score_of(row: Row) -> float:
+    """Return a row's mean score on the split that selects, the higher the better: what a sweep ranks it by."""
+    mean, _ = average([trial.score for trial in row.trials])
+    return -mean if row.trials[0].metric == "loss" else mean
 
 
-def _confirmed(winner: Confirmed) -> str:
-    """Whether the winner's advantage survived, both figures side by side."""
-    then, now = (size_of(row) for row in (winner.first, winner.again))
-    word = "survived fresh seeds" if winner.survived else "did not survive fresh seeds"
-    if (winner.first.points or 0) <= 0:
-        word = "was none in the sweep either" if not winner.survived else "shows only now"
-    return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
+def by_score(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in the order in which a sweep would pick them, those without a result left away."""
+    scored = [(score_of(row), row) for row in rows if row.trials]
+    return [row for _, row in sorted(scored, key=lambda pair: math.inf if math.isnan(pair[0]) else -pair[0])]
 
 
-def saving(report: Report) -> str:
-    """What the cheapest setting costs that is not shown to be worse; empty where none saves time."""
-    cheap = [row for row in report.candidates if row.difference and (row.time_gain_percent or 0) >= WORTH_TELLING]
-    cheap = [row for row in cheap if row.verdict is not Verdict.WORSE]
-    if not cheap:
-        return ""
-    row = max(cheap, key=lambda r: r.time_gain_percent or 0)
-    assert row.difference is not None
-    cost = f"{points(row.difference.points)} points, 95 % {interval(row.difference.low, row.difference.high)}"
-    return f"Most time saved without a shown loss: {row.label}, {row.time_gain_percent:.0f} % less ({cost})."
+CostOf = Callable[[Row], float]
 
 
-def _endings(report: Report) -> str:
-    counts: dict[str, int] = {}
-    for row in report.rows:
-        for trial in row.other_trials:
-            counts[trial.status.value] = counts.get(trial.status.value, 0) + 1
-    return ", ".join(f"{n} {status}" for status, n in counts.items())
-
-
-def pareto_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other one beats in both accuracy and seconds, quickest first."""
-    timed = [row for row in rows if row.trials and not math.isnan(row.seconds)]
+def pareto_front(rows: Sequence[Row], cost: CostOf) -> list[Row]:
+    """Return the rows that no other beats in both score and cost, cheapest first: the front that the study has."""
+    known = [row for row in rows if row.trials and not math.isnan(cost(row)) and not math.isnan(score_of(row))]
     front: list[Row] = []
-    for row in sorted(timed, key=lambda r: (r.seconds, -r.accuracy)):
-        if not front or row.accuracy > front[-1].accuracy:
+    for row in sorted(known, key=lambda row: (cost(row), -score_of(row))):
+        last = (score_of(front[-1]), cost(front[-1])) if front else (-math.inf, 0.0)
+        if score_of(row) > last[0] or (score_of(row), cost(row)) == last:
             front.append(row)
     return front
 
 
 def comparable_in_time(report: Report) -> list[Row]:
-    """The rows whose seconds may stand on one axis: the baseline's and those measured as it was."""
+    """Return the rows whose seconds may stand on one axis: the baseline's and those measured as it was."""
     base = report.baseline
     if base is None or not base.trials:
         alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
         return report.candidates if alike else []
-    return [row for row in report.rows if row.is_baseline or row.time_gain_percent is not None]
+    return [row for row in report.rows if row.is_baseline or row.saving.seconds is not None]
 
 
-def by_depth(rows: Sequence[Row]) -> dict[int, list[float]]:
-    """Accuracies of the rows by frozen layers, shallowest first."""
-    depths: dict[int, list[float]] = {}
+def by_depth(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Return the rows that have a result by frozen layers, shallowest first."""
+    depths: dict[int, list[Row]] = {}
     for row in rows:
         layers = row.treatment.get("freeze.layers")
         if row.trials and isinstance(layers, int):
-            depths.setdefault(layers, []).append(row.accuracy)
+            depths.setdefault(layers, []).append(row)
     return dict(sorted(depths.items()))
 
 
-def expected_best(rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """``(k, accuracy expected of the best of k)`` were ``k`` of these settings drawn at random (Dodge et al. 2019)."""
-    values = [row.accuracy for row in rows if row.trials]
-    budgets = sorted({round(len(values) ** (i / 39)) for i in range(40)}) if len(values) > 1 else []
-    return [(k, expected_best_of_k(values, k)) for k in budgets]
+def history(report: Report) -> list[tuple[Row, float]]:
+    """Return the rows that came to an accuracy in the order of their start, each with the best one so far."""
+    told, best = [], math.nan
+    for row in sorted(report.rows, key=lambda row: row.started_ms):
+        best = max(best, row.accuracy) if best == best else row.accuracy  # NaN until the first result
+        if not math.isnan(row.accuracy_so_far):
+            told.append((row, best))
+    return told
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -40,10 +41,23 @@ def p_value(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
-def less(saved_percent: float) -> str:
-    """``35 % less``, ``12 % more`` of a cost, or ``as much``."""
+def less(saved_percent: float, few: bool = False) -> str:
+    """``35 % less``, ``12 % more`` of a cost, or ``as much``; ``few``: ``35 % fewer``, ``as many``."""
     whole = round(saved_percent)
-    return f"{abs(whole)} % {'less' if whole > 0 else 'more'}" if whole else "as much"
+    if not whole:
+        return "as many" if few else "as much"
+    return f"{abs(whole)} % {('fewer' if few else 'less') if whole > 0 else 'more'}"
+
+
+def flops(number: float) -> str:
+    """``689 T``, ``1.25 P`` floating-point operations, as powers of a thousand."""
+    power = min(max(int(math.log10(number) // 3), 0), 6) if number > 0 else 0
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()
+
+
+def memory(size: float) -> str:
+    """``1.5 GiB``, ``640 MiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def counted(number: int, noun: str) -> str:

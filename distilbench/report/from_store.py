@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from distilbench.identity import AMOUNT, short_hash
-from distilbench.report.findings import Confirmed, Curve, Report
+from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.page import page
-from distilbench.report.rows import Row, Untested, against_baseline, by_score, find_baseline, label_rows, rows_from
+from distilbench.report.rows import Row, Untested, against_baseline, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Predictions, Status, StoredTrial
 from distilbench.settings import FORMATS, SettingsError

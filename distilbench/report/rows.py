@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from distilbench.identity import short_hash
+from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of, saving_of
 from distilbench.report.names import name_of, varying_keys
-from distilbench.report.statistics import compare_over_seeds, holm, mean_and_deviation, verdict
+from distilbench.report.statistics import compare_over_seeds, holm, verdict
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
 
@@ -51,8 +52,7 @@ class Row:
 
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
-    the seeds that both have, where it was tested. ``time_gain_percent`` is the share of the baseline's training time
-    saved, None for the reason in ``time_note``. ``verdict`` is what may be claimed; None for the baseline itself,
+    the seeds that both have, where it was tested. ``verdict`` is what may be claimed; None for the baseline itself,
     without a baseline, without a result, and for the reason in ``untested``.
     """
 
@@ -63,13 +63,11 @@ class Row:
     accuracy: float
     accuracy_deviation: float | None
     loss: float
-    seconds: float
-    seconds_deviation: float | None
+    cost: Cost
     is_baseline: bool = False
     points: float | None = None
     difference: Difference | None = None
-    time_gain_percent: float | None = None
-    time_note: str = ""
+    saving: Saving = NO_SAVING
     verdict: Verdict | None = None
     untested: Untested | None = None
 
@@ -98,6 +96,22 @@ class Row:
         """``FINISHED``, or how many trials ended how."""
         counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+    @property
+    def started_ms(self) -> int:
+        """When its first trial began."""
+        return min(trial.started_ms for trial in self.all_trials)
+
+    @property
+    def stopped(self) -> StoredTrial | None:
+        """A trial that shows how far the setting came, where none finished."""
+        shown = [trial for trial in self.other_trials if not math.isnan(trial.accuracy)]
+        return shown[-1] if shown and not self.trials else None
+
+    @property
+    def accuracy_so_far(self) -> float:
+        """Its accuracy, or that at which it was stopped; NaN where it never came to one."""
+        return self.stopped.accuracy if self.stopped else self.accuracy
 
     @property
     def number(self) -> str:
@@ -131,8 +145,7 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
             newest[trial.seed] = trial
     trials = tuple(newest[seed] for seed in sorted(newest))
     counted = {id(trial) for trial in trials}
-    accuracy, accuracy_deviation = _mean([trial.accuracy for trial in trials])
-    seconds, seconds_deviation = _mean([trial.train_seconds for trial in trials])
+    accuracy, accuracy_deviation = average([trial.accuracy for trial in trials])
     return Row(
         label="",
         treatment=members[0].treatment,
@@ -140,16 +153,9 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
         other_trials=tuple(trial for trial in members if id(trial) not in counted),
         accuracy=accuracy,
         accuracy_deviation=accuracy_deviation,
-        loss=_mean([trial.loss for trial in trials])[0],
-        seconds=seconds,
-        seconds_deviation=seconds_deviation,
+        loss=average([trial.loss for trial in trials])[0],
+        cost=cost_of(trials or members),
     )
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    if len(values) < 2:  # numpy takes a second for ten thousand of these
-        return (values[0] if values else math.nan), None
-    return mean_and_deviation(values)
 
 
 def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:
@@ -170,7 +176,7 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
     if tagged:
         return tagged[0]
     fitting = [i for i, row in enumerate(rows) if _has_choices(row.treatment, usual)]
-    return min(fitting, key=lambda i: (-_agreement(rows[i].treatment, usual), _started(rows[i])), default=None)
+    return min(fitting, key=lambda i: (-_agreement(rows[i].treatment, usual), rows[i].started_ms), default=None)
 
 
 def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:
@@ -180,20 +186,6 @@ def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -
 
 def _agreement(treatment: Mapping[str, object], usual: Mapping[str, object]) -> int:
     return sum(treatment.get(key) == value for key, value in usual.items())
-
-
-def _started(row: Row) -> int:
-    return min(trial.started_ms for trial in row.all_trials)
-
-
-def by_score(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows in the order in which a sweep would pick them: by the metric on the split that selects."""
-
-    def loss_of(row: Row) -> float:
-        mean = sum(trial.score for trial in row.trials) / row.n
-        return math.inf if math.isnan(mean) else mean if row.trials[0].metric == "loss" else -mean
-
-    return sorted((row for row in rows if row.trials), key=loss_of)
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
@@ -213,18 +205,20 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
 def against_baseline(
     rows: Sequence[Row], baseline: int, read: ReadPredictions, shown: int = 1, is_picked_here: bool = False
 ) -> list[Row]:
-    """Compare the first ``shown`` rows with the baseline; the correction counts the settings beyond them too.
+    """Compare the first ``shown`` rows with the baseline; the correction counts every setting that was tried.
 
-    Those could only have smaller p than assumed (1), which would lower the correction of the rows shown, so leaving
-    them untested keeps the level. ``is_picked_here``: the split that reports also chose among these rows, so a lead
+    A setting that is not tested, be it beyond the rows shown, pruned, diverged or failed, counts as one with p = 1. Its
+    own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
+    away would not: what was pruned was seen to be behind, so the tests that remain were chosen by their outcome.
+    ``is_picked_here``: the split that reports also chose among these rows, so a lead
     is yet to be confirmed.
     """
     base = rows[baseline]
     finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
     found = {i: _tested(rows[i], base, read) if i < shown or not base.trials else Untested.ROWS for i in finished}
     differences = {i: tested for i, tested in found.items() if isinstance(tested, Difference)}
-    unseen = sum(tested is Untested.ROWS for tested in found.values())
-    corrected = holm([difference.p for difference in differences.values()] + [1.0] * unseen)
+    untested = len(rows) - 1 - len(differences)
+    corrected = holm([difference.p for difference in differences.values()] + [1.0] * untested)
     for (i, difference), p_holm in zip(differences.items(), corrected, strict=False):
         found[i] = replace(difference, p_holm=p_holm)
     chosen = is_picked_here and len(finished) > 1
@@ -253,27 +247,11 @@ def _tested(row: Row, base: Row, read: ReadPredictions) -> Difference | Untested
 
 def _concluded(row: Row, found: Difference | Untested, base: Row, is_chosen: bool) -> Row:
     """Write into a row what its test came to, and what it saves."""
-    gain, note = time_saved(row.trials, base.trials)
     points = 100 * (row.accuracy - base.accuracy) if base.trials else None
-    row = replace(row, points=points, time_gain_percent=gain, time_note=note)
+    row = replace(row, points=points, saving=saving_of(row.trials, base.trials) if base.trials else NO_SAVING)
     if isinstance(found, Untested):
         return replace(row, untested=found)
     claim = verdict(found.low, found.high, found.p_holm)
     if claim is Verdict.BETTER and is_chosen:
         claim = Verdict.AHEAD
     return replace(row, difference=found, verdict=claim)
-
-
-def time_saved(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> tuple[float | None, str]:
-    """Return the per cent of the baselines' mean training time that the trials save, or None and why it is unknown."""
-    everyone = (*trials, *baselines)
-    if not trials or not baselines:
-        return None, ""
-    if not all(trial.alone for trial in everyone):
-        return None, "trained in a batch with other trials"
-    if len({trial.measured_on for trial in everyone}) > 1:
-        return None, "measured on different devices, engines, precisions or library versions"
-    if not all(trial.train_seconds > 0 for trial in everyone):
-        return None, "none recorded"
-    ours, theirs = (sum(trial.train_seconds for trial in side) / len(side) for side in (trials, baselines))
-    return 100 * (1 - ours / theirs), ""

@@ -274,20 +274,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def expected_best_of_k(values: Sequence[float], k: int) -> float:
-    """Expected largest of ``k`` draws from the empirical distribution of ``values``.
-
-    Dodge et al. (2019, EMNLP, "Show Your Work", sec. 3): the sum of ``v_i ((i/n)^k - ((i-1)/n)^k)`` over the sorted
-    values, draws with replacement. It leans low, that is to the careful side, and takes any k. The unbiased form, draws
-    without replacement (Tang et al. 2020, ACL), needs ``k <= n`` and varies more; Dodge et al. (2021, EMNLP Findings)
-    found it to mislead more often.
-    """
-    if k < 1 or not values:
-        raise ValueError(f"k must be 1 or more and values not empty, got k={k} and {len(values)} values")
-    steps = (np.arange(len(values) + 1) / len(values)) ** k
-    return float(np.sum(np.sort(values) * np.diff(steps)))
-
-
 def verdict(low: float, high: float, p: float) -> Verdict:
     """Decide between better, worse and undecided from the interval's ends and p, after any correction.
 

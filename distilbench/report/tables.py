@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from distilbench.report.columns import CSV, LAYOUTS, NOTE, latex_table, markdown_table, plain, rich_table
-from distilbench.report.findings import Report, headline, saving, unfinished
+from distilbench.report.answer import answer
+from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
+from distilbench.report.costs import noise_of_time
+from distilbench.report.findings import Report, unfinished
 from distilbench.report.formats import latex, markdown, one_line
 from distilbench.report.rows import Row
 from distilbench.report.words import survival
@@ -24,11 +26,6 @@ def _in_order(report: Report, layout: str) -> list[Row]:
     """The rows in the layout's order: best first, but the paper's table begins with the baseline."""
     rows = list(report.table_rows)
     return sorted(rows, key=lambda row: not row.is_baseline) if layout == "paper" else rows
-
-
-def answer(report: Report) -> list[str]:
-    """Return the sentences that stand on top."""
-    return [sentence for sentence in (headline(report), saving(report)) if sentence]
 
 
 def protocol_lines(report: Report) -> list[str]:
@@ -57,8 +54,20 @@ def notes_of(report: Report) -> list[str]:
     )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"{more:,} more settings are not shown."] if more else []
-    untimed = sorted({row.time_note for row in report.table_rows if row.time_note})
-    return [*report.notes, *(f"Times not compared: {reason}." for reason in untimed), *cut, tests]
+    return [*report.notes, *_notes_on_time(report), *cut, tests]
+
+
+def _notes_on_time(report: Report) -> Iterator[str]:
+    noise = noise_of_time([trial for row in report.rows for trial in row.trials])
+    if noise:
+        yield (
+            f"Equal work took ± {noise.percent:.0f} % of time (standard deviation, {noise.trials} trials); FLOPs are "
+            "counted, not measured."
+        )
+    for reason in sorted({row.saving.time_note for row in report.table_rows if row.saving.time_note}):
+        yield f"Times not compared: {reason}."
+    if any(row.cost.is_estimate for row in report.table_rows):
+        yield "Times told as 'about' are estimates: what one trial would take alone, by a probe."
 
 
 def failures(report: Report) -> list[str]:
@@ -76,8 +85,8 @@ def failures(report: Report) -> list[str]:
 def print_report(console: Console, report: Report, layout: str = "full", most: int = 25) -> None:
     """Print the answer, the table of the best ``most`` rows (and the baseline), and what failed."""
     rows = _in_order(report, layout)
-    table = rich_table([row for i, row in enumerate(rows) if i < most or row.is_baseline], LAYOUTS[layout],
-                       console.width)  # fmt: skip
+    columns = NARROW if layout == "full" and console.width < WIDE else LAYOUTS[layout]
+    table = rich_table([row for i, row in enumerate(rows) if i < most or row.is_baseline], columns, console.width)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
     console.print()

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from distilbench.identity import SourceUsed
 from distilbench.report.columns import CSV, markdown_table, rich_table
-from distilbench.report.formats import counted, duration, interval, markdown, p_value, percent, points
+from distilbench.report.formats import counted, duration, interval, markdown, memory, p_value, percent, points
 from distilbench.report.rows import Row, Untested, against_baseline, row_from
 from distilbench.results import Evaluation, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
@@ -22,8 +22,8 @@ _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
 """Columns that a summary takes at most, where the terminal is wider."""
 _COLUMNS = (
-    replace(CSV["setting"], title="", narrow=0),
-    *(replace(CSV[key], narrow=0) for key in ("accuracy", "difference_points", "loss", "train_seconds")),
+    replace(CSV["setting"], title=" "),
+    *(CSV[key] for key in ("accuracy", "difference_points", "loss", "train_flops", "train_seconds")),
 )
 
 
@@ -97,7 +97,12 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:
     """Return the comparison's figures by the names that MLflow has, those that there are."""
     row, found = comparison.row, comparison.row.difference
-    figures = {"difference_points": row.points, "time_gain_percent": row.time_gain_percent}
+    measured = not (row.cost.is_estimate or comparison.baseline.cost.is_estimate)
+    figures = {
+        "difference_points": row.points,
+        "time_gain_percent": row.saving.seconds if measured else None,
+        "flops_gain_percent": row.saving.flops,
+    }
     if found is not None:
         figures |= {"difference_low_points": found.low, "difference_high_points": found.high, "mcnemar_p": found.p}
     return {name: value for name, value in figures.items() if value is not None}
@@ -111,8 +116,8 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     found = comparison.row.difference
     if found is not None:
         yield f"95 % interval {interval(found.low, found.high)} points, exact McNemar p {p_value(found.p)}"
-    if comparison.row.time_note:
-        yield f"Times not compared: {comparison.row.time_note}"
+    if comparison.row.saving.time_note:
+        yield f"Times not compared: {comparison.row.saving.time_note}"
 
 
 @dataclass(frozen=True)
@@ -238,10 +243,10 @@ def _result(result: TrialResult, report: Evaluation) -> str:
 
 
 def _time(result: TrialResult) -> str:
-    memory = f", peak memory {result.peak_memory_bytes / 2**30:.1f} GiB" if result.peak_memory_bytes else ""
+    peak = f", peak memory {memory(result.peak_memory_bytes)}" if result.peak_memory_bytes else ""
     return (
         f"{duration(result.train_seconds)} training, {duration(result.setup_seconds)} set-up on {result.device}\n"
-        f"{result.examples_per_second:,.0f} examples/s, {result.tokens_per_second:,.0f} tokens/s{memory}"
+        f"{result.examples_per_second:,.0f} examples/s, {result.tokens_per_second:,.0f} tokens/s{peak}"
     )
 
 

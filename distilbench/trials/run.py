@@ -75,6 +75,7 @@ class Outcome:
             predictions=self.predictions,
             train_cpu_seconds=math.nan if cpu_seconds is None else cpu_seconds,
             train_flops=self.result.train_flops,
+            solo_seconds_estimate=self.result.solo_seconds_estimate or math.nan,
             peak_memory_bytes=self.result.peak_memory_bytes,
             brier=report.brier,
             ece=report.ece,

@@ -1,86 +1,15 @@
-"""What many rows say together: the sentence on top, and the figures behind the charts."""
+"""What many rows say together: the figures behind the charts."""
+
+from dataclasses import replace
 
 import pytest
 
-from distilbench.report.findings import (
-    Confirmed,
-    by_depth,
-    comparable_in_time,
-    expected_best,
-    headline,
-    importance,
-    pareto_front,
-    saving,
-)
+from distilbench.report.findings import by_depth, by_score, comparable_in_time, history, importance, pareto_front
 from distilbench.report.rows import rows_from
-from distilbench.report.statistics import expected_best_of_k
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, sweep, treatment, trial
 
 FROZEN, COSINE = treatment(freeze_layers=3), treatment(scheduler_name="cosine")
-
-
-def three(best=0.90, seeds=(1, 2, 3), is_picked_here=False, **changes):
-    trials = [
-        made
-        for seed in seeds
-        for made in (
-            trial(0.90, seed),
-            trial(0.897, seed, 1, FROZEN, train_seconds=888.0),
-            trial(best, seed, 2, COSINE),
-        )
-    ]
-    return report_of(trials, is_picked_here, **changes)
-
-
-def test_nothing_better_is_said_plainly_and_the_saving_with_its_price():
-    report = three()
-    assert headline(report) == "None of the 2 settings tried was shown to be better than the baseline."
-    said = saving(report)
-    assert said.startswith("Most time saved without a shown loss: layers=3, 35 % less (-0.34 points, 95 % ")
-
-
-def test_something_better_is_named_with_size_and_interval():
-    said = headline(three(best=0.95))
-    assert said.startswith("scheduler=cosine is better: +4.93 points (95 % +3.")
-    assert said.endswith(", of the 2 settings tried.")
-    assert "ahead of the baseline, yet to be confirmed" in headline(three(best=0.95, is_picked_here=True))
-
-
-def test_without_a_saving_nothing_is_said_of_one():
-    assert saving(report_of([trial(0.9), trial(0.9, 1, 1, COSINE, train_seconds=1340.0)])) == ""
-
-
-@pytest.mark.parametrize(
-    ("trials", "said"),
-    [
-        ([failed(Status.DIVERGED, 1, FROZEN), failed(Status.OUT_OF_MEMORY, 2, COSINE)],
-         "No trial finished: 1 DIVERGED, 1 OUT_OF_MEMORY."),
-        ([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)],
-         "1 setting finished, compared with nothing: there is no finished baseline."),
-        ([trial(0.9)], "Only the baseline finished: there is nothing to compare it with."),
-        ([trial(0.9, 42), trial(0.9, 1, 1, FROZEN), trial(0.9, 2, 1, FROZEN)],
-         "Nothing could be tested against the baseline: the baseline lacks seeds 1, 2."),
-    ],
-)  # fmt: skip
-def test_sweeps_that_answer_nothing_say_why(trials, said):
-    assert headline(report_of(trials)) == said
-
-
-def confirmed(first, again):
-    """The report of a confirmation of ``scheduler=cosine`` with these accuracies in the sweep and anew."""
-    before = next(row for row in three(first, seeds=(1,)).candidates if "cosine" in row.label)
-    after = next(row for row in three(again).candidates if "cosine" in row.label)
-    return three(again, confirmation=(Confirmed(after.label, before, after),))
-
-
-def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures():
-    said = headline(confirmed(0.95, 0.95))
-    assert said.startswith("The advantage of scheduler=cosine survived fresh seeds: +4.93 points (95 % +2.76")
-    assert ", n = 1) in the sweep; +4.93 points (" in said
-    assert said.endswith(", n = 3) in the confirmation.")
-    assert "did not survive fresh seeds: +4.93" in headline(confirmed(0.95, 0.90))
-    assert "was none in the sweep either" in headline(confirmed(0.89, 0.89))
 
 
 def test_the_pareto_front_holds_what_no_other_beats_in_both():
@@ -90,7 +19,28 @@ def test_the_pareto_front_holds_what_no_other_beats_in_both():
         trial(0.87, 1, 2, COSINE, train_seconds=60.0),
         trial(0.90, 1, 3, treatment(optim_lr=1.0), train_seconds=120.0),
     ])  # fmt: skip
-    assert [row.seconds for row in pareto_front(rows)] == [50.0, 100.0]
+    assert [row.cost.seconds for row in pareto_front(rows, lambda row: row.cost.seconds)] == [50.0, 100.0]
+
+
+def test_the_front_is_the_studys_by_the_score_that_selects_and_with_ties():
+    rows = rows_from([
+        trial(0.90, 1, 0, train_seconds=100.0, score=0.80),
+        trial(0.88, 1, 1, FROZEN, train_seconds=100.0, score=0.80),
+        trial(0.95, 1, 2, COSINE, train_seconds=200.0, score=0.80),
+    ])  # fmt: skip
+    assert [row.trials[0].name for row in pareto_front(rows, lambda row: row.cost.seconds)] == ["run 0", "run 1"]
+    losses = rows_from([trial(0.9, 1, n, treatment(optim_lr=n + 1.0), metric="loss", score=n / 10) for n in (1, 2)])
+    assert [row.trials[0].name for row in pareto_front(losses, lambda row: row.cost.seconds)] == ["run 1"]
+
+
+@pytest.mark.parametrize(("metric", "first"), [("accuracy", "a"), ("loss", "b")])
+def test_a_sweep_picks_by_its_metric_on_the_selection_split(metric, first):
+    rows = rows_from([
+        trial(0.80, 1, 1, FROZEN, name="a", metric=metric, score=0.9),
+        trial(0.95, 1, 2, COSINE, name="b", metric=metric, score=0.3),
+        trial(0.99, 1, 3, name="c", metric=metric, score=float("nan")),
+    ])  # fmt: skip
+    assert [row.trials[0].name for row in by_score(rows)] == [first, "b" if first == "a" else "a", "c"]
 
 
 def test_times_measured_elsewhere_stay_off_the_axis():
@@ -102,13 +52,15 @@ def test_accuracies_by_depth_shallowest_first():
     rows = rows_from([trial(0.88, 1, 1, FROZEN), trial(0.90), trial(0.91, 1, 2, COSINE)])
     found = by_depth(rows)
     assert list(found) == [0, 3]
-    assert found[0] == pytest.approx([0.91, 0.90], abs=0.001)
+    assert [row.accuracy for row in found[0]] == pytest.approx([0.91, 0.90], abs=0.001)
 
 
-def test_expected_best_is_dodges_formula_up_to_all_settings():
-    rows = rows_from([trial(0.90), trial(0.88, 1, 1, FROZEN), trial(0.91, 1, 2, COSINE)])
-    values = [row.accuracy for row in rows]
-    assert expected_best(rows) == [(k, pytest.approx(expected_best_of_k(values, k))) for k in (1, 2, 3)]
+def test_history_is_in_the_order_of_start_with_the_best_so_far_and_where_trials_were_stopped():
+    stopped = replace(failed(Status.PRUNED, 3, treatment(optim_lr=1e-3)), accuracy=0.6)
+    nothing = failed(Status.DIVERGED, 4, treatment(optim_lr=1.0))
+    report = report_of([trial(0.90, 1, 2, COSINE), trial(0.85), trial(0.80, 1, 1, FROZEN), stopped, nothing])
+    told = [(row.started_ms, round(row.accuracy_so_far, 2), round(best, 2)) for row, best in history(report)]
+    assert told == [(0, 0.85, 0.85), (1, 0.8, 0.85), (2, 0.9, 0.9), (3, 0.6, 0.9)]
 
 
 def test_importance_finds_the_parameter_that_moves_accuracy():

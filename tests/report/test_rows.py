@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distilbench.report.rows import against_baseline, by_score, find_baseline, label_rows, rows_from
+from distilbench.report.rows import against_baseline, find_baseline, label_rows, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact
 from distilbench.report.words import said
 from distilbench.results import Predictions, Status, Verdict
@@ -30,7 +30,7 @@ def test_seeds_of_a_setting_are_one_row_with_mean_and_deviation():
     values = [trial(a).accuracy for a in (0.90, 0.92, 0.91)]
     assert rows[0].accuracy == pytest.approx(np.mean(values))
     assert rows[0].accuracy_deviation == pytest.approx(np.std(values, ddof=1))
-    assert rows[0].seconds == pytest.approx((1371 + 1371 + 1000) / 3)
+    assert rows[0].cost.seconds == pytest.approx((1371 + 1371 + 1000) / 3)
     assert rows[0].seeds == (1, 2, 3)
     assert rows[1].accuracy_deviation is None
 
@@ -144,6 +144,16 @@ def test_rows_beyond_those_shown_are_counted_but_never_read():
     assert shown[2].points == pytest.approx(100 * 32 / EXAMPLES)
 
 
+def test_the_correction_counts_what_was_pruned_or_failed_too():
+    base = trial(right=right(range(100)))
+    better = trial(right=right(range(80)), place=1, settings=FROZEN)
+    stopped = [
+        failed(status, n, treatment(optim_lr=float(n))) for n, status in enumerate((Status.PRUNED, Status.FAILED), 2)
+    ]
+    (row,) = report_of([base, better, *stopped], is_picked_here=False).candidates
+    assert row.difference.p_holm == pytest.approx(3 * mcnemar_exact(20, 0))
+
+
 def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
     trials = [
         t for seed in (1, 2, 3) for t in (trial(0.85, seed), trial(0.95, seed, 1, FROZEN), trial(0.94, seed, 2, COSINE))
@@ -158,16 +168,6 @@ def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
 def test_a_single_setting_beside_the_baseline_was_chosen_by_nobody():
     (row,) = report_of([trial(0.85), trial(0.95, 1, 1, FROZEN)], is_picked_here=True).candidates
     assert row.verdict is Verdict.BETTER
-
-
-@pytest.mark.parametrize(("metric", "first"), [("accuracy", "a"), ("loss", "b")])
-def test_a_sweep_picks_by_its_metric_on_the_selection_split(metric, first):
-    rows = rows_from([
-        trial(0.80, 1, 1, FROZEN, name="a", metric=metric, score=0.9),
-        trial(0.95, 1, 2, COSINE, name="b", metric=metric, score=0.3),
-        trial(0.99, 1, 3, name="c", metric=metric, score=float("nan")),
-    ])  # fmt: skip
-    assert [row.trials[0].name for row in by_score(rows)] == [first, "b" if first == "a" else "a", "c"]
 
 
 def test_worse_is_said_of_the_frozen_encoder():
@@ -196,20 +196,6 @@ def test_seeds_that_the_baseline_lacks_are_named():
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
     report = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)])
     assert said(report.candidates[0]) == "not tested: the baseline did not finish"
-
-
-def test_time_gain_is_told_only_between_trials_measured_alike_and_alone():
-    base = trial(0.9, train_seconds=1371.0)
-
-    def gain(**changes):
-        (row,) = report_of([base, trial(0.9, 1, 1, FROZEN, **changes)]).candidates
-        return row.time_gain_percent, row.time_note
-
-    assert gain(train_seconds=888.0)[0] == pytest.approx(35.2, abs=0.05)
-    assert gain(measured_on="cuda; trainer") == (
-        None, "measured on different devices, engines, precisions or library versions"
-    )  # fmt: skip
-    assert gain(alone=False) == (None, "trained in a batch with other trials")
 
 
 def test_among_settings_that_do_not_differ_sweeps_that_call_one_better_stay_at_the_level():

@@ -10,7 +10,6 @@ from scipy import stats
 from distilbench.report.statistics import (
     compare_over_seeds,
     discordant,
-    expected_best_of_k,
     holm,
     mcnemar_exact,
     mean_and_deviation,
@@ -251,15 +250,6 @@ def test_mean_and_deviation_of_the_report_s_accuracies():
     assert mean == pytest.approx(90.4433, abs=1e-4)
     assert deviation == pytest.approx(0.3707, abs=1e-4)
     assert mean_and_deviation([0.9]) == (0.9, None)
-
-
-def test_expected_best_of_k_by_hand():
-    values = [3.0, 1.0, 2.0]
-    assert expected_best_of_k(values, 1) == pytest.approx(2.0)
-    assert expected_best_of_k(values, 2) == pytest.approx((1 * 1 + 2 * 3 + 3 * 5) / 9)
-    assert expected_best_of_k(values, 200) == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="k must be 1 or more"):
-        expected_best_of_k(values, 0)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_comparison_counts_tests_and_times_the_same_examples():
         "mcnemar_p": 1.0,
         "time_gain_percent": pytest.approx(35.23, abs=0.01),
     }
-    assert result.row.time_note == ""
+    assert result.row.saving.time_note == ""
     assert sentence(result) == (
         "Undecided: one example of 100 is 1.00 points. "
         "One seed each (42): this speaks of two trained models, not yet of their settings."
@@ -132,16 +132,16 @@ def test_without_predictions_there_is_no_test_and_the_sentence_says_so(lacking):
 )
 def test_times_that_cannot_be_compared_give_the_reason_instead(changes, reason):
     result = compare(stored(SAME), baseline(SAME, **changes))
-    assert result.row.time_gain_percent is None
-    assert f"Times not compared: {result.row.time_note}." in comparison_markdown(result)
-    assert reason in result.row.time_note
+    assert result.row.saving.seconds is None
+    assert f"Times not compared: {result.row.saving.time_note}." in comparison_markdown(result)
+    assert reason in result.row.saving.time_note
 
 
 def test_markdown_holds_the_table_the_sentence_and_escaped_names():
     result = compare(stored(SAME, name="a|b<script>\n# *x*"), baseline(SAME))
     text = comparison_markdown(result)
     assert text.replace("\N{NO-BREAK SPACE}", " ").splitlines()[:5] == [
-        "|  | accuracy | difference (95 %) | loss | time |",
+        "|   | accuracy | difference (95 %) | loss | time |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| this trial | 90.00 % | 0.00 (-2.72 to +2.72) | 0.3330 | 14 min 48 s (35 % less) |",
         "| **baseline** | 90.00 % |  | 0.3255 | 22 min 51 s |",

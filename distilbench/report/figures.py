@@ -1,0 +1,192 @@
+"""The charts of a report's page: what each draws, and the words below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distilbench.report import charts
+from distilbench.report.findings import (
+    CostOf,
+    Report,
+    by_depth,
+    comparable_in_time,
+    history,
+    importance,
+    pareto_front,
+)
+from distilbench.report.formats import counted, flops, html, one_line, percent
+from distilbench.report.rows import Row
+from distilbench.report.words import said
+
+MOST_POINTS = 1000
+"""Points in a chart: a browser slows down beyond some thousands."""
+
+
+def figures_of(report: Report) -> Iterator[str]:
+    """Yield the figures that these trials have something to show in."""
+    yield from _trade_off(report)
+    yield from _depths(report)
+    yield from _curves(report)
+    yield from _history(report)
+    yield from _importance(report)
+
+
+def kind_of(row: Row) -> str:
+    """Return the class that colours a row: base, a verdict's, ended or untested."""
+    if row.is_baseline:
+        return "base"
+    return row.verdict.name.lower() if row.verdict else "untested" if row.trials else "ended"
+
+
+def _figure(title: str, chart: str, caption: str) -> str:
+    return f"<figure><h2>{html(title)}</h2>{chart}<figcaption>{html(caption)}</figcaption></figure>"
+
+
+def _thinned(rows: Sequence[Row]) -> list[Row]:
+    """The rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
+    rest = rows[MOST_POINTS // 2 :]
+    step = max(1, -(-len(rest) // (MOST_POINTS // 2)))
+    return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
+
+
+def _tip(row: Row) -> str:
+    return one_line(f"{row.label}: {percent(row.accuracy)}, {said(row)}")
+
+
+def _dot(row: Row, x: float, y: float) -> str:
+    return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5)
+
+
+@dataclass(frozen=True)
+class _CostAxis:
+    """One way to count cost: over which rows, in which unit."""
+
+    name: str
+    rows: Sequence[Row]
+    cost: CostOf
+    left_out: str
+
+
+def _cost_axes(report: Report) -> list[_CostAxis]:
+    """FLOPs, which compare on any machine, then seconds, where two settings or more have them."""
+    timed = comparable_in_time(report)
+    estimated = " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
+    axes = [
+        _CostAxis("FLOPs", [row for row in report.rows if row.trials], lambda row: row.cost.flops, "without FLOPs"),
+        _CostAxis(f"training time{estimated}", timed, lambda row: row.cost.seconds, "whose times can't be compared"),
+    ]
+    known = [_CostAxis(axis.name, [row for row in axis.rows if axis.cost(row) > 0], axis.cost, axis.left_out)
+             for axis in axes]  # fmt: skip
+    return [axis for axis in known if len(axis.rows) > 1]
+
+
+def _trade_off(report: Report) -> Iterator[str]:
+    """Accuracy against cost, one chart for each way to count it, and a switch between them."""
+    axes = _cost_axes(report)
+    if not axes:
+        return
+    parts = [(axis.name.partition(" (")[0], _against_cost(report, axis)) for axis in axes]
+    switch = "".join(
+        f'<label><input type="radio" name="cost" value="{i}"{" checked" if i == 0 else ""}>{html(name)}</label>'
+        for i, (name, _) in enumerate(parts)
+    )
+    drawn = "".join(f'<div class="choice" data-choice="{i}">{chart}</div>' for i, (_, chart) in enumerate(parts))
+    shown = f'<div class="switch">{switch}</div>' if len(parts) > 1 else ""
+    yield f"<figure><h2>Accuracy against cost</h2>{shown}{drawn}</figure>"
+
+
+def _against_cost(report: Report, axis: _CostAxis) -> str:
+    front = pareto_front(axis.rows, axis.cost)
+    stopped = [row for row in report.rows if row.stopped and axis.cost(row) > 0]
+    unit, name = _unit(axis.name, max(axis.cost(row) for row in (*axis.rows, *stopped)))
+    x = charts.horizontal([axis.cost(row) / unit for row in (*axis.rows, *stopped)], f" {name}")
+    y = charts.vertical([100 * row.accuracy_so_far for row in (*axis.rows, *stopped)])
+    marks = charts.line([(x(axis.cost(r) / unit), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
+    for row in stopped:
+        marks += charts.cross(x(axis.cost(row) / unit), y(100 * row.accuracy_so_far), f"{row.label}: {row.status}")
+    for row in sorted(_thinned(axis.rows), key=lambda r: r.is_baseline):
+        marks += _dot(row, x(axis.cost(row) / unit), y(100 * row.accuracy))
+    left = sum(bool(row.trials) for row in report.rows) - len(axis.rows)
+    caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
+    caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
+    caption += "Crosses are where trials were stopped. " if stopped else ""
+    caption += f"{counted(left, 'setting')} {axis.left_out} left out." if left > 0 else ""
+    title = f"Accuracy against {axis.name}"
+    chart = charts.frame(x, y, axis.name, "accuracy, %", marks, title)
+    return f"{chart}<figcaption>{html(caption)}</figcaption>"
+
+
+def _unit(kind: str, most: float) -> tuple[float, str]:
+    """The unit that tells costs apart best: hours, minutes or seconds; powers of a thousand FLOPs."""
+    if kind == "FLOPs":
+        power = flops(most).partition(" ")[2]
+        return 1000.0 ** " kMGTPE".index(power or " "), power
+    return next((unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if most >= 2 * unit or unit == 1)
+
+
+def _depths(report: Report) -> Iterator[str]:
+    depths = by_depth(report.rows)
+    if len(depths) < 2:
+        return
+    accuracies = {depth: [100 * row.accuracy for row in rows] for depth, rows in depths.items()}
+    x = charts.horizontal(depths, whole=True)
+    y = charts.vertical([accuracy for found in accuracies.values() for accuracy in found])
+    means = [(x(depth), y(sum(found) / len(found))) for depth, found in accuracies.items()]
+    marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
+        _dot(row, x(depth), y(100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)
+    )
+    title = "Accuracy by freeze depth"
+    caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
+    yield _figure(title, charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, title), caption)
+
+
+def _curves(report: Report) -> Iterator[str]:
+    drawn = [curve for curve in report.curves if len(curve.points) > 1]
+    if not drawn:
+        return
+    x = charts.horizontal([step for curve in drawn for step, _ in curve.points], whole=True)
+    y = charts.vertical([100 * value for curve in drawn for _, value in curve.points])
+    marks = ""
+    for i, curve in reversed(list(enumerate(drawn))):
+        kind = "base" if curve.is_baseline else "" if i == 0 else "faint"
+        points = [(x(step), y(100 * value)) for step, value in curve.points]
+        marks += charts.line(points, kind, one_line(curve.label))
+        marks += "".join(charts.dot(*point, one_line(curve.label), kind, 3) for point in points)
+    title = "Learning curves"
+    best = next((curve.label for curve in drawn if not curve.is_baseline), "")
+    caption = f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best. "
+    caption += f"Solid: {best}. " if best else ""
+    caption += "Dashed: the baseline." if any(curve.is_baseline for curve in drawn) else ""
+    yield _figure(title, charts.frame(x, y, "step", "accuracy, %", marks, title), caption)
+
+
+def _history(report: Report) -> Iterator[str]:
+    """What each further trial brought: the accuracy of each setting in the order of their start, the best so far."""
+    told = history(report)
+    if len(told) < 3:
+        return
+    x = charts.horizontal(range(1, len(told) + 1), whole=True)
+    y = charts.vertical([100 * row.accuracy_so_far for row, _ in told])
+    steps = [(x(i), y(100 * best)) for i, (_, best) in enumerate(told, start=1) if not math.isnan(best)]
+    marks = charts.line(steps, "", "best so far")
+    for i, (row, _) in list(enumerate(told, start=1))[:: -(-len(told) // MOST_POINTS)]:
+        place = x(i), y(100 * row.accuracy_so_far)
+        marks += _dot(row, *place) if row.trials else charts.cross(*place, f"{row.label}: {row.status}")
+    title = "The sweep as it went"
+    caption = "Settings in the order in which they were tried; the line is the best so far, an optimistic figure."
+    yield _figure(title, charts.frame(x, y, "settings tried", "accuracy, %", marks, title), caption)
+
+
+def _importance(report: Report) -> Iterator[str]:
+    shares = importance(report.rows)
+    if shares:
+        shown = {one_line(name): share for name, share in list(shares.items())[:7]}
+        finished = sum(bool(row.trials) for row in report.rows)
+        caption = (
+            f"Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna): a hint from "
+            f"{counted(finished, 'setting')}, not a test; a sampler that looks at results tries some values more often."
+        )
+        title = "What mattered"
+        yield _figure(title, charts.bars(shown, title), caption)

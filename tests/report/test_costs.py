@@ -1,0 +1,54 @@
+"""What settings take and save: only what can be compared is, and what is estimated says so."""
+
+import pytest
+
+from distilbench.report.costs import noise_of_time
+from tests.report.made_trials import report_of, treatment, trial
+
+FROZEN = treatment(freeze_layers=3)
+
+
+def row_of(base=None, **changes):
+    (row,) = report_of(
+        [trial(0.9, **{"train_flops": 690e12} | (base or {})), trial(0.9, 1, 1, FROZEN, **changes)]
+    ).candidates
+    return row
+
+
+def test_time_is_told_only_between_trials_measured_alike():
+    assert row_of(train_seconds=888.0).saving.seconds == pytest.approx(35.2, abs=0.05)
+    elsewhere = row_of(train_seconds=888.0, measured_on="cuda; trainer").saving
+    assert (elsewhere.seconds, elsewhere.time_note) == (
+        None, "measured on different devices, engines, precisions or library versions"
+    )  # fmt: skip
+
+
+def test_flops_compare_on_any_machine_fused_or_alone():
+    row = row_of(train_flops=345e12, measured_on="cuda; fused", alone=False)
+    assert row.saving.flops == pytest.approx(50)
+
+
+def test_a_trial_that_shared_the_device_has_no_seconds_of_its_own_but_an_estimate():
+    shared = row_of(alone=False)
+    assert (shared.cost.seconds, shared.saving.time_note) == (pytest.approx(float("nan"), nan_ok=True),
+                                                             "trained in a batch with other trials")  # fmt: skip
+    estimated = row_of(alone=False, solo_seconds_estimate=685.5)
+    assert (estimated.cost.seconds, estimated.cost.is_estimate) == (685.5, True)
+    assert (estimated.saving.seconds, estimated.saving.time_note) == (pytest.approx(50), "")
+
+
+def test_memory_and_cpu_time_are_compared_where_both_trained_alone():
+    base = {"train_cpu_seconds": 2000.0, "peak_memory_bytes": 2**31}
+    saving = row_of(base, train_cpu_seconds=1500.0, peak_memory_bytes=2**30).saving
+    assert (saving.cpu_seconds, saving.memory) == (pytest.approx(25), pytest.approx(50))
+    shared = row_of(base, train_cpu_seconds=1500.0, peak_memory_bytes=2**30, alone=False).saving
+    assert (shared.cpu_seconds, shared.memory) == (None, None)
+
+
+def test_the_noise_of_time_comes_from_equal_work_done_more_than_once():
+    one = [trial(0.9, seed, train_flops=1e15, train_seconds=s) for seed, s in ((1, 100.0), (2, 110.0), (3, 121.0))]
+    found = noise_of_time([*one, trial(0.9, 1, 1, FROZEN, train_flops=5e14, train_seconds=10.0)])
+    assert (found.percent, found.trials) == (pytest.approx(10.0), 3)
+    assert noise_of_time([trial(0.9), trial(0.9, 1, 1, FROZEN)]) is None
+    apart = [trial(0.9, 1, train_flops=1e15, alone=False), trial(0.9, 2, train_flops=1e15, measured_on="cuda")]
+    assert noise_of_time(apart) is None
