@@ -72,6 +72,8 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
         f"model {prepared.model.used.describe()}, data {prepared.text.used.describe()}, {prepared.device}", markup=False
     )
     cases = _cases(settings, prepared)
+    if settings.train.precision == "auto" and all(case.settings.train.precision != "bf16" for _, case in cases):
+        console.print("bf16 is left out: this device has no instructions for it", markup=False)
     rows = _measure_all(settings, cases, console)
     machine, work = _limit(settings, prepared, rows)
     done = Benchmark(
@@ -123,15 +125,15 @@ def _tuned(trial: TrialSettings, splits: Any, processes: int, on_gpu: bool) -> l
 
 
 def _precisions(settings: BenchmarkSettings, prepared: Prepared) -> list[str]:
-    """Those that the tuned Trainer is tried in: bf16 helps on some devices only."""
-    from distilbench.engines.device import resolve_device, resolve_precision
+    """Return those that the tuned Trainer is tried in: what is fast differs, and bf16 costs some CPUs a hundredfold."""
+    from distilbench.engines.device import has_native_bf16, resolve_device
 
     if settings.train.precision != "auto":
         return [prepared.precision]
-    try:
-        return ["fp32", resolve_precision("bf16", resolve_device(settings.engine.device))]
-    except SettingsError:
-        return ["fp32"]
+    device = resolve_device(settings.engine.device)
+    if has_native_bf16(device):
+        return ["fp32", "bf16"]
+    return ["fp32", "fp16"] if device.type == "cuda" else ["fp32"]
 
 
 def _short_splits(settings: BenchmarkSettings, prepared: Prepared) -> Any:

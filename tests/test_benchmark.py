@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from distilbench.bench.cases import ENGINE, TUNED, Case, Measured, _covered, together
 from distilbench.bench.table import Row
-from distilbench.benchmark import _tuned, _without_slower_tuning
+from distilbench.benchmark import _precisions, _tuned, _without_slower_tuning
 
 COMMAND = [sys.executable, "-m", "distilbench.benchmark", "model=tiny", "data=synthetic", "tracking=none"]
 
@@ -39,6 +40,17 @@ def test_trainer_is_tuned_in_each_way_that_may_help(settings):
     assert [name for name, _ in _tuned(trial, None, 0, on_gpu=False)] == ["HF tuned"]
     names = [(name, case.trials, case.compiled) for name, case in _tuned(trial, None, 4, on_gpu=True)]
     assert names == [("HF tuned", 1, False), ("HF tuned, compiled", 1, True), ("HF tuned, 4 at once", 4, False)]
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "tried"),
+    [("cpu", True, ["fp32", "bf16"]), ("cpu", False, ["fp32"]), ("cuda", True, ["fp32", "bf16"]),
+     ("cuda", False, ["fp32", "fp16"]), ("mps", False, ["fp32"])],
+)  # fmt: skip
+def test_trainer_is_tried_in_what_the_device_has_instructions_for(settings, monkeypatch, device, native, tried):
+    monkeypatch.setattr("distilbench.engines.device.resolve_device", lambda name: torch.device(device))
+    monkeypatch.setattr("distilbench.engines.device.has_native_bf16", lambda device: native)
+    assert _precisions(settings("train.precision=auto"), None) == tried
 
 
 @pytest.mark.parametrize(("on_gpu", "kept"), [(False, "fp32"), (True, "bf16")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from distilbench.engines.device import (
     available_devices,
     describe_device,
     driver_version,
+    has_native_bf16,
     resolve_device,
     resolve_precision,
 )
@@ -24,9 +26,10 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Return ``machine(cuda=..., mps=..., bf16=...)``: pretend that this machine has these."""
+    """Return ``machine(cuda=..., mps=..., bf16=..., flags=...)``: pretend that this machine has these."""
 
-    def pretend(cuda=False, mps=False, bf16=False):
+    def pretend(cuda=False, mps=False, bf16=False, flags=("avx2", "avx512_bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True) | {"amx_bf16": False})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
@@ -72,6 +75,33 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(machine, name):
 def test_precision_is_what_the_device_has(machine, on, bf16, name, used):
     machine(bf16=bf16)
     assert resolve_precision(name, on) == used
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [(["avx2", "avx512_f"], False), (["avx2", "avx512_bf16"], True), (["neon"], False), (["neon", "bf16"], True)],
+)
+def test_a_cpu_has_bf16_where_its_flags_say_so(machine, flags, native):
+    machine(flags=flags)
+    assert has_native_bf16(CPU) is native
+
+
+def test_bf16_by_name_on_a_cpu_without_it_is_done_after_one_line_of_what_it_costs(machine, caplog):
+    machine(flags=["avx2"])
+    device._warn_of_slow_bf16.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [resolve_precision("bf16", CPU) for _ in range(2)] == ["bf16", "bf16"]
+        assert resolve_precision("auto", CPU) == "fp32"
+    [record] = caplog.records
+    assert "no bfloat16 instructions, and takes" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_bf16_on_a_cpu_with_it_costs_no_word(machine, caplog):
+    machine()
+    device._warn_of_slow_bf16.cache_clear()
+    assert resolve_precision("bf16", CPU) == "bf16"
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(("on", "name"), [(CPU, "fp16"), (CUDA, "bf16"), (MPS, "bf16")])
