@@ -22,7 +22,7 @@ def _of(group: str, names: str) -> tuple[str, ...]:
 SOURCES = (
     *_of("model", "source checkpoint revision layers fallback"),
     *_of("data", "source hub_name hub_config revision train validation text_column label_column label_names fallback"),
-    *_of("data", "validation_fraction selection_fraction split_seed max_validation_examples"),
+    *_of("data", "validation_fraction selection_fraction report_fraction split_seed max_validation_examples"),
 )
 """Where weights and text come from; a protocol has what was really found there instead."""
 

@@ -124,6 +124,9 @@ class DataSettings:
     """Share of train used as validation where there is none, in (0, 1)."""
     selection_fraction: float = 0.0
     """Share of train that picks epochs and winners, in [0, 1); 0 lets validation do both, as the report did."""
+    report_fraction: float = 0.0
+    """Share of train carved out to report on alone, in [0, 1), for those whose validation is small: validation then
+    picks epochs and winners, and `selection_fraction` stays 0."""
     split_seed: int = 0
     """Seed of every split that is carved out; part of the protocol, unlike `seed`."""
     max_train_examples: Optional[int] = None
@@ -139,10 +142,11 @@ class DataSettings:
             require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
         if self.source == "files":
             self._check_files()
-        for name in ("validation_fraction", "selection_fraction"):
-            value = getattr(self, name)
-            low_ok = value >= 0 if name == "selection_fraction" else value > 0
-            require(low_ok and value < 1, f"data.{name}", "in [0, 1)" if "sel" in name else "in (0, 1)", value)
+        require(0 < self.validation_fraction < 1, "data.validation_fraction", "in (0, 1)", self.validation_fraction)
+        for name in ("selection_fraction", "report_fraction"):
+            require(0 <= getattr(self, name) < 1, f"data.{name}", "in [0, 1)", getattr(self, name))
+        require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
+                "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
         for name in ("max_train_examples", "max_validation_examples"):
             _at_least(f"data.{name}", getattr(self, name), 1)
         if self.label_names is not None:

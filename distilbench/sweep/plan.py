@@ -48,6 +48,8 @@ class Plan:
     @property
     def selection_split(self) -> str:
         """The split that picks epochs and winners."""
+        if self.settings.data.report_fraction:
+            return "validation split; a part of train only reports"
         held_out = self.settings.data.selection_fraction > 0
         return "selection split held out of train" if held_out else "validation split, which also reports"
 

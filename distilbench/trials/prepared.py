@@ -99,13 +99,14 @@ def prepare(settings: AppSettings) -> Prepared:
     engine = resolve_engine(settings.engine, model, precision, device.type)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
-    selection = "validation" if splits.selection is splits.report else "train (held out)"
+    report = "train (held out)" if settings.data.report_fraction else "validation"
+    selection = "validation" if splits.selection is splits.report or report != "validation" else "train (held out)"
     name = describe_device(device)
     return Prepared(
         model=model,
         text=text,
         splits=splits,
-        protocol=ProtocolIdentity(model.used, text.used, settings.train.metric, selection, "validation"),
+        protocol=ProtocolIdentity(model.used, text.used, settings.train.metric, selection, report),
         engine=engine,
         device=name,
         precision=precision,

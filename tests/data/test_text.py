@@ -428,6 +428,30 @@ def test_fewer_validation_examples_are_another_protocol(folder):
 # ---- packaged and generated text
 
 
+def test_a_part_of_train_only_reports_and_validation_then_selects(folder, caplog):
+    train = write(folder / "much.csv", numbered(400))
+    validation = write(folder / "little.csv", [(f"other {i}", i % 2) for i in range(20)])
+    splits = load_text(files(train, validation, report_fraction=0.25))
+    assert (len(splits.train), len(splits.selection), len(splits.report)) == (300, 20, 100)
+    assert all(text.startswith("other") for text in splits.selection.texts)
+    assert not set(splits.train.texts) & set(splits.report.texts)
+    assert np.bincount(splits.report.labels).tolist() == [50, 50]
+    assert "0 of the 100 texts held out of train to report on share a run of 5 words" in caplog.text
+
+
+def test_near_duplicates_across_the_cut_are_counted(folder, caplog):
+    rows = [(f"{word} the same five words here {i}", i % 2) for i, word in enumerate("abcdefgh")]
+    path = write(folder / "near.csv", rows)
+    load_text(files(path, path, report_fraction=0.5))
+    assert "4 of the 4 texts held out of train to report on share a run of 5 words" in caplog.text
+
+
+def test_two_splits_carved_to_judge_are_refused(folder):
+    path = write(folder / "both.csv", numbered(20))
+    with pytest.raises(SettingsError, match=r"data.selection_fraction must be 0 with data.report_fraction"):
+        files(path, path, report_fraction=0.1, selection_fraction=0.1)
+
+
 @pytest.fixture(scope="module")
 def tweets() -> data.TextSplits:
     try:
