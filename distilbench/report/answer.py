@@ -6,7 +6,7 @@ from collections import Counter
 
 from distilbench.report.findings import Confirmed, Report
 from distilbench.report.formats import counted, interval, points
-from distilbench.report.words import reason_untested, size_of
+from distilbench.report.words import above_floor, reason_untested, size_of
 from distilbench.results import Verdict
 
 WORTH_TELLING = 5.0
@@ -27,6 +27,8 @@ def _headline(report: Report) -> str:
         return f"{counted(len(candidates), 'setting')} finished, compared with nothing: there is no finished baseline."
     if not candidates:
         return "Only the baseline finished: there is nothing to compare it with."
+    if base.has_learned is False and report.floor:
+        return f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {_of_candidates(report)}"
     if report.confirmation:
         return _confirmed(report.confirmation[0])
     return _of_candidates(report)

@@ -36,7 +36,8 @@ class Curve:
 class Report:
     """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
 
-    ``sample`` is any trial, for what the protocol shares; ``url`` opens the table of runs.
+    ``sample`` is any trial, for what the protocol shares; ``floor`` is the accuracy of the most frequent label alone,
+    where predictions tell it; ``url`` opens the table of runs.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Report:
     curves: tuple[Curve, ...] = ()
     confirmation: tuple[Confirmed, ...] = ()
     url: str = ""
+    floor: float | None = None
 
     @property
     def table_rows(self) -> tuple[Row, ...]:

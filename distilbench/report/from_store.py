@@ -12,6 +12,7 @@ from rich.console import Console
 
 from distilbench.identity import AMOUNT, short_hash
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
+from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, against_baseline, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
@@ -89,8 +90,10 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
             notes.append("The baseline is not among these trials: it is the newest finished one of their protocol.")
     rows = label_rows(rows, baseline)
     picked = _picked_here(request, trials)
+    read = _ReadOnce(store)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, _ReadOnce(store), request.shown, picked)
+        rows = against_baseline(rows, baseline, read, request.shown, picked)
+    rows, floor = mark_learned(rows, read, request.shown)
     report = Report(
         title=request.title,
         rows=tuple(rows),
@@ -98,6 +101,7 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
         sample=trials[0],
         notes=tuple(notes + _selection_notes(request, trials[0], picked)),
         url=store.runs_url(),
+        floor=floor,
     )
     return replace(report, curves=_curves(store, report), confirmation=_confirmation(store, report, request))
 

@@ -53,7 +53,8 @@ class Row:
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
     the seeds that both have, where it was tested. ``verdict`` is what may be claimed; None for the baseline itself,
-    without a baseline, without a result, and for the reason in ``untested``.
+    without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: its accuracy is shown to
+    be above that of the most frequent label alone; None where that was not asked.
     """
 
     label: str
@@ -70,6 +71,7 @@ class Row:
     saving: Saving = NO_SAVING
     verdict: Verdict | None = None
     untested: Untested | None = None
+    has_learned: bool | None = None
 
     @property
     def n(self) -> int:

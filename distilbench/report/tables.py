@@ -13,7 +13,7 @@ from distilbench.report.answer import answer
 from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report, unfinished
-from distilbench.report.formats import latex, markdown, one_line
+from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row
 from distilbench.report.words import survival
 
@@ -30,11 +30,11 @@ def _in_order(report: Report, layout: str) -> list[Row]:
 
 def protocol_lines(report: Report) -> list[str]:
     """Say what all rows share: what was trained on what, and which split chose and which reported."""
-    sample = report.sample
+    sample, floor = report.sample, report.floor
     return [
         f"protocol {sample.protocol_id}: {one_line(sample.model)} on {one_line(sample.data)}",
         f"{sample.metric} on the split {sample.selection_split} picked epochs, figures are of the split "
-        f"{sample.report_split}",
+        f"{sample.report_split}" + (f"; the most frequent label alone scores {percent(floor)}" if floor else ""),
     ]
 
 

@@ -11,9 +11,11 @@ from rich.text import Text
 
 from distilbench.identity import SourceUsed
 from distilbench.report.columns import CSV, markdown_table, rich_table
+from distilbench.report.floor import floor_of, has_learned, mark_learned
 from distilbench.report.formats import counted, duration, interval, markdown, memory, p_value, percent, points
 from distilbench.report.rows import Row, Untested, against_baseline, row_from
-from distilbench.results import Evaluation, Status, StoredTrial, TrialResult, Verdict
+from distilbench.report.words import above_floor
+from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 
 _WIDTH = 100
@@ -29,10 +31,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial beside its baseline: a report of two rows."""
+    """A trial beside its baseline: a report of two rows, and the accuracy of the most frequent label alone."""
 
     row: Row
     baseline: Row
+    floor: float | None
 
     @property
     def trial(self) -> StoredTrial:
@@ -49,13 +52,18 @@ def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
         )
     rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
             replace(row_from([trial]), label="this trial")]  # fmt: skip
-    base, row = against_baseline(rows, 0, read=lambda stored: stored.predictions, shown=2)
+    rows = against_baseline(rows, 0, read=_predictions, shown=2)
+    (base, row), floor = mark_learned(rows, _predictions, shown=2)
     if row.untested is Untested.EXAMPLES:
         raise SettingsError(
             f"predictions to compare must be of the same examples, got others in {trial.name} than in "
             f"{baseline.name}; train the baseline again"
         )
-    return Comparison(row, base)
+    return Comparison(row, base, floor)
+
+
+def _predictions(trial: StoredTrial) -> Predictions | None:
+    return trial.predictions
 
 
 def sentence(comparison: Comparison) -> str:
@@ -72,7 +80,18 @@ def sentence(comparison: Comparison) -> str:
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
     }.get(comparison.row.verdict or Verdict.UNDECIDED,
           f"Undecided: one example of {found.examples:,} is {100 / found.examples:.2f} points.")  # fmt: skip
-    return f"{outcome} {_scope(trial, base)}"
+    return f"{_unlearned(comparison)}{outcome} {_scope(trial, base)}"
+
+
+def _unlearned(comparison: Comparison) -> str:
+    """What must be said first of a comparison in which one side, or both, learned nothing."""
+    rows = {"baseline": comparison.baseline, "trial": comparison.row}
+    idle = [(name, row) for name, row in rows.items() if row.has_learned is False]
+    return "".join(
+        f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
+        for name, row in idle
+        if comparison.floor
+    )
 
 
 def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
@@ -137,6 +156,7 @@ class Summary:
     dropped: Mapping[str, int]
     shared: int
     result: TrialResult
+    predictions: Predictions | None = None
     comparison: Comparison | None = None
     baseline_command: str | None = None
     run_url: str | None = None
@@ -218,6 +238,8 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     )
     if result.report is not None:
         yield "result", _result(result, result.report)
+        if summary.predictions is not None:
+            yield "floor", _floor(summary.predictions, settings.seed)
         yield "time", _time(result)
     if result.error:
         yield "error", result.error
@@ -240,6 +262,12 @@ def _result(result: TrialResult, report: Evaluation) -> str:
     figures = f"accuracy {percent(report.accuracy)}, loss {report.loss:.4f}, F1 {report.f1:.4f}, MCC {report.mcc:.4f}"
     picked = "which also picked the epoch" if result.selection is report else "which did not pick the epoch"
     return f"{figures}\nepoch {report.epoch:g}, on the split {report.split}, {picked}"
+
+
+def _floor(predictions: Predictions, seed: int) -> str:
+    """The accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
+    learned = "above it" if has_learned({seed: predictions}) else "not shown to be above it: this trial HAS NOT LEARNED"
+    return f"{percent(floor_of(predictions.labels))} by the most frequent label alone; {learned}"
 
 
 def _time(result: TrialResult) -> str:

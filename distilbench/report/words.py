@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distilbench.report.formats import interval, p_value, points
+from distilbench.report.formats import interval, p_value, percent, points
 from distilbench.report.rows import Row, Untested
 from distilbench.results import Verdict
 
@@ -25,20 +25,22 @@ def said(row: Row) -> str:
     """Say what may be claimed of a row, why nothing may be, or how its trials ended; nothing without a baseline."""
     if not row.trials:
         return row.status
-    if row.is_baseline:
-        return "baseline"
-    if row.untested:
-        return f"not tested: {reason_untested(row)}"
-    return _verdict(row) if row.verdict else ""
+    claim = "baseline" if row.is_baseline else f"not tested: {reason_untested(row)}" if row.untested else _verdict(row)
+    return ", ".join(filter(None, (claim, "has not learned" if row.has_learned is False else "")))
 
 
 def _verdict(row: Row) -> str:
     """A verdict with its seeds; one seed speaks of two trained models only."""
-    assert row.verdict
-    assert row.difference
+    if not row.verdict or not row.difference:
+        return ""
     n = row.difference.n
     this_seed = " with this seed" if n == 1 and row.verdict in (Verdict.BETTER, Verdict.WORSE) else ""
     return f"{VERDICTS[row.verdict]}{this_seed} (n = {n})"
+
+
+def above_floor(accuracy: float, floor: float) -> str:
+    """Set an accuracy beside that of the most frequent label alone."""
+    return f"{percent(accuracy)}, where the most frequent label alone scores {percent(floor)}"
 
 
 def reason_untested(row: Row) -> str:

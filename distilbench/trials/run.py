@@ -236,6 +236,7 @@ def _print(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
         dropped=text.dropped,
         shared=text.shared,
         result=outcome.result,
+        predictions=outcome.predictions,
         comparison=outcome.comparison,
         baseline_command=None if job.is_baseline or outcome.comparison else job.baseline_command(),
         run_url=store.runs_url() if store else None,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.findings import Curve, Report
+from distilbench.report.floor import mark_learned
 from distilbench.report.rows import against_baseline, find_baseline, label_rows, rows_from
 from distilbench.results import Predictions, Status, StoredTrial
 
@@ -87,16 +88,22 @@ def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTr
     return trials
 
 
+def predictions_of(stored: StoredTrial) -> Predictions | None:
+    """What a store would read."""
+    return stored.predictions
+
+
 def report_of(trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", **changes) -> Report:
     """The report that these trials make, with invented learning curves."""
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, lambda trial: trial.predictions, shown, is_picked_here)
+        rows = against_baseline(rows, baseline, predictions_of, shown, is_picked_here)
+    rows, floor = mark_learned(rows, predictions_of, shown)
     curves = tuple(
         Curve(row.label, tuple((step, row.accuracy - 0.03 / step) for step in (1, 2, 3)), row.is_baseline)
         for row in rows[:8]
         if row.trials
     )
-    return Report(title, tuple(rows), shown, trials[0], curves=curves, **changes)
+    return Report(title, tuple(rows), shown, trials[0], curves=curves, floor=floor, **changes)

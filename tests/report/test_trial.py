@@ -306,3 +306,19 @@ def test_frozen_part_in_words(layers, embeddings, dropout, words):
 )
 def test_formats(text, expected):
     assert text == expected
+
+
+def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(summary):
+    labels = np.arange(100) < 60
+    always = Predictions(labels.astype(int), np.tile([0.0, 1.0], (100, 1)))
+    words = " ".join(shown(replace(summary, predictions=always)).split())
+    assert "60.00 % by the most frequent label alone; not shown to be above it: this trial HAS NOT LEARNED" in words
+    good = Predictions(labels.astype(int), np.eye(2)[labels.astype(int)])
+    assert "alone; above it" in " ".join(shown(replace(summary, predictions=good)).split())
+
+
+def test_a_comparison_with_a_baseline_that_has_not_learned_says_that_first():
+    half = "10" * 50
+    assert sentence(compare(stored(BETTER), baseline(half))).startswith(
+        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. Better than"
+    )
