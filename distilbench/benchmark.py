@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
+from distilbench.cli import cli
 from distilbench.settings import (
     BENCH_WINDOW,
     CONF,
@@ -235,4 +236,4 @@ def _timed_tokens(case: Case, settings: BenchmarkSettings) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

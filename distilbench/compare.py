@@ -15,6 +15,7 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
+from distilbench.cli import cli as run_command_line
 from distilbench.composition import default_treatment, experiments
 from distilbench.identity import short_hash
 from distilbench.results import StoredTrial
@@ -163,7 +164,7 @@ def spelled_for_hydra(argument: str) -> str:
 def cli() -> None:
     """Run :func:`main` as the command line does."""
     sys.argv[1:] = [spelled_for_hydra(argument) for argument in sys.argv[1:]]
-    main()
+    run_command_line(main)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -26,7 +27,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.composition import COMMAND, baseline_config, command_for
-from distilbench.results import Status
+from distilbench.results import Status, read_record
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
 from distilbench.sweep.job import Seeds, SweepJob, context_of, objectives_at, run_in_sweep
 
@@ -216,7 +217,10 @@ def _conclusion(task: Task, seeds: Seeds | None, ended: Sequence[Outcome | Excep
 def _say_how_to_continue() -> None:
     """One line with the command that takes up an interrupted trial; a sweep's is said by whoever runs the sweep."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.RUN:
+    record = read_record(Path(hydra_config.runtime.output_dir))
+    if hydra_config.mode == RunMode.RUN and record and record.is_over:
+        print(f"distilbench: interrupted after the trial's end; it {record.status}", file=sys.stderr)
+    elif hydra_config.mode == RunMode.RUN:
         given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
         place = [f"hydra.run.dir={hydra_config.runtime.output_dir}", "train.resume=true"]
         print(

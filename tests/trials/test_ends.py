@@ -1,0 +1,78 @@
+"""The ends that a shell, a terminal or a disk brings about, on the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import TINY_TRACKED, Workspace
+
+pytestmark = pytest.mark.e2e
+SHORT = (*TINY_TRACKED[:2], "train.epochs=1", "hydra.run.dir=out")
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path)
+
+
+def ends_of(workspace, directory="out"):
+    """Status in the record, in the run's tag, and in MLflow's own terms."""
+    record = json.loads((workspace.path / directory / "trial.json").read_text())
+    (run,) = workspace.runs()
+    return record["status"], run.data.tags["distilbench.status"], run.info.status
+
+
+FINISHED = ("FINISHED", "FINISHED", "FINISHED")
+
+
+@pytest.mark.parametrize(
+    ("number", "statuses"),
+    [(signal.SIGINT, {130}), (signal.SIGTERM, {143}), (signal.SIGHUP, {129, -signal.SIGHUP})],
+    ids=["ctrl-c", "sigterm", "closed terminal"],
+)
+def test_a_signal_as_soon_as_there_is_a_record_closes_the_trial(workspace, number, statuses):
+    process = workspace.start(*TINY_TRACKED, "train.epochs=500", "hydra.run.dir=out")
+    deadline = time.monotonic() + 120
+    while not (workspace.path / "out" / "trial.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in statuses, err
+    assert ends_of(workspace) == ("INTERRUPTED", "INTERRUPTED", "KILLED")
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_away_ends_nothing(workspace):
+    process = workspace.start(*SHORT)
+    process.stdout.close()  # as | head -1 does
+    err = process.stderr.read()
+    assert (process.wait(), err) == (0, "")
+    assert ends_of(workspace) == FINISHED
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_onto_a_full_disk_ends_nothing(workspace):
+    environment = os.environ | {"MLFLOW_TRACKING_URI": workspace.uri}
+    command = workspace.start("--help").args[:-1]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, *SHORT], cwd=workspace.path, env=environment, stdout=full, stderr=full)
+    assert done.returncode == 0
+    assert ends_of(workspace) == FINISHED
+
+
+def test_what_the_terminal_cannot_show_is_replaced(workspace):
+    done = workspace.run(*SHORT[:-1], "hydra.run.dir='größe'", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ends_of(workspace, "größe") == FINISHED
+    assert "gr??e" in done.stdout or "gr????e" in done.stdout
+    done = workspace.run("hydra.run.dir='größe'", "train.epochs=0", PYTHONIOENCODING="ascii:strict")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
