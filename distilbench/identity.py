@@ -45,8 +45,9 @@ TREATMENT_OF_LOOP = (
 TREATMENT_OF_STEP = (
     *_of("scheduler", "name warmup_ratio warmup_steps"),
     *_of("optim", "lr weight_decay max_grad_norm beta1 beta2 eps momentum"),
+    "train.patience",
 )
-"""Treatment that is a number in a step: each trial has its own, beside others too."""
+"""Treatment of which each trial has its own beside others too: numbers in a step, and when it ends."""
 
 SEED = ("seed",)
 

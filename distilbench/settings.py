@@ -280,6 +280,8 @@ class TrainSettings:
     """accuracy | f1 | mcc | loss: what keeps the best epoch; part of the protocol."""
     eval_steps: Optional[int]
     """Evaluate every this many steps instead of after each epoch; null is each epoch."""
+    patience: Optional[int]
+    """Evaluations in a row that may fail to improve `metric`, after which the trial ends, 1 or more; null is any."""
     logging_steps: int
     """Steps between two records of loss, learning rate and gradient norm, 1 or more."""
     checkpoints: bool
@@ -288,7 +290,8 @@ class TrainSettings:
     """Continue an interrupted trial of the same settings from its last checkpoint in the same `output.dir`."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "logging_steps", "eval_steps"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "logging_steps", "eval_steps",
+                     "patience"):  # fmt: skip
             _at_least(f"train.{name}", getattr(self, name), 1)
         require(self.batch_size % self.examples_at_once == 0, "train.micro_batch_size",
                 f"a divisor of train.batch_size={self.batch_size}", self.micro_batch_size)  # fmt: skip

@@ -66,3 +66,10 @@ def best_of(history: Sequence[Evaluation], train: TrainSettings) -> int:
     """Return the position of the best evaluation by ``train.metric``, the first among equals."""
     sign = 1 if train.greater_is_better else -1
     return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
+
+
+def is_out_of_patience(history: Sequence[Evaluation], train: TrainSettings) -> bool:
+    """Return whether the last ``train.patience`` evaluations brought no better one than those before."""
+    if train.patience is None or not history:
+        return False
+    return len(history) - 1 - best_of(history, train) >= train.patience

@@ -32,7 +32,7 @@ from distilbench.engines.device import (
     resolve_device,
     resolve_precision,
 )
-from distilbench.engines.evaluation import best_of, evaluate_logits, selection_name
+from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
@@ -253,7 +253,8 @@ class _Run(TrainerCallback):
         self._sample_memory()
         if self.observer.on_evaluation(self.index, evaluation):
             raise TrialEnded(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
-        control.should_save = self.settings.train.checkpoints and not last
+        control.should_training_stop = last or is_out_of_patience(progress.history, self.settings.train)
+        control.should_save = self.settings.train.checkpoints and not control.should_training_stop
         self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

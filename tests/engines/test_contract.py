@@ -232,6 +232,18 @@ def test_of_equal_epochs_the_first_is_kept(trial, train):
     assert result.selection is result.history[0]
 
 
+def test_a_trial_ends_where_its_patience_does_and_alone(trial, train):
+    common = ("train.epochs=4", "optim.lr=1e-30", "output.save_model=true")
+    [stopped, whole], _ = train([trial(*common, "train.patience=2"), trial(*common, "train.patience=4")])
+    assert [stopped.status, whole.status] == [Status.FINISHED, Status.FINISHED]
+    assert [len(stopped.history), len(whole.history)] == [3, 4]
+    assert [stopped.steps, whole.steps] == [3 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH]
+    assert stopped.selection is stopped.history[0]
+    assert stopped.report.step == STEPS_PER_EPOCH
+    assert stopped.train_flops == pytest.approx(whole.train_flops * 3 / 4)
+    np.testing.assert_allclose(stopped.report.logits, whole.report.logits, atol=1e-6)
+
+
 def test_the_exported_model_comes_with_its_tokenizer_and_nothing_else(trial, train):
     from transformers import AutoTokenizer
 

@@ -73,12 +73,13 @@ class GroupState:
 
     def split(self) -> tuple[GroupState, GroupState]:
         """Halve the group; where memory ran out between two stacks, those that have taken the step go on first."""
-        cut = self.taken or len(self.members) // 2
-        first, second = slice(cut), slice(cut, None)
-        return (
-            replace(self, members=self.members[first], tensors=[tensor[first] for tensor in self.tensors]),
-            replace(self, members=self.members[second], tensors=[tensor[second] for tensor in self.tensors], taken=0),
-        )
+        cut, count = self.taken or len(self.members) // 2, len(self.members)
+        return self.part(range(cut)), replace(self.part(range(cut, count)), taken=0)
+
+    def part(self, places: Sequence[int]) -> GroupState:
+        """Return the state of the members at these places alone."""
+        members = [self.members[t] for t in places]
+        return replace(self, members=members, tensors=[tensor[list(places)] for tensor in self.tensors])
 
 
 class TrialGroup:
@@ -107,23 +108,23 @@ class TrialGroup:
         self.use_graphs = use_graphs
         self.graph_steps: GraphSteps | None = None
         self.prefix_bytes = prefix_bytes
+        self.waiting: list[GroupState] = []
 
     def run(self, began: float) -> None:
         """Train every member to its end; ``began`` is when their set-up did. Where memory runs out, part after part."""
         self.stopwatch = Stopwatch(began)
-        waiting: list[GroupState] = []
         try:
             self._set_up()
             while True:
                 if self._train():
                     self._finish()
-                    if not waiting:
+                    if not self.waiting:
                         return
                 else:
-                    waiting += reversed(self._state().split())
-                self._restore(waiting.pop())
+                    self.waiting += reversed(self._state().split())
+                self._restore(self.waiting.pop())
         except BaseException as error:
-            members = [*self.members, *(member for state in waiting for member in state.members)]
+            members = [*self.members, *(member for state in self.waiting for member in state.members)]
             for member in members:
                 member.tidy()
             if not isinstance(error, Exception):
@@ -203,7 +204,7 @@ class TrialGroup:
 
         A single trial that ran out of memory takes the same step again with half as many rows at once.
         """
-        while self.members and (self.step < self.schedule.steps or self.evaluation_due):
+        while self._goes_on():
             try:
                 if self.evaluation_due:
                     self._evaluate()
@@ -220,6 +221,12 @@ class TrialGroup:
                     continue
             self._leave(dict.fromkeys(range(len(self.members)), outcome))
         return True
+
+    def _goes_on(self) -> bool:
+        """Whether there is a step or an evaluation to come; members that are out of patience stand in a group alone."""
+        if not self.members or (not self.evaluation_due and self.members[0].is_out_of_patience):
+            return False
+        return self.step < self.schedule.steps or self.evaluation_due
 
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
@@ -359,10 +366,21 @@ class TrialGroup:
             except Exception as error:  # the trial's boundary: its neighbours go on
                 outcomes[t] = outcome_of(error, member.settings)
         self._leave(outcomes)
-        if self.settings.train.checkpoints and not last:
-            for t, member in enumerate(self.members):
+        for t, member in enumerate(self.members):
+            if self.settings.train.checkpoints and not last and not member.is_out_of_patience:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
+        self._part_with_those_out_of_patience()
         self.stopwatch.lap()
+
+    def _part_with_those_out_of_patience(self) -> None:
+        """Have members that are out of patience finish first, in a group of their own, and the others wait."""
+        places: dict[bool, list[int]] = {True: [], False: []}
+        for t, member in enumerate(self.members):
+            places[member.is_out_of_patience].append(t)
+        if places[True] and places[False]:
+            state = self._state()
+            self.waiting.append(state.part(places[False]))
+            self._restore(state.part(places[True]))
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""

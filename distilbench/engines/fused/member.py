@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.checkpoints import Progress
-from distilbench.engines.evaluation import best_of
+from distilbench.engines.evaluation import best_of, is_out_of_patience
 from distilbench.engines.fused.optimizer import untouched_factor
 from distilbench.engines.fused.params import FlatParamLayout
 from distilbench.engines.optimization import lr_factors
@@ -100,6 +100,11 @@ class Member:
     def best(self) -> Evaluation:
         """The best evaluation so far, the first among equals."""
         return self.progress.history[best_of(self.progress.history, self.settings.train)]
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether it ends here, for its evaluations have not improved for long."""
+        return is_out_of_patience(self.progress.history, self.settings.train)
 
     def _find_checkpoint(self) -> None:
         found = checkpoints.newest(self.folder, self.identity) if self.settings.train.resume else None
