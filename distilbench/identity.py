@@ -32,6 +32,9 @@ AMOUNT = "data.max_train_examples"
 METRIC = ("train.metric",)
 """What keeps an epoch and picks a winner: with the sources, the protocol."""
 
+ADDED = (AMOUNT, "train.patience")
+"""Treatment that earlier versions did not have: it stands in a trial's treatment where it is not null."""
+
 TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
 """Treatment that decides what is prepared before the first step."""
 
@@ -126,11 +129,11 @@ def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
     """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used.
 
-    The amount of text stands in it where it is not all: so were treatments stored before it was part of them.
+    What earlier versions did not have stands in it where it is set, so that a treatment stored by them stays the same.
     """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
     known = select(settings, TREATMENT) | decided
-    return {name: value for name, value in known.items() if (name, value) != (AMOUNT, None)}
+    return {name: value for name, value in known.items() if value is not None or name not in ADDED}
 
 
 def trial_identity(protocol: ProtocolIdentity, settings: TrialSettings, precision: str) -> TrialIdentity:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distilbench.identity import AMOUNT, short_hash
+from distilbench.identity import ADDED, short_hash
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
@@ -110,7 +110,7 @@ def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, obj
     """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: _most_common([row.treatment.get(key) for row in rows]) for key in keys}
-    return {**usual, **{key: value for key, value in common.items() if (key, value) != (AMOUNT, None)}}
+    return {**usual, **{key: value for key, value in common.items() if value is not None or key not in ADDED}}
 
 
 def _most_common(values: Sequence[object]) -> object:
