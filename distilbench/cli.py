@@ -29,19 +29,28 @@ def end_at_once() -> None:
         signal.signal(number, _exit)
 
 
+_received: list[int] = []
+
+
 def end_cleanly() -> None:
     """From here on there is something to close: both signals are exceptions, where :func:`end_at_once` was called."""
     if signal.getsignal(signal.SIGTERM) is _exit:
-        signal.signal(signal.SIGTERM, _terminate)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STATUS:
+            signal.signal(number, _raise)
+
+
+def was_signalled() -> bool:
+    """Return whether a signal has become an exception, whatever the code that it interrupted made of that."""
+    return bool(_received)
 
 
 def _exit(signum: int, frame: Any) -> NoReturn:
     os._exit(STATUS[signal.Signals(signum)])
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise Terminated
+def _raise(signum: int, frame: Any) -> NoReturn:
+    _received.append(signum)
+    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 
 class _Unread(io.FileIO):

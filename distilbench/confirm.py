@@ -1,13 +1,13 @@
 """Does a sweep's winner still win? Its best settings and the baseline again, with fresh seeds, one trial at a time.
 
-A confirmation is a sweep of its own that names the first. Exit status: 0 all was trained, 1 a trial failed, 2 something
-to mend, 130 and 143 interrupted: the same command continues.
+A confirmation is a sweep of its own that names the first: its points are settings of that one with fresh seeds. Exit
+status: 0 all was trained, 1 a trial failed, 2 something to mend, 130 and 143 interrupted: the same command continues.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -20,73 +20,64 @@ from omegaconf.errors import OmegaConfBaseException
 from distilbench.cli import cli as run_command_line
 from distilbench.cli import end_cleanly
 from distilbench.composition import default_treatment
-from distilbench.identity import preparation_key, short_hash
-from distilbench.results import BASELINE_ROLE, Status, StoredTrial
+from distilbench.identity import short_hash
+from distilbench.results import Status
 from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, settings_from
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.report.rows import Row
-    from distilbench.tracking import MlflowStore, ParentRun
-    from distilbench.trials.prepared import Prepared
+    from distilbench.sweep.executors import End
+    from distilbench.sweep.job import SweepJob
+    from distilbench.sweep.plan import SweepPlan
+    from distilbench.sweep.space import Point
+    from distilbench.tracking import MlflowStore
 
 register_schema()
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One trial to train: a setting with one fresh seed, and the seconds that the sweep's own trials took."""
-
-    label: str
-    settings: AppSettings
-    treatment: str
-    is_baseline: bool
-    seconds: float
 
 
 @hydra.main(config_path=str(CONF), config_name="confirm")
 def main(config: DictConfig) -> None:
     """Train what is missing of the confirmation, then report it."""
     try:
-        failed = confirm(settings_from(config, ConfirmSettings))
+        failure = confirm(settings_from(config, ConfirmSettings))
     except SettingsError as error:
         print(f"distilbench: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    if failed:
-        print(f"distilbench: {failed} trials did not finish; the same command trains them again", file=sys.stderr)
+    if failure:
+        print(f"distilbench: {failure}", file=sys.stderr)
         sys.exit(1)
 
 
-def confirm(settings: ConfirmSettings) -> int:
-    """Run the confirmation; returns how many of its trials failed. Raises :class:`SettingsError` before the first."""
-    from distilbench.report.from_store import CONFIRMS, report_sweep
-    from distilbench.tracking import SWEEP, RunFilter, find_store
+def confirm(settings: ConfirmSettings) -> str | None:
+    """Run the confirmation; returns in one line what failed. Raises :class:`SettingsError` before its first trial."""
+    from distilbench.report.from_store import CONFIRMS
+    from distilbench.sweep.executors import Sequential
+    from distilbench.sweep.runner import run_plan
+    from distilbench.sweep.storage import storage_at
+    from distilbench.tracking import find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
     name = settings.name or f"{settings.sweep}-confirm"
-    directory = Path(settings.output or Path("outputs") / "sweeps" / name)
-    report = _first_report(store, settings.sweep)
     own = store.sweep_run(name)
     if own is not None and own.tags.get(CONFIRMS) != settings.sweep:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
-    known = store.search(RunFilter(tags={SWEEP: name}))
-    cells = list(_missing(store, settings, report, known))
-    _announce(settings, cells)
+    report = _first_report(store, settings.sweep)
+    chosen = {short_hash(row.treatment): _Chosen.of(row, store, settings) for row in _rows(report, settings.top)}
+    points = _points(chosen, fresh_seeds(report, settings.seeds))
+    _announce(settings, chosen, _missing(store, name, points))
     if settings.dry_run:
-        return 0
+        return None
     end_cleanly()
-    group = store.open_parent_run(name, _tags(store, settings.sweep, name), run_id=own.run_id if own else None)
-    group.close_dead(lambda owner: owner.is_dead())
-    try:
-        failed = _train(cells, store, group, directory, report.sample.protocol_id, name)
-    except KeyboardInterrupt:
-        group.finish(Status.INTERRUPTED, "interrupted; the same command continues")
-        raise
-    report_sweep(store, name, directory, default_treatment())
-    group.finish(Status.FAILED if failed else Status.FINISHED)
-    return failed
+    directory = Path(settings.output or Path("outputs") / "sweeps" / name).absolute()
+    plan = _plan(name, directory, settings.sweep, chosen, points)
+    _check_protocol(plan.settings, report.sample.protocol_id)
+    first = store.sweep_run(settings.sweep)
+    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": first.run_id if first else ""}
+    executor = Sequential(lambda jobs: [_train(job, chosen) for job in jobs], at_once=1)
+    return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
 
 def _first_report(store: MlflowStore, sweep: str) -> Report:
@@ -109,22 +100,103 @@ def _first_report(store: MlflowStore, sweep: str) -> Report:
     return report
 
 
-def _missing(
-    store: MlflowStore, settings: ConfirmSettings, report: Report, known: Sequence[StoredTrial]
-) -> Iterator[Cell]:
-    """What is left to train, seed by seed, so that an interruption leaves every setting with the same seeds."""
+@dataclass(frozen=True)
+class _Chosen:
+    """A setting to train again: as the sweep's report calls it, and as its first trial was started."""
+
+    row: Row
+    settings: AppSettings
+
+    @classmethod
+    def of(cls, row: Row, store: MlflowStore, settings: ConfirmSettings) -> _Chosen:
+        """Read the settings that a row's first trial was started with, from its run."""
+        started = _settings_of(store, row)
+        alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
+                        timeout_minutes=None, retry_failed=True, take_over=False, on_change="extend")  # fmt: skip
+        train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
+        return cls(row, replace(started, sweep=alone, train=train, output=output, tracking=settings.tracking))
+
+
+def _rows(report: Report, top: int) -> list[Row]:
     from distilbench.report.findings import by_score
 
     assert report.baseline is not None
-    rows = [report.baseline, *by_score(report.candidates)[: settings.top]]
-    started = {short_hash(row.treatment): _settings_of(store, row) for row in rows}
-    done = {(short_hash(t.treatment), t.seed) for t in known if t.status is Status.FINISHED}
-    for seed in fresh_seeds(report, settings.seeds):
-        for row in rows:
-            key = short_hash(row.treatment)
-            if (key, seed) not in done:
-                chosen = replace(started[key], seed=seed, tracking=settings.tracking)
-                yield Cell(row.label, chosen, key, row.is_baseline, row.cost.seconds)
+    return [report.baseline, *by_score(report.candidates)[:top]]
+
+
+def _points(chosen: Mapping[str, _Chosen], seeds: Sequence[int]) -> list[Point]:
+    """What is to be trained, seed by seed, so that an interruption leaves every setting with the same seeds."""
+    from distilbench.sweep.space import Point
+
+    return [
+        Point({}, (key, f"seed={seed}"), is_baseline=one.row.is_baseline)
+        for seed in seeds
+        for key, one in chosen.items()
+    ]
+
+
+def _missing(store: MlflowStore, name: str, points: Sequence[Point]) -> list[Point]:
+    from distilbench.tracking import SWEEP, RunFilter
+
+    trials = store.search(RunFilter(tags={SWEEP: name}))
+    done = {(short_hash(t.treatment), f"seed={t.seed}") for t in trials if t.status is Status.FINISHED}
+    return [point for point in points if point.extra not in done]
+
+
+def _plan(name: str, directory: Path, sweep: str, chosen: Mapping[str, _Chosen], points: Sequence[Point]) -> SweepPlan:
+    from distilbench.sweep.job import directions_of
+    from distilbench.sweep.plan import SweepPlan
+    from distilbench.sweep.space import Space
+
+    settings = next(iter(chosen.values())).settings
+    objectives = (settings.train.metric,)
+    return SweepPlan(
+        settings=settings,
+        space=Space({}, []),
+        points=points,
+        beside=[],
+        total=len(points),
+        asked=len(points),
+        is_grid=True,
+        objectives=objectives,
+        directions=directions_of(objectives),
+        name=name,
+        directory=directory,
+        fixed={"confirms": sweep},
+        result_key=lambda point: point.key,
+        name_of=lambda point: f"{chosen[point.extra[0]].row.label} {point.extra[1]}",
+        failures_borne=float("inf"),
+        needs_all=True,
+    )
+
+
+def _train(job: SweepJob, chosen: Mapping[str, _Chosen]) -> End:
+    """Train the trial of one point in this process; returns what it ended with, None for an end of its own."""
+    from distilbench.sweep.trial import run_in_sweep
+    from distilbench.trials.prepared import Job
+
+    key, seed = job.overrides
+    settings = replace(chosen[key].settings, seed=int(seed.removeprefix("seed=")))
+    baseline = replace(next(iter(chosen.values())).settings, seed=settings.seed)
+    output = replace(settings.output, dir=str(job.directory))
+    job.announce()
+    try:
+        run_in_sweep(Job(replace(settings, output=output), baseline, baseline_command=str), job)
+    except Exception as error:  # the trial's boundary
+        return error
+    return None
+
+
+def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
+    """Raise :class:`SettingsError` if model or text are no longer what the sweep used."""
+    from distilbench.trials.prepared import prepare
+
+    found = prepare(settings).protocol
+    if found.id != protocol_id:
+        raise SettingsError(
+            f"the sweep's protocol must be what trains now, got {found.id} instead of {protocol_id} "
+            f"({found.model.describe()} on {found.data.describe()}); make the same model and data available"
+        )
 
 
 def fresh_seeds(report: Report, number: int) -> list[int]:
@@ -145,68 +217,18 @@ def _settings_of(store: MlflowStore, row: Row) -> AppSettings:
         ) from None
 
 
-def _announce(settings: ConfirmSettings, cells: Sequence[Cell]) -> None:
+def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing: Sequence[Point]) -> None:
     """Say what is about to be trained and about how long that takes."""
     from distilbench.report import duration
     from distilbench.report.formats import one_line
 
-    seconds = sum(cell.seconds for cell in cells if cell.seconds == cell.seconds)  # NaN where none was recorded
+    each = [chosen[point.extra[0]].row.cost.seconds for point in missing]
+    seconds = sum(one for one in each if one == one)  # NaN where none was recorded
     pace = f"about {duration(seconds)} at the sweep's pace"
-    print(f"confirming sweep {settings.sweep}: {len(cells)} trials to train, {pace}")
-    for label in dict.fromkeys(cell.label for cell in cells):
-        seeds = ", ".join(str(cell.settings.seed) for cell in cells if cell.label == label)
-        print(f"  {one_line(label)}: seeds {seeds}")
-
-
-def _tags(store: MlflowStore, sweep: str, name: str) -> dict[str, str]:
-    from distilbench.report.from_store import CONFIRMS
-    from distilbench.tracking import SWEEP
-
-    first = store.sweep_run(sweep)
-    return {SWEEP: name, CONFIRMS: sweep, f"{CONFIRMS}_run": first.run_id if first else ""}
-
-
-def _train(
-    cells: Sequence[Cell], store: MlflowStore, group: ParentRun, directory: Path, protocol_id: str, name: str
-) -> int:
-    """Train the cells in turn, each in the next free directory; returns how many did not finish."""
-    from distilbench.tracking import SWEEP
-    from distilbench.trials.prepared import SweepContext
-    from distilbench.trials.run import run
-
-    prepared: dict[str, Prepared] = {}
-    numbers = (n for n in count(_next_number(directory)) if not (directory / str(n)).exists())
-    failed = 0
-    for cell, number in zip(cells, numbers, strict=False):
-        ready = _prepared(cell.settings, prepared, protocol_id)
-        output = replace(cell.settings.output, dir=str((directory / str(number)).absolute()), save_model=False)
-        chosen = replace(cell.settings, output=output, train=replace(cell.settings.train, resume=False))
-        tags = {SWEEP: name, "distilbench.trial": str(number)}
-        tags |= {"distilbench.role": BASELINE_ROLE} if cell.is_baseline else {}
-        outcome = run(chosen, ready, store, SweepContext(f"{cell.label} seed={chosen.seed}", group.run_id, tags))
-        failed += outcome.result.status is not Status.FINISHED
-    return failed
-
-
-def _next_number(directory: Path) -> int:
-    numbers = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    return max(numbers, default=-1) + 1
-
-
-def _prepared(settings: AppSettings, ready: dict[str, Prepared], protocol_id: str) -> Prepared:
-    """Sources and splits for these settings, read once; refuses those that are no longer what the sweep used."""
-    from distilbench.trials.prepared import prepare
-
-    key = preparation_key(settings)
-    if key not in ready:
-        ready[key] = prepare(settings)
-    found = ready[key].protocol
-    if found.id != protocol_id:
-        raise SettingsError(
-            f"the sweep's protocol must be what trains now, got {found.id} instead of {protocol_id} "
-            f"({found.model.describe()} on {found.data.describe()}); make the same model and data available"
-        )
-    return ready[key]
+    print(f"confirming sweep {settings.sweep}: {len(missing)} trials to train, {pace}")
+    for key in dict.fromkeys(point.extra[0] for point in missing):
+        seeds = ", ".join(point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key)
+        print(f"  {one_line(chosen[key].row.label)}: seeds {seeds}")
 
 
 def cli() -> None:

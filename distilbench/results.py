@@ -26,6 +26,10 @@ class Status(StrEnum):
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     INTERRUPTED = "INTERRUPTED"
     FAILED = "FAILED"
+    WAITING = "WAITING"
+    """Queued in a sweep."""
+    REUSED = "REUSED"
+    """Not trained: another trial of the sweep had the same settings, and its result is this one's."""
 
 
 class Verdict(StrEnum):

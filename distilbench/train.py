@@ -29,7 +29,8 @@ from omegaconf import DictConfig
 from distilbench.composition import COMMAND, baseline_config, command_for
 from distilbench.results import Status, read_record
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
-from distilbench.sweep.job import Seeds, SweepJob, context_of, objectives_at, run_in_sweep
+from distilbench.sweep.job import SweepJob
+from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
 if TYPE_CHECKING:
     from distilbench.trials.batch import BatchRunner
@@ -46,21 +47,21 @@ class TrialFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one job is to do: a trial, and its place in a sweep of ours."""
+class Assignment:
+    """What one Hydra job is to do: a trial, which may belong to a sweep of ours."""
 
     job: Job
-    place: SweepJob | None
+    sweep_job: SweepJob | None
 
     @property
     def has_seeds(self) -> bool:
         """Whether a sweep wants the mean over several seeds."""
-        return self.place is not None and bool(self.job.settings.sweep.seeds)
+        return self.sweep_job is not None and bool(self.job.settings.sweep.seeds)
 
     @property
     def prunes(self) -> bool:
         """Whether the trial may be stopped on the way."""
-        return self.place is not None and self.place.storage is not None
+        return self.sweep_job is not None and self.sweep_job.storage is not None
 
 
 class Batches:
@@ -72,55 +73,48 @@ class Batches:
         self._max_trials = max_trials
         self._runner: BatchRunner | None = None
 
-    def describe(self, config: DictConfig) -> Task:
+    def describe(self, config: DictConfig) -> Assignment:
         """Return what a job is to do; raises or exits as the job itself would."""
         with _in_one_line():
-            return _task(config)
+            return _assignment(config)
 
-    def train(self, jobs: Sequence[Task]) -> Iterator[Mapping[int, TaskFunction]]:
-        """Train the jobs; yields task functions that end as :func:`main` would have.
+    def train(self, assignments: Sequence[Assignment]) -> Iterator[Mapping[int, TaskFunction]]:
+        """Train the trials; yields task functions that end as :func:`main` would have.
 
         The seeds of a trial with several (``sweep.seeds``) are trained at once too; a pruner, which judges them one
         after another, has such a trial trained by itself.
         """
-        if not jobs:
+        if not assignments:
             return
         end_cleanly()
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
-        by_themselves = {index for index, task in enumerate(jobs) if task.has_seeds and task.prunes}
-        yield {index: _by_itself(jobs[index]) for index in by_themselves}
+        by_themselves = {index for index, own in enumerate(assignments) if own.has_seeds and own.prunes}
+        yield {index: _by_itself(assignments[index]) for index in by_themselves}
         with ExitStack() as closing:
-            parts = {index: _parts_of(task, closing) for index, task in enumerate(jobs) if index not in by_themselves}
-            parted = [(index, job) for index, own in parts.items() for job in own.jobs]
+            parts = {i: _parts_of(own, closing) for i, own in enumerate(assignments) if i not in by_themselves}
+            jobs = [(index, job) for index, (own, _) in parts.items() for job in own]
             ended: dict[int, list[Outcome | Exception]] = defaultdict(list)
-            for outcomes in self._runner.train([job for _, job in parted]):
-                for part, outcome in outcomes.items():
-                    ended[parted[part][0]].append(outcome)
-                whole = [index for index, results in ended.items() if len(results) == len(parts[index].jobs)]
-                yield {index: _conclusion(jobs[index], parts[index].seeds, ended.pop(index)) for index in whole}
+            for outcomes in self._runner.train([job for _, job in jobs]):
+                for position, outcome in outcomes.items():
+                    ended[jobs[position][0]].append(outcome)
+                whole = [index for index, results in ended.items() if len(results) == len(parts[index][0])]
+                yield {index: _conclusion(assignments[index], parts[index][1], ended.pop(index)) for index in whole}
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a task is trained as: itself, or each of its seeds."""
-
-    jobs: Sequence[Job]
-    seeds: Seeds | None = None
-
-
-def _parts_of(task: Task, closing: ExitStack) -> _Parts:
+def _parts_of(assignment: Assignment, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
+    """What is trained for an assignment: its trial, or each of that one's seeds."""
     from distilbench.tracking import open_store
 
-    if not task.place:
-        return _Parts([task.job])
-    settings = task.job.settings
-    if not task.has_seeds:
-        return _Parts([replace(task.job, context=context_of(task.place, settings))])
-    seeds = Seeds(task.job, task.place, open_store(settings.tracking))
+    job, sweep_job = assignment.job, assignment.sweep_job
+    if not sweep_job:
+        return [job], None
+    if not assignment.has_seeds:
+        return [replace(job, context=context_of(sweep_job, job.settings))], None
+    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking))
     closing.enter_context(seeds.closing())
-    return _Parts(seeds.jobs, seeds)
+    return seeds.jobs, seeds
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -134,7 +128,7 @@ def _takes_batches(task: TaskFunction) -> TaskFunction:
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
     with _in_one_line():
-        return _run(_task(config))
+        return _run(_assignment(config))
 
 
 @contextmanager
@@ -155,10 +149,10 @@ def _in_one_line() -> Iterator[None]:
         raise
 
 
-def _task(config: DictConfig) -> Task:
-    place = SweepJob.from_environment()
-    if place:
-        place.announce()
+def _assignment(config: DictConfig) -> Assignment:
+    sweep_job = SweepJob.from_environment()
+    if sweep_job:
+        sweep_job.announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices
@@ -169,16 +163,16 @@ def _task(config: DictConfig) -> Task:
         baseline=settings_from(baseline),
         baseline_command=partial(command_for, baseline, choices),
     )
-    return Task(job, place)
+    return Assignment(job, sweep_job)
 
 
-def _run(task: Task) -> float | tuple[float, ...]:
+def _run(assignment: Assignment) -> float | tuple[float, ...]:
     end_cleanly()
-    if task.place:
-        return run_in_sweep(task.job, task.place)
+    if assignment.sweep_job:
+        return run_in_sweep(assignment.job, assignment.sweep_job)
     from distilbench.trials.run import run_and_compare
 
-    return _objective(run_and_compare(task.job))
+    return _objective(run_and_compare(assignment.job))
 
 
 def _objective(outcome: Outcome) -> float:
@@ -187,15 +181,15 @@ def _objective(outcome: Outcome) -> float:
     return outcome.result.selection.metric(outcome.settings.train.metric)
 
 
-def _by_itself(task: Task) -> TaskFunction:
+def _by_itself(assignment: Assignment) -> TaskFunction:
     def run(config: DictConfig) -> float | tuple[float, ...]:
         with _in_one_line():
-            return _run(task)
+            return _run(assignment)
 
     return run
 
 
-def _conclusion(task: Task, seeds: Seeds | None, ended: Sequence[Outcome | Exception]) -> TaskFunction:
+def _conclusion(assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception]) -> TaskFunction:
     """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
     def conclude(config: DictConfig) -> float | tuple[float, ...]:
@@ -209,7 +203,7 @@ def _conclusion(task: Task, seeds: Seeds | None, ended: Sequence[Outcome | Excep
             if seeds:
                 records = [seeds.record_of(seeded) for seeded in seeds.jobs]
                 seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
-            return objectives_at(task.place) if task.place else _objective(outcomes[0])
+            return assignment.sweep_job.reached() if assignment.sweep_job else _objective(outcomes[0])
 
     return conclude
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from distilbench.confirm import confirm
 from distilbench.report.from_store import CONFIRMS
-from distilbench.results import Status
+from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP, RunFilter
 from distilbench.trials import run as trials
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_confirm(folder: Path, *asked: str) -> int:
+def run_confirm(folder: Path, *asked: str) -> str | None:
     with initialize_config_dir(str(ROOT / "conf")):
         config = compose("confirm", [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output={folder}/confirm", *asked])
         return confirm(settings_from(config, ConfirmSettings))
@@ -56,7 +56,7 @@ def confirmed(folder: Path, name="first-confirm"):
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys):
-    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "dry_run=true") == 0
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "dry_run=true") is None
     shown = capsys.readouterr().out
     assert "confirming sweep first: 4 trials to train, about " in shown
     assert "seeds 2, 3" in shown
@@ -85,7 +85,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
 
     monkeypatch.setattr(trials, "run", real)
     capsys.readouterr()
-    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2") == 0
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2") is None
     found = confirmed(folder)
     assert sorted((t.treatment["optim.lr"], t.seed) for t in found) == sorted(
         (rate, seed) for rate in {rate for rate, _ in trained} for seed in (2, 3)
@@ -113,7 +113,7 @@ def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
 
     monkeypatch.setattr(trials, "run", counted)
     before = len(confirmed(folder))
-    assert run_confirm(folder, "sweep=first", "top=1", "seeds=3") == 0
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=3") is None
     assert trained == [4, 4]
     assert len(confirmed(folder)) == before + 2
     run_confirm(folder, "sweep=first", "top=1", "seeds=3")
@@ -131,10 +131,15 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
 
     def diverges(settings, *arguments):
         outcome = real(settings, *arguments)
-        return replace(outcome, result=replace(outcome.result, status=Status.DIVERGED))
+        if settings.optim.lr != 2e-5:
+            directory = Path(settings.output.dir)
+            replace(read_record(directory), status=Status.DIVERGED, error="nan").write(directory)
+        return outcome
 
     monkeypatch.setattr(trials, "run", diverges)
-    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "name=other", f"output={folder}/other") == 4
+    failure = run_confirm(folder, "sweep=first", "top=1", "seeds=2", "name=other", f"output={folder}/other")
+    assert failure == "2 trials did not finish; the same command trains them again"
+    assert [read_record(folder / "other" / str(n)).status for n in range(4)].count(Status.FINISHED) == 2
 
 
 @pytest.mark.parametrize(

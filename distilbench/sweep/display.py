@@ -14,18 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from distilbench.report import duration
-from distilbench.results import Status
-from distilbench.sweep.leaderboard import Board, Row, name_of, shown
-from distilbench.sweep.plan import Plan
+from distilbench.sweep.leaderboard import Leaderboard
+from distilbench.sweep.plan import SweepPlan
 from distilbench.trials.prepared import prepare
 from distilbench.trials.run import estimate_alone
 
-SHOWN = 8
-"""Rows of the live table: the best trials, after those that run."""
+LONGEST = 8
+"""Trials of the live table beside those that run: the best ones."""
 
 
-class Screen:
-    """A context manager that shows boards and lines on ``console``."""
+class Display:
+    """A context manager that shows leaderboards and lines on ``console``."""
 
     def __init__(self, console: Console, is_live: bool) -> None:
         self._console = console
@@ -36,7 +35,7 @@ class Screen:
         """Whether it shows a table that changes in place."""
         return self._live is not None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Display:
         if self._live:
             self._live.start()
         return self
@@ -45,81 +44,61 @@ class Screen:
         if self._live:
             self._live.stop()
 
-    def show(self, board: Board, at_once: int) -> None:
+    def show(self, leaderboard: Leaderboard, at_once: int) -> None:
         """Show how the sweep stands now."""
         if self._live:
-            self._live.update(Group(live_table(board), Text(board.line(at_once))))
+            self._live.update(Group(leaderboard.table(LONGEST), Text(leaderboard.line(at_once))))
         else:
-            self.say(board.line(at_once))
+            self.say(leaderboard.line(at_once))
 
-    def show_all(self, board: Board) -> None:
+    def show_all(self, leaderboard: Leaderboard) -> None:
         """Show every trial, at the end."""
-        self._console.print(board.table())
+        self._console.print(leaderboard.table())
 
     def say(self, line: str) -> None:
         """Print one line."""
         self._console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def live_table(board: Board) -> Table:
-    """The trials that run, then the best of those that have ended."""
-    running = [row for row in board.rows if row.status == Status.RUNNING]
-    ended = [row for row in board.ordered if row.values and row.status != Status.RUNNING]
-    table = Table(box=None, pad_edge=False)
-    for title in ("trial", "settings", *board.objectives, "time", "status"):
-        table.add_column(title, no_wrap=title != "settings")  # the one that a narrow terminal makes narrower
-    for row in [*running, *ended[:SHOWN]]:
-        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in _cells(row, board)))
-    return table
+LONGEST_GRID = 40
+"""Points of a grid that a dry run lists."""
 
 
-def _cells(row: Row, board: Board) -> list[str]:
-    values = [shown(name, value) for name, value in zip(board.objectives, row.values, strict=False)]
-    values += [""] * (len(board.objectives) - len(values))
-    mark = ", baseline" if row.is_baseline else ""
-    return [row.number, row.name, *values, duration(row.seconds) if row.seconds else "", row.status + mark]
-
-
-ROWS = 40
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print the cells (or the space), their number, and a prediction from a few steps of one trial."""
-    console.print(_cell_table(plan) if plan.is_grid else _space_table(plan))
+def print_plan(plan: SweepPlan, console: Console) -> None:
+    """Print the points (or the space), their number, and a prediction from a few steps of one trial."""
+    console.print(_grid_table(plan) if plan.is_grid else _space_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
     what = f"{trials} trials" + (f" of {seeds} seeds each" if seeds > 1 else "")
     seconds = estimate_alone(plan.settings, prepare(plan.settings))
     prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"
-    console.print(
-        f"[sweep] {plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    line = f"{plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept"
+    Display(console, is_live=False).say(line)
 
 
-def _cell_table(plan: Plan) -> Table:
+def _grid_table(plan: SweepPlan) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("trial", justify="right")
     table.add_column("settings", overflow="fold")
-    names = [("baseline", name_of(cell, plan.space)) for cell in plan.beside]
-    names += [(str(number), name_of(cell, plan.space)) for number, cell in enumerate(plan.cells)]
-    for number, name in names[:ROWS]:
+    names = [("baseline", plan.name_of(point)) for point in plan.beside]
+    names += [(str(number), plan.name_of(point)) for number, point in enumerate(plan.points)]
+    for number, name in names[:LONGEST_GRID]:
         table.add_row(number, Text(name))
-    if len(names) > ROWS:
-        table.add_row("...", f"{len(names) - ROWS} more")
+    if len(names) > LONGEST_GRID:
+        table.add_row("...", f"{len(names) - LONGEST_GRID} more")
     return table
 
 
-def _space_table(plan: Plan) -> Table:
+def _space_table(plan: SweepPlan) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("setting")
     table.add_column("values", overflow="fold")
     for key, distribution in plan.space.dimensions.items():
-        table.add_row(key, Text(described(distribution)))
+        table.add_row(key, Text(_described(distribution)))
     return table
 
 
-def described(distribution: object) -> str:
+def _described(distribution: object) -> str:
     """A dimension for people: ``0, 3, 6`` or ``1e-05 to 0.0001, logarithmic``."""
     choices = getattr(distribution, "choices", None)
     if choices is not None:

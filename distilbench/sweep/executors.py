@@ -5,26 +5,27 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
+from distilbench.sweep.job import ENVIRONMENT, JOB, SweepJob
 
-@dataclass(frozen=True)
-class Launch:
-    """One job: the trial's number and its overrides."""
+End = BaseException | None
+"""What a job ended with; None if it returned."""
 
-    number: int
-    overrides: Sequence[str]
+Launch = Callable[[Sequence[SweepJob]], Sequence[End]]
+"""Runs jobs to their end; returns keep their order."""
 
 
-class Hands(Protocol):
+class Executor(Protocol):
     """What launches trials."""
 
     @property
@@ -32,7 +33,7 @@ class Hands(Protocol):
         """How many trials it works on at a time; None for any number."""
         ...
 
-    def start(self, launches: Sequence[Launch]) -> dict[Future[JobReturn], int]:
+    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
         """Launch trials; the futures, by which each one's end is known, map to their numbers."""
         ...
 
@@ -41,45 +42,43 @@ class Hands(Protocol):
         ...
 
 
-class InTurn:
-    """A launcher that answers when its whole batch is done; ``at_once`` is the batch's size, None for all there are."""
+class Sequential:
+    """Launches a batch in this thread and answers when all of it is done; ``at_once`` is its size, None for all."""
 
-    def __init__(self, launcher: Launcher, at_once: int | None) -> None:
-        self._launcher, self.at_once = launcher, at_once
+    def __init__(self, launch: Launch, at_once: int | None) -> None:
+        self._launch, self.at_once = launch, at_once
 
-    def start(self, launches: Sequence[Launch]) -> dict[Future[JobReturn], int]:
-        """Run a batch to its end, in this thread."""
-        futures: dict[Future[JobReturn], int] = {Future(): launch.number for launch in launches}
+    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
+        """Run a batch to its end."""
+        futures: dict[Future[End], int] = {Future(): job.number for job in jobs}
         try:
-            returns = self._launcher.launch([list(launch.overrides) for launch in launches], launches[0].number)
+            ends = self._launch(jobs)
         except Exception as error:  # the batch's boundary: a launcher that broke fails its trials, not the sweep
-            for future in futures:
-                future.set_exception(error)
-            return futures
-        for future, returned in zip(futures, returns, strict=True):
-            future.set_result(returned)
+            ends = [error] * len(jobs)
+        for future, end in zip(futures, ends, strict=True):
+            future.set_result(end)
         return futures
 
     def stop(self) -> None:
         """Do nothing: what ran here has ended with the exception that ends the sweep."""
 
 
-class AsFreed:
-    """joblib's launcher, asked for one trial at a time from as many threads as it has workers."""
+class Pool:
+    """Asks joblib's launcher for one trial at a time, from as many threads as it has workers."""
 
-    def __init__(self, launcher: Launcher, at_once: int) -> None:
-        self._launcher, self.at_once = launcher, at_once
+    def __init__(self, launch: Launch, at_once: int) -> None:
+        self._launch, self.at_once = launch, at_once
         self._threads = ThreadPoolExecutor(at_once)
 
-    def start(self, launches: Sequence[Launch]) -> dict[Future[JobReturn], int]:
+    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
         """Hand each trial to a thread of its own, with Hydra's context."""
-        return {
-            self._threads.submit(contextvars.copy_context().run, self._launch, launch): launch.number
-            for launch in launches
-        }
+        return {self._threads.submit(contextvars.copy_context().run, self._launch_one, job): job.number for job in jobs}
 
-    def _launch(self, launch: Launch) -> JobReturn:
-        return self._launcher.launch([list(launch.overrides)], launch.number)[0]
+    def _launch_one(self, job: SweepJob) -> End:
+        try:
+            return self._launch([job])[0]
+        except Exception as error:  # the trial's boundary
+            return error
 
     def stop(self) -> None:
         """Kill the workers: a signal to the sweep's process alone never reaches them."""
@@ -89,18 +88,34 @@ class AsFreed:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def hands_of(launcher: Launcher, config: DictConfig, at_once: int | None) -> Hands:
-    """The way that suits a launcher: ``at_once`` trials, by default one at a time where they share one process."""
+def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:
+    """Return what suits a launcher: ``n_jobs`` trials at once, by default one where they share one process."""
+    launch = partial(_launch_through, launcher)
     if isinstance(launcher, BasicLauncher):
-        return InTurn(launcher, 1)
+        return Sequential(launch, 1)
     if config._target_.endswith(".JoblibLauncher") and config.backend in (None, "loky"):
         from joblib import effective_n_jobs
 
         workers = effective_n_jobs(config.n_jobs)
         if workers == 1:  # joblib then works in the thread that asks, which must be the main one for signals
-            return InTurn(launcher, 1)
-        return AsFreed(launcher, min(at_once or workers, workers))
-    return InTurn(launcher, at_once)
+            return Sequential(launch, 1)
+        return Pool(launch, min(n_jobs or workers, workers))
+    return Sequential(launch, n_jobs)
+
+
+def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
+    """Launch jobs as Hydra's sweepers do, each with the overrides that lead it to its directory and ``job.json``."""
+    returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], jobs[0].number)
+    return [None if r.status is JobStatus.COMPLETED else _error_of(r._return_value) for r in returns]
+
+
+def _overrides(job: SweepJob) -> list[str]:
+    told = QuotedString(text=str(job.directory / JOB), quote=Quote.single).with_quotes()
+    return [*job.overrides, f"hydra.sweep.subdir={job.trial}", f"++hydra.job.env_set.{ENVIRONMENT}={told}"]
+
+
+def _error_of(value: Any) -> BaseException:
+    return value if isinstance(value, BaseException) else RuntimeError("no result")
 
 
 @contextlib.contextmanager
@@ -118,14 +133,3 @@ def quiet_launchers(config: DictConfig) -> Iterator[None]:
     finally:
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
-
-
-def error_of(future: Future[JobReturn]) -> BaseException | None:
-    """What a job, or its launcher, ended with; None where it returned."""
-    error = future.exception()
-    if error is not None:
-        return error
-    returned: Any = future.result()
-    if returned.status is JobStatus.COMPLETED:
-        return None
-    return returned._return_value if isinstance(returned._return_value, BaseException) else RuntimeError("no result")

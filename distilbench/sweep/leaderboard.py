@@ -1,62 +1,41 @@
-"""How a sweep stands: its trials beside the baseline, for the terminal, for MLflow, and for the results file."""
+"""How a sweep stands: its trials beside the baseline, for the terminal, for MLflow, and for the results file.
+
+What trials amount to statistically is the report's to say, which reads what MLflow keeps; this is what the study
+knows, while the sweep runs and if nothing is tracked.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from optuna.trial import TrialState
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report import duration, percent, points
+from distilbench.report import duration, percent
 from distilbench.results import Status
-from distilbench.sweep.space import Cell, Space
-from distilbench.sweep.study import FAILURES, REUSED, Standing
-
-ROWS = 30
-"""Trials that the description of MLflow's parent run shows; all of them are below it, as its children."""
+from distilbench.sweep.study import FAILURES, TrialView
 
 _SHARES = ("accuracy", "f1")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One trial: ``values`` are its objectives, empty without a result; ``number`` is its directory.
+class Leaderboard:
+    """The trials of a sweep that count, in order, the baselines beside its space first, of ``total`` to come."""
 
-    ``params`` are what varies in the sweep, by override key.
-    """
-
-    number: str
-    name: str
-    status: str
-    is_baseline: bool
-    values: tuple[float, ...]
-    scores: Mapping[str, float]
-    seconds: float
-    run_id: str | None
-    error: str | None
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Board:
-    """The trials of a sweep, in order, the baselines beside the space first; ``left`` is how many are to come."""
-
-    rows: Sequence[Row]
+    trials: Sequence[TrialView]
     objectives: Sequence[str]
     directions: Sequence[str]
     total: int
 
     @cached_property
-    def counts(self) -> Counter[str]:
+    def counts(self) -> Counter[Status]:
         """Trials by status."""
-        return Counter(row.status for row in self.rows)
+        return Counter(trial.status for trial in self.trials)
 
     @property
     def failed(self) -> int:
@@ -69,32 +48,33 @@ class Board:
         return self.counts[Status.FINISHED] + self.counts[Status.PRUNED] + self.failed
 
     @cached_property
-    def baseline(self) -> Row | None:
+    def baseline(self) -> TrialView | None:
         """The first baseline that has a result."""
-        return next((row for row in self.rows if row.is_baseline and row.values), None)
+        return next((trial for trial in self.trials if trial.is_baseline and trial.values), None)
 
     @cached_property
-    def best(self) -> list[Row]:
+    def best(self) -> list[TrialView]:
         """The best trial, or with several objectives all that no other beats in each of them."""
-        trained = [row for row in self.rows if row.values and row.status == Status.FINISHED]
+        finished = [trial for trial in self.trials if trial.values and trial.status is Status.FINISHED]
         signs = [1 if direction == "maximize" else -1 for direction in self.directions]
 
-        def beats(a: Row, b: Row) -> bool:
+        def beats(a: TrialView, b: TrialView) -> bool:
             pairs = [(s * x, s * y) for s, x, y in zip(signs, a.values, b.values, strict=True)]
             return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
-        front = [row for row in trained if not any(beats(other, row) for other in trained)]
+        front = [trial for trial in finished if not any(beats(other, trial) for other in finished)]
         return front if len(self.objectives) > 1 else front[:1]
 
     def seconds_left(self, at_once: int) -> float | None:
-        """Predicted seconds until the last trial; None before the first result."""
-        seconds = [row.seconds for row in self.rows if row.seconds]
+        """Predict seconds until the last trial; None before the first result."""
+        seconds = [trial.seconds for trial in self.trials if trial.seconds]
         left = self.total - self.done
         return left * sum(seconds) / len(seconds) / at_once if seconds and left > 0 else None
 
     def line(self, at_once: int = 1) -> str:
-        """The sweep in one line."""
-        words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed}
+        """Return the sweep in one line."""
+        words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
+                 "reused": self.counts[Status.REUSED]}  # fmt: skip
         parts = [f"{self.done} of {self.total} trials"]
         parts += [f"{count} {word}" for word, count in words.items() if count]
         if len(self.objectives) > 1:
@@ -104,21 +84,25 @@ class Board:
         left = self.seconds_left(at_once)
         return ", ".join(parts) + (f", about {duration(left)} left" if left else "")
 
-    def _against_baseline(self, row: Row) -> str:
-        objective, value = self.objectives[0], row.values[0]
-        text = f"{objective} {shown(objective, value)} (trial {row.number})"
+    def _against_baseline(self, trial: TrialView) -> str:
+        objective = self.objectives[0]
+        text = f"{objective} {shown(objective, trial.values[0])} (trial {trial.path})"
         if self.baseline is None:
             return text
-        if row is self.baseline:
+        if trial is self.baseline:
             return f"{text}, the baseline"
         return f"{text} against the baseline's {shown(objective, self.baseline.values[0])}"
 
     def metrics(self) -> dict[str, float]:
-        """Counts, best and baseline, as metrics of the sweep's own run."""
-        named = {"trials_done": self.done, "trials_finished": self.counts[Status.FINISHED],
-                 "trials_pruned": self.counts[Status.PRUNED], "trials_failed": self.failed,
-                 "trials_running": self.counts[Status.RUNNING], "trials_reused": self.counts[REUSED]}  # fmt: skip
-        values: dict[str, float] = dict(named)
+        """Return counts, best and baseline, as metrics of the sweep's own run."""
+        values: dict[str, float] = {
+            "trials_done": self.done,
+            "trials_finished": self.counts[Status.FINISHED],
+            "trials_pruned": self.counts[Status.PRUNED],
+            "trials_failed": self.failed,
+            "trials_running": self.counts[Status.RUNNING],
+            "trials_reused": self.counts[Status.REUSED],
+        }
         if len(self.objectives) == 1 and self.best:
             values[f"best_{self.objectives[0]}"] = self.best[0].values[0]
         if self.baseline:
@@ -126,112 +110,51 @@ class Board:
         return values
 
     def results(self) -> dict[str, Any]:
-        """What hydra-optuna-sweeper writes to ``optimization_results.yaml``, with each trial's number."""
+        """Return what hydra-optuna-sweeper writes to ``optimization_results.yaml``, with each trial's number."""
         if len(self.objectives) > 1:
             return {"name": "optuna", "solutions": [
-                {"trial": row.number, "params": dict(row.params), "values": list(row.values)} for row in self.best
+                {"trial": trial.path, "params": trial.trial.params, "values": list(trial.values)} for trial in self.best
             ]}  # fmt: skip
         best = self.best[0] if self.best else None
-        return {"name": "optuna", "best_trial": best and best.number, "best_params": best and dict(best.params),
+        return {"name": "optuna", "best_trial": best and best.path, "best_params": best and best.trial.params,
                 "best_value": best and best.values[0]}  # fmt: skip
 
-    def table(self) -> Table:
-        """Every trial, the best first, as a rich table."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        header, *rows = self._cells()
-        for title in header:
-            is_text = title in ("trial", "settings", "status")
-            table.add_column(
-                title.replace(" ", "\n"), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text
-            )
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        return table
-
-    def markdown(self, link: Callable[[str | None], str | None]) -> str:
-        """The first trials of the same table, with links to their runs."""
-        header, *rows = self._cells()
-        lines = [f"**{self.line()}**", "", _row(header), _row(["---"] * len(header))]
-        for cells, row in list(zip(rows, self.ordered, strict=True))[:ROWS]:
-            page = link(row.run_id)
-            name = f"[{_plain(cells[1])}]({page})" if page else _plain(cells[1])
-            lines.append(_row([cells[0], name, *cells[2:]]))
-        if len(rows) > ROWS:
-            lines.append(f"\n{len(rows) - ROWS} more trials below this run.")
-        return "\n".join(lines)
-
     @cached_property
-    def ordered(self) -> list[Row]:
+    def ordered(self) -> list[TrialView]:
         """Best first by the first objective, those without a result last."""
         sign = -1 if self.directions[0] == "maximize" else 1
-        return sorted(self.rows, key=lambda row: sign * row.values[0] if row.values else math.inf)
+        return sorted(self.trials, key=lambda trial: sign * trial.values[0] if trial.values else math.inf)
 
-    def _cells(self) -> Iterator[list[str]]:
-        others = [name for name in self.objectives if name not in ("accuracy", "train_seconds")]
-        yield ["trial", "settings", "accuracy", "against baseline", *others, "time", "status"]
-        base = self.baseline.scores.get("accuracy") if self.baseline else None
-        for row in self.ordered:
-            accuracy = row.scores.get("accuracy")
-            known = accuracy is not None and base is not None
-            values = dict(zip(self.objectives, row.values, strict=True)) if row.values else {}
-            yield [
-                row.number,
-                row.name,
-                "" if accuracy is None else percent(accuracy),
-                f"{points(100 * (accuracy - base))} points" if known else "",  # type: ignore[operator]
-                *(shown(name, values[name]) if name in values else "" for name in others),
-                duration(row.seconds) if row.seconds else "",
-                row.status + (f": {row.error}" if row.error and row.status in (*FAILURES, Status.PRUNED) else ""),
-            ]
+    def table(self, longest: int | None = None) -> Table:
+        """Show the trials that run, then the best ones; ``longest`` is for a table that changes in place.
 
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        It bounds the second part, and has a narrow terminal cut the settings alone.
+        """
+        running = [trial for trial in self.trials if trial.status is Status.RUNNING]
+        ended = [trial for trial in self.ordered if trial.status is not Status.RUNNING]
+        is_live = longest is not None
+        table = Table(box=None, pad_edge=False)
+        for title in ("trial", "settings", *self.objectives, "time", "status"):
+            table.add_column(title, no_wrap=title != "settings" and is_live)
+        for trial in [*running, *ended[:longest]]:
+            values = [shown(name, value) for name, value in zip(self.objectives, trial.values, strict=False)]
+            values += [""] * (len(self.objectives) - len(values))
+            seconds = duration(trial.seconds) if trial.seconds else ""
+            cells = [trial.path, trial.name, *values, seconds, _status(trial, has_error=not is_live)]
+            table.add_row(*(Text(cell, no_wrap=is_live, overflow="ellipsis" if is_live else "fold") for cell in cells))
+        return table
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, also on MLflow's page, which does not know an escaped ``<``."""
-    return "".join("&lt;" if c == "<" else f"\\{c}" if c in "\\`*_{}[]>()#|!&~$" else c for c in text)
+def _status(trial: TrialView, has_error: bool) -> str:
+    """The status in words, with its reason if it ``has_error``."""
+    if trial.status is Status.REUSED:
+        return f"REUSED from {trial.attribute('reused_from')}"
+    error = trial.attribute("error") if has_error and trial.status in (*FAILURES, Status.PRUNED) else None
+    return trial.status + (", baseline" if trial.is_baseline else "") + (f": {error}" if error else "")
 
 
 def shown(objective: str, value: float) -> str:
-    """A value of an objective, for people."""
+    """Return a value of an objective, for people."""
     if objective in _SHARES:
         return percent(value)
     return duration(value) if objective.endswith("seconds") else f"{value:.4g}"
-
-
-def name_of(cell: Cell, space: Space, seed: int | None = None) -> str:
-    """What varies in the sweep, and only that: ``layers=3 scheduler=cosine``."""
-    if cell.is_baseline and (cell.extra or not cell.params):
-        return "baseline" + (f" seed={seed}" if "seed" in space.dimensions else "")
-    ends = Counter(key.rpartition(".")[2] for key in space.dimensions)
-    parts = []
-    for key, value in cell.params.items():
-        end = key.rpartition(".")[2]
-        parts.append(f"{end if ends[end] <= 1 else key}={_short(value)}")
-    varied = " ".join(parts) or "trial"
-    return f"baseline: {varied}" if cell.is_baseline else varied
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def row_of(standing: Standing, space: Space, objectives: int, prefix: str, twin: Standing | None) -> Row:
-    """A study's trial as a row; one that was not trained has its ``twin``'s result."""
-    attributes = {**(twin.trial.user_attrs if twin else {}), **standing.trial.user_attrs}
-    cell = Cell(standing.trial.params, tuple(attributes.get("extra", ())), standing.is_baseline)
-    complete = standing.trial.state == TrialState.COMPLETE
-    return Row(
-        number=f"{prefix}{standing.number}",
-        name=str(attributes.get("name") or name_of(cell, space)),
-        status=standing.status if standing.status != REUSED else f"{REUSED} from {attributes['reused_from']}",
-        is_baseline=standing.is_baseline,
-        values=tuple(standing.trial.values)[:objectives] if complete else (),
-        scores=attributes.get("scores", {}),
-        seconds=0.0 if standing.status == REUSED else attributes.get("figures", {}).get("train_seconds", 0.0),
-        run_id=attributes.get("run_id"),
-        error=attributes.get("error"),
-        params=standing.trial.params,
-    )

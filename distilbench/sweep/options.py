@@ -11,14 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
-class Options:
+class SweeperOptions:
     """What ``hydra.sweeper`` says, in the words of Hydra's own sweepers; see ``conf/hydra/sweeper``."""
 
     params: DictConfig | None
     storage: str | None
     study_name: str
     is_grid: bool
-    at_once: int | None
+    n_jobs: int | None
     """Trials handed to the launcher together; None leaves it to the kind of launcher."""
     n_trials: int | None = None
     direction: Any = None
@@ -28,15 +28,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Place:
+class HydraSetup:
     """What Hydra hands to a sweeper."""
 
     config: DictConfig
     context: HydraContext
     launcher: Launcher
 
-    def written(self, key: str) -> str | None:
-        """A key of ``hydra.sweeper`` as it stands on the command line or in a file, interpolations left as they are."""
+    def unresolved(self, key: str) -> str | None:
+        """Return a key of ``hydra.sweeper`` as it was written, interpolations left as they are."""
         values: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
         found: str | None = values[key]
         return found

@@ -1,32 +1,36 @@
-"""What a sweep will do, checked to the last cell before anything is written."""
+"""What a sweep will do, checked to the last point before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
-from distilbench.sweep.options import Options, Place
+from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.pruning import check_pruning
-from distilbench.sweep.space import Cell, Composer, Params, Point, Space, fixed_of, read_space
+from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
+
+SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
+"""What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before its first trial.
 
-    ``cells`` are queued first: all of a grid, the baseline alone otherwise. ``beside`` are baselines that lie outside
+    ``points`` are queued first: all of a grid, the baseline alone otherwise. ``beside`` are baselines that lie outside
     of the space; ``total`` counts the trials inside, which are fewer than were ``asked`` for in a small space.
     """
 
     settings: AppSettings
     space: Space
-    composer: Composer
-    cells: Sequence[Cell]
-    beside: Sequence[Cell]
+    points: Sequence[Point]
+    beside: Sequence[Point]
     total: int
     asked: int
     is_grid: bool
@@ -34,12 +38,26 @@ class Plan:
     directions: Sequence[str]
     name: str
     directory: Path
+    fixed: Mapping[str, str]
+    """What every trial shares, and a continued sweep must still have."""
+    result_key: Callable[[Point], str]
+    """Checks a point; returns a hash, equal for points that would train the same trial."""
+    name_of: Callable[[Point], str]
+    """Says what varies, for people."""
+    failures_borne: float
+    """Failed trials that do not end the sweep yet; infinite without a limit."""
+    needs_all: bool = False
+    """Whether one failed trial makes the sweep fail, once the others are trained."""
+    base: DictConfig | None = None
+    """What ``hydra.sweeper.custom_search_space`` is called with."""
+    sampler: DictConfig | None = None
+    """``hydra.sweeper.sampler``; None for Optuna's default."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a continued sweep must still have."""
         return {
-            "fixed": fixed_of(self.settings, self.space),
+            "fixed": self.fixed,
             "space": self.space.describe(),
             "objectives": list(self.objectives),
             "directions": list(self.directions),
@@ -50,101 +68,119 @@ class Plan:
         """The split that picks epochs and winners."""
         if self.settings.data.report_fraction:
             return "validation split; a part of train only reports"
+        if self.settings.data.report_fraction:
+            return "validation split; a part of train only reports"
         held_out = self.settings.data.selection_fraction > 0
         return "selection split held out of train" if held_out else "validation split, which also reports"
 
-    @property
-    def failures_borne(self) -> float:
-        """Failed trials that do not end the sweep yet; infinite without a limit."""
-        limit = self.settings.sweep.max_failures
-        if limit is None:
-            return float("inf")
-        return limit if limit >= 1 else limit * (self.total + len(self.beside))
 
-
-def make_plan(options: Options, place: Place, arguments: Sequence[str]) -> Plan:
-    """Read the space and check every cell of a grid, every value of another space on its own.
+def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> SweepPlan:
+    """Read the space and check every point of a grid, every value of another space on its own.
 
     Raises :class:`SettingsError` for the first thing that a person can mend.
     """
-    loader = place.context.config_loader
+    loader = setup.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space)
-    composer = Composer(place.config, loader, space)
-    settings = composer.point(Cell({})).settings if not options.is_grid else _any_settings(composer, space)
-    objectives = objectives_of(settings)
-    check_pruning(settings.sweep, objectives)
-    asked = options.n_trials or settings.sweep.trials
-    cells, beside = _grid(composer, space, settings) if options.is_grid else _baseline(composer, space, settings)
-    return Plan(
-        settings=settings,
+    composer = Composer(setup.config, loader, space)
+    checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
+    settings = [composer.settings(point) for point in checked]
+    objectives = objectives_of(settings[0])
+    check_pruning(settings[0].sweep, objectives)
+    sampler_of(options.sampler, trials=0)
+    points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked[0], space, composer)
+    asked = options.n_trials or settings[0].sweep.trials
+    if options.is_grid:
+        points = points[: options.n_trials]  # of Optuna's grid sampler; None for a grid of Hydra's kind
+    total = len(points) if options.is_grid else min(asked, space.size or asked)
+    return SweepPlan(
+        settings=settings[0],
         space=space,
-        composer=composer,
-        cells=cells,
+        points=points,
         beside=beside,
-        total=len(cells) if options.is_grid else min(asked, space.size or asked),
+        total=total,
         asked=asked,
         is_grid=options.is_grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
         name=options.study_name,
-        directory=Path(place.config.hydra.sweep.dir).absolute(),
+        directory=Path(setup.config.hydra.sweep.dir).absolute(),
+        fixed=fixed_of(settings, space),
+        result_key=composer.result_key,
+        name_of=space.name_of,
+        failures_borne=_failures_borne(options, settings[0], total + len(beside)),
+        base=composer.base,
+        sampler=options.sampler,
     )
 
 
-def _any_settings(composer: Composer, space: Space) -> AppSettings:
-    """The settings that a grid's cells share: those of its first cell, once their number has been confirmed."""
-    base = composer.point(Cell({})).settings
-    if (space.size or 0) > base.sweep.max_grid:
+def _failures_borne(options: SweeperOptions, settings: AppSettings, trials: int) -> float:
+    limit = settings.sweep.max_failures
+    if options.max_failure_rate is not None:
+        return options.max_failure_rate * trials
+    if limit is None:
+        return float("inf")
+    return limit if limit >= 1 else limit * trials
+
+
+def _grid_points(space: Space, composer: Composer) -> list[Point]:
+    """Every point of a grid, once its size has been confirmed."""
+    limit = composer.settings(space.corners()[0]).sweep.max_grid
+    if (space.size or 0) > limit:
         raise SettingsError(
-            f"sweep.max_grid must be at least the number of cells, got {base.sweep.max_grid} for a grid of "
-            f"{space.size:,}; to train them all: sweep.max_grid={space.size}"
+            f"sweep.max_grid must be at least the number of points, got {limit} for a grid of {space.size:,}; "
+            f"to train them all: sweep.max_grid={space.size}"
         )
-    return base
+    return space.points()
 
 
-def _grid(composer: Composer, space: Space, settings: AppSettings) -> tuple[list[Cell], list[Cell]]:
-    """Every cell, those that are baselines first, and the baselines of others where they are no cells themselves."""
-    if not settings.sweep.baseline:
-        return [composer.point(Cell(params)).cell for params in space.cells()], []
-    cells: list[Cell] = []
-    keys: set[str] = set()
-    beside: dict[str, Cell] = {}
-    for params in space.cells():
-        point, baseline = composer.point(Cell(params)), composer.baseline_beside(Cell(params))
-        keys.add(point.key)
-        beside.setdefault(baseline.key, baseline.cell)
-        cells.append(Cell(params, is_baseline=point.key == baseline.key))
-    ordered = sorted(cells, key=lambda cell: not cell.is_baseline)
-    return ordered, [cell for key, cell in beside.items() if key not in keys]
+def _checked_values(space: Space, composer: Composer) -> list[Point]:
+    """Points that hold each choice and each end of a range, beside which others are at one of their ends.
 
-
-def _baseline(composer: Composer, space: Space, settings: AppSettings) -> tuple[list[Cell], list[Cell]]:
-    """The baseline as the first trial where it lies in the space, beside it elsewhere; each value is checked alone."""
+    Raises :class:`SettingsError` for a value that neither end of the others bears.
+    """
+    low, high = space.corners()
+    found = []
     for key, distribution in space.dimensions.items():
-        for value in _edges(distribution):
-            composer.point(Cell({key: value}))
-    if not settings.sweep.baseline:
-        return [], []
-    beside = composer.baseline_beside(Cell({}))
-    inside = _inside(composer, space, composer.baseline_params())
-    if inside is not None and inside.key == beside.key:
-        return [Cell(inside.cell.params, is_baseline=True)], []
-    return [], [beside.cell]
+        for value in edges(distribution):
+            point, other = (Point({**corner.params, key: value}) for corner in (low, high))
+            found.append(point if _is_valid(point, composer) else other)
+    return found or [low]
 
 
-def _inside(composer: Composer, space: Space, params: Params) -> Point | None:
-    if not space.contains(params):
-        return None
+def _is_valid(point: Point, composer: Composer) -> bool:
     try:
-        return composer.point(Cell(params))
-    except SettingsError:  # a baseline that the sweep's other settings contradict
-        return None
+        composer.settings(point)
+    except SettingsError:
+        return False
+    return True
 
 
-def _edges(distribution: Any) -> Sequence[Any]:
-    """Every choice, or the two ends of a range."""
-    choices = getattr(distribution, "choices", None)
-    return choices if choices is not None else (distribution.low, distribution.high)
+def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[Point], list[Point]]:
+    """The points of a grid, baselines first, and the baselines of others that are no points themselves."""
+    if not composer.settings(points[0]).sweep.baseline:
+        return list(points), []
+    baselines: dict[str, Point] = {}
+    for baseline in map(composer.baseline_of, points):
+        baselines.setdefault(composer.result_key(baseline), baseline)
+    marked = [replace(point, is_baseline=composer.result_key(point) in baselines) for point in points]
+    keys = {composer.result_key(point) for point in points}
+    ordered = sorted(marked, key=lambda point: not point.is_baseline)
+    return ordered, [baseline for key, baseline in baselines.items() if key not in keys]
+
+
+def _baseline(sample: Point, space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
+    """The baseline as the first trial if it lies in the space, else beside it.
+
+    Where settings outside of the space are no trial by themselves, it is laid over the ``sample``.
+    """
+    if not composer.settings(sample).sweep.baseline:
+        return [], []
+    beside = composer.baseline_of(Point({}) if _is_valid(Point({}), composer) else sample)
+    inside = Point(composer.baseline_params(), is_baseline=True)
+    is_inside = space.contains(inside.params) and _is_valid(inside, composer)
+    if is_inside and composer.result_key(inside) == composer.result_key(beside):
+        return [inside], []
+    return [], [beside]
 
 
 def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:
@@ -159,3 +195,22 @@ def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:
             "leave it out to have it follow from sweep.objectives"
         )
     return names
+
+
+def sampler_of(config: DictConfig | None, trials: int) -> Any:
+    """Make Optuna's sampler as ``hydra.sweeper.sampler`` names it; None, Optuna's default, for a grid.
+
+    A seed moves on with the ``trials`` that there are, or a continued sweep would draw its first points again.
+    """
+    from hydra.utils import instantiate
+
+    if config is None or config._target_ == "optuna.samplers.GridSampler":
+        return None
+    seed = config.get("seed")
+    moved = {} if seed is None else {"seed": seed + trials}
+    try:
+        return instantiate(config, _execution_whitelist_=SAMPLERS, **moved)
+    except Exception as error:  # whatever a sampler says of its own arguments
+        root: BaseException = error.__cause__ or error
+        said = " ".join(str(root).split())[:200]
+        raise SettingsError(f"hydra.sweeper.sampler must be a sampler of Optuna's with its arguments: {said}") from None

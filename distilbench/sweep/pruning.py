@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distilbench.settings import METRICS, SettingsError, SweepSettings
+from distilbench.sweep.job import SweepJob
 
 if TYPE_CHECKING:
     import optuna
 
 
+PruningCallback = Callable[[float, int], str | None]
+"""Given the objective so far and how often it was measured: why the trial is to stop, or None."""
+
+
 def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
-    """Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
+    """Return Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
     import optuna
 
     makers: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
@@ -49,7 +55,7 @@ def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
 
 
 def storage_of(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's storage at ``url``, whose interpolations are resolved in this process.
+    """Open Optuna's storage at ``url``, whose interpolations are resolved in this process.
 
     A SQLite file waits a minute for its lock, since several processes write.
     """
@@ -59,3 +65,22 @@ def storage_of(url: str) -> optuna.storages.RDBStorage:
     url = str(OmegaConf.create({"url": url}).url)
     arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+
+
+def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback | None:
+    """Make what reports to the study and asks its pruner; a trial's end is left to the sweep to tell."""
+    if job.storage is None:
+        return None
+    import optuna
+
+    study = optuna.load_study(study_name=job.study, storage=storage_of(job.storage), pruner=pruner_of(settings))
+    trial = optuna.trial.Trial(study, job.trial_id)
+
+    def report(value: float, count: int) -> str | None:
+        if not math.isfinite(value):
+            return None  # the engine ends such a trial as DIVERGED
+        trial.report(value, count)
+        is_worse = not job.is_baseline and trial.should_prune()
+        return f"{job.objectives[0]} {value:.4f} at evaluation {count} ({settings.pruner})" if is_worse else None
+
+    return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,21 +28,29 @@ from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.settings import AppSettings, SettingsError
 
 Params = dict[str, Any]
-"""A point: override key -> value, as Optuna keeps it and as it is written into an override."""
+"""Override key -> value, as Optuna keeps it and as it is written into an override."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A point, with ``extra`` overrides that stand outside of the space (a baseline beside it has some)."""
+class Point:
+    """What one trial is to be: a value for each dimension of a space, and overrides that stand outside of it.
+
+    A baseline outside of the space consists of ``extra`` overrides alone.
+    """
 
     params: Params
     extra: tuple[str, ...] = ()
     is_baseline: bool = False
 
     @property
-    def point(self) -> str:
-        """A digest of what the cell is."""
+    def key(self) -> str:
+        """A hash, equal for points of the same params and extra overrides."""
         return short_hash([sorted(self.params.items()), self.extra])
+
+    @property
+    def overrides(self) -> list[str]:
+        """Its own part of a command line."""
+        return [*(f"{key}={value}" for key, value in self.params.items()), *self.extra]
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,49 @@ class Space:
 
     @property
     def size(self) -> int | None:
-        """How many points there are; None where they can't be counted."""
+        """The number of points; None if they can't be counted."""
         counts = [_count(distribution) for distribution in self.dimensions.values()]
         return None if self.custom or None in counts else math.prod(c for c in counts if c is not None)
 
-    def cells(self) -> list[Params]:
-        """Every point, the last dimension running fastest; only where :attr:`size` is a number."""
+    def points(self) -> list[Point]:
+        """List every point, the last dimension running fastest; only where :attr:`size` is a number."""
         values = [_values(distribution) for distribution in self.dimensions.values()]
-        return [dict(zip(self.dimensions, cell, strict=True)) for cell in itertools.product(*values)]
+        return [Point(dict(zip(self.dimensions, chosen, strict=True))) for chosen in itertools.product(*values)]
 
-    def overrides(self, cell: Cell) -> list[str]:
-        """The command line of one cell."""
-        varied = [f"{key}={value}" for key, value in cell.params.items()]
-        return [*self.fixed, *varied, *cell.extra]
+    def corners(self) -> tuple[Point, Point]:
+        """Return the points of all first choices and low ends, and of all last choices and high ends."""
+        ends = {key: edges(distribution) for key, distribution in self.dimensions.items()}
+        return Point({k: v[0] for k, v in ends.items()}), Point({k: v[-1] for k, v in ends.items()})
 
     def contains(self, params: Mapping[str, Any]) -> bool:
-        """Whether a point lies inside: it names every dimension, with a value that this one has."""
+        """Return whether ``params`` lie inside: they name every dimension, with a value that it has."""
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
         return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
 
+    def name_of(self, point: Point) -> str:
+        """Return what varies in the sweep, and only that: ``layers=3 scheduler=cosine``."""
+        ends = Counter(key.rpartition(".")[2] for key in self.dimensions)
+        parts = []
+        for key, value in point.params.items():
+            end = key.rpartition(".")[2]
+            shown = f"{value:.3g}" if isinstance(value, float) else value
+            parts.append(f"{end if ends[end] <= 1 else key}={shown}")
+        if point.is_baseline:
+            seeds = [override for override in point.extra if override.startswith("seed=")]
+            return " ".join(["baseline", *seeds]) if not parts else f"baseline: {' '.join(parts)}"
+        return " ".join(parts or point.extra) or "trial"
+
     def describe(self) -> dict[str, str]:
-        """Each dimension as Optuna writes it, to be kept and compared."""
+        """Return each dimension as Optuna writes it, to be kept and compared."""
         return {key: distribution_to_json(distribution) for key, distribution in self.dimensions.items()}
+
+
+def edges(distribution: BaseDistribution) -> Sequence[Any]:
+    """Return every choice, or the two ends of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    return distribution.low, distribution.high
 
 
 def _count(distribution: BaseDistribution) -> int | None:
@@ -167,46 +197,39 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A cell composed: its settings, and what it shares with every other that would train the same."""
-
-    cell: Cell
-    settings: AppSettings
-    key: str
-    """Equal for points that would train the same trial."""
-
-
 class Composer:
-    """Composes cells of a space into settings, checked as the job itself would check them."""
+    """Composes points of a space into settings, checked as the job itself would check them."""
 
     def __init__(self, config: DictConfig, loader: ConfigLoader, space: Space) -> None:
         self._config, self._loader, self._space = config, loader, space
         self._choices = config.hydra.runtime.choices
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self.base = self._compose(Cell({}))
+        self._settings: dict[str, AppSettings] = {}
+        self.base = self._compose(Point({}))
+        """The config that all points share."""
 
-    def point(self, cell: Cell) -> Point:
-        """Compose and check one cell; raises :class:`SettingsError` for what a person can mend."""
-        settings = check(self._compose(cell), ask_hub=True)
-        return Point(cell, settings, point_key(settings))
+    def settings(self, point: Point) -> AppSettings:
+        """Compose and check one point; raises :class:`SettingsError` for what a person can mend."""
+        if point.key not in self._settings:
+            self._settings[point.key] = check(self._compose(point), ask_hub=True)
+        return self._settings[point.key]
 
-    def baseline_beside(self, cell: Cell) -> Point:
-        """What a cell is to be compared with: the cell's own overrides, and those that make it the baseline."""
-        config = self._compose(cell)
-        baseline = baseline_config(config)
-        settings = check(baseline, ask_hub=True)
-        own = [f"{key}={value}" for key, value in cell.params.items()]
-        extra = (*own, *overrides_between(config, baseline))
-        return Point(Cell({}, extra, is_baseline=True), settings, point_key(settings))
+    def result_key(self, point: Point) -> str:
+        """Return a hash, equal for points that would train the same trial; raises as :meth:`settings` does."""
+        return point_key(self.settings(point))
 
-    def _compose(self, cell: Cell) -> DictConfig:
-        """Compose the groups once for all cells that share them (0.15 s), then put each cell's values over them."""
+    def baseline_of(self, point: Point) -> Point:
+        """Return what a point is to be compared with: its own overrides, and those that make it the baseline."""
+        config = self._compose(point)
+        between = overrides_between(config, baseline_config(config))
+        return Point({}, (*point.overrides, *between), is_baseline=True)
+
+    def _compose(self, point: Point) -> DictConfig:
+        """Compose the groups once for all points that share them (0.15 s), then put each point's values over them."""
         try:
-            overrides = [*(f"{key}={value}" for key, value in cell.params.items()), *cell.extra]
-            groups = [line for line in overrides if line.partition("=")[0] in self._choices]
-            config = self._groups(tuple(groups)).copy()
-            for override in overrides:
+            groups = [line for line in point.overrides if line.partition("=")[0] in self._choices]
+            config = self._with_groups(tuple(groups)).copy()
+            for override in point.overrides:
                 if override not in groups:
                     _put(config, override)
             return config
@@ -214,16 +237,16 @@ class Composer:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
-    def _groups(self, groups: tuple[str, ...]) -> DictConfig:
+    def _with_groups(self, groups: tuple[str, ...]) -> DictConfig:
         if groups not in self._composed:
-            config = self._loader.load_sweep_config(self._config, self._space.overrides(Cell({}, groups)))
+            config = self._loader.load_sweep_config(self._config, [*self._space.fixed, *groups])
             with open_dict(config):
                 del config["hydra"]  # most of a config, and nothing that a trial's settings say
             self._composed[groups] = config
         return self._composed[groups]
 
     def baseline_params(self) -> Params:
-        """The baseline's values of every dimension; of a group, its choice in ``baseline.overrides`` or by default."""
+        """Return the baseline's value of each dimension, a choice for a group."""
         return {key: self._baseline_value(key) for key in self._space.dimensions}
 
     def _baseline_value(self, key: str) -> Any:
@@ -242,14 +265,17 @@ def _put(config: DictConfig, override: str) -> None:
     OmegaConf.update(config, parsed.get_key_element().lstrip("+"), parsed.value(), force_add=override.startswith("+"))
 
 
-def fixed_of(settings: AppSettings, space: Space) -> dict[str, str]:
-    """What every trial of a sweep shares and must keep when it is continued: settings outside of the space, flat."""
+def fixed_of(settings: Sequence[AppSettings], space: Space) -> dict[str, str]:
+    """Return, flat, what trials share and must keep when their sweep is continued: all but what ``space`` varies."""
     from distilbench.tracking import params_of
 
     groups = tuple(f"{key}." for key in space.dimensions)
-    flat = params_of(settings.trial) | {"sweep.seeds": str(settings.sweep.seeds)}
+    first, *others = ({**params_of(one.trial), "sweep.seeds": str(one.sweep.seeds)} for one in settings)
     return {
         key: value
-        for key, value in flat.items()
-        if key in (*SWEEP, "sweep.seeds") and key not in space.dimensions and not key.startswith(groups)
+        for key, value in first.items()
+        if key in (*SWEEP, "sweep.seeds")
+        and key not in space.dimensions
+        and not key.startswith(groups)
+        and all(other.get(key) == value for other in others)
     }

@@ -9,9 +9,10 @@ point is queued again under the next free number.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.space import Cell, Point, Space
+from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.space import Point, Space
 
-REUSED = "REUSED"
-"""Status of a trial whose point had been evaluated before: it has that one's values and was not trained."""
+BESIDE = "baseline"
+"""Directory, and end of the study's name, of baselines that lie outside of the space."""
 
 FAILURES = (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED)
 
@@ -32,36 +34,41 @@ PATIENCE = 10
 
 LARGEST_LISTED = 100_000
 
-Compose = Callable[[Cell], Point]
+RESULT = ("run_id", "scores", "figures")
+"""Attributes that tell what a trial came to, beside its values and its error."""
+
+_STATES = {Status.FINISHED: TrialState.COMPLETE, Status.PRUNED: TrialState.PRUNED}
 
 
 @dataclass(frozen=True)
-class Task:
-    """A trial to be launched."""
-
-    number: int
-    trial_id: int
-    point: Point
-    is_baseline: bool
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One trial as the study has it."""
+class TrialView:
+    """A trial as the study has it; ``path`` is its directory below the sweep's, by which people call it."""
 
     trial: FrozenTrial
+    path: str
 
     @property
     def number(self) -> int:
-        """Its number, and the name of its directory."""
+        """Its number in the study."""
         return self.trial.number
 
     @property
-    def status(self) -> str:
-        """A :class:`Status`, WAITING or REUSED."""
-        if self.trial.state == TrialState.WAITING:
-            return "WAITING"
-        return str(self.trial.user_attrs["status"]) if self.trial.state.is_finished() else Status.RUNNING.value
+    def status(self) -> Status:
+        """How it stands or ended."""
+        if self.trial.state.is_finished():
+            return Status(self.trial.user_attrs["status"])
+        return Status.WAITING if self.trial.state == TrialState.WAITING else Status.RUNNING
+
+    @property
+    def point(self) -> Point:
+        """What it was queued as, or drawn."""
+        params = self.trial.params or self.trial.system_attrs.get("fixed_params", {})
+        return Point(dict(params), tuple(self.attribute("extra") or ()), self.is_baseline)
+
+    @property
+    def point_key(self) -> str:
+        """Equal for trials of the same point."""
+        return str(self.attribute("point") or self.point.key)
 
     @property
     def is_baseline(self) -> bool:
@@ -69,77 +76,105 @@ class Standing:
         return bool(self.attribute("baseline"))
 
     @property
-    def point(self) -> str:
-        """Equal for trials of the same parameters."""
-        queued = self.trial.user_attrs.get("point")
-        return str(queued) if queued else Cell(self.trial.params).point
+    def name(self) -> str:
+        """What varies, as its run is called."""
+        return str(self.attribute("name") or "")
 
     @property
-    def params(self) -> Mapping[str, Any]:
-        """Its parameters; of one that waits, those that it was queued with."""
-        return self.trial.params or self.trial.system_attrs.get("fixed_params", {})
+    def values(self) -> tuple[float, ...]:
+        """Its objectives, empty without a result."""
+        return tuple(self.trial.values) if self.trial.state == TrialState.COMPLETE else ()
+
+    @property
+    def seconds(self) -> float:
+        """What it took to train, 0 if unknown or not trained."""
+        figures = {} if self.status is Status.REUSED else self.attribute("figures") or {}
+        return float(figures.get("train_seconds", 0.0))
 
     def attribute(self, name: str) -> Any:
-        """A user attribute, None where it was never set."""
+        """Return a user attribute, None if it was never set."""
         return self.trial.user_attrs.get(name)
 
 
 class Study:
-    """``study`` with the ``directory`` of its trials, as the process ``owner`` works on it.
+    """The trials of a plan, or of the baselines ``is_beside`` its space, as the process ``owner`` works on them.
 
-    Whoever calls :meth:`queue`, :meth:`take`, :meth:`settle` or :meth:`close_dead` holds the sweep's lock.
+    ``retry`` holds numbers of failed trials that are to be trained again. Whoever calls :meth:`queue`, :meth:`take` or
+    :meth:`adopt_dead` holds the sweep's lock.
     """
 
-    def __init__(self, study: optuna.Study, directory: Path, objectives: Sequence[str], owner: Owner,
-                 take_over: bool, retry: Sequence[int] = ()) -> None:  # fmt: skip
-        self.study, self.directory, self.objectives = study, directory, objectives
-        self._owner, self._take_over, self._retry = owner, take_over, frozenset(retry)
+    def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_beside: bool = False,
+                 retry: Sequence[int] = ()) -> None:  # fmt: skip
+        self.study, self.is_beside = study, is_beside
+        self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
+        self._space = Space({}, plan.space.fixed) if is_beside else plan.space
         self.mine: set[int] = set()
-        """Numbers of trials that this process has launched and not settled yet."""
-        self._known: list[Standing] | None = None
+        """Numbers of trials that this process has to bring to their end."""
+        self._known: list[TrialView] | None = None
         self._random = random.Random(0)
 
-    def standings(self) -> list[Standing]:
-        """Every trial, by number, as of the last change of this process's own or the last :meth:`refresh`."""
+    def path(self, number: int) -> str:
+        """Return a trial's directory below the sweep's."""
+        return f"{BESIDE}/{number}" if self.is_beside else str(number)
+
+    def directory(self, number: int) -> Path:
+        """Return a trial's directory."""
+        return self._plan.directory / self.path(number)
+
+    def views(self) -> list[TrialView]:
+        """Return every trial, by number, as of this process's own last change or the last :meth:`refresh`."""
         if self._known is None:
-            self._known = [Standing(trial) for trial in self.study.get_trials(deepcopy=False)]
+            self._known = [TrialView(t, self.path(t.number)) for t in self.study.get_trials(deepcopy=False)]
         return self._known
 
     def refresh(self) -> None:
         """Forget what was read: other processes write, too. A reading takes as long as there are trials queued."""
         self._known = None
 
-    def _is_void(self, standing: Standing) -> bool:
+    def counted(self) -> list[TrialView]:
+        """Return the trials that count towards the total: launched, not void, not copied from others."""
+        return [v for v in self.views() if v.status not in (Status.WAITING, Status.REUSED) and not self._is_void(v)]
+
+    def has_more(self) -> bool:
+        """Return whether a further trial is to be launched: a waiting one, or one that Optuna is to choose."""
+        if self.is_beside or self._plan.is_grid:
+            return self._has_waiting()
+        return len(self.counted()) < self._plan.total and (self._has_waiting() or not self.is_exhausted())
+
+    def _has_waiting(self) -> bool:
+        return any(view.status is Status.WAITING for view in self.views())
+
+    def is_exhausted(self) -> bool:
+        """Return whether every point of a space that can be counted stands in the study, which may hold others too."""
+        if self._space.size is None:
+            return False
+        inside = {v.point_key for v in self.views() if not self._is_void(v) and self._space.contains(v.point.params)}
+        return len(inside) >= self._space.size
+
+    def _is_void(self, view: TrialView) -> bool:
         """Whether a trial counts for nothing: it was interrupted, is retried, or copied one that was still running."""
-        unfinished_copy = standing.status == REUSED and standing.trial.state == TrialState.FAIL
-        pending_copy = unfinished_copy and standing.attribute("pending")
-        return standing.status == Status.INTERRUPTED or standing.number in self._retry or bool(pending_copy)
+        is_pending_copy = view.status is Status.REUSED and bool(view.attribute("pending"))
+        return view.status is Status.INTERRUPTED or view.number in self._retry or is_pending_copy
 
-    def counted(self) -> list[Standing]:
-        """The trials that count towards the total: launched, not void, not copied from others."""
-        return [s for s in self.standings() if s.status not in ("WAITING", REUSED) and not self._is_void(s)]
+    def queue(self) -> None:
+        """Queue those of the plan's points, and of the void trials', that no other trial stands for.
 
-    def waiting(self) -> int:
-        """How many trials are queued."""
-        return sum(s.status == "WAITING" for s in self.standings())
-
-    def queue(self, cells: Sequence[Cell], space: Space) -> None:
-        """Queue those of ``cells``, and of the void trials' points, that no other trial stands for.
-
-        What an earlier ``space`` had and this one lacks is taken out of the queue.
+        What an earlier space had and this one lacks is taken out of the queue.
         """
-        for standing in self.standings():
-            if standing.status == "WAITING" and not space.contains(standing.params):
-                self._withdraw(standing.trial._trial_id)
-        standings = self.standings()
-        present = {s.point for s in standings if not self._is_void(s)}
-        void = [Cell(s.trial.params, is_baseline=s.is_baseline) for s in standings
-                if self._is_void(s) and s.trial.params and space.contains(s.params)]  # fmt: skip
-        for cell in [*cells, *void]:
-            if cell.point not in present:
-                present.add(cell.point)
-                attributes = {"point": cell.point, "extra": list(cell.extra), "baseline": cell.is_baseline}
-                self.study.enqueue_trial(cell.params, user_attrs=attributes)
+        for view in self.views():
+            if view.status is Status.WAITING and not self._space.contains(view.point.params):
+                self._withdraw(view.trial._trial_id)
+        void = [v.point for v in self.views()
+                if self._is_void(v) and v.trial.params and self._space.contains(v.point.params)]  # fmt: skip
+        self._enqueue([*(self._plan.beside if self.is_beside else self._plan.points), *void])
+
+    def _enqueue(self, points: Sequence[Point]) -> None:
+        present = {view.point_key for view in self.views() if not self._is_void(view)}
+        for point in points:
+            if point.key not in present:
+                present.add(point.key)
+                attributes = {"point": point.key, "extra": list(point.extra), "baseline": point.is_baseline}
+                self.study.enqueue_trial(point.params, user_attrs=attributes)
                 self.refresh()
 
     def _withdraw(self, trial_id: int) -> None:
@@ -150,150 +185,127 @@ class Study:
         storage.set_trial_state_values(trial_id, TrialState.FAIL)
         self.refresh()
 
-    def take(self, space: Space, compose: Compose, config: Any) -> Task | None:
-        """The next trial to launch; None where only points are left that were evaluated or are under way."""
-        for drawn in range(1, 2 * PATIENCE):
-            task, pending = self._draw(space, compose, config)
-            if task is not None:
-                return task
-            if pending or (self.is_exhausted(space) and not self.waiting()):
-                return None
+    def take(self) -> TrialView | None:
+        """Begin the next trial; None if the same point is under way elsewhere, or draws bring nothing new."""
+        drawn = 0
+        while self.has_more() and (drawn < 2 * PATIENCE or self._has_waiting()):
+            view, is_pending = self._draw()
+            if view is not None or is_pending:
+                return view
+            drawn += 1
             if drawn >= PATIENCE:
-                self._queue_untried(space)
+                self._enqueue_untried()
         return None
 
-    def _draw(self, space: Space, compose: Compose, config: Any) -> tuple[Task | None, bool]:
-        """Ask Optuna for one point: a task, or none and whether the same point is under way elsewhere."""
+    def _draw(self) -> tuple[TrialView | None, bool]:
+        """Ask Optuna for one point: its trial, or none and whether the same point is under way elsewhere."""
         self.refresh()
         others = self.counted()
         trial = self.study.ask()
-        self.refresh()
+        self.mine.add(trial.number)
         trial.set_user_attr("owner", asdict(self._owner))
-        for key, distribution in space.dimensions.items():
+        for key, distribution in self._space.dimensions.items():
             trial._suggest(key, distribution)
-        if space.custom:
-            space.custom(config, trial)
+        if self._space.custom and self._plan.base is not None:
+            self._space.custom(self._plan.base, trial)
+        point = self._view(trial.number).point
+        trial.set_user_attr("name", self._plan.name_of(point))
         try:
-            point = compose(Cell(dict(trial.params), tuple(trial.user_attrs.get("extra", ()))))
+            key = self._plan.result_key(point)
         except SettingsError as error:
-            self._tell(trial._trial_id, Status.FAILED, str(error))
+            self._tell(trial.number, Status.FAILED, str(error))
             return None, False
-        trial.set_user_attr("key", point.key)
-        same = next((s for s in others if s.attribute("key") == point.key), None)
+        trial.set_user_attr("key", key)
+        same = next((view for view in others if view.attribute("key") == key), None)
         if same is not None:
             self._reuse(trial, same)
-            return None, same.status == Status.RUNNING
-        self.mine.add(trial.number)
-        return Task(trial.number, trial._trial_id, point, bool(trial.user_attrs.get("baseline"))), False
+            return None, same.status is Status.RUNNING
+        return self._view(trial.number), False
 
-    def is_exhausted(self, space: Space) -> bool:
-        """Whether every point of a space that can be counted stands in the study, which may hold others, too."""
-        if space.size is None:
-            return False
-        inside = {s.point for s in self.standings() if not self._is_void(s) and space.contains(s.params)}
-        return len(inside) >= space.size
+    def _view(self, number: int) -> TrialView:
+        self.refresh()
+        return self.views()[number]
 
-    def _queue_untried(self, space: Space) -> None:
-        if space.size is None or space.size > LARGEST_LISTED:
+    def _enqueue_untried(self) -> None:
+        size = self._space.size
+        if self.is_beside or self._plan.is_grid or size is None or size > LARGEST_LISTED:
             return
-        tried = {s.point for s in self.standings() if not self._is_void(s)}
-        left = [cell for cell in map(Cell, space.cells()) if cell.point not in tried]
+        tried = {view.point_key for view in self.views() if not self._is_void(view)}
+        left = [point for point in self._space.points() if point.key not in tried]
         if left:
-            self.queue([self._random.choice(left)], space)
+            self._enqueue([self._random.choice(left)])
 
-    def _reuse(self, trial: optuna.Trial, same: Standing) -> None:
+    def _reuse(self, trial: optuna.Trial, same: TrialView) -> None:
         """End ``trial`` with what its twin came to."""
-        self.refresh()
-        values = {"status": REUSED, "reused_from": same.number, "pending": same.status == Status.RUNNING}
-        for name, value in values.items():
+        result = {name: same.attribute(name) for name in RESULT}
+        for name, value in {**result, "reused_from": same.number, "pending": same.status is Status.RUNNING}.items():
             trial.set_user_attr(name, value)
-        if same.trial.state == TrialState.COMPLETE:
-            self.study.tell(trial, same.trial.values)
-            return
-        for step, value in same.trial.intermediate_values.items():
-            trial.report(value, step)
-        self.study.tell(trial, state=TrialState.PRUNED if same.trial.state == TrialState.PRUNED else TrialState.FAIL)
+        if not same.values:
+            for step, value in same.trial.intermediate_values.items():
+                trial.report(value, step)
+        state = same.trial.state if same.trial.state.is_finished() else TrialState.FAIL
+        self._tell(trial.number, Status.REUSED, same.attribute("error"), same.values, state)
 
-    def settle(self, number: int, interrupted: bool = False, error: str | None = None) -> tuple[Status, str | None]:
-        """Tell the study how a trial of this process ended, from its record; returns that and the error, if any.
+    def end_of(self, number: int, status: Status, error: str | None) -> Record:
+        """Return the record of a trial whose job is over; one without an end of its own gets ``status`` and ``error``.
 
-        A trial without an end of its own was ``interrupted`` with its sweep, or failed with ``error``.
+        A result that Optuna can't take, an objective that is not finite, makes the trial FAILED.
         """
-        self.mine.discard(number)
-        record = read_record(self.directory / str(number))
-        if record is None or not record.is_over:
-            return self._close(number, record, Status.INTERRUPTED if interrupted else Status.FAILED, error)
-        trial_id = self._id_of(number)
-        if trial_id is None:  # another process found it first
-            return record.status, record.error
-        return self._settle_as(trial_id, record)
-
-    def _settle_as(self, trial_id: int, record: Record) -> tuple[Status, str | None]:
-        status, error = record.status, record.error
-        values = [record.objective(name) for name in self.objectives]
-        if status is Status.FINISHED and any(abs(v) == float("inf") or v != v for v in values):
-            status, error = Status.FAILED, f"{dict(zip(self.objectives, values, strict=True))} is not finite"
-        kept = {"run_id": record.run_id, "scores": dict(record.scores), "selection": dict(record.selection),
-                "figures": dict(record.figures)}  # fmt: skip
-        for name, value in kept.items():
-            self.study._storage.set_trial_user_attr(trial_id, name, value)
-        self._tell(trial_id, status, error, values)
-        return status, error
-
-    def _close(
-        self, number: int, record: Record | None, status: Status, error: str | None
-    ) -> tuple[Status, str | None]:
-        """End a trial that has no end of its own, in its record and in the study."""
-        error = error or (record.error if record else None) or "its process was killed"
-        owner = record.owner if record else self._owner
-        identity = record.identity if record else {"protocol": None, "treatment": None, "seed": None}
-        run_id = record.run_id if record else None
-        Record(identity, status, owner, run_id, error).write(self.directory / str(number))
-        trial_id = self._id_of(number)
-        if trial_id is not None:
-            self._tell(trial_id, status, error)
-        return status, error
-
-    def _id_of(self, number: int) -> int | None:
-        """The storage's id of a trial that is RUNNING in the study."""
-        self.refresh()
-        trial = self.standings()[number].trial
-        return trial._trial_id if trial.state == TrialState.RUNNING else None
-
-    def _tell(self, trial_id: int, status: Status, error: str | None, values: Sequence[float] = ()) -> None:
-        storage = self.study._storage
-        self.refresh()
-        storage.set_trial_user_attr(trial_id, "status", status.value)
-        storage.set_trial_user_attr(trial_id, "error", error)
-        number = storage.get_trial_number_from_id(trial_id)
-        if status is Status.FINISHED:
-            self.study.tell(number, list(values), skip_if_finished=True)
+        directory = self.directory(number)
+        nobody = {"protocol": None, "treatment": None, "seed": None}
+        record = read_record(directory) or Record(nobody, Status.RUNNING, self._owner)
+        values = {name: record.objective(name) for name in self._plan.objectives}
+        if record.status is Status.FINISHED and not all(map(math.isfinite, values.values())):
+            record = replace(record, status=Status.FAILED, error=f"{values} is not finite")
+        elif not record.is_over:
+            record = replace(record, status=status, error=error or record.error or "its process was killed")
         else:
-            state = TrialState.PRUNED if status is Status.PRUNED else TrialState.FAIL
-            self.study.tell(number, state=state, skip_if_finished=True)
+            return record
+        record.write(directory)
+        return record
 
-    def close_dead(self) -> list[int]:
-        """Settle each RUNNING trial whose process is gone, by its record; returns their numbers."""
-        closed = []
-        for standing in self.standings():
-            if standing.trial.state == TrialState.RUNNING and standing.number not in self.mine:
-                record = read_record(self.directory / str(standing.number))
-                if self._is_left(standing, record):
-                    self.settle(standing.number, interrupted=True)
-                    closed.append(standing.number)
-        return closed
+    def tell(self, number: int, record: Record) -> None:
+        """Let the study know how a trial of this process ended: the last write of its end, with which it counts."""
+        trial_id = self._view(number).trial._trial_id
+        for name in RESULT:
+            value = getattr(record, name)
+            self.study._storage.set_trial_user_attr(trial_id, name, dict(value) if name != "run_id" else value)
+        self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
 
-    def _is_left(self, standing: Standing, record: Record | None) -> bool:
-        """Whether nobody will settle a trial: its sweep's process is gone, and its job has ended or is gone, too."""
-        owner = standing.attribute("owner")  # None: killed between asking and signing, under the lock that we hold
+    def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
+              state: TrialState | None = None) -> None:  # fmt: skip
+        trial = self._view(number).trial
+        if trial.state == TrialState.RUNNING:  # another process may have found it first
+            for name, value in {"status": status.value, "error": error}.items():
+                self.study._storage.set_trial_user_attr(trial._trial_id, name, value)
+            state = state or _STATES.get(status, TrialState.FAIL)
+            given = list(values) if state == TrialState.COMPLETE else None
+            self.study.tell(number, given, state=state, skip_if_finished=True)
+        self.refresh()
+        self.mine.discard(number)
+
+    def adopt_dead(self) -> list[int]:
+        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns their numbers."""
+        left = [view for view in self.views() if view.status is Status.RUNNING and self._is_left(view)]
+        for view in left:
+            self.study._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
+            self.mine.add(view.number)
+        self.refresh()
+        return [view.number for view in left]
+
+    def _is_left(self, view: TrialView) -> bool:
+        """Whether nobody will end a trial: its sweep's process is gone, and its job has ended or is gone, too."""
+        if view.number in self.mine:
+            return False
+        owner = view.attribute("owner")  # None: killed between asking and signing, under the lock that we hold
         if owner is not None and owner != asdict(self._owner) and not Owner(**owner).is_dead(self._take_over):
             return False
-        return (
-            record is None
-            or record.is_over
-            or record.owner.is_dead(self._take_over)
-            or (record.status is Status.INTERRUPTED)
-        )
+        record = read_record(self.directory(view.number))
+        return record is None or record.status is not Status.RUNNING or record.owner.is_dead(self._take_over)
+
+    @property
+    def _take_over(self) -> bool:
+        return self._plan.settings.sweep.take_over
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.results import Owner, Status
+from distilbench.results import Owner, Record, Status
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import retry_or_warn
 from distilbench.tracking.run import end_run, log_metrics, milliseconds
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 PAGE = 1000
 
+TRIAL = "distilbench.trial"
+"""The tag of a trial's directory below its sweep's."""
+
 
 class NullParentRun:
     """The parent of runs that are not tracked."""
@@ -33,17 +36,12 @@ class NullParentRun:
     def finish(self, status: Status, error: str | None = None) -> None:
         """Do nothing."""
 
-    def settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
-               predictions: Path) -> None:  # fmt: skip
+    def unfinished(self, is_over: Callable[[Owner], bool]) -> dict[str, str]:
+        """Return nothing: no run is kept."""
+        return {}
+
+    def settle(self, run_id: str, record: Record, predictions: Path) -> None:
         """Do nothing."""
-
-    def close_dead(self, is_dead: Callable[[Owner], bool]) -> int:
-        """Return 0: there is nothing to close."""
-        return 0
-
-    def link(self, run_id: str | None) -> str | None:
-        """Return None: there is no page."""
-        return None
 
 
 class MlflowParentRun:
@@ -75,41 +73,32 @@ class MlflowParentRun:
         """Give the run its true end; one that was opened again may be ended again."""
         retry_or_warn("the end of the run", lambda: end_run(self._client, self._run_id, status, error))
 
-    def settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
-               predictions: Path) -> None:  # fmt: skip
-        """End a run below this one whose process could not, with what its directory says; leaves ended ones alone."""
-        retry_or_warn("the end of a trial", lambda: self._settle(run_id, status, error, metrics, predictions))
+    def unfinished(self, is_over: Callable[[Owner], bool]) -> dict[str, str]:
+        """Return the other runs of the sweep that are RUNNING in a process that ``is_over``, with each one's trial."""
+        found: list[Run] = []
+        retry_or_warn("a question for unfinished trials", lambda: found.extend(self._running()))
+        return {run.info.run_id: run.data.tags.get(TRIAL, "") for run in found if _is_of(run, is_over)}
 
-    def _settle(self, run_id: str, status: Status, error: str | None, metrics: Mapping[str, float],
-                predictions: Path) -> None:  # fmt: skip
+    def _running(self) -> list[Run]:
+        query = f"attributes.status = 'RUNNING' and tags.`distilbench.sweep` = '{self._sweep}'"
+        running = self._client.search_runs([self._experiment_id], query, max_results=PAGE)
+        return [run for run in running if run.info.run_id != self._run_id]
+
+    def settle(self, run_id: str, record: Record, predictions: Path) -> None:
+        """End a run whose process could not, with what its trial's directory says; leaves ended ones alone."""
+        retry_or_warn("the end of a trial", lambda: self._settle(run_id, record, predictions))
+
+    def _settle(self, run_id: str, record: Record, predictions: Path) -> None:
         if self._client.get_run(run_id).info.status != "RUNNING":
             return
         at = milliseconds()
-        log_metrics(self._client, run_id, [(name, float(value), at, 0) for name, value in metrics.items()])
+        log_metrics(self._client, run_id, [(name, float(value), at, 0) for name, value in record.figures.items()])
         if predictions.is_file():
             self._client.log_artifact(run_id, str(predictions))
-        end_run(self._client, run_id, status, error)
-
-    def close_dead(self, is_dead: Callable[[Owner], bool]) -> int:
-        """End as INTERRUPTED every run of the sweep that is RUNNING in a process that ``is_dead``; how many."""
-        closed: list[str] = []
-        retry_or_warn("the end of interrupted trials", lambda: closed.extend(self._close_dead(is_dead)))
-        return len(set(closed))
-
-    def _close_dead(self, is_dead: Callable[[Owner], bool]) -> list[str]:
-        query = f"attributes.status = 'RUNNING' and tags.`distilbench.sweep` = '{self._sweep}'"
-        running = self._client.search_runs([self._experiment_id], query, max_results=PAGE)
-        dead = [run for run in running if run.info.run_id != self._run_id and _is_of_dead(run, is_dead)]
-        for run in dead:
-            end_run(self._client, run.info.run_id, Status.INTERRUPTED, "its process was killed")
-        return [run.info.run_id for run in dead]
-
-    def link(self, run_id: str | None) -> str | None:
-        """The page of a run, within MLflow's own pages."""
-        return f"#/experiments/{self._experiment_id}/runs/{run_id}" if run_id else None
+        end_run(self._client, run_id, record.status, record.error)
 
 
-def _is_of_dead(run: Run, is_dead: Callable[[Owner], bool]) -> bool:
+def _is_of(run: Run, is_over: Callable[[Owner], bool]) -> bool:
     tags = run.data.tags
     try:
         owner = Owner(
@@ -117,7 +106,7 @@ def _is_of_dead(run: Run, is_dead: Callable[[Owner], bool]) -> bool:
         )
     except (KeyError, ValueError):  # not one of ours, or its tags were edited
         return False
-    return is_dead(owner)
+    return is_over(owner)
 
 
 ParentRun = NullParentRun | MlflowParentRun

@@ -12,13 +12,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from hydra_plugins.distilbench_launcher._core import Batches
+    from distilbench.sweep.batched_launch import Batches
 
 
 class FusedLauncher(Launcher):
     """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
 
-    Such a function carries an attribute ``takes_batches``, a ``TakesBatches`` of ``_core``.
+    Such a function carries an attribute ``takes_batches``, a ``TakesBatches`` of ``distilbench.sweep.batched_launch``.
     """
 
     def __init__(self, max_trials: int) -> None:
@@ -36,8 +36,8 @@ class FusedLauncher(Launcher):
         takes_batches = getattr(self._task, "takes_batches", None)
         if takes_batches is None:
             return self._basic.launch(job_overrides, initial_job_idx)
-        from hydra_plugins.distilbench_launcher import _core
+        from distilbench.sweep import batched_launch
 
         if self._batches is None:
             self._batches = takes_batches(self._max_trials)
-        return _core.launch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
+        return batched_launch.launch(self._batches, self._config, self._context, job_overrides, initial_job_idx)

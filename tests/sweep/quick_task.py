@@ -24,9 +24,9 @@ SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
 def main(config: DictConfig) -> float:
-    place = SweepJob.from_environment()
-    assert place is not None
-    place.announce()
+    job = SweepJob.from_environment()
+    assert job is not None
+    job.announce()
     settings = settings_from(config)
     accuracy = 1 / (1 + settings.optim.lr) - 0.01 * settings.freeze.layers
     treatment = f"{settings.freeze.layers}/{settings.optim.lr}"
@@ -38,12 +38,12 @@ def main(config: DictConfig) -> float:
         scores = {"accuracy": accuracy, "loss": 1 - accuracy}
         error = "the loss was nan" if status is Status.DIVERGED else None
         figures = {"train_seconds": SECONDS, "train_flops": 1e12 * (6 - settings.freeze.layers)}
-        Record(identity, status, record.owner, None, error, scores, scores, figures).write(place.directory)
+        Record(identity, status, record.owner, None, error, scores, scores, figures).write(job.directory)
     except KeyboardInterrupt:
-        Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(place.directory)
+        Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(job.directory)
         raise
     with Path(os.environ["FINISHED_LOG"]).open("a") as log:
-        log.write(f"{place.trial} {treatment}/{settings.seed}\n")
+        log.write(f"{job.trial} {treatment}/{settings.seed}\n")
     return accuracy
 
 

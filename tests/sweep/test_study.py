@@ -14,8 +14,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.space import Cell, Point, Space
-from distilbench.sweep.study import REUSED, Study
+from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.space import Point, Space
+from distilbench.sweep.study import Study
 
 SPACE = Space({"freeze.layers": IntDistribution(0, 3), "scheduler": CategoricalDistribution(["linear", "cosine"])}, [])
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 1}
@@ -29,8 +30,8 @@ def gone() -> Owner:
     return Owner(socket.gethostname(), child.pid, ME.started)
 
 
-def compose(cell: Cell) -> Point:
-    return Point(cell, SimpleNamespace(seed=1), str(sorted(cell.params.items())))
+def result_key(point: Point) -> str:
+    return str(sorted(point.params.items()))
 
 
 @pytest.fixture
@@ -38,58 +39,77 @@ def make(tmp_path):
     """``make(owner) -> Study``: the same study as another process would open it."""
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
 
-    def open_as(owner: Owner, **options) -> Study:
-        return Study(study, tmp_path, ("accuracy",), owner, options.pop("take_over", False), **options)
+    def open_as(owner: Owner, take_over=False, retry=(), **changes) -> Study:
+        settings = SimpleNamespace(sweep=SimpleNamespace(take_over=take_over))
+        plan = {"settings": settings, "space": SPACE, "points": [], "beside": [], "total": 100, "asked": 100,
+                "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
+                "directory": tmp_path, "fixed": {}, "result_key": result_key, "name_of": SPACE.name_of,
+                "failures_borne": 0}  # fmt: skip
+        return Study(study, SweepPlan(**{**plan, **changes}), owner, retry=retry)
 
     return open_as
+
+
+def end(study: Study, number: int, status=Status.INTERRUPTED, error=None) -> Record:
+    """End a trial as the runner does, all but MLflow."""
+    record = study.end_of(number, status, error)
+    study.tell(number, record)
+    return record
+
+
+def end_dead(study: Study) -> list[int]:
+    dead = study.adopt_dead()
+    for number in dead:
+        end(study, number)
+    return dead
 
 
 def finish(study: Study, number: int, status: Status = Status.FINISHED, accuracy: float = 0.5, **changes) -> None:
     scores = {"accuracy": accuracy} if status is Status.FINISHED else {}
     record = Record(IDENTITY, status, changes.pop("owner", ME), None, changes.pop("error", None), scores, scores)
-    record.write(study.directory / str(number))
+    record.write(study.directory(number))
 
 
 def test_a_finished_trial_of_a_dead_process_is_not_lost(make):
     dead = make(gone())
-    task = dead.take(SPACE, compose, None)
-    finish(dead, task.number, accuracy=0.75, owner=gone())
+    taken = dead.take()
+    finish(dead, taken.number, accuracy=0.75, owner=gone())
     mine = make(ME)
-    assert mine.close_dead() == [0]
-    assert mine.standings()[0].trial.values == [0.75]
-    assert mine.standings()[0].status == "FINISHED"
+    assert end_dead(mine) == [0]
+    assert mine.views()[0].values == (0.75,)
+    assert mine.views()[0].status == "FINISHED"
 
 
 def test_a_trial_cut_short_is_interrupted_and_its_point_queued_again(make):
     dead = make(gone())
-    task = dead.take(SPACE, compose, None)
-    finish(dead, task.number, Status.RUNNING, owner=gone())
+    taken = dead.take()
+    finish(dead, taken.number, Status.RUNNING, owner=gone())
     mine = make(ME)
-    assert mine.close_dead() == [0]
-    assert read_record(mine.directory / "0").status is Status.INTERRUPTED
-    mine.queue([], SPACE)
-    again = mine.take(SPACE, compose, None)
-    assert (again.number, again.point.cell.params) == (1, task.point.cell.params)
+    assert end_dead(mine) == [0]
+    assert read_record(mine.directory(0)).status is Status.INTERRUPTED
+    mine.queue()
+    again = mine.take()
+    assert (again.number, again.point.params) == (1, taken.point.params)
     assert len(mine.counted()) == 1
 
 
 def test_a_trial_whose_worker_outlived_its_sweep_is_left_until_it_ends(make):
     dead = make(gone())
-    dead.take(SPACE, compose, None)
+    dead.take()
     finish(dead, 0, Status.RUNNING, owner=ME)
     mine = make(Owner(ME.host, os.getppid(), 0.0))
-    assert mine.close_dead() == []
+    assert end_dead(mine) == []
     finish(dead, 0, accuracy=0.9, owner=ME)
-    assert mine.close_dead() == [0]
-    assert mine.standings()[0].trial.values == [0.9]
+    assert end_dead(mine) == [0]
+    assert mine.views()[0].values == (0.9,)
 
 
 def test_a_living_process_and_another_host_are_left_alone_unless_taken_over(make):
     elsewhere = make(Owner("another-host", 1, 0.0))
-    elsewhere.take(SPACE, compose, None)
+    elsewhere.take()
     finish(elsewhere, 0, Status.RUNNING, owner=Owner("another-host", 1, 0.0))
-    assert make(ME).close_dead() == []
-    assert make(ME, take_over=True).close_dead() == [0]
+    assert end_dead(make(ME)) == []
+    assert end_dead(make(ME, take_over=True)) == [0]
 
 
 def test_a_process_with_a_reused_pid_is_dead(make):
@@ -100,88 +120,106 @@ def test_a_process_with_a_reused_pid_is_dead(make):
 def test_a_trial_that_was_asked_for_but_never_signed_is_closed(make):
     study = make(ME)
     study.study.ask()
-    assert study.close_dead() == [0]
-    assert study.standings()[0].status == "INTERRUPTED"
+    assert end_dead(study) == [0]
+    assert study.views()[0].status == "INTERRUPTED"
 
 
-def test_a_point_evaluated_before_is_reused_with_its_value_and_does_not_count(make):
-    study = make(ME)
-    cell = Cell({"freeze.layers": 1, "scheduler": "cosine"})
-    study.queue([cell], SPACE)
-    finish(study, study.take(SPACE, compose, None).number, accuracy=0.8)
-    study.settle(0)
-    study.study.enqueue_trial(cell.params)
-    other = study.take(SPACE, compose, None)
-    reused = study.standings()[1]
-    assert (reused.status, reused.trial.values, reused.attribute("reused_from")) == (REUSED, [0.8], 0)
-    assert other.point.cell.params != cell.params
-    assert [s.number for s in study.counted()] == [0, other.number]
+def test_a_point_evaluated_before_is_reused_with_its_result_and_does_not_count(make):
+    point = Point({"freeze.layers": 1, "scheduler": "cosine"})
+    study = make(ME, points=[point])
+    study.queue()
+    finish(study, study.take().number, accuracy=0.8)
+    end(study, 0)
+    study.study.enqueue_trial(point.params)
+    other = study.take()
+    reused = study.views()[1]
+    assert (reused.status, reused.values, reused.attribute("reused_from")) == (Status.REUSED, (0.8,), 0)
+    assert reused.attribute("scores") == {"accuracy": 0.8}
+    assert reused.seconds == 0
+    assert other.point.params != point.params
+    assert [view.number for view in study.counted()] == [0, other.number]
+
+
+def test_a_grid_goes_on_beyond_any_number_of_points_that_were_evaluated_before(make):
+    space = Space({"freeze.layers": IntDistribution(0, 30)}, [])
+    study = make(ME, space=space, points=space.points(), is_grid=True,
+                 result_key=lambda point: str(point.params["freeze.layers"] // 30))  # fmt: skip
+    study.queue()
+    first = study.take()
+    finish(study, first.number)
+    end(study, first.number)
+    assert study.take().point.params == {"freeze.layers": 30}
+    assert not study.has_more()
 
 
 def test_a_discrete_space_is_tried_to_its_last_point_whatever_the_sampler_draws(make):
-    study = make(ME)
-    small = Space({"freeze.layers": IntDistribution(0, 4)}, [])
+    study = make(ME, space=Space({"freeze.layers": IntDistribution(0, 4)}, []))
     study.study.sampler = optuna.samplers.PartialFixedSampler({"freeze.layers": 2}, optuna.samplers.RandomSampler())
-    numbers = []
-    while not study.is_exhausted(small):
-        task = study.take(small, compose, None)
-        numbers.append(task.point.cell.params["freeze.layers"])
-        finish(study, task.number)
-        study.settle(task.number)
-    assert sorted(numbers) == [0, 1, 2, 3, 4]
+    tried = []
+    while study.has_more():
+        taken = study.take()
+        tried.append(taken.point.params["freeze.layers"])
+        finish(study, taken.number)
+        end(study, taken.number)
+    assert sorted(tried) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_objective_that_is_not_finite_is_a_failure(make, value):
     study = make(ME)
-    finish(study, study.take(SPACE, compose, None).number, accuracy=value)
-    status, error = study.settle(0)
-    assert status is Status.FAILED
-    assert "not finite" in error
-    assert study.standings()[0].trial.state.name == "FAIL"
+    finish(study, study.take().number, accuracy=value)
+    record = end(study, 0)
+    assert record.status is Status.FAILED
+    assert "not finite" in record.error
+    assert read_record(study.directory(0)) == record
+    assert study.views()[0].trial.state.name == "FAIL"
 
 
 @pytest.mark.parametrize(("status", "state"), [(Status.PRUNED, "PRUNED"), (Status.DIVERGED, "FAIL"),
                                                (Status.OUT_OF_MEMORY, "FAIL"), (Status.FAILED, "FAIL")])  # fmt: skip
 def test_each_end_is_told_by_its_own_name(make, status, state):
     study = make(ME)
-    finish(study, study.take(SPACE, compose, None).number, status, error="why")
-    assert study.settle(0) == (status, "why")
-    standing = study.standings()[0]
-    assert (standing.trial.state.name, standing.status, standing.attribute("error")) == (state, status.value, "why")
+    finish(study, study.take().number, status, error="why")
+    assert end(study, 0).status is status
+    view = study.views()[0]
+    assert (view.trial.state.name, view.status, view.attribute("error")) == (state, status, "why")
 
 
 def test_a_job_that_left_no_end_has_failed_with_what_the_launcher_said(make):
     study = make(ME)
-    study.take(SPACE, compose, None)
-    assert study.settle(0, error="TerminatedWorkerError: killed") == (Status.FAILED, "TerminatedWorkerError: killed")
+    study.take()
+    record = end(study, 0, Status.FAILED, "TerminatedWorkerError: killed")
+    assert (record.status, record.error) == (Status.FAILED, "TerminatedWorkerError: killed")
+    assert study.views()[0].status is Status.FAILED
 
 
 def test_a_point_that_is_no_trial_fails_and_the_next_is_taken(make):
-    study = make(ME)
-
-    def picky(cell: Cell) -> Point:
-        if cell.params["scheduler"] == "linear":
+    def picky(point: Point) -> str:
+        if point.params["scheduler"] == "linear":
             raise SettingsError("scheduler must be cosine")
-        return compose(cell)
+        return result_key(point)
 
-    study.queue([Cell({"freeze.layers": 0, "scheduler": "linear"})], SPACE)
-    task = study.take(SPACE, picky, None)
-    assert task.point.cell.params["scheduler"] == "cosine"
-    assert study.standings()[0].attribute("error") == "scheduler must be cosine"
+    study = make(ME, result_key=picky, points=[Point({"freeze.layers": 0, "scheduler": "linear"})])
+    study.queue()
+    assert study.take().point.params["scheduler"] == "cosine"
+    assert study.views()[0].attribute("error") == "scheduler must be cosine"
 
 
 def test_failed_trials_are_retried_when_asked_for(make):
     study = make(ME)
-    finish(study, study.take(SPACE, compose, None).number, Status.FAILED, error="disk full")
-    study.settle(0)
+    finish(study, study.take().number, Status.FAILED, error="disk full")
+    end(study, 0)
     retrying = make(ME, retry=[0])
-    retrying.queue([], SPACE)
-    assert retrying.take(SPACE, compose, None).point.cell.params == study.standings()[0].trial.params
+    retrying.queue()
+    assert retrying.take().point.params == study.views()[0].trial.params
 
 
 def test_the_size_of_a_space_is_known_where_it_can_be_counted():
     assert SPACE.size == 8
     assert Space({"optim.lr": FloatDistribution(0, 1)}, []).size is None
     assert Space({"optim.lr": FloatDistribution(0, 1, step=0.25)}, []).size == 5
-    assert [c["optim.lr"] for c in Space({"optim.lr": FloatDistribution(0, 1, step=0.5)}, []).cells()] == [0, 0.5, 1]
+    assert [p.params["optim.lr"] for p in Space({"optim.lr": FloatDistribution(0, 1, step=0.5)}, []).points()] == [
+        0,
+        0.5,
+        1,
+    ]

@@ -1,0 +1,160 @@
+"""Making a sweep's studies, or taking them up again: what must not have changed in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
+from optuna.trial import FrozenTrial
+
+from distilbench.results import Owner, Status
+from distilbench.settings import SettingsError, require
+from distilbench.sweep.plan import SweepPlan, sampler_of
+from distilbench.sweep.pruning import pruner_of
+from distilbench.sweep.space import Space
+from distilbench.sweep.storage import Storage, open_study
+from distilbench.sweep.study import BESIDE, Study
+
+_LONGEST_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class SweepStudies:
+    """The sweep's own study, and the one of baselines beside its space (None without any)."""
+
+    storage: Storage
+    main: Study
+    beside: Study | None
+
+    @property
+    def all(self) -> list[Study]:
+        """Both, in the order in which they are worked on."""
+        return [study for study in (self.beside, self.main) if study]
+
+
+def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStudies]:
+    """Make or load the studies; returns them with the plan, its choices in the order that the study knows.
+
+    Raises :class:`SettingsError` for a plan that does not continue what is there.
+    """
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    owner = Owner.of_this_process()
+    with storage.lock():
+        main = open_study(storage, plan.name, plan.directions, pruner_of(plan.settings.sweep))
+        kept = main.user_attrs.get("identity")
+        if kept is not None and kept != plan.identity:
+            check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
+        trials = main.get_trials(deepcopy=False)
+        plan = replace(plan, space=_as_known(plan.space, trials))
+        if kept != plan.identity:
+            main.set_user_attr("identity", plan.identity)
+        main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
+        beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None) if plan.beside else None
+    return plan, SweepStudies(
+        storage,
+        Study(main, plan, owner, retry=_to_retry(plan, trials)),
+        Study(beside, plan, owner, is_beside=True) if beside else None,
+    )
+
+
+def _to_retry(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> list[int]:
+    """Numbers of the failed trials that ``sweep.retry_failed`` asks for; a diverged one would diverge again."""
+    again = (Status.FAILED, Status.OUT_OF_MEMORY) if plan.settings.sweep.retry_failed else ()
+    return [trial.number for trial in trials if trial.user_attrs.get("status") in again]
+
+
+def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
+    """Raise :class:`SettingsError` where a sweep is continued as another: its difference, and what to do.
+
+    With ``extend`` the space may change, what it is laid over may not.
+    """
+    had, has = ({key: _in_order(value) for key, value in identity["space"].items()} for identity in (kept, now))
+    moved = had.keys() ^ has.keys()
+    """Dimensions of one of the two, whose value, or whose group's values, the other has fixed."""
+
+    def stays(identity: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in identity["fixed"].items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
+
+    fixed = _differences(stays(kept), stays(now))
+    fixed += [line for key in ("objectives", "directions") for line in _differences({key: kept[key]}, {key: now[key]})]
+    space = _differences(had | {m: kept["fixed"].get(m) for m in moved - had.keys()},
+                         has | {m: now["fixed"].get(m) for m in moved - has.keys()})  # fmt: skip
+    if fixed or (space and not extend):
+        shown = [*fixed, *space]
+        more = f" and {len(shown) - _LONGEST_SHOWN} more" if len(shown) > _LONGEST_SHOWN else ""
+        remedy = "" if fixed else " or add sweep.on_change=extend"
+        raise SettingsError(
+            f"sweep.name must be another one for another sweep, got {name!r}, which had "
+            f"{'; '.join(shown[:_LONGEST_SHOWN])}{more}; take another name{remedy}"
+        )
+
+
+def _in_order(distribution: str) -> str:
+    """Choices make the same dimension in any order."""
+    content = json.loads(distribution)
+    if "choices" in content["attributes"]:
+        content["attributes"]["choices"].sort(key=str)
+    return json.dumps(content)
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in {**kept, **now} if kept.get(key) != now.get(key)]
+    return [f"{key} {_shown(kept.get(key))} (now {_shown(now.get(key))})" for key in keys]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith('{"name"'):
+        content = json.loads(value)
+        attributes = content["attributes"]
+        choices = attributes.get("choices")
+        return str(choices) if choices is not None else f"{attributes['low']}..{attributes['high']}"
+    return "unset" if value is None else str(value)
+
+
+def _as_known(space: Space, trials: Sequence[FrozenTrial]) -> Space:
+    """Return the space with lists of choices in the study's own order: Optuna keeps a choice by its place in the list.
+
+    Raises :class:`SettingsError` for what Optuna fixes: the choices, whether a parameter is whole, continuous or a
+    choice, and whether it is logarithmic.
+    """
+    dimensions = dict(space.dimensions)
+    for key, now in space.dimensions.items():
+        known = next((trial.distributions[key] for trial in trials if key in trial.distributions), now)
+        if isinstance(known, CategoricalDistribution) and isinstance(now, CategoricalDistribution):
+            require(
+                set(known.choices) == set(now.choices),
+                key,
+                f"the choices that it had in this sweep, {list(known.choices)}",
+                list(now.choices),
+                "Optuna takes no other list: put the first one back, or take another sweep.name",
+            )
+            dimensions[key] = known
+        else:
+            _check_kind(key, known, now)
+    return replace(space, dimensions=dimensions)
+
+
+def _check_kind(key: str, known: BaseDistribution, now: BaseDistribution) -> None:
+    try:
+        check_distribution_compatibility(known, now)
+    except ValueError:
+        kinds = [_kind(distribution) for distribution in (known, now)]
+        raise SettingsError(
+            f"{key} must stay {kinds[0]} in this sweep, got {kinds[1]}; only its ends may change; "
+            "take another sweep.name"
+        ) from None
+
+
+def _kind(distribution: BaseDistribution) -> str:
+    scale = "logarithmic" if getattr(distribution, "log", False) else "linear"
+    words = {IntDistribution: f"a {scale} range of whole numbers", FloatDistribution: f"a {scale} interval"}
+    return words.get(type(distribution), "a list of choices")
