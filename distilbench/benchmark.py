@@ -6,7 +6,6 @@ what is stated are medians over the repeats. This is the only place where speed 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -16,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from distilbench.cli import cli
+from distilbench.cli import errors_in_one_line, run_command
 from distilbench.settings import (
     BENCH_WINDOW,
     CONF,
     BenchmarkSettings,
-    SettingsError,
     TrialSettings,
     register_schema,
     require,
@@ -48,13 +46,10 @@ TABLE_WIDTH = 158
 @hydra.main(config_path=str(CONF), config_name="benchmark", execution_whitelist=["distilbench.composition.CheckFirst"])
 def main(config: DictConfig) -> None:
     """Measure, print a table, and write it with a plot and all figures into the output directory."""
-    try:
+    with errors_in_one_line():
         settings = settings_from(config, BenchmarkSettings)
         require(settings.optim.name == "adamw", "optim.name", "adamw in a benchmark", settings.optim.name)
         benchmark(settings)
-    except SettingsError as error:
-        print(f"distilbench: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def benchmark(settings: BenchmarkSettings) -> Benchmark:
@@ -236,4 +231,4 @@ def _timed_tokens(case: Case, settings: BenchmarkSettings) -> int:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -1,42 +1,60 @@
-"""What a command shares with every other: signals, exit statuses, and output that never ends it.
+"""What all commands share: signals, streams, exit statuses, errors in one line, command lines that can be typed.
 
-Ctrl-C and SIGTERM end a command at once while there is nothing to close, later as an exception.
-
-An exception out of a signal in the middle of an import or of a composition comes out as whatever the interrupted code
-makes of it; OmegaConf for one turns it into an error of its own.
+Exit statuses: 0 done, 1 it failed, 2 something to mend, 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import io
 import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TextIO
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+from distilbench.settings import AppSettings, SettingsError, names_of
+
+STATUS = {getattr(signal, name): 128 + getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM")
+          if hasattr(signal, name)}  # fmt: skip
+
+
+class CommandFailed(RuntimeError):
+    """What a command was asked for was not done, or not all of it; the message is one line."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: ends a trial as cleanly as Ctrl-C does."""
+    """SIGTERM or SIGHUP, as an exception: ends a trial as cleanly as Ctrl-C does."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signal.Signals(signum)
 
 
-def end_at_once() -> None:
-    """From here on, both signals end the process without a word."""
+# ---- signals
+
+
+def exit_immediately() -> None:
+    """From here on, signals end the process without a word: there is nothing to close yet.
+
+    An exception out of a signal in the middle of an import or of a composition would come out as whatever the
+    interrupted code makes of it; OmegaConf for one turns it into an error of its own.
+    """
     for number in STATUS:
-        signal.signal(number, _exit)
+        if signal.getsignal(number) is not signal.SIG_IGN or number != getattr(signal, "SIGHUP", None):  # nohup
+            signal.signal(number, _exit)
 
 
-_received: list[int] = []
-
-
-def end_cleanly() -> None:
-    """From here on there is something to close: both signals are exceptions, where :func:`end_at_once` was called."""
-    if signal.getsignal(signal.SIGTERM) is _exit:
-        for number in STATUS:
-            signal.signal(number, _raise)
+def raise_on_signal() -> None:
+    """From here on there is something to close: signals are exceptions, where :func:`exit_immediately` was called."""
+    for number in STATUS:
+        if signal.getsignal(number) is _exit:
+            signal.signal(number, _raise_once)
 
 
 def was_signalled() -> bool:
@@ -48,53 +66,231 @@ def _exit(signum: int, frame: Any) -> NoReturn:
     os._exit(STATUS[signal.Signals(signum)])
 
 
-def _raise(signum: int, frame: Any) -> NoReturn:
+def _raise_once(signum: int, frame: Any) -> None:
+    """Raise at the first signal and leave others unheard while things are closed; a third Ctrl-C ends at once."""
     _received.append(signum)
-    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    if len(_received) == 1:
+        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
+    if len(_received) > 2 and signum == signal.SIGINT:
+        _exit(signum, frame)
 
 
-class _Unread(io.FileIO):
-    """A standard stream that drops what nobody takes any more: a closed pipe, a closed terminal, a full disk."""
+_received: list[int] = []
+
+
+# ---- streams
+
+
+def open_streams() -> None:
+    """Make output take any text and outlive its reader: what can't be shown is replaced, what nobody reads is dropped.
+
+    So a trial whose pipe or terminal is closed trains on; only a signal ends it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the shell (>&-): the next file to be opened would take its place
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            raw = _Droppable(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors="replace",
+                                                line_buffering=stream.line_buffering))  # fmt: skip
+
+
+class _Droppable(io.FileIO):
+    """A stream that goes on as /dev/null once it can't be written: a closed pipe or terminal, a full disk."""
 
     def write(self, data: Any) -> int:
-        """Write, or do as if."""
         try:
             return super().write(data)
         except OSError:
-            return len(data)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return memoryview(data).nbytes
 
 
-def protect_output() -> None:
-    """Let no print fail from here on: drop what standard output and error can't take, replace what they can't show.
-
-    A trial may take hours: it is not to end since ``| head -1`` has seen enough, or for an umlaut in a path.
-    """
-    sys.stdout, sys.stderr = _protected(sys.stdout), _protected(sys.stderr)
+# ---- errors and exit statuses
 
 
-def _protected(stream: TextIO) -> TextIO:
+def run_command(entrypoint: Callable[[], object]) -> None:
+    """Run a Hydra entrypoint as the command line does: streams, signals, statuses, errors in one line."""
+    exit_immediately()
+    open_streams()
     try:
-        raw = _Unread(stream.fileno(), "w", closefd=False)
-    except (AttributeError, OSError, ValueError):  # none at all, closed, or in memory
-        return stream
-    with contextlib.suppress(OSError):
-        stream.flush()
-    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace", line_buffering=True)
-
-
-def cli(entrypoint: Callable[[], object]) -> None:
-    """Run an entrypoint as the command line does, with exit statuses for interruption."""
-    end_at_once()
-    protect_output()
-    try:
-        entrypoint()
-    except Terminated:
-        sys.exit(143)
-    except KeyboardInterrupt:
+        with errors_in_one_line(), _hydra_raises():
+            entrypoint()
+    except KeyboardInterrupt as interrupt:
         exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
-        sys.exit(130)
-    except SystemExit as ending:
-        from hydra.errors import CompactHydraException
+        sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
 
-        # Hydra ends with 1 while it handles what it has explained: a choice or a key that there is not
-        sys.exit(2 if ending.code == 1 and isinstance(ending.__context__, CompactHydraException) else ending.code)
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the process with one line and its status on what a person can mend, or on a command that failed."""
+    try:
+        yield
+    except CommandFailed as error:
+        _fail(error, 1)
+    except Exception as error:
+        mistake = as_settings_error(error)
+        if mistake is None:
+            raise
+        _fail(mistake, 2)
+
+
+def say(line: object) -> None:
+    """Print one line for people to stderr."""
+    print("distilbench:", " ".join(str(line).splitlines()), file=sys.stderr, flush=True)
+
+
+def _fail(line: object, status: int) -> NoReturn:
+    say(line)
+    sys.exit(status)
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Have Hydra raise what it would report by itself, in several lines and always with status 1."""
+    before = os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        yield
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
+
+
+_WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+"""Whether the user asks to see where an error comes from, as Hydra's users do."""
+
+_WRITING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+            errno.EEXIST, errno.ENAMETOOLONG}  # fmt: skip
+
+
+def as_settings_error(error: Exception) -> SettingsError | None:
+    """Return in one line what Hydra, OmegaConf, YAML or the system say of a mistake; None for any other error."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if isinstance(error, SettingsError):
+        return error
+    if _WANTS_TRACEBACKS:
+        return None
+    chain = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
+    for link in chain:
+        if isinstance(link, OSError) and link.filename is not None and _is_about_a_place(link):
+            return SettingsError(
+                f"{link.filename} must be a path that can be used, got {link.strerror}; what is written goes where "
+                "hydra.run.dir (hydra.sweep.dir in a sweep) and tracking.uri say"
+            )
+    said_by_hydra = isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
+    if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
+        return SettingsError(_in_our_words(error, chain))
+    return None
+
+
+def _is_about_a_place(error: OSError) -> bool:
+    return error.errno in _WRITING or (error.errno == errno.ENOENT and "mkdir" in _functions_of(error))
+
+
+def _functions_of(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised ``error``."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
+def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
+    """Say what Hydra or OmegaConf mean: setting, what it may be, what it got; what it says itself where that is new."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = "\n".join(dict.fromkeys(str(link) for link in chain))
+    key = next((link.full_key for link in chain if isinstance(link, OmegaConfBaseException) and link.full_key), "")
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"
+    for pattern, words in _MEANINGS.items():
+        if found := re.search(pattern, text, re.DOTALL):
+            return words(found, key)
+    lines = dict.fromkeys(line.strip() for line in text.splitlines())
+    noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "See https")
+    return ": ".join(line for line in lines if line and not line.startswith(noise))
+
+
+def _unknown_setting(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names_of(AppSettings), n=1)
+    remedy = f"did you mean {near[0]}?" if near else "--help lists them"
+    return f"{name} must be a setting that there is; {remedy}"
+
+
+def _null_group() -> str:
+    groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/@]+=null", argument, re.IGNORECASE)]
+    return f"{' '.join(groups) or 'a group'} must name a choice of the group, got null; --help lists them"
+
+
+_KINDS = {"Integer": "a whole number", "Float": "a number"}
+
+_MEANINGS: dict[str, Callable[[re.Match[str], str], str]] = {
+    r"Could not override '(.+?)'": lambda found, key: _unknown_setting(found[1]),
+    r"Value '(.*)' of type '.*' could not be converted to (\w+)": lambda found, key: (
+        f"{key} must be {_KINDS.get(found[2], found[2])}, got {found[1]!r}"
+    ),
+    r"Value '(.*)' is not a valid bool": lambda found, key: f"{key} must be true or false, got {found[1]!r}",
+    r"Incompatible value 'None'|is not Optional": lambda found, key: f"{key} must be given, got null",
+    r"Ambiguous value for argument '(.+?)'": lambda found, key: (
+        f"{found[1]} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
+    ),
+    r"Config group override must be a string or a list": lambda found, key: _null_group(),
+    r"override ~(\S+)\s.*does not support deletion": lambda found, key: (
+        f"{found[1]} must be given, got nothing; change its value instead"
+    ),
+}
+"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it; ``key`` is OmegaConf's ``full_key``."""
+
+
+# ---- command lines
+
+
+def command(name: str, overrides: Iterable[str]) -> str:
+    """Return the line that runs one of our commands, quoted for the shell, as this process was started."""
+    installed = Path(sys.argv[0]).stem == "distilbench"
+    return shlex.join([*(["distilbench", name] if installed else ["python", "-m", f"distilbench.{name}"]), *overrides])
+
+
+def override(key: str, value: Any) -> str:
+    """Return ``key=value`` quoted for Hydra's grammar; a string comes back as a string, its interpolations unresolved.
+
+    Unquoted, ``=``, commas, brackets and letters outside of ASCII are errors, and ``1e-3`` and ``null`` no strings.
+    """
+    return f"{key}={_value(value)}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_value(inner)}' for key, inner in value.items())}}}"
+    if not isinstance(value, str):
+        return str(value)
+    is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)
+    return value if is_plain else "'" + re.sub(r"(\\*)('|\Z)", _escape, value) + "'"
+
+
+_OTHER_TYPE = re.compile(r"null|true|false|nan|inf|[.\d][\w.+-]*", re.IGNORECASE)
+
+
+def _escape(quote: re.Match[str]) -> str:
+    r"""Double the backslashes before a quote, or the end, which would escape it; write a quote as ``\'``."""
+    return quote[1] * 2 + (r"\'" if quote[2] else "")

@@ -9,13 +9,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from distilbench.cli import cli as run_command_line
+from distilbench.cli import errors_in_one_line, run_command
 from distilbench.composition import default_treatment, experiments
 from distilbench.identity import short_hash
 from distilbench.results import StoredTrial
@@ -35,10 +35,8 @@ _CHOICES = ("freeze.", "scheduler.", "optim.")
 @hydra.main(config_path=str(CONF), config_name="compare")
 def main(config: DictConfig) -> None:
     """Print the report and write its files."""
-    try:
+    with errors_in_one_line():
         compare_stored(settings_from(config, CompareSettings))
-    except SettingsError as error:
-        fail(str(error))
 
 
 def compare_stored(settings: CompareSettings) -> None:
@@ -147,12 +145,6 @@ def _directory(settings: CompareSettings) -> Path:
     return Path(settings.output or Path("outputs") / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
 
 
-def fail(line: str) -> NoReturn:
-    """End with one line and status 2."""
-    print(f"distilbench: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def spelled_for_hydra(argument: str) -> str:
     """``experiment=a,b`` as Hydra takes it, ``experiments=[a,b]``; anything else as it is."""
     key, equals, value = argument.partition("=")
@@ -164,7 +156,7 @@ def spelled_for_hydra(argument: str) -> str:
 def cli() -> None:
     """Run :func:`main` as the command line does."""
     sys.argv[1:] = [spelled_for_hydra(argument) for argument in sys.argv[1:]]
-    run_command_line(main)
+    run_command(main)
 
 
 if __name__ == "__main__":

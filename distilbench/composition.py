@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -13,14 +10,12 @@ from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from distilbench.cli import command, errors_in_one_line, override
 from distilbench.identity import treatment_of
-from distilbench.settings import AppSettings, SettingsError, settings_from
-
-COMMAND = "python -m distilbench.train"
+from distilbench.settings import AppSettings, settings_from
 
 
 def baseline_config(config: DictConfig) -> DictConfig:
@@ -32,13 +27,13 @@ def baseline_config(config: DictConfig) -> DictConfig:
     loader = GlobalHydra.instance().config_loader()
     groups = set(loader.list_groups(""))
     result = config.copy()
-    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(config.baseline.overrides)):
-        key = override.get_key_element()
+    for parsed in OverridesParser.create(config_loader=loader).parse_overrides(list(config.baseline.overrides)):
+        key = parsed.get_key_element()
         if key in groups:
             with open_dict(result):
-                result[key] = _choice(key, str(override.value()))
+                result[key] = _choice(key, str(parsed.value()))
         else:
-            OmegaConf.update(result, key, override.value(), force_add=False)
+            OmegaConf.update(result, key, parsed.value(), force_add=False)
     return result
 
 
@@ -71,14 +66,14 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     default = dict(_leaves(compose("config", [])))
     chosen = dict(_leaves(compose("config", groups)))
     by_group = [g for g in groups if dict(_leaves(compose("config", [g]))) != default]
-    by_value = [f"{key}={_as_override(value)}" for key, value in _leaves(config) if chosen[key] != value]
-    return " ".join([COMMAND, *map(shlex.quote, by_group + by_value)])
+    by_value = [override(key, value) for key, value in _leaves(config) if chosen[key] != value]
+    return command("train", by_group + by_value)
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
     """The overrides that turn one composed config into another, value by value."""
     present = dict(_leaves(config))
-    return [f"{key}={_as_override(value)}" for key, value in _leaves(wanted) if present[key] != value]
+    return [override(key, value) for key, value in _leaves(wanted) if present[key] != value]
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
@@ -93,18 +88,6 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
                 pending.append((f"{prefix}{key}.", value))
             else:
                 yield f"{prefix}{key}", value
-
-
-def _as_override(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(map(_as_override, value)) + "]"
-    text = str(value)
-    plain = not isinstance(value, str) or re.fullmatch(r"[\w./:+-]+", text)
-    return text if plain else QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 class CheckFirst(Callback):
@@ -134,12 +117,9 @@ def _grid(config: DictConfig) -> Iterator[DictConfig]:
 
 
 def _exit_on_mistake(configs: Iterable[DictConfig], ask_hub: bool) -> None:
-    try:
+    with errors_in_one_line():
         for config in configs:
             check(config, ask_hub)
-    except SettingsError as error:
-        print(f"distilbench: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def check(config: DictConfig, ask_hub: bool) -> AppSettings:

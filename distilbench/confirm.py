@@ -6,7 +6,6 @@ status: 0 all was trained, 1 a trial failed, 2 something to mend, 130 and 143 in
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -17,8 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distilbench.cli import cli as run_command_line
-from distilbench.cli import end_cleanly
+from distilbench.cli import CommandFailed, errors_in_one_line, raise_on_signal, run_command
 from distilbench.composition import default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
@@ -39,14 +37,9 @@ register_schema()
 @hydra.main(config_path=str(CONF), config_name="confirm")
 def main(config: DictConfig) -> None:
     """Train what is missing of the confirmation, then report it."""
-    try:
-        failure = confirm(settings_from(config, ConfirmSettings))
-    except SettingsError as error:
-        print(f"distilbench: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    if failure:
-        print(f"distilbench: {failure}", file=sys.stderr)
-        sys.exit(1)
+    with errors_in_one_line():
+        if failure := confirm(settings_from(config, ConfirmSettings)):
+            raise CommandFailed(failure)
 
 
 def confirm(settings: ConfirmSettings) -> str | None:
@@ -70,7 +63,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     _announce(settings, chosen, _missing(store, name, points))
     if settings.dry_run:
         return None
-    end_cleanly()
+    raise_on_signal()
     directory = Path(settings.output or Path("outputs") / "sweeps" / name).absolute()
     plan = _plan(name, directory, settings.sweep, chosen, points)
     _check_protocol(plan.settings, report.sample.protocol_id)
@@ -233,7 +226,7 @@ def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing:
 
 def cli() -> None:
     """Run :func:`main` as the command line does."""
-    run_command_line(main)
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -583,8 +583,8 @@ def settings_from(config: Any, kind: Any = AppSettings) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-    nodes = {f.name: config[f.name] for f in dataclasses.fields(kind)}
     try:
+        nodes = {f.name: config[f.name] for f in dataclasses.fields(kind)}
         values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
         raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
@@ -599,6 +599,15 @@ def _build(cls: Any, values: Any) -> Any:
         name: _build(nested[name], value) if nested[name] and value is not None else value
         for name, value in values.items()
     })  # fmt: skip
+
+
+def names_of(cls: type, prefix: str = "") -> list[str]:
+    """Return the dotted names of all settings in ``cls``; a fallback, another whole group of sources, counts as one."""
+    names: list[str] = []
+    for name, hint in get_type_hints(cls).items():
+        nested = _dataclass_in(hint)
+        names += names_of(nested, f"{prefix}{name}.") if nested and nested is not cls else [f"{prefix}{name}"]
+    return names
 
 
 def _dataclass_in(hint: Any) -> Any:

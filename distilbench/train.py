@@ -1,34 +1,34 @@
 """The Hydra entrypoint: compose, check, train, compare, return the objective.
 
-Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 129, 130 and 143 interrupted: the printed command
+continues.
 """
 
 from __future__ import annotations
 
-from distilbench.cli import cli, end_at_once, end_cleanly
+from distilbench.cli import exit_immediately
 
 if __name__ == "__main__":
-    end_at_once()  # before the imports, which take half a second
+    exit_immediately()  # before the imports, which take half a second
 
 import logging
-import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from distilbench.composition import COMMAND, baseline_config, command_for
+from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
+from distilbench.composition import baseline_config, command_for
 from distilbench.results import Status, read_record
-from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
+from distilbench.settings import CONF, register_schema, require, settings_from
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
@@ -42,8 +42,8 @@ register_schema()
 log = logging.getLogger("distilbench.train")  # not __main__, which a command line makes of this module
 
 
-class TrialFailed(RuntimeError):
-    """A trial of a multirun ended without a result; the message is the trial's own error."""
+class TrialFailed(CommandFailed):
+    """A trial ended without a result; the message is its own error."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Batches:
     """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
 
     def __init__(self, max_trials: int) -> None:
-        with _in_one_line():
+        with _ending():
             require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
         self._max_trials = max_trials
         self._runner: BatchRunner | None = None
 
     def describe(self, config: DictConfig) -> Assignment:
         """Return what a job is to do; raises or exits as the job itself would."""
-        with _in_one_line():
+        with _ending():
             return _assignment(config)
 
     def train(self, assignments: Sequence[Assignment]) -> Iterator[Mapping[int, TaskFunction]]:
@@ -86,7 +86,7 @@ class Batches:
         """
         if not assignments:
             return
-        end_cleanly()
+        raise_on_signal()
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
@@ -127,23 +127,21 @@ def _takes_batches(task: TaskFunction) -> TaskFunction:
 @_takes_batches
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
-    with _in_one_line():
+    with _ending():
         return _run(_assignment(config))
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
-    """End a job on an error that a person can mend, or on a trial's own, with one line and its exit status."""
+def _ending() -> Iterator[None]:
+    """End a job by itself in one line; the errors of a sweep's jobs are told by the sweep."""
     try:
         yield
-    except SettingsError as error:
-        if SweepJob.from_environment():
-            raise  # the sweep ends in one line of its own
-        _fail(str(error), status=2)
-    except TrialFailed as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+    except Exception as error:
+        is_swept = SweepJob.from_environment() is not None
+        if is_swept or (isinstance(error, TrialFailed) and HydraConfig.get().mode == RunMode.MULTIRUN):
             raise
-        _fail(str(error), status=1)
+        with errors_in_one_line():
+            raise
     except KeyboardInterrupt:
         _say_how_to_continue()
         raise
@@ -167,7 +165,7 @@ def _assignment(config: DictConfig) -> Assignment:
 
 
 def _run(assignment: Assignment) -> float | tuple[float, ...]:
-    end_cleanly()
+    raise_on_signal()
     if assignment.sweep_job:
         return run_in_sweep(assignment.job, assignment.sweep_job)
     from distilbench.trials.run import run_and_compare
@@ -183,7 +181,7 @@ def _objective(outcome: Outcome) -> float:
 
 def _by_itself(assignment: Assignment) -> TaskFunction:
     def run(config: DictConfig) -> float | tuple[float, ...]:
-        with _in_one_line():
+        with _ending():
             return _run(assignment)
 
     return run
@@ -193,7 +191,7 @@ def _conclusion(assignment: Assignment, seeds: Seeds | None, ended: Sequence[Out
     """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
     def conclude(config: DictConfig) -> float | tuple[float, ...]:
-        with _in_one_line():
+        with _ending():
             outcomes = []
             for outcome in ended:
                 if isinstance(outcome, Exception):
@@ -213,19 +211,12 @@ def _say_how_to_continue() -> None:
     hydra_config = HydraConfig.get()
     record = read_record(Path(hydra_config.runtime.output_dir))
     if hydra_config.mode == RunMode.RUN and record and record.is_over:
-        print(f"distilbench: interrupted after the trial's end; it {record.status}", file=sys.stderr)
+        say(f"interrupted after the trial's end; it {record.status}")
     elif hydra_config.mode == RunMode.RUN:
         given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
-        place = [f"hydra.run.dir={hydra_config.runtime.output_dir}", "train.resume=true"]
-        print(
-            f"distilbench: interrupted; to continue: {shlex.join([*COMMAND.split(), *given, *place])}", file=sys.stderr
-        )
-
-
-def _fail(line: str, status: int) -> NoReturn:
-    print(f"distilbench: {line}", file=sys.stderr)
-    sys.exit(status)
+        place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
+        say(f"interrupted; to continue: {command('train', [*given, *place])}")
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

@@ -20,27 +20,16 @@ from distilbench.identity import (
     treatment_of,
     trial_identity,
 )
-from distilbench.settings import TrialSettings, _dataclass_in
+from distilbench.settings import TrialSettings, names_of
 
 WEIGHTS = SourceUsed("hub", "m", "a" * 64, "r")
 TEXT = SourceUsed("hub", "d", "b" * 64)
 PROTOCOL = ProtocolIdentity(WEIGHTS, TEXT, "accuracy", "validation", "validation")
 
 
-def names_in(cls: type, prefix: str = "") -> list[str]:
-    """The dotted names of all settings of a trial; a fallback, another whole group of sources, counts as one."""
-    from typing import get_type_hints
-
-    names = []
-    for name, hint in get_type_hints(cls).items():
-        nested = _dataclass_in(hint)
-        names += names_in(nested, f"{prefix}{name}.") if nested and nested is not cls else [f"{prefix}{name}"]
-    return names
-
-
 def test_every_setting_of_a_trial_stands_in_exactly_one_table():
     placed = Counter(name for table in TABLES for name in table)
-    assert sorted(placed.elements()) == sorted(names_in(TrialSettings))
+    assert sorted(placed.elements()) == sorted(names_of(TrialSettings))
 
 
 def test_every_placed_name_can_be_selected(settings):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from distilbench.cli import end_cleanly, was_signalled
+from distilbench.cli import raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import PREDICTIONS, RECORD, Owner, Record, Status, read_record
@@ -43,7 +43,7 @@ def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
     if plan.settings.sweep.dry_run:
         print_plan(plan, Console())
         return None
-    end_cleanly()
+    raise_on_signal()
     storage = storage_at(options.storage, setup.unresolved("storage"), plan.directory)
     executor = executor_for(setup.launcher, setup.config.hydra.launcher, options.n_jobs)
     with quiet_launchers(setup.config):

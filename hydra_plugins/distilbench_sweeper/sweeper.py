@@ -5,7 +5,6 @@ Hydra's scanner imports this module for every command, so that whatever is heavy
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -27,19 +26,15 @@ class _Sweeper(Sweeper):
         self._setup = (config, hydra_context, launcher)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep; ends the process in one line and with status 2 for what a person can mend."""
-        from distilbench.settings import SettingsError
+        """Run the sweep; ends the process in one line and with its status where something is to mend, or failed."""
+        from distilbench.cli import CommandFailed, errors_in_one_line
         from distilbench.sweep.options import HydraSetup, SweeperOptions
         from distilbench.sweep.runner import run_sweep
 
-        try:
+        with errors_in_one_line():
             failed = run_sweep(SweeperOptions(**self._options), HydraSetup(*self._setup), arguments)
-        except SettingsError as error:
-            print(f"distilbench: {error}", file=sys.stderr)
-            sys.exit(2)
-        if failed:
-            print(f"distilbench: {failed}", file=sys.stderr)
-            sys.exit(1)
+            if failed:
+                raise CommandFailed(failed)
 
 
 class GridSweeper(_Sweeper):

@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from distilbench.cli import cli
+from distilbench.cli import run_command
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import CONF, register_schema, settings_from
 from distilbench.sweep.job import SweepJob
@@ -48,4 +48,4 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_command(main)

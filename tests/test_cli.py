@@ -1,0 +1,229 @@
+"""What all commands share: ends by signals, streams that nobody reads, mistakes in one line, lines to be typed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override
+from distilbench.settings import SettingsError, register_schema, settings_from
+from tests.conftest import ROOT
+
+
+def mistake(*overrides: str) -> str:
+    """What is said of a composition that fails."""
+    register_schema()
+    with pytest.raises(Exception) as caught, initialize_config_dir(str(ROOT / "conf")):  # noqa: PT011
+        settings_from(compose("config", ["output.dir=.", *overrides]))
+    found = as_settings_error(caught.value)
+    assert isinstance(found, SettingsError), caught.value
+    return str(found)
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("nosuch=1", "nosuch must be a setting that there is; --help lists them"),
+        ("freeze.layerz=1", "freeze.layerz must be a setting that there is; did you mean freeze.layers?"),
+        ("train.epochs=abc", "train.epochs must be a whole number, got 'abc'"),
+        ("optim.lr=abc", "optim.lr must be a number, got 'abc'"),
+        ("freeze.dropout=7x", "freeze.dropout must be true or false, got '7x'"),
+        ("train.epochs=null", "train.epochs must be given, got null"),
+        ("~train.epochs", "train.epochs must be given, got nothing; change its value instead"),
+        ("~scheduler", "scheduler must be given, got nothing; add scheduler=..."),
+        ("~optim", "optim must be given, got nothing; add optim=..."),
+        ("~tracking", "tracking must be given, got nothing; add tracking=..."),
+        ("scheduler=null", "a group must name a choice of the group, got null; --help lists them"),
+        ("optim=nosuch", "optim must be one of adamw, sgd, got 'nosuch'"),
+        ("hydra/sweeper=nosuch", "hydra/sweeper must be one of basic, grid, optuna, got 'nosuch'"),
+        ("nosuch/x=1", "nosuch/x must be a setting that there is; --help lists them"),
+        ("a=b=c", "a=b=c must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"),
+        ("train.epochs=${nosuch}", "Interpolation key 'nosuch' not found"),
+    ],
+)
+def test_what_hydra_says_in_several_lines_becomes_one(typed, line):
+    assert mistake(typed) == line
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("of our own"), FileNotFoundError(2, "no", "read.json")])
+def test_errors_that_are_no_mistake_of_a_user_are_left_alone(error):
+    assert as_settings_error(error) is None
+
+
+@pytest.mark.parametrize("below", ["/proc/nosuch/outputs", "/dev/null/outputs"])
+def test_a_directory_that_can_not_be_made_is_told_with_its_reason(below):
+    with pytest.raises(OSError, match=r"No such file|Not a directory") as caught:
+        Path(below).mkdir(parents=True)
+    line = str(as_settings_error(caught.value))
+    assert " must be a path that can be used, got No" in line
+    assert "hydra.run.dir" in line
+
+
+def test_a_full_disk_is_told_by_its_name():
+    assert "got No space left on device" in str(as_settings_error(OSError(28, "No space left on device", "trial.json")))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SettingsError("a must be b, got c"), 2), (CommandFailed("two trials\ndid not finish"), 1)]
+)
+def test_an_error_for_people_is_one_line_with_its_status(capsys, error, status):
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
+        raise error
+    assert ended.value.code == status
+    assert capsys.readouterr().err == f"distilbench: {' '.join(str(error).split())}\n"
+
+
+def test_any_other_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), errors_in_one_line():
+        raise ZeroDivisionError
+
+
+# ---- command lines
+
+WORDS = ["null", "NULL", "true", "False", "nan", "-inf", "1", "+1", "1e3", "0x1", ".5", ".", "~/x", "a=b", "größe",
+         "a,b", "[a]", "{a}", "it's", 'say "x"', "back\\slash", "end\\", "\\'", " space ", "a  b", "a: b", "$HOME", "*",
+         "(a)", "a#b", "", "\t", "many, of [them] = 'all' \\ \"ü\""]  # fmt: skip
+
+
+@given(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+def test_a_string_that_is_printed_and_typed_comes_back_as_it_was(text):
+    (typed,) = shlex.split(command("train", [override("data.train", text)]))[3:]
+    parsed = OverridesParser.create().parse_override(typed)
+    assert parsed.get_key_element() == "data.train"
+    assert parsed.value() == text
+    assert isinstance(parsed.value(), str)
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, False, 3, 2e-5, 1e-08, [], [1, "a b"], ["null", None, ["x,y"]], {"a": "b c", "d": [1]}]
+)
+def test_other_values_come_back_as_they_were(value):
+    assert OverridesParser.create().parse_override(override("key", value)).value() == value
+
+
+def test_plain_words_stay_readable():
+    assert [override("k", v) for v in ("linear", "runs/a-1", "2e-5", 2e-5, 0)] == [
+        "k=linear", "k=runs/a-1", "k='2e-5'", "k=2e-05", "k=0",
+    ]  # fmt: skip
+
+
+def test_a_command_is_named_as_it_was_started(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/distilbench/train.py"])
+    assert command("train", ["a=1", "b='x y'"]) == "python -m distilbench.train a=1 'b='\"'\"'x y'\"'\"''"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/distilbench", "train"])
+    assert command("confirm", ["sweep=first"]) == "distilbench confirm sweep=first"
+
+
+# ---- signals and streams, in processes of their own
+
+
+def start(code: str, **options) -> subprocess.Popen[str]:
+    script = f"import os, sys, time, signal\nfrom distilbench.cli import *\n{code}"
+    return subprocess.Popen([sys.executable, "-c", script], text=True, cwd=ROOT, **options)
+
+
+STATUSES = [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("signum", "status"), STATUSES)
+def test_before_there_is_anything_to_close_a_signal_ends_without_a_word(signum, status):
+    code = f"exit_immediately(); os.kill(os.getpid(), {int(signum)}); time.sleep(60)"
+    process = start(code, stderr=subprocess.PIPE)
+    assert process.communicate()[1] == ""
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize(("signum", "status"), STATUSES)
+def test_later_a_signal_is_an_exception_and_further_ones_do_not_disturb_what_is_closed(signum, status):
+    code = f"""
+def main():
+    raise_on_signal()
+    try:
+        os.kill(os.getpid(), {int(signum)}); time.sleep(60)
+    finally:
+        os.kill(os.getpid(), {int(signum)}); os.kill(os.getpid(), signal.SIGTERM)
+        print("closed")
+run_command(main)
+"""
+    process = start(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.communicate() == ("closed\n", "")
+    assert process.returncode == status
+
+
+def test_a_third_ctrl_c_ends_at_once():
+    code = """
+def main():
+    raise_on_signal()
+    try:
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)
+run_command(main)
+"""
+    assert start(code).wait() == 130
+
+
+def test_nohup_is_respected():
+    code = (
+        "signal.signal(1, signal.SIG_IGN); exit_immediately(); raise_on_signal(); os.kill(os.getpid(), 1); print('on')"
+    )
+    assert start(code, stdout=subprocess.PIPE).communicate()[0] == "on\n"
+
+
+NOISY = """
+def main():
+    for line in range(20000): print("line", line)
+    sys.stdout.flush()
+    print("went on", file=sys.stderr)
+run_command(main)
+"""
+
+
+def test_a_command_goes_on_when_nobody_reads_it_any_more():
+    process = start(NOISY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate()[1] == "went on\n"
+    assert process.returncode == 0
+
+
+def test_a_command_goes_on_when_its_output_can_not_be_written():
+    with open("/dev/full", "w") as full:
+        process = start(NOISY, stdout=full, stderr=subprocess.PIPE)
+    assert process.communicate()[1] == "went on\n"
+    assert process.returncode == 0
+
+
+def test_streams_that_the_shell_closed_are_not_taken_by_files():
+    script = 'exec "$0" -c "$1" >&- 2>&-'
+    code = ("import os\nfrom distilbench.cli import open_streams\nopen_streams()\n"
+            "found = os.open('/dev/zero', os.O_RDONLY)\nraise SystemExit(found)")  # fmt: skip
+    done = subprocess.run(["sh", "-c", script, sys.executable, code], cwd=ROOT)
+    assert done.returncode >= 3
+
+
+def test_text_that_the_terminal_can_not_show_is_replaced():
+    process = start("run_command(lambda: print('grün ✓'))", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert process.communicate() == ("gr?n ?\n", "")
+
+
+def test_hydras_wish_for_tracebacks_is_heard():
+    code = "run_command(lambda: (_ for _ in ()).throw(OSError(28, 'full', 'file')))"
+    lines = []
+    for wish in ({}, {"HYDRA_FULL_ERROR": "1"}):
+        process = start(code, stderr=subprocess.PIPE, env=os.environ | wish)
+        lines.append(process.communicate()[1])
+    assert len(lines[0].splitlines()) == 1
+    assert "Traceback" in lines[1]
