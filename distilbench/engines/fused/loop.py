@@ -319,13 +319,12 @@ class TrialGroup:
 
     def _record(self) -> None:
         """Tell each observer of the steps since the last record."""
-        lap, steps = self.stopwatch.lap(), self.step - self.recorded
-        memory = peak_memory(self.context.device)
+        steps = self.step - self.recorded
+        losses, norms = (self.losses / steps).tolist(), self.norms.tolist()  # waits for the device: before the clock
+        lap, memory = self.stopwatch.lap(), peak_memory(self.context.device)
         examples = self.schedule.seen(self.step) - self.schedule.seen(self.recorded)
         outcomes: dict[int, Outcome] = {}
-        for t, (member, loss, norm) in enumerate(
-            zip(self.members, (self.losses / steps).tolist(), self.norms.tolist(), strict=True)
-        ):
+        for t, (member, loss, norm) in enumerate(zip(self.members, losses, norms, strict=True)):
             member.stepped(self.step, lap, memory)
             record = StepRecord(
                 step=self.step,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from distilbench.engines.batches import padded_batch
+from distilbench.engines.fused import kernels
 from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.loop import TrialGroup
@@ -20,6 +21,7 @@ from distilbench.engines.fused.packing import pack
 from distilbench.engines.fused.prefix import WINDOW
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.steps import BatchSchedule, epoch_order
+from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
@@ -269,6 +271,39 @@ EIGHT = [
     ("optim.lr=5e-3", "seed=6", "scheduler=constant"),
     ("optim.lr=1e-3", "seed=7", "optim.eps=1e-4"),
 ]
+
+
+@pytest.mark.parametrize("graph_steps", [False, True])
+def test_seconds_are_read_once_the_device_has_done_what_they_are_of(
+    trial, splits_of, recorder, monkeypatch, graph_steps
+):
+    """A GPU is given steps far ahead: a clock that is read before their results leaves out what they take."""
+    settings = trial("train.epochs=1", "output.save_model=false", LAST_EPOCH)
+    splits, events = splits_of(settings), []
+    lap, values = Stopwatch.lap, torch.Tensor.tolist
+    monkeypatch.setattr(Stopwatch, "lap", lambda watch: events.append("clock") or lap(watch))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: events.append("values") or values(tensor))
+
+    class Observer(recorder):
+        def on_step(self, trial, record):
+            events.append("told")
+
+    FusedEngine(graph_steps=graph_steps).train([settings], splits, Observer())
+    told = [i for i, event in enumerate(events) if event == "told"]
+    assert told
+    assert all(events[i - 2 : i] == ["values", "clock"] for i in told)
+
+
+def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, splits_of, recorder, monkeypatch):
+    settings = trial("train.epochs=1", "output.save_model=false")
+    splits, events = splits_of(settings), []
+    step = TrialGroup._step
+    monkeypatch.setattr(kernels, "prepare", lambda *what: events.append(what))
+    monkeypatch.setattr(TrialGroup, "_step", lambda group, stack: events.append("step") or step(group, stack))
+    FusedEngine().train([settings], splits, recorder())
+    config = resolve_model(settings.model).config
+    heads, size = config["n_heads"], config["dim"] // config["n_heads"]
+    assert events[:2] == [(torch.device("cpu"), torch.float32, heads, size), "step"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -155,3 +156,15 @@ def test_what_does_not_run_is_left_to_the_plain_version_and_said(judge, caplog):
 def test_no_device_but_a_gpu_runs_kernels_and_none_in_double_precision():
     assert not kernels.runs("attention", torch.device("cpu"), FP32, 12, 64)
     assert not kernels.runs("attention", torch.device("cuda", 0), torch.float64, 12, 64)
+
+
+def test_a_training_that_waits_for_the_compiler_says_so_and_one_that_does_not_is_silent(monkeypatch):
+    asked, said = [], threading.Event()
+    monkeypatch.setattr(kernels.log, "info", lambda *message: said.set() or asked.append(message[0] % message[1:]))
+    monkeypatch.setattr(kernels, "runs", lambda work, *details: asked.append(work))
+    kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
+    assert asked == ["dropout", "adamw", "attention"]
+    monkeypatch.setattr(kernels, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "runs", lambda work, *details: said.wait(60))
+    kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
+    assert asked[3:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]
