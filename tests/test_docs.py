@@ -118,6 +118,12 @@ def test_every_command_is_one_that_a_reader_can_run(command):
     check_command(command.words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_of_python_is_python(page):
+    for line, block in blocks(page, "python"):
+        compile(block, f"{page.name}:{line}", "exec")
+
+
 def test_pages_show_commands():
     shown = {command.words[2] for command in COMMANDS if command.words[:2] == ("python", "-m")}
     assert shown >= {f"distilbench.{module}" for module in SETTINGS}
@@ -140,7 +146,7 @@ def test_pages_show_commands():
         "python -m distilbench.train --multirun freeze.layers=0,3 scheduler=linear,cosin",
         "python -m distilbench.train --multirun freeze.layers=0,-3",
         "python -m distilbench.train --multirun hydra/sweeper=optun",
-        "python -m distilbench.train --multirun hydra.sweeper.n_jobs=8 freeze.layers=0,3",
+        "python -m distilbench.train --multirun hydra.sweeper.jobs=8 freeze.layers=0,3",
         "python -m distilbench.train --multirun hydra/sweeper=optuna 'optim.lr=interval(0,1)'",
         "python -m distilbench.train --multirun hydra/sweeper=optuna optim.lr=interval(0.1,1)",
         "python -m distilbench.train --multirun hydra/sweeper=optuna search=none",

@@ -40,3 +40,9 @@ def test_citation_and_changelog_name_the_version():
     assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == PROJECT["version"]
+
+
+def test_each_release_has_each_kind_of_change_once_at_most():
+    for release in (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1:]:
+        kinds = re.findall(r"^### (\w+)$", release, re.MULTILINE)
+        assert sorted(set(kinds)) == sorted(kinds), f"put together what is said twice under {release.splitlines()[0]}"

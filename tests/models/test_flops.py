@@ -69,7 +69,8 @@ def test_shapes_without_a_formula_are_counted(family):
     flops = TrainFlops.of(model)
     assert flops.counted
     for length in (3, 50):
-        assert total(flops, length, length) == counted(model, 2, length)
+        # transformers below 5.20 has ModernBERT turn its positions by one small product for the whole batch
+        assert total(flops, length, length) == pytest.approx(counted(model, 2, length), rel=1e-4)
 
 
 class Adapter(nn.Module):
