@@ -44,11 +44,10 @@ def main(config: DictConfig) -> None:
 
 def confirm(settings: ConfirmSettings) -> str | None:
     """Run the confirmation; returns in one line what failed. Raises :class:`SettingsError` before its first trial."""
-    from distilbench.report.from_store import CONFIRMS
     from distilbench.sweep.executors import Sequential
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.storage import storage_at
-    from distilbench.tracking import find_store
+    from distilbench.tracking import CONFIRMS, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
@@ -75,8 +74,8 @@ def confirm(settings: ConfirmSettings) -> str | None:
 
 def _first_report(store: MlflowStore, sweep: str) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
-    from distilbench.report.from_store import CONFIRMS, ReportRequest, check_protocol, find_sweep, make_report
-    from distilbench.tracking import SWEEP, RunFilter
+    from distilbench.report.from_store import ReportRequest, check_protocol, find_sweep, make_report
+    from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
 
     parent = find_sweep(store, sweep)
     if CONFIRMS in parent.tags:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from distilbench.composition import default_treatment
 from distilbench.confirm import confirm
-from distilbench.report.from_store import CONFIRMS
+from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP, RunFilter
+from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
 from tests.conftest import ROOT, TINY
@@ -101,6 +102,18 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     assert "The advantage of" in run.data.tags["mlflow.note.content"]
     assert (folder / "confirm" / "report.html").is_file()
     assert [trial.role for trial in found if trial.treatment["optim.lr"] == 2e-5] == ["baseline"] * 2
+    first = store._client.get_run(store.sweep_run("first").run_id).data.tags["mlflow.note.content"]
+    assert "with fresh seeds (n = 2)" in first, "the sweep's own run carries the outcome"
+
+
+def test_the_sweeps_own_report_carries_its_confirmation(folder):
+    with initialize_config_dir(str(ROOT / "conf")):
+        request = ReportRequest("Sweep first", default_treatment(), sweep=make_store(folder).sweep_run("first"))
+        report = make_report(make_store(folder), make_store(folder).search(RunFilter(tags={SWEEP: "first"})), request)
+    (found,) = report.confirmation
+    (row,) = [row for row in report.candidates if row.again]
+    assert (row.again, row.claim, row.again.seeds) == (found.again, found.again.verdict, (2, 3))
+    assert found.first.seeds == (1,)
 
 
 def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):

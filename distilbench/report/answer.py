@@ -27,11 +27,10 @@ def _headline(report: Report) -> str:
         return f"{counted(len(candidates), 'setting')} finished, compared with nothing: there is no finished baseline."
     if not candidates:
         return "Only the baseline finished: there is nothing to compare it with."
+    said = _confirmed(report.confirmation[0]) if report.confirmation else _of_candidates(report)
     if base.has_learned is False and report.floor:
-        return f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {_of_candidates(report)}"
-    if report.confirmation:
-        return _confirmed(report.confirmation[0])
-    return _of_candidates(report)
+        return f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {said}"
+    return said
 
 
 def _of_candidates(report: Report) -> str:
@@ -40,13 +39,13 @@ def _of_candidates(report: Report) -> str:
     if not any(row.difference for row in candidates):
         reason = reason_untested(candidates[0])
         return f"{f'None of {tried}' if several else 'Nothing'} could be tested against the baseline: {reason}."
-    better = [row for row in candidates if row.verdict in (Verdict.BETTER, Verdict.AHEAD)]
+    better = [row for row in candidates if row.claim in (Verdict.BETTER, Verdict.AHEAD)]
     if not better:
         return f"{f'None of {tried}' if several else 'Nothing'} was shown to be better than the baseline."
     best = better[0]
     assert best.difference is not None
     size = f"{points(best.difference.points)} points (95 % {interval(best.difference.low, best.difference.high)})"
-    sure = "ahead of the baseline, yet to be confirmed" if best.verdict is Verdict.AHEAD else "better"
+    sure = "ahead of the baseline, yet to be confirmed" if best.claim is Verdict.AHEAD else "better"
     more = f", and {len(better) - 1} more" if len(better) > 1 else ""
     return f"{best.label} is {sure}: {size}{more}, of {tried}."
 
@@ -72,7 +71,7 @@ def _confirmed(winner: Confirmed) -> str:
 def _saving(report: Report) -> str:
     """What the cheapest setting costs that is not shown to be worse; empty where none saves time."""
     cheap = [row for row in report.candidates if row.difference and (row.saving.seconds or 0) >= WORTH_TELLING]
-    cheap = [row for row in cheap if row.verdict is not Verdict.WORSE]
+    cheap = [row for row in cheap if row.claim is not Verdict.WORSE]
     if not cheap:
         return ""
     row = max(cheap, key=lambda r: r.saving.seconds or 0)

@@ -130,7 +130,7 @@ _ALL = (
     Column("flops_gain_percent", lambda row: row.saving.flops),
     Column("trainable_parameters", lambda row: row.trainable_parameters, "trained",
            lambda row: millions(row.trainable_parameters)),
-    Column("verdict", lambda row: row.verdict or "", "verdict", said, is_text=True),
+    Column("verdict", lambda row: row.claim or "", "verdict", said, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", lambda row: row.status),
     Column("protocol", lambda row: row.all_trials[0].protocol_id),
@@ -183,7 +183,7 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
         whole = not column.is_text and not is_narrow
         table.add_column(_folded(column.title, is_narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
     for row in rows:
-        style = "bold" if row.is_baseline else _STYLES.get(row.verdict, "") if row.verdict else ""
+        style = "bold" if row.is_baseline else _STYLES.get(row.claim, "") if row.claim else ""
         cells = (_folded(column.text(row), is_narrow) for column in columns)
         table.add_row(*map(Text, cells), style=style)
     return table

@@ -37,7 +37,7 @@ def kind_of(row: Row) -> str:
     """Return the class that colours a row: base, a verdict's, ended or untested."""
     if row.is_baseline:
         return "base"
-    return row.verdict.name.lower() if row.verdict else "untested" if row.trials else "ended"
+    return row.claim.name.lower() if row.claim else "untested" if row.trials else "ended"
 
 
 def _figure(title: str, chart: str, caption: str) -> str:

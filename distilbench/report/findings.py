@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distilbench.report.costs import average
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
-from distilbench.results import Status, StoredTrial, Verdict
+from distilbench.results import StoredTrial, Verdict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -172,8 +172,3 @@ def _value(value: object, space: BaseDistribution) -> object:
     from optuna.distributions import FloatDistribution
 
     return float(str(value)) if isinstance(space, FloatDistribution) else repr(value)
-
-
-def unfinished(rows: Sequence[Row]) -> list[StoredTrial]:
-    """Every trial that did not finish, for what became of it."""
-    return [trial for row in rows for trial in row.other_trials if trial.status is not Status.FINISHED]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,11 @@ from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, against_baseline, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
-from distilbench.results import Predictions, Status, StoredTrial
+from distilbench.results import Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import SWEEP, MlflowStore, RawRun, RunFilter
+from distilbench.tracking import CONFIRMS, SWEEP, MlflowStore, RawRun, RunFilter
 
 log = logging.getLogger(__name__)
-
-CONFIRMS = "distilbench.confirms"
-"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
 
 CURVES = 8
 """Settings whose learning curves are drawn, beside the baseline's."""
@@ -75,35 +73,39 @@ def check_tested(report: Report) -> None:
 
 
 def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
-    """Compare trials of one protocol with their baseline; one is looked up in the store where they hold none."""
+    """Compare trials of one protocol with their baseline; one is looked up in the store where they hold none.
+
+    A sweep's report says what its confirmations came to, and a confirmation's what the sweep had promised.
+    """
+    report = _compare(store, trials, request)
+    confirmation = _confirmation(store, report, request)
+    if request.sweep and CONFIRMS not in request.sweep.tags:
+        again = {short_hash(found.first.treatment): found.again for found in confirmation}
+        rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
+        report = replace(report, rows=tuple(rows))
+    notes = (*report.notes, *_notes_on_splits(request, report))
+    return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation)
+
+
+def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
+    """The report as these trials alone make it."""
     rows = rows_from(trials, request.names)
-    notes: list[str] = []
-    baseline = (
-        None if request.baseline == "none" else find_baseline(rows, _expected(rows, request.usual), request.baseline)
-    )
+    notes: tuple[str, ...] = ()
+    usual = _expected(rows, request.usual)
+    baseline = None if request.baseline == "none" else find_baseline(rows, usual, request.baseline)
     if baseline is None and request.baseline != "none":
         found = _baseline_elsewhere(store, rows, request)
         if found:
             rows = rows_from([*trials, *found], request.names)
             ids = {trial.run_id for trial in found}
             baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
-            notes.append("The baseline is not among these trials: it is the newest finished one of their protocol.")
+            notes = ("The baseline is not among these trials: it is the newest finished one of their protocol.",)
     rows = label_rows(rows, baseline)
-    picked = _picked_here(request, trials)
     read = _ReadOnce(store)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, read, request.shown, picked)
+        rows = against_baseline(rows, baseline, read, request.shown, _is_picked_here(request, trials[0]))
     rows, floor = mark_learned(rows, read, request.shown)
-    report = Report(
-        title=request.title,
-        rows=tuple(rows),
-        shown=request.shown,
-        sample=trials[0],
-        notes=tuple(notes + _selection_notes(request, trials[0], picked)),
-        url=store.runs_url(),
-        floor=floor,
-    )
-    return replace(report, curves=_curves(store, report), confirmation=_confirmation(store, report, request))
+    return Report(request.title, tuple(rows), request.shown, trials[0], notes, url=store.runs_url(), floor=floor)
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
@@ -132,10 +134,10 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: Report
     return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
 
 
-def _picked_here(request: ReportRequest, trials: Sequence[StoredTrial]) -> bool:
-    """Whether the report split also chose the winner: in a sweep without a selection split that confirms nothing."""
+def _is_picked_here(request: ReportRequest, sample: StoredTrial) -> bool:
+    """Whether the report split also chose among the rows: in a search without a split of its own to select."""
     is_search = request.sweep is not None and CONFIRMS not in request.sweep.tags
-    return is_search and trials[0].selection_split == trials[0].report_split
+    return is_search and sample.selection_split == sample.report_split
 
 
 def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
@@ -148,21 +150,25 @@ def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
     return found
 
 
-def _selection_notes(request: ReportRequest, sample: StoredTrial, picked: bool) -> list[str]:
+def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
+    """Which split chose, which reported, and what that means for a lead."""
+    sample = report.sample
     if request.sweep is None:
         return []
-    name = request.sweep.tags[SWEEP]
-    if picked:
-        return [
-            f"The split {sample.report_split} picked the winner and reports it, so its lead is optimistic; confirm it "
-            f"with fresh seeds (python -m distilbench.confirm sweep={name}), or sweep with data.selection_fraction=0.1."
-        ]
-    if CONFIRMS in request.sweep.tags and sample.selection_split == sample.report_split:
+    if sample.selection_split != sample.report_split:
+        return [f"The split {sample.selection_split} picked epochs and winners; {sample.report_split} only reports."]
+    if CONFIRMS in request.sweep.tags:
         return [
             f"Fresh seeds take away the luck of a seed, not that of the sentences: the split {sample.report_split} "
             "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
         ]
-    return [f"The split {sample.selection_split} picked epochs and winners; {sample.report_split} only reports."]
+    if any(row.claim is Verdict.AHEAD for row in report.rows):
+        return [
+            f"The split {sample.report_split} picked the winners and reports them, so a lead is optimistic; confirm it "
+            f"with fresh seeds (python -m distilbench.confirm sweep={request.sweep.tags[SWEEP]}), or sweep with "
+            "data.selection_fraction=0.1."
+        ]
+    return [f"The split {sample.report_split} picked epochs and winners, and reports."]
 
 
 class _ReadOnce:
@@ -192,17 +198,21 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
 
 
 def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Confirmed, ...]:
-    """A confirmation's settings beside the sweep that picked them; nothing for any other report."""
-    name = request.sweep.tags.get(CONFIRMS) if request.sweep else None
-    first = store.sweep_run(name) if name else None
-    trials = store.search(RunFilter(tags={SWEEP: name})) if first and name else []
-    trials = [trial for trial in trials if trial.protocol_id == report.sample.protocol_id]
+    """What was trained again, in the sweep and with fresh seeds: for the report of either; nothing for any other."""
+    if request.sweep is None:
+        return ()
+    first_name = request.sweep.tags.get(CONFIRMS)
+    known = [store.sweep_run(first_name)] if first_name else store.confirmations(request.sweep.tags[SWEEP])
+    runs = [run for run in known if run is not None]
+    found = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.tags[SWEEP]}))]
+    trials = [trial for trial in found if trial.protocol_id == report.sample.protocol_id]
     if not trials:
         return ()
-    before = make_report(store, trials, replace(request, sweep=first))
-    again = {short_hash(row.treatment): row for row in report.candidates}
+    other = _compare(store, trials, replace(request, sweep=runs[-1]))
+    before, after = (other, report) if first_name else (report, other)
+    again = {short_hash(row.treatment): row for row in after.candidates}
     return tuple(
-        Confirmed(again[key].label, row, again[key])
+        Confirmed(row.label, row, again[key])
         for row in by_score(before.candidates)
         if (key := short_hash(row.treatment)) in again
     )
@@ -249,4 +259,14 @@ def report_sweep(
     paths = write_report(report, directory, FORMATS)
     if parent is not None:
         store.attach(parent.run_id, paths, note(report))
+        _report_confirmed(store, parent.tags.get(CONFIRMS), directory.parent, usual)
     return report
+
+
+def _report_confirmed(store: MlflowStore, sweep: str | None, sweeps: Path, usual: Mapping[str, object]) -> None:
+    """Report the sweep again that a confirmation is of, where it lies and on its run: it carries the outcome."""
+    if sweep is None:
+        return
+    with tempfile.TemporaryDirectory() as elsewhere:
+        directory = sweeps / sweep if (sweeps / sweep).is_dir() else Path(elsewhere)
+        report_sweep(store, sweep, directory, usual, Console(quiet=True))

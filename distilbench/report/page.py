@@ -45,7 +45,7 @@ def page(report: Report) -> str:
 
 def _counts(report: Report) -> str:
     """How many settings came to which verdict, and how many seeds stand behind one."""
-    counts = Counter(row.verdict for row in report.candidates)
+    counts = Counter(row.claim for row in report.candidates)
     items = [(counts[verdict], name, verdict.name.lower()) for verdict, name in VERDICTS.items() if counts[verdict]]
     ended = sum(not row.trials for row in report.rows)
     items += [(ended, "without a finished trial", "ended")] if ended else []

@@ -54,7 +54,8 @@ class Row:
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
     the seeds that both have, where it was tested. ``verdict`` is what may be claimed; None for the baseline itself,
     without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: its accuracy is shown to
-    be above that of the most frequent label alone; None where that was not asked.
+    be above that of the most frequent label alone; None where that was not asked. ``again`` is the same
+    setting in a confirmation, with fresh seeds.
     """
 
     label: str
@@ -72,6 +73,12 @@ class Row:
     verdict: Verdict | None = None
     untested: Untested | None = None
     has_learned: bool | None = None
+    again: Row | None = None
+
+    @property
+    def claim(self) -> Verdict | None:
+        """What may be claimed in the end: the verdict of fresh seeds where there are any."""
+        return self.again.verdict if self.again and self.again.verdict else self.verdict
 
     @property
     def n(self) -> int:

@@ -12,10 +12,11 @@ from rich.text import Text
 from distilbench.report.answer import answer
 from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
-from distilbench.report.findings import Report, unfinished
+from distilbench.report.findings import Report
 from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row
 from distilbench.report.words import survival
+from distilbench.results import Status
 
 ERRORS_TOLD = 5
 _LONGEST_ERROR = 200
@@ -72,11 +73,11 @@ def _notes_on_time(report: Report) -> Iterator[str]:
 
 def failures(report: Report) -> list[str]:
     """Return one line for each of the first trials that did not finish, and how many more there are."""
-    ended = unfinished(report.rows)
+    ended = [(row, trial) for row in report.rows for trial in row.other_trials if trial.status is not Status.FINISHED]
     lines = [
-        f"{trial.status.value} {one_line(trial.name)} (seed {trial.seed})"
+        f"{trial.status.value} {trial.number} {one_line(row.label)} (seed {trial.seed})".replace("  ", " ")
         + (f": {one_line(trial.error)[:_LONGEST_ERROR]}" if trial.error else "")
-        for trial in ended[:ERRORS_TOLD]
+        for row, trial in ended[:ERRORS_TOLD]
     ]
     more = len(ended) - ERRORS_TOLD
     return lines + ([f"and {more:,} more that did not finish"] if more > 0 else [])

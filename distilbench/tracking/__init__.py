@@ -12,10 +12,11 @@ from distilbench.tracking.parent_run import NullParentRun, ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
 from distilbench.tracking.search import RawRun, RunFilter
-from distilbench.tracking.store import SWEEP, MlflowStore
+from distilbench.tracking.store import CONFIRMS, SWEEP, MlflowStore
 from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
 __all__ = [
+    "CONFIRMS",
     "SWEEP",
     "DatasetUsed",
     "MlflowRun",

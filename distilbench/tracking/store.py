@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 SWEEP = "distilbench.sweep"
 """The tag that a sweep's own run and all of its trials carry: its name."""
 
+CONFIRMS = "distilbench.confirms"
+"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
+
 PARAMS_PER_BATCH = 100
 LONGEST_NAME = 500
 """MLflow's own limits (mlflow.utils.validation): parameters a call, characters of a data set's name."""
@@ -102,6 +105,12 @@ class MlflowStore:
         with self._asking():
             found = list(self._search(RunFilter(tags={SWEEP: sweep}, are_trials=False)))
         return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
+
+    def confirmations(self, sweep: str) -> list[RawRun]:
+        """The runs that hold confirmations of this sweep, oldest first."""
+        with self._asking():
+            found = list(self._search(RunFilter(tags={CONFIRMS: sweep}, are_trials=False)))
+        return sorted(filter(_is_sweep, found), key=lambda run: run.started_ms)
 
     def sweep_names(self) -> list[str]:
         """The names of all sweeps, newest first."""

@@ -47,7 +47,7 @@ def test_a_wide_terminal_shows_every_column_and_the_answer(report):
     for cell in ("90.02 %", "0.3330", "-0.69 (", "1.00", "undecided (n = 1)", "14 min 48 s (35 % less)",
                  "10.60 M"):  # fmt: skip
         assert cell in frozen
-    assert "DIVERGED run 3 (seed 1): the loss is nan; lower optim.lr" in words
+    assert "DIVERGED lr=1 (seed 1): the loss is nan; lower optim.lr" in words
     assert "A note on the sweep." in words
 
 
