@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from m
 from hydra import compose, initialize_config_dir
 
 from distilbench.settings import AppSettings, register_schema, settings_from
+from tests.commands import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
@@ -29,3 +31,11 @@ def compose_settings(*overrides: str) -> AppSettings:
 def settings(tmp_path):
     """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes below tmp_path."""
     return lambda *overrides: compose_settings(*TINY, f"output.dir={tmp_path}", *overrides)
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Iterator[Workspace]:
+    """A folder in which commands run, and end with the test."""
+    workspace = Workspace(tmp_path)
+    yield workspace
+    workspace.end()

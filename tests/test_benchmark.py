@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,12 +11,8 @@ from distilbench.bench.cases import ENGINE, TUNED, Case, Measured, _covered, tog
 from distilbench.bench.table import Row
 from distilbench.benchmark import _precisions, _tuned, _without_slower_tuning
 
-COMMAND = [sys.executable, "-m", "distilbench.benchmark", "model=tiny", "data=synthetic", "tracking=none"]
-
-
-def run(path, *arguments):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*COMMAND, *arguments], cwd=path, env=env, capture_output=True, text=True, check=False)
+COMMAND = "distilbench.benchmark"
+TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
 
 
 def test_time_shared_by_trials_of_a_batch_counts_once():
@@ -78,21 +71,22 @@ def test_only_the_fastest_tuning_goes_on_by_wall_time_on_a_gpu(settings, on_gpu,
     ],
 )
 @pytest.mark.e2e
-def test_a_mistake_is_one_line(tmp_path, arguments, line):
-    done = run(tmp_path, *arguments)
+def test_a_mistake_is_one_line(workspace, arguments, line):
+    done = workspace.run(*TINY_UNTRACKED, *arguments, program=COMMAND)
     assert done.returncode == 2
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.e2e
-def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(tmp_path):
+def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(workspace):
     short = ("bench.steps=8", "bench.trials=3", "bench.repeats=1", "bench.eval_examples=16", "train.batch_size=8",
              "bench.processes=2")  # fmt: skip
-    done = run(tmp_path, *short, "freeze.layers=1", "train.precision=fp32", "output.dir=out/figures")
+    done = workspace.run(*TINY_UNTRACKED, *short, "freeze.layers=1", "train.precision=fp32", "output.dir=out/figures",
+                         program=COMMAND)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out" / "figures" / "benchmark.png").stat().st_size > 10_000
-    figures = json.loads((tmp_path / "out" / "figures" / "benchmark.json").read_text())
+    assert (workspace.path / "out" / "figures" / "benchmark.png").stat().st_size > 10_000
+    figures = json.loads((workspace.path / "out" / "figures" / "benchmark.json").read_text())
     lines = {line["name"]: line for line in figures["lines"]}
     assert list(lines) == [
         "HF as reported", "HF tuned", "HF tuned, 2 at once", "trainer", "fused, alone", "fused, 3 trials",

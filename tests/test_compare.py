@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,11 @@ from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult
 from distilbench.settings import CompareSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP
+from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store
 
+COMMAND = "distilbench.compare"
 COSINE = ("scheduler=cosine", "optim.lr=3e-5", "optim.weight_decay=0.05", "scheduler.warmup_ratio=0.1")
 
 
@@ -195,30 +194,28 @@ def test_a_sweep_without_trials_has_no_report(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def command(folder: Path, *asked: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "COLUMNS": "100"}
-    environment["PYTHONPATH"] = str(ROOT)
-    line = [sys.executable, "-m", "distilbench.compare", *asked]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.e2e
 def test_the_command_line_reports_and_refuses_with_its_exit_status(folder):
-    done = command(folder, "experiment=baseline,hyperparameters", "sweep=first", "layout=paper")
+    workspace = Workspace(folder)
+    done = workspace.run("experiment=baseline,hyperparameters", "sweep=first", "layout=paper", program=COMMAND)
     assert done.returncode == 0, done.stderr
     assert "report  outputs/reports/first/report.html" in done.stdout
     assert "\x1b" not in done.stdout
-    refused = command(folder, "sweep=nowhere")
+    refused = workspace.run("sweep=nowhere", program=COMMAND)
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     assert refused.stderr.startswith("distilbench: sweep must be one of ")
 
 
 @pytest.mark.e2e
-def test_help_and_mistakes_answer_without_importing_anything_heavy(folder, tmp_path):
-    start = os.times().children_user
-    shown = command(folder, "--help")
+def test_help_and_mistakes_answer_without_importing_anything_heavy(folder):
+    workspace = Workspace(folder)
+    shown = workspace.run("--help", program=COMMAND, fresh=True, PYTHONPROFILEIMPORTTIME="1")
     assert shown.returncode == 0
     assert "experiment=baseline,layer_freezing,hyperparameters layout=paper" in shown.stdout
-    assert command(folder).returncode == 2
-    assert os.times().children_user - start < 4, "CPU seconds of two calls"
+    refused = workspace.run(program=COMMAND, fresh=True, PYTHONPROFILEIMPORTTIME="1")
+    assert refused.returncode == 2
+    for ended in (shown, refused):
+        imported = split_imports(ended.stderr)[1]
+        assert "hydra" in imported
+        assert imported & {*HEAVY, "optuna"} == set()

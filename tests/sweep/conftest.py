@@ -1,45 +1,34 @@
-"""Sweeps as subprocesses in folders of their own, and what they left in study, records and MLflow."""
+"""Sweeps as processes in folders of their own, and what they left in study, records and MLflow."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+
+from tests.commands import Process, Workspace
 
 HERE = Path(__file__).resolve().parent
 TINY = ("model=tiny", "data=synthetic", "train.epochs=1")
 
 
-class Workspace:
+class SweepWorkspace(Workspace):
     """A folder in which sweeps run: ``quick`` over a task of milliseconds, ``real`` over tiny trials with MLflow."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.uri = f"sqlite:///{path}/mlflow.db"
+        super().__init__(path)
         self.log = path / "finished.log"
 
-    def start(self, *arguments: str, real: bool = False, terminal: int | None = None,
-              **environment: str) -> subprocess.Popen[str]:  # fmt: skip
-        program = ["-m", "distilbench.train"] if real else [str(HERE / "quick_task.py")]
+    def start(self, *arguments: str, real: bool = False, **options: Any) -> Process:
+        program = {} if real else {"program": HERE / "quick_task.py"}
         tracking = () if real else ("tracking=none",)
-        command = [sys.executable, *program, "--multirun", *TINY, *tracking, *arguments]
-        env = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "160",
-                            "FINISHED_LOG": str(self.log), "PYTHONPATH": str(HERE.parents[1])}  # fmt: skip
-        return subprocess.Popen(
-            command, cwd=self.path, env=env | environment, text=True, stdout=terminal or subprocess.PIPE,
-            stderr=terminal or subprocess.PIPE,
-        )  # fmt: skip
-
-    def run(self, *arguments: str, real: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, real=real, **environment)
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        defaults = {"COLUMNS": "160", "FINISHED_LOG": str(self.log)} | program
+        return super().start("--multirun", *TINY, *tracking, *arguments, **defaults | options)
 
     def sweep(self, name: str) -> Path:
         return self.path / "outputs" / "sweeps" / name
@@ -59,14 +48,9 @@ class Workspace:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [(line.split()[0], line.split()[1]) for line in lines]
 
-    def runs(self) -> list:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri)
-        experiment = client.get_experiment_by_name("distilbench")
-        return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-
 
 @pytest.fixture
-def workspace(tmp_path) -> Workspace:
-    return Workspace(tmp_path)
+def workspace(tmp_path) -> Iterator[SweepWorkspace]:
+    workspace = SweepWorkspace(tmp_path)
+    yield workspace
+    workspace.end()

@@ -26,7 +26,7 @@ OPTUNA = ("hydra/sweeper=optuna", "freeze.layers=range(0,3)", "optim.lr=tag(log,
 def kill(workspace, rng, command) -> None:
     """Start the command and send it a signal at a random instant, which it may have outrun."""
     process = workspace.start(*command)
-    time.sleep(rng.uniform(0.3, 6.0))
+    time.sleep(rng.uniform(0.1, 1.2))
     process.send_signal(rng.choice(SIGNALS))
     out, err = process.communicate(timeout=60)
     assert process.returncode in (0, -9, 130, 143, -2, -15) or "[sweep]" not in out, out + err

@@ -16,8 +16,8 @@ from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, Launche
 from omegaconf import OmegaConf
 
 from distilbench.results import Owner, Record, Status
+from tests.commands import Workspace
 from tests.conftest import TINY
-from tests.test_train import Workspace
 
 Plugins.instance()  # once before Hydra's fixture saves and restores what plugins registered
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from tests.sweep.conftest import Workspace
+from tests.sweep.conftest import SweepWorkspace
 
 pytestmark = pytest.mark.e2e
 SMALL = ("data.max_train_examples=64", "output.save_model=false", "optim.lr=1e-2", "baseline.overrides=['freeze=none']")
@@ -30,7 +30,7 @@ def tree(workspace):
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    workspace = Workspace(tmp_path_factory.mktemp("grid"))
+    workspace = SweepWorkspace(tmp_path_factory.mktemp("grid"))
     return workspace, ended(workspace, "freeze.layers=0,1", "sweep.name=grid")
 
 

@@ -308,7 +308,7 @@ def screen(workspace, command, columns):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = workspace.start(*command, COLUMNS=str(columns), TASK_SECONDS="0.5", TERM="xterm", terminal=theirs)
+    process = workspace.start(*command, COLUMNS=str(columns), TASK_SECONDS="0.5", TERM="xterm", output=theirs)
     os.close(theirs)
     seen = b""
     while True:

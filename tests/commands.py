@@ -1,0 +1,220 @@
+"""The project's commands in processes of their own, most of them forked from one that has imported the libraries.
+
+Importing torch, transformers and MLflow takes longer than a tiny trial. A fork server pays for it once; each command
+then runs in a child of it as under ``python -m``: own directory, environment, streams, signals and exit status.
+What is about the start itself (imports, signals at once, variables that libraries read as they are imported) asks for
+a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pkgutil
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import distilbench
+
+ROOT = Path(__file__).resolve().parents[1]
+FORKS = sys.platform == "linux"
+"""Elsewhere a fork of a process that holds these libraries is not safe: each command starts afresh."""
+HEAVY = {"torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "matplotlib", "pyarrow"}
+"""What must not be imported before a configuration has been checked; Optuna neither, where nothing is swept."""
+PRELOADED = ("torch", "transformers.models.distilbert.modeling_distilbert", "mlflow", "mlflow.data", "datasets",
+             "sklearn.metrics", "matplotlib.figure", "optuna", "hydra", "rich.console", "rich.live")  # fmt: skip
+
+
+def _rooms() -> Iterator[str]:
+    """Every module in a package of ours; the commands themselves, which stand above, are run as ``__main__``."""
+    for module in pkgutil.walk_packages(distilbench.__path__, "distilbench."):
+        if module.name.count(".") > 1:
+            yield module.name
+
+
+if FORKS:
+    _SERVER = multiprocessing.get_context("forkserver")
+    _SERVER.set_forkserver_preload([*PRELOADED, *_rooms()])
+
+
+class Process(Protocol):
+    """What tests ask of a process: the part of :class:`subprocess.Popen` that both kinds have."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]: ...
+    def send_signal(self, sig: int) -> None: ...
+    def kill(self) -> None: ...
+
+
+def start(program: str | Path, arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
+          output: int | None = None, fresh: bool = False) -> Process:  # fmt: skip
+    """Start a module (``python -m``) or a file in ``folder``; ``output`` is a descriptor for all that it prints."""
+    if FORKS and not fresh:
+        return ForkedProcess(str(program), arguments, folder, environment, output)
+    command = [sys.executable, *(["-m"] if isinstance(program, str) else []), str(program), *arguments]
+    stream = subprocess.PIPE if output is None else output
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=stream, stderr=stream)
+
+
+class ForkedProcess:
+    """A command in a child of the fork server, with the interface of :class:`subprocess.Popen`."""
+
+    def __init__(self, program: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
+                 output: int | None) -> None:  # fmt: skip
+        self.args = [program, *arguments]
+        self._files = [] if output else [tempfile.TemporaryFile("r+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
+        streams = [_Descriptor(number) for number in ([file.fileno() for file in self._files] or [output, output])]
+        self._process = _SERVER.Process(target=_run, args=(self.args, str(folder), dict(environment), streams))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self._process.exitcode
+
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        texts = []
+        for file in self._files:
+            file.seek(0)  # it shares its place with the child that wrote
+            texts.append(file.read())
+        return (texts[0], texts[1]) if texts else ("", "")
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class _Descriptor:
+    """An open file that a child of the fork server is given; there it is the descriptor's number."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self._number),)
+
+
+def _received(sent: Any) -> int:
+    return sent.detach()
+
+
+def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], streams: Sequence[int]) -> NoReturn:
+    """Be ``python -m program`` or ``python program`` from its first line to its exit status."""
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = list(command)
+    status = _status_of(command[0])
+    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter waits for its threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
+
+
+def _status_of(program: str) -> int:
+    """The exit status that the interpreter would give what it ran."""
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except SystemExit as ending:
+        if ending.code is None or isinstance(ending.code, int):
+            return ending.code or 0
+        print(ending.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        traceback.print_exc()
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def split_imports(errors: str) -> tuple[list[str], set[str]]:
+    """Part what a process with ``PYTHONPROFILEIMPORTTIME=1`` wrote into its own lines and the top packages imported."""
+    own, imports = [], set()
+    for line in errors.splitlines():
+        if line.startswith("import time:"):
+            imports.add(line.rpartition("|")[2].strip().partition(".")[0])
+        else:
+            own.append(line)
+    return own, imports
+
+
+class Workspace:
+    """A folder with its own store: where commands run, and what they left there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.uri = f"sqlite:///{path}/mlflow.db"
+        self._started: list[Process] = []
+
+    def start(self, *arguments: str, program: str | Path = "distilbench.train", output: int | None = None,
+              fresh: bool = False, **environment: str) -> Process:  # fmt: skip
+        """Start a command whose store is this folder's; ``fresh`` asks for an interpreter that has imported nothing."""
+        known = {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+        self._started.append(start(program, arguments, self.path, os.environ | known | environment, output, fresh))
+        return self._started[-1]
+
+    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, with the options of :meth:`start`."""
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate(timeout=60)
+
+    def runs(self) -> list[Any]:
+        """The store's runs in the order of their starts, without making a store where there is none."""
+        from mlflow import MlflowClient
+
+        if not (self.path / "mlflow.db").exists():
+            return []
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name("distilbench")
+        return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+
+    def artifacts(self, run_id: str) -> dict[str, Path]:
+        """The files of a run by their names."""
+        (folder,) = (self.path / "mlruns").glob(f"*/{run_id}/artifacts")
+        return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
