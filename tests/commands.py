@@ -130,7 +130,9 @@ def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], st
     for number, stream in enumerate(streams, start=1):
         os.dup2(stream, number)
         os.close(stream)
-    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())  # type: ignore[union-attr]
+    encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
+    for written in (sys.stdout, sys.stderr):
+        written.reconfigure(encoding=encoding or None, errors=errors or None, line_buffering=written.isatty())
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.test_train import TINY_TRACKED, Workspace
+from tests.test_train import TINY_TRACKED
 
 pytestmark = pytest.mark.e2e
 SHORT = (*TINY_TRACKED[:2], "train.epochs=1", "hydra.run.dir=out")
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    return Workspace(tmp_path)
 
 
 def ends_of(workspace, directory="out"):
@@ -52,7 +45,7 @@ def test_a_signal_as_soon_as_there_is_a_record_closes_the_trial(workspace, numbe
 
 
 def test_a_reader_that_goes_away_ends_nothing(workspace):
-    process = workspace.start(*SHORT)
+    process = workspace.start(*SHORT, fresh=True)
     process.stdout.close()  # as | head -1 does
     err = process.stderr.read()
     assert (process.wait(), err) == (0, "")
@@ -61,11 +54,8 @@ def test_a_reader_that_goes_away_ends_nothing(workspace):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_onto_a_full_disk_ends_nothing(workspace):
-    environment = os.environ | {"MLFLOW_TRACKING_URI": workspace.uri}
-    command = workspace.start("--help").args[:-1]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*command, *SHORT], cwd=workspace.path, env=environment, stdout=full, stderr=full)
-    assert done.returncode == 0
+        assert workspace.run(*SHORT, output=full.fileno()).returncode == 0
     assert ends_of(workspace) == FINISHED
 
 
