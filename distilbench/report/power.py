@@ -20,7 +20,7 @@ from distilbench.report.statistics import critical_difference, discordant, only_
 POWER = 0.8
 """Chance with which a design is to decide; less counts as "can't be shown"."""
 DISCORDANCE = 0.06
-"""Share of examples on which two trials of equal accuracy differ, where none has been seen; 4 to 10 % were."""
+"""Share of examples on which two trials of equal accuracy differ, where none has been seen; 4 to 11 % were."""
 LASTING = 0.5
 """Share of the discordance that stays whatever the seeds, where one seed can't tell.
 
