@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, get_args, get_type_hints, overload
+from typing import Annotated, Any, ClassVar, Optional, TypeVar, Union, get_args, get_type_hints, overload
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
@@ -53,23 +54,88 @@ def require(holds: bool, setting: str, allowed: str, value: object, remedy: str 
         raise SettingsError(f"{setting} must be {allowed}, got {shown}" + (f"; {remedy}" if remedy else ""))
 
 
-def _one_of(setting: str, value: str, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    require(value in allowed, setting, "one of " + ", ".join(allowed), value)
+@dataclass(frozen=True)
+class Rule:
+    """Which values a setting may have, in words and as a test; ``each`` asks it of every element of a list."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+    each: bool = False
 
 
-def _at_least(setting: str, value: float | None, low: float) -> None:
-    finite = value is None or math.isfinite(value)
-    require(finite and (value is None or value >= low), setting, f"{low} or more", value)
+def one_of(allowed: Sequence[str], each: bool = False) -> Rule:
+    """Allow these words, or lists of them."""
+    return Rule("one of " + ", ".join(allowed), allowed.__contains__, each)
+
+
+def at_least(low: float) -> Rule:
+    """Allow finite numbers from ``low`` on."""
+    return Rule(f"{low} or more", lambda value: math.isfinite(value) and value >= low)
+
+
+def above(low: float) -> Rule:
+    """Allow finite numbers beyond ``low``."""
+    return Rule(f"above {low}", lambda value: math.isfinite(value) and value > low)
+
+
+def within(interval: str) -> Rule:
+    """Allow the numbers of an interval as mathematics writes it: ``[0, 1)`` has 0 and not 1."""
+    low, high = map(float, interval[1:-1].split(","))
+    ends = {end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"}
+    return Rule(f"in {interval}", lambda value: low < value < high or value in ends)
+
+
+def named(allowed: str, pattern: str, most: int) -> Rule:
+    """Allow texts that match ``pattern`` and have at most so many bytes."""
+    return Rule(allowed, lambda value: len(value.encode()) <= most and bool(re.fullmatch(pattern, value, re.DOTALL)))
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class PathIf:
+    """Marks a path, which means the directory in which the command was typed; one where ``source`` is that, or None."""
+
+    source: str | None = None
+
+
+AS_TYPED = "as typed"
+"""Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
+
+
+@cache
+def _marks(cls: Any) -> dict[str, Any]:
+    """What the annotations of a dataclass say of its fields beside their types, by name."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Settings that hold their rules: fields one by one, null against none, then what they must be together."""
+
+    _prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls._prefix = f"{group}." if group else ""
+
+    def __post_init__(self) -> None:
+        for name, rule in _marks(type(self)).items():  # type: ignore[arg-type]  # mypy takes no dataclass for Hashable
+            value = getattr(self, name)
+            if isinstance(rule, Rule) and value is not None:
+                for one in value if rule.each else [value]:
+                    require(rule.holds(one), self._prefix + name, rule.allowed, one)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise :class:`SettingsError` for fields that contradict each other."""
+
+
+@dataclass(frozen=True)
+class ModelSettings(Checked, group="model"):
     """Where the initial weights and the tokenizer come from."""
 
-    source: str
+    source: Annotated[str, one_of(MODEL_SOURCES)]
     """hub | package | local | random."""
-    checkpoint: str
+    checkpoint: Annotated[str, PathIf("local")]
     """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
@@ -78,31 +144,20 @@ class ModelSettings:
     fallback: Optional[ModelSettings] = None
     """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
 
-    def __post_init__(self) -> None:
-        _one_of("model.source", self.source, MODEL_SOURCES)
+    def _check(self) -> None:
         require(bool(self.checkpoint), "model.checkpoint", "a name or a path", self.checkpoint)
         if self.source == "local":
-            require(
-                Path(self.checkpoint).expanduser().is_dir(),
-                "model.checkpoint",
-                "an existing directory",
-                self.checkpoint,
-                "give the folder that holds config.json and model.safetensors",
-            )
+            require(Path(self.checkpoint).is_dir(), "model.checkpoint", "an existing directory", self.checkpoint,
+                    "give the folder that holds config.json and model.safetensors")  # fmt: skip
         if self.source == "random":
-            require(
-                self.layers is not None and self.layers >= 1,
-                "model.layers",
-                "1 or more for a random model",
-                self.layers,
-            )
+            require((self.layers or 0) >= 1, "model.layers", "1 or more for a random model", self.layers)
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Checked, group="data"):
     """Where text and labels come from, how they are split, and how many are used."""
 
-    source: str
+    source: Annotated[str, one_of(DATA_SOURCES)]
     """hub | files | tweets | synthetic."""
     hub_name: Optional[str] = None
     """Data set id on the hub (source=hub)."""
@@ -110,47 +165,41 @@ class DataSettings:
     """Configuration of the hub data set, where it has several."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
-    train: Optional[str] = None
+    train: Annotated[Optional[str], PathIf("files")] = None
     """Training split: its name (hub) or a CSV, TSV, JSONL or Parquet file (files)."""
-    validation: Optional[str] = None
+    validation: Annotated[Optional[str], PathIf("files")] = None
     """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded."""
     text_column: Optional[str] = None
     """Column that holds the text."""
     label_column: Optional[str] = None
     """Column that holds the label."""
-    label_names: Optional[list[str]] = None
-    """Names of the labels in the order of their numbers; null takes them from the data."""
-    validation_fraction: float = 0.1
+    label_names: Annotated[Optional[list[str]], AS_TYPED] = None
+    """Names of the labels in the order of their numbers, as they are written; null takes them from the data."""
+    validation_fraction: Annotated[float, within("(0, 1)")] = 0.1
     """Share of train used as validation where there is none, in (0, 1)."""
-    selection_fraction: float = 0.0
+    selection_fraction: Annotated[float, within("[0, 1)")] = 0.0
     """Share of train that picks epochs and winners, in [0, 1); 0 lets validation do both, as the report did."""
-    report_fraction: float = 0.0
+    report_fraction: Annotated[float, within("[0, 1)")] = 0.0
     """Share of train carved out to report on alone, in [0, 1), for those whose validation is small: validation then
     picks epochs and winners, and `selection_fraction` stays 0."""
     split_seed: int = 0
     """Seed of every split that is carved out; part of the protocol, unlike `seed`."""
-    max_train_examples: Optional[int] = None
+    max_train_examples: Annotated[Optional[int], at_least(1)] = None
     """Training examples, 1 or more: the first of one stratified order, seeded by `split_seed`; null uses all."""
-    max_validation_examples: Optional[int] = None
+    max_validation_examples: Annotated[Optional[int], at_least(1)] = None
     """Cap on validation examples, drawn likewise; null uses all."""
     fallback: Optional[DataSettings] = None
     """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
 
-    def __post_init__(self) -> None:
-        _one_of("data.source", self.source, DATA_SOURCES)
+    def _check(self) -> None:
         if self.source == "hub":
             require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
         if self.source == "files":
             self._check_files()
-        require(0 < self.validation_fraction < 1, "data.validation_fraction", "in (0, 1)", self.validation_fraction)
-        for name in ("selection_fraction", "report_fraction"):
-            require(0 <= getattr(self, name) < 1, f"data.{name}", "in [0, 1)", getattr(self, name))
         require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
                 "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
-        for name in ("max_train_examples", "max_validation_examples"):
-            _at_least(f"data.{name}", getattr(self, name), 1)
         if self.label_names is not None:
-            distinct = len(set(self.label_names)) == len(self.label_names)
+            distinct = len(set(self.label_names)) == len(self.label_names) and None not in self.label_names
             require(distinct and len(self.label_names) >= 2, "data.label_names", "2 or more distinct names",
                     list(self.label_names))  # fmt: skip
 
@@ -158,33 +207,22 @@ class DataSettings:
         require(self.train is not None, "data.train", "a file", self.train, "give data.train=path/to/train.csv")
         for name in ("train", "validation"):
             value = getattr(self, name)
-            if value is not None:
-                require(
-                    Path(value).expanduser().is_file(),
-                    f"data.{name}",
-                    "an existing CSV, TSV, JSONL or Parquet file",
-                    value,
-                    "check the path",
-                )
+            require(value is None or Path(value).is_file(), f"data.{name}",
+                    "an existing CSV, TSV, JSONL or Parquet file", value, "check the path")  # fmt: skip
         for name in ("text_column", "label_column"):
             require(bool(getattr(self, name)), f"data.{name}", "the name of a column", getattr(self, name))
 
 
 @dataclass(frozen=True)
-class FreezeSettings:
+class FreezeSettings(Checked, group="freeze"):
     """How much of the encoder stays as it was."""
 
-    layers: int
+    layers: Annotated[int, at_least(0)]
     """Encoder layers 0..layers-1 are frozen; 0 freezes nothing, the model's depth freezes the whole encoder."""
-    embeddings: Union[bool, str]
+    embeddings: Annotated[Union[bool, str], Rule("auto, true or false", (True, False, "auto").__contains__)]
     """auto (frozen when layers > 0) | true | false."""
     dropout: bool
     """Whether dropout stays active in the frozen part, as in the report."""
-
-    def __post_init__(self) -> None:
-        _at_least("freeze.layers", self.layers, 0)
-        allowed = isinstance(self.embeddings, bool) or self.embeddings == "auto"
-        require(allowed, "freeze.embeddings", "auto, true or false", self.embeddings)
 
     @property
     def freezes_embeddings(self) -> bool:
@@ -193,36 +231,24 @@ class FreezeSettings:
 
 
 @dataclass(frozen=True)
-class SchedulerSettings:
+class SchedulerSettings(Checked, group="scheduler"):
     """How the learning rate moves over the steps of a trial."""
 
-    name: str
+    name: Annotated[str, one_of(SCHEDULERS)]
     """linear | cosine | cosine_with_restarts | polynomial | constant | constant_with_warmup | inverse_sqrt."""
-    warmup_ratio: float
+    warmup_ratio: Annotated[float, within("[0, 1]")]
     """Share of all steps spent warming up, in [0, 1]; rounded up to whole steps as in transformers."""
-    warmup_steps: Optional[int]
+    warmup_steps: Annotated[Optional[int], at_least(0)]
     """Steps spent warming up (0 or more); null leaves it to `warmup_ratio`."""
 
-    def __post_init__(self) -> None:
-        _one_of("scheduler.name", self.name, SCHEDULERS)
-        require(0 <= self.warmup_ratio <= 1, "scheduler.warmup_ratio", "in [0, 1]", self.warmup_ratio)
-        _at_least("scheduler.warmup_steps", self.warmup_steps, 0)
-        if self.warmup_steps:
-            require(
-                self.warmup_ratio == 0,
-                "scheduler.warmup_ratio",
-                f"0 when scheduler.warmup_steps={self.warmup_steps} is given",
-                self.warmup_ratio,
-                "set one of the two",
-            )
-        if self.name == "constant":
-            require(
-                not self.warmup_ratio and not self.warmup_steps,
-                "scheduler.name",
-                "a schedule that warms up when a warm-up is given",
-                self.name,
-                "use scheduler=constant_with_warmup",
-            )
+    def _check(self) -> None:
+        require(not self.warmup_steps or self.warmup_ratio == 0, "scheduler.warmup_ratio",
+                f"0 when scheduler.warmup_steps={self.warmup_steps} is given", self.warmup_ratio,
+                "set one of the two")  # fmt: skip
+        warms_up = self.warmup_ratio or self.warmup_steps
+        require(self.name != "constant" or not warms_up, "scheduler.name",
+                "a schedule that warms up when a warm-up is given", self.name,
+                "use scheduler=constant_with_warmup")  # fmt: skip
 
     def warmup(self, steps: int) -> int:
         """Warm-up steps of a trial of ``steps`` steps; rounds up like ``TrainingArguments.get_warmup_steps``."""
@@ -230,74 +256,60 @@ class SchedulerSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
+class OptimSettings(Checked, group="optim"):
     """The optimizer and what bounds its steps."""
 
-    name: str
+    name: Annotated[str, one_of(OPTIMIZERS)]
     """adamw | sgd."""
-    lr: float
+    lr: Annotated[float, above(0)]
     """Peak learning rate, above 0."""
-    weight_decay: float
+    weight_decay: Annotated[float, at_least(0)]
     """Decoupled for adamw, an L2 term for sgd; 0 or more; none on biases and LayerNorm."""
-    max_grad_norm: float
+    max_grad_norm: Annotated[float, at_least(0)]
     """Gradients are scaled down to this norm; 0 turns clipping off."""
-    beta1: float
+    beta1: Annotated[float, within("[0, 1)")]
     """AdamW's decay of the first moment, in [0, 1)."""
-    beta2: float
+    beta2: Annotated[float, within("[0, 1)")]
     """AdamW's decay of the second moment, in [0, 1)."""
-    eps: float
+    eps: Annotated[float, at_least(0)]
     """AdamW's term against division by zero, 0 or more."""
-    momentum: float
+    momentum: Annotated[float, within("[0, 1)")]
     """SGD's momentum, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, OPTIMIZERS)
-        require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", "above 0", self.lr)
-        for name in ("weight_decay", "max_grad_norm", "eps"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
-        for name in ("beta1", "beta2", "momentum"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}", "in [0, 1)", getattr(self, name))
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked, group="train"):
     """How long, in what batches, and what is measured on the way."""
 
-    epochs: int
+    epochs: Annotated[int, at_least(1)]
     """Passes over the training examples, 1 or more."""
-    batch_size: int
+    batch_size: Annotated[int, at_least(1)]
     """Examples a step, 1 or more; the last batch of an epoch may be smaller."""
-    micro_batch_size: Optional[int]
+    micro_batch_size: Annotated[Optional[int], at_least(1)]
     """Examples whose gradients are computed at once and added up to those of `batch_size`, which it must divide; null
     is all. Halved where memory runs out; changes memory and speed only."""
-    eval_batch_size: int
+    eval_batch_size: Annotated[int, at_least(1)]
     """Examples a batch in evaluation, 1 or more; changes speed only."""
-    max_length: int
+    max_length: Annotated[int, at_least(3)]
     """Tokens an input is cut at, [CLS] and [SEP] included, 3 or more."""
-    precision: str
+    precision: Annotated[str, one_of(PRECISIONS)]
     """auto | fp32 | bf16 | fp16; auto is bf16 on a CUDA device that has it, fp32 elsewhere."""
-    metric: str
+    metric: Annotated[str, one_of(METRICS)]
     """accuracy | f1 | mcc | loss: what keeps the best epoch; part of the protocol."""
-    eval_steps: Optional[int]
+    eval_steps: Annotated[Optional[int], at_least(1)]
     """Evaluate every this many steps instead of after each epoch; null is each epoch."""
-    patience: Optional[int]
+    patience: Annotated[Optional[int], at_least(1)]
     """Evaluations in a row that may fail to improve `metric`, after which the trial ends, 1 or more; null is any."""
-    logging_steps: int
+    logging_steps: Annotated[int, at_least(1)]
     """Steps between two records of loss, learning rate and gradient norm, 1 or more."""
     checkpoints: bool
     """Whether each evaluation leaves a checkpoint to resume from; they go when the trial finishes."""
     resume: bool
     """Continue an interrupted trial of the same settings from its last checkpoint in the same `output.dir`."""
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "eval_batch_size", "logging_steps", "eval_steps",
-                     "patience"):  # fmt: skip
-            _at_least(f"train.{name}", getattr(self, name), 1)
+    def _check(self) -> None:
         require(self.batch_size % self.examples_at_once == 0, "train.micro_batch_size",
                 f"a divisor of train.batch_size={self.batch_size}", self.micro_batch_size)  # fmt: skip
-        _at_least("train.max_length", self.max_length, 3)
-        _one_of("train.precision", self.precision, PRECISIONS)
-        _one_of("train.metric", self.metric, METRICS)
 
     @property
     def greater_is_better(self) -> bool:
@@ -315,32 +327,28 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(Checked, group="engine"):
     """What trains the trial; changes speed, never results beyond rounding."""
 
-    name: str
+    name: Annotated[str, one_of(ENGINES)]
     """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape) |
     auto (fused on a CPU where it takes the model and the precision, else trainer)."""
-    device: str
+    device: Annotated[str, one_of(DEVICES)]
     """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
-
-    def __post_init__(self) -> None:
-        _one_of("engine.name", self.name, ENGINES)
-        _one_of("engine.device", self.device, DEVICES)
 
 
 @dataclass(frozen=True)
 class OutputSettings:
     """What a trial leaves in its directory."""
 
-    dir: str
+    dir: Annotated[str, PathIf()]
     """The trial's directory; Hydra's by default."""
     save_model: bool
     """Whether the best epoch's model and tokenizer are saved there, under `model/`."""
 
 
 @dataclass(frozen=True)
-class TrialSettings:
+class TrialSettings(Checked):
     """Everything that one trial needs; the report's baseline is what `conf/config.yaml` composes to."""
 
     model: ModelSettings
@@ -351,27 +359,22 @@ class TrialSettings:
     train: TrainSettings
     engine: EngineSettings
     output: OutputSettings
-    seed: int
+    seed: Annotated[int, Rule("0 .. 2**32 - 1", range(2**32).__contains__)]
     """Seeds the head, dropout and the order of examples; 0 .. 2**32 - 1."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, "seed", "0 .. 2**32 - 1", self.seed)
 
 
 @dataclass(frozen=True)
-class TrackingSettings:
+class TrackingSettings(Checked, group="tracking"):
     """Where trials are logged."""
 
-    name: str
+    name: Annotated[str, one_of(("mlflow", "none"))]
     """mlflow | none."""
     uri: Optional[str]
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else mlflow.db at the project's root."""
-    experiment: str
+    experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment."""
 
-    def __post_init__(self) -> None:
-        _one_of("tracking.name", self.name, ("mlflow", "none"))
-        require(bool(self.experiment.strip()), "tracking.experiment", "a name", self.experiment)
+    def _check(self) -> None:
         secret = self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri)
         if secret:
             raise SettingsError(
@@ -391,33 +394,33 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class SweepSettings(Checked, group="sweep"):
     """How the trials of one ``--multirun`` are chosen, counted and ended."""
 
-    name: str
+    name: Annotated[str, named("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)]
     """Names study, MLflow parent run and directory; the same name continues the same sweep."""
-    trials: int
+    trials: Annotated[int, at_least(1)]
     """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
     baseline: bool
     """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
-    objectives: Optional[list[str]]
+    objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True)]
     """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, train_flops, trainable_parameters;
     null is `train.metric`. Several make a Pareto front."""
     seeds: Optional[list[int]]
     """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
-    pruner: str
+    pruner: Annotated[str, one_of(PRUNERS)]
     """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
     pruner_options: dict[str, Any]
     """Arguments of Optuna's pruner, such as n_startup_trials: numbers (a resource may be auto); null is its default."""
-    max_failures: Optional[float]
+    max_failures: Annotated[Optional[float], at_least(0.0)]
     """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
-    timeout_minutes: Optional[float]
+    timeout_minutes: Annotated[Optional[float], at_least(0)]
     """Minutes after which no new trial starts; null is no limit."""
     dry_run: bool
     """Print what would be trained, and how long that would take, and train nothing."""
-    max_grid: int
+    max_grid: Annotated[int, at_least(1)]
     """Cells that a grid may have without a word: raise it to confirm a larger one."""
-    on_change: str
+    on_change: Annotated[str, one_of(("refuse", "extend"))]
     """refuse | extend: what becomes of a sweep that is continued with another space. extend takes other ends of a
     range, further values of a list, and dimensions that come or go; lists keep their values and ranges their kind, as
     Optuna asks, and what lies outside of the space must stay. More trials are no change."""
@@ -426,28 +429,18 @@ class SweepSettings:
     take_over: bool
     """Also close trials left RUNNING on other hosts; only where those hosts are known to be gone."""
 
-    def __post_init__(self) -> None:
-        require(re.fullmatch(r"\w[\w.+-]*", self.name) is not None, "sweep.name",
-                "letters, digits and ._+- without a path", self.name)  # fmt: skip
-        _at_least("sweep.trials", self.trials, 1)
-        _one_of("sweep.pruner", self.pruner, PRUNERS)
+    def _check(self) -> None:
         for name, value in self.pruner_options.items():
             takes = "a number, auto or null" if name.endswith("_resource") else "a number or null"
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             is_auto = value == "auto" and name.endswith("_resource")
             require(value is None or is_number or is_auto, f"sweep.pruner_options.{name}", takes, value)
-        for objective in self.objectives or ():
-            _one_of("sweep.objectives", objective, OBJECTIVES)
         for name in ("objectives", "seeds"):
             values = getattr(self, name)
             distinct = values is None or (bool(values) and len(set(values)) == len(values))
             require(distinct, f"sweep.{name}", "null or a list of different values", values)
-        _at_least("sweep.max_failures", self.max_failures, 0.0)
         count_or_share = self.max_failures is None or self.max_failures < 1 or self.max_failures % 1 == 0
         require(count_or_share, "sweep.max_failures", "a whole number or a share below 1", self.max_failures)
-        _at_least("sweep.timeout_minutes", self.timeout_minutes, 0)
-        _at_least("sweep.max_grid", self.max_grid, 1)
-        _one_of("sweep.on_change", self.on_change, ("refuse", "extend"))
 
 
 @dataclass(frozen=True)
@@ -469,7 +462,7 @@ FORMATS = ("html", "markdown", "latex", "csv")
 
 
 @dataclass(frozen=True)
-class CompareSettings:
+class CompareSettings(Checked):
     """The whole configuration of `python -m distilbench.compare`; of the first four, all that are given must hold."""
 
     sweep: Optional[str]
@@ -482,55 +475,48 @@ class CompareSettings:
     """A protocol's id, where what is asked for holds several."""
     baseline: Optional[str]
     """Id of the run (or of one of its seeds) that others are compared with; null finds it; none does without."""
-    untested: str
+    untested: Annotated[str, one_of(("refuse", "show"))]
     """refuse | show: what becomes of finished trials whose predictions are missing."""
-    layout: str
+    layout: Annotated[str, one_of(LAYOUTS)]
     """full | paper: all columns, or those of the course report's table."""
-    rows: int
+    rows: Annotated[int, at_least(1)]
     """Settings that are tested and shown, best first, 1 or more; the correction counts the others too."""
-    formats: list[str]
+    formats: Annotated[list[str], one_of(FORMATS, each=True)]
     """Files to write: html, markdown, latex, csv."""
-    output: Optional[str]
+    output: Annotated[Optional[str], PathIf()]
     """Folder of those files; null is outputs/reports/<what was asked for>."""
     tracking: TrackingSettings
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         given = self.sweep or self.runs or self.experiments
         require(bool(given), "what to compare", "sweep=NAME, runs=[ID,...] or experiment=NAME,...", "nothing",
                 "add one of them")  # fmt: skip
-        _one_of("layout", self.layout, LAYOUTS)
-        _one_of("untested", self.untested, ("refuse", "show"))
-        for name in self.formats:
-            _one_of("formats", name, FORMATS)
-        _at_least("rows", self.rows, 1)
 
 
 @dataclass(frozen=True)
-class ConfirmSettings:
+class ConfirmSettings(Checked):
     """The whole configuration of `python -m distilbench.confirm`."""
 
     sweep: Optional[str]
     """Name of the sweep whose best settings are trained again."""
-    top: int
+    top: Annotated[int, at_least(1)]
     """How many of them, 1 or more."""
-    seeds: int
+    seeds: Annotated[int, at_least(2)]
     """Fresh seeds for each, and for the baseline; 2 or more."""
     name: Optional[str]
     """Name of the confirmation, a sweep of its own; null is `<sweep>-confirm`."""
-    output: Optional[str]
+    output: Annotated[Optional[str], PathIf()]
     """Its folder; null is outputs/sweeps/<name>."""
     dry_run: bool
     """Say what would be trained and how long it would take, and train nothing."""
     tracking: TrackingSettings
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         require(bool(self.sweep), "sweep", "the name of a sweep", self.sweep, "add sweep=NAME")
         for name in ("sweep", "name"):
             value = getattr(self, name)
             plain = value is None or (value not in (".", "..") and not re.search(r"[/\\\0]", value))
             require(plain, name, "a name without a path in it", value)
-        _at_least("top", self.top, 1)
-        _at_least("seeds", self.seeds, 2)
 
 
 BENCH_WINDOW = 8
@@ -538,27 +524,19 @@ BENCH_WINDOW = 8
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Checked, group="bench"):
     """What a benchmark measures: short runs, each in a process of its own, interleaved and repeated."""
 
-    trials: int
+    trials: Annotated[int, at_least(2)]
     """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
-    steps: int
+    steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n: n > 0 and n % BENCH_WINDOW == 0)]
     """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
-    eval_examples: int
+    eval_examples: Annotated[int, at_least(1)]
     """Examples of the selection split that each run evaluates, 1 or more."""
-    repeats: int
+    repeats: Annotated[int, at_least(1)]
     """Times that each row is measured, 1 or more."""
-    processes: int
+    processes: Annotated[int, Rule("0, or 2 or more", lambda count: count == 0 or count >= 2)]
     """Tuned Trainers that share the device as one more row, each in a process of its own; 0 for none, or 2 or more."""
-
-    def __post_init__(self) -> None:
-        _at_least("bench.trials", self.trials, 2)
-        require(self.steps > 0 and self.steps % BENCH_WINDOW == 0, "bench.steps", f"a multiple of {BENCH_WINDOW}",
-                self.steps)  # fmt: skip
-        _at_least("bench.eval_examples", self.eval_examples, 1)
-        _at_least("bench.repeats", self.repeats, 1)
-        require(self.processes == 0 or self.processes >= 2, "bench.processes", "0, or 2 or more", self.processes)
 
 
 @dataclass(frozen=True)
@@ -592,21 +570,40 @@ def settings_from(config: Any, kind: Any = AppSettings) -> Any:
 
 
 def _build(cls: Any, values: Any) -> Any:
-    """Make the dataclass ``cls`` from nested dicts."""
-    hints = get_type_hints(cls)
-    nested = {name: _dataclass_in(hint) for name, hint in hints.items()}
-    return cls(**{
-        name: _build(nested[name], value) if nested[name] and value is not None else value
-        for name, value in values.items()
-    })  # fmt: skip
+    """Make the dataclass ``cls`` from nested dicts; paths become absolute."""
+    hints, marks, made = get_type_hints(cls), _marks(cls), dict(values)
+    for name, value in values.items():
+        mark = marks.get(name)
+        if value is None:
+            continue
+        if nested := _dataclass_in(hints[name]):
+            made[name] = _build(nested, value)
+        elif isinstance(mark, PathIf) and mark.source in (None, values.get("source")):
+            made[name] = str(_typed_in() / Path(value).expanduser())
+        elif mark == AS_TYPED:
+            made[name] = [spelled(one) for one in value]
+    return cls(**made)
 
 
-def names_of(cls: type, prefix: str = "") -> list[str]:
+def _typed_in() -> Path:
+    """The directory in which the command was typed, wherever Hydra has gone since (hydra.job.chdir)."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def spelled(value: object) -> str | None:
+    """Return a value as it is typed on the command line, which takes ``true`` and ``1`` for more than words."""
+    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def names_of(cls: Any, prefix: str = "") -> list[str]:
     """Return the dotted names of all settings in ``cls``; a fallback, another whole group of sources, counts as one."""
     names: list[str] = []
-    for name, hint in get_type_hints(cls).items():
-        nested = _dataclass_in(hint)
-        names += names_of(nested, f"{prefix}{name}.") if nested and nested is not cls else [f"{prefix}{name}"]
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        nested = _dataclass_in(hints[f.name])
+        names += names_of(nested, f"{prefix}{f.name}.") if nested and nested is not cls else [f"{prefix}{f.name}"]
     return names
 
 
@@ -625,6 +622,8 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
             hint = Any
         elif nested:
             hint = _schema(nested, (cls, *inside))
+        elif _marks(cls).get(f.name) == AS_TYPED:
+            hint = Any
         default = f.default if f.default is not dataclasses.MISSING else "???"
         fields.append((f.name, hint, dataclasses.field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)

@@ -88,7 +88,14 @@ def test_experiments_add_up_and_the_command_line_wins():
         ("data.selection_fraction=1", "data.selection_fraction must be in [0, 1), got 1.0"),
         ("engine.name=magic", "engine.name must be one of"),
         ("engine.device=tpu", "engine.device must be one of auto, cpu, cuda, mps, got 'tpu'"),
-        ("tracking.experiment=''", "tracking.experiment must be a name, got ''"),
+        ("tracking.experiment=''", "tracking.experiment must be a name of at most 256 bytes, got ''"),
+        (f"tracking.experiment={'x' * 600}", "tracking.experiment must be a name of at most 256 bytes, got 'xxx"),
+        (f"sweep.name={'x' * 201}", "sweep.name must be letters, digits and ._+- without a path, 200 bytes at most"),
+        ("sweep.objectives=[accuracy,speed]", "sweep.objectives must be one of accuracy, f1, mcc, loss,"),
+        ("train.micro_batch_size=5", "train.micro_batch_size must be a divisor of train.batch_size=16, got 5"),
+        ("data.label_names=[a]", "data.label_names must be 2 or more distinct names, got ['a']"),
+        ("data.label_names=[a,null]", "data.label_names must be 2 or more distinct names, got ['a', None]"),
+        ("data.label_names=[1,'1']", "data.label_names must be 2 or more distinct names, got ['1', '1']"),
     ],
 )
 def test_a_value_out_of_range_is_one_line_with_setting_value_and_range(override, line):
@@ -141,6 +148,31 @@ def test_optimizer_settings_are_valid_or_refused_by_name(field, value):
     else:
         with pytest.raises(SettingsError, match=rf"^optim\.{field} must be "):
             OptimSettings(**good | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [("[false,true]", ["false", "true"]), ("[0,1]", ["0", "1"]), ("[1.0,2.5]", ["1.0", "2.5"]), ("null", None),
+     ("['null',no]", ["null", "no"])],
+)  # fmt: skip
+def test_label_names_are_words_whatever_else_they_look_like(typed, names):
+    assert composed(f"data.label_names={typed}").data.label_names == names
+
+
+def test_paths_mean_the_directory_in_which_the_command_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.csv").write_text("text,label\n")
+    monkeypatch.chdir(tmp_path)
+    s = composed("data=files", "data.train=texts/a.csv", "model=local", "model.checkpoint=./texts", "output.dir=out")
+    assert (s.data.train, s.data.validation) == (str(tmp_path / "texts" / "a.csv"), None)
+    assert (s.model.checkpoint, s.output.dir) == (str(tmp_path / "texts"), str(tmp_path / "out"))
+
+
+def test_names_that_are_no_paths_stay_as_they_are():
+    s = composed()
+    assert (s.data.train, s.data.validation, s.model.checkpoint) == (
+        "train", "validation", "distilbert/distilbert-base-uncased",
+    )  # fmt: skip
 
 
 def test_settings_can_not_be_changed():
