@@ -111,6 +111,8 @@ def _accepted(work: str, device: torch.device, *details: Any) -> bool:
         for launch in LAUNCHES[work](device, *details):
             launch.run()
         torch.zeros(1, device=device).item()  # waits for the device
+    except torch.OutOfMemoryError:  # says nothing of the kernels, and is not to be remembered
+        raise
     except Exception as error:  # a compiler's errors have no common class
         reason = str(error).partition("\n")[0]
         log.warning("%s takes its plain version, for Triton's fails: %s: %s", work, type(error).__name__, reason)

@@ -126,12 +126,16 @@ def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_pa
 
 @pytest.fixture
 def judge(gpu, monkeypatch):
-    """Return ``judge(there, failing=False)``: whether attention is accepted by a T4 with so many bytes of memory."""
+    """Return ``judge(there, error=None)``: whether attention is accepted by a T4 with so many bytes of memory."""
 
-    def ask(there, failing=False):
+    def ask(there, error=None):
+        def run(launch):
+            if error is not None:
+                raise error
+
         gpu(75)
         monkeypatch.setattr(kernels, "shared_memory_limit", lambda device: there)
-        monkeypatch.setattr(Launch, "run", lambda self: torch.empty(-1 if failing else 0))
+        monkeypatch.setattr(Launch, "run", run)
         return kernels._accepted.__wrapped__("attention", torch.device("cpu"), FP32, 12, 64)
 
     return ask
@@ -148,9 +152,14 @@ def test_what_does_not_fit_is_left_to_the_plain_version_and_said(judge, caplog):
 
 def test_what_does_not_run_is_left_to_the_plain_version_and_said(judge, caplog):
     with caplog.at_level(logging.WARNING):
-        assert not judge(LIMITS[75], failing=True)
+        assert not judge(LIMITS[75], RuntimeError("no C compiler\nand more"))
     [record] = caplog.records
-    assert "attention takes its plain version, for Triton's fails: RuntimeError" in record.getMessage()
+    assert record.getMessage() == "attention takes its plain version, for Triton's fails: RuntimeError: no C compiler"
+
+
+def test_a_device_that_is_full_says_nothing_of_its_kernels(judge):
+    with pytest.raises(torch.OutOfMemoryError):
+        judge(LIMITS[75], torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_no_device_but_a_gpu_runs_kernels_and_none_in_double_precision():
