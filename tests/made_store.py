@@ -12,6 +12,7 @@ from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import TrackingSettings, register_schema, settings_from
 from distilbench.tracking import MlflowStore, RunStart, open_store
+from distilbench.tracking.uri import sqlite_url
 from tests.conftest import ROOT, TINY
 
 LABELS = np.arange(200) % 2
@@ -23,7 +24,7 @@ DONE = TrialResult(
 
 def make_store(folder: Path) -> MlflowStore:
     """A new SQLite store under ``folder``, in the usual experiment."""
-    store = open_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench"))
+    store = open_store(TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench"))
     assert isinstance(store, MlflowStore)
     return store
 

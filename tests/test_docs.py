@@ -31,6 +31,7 @@ from distilbench.settings import (
     register_schema,
     settings_from,
 )
+from distilbench.tracking.__main__ import make_parser as store_parser
 from tests.conftest import ROOT
 from tests.test_project import PROJECT, PYPROJECT
 
@@ -189,7 +190,9 @@ def check_python(arguments: Sequence[str]) -> None:
     dash_m, module, *rest = arguments
     assert dash_m == "-m"
     package, _, command = module.partition(".")
-    if package == "distilbench":
+    if command == "tracking":
+        store_parser().parse_args(rest)
+    elif package == "distilbench":
         check_composition(command, rest)
     else:
         CHECKS[module](rest)

@@ -9,13 +9,20 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.tracking.mlflow_tables import make_database, store_of_database
 from distilbench.tracking.retries import as_settings_error
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, store_address_of
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment
+
+log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 ANSWER_SECONDS = 4.0
 """How long a server or a database may take to answer at the start; importing mlflow comes on top of it."""
@@ -32,10 +39,12 @@ def open_store(settings: TrackingSettings) -> MlflowStore | None:
     if settings.name == "none":
         return None
     address = store_address_of(settings)
-    _quieten()
+    quieten()
     with as_settings_error(address.refusal, address.remedy):
-        experiment_id = _open_database(address, settings) if address.artifacts else _open_server(address, settings)
-    return MlflowStore(address, settings.experiment, experiment_id)
+        experiment = _open_database(address, settings) if address.artifacts else _open_server(address, settings)
+    store = MlflowStore(address, experiment)
+    store.require_own_folder()
+    return store
 
 
 def find_store(settings: TrackingSettings) -> MlflowStore:
@@ -51,29 +60,32 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
             f"{address.setting} must be a store that holds trials, got {address.file}, which does not exist; train one "
             "first (python -m distilbench.train experiment=quick) or name the store with tracking.uri=..."
         )
-    _quieten()
+    quieten()
     with as_settings_error(address.refusal, address.remedy):
-        names = _experiments_of(address)
-    if settings.experiment not in names:
+        experiments = _experiments_of(address)
+    if settings.experiment not in experiments:
         raise SettingsError(
-            f"tracking.experiment must be one of {', '.join(sorted(names))}, got {settings.experiment!r}; "
+            f"tracking.experiment must be one of {', '.join(sorted(experiments))}, got {settings.experiment!r}; "
             "train a trial in it first"
         )
-    return MlflowStore(address, settings.experiment, names[settings.experiment])
+    store = MlflowStore(address, experiments[settings.experiment])
+    if store.foreign_folder:
+        log.warning("%s", store.foreign_folder)
+    return store
 
 
-def _experiments_of(address: StoreAddress) -> dict[str, str]:
-    """Name -> id of the active experiments of a store that exists."""
+def _experiments_of(address: StoreAddress) -> dict[str, Experiment]:
+    """Return the active experiments of a store that exists, by name."""
     from mlflow import MlflowClient
 
     if address.artifacts is not None:
         _check_database(address)
     client = MlflowClient(address.uri)
     found = _within(ANSWER_SECONDS if address.artifacts is None else 60, lambda: client.search_experiments())
-    return {experiment.name: str(experiment.experiment_id) for experiment in found}
+    return {experiment.name: experiment for experiment in found}
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone."""
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -90,9 +102,9 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _within(seconds: float, action: Callable[[], Any]) -> Any:
-    """``action()``, or TimeoutError: a thread, since neither name look-ups nor slow answers heed a socket's timeout."""
-    answer: Future[Any] = Future()
+def _within(seconds: float, action: Callable[[], _Answer]) -> _Answer:
+    """Return ``action()``, or raise TimeoutError; in a thread: name look-ups heed no socket's timeout."""
+    answer: Future[_Answer] = Future()
 
     def act() -> None:
         try:
@@ -107,44 +119,30 @@ def _within(seconds: float, action: Callable[[], Any]) -> Any:
         raise TimeoutError(f"no answer within {seconds:g} s") from None
 
 
-def _open_server(address: StoreAddress, settings: TrackingSettings) -> str:
-    """The experiment's id at a server, which keeps artifacts where it likes. Asked once: retries would take minutes."""
+def _open_server(address: StoreAddress, settings: TrackingSettings) -> Experiment:
+    """Find or make the experiment at a server, which keeps artifacts where it likes; ask once: retries take minutes."""
     from mlflow import MlflowClient
 
     client = MlflowClient(address.uri)
     patience = os.environ[_RETRIES]
     os.environ[_RETRIES] = "0"
     try:
-        return str(_within(ANSWER_SECONDS, lambda: _experiment_of(client, settings)))
+        return _within(ANSWER_SECONDS, lambda: _experiment_of(client, settings))
     finally:
         os.environ[_RETRIES] = patience
 
 
-def _open_database(address: StoreAddress, settings: TrackingSettings) -> str:
-    """The experiment's id in a database. One process at a time: racing ones break each other's migrations."""
+def _open_database(address: StoreAddress, settings: TrackingSettings) -> Experiment:
+    """Find or make the experiment in a database, one process at a time: racing ones break each other's migrations."""
     from filelock import FileLock
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     assert address.artifacts is not None
     address.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(address.artifacts / ".lock", timeout=60):
         _check_database(address)
         if address.file and not address.file.stat().st_size:
-            _make_database(address.file, address.artifacts)
-        store = SqlAlchemyStore(address.uri, address.artifacts.as_uri())
-        experiment_id = _experiment_of(store, settings)
-        _check_artifacts(store.get_experiment(experiment_id).artifact_location, address.artifacts, settings)
-    return experiment_id
-
-
-def _make_database(file: Path, artifacts: Path) -> None:
-    """Make all of mlflow's tables beside ``file`` and put them there at once: half of them could never be opened."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    partial = file.with_name(f".{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    SqlAlchemyStore(f"sqlite:///{partial}", artifacts.as_uri()).engine.dispose()
-    os.replace(partial, file)
+            make_database(address.file, address.artifacts)
+        return _experiment_of(store_of_database(address.uri, address.artifacts), settings)
 
 
 def _check_database(address: StoreAddress) -> None:
@@ -158,14 +156,14 @@ def _check_database(address: StoreAddress) -> None:
     _within(ANSWER_SECONDS, lambda: sqlalchemy.create_engine(address.uri).connect().close())
 
 
-def _experiment_of(store: Any, settings: TrackingSettings) -> str:
-    """The id of the experiment, made where it is missing; ``store`` is a client or a store of mlflow's."""
+def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:
+    """Return the experiment, made where it is missing; ``store`` is a client or a store of MLflow's."""
     from mlflow.exceptions import MlflowException
 
     found = store.get_experiment_by_name(settings.experiment)
     if found is None:
         try:
-            return str(store.create_experiment(settings.experiment))
+            return cast("Experiment", store.get_experiment(store.create_experiment(settings.experiment)))
         except MlflowException:
             found = store.get_experiment_by_name(settings.experiment)  # another process was faster
             if found is None:
@@ -175,18 +173,4 @@ def _experiment_of(store: Any, settings: TrackingSettings) -> str:
             f"tracking.experiment must be an active experiment, got {settings.experiment!r}, which was deleted; "
             f"name another one or run: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
-    return str(found.experiment_id)
-
-
-def _check_artifacts(location: str, ours: Path, settings: TrackingSettings) -> None:
-    """Refuse an experiment whose artifacts would go to a folder that is gone: locations are absolute and fixed."""
-    from mlflow.utils.file_utils import local_file_uri_to_path
-
-    if not location.startswith(("file:", "/")):
-        return
-    folder = Path(local_file_uri_to_path(location))
-    if not (folder.is_relative_to(ours) or folder.parent.is_dir()):
-        raise SettingsError(
-            f"tracking.experiment must keep its artifacts in a folder that exists, got {settings.experiment!r} with "
-            f"{folder} (a moved checkout?); name another experiment or move the folder back"
-        )
+    return cast("Experiment", found)

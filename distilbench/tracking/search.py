@@ -1,21 +1,15 @@
-"""Many runs read at once, and only what a report needs of them.
-
-MLflow's own search builds every parameter, tag and metric of a run: 6.4 ms each, 64 s for 10,000 runs of 112 entries
-in SQLite. A database is therefore asked for the few columns that matter, through MLflow's own table definitions; a
-server, which has no such question, is asked page by page.
-"""
+"""Which runs are meant, what a report needs of them, and how a server is asked: page by page, by its own search."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distilbench.results import MEASURES, Status, StoredTrial
 from distilbench.settings import SettingsError
-from distilbench.tracking.uri import StoreAddress
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,9 +17,6 @@ if TYPE_CHECKING:
 
 
 PAGE = 1000
-
-IDS_PER_QUERY = 500
-"""Run ids in one query; SQLite bounds the parameters of a statement (32,766)."""
 
 MARK = "distilbench.treatment_settings"
 """The tag that makes a run a trial."""
@@ -162,59 +153,3 @@ def search_server(client: MlflowClient, experiment_id: str, wanted: RunFilter) -
 
 def _quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
-
-
-def search_database(address: StoreAddress, experiment_id: str, wanted: RunFilter) -> Iterator[RawRun]:
-    """Runs of a database; several queries, none of which reads more than a report needs."""
-    import sqlalchemy
-    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlTag
-
-    engine = sqlalchemy.create_engine(address.uri)
-    try:
-        with engine.connect() as connection:
-            runs = connection.execute(_runs_query(experiment_id, wanted)).all()
-            ids = [run.run_uuid for run in runs]
-            tags = _by_run(connection, SqlTag, SqlTag.value, TAGS, ids)
-            metrics = _by_run(connection, SqlLatestMetric, SqlLatestMetric.value, METRICS, ids)
-    finally:
-        engine.dispose()
-    for run in runs:
-        found = tags[run.run_uuid], metrics[run.run_uuid]
-        yield RawRun(run.run_uuid, run.name or "", run.start_time or 0, *found, run.artifact_uri)
-
-
-def _runs_query(experiment_id: str, wanted: RunFilter) -> Any:
-    from mlflow.store.tracking.dbmodels.models import SqlParam, SqlRun, SqlTag
-    from sqlalchemy import select
-
-    query: Any = select(SqlRun.run_uuid, SqlRun.name, SqlRun.start_time, SqlRun.artifact_uri)
-    query = query.where(SqlRun.experiment_id == int(experiment_id), SqlRun.lifecycle_stage == "active")
-    if wanted.run_ids:
-        query = query.where(SqlRun.run_uuid.in_(wanted.run_ids))
-    for table, pairs in ((SqlTag, wanted.tags), (SqlParam, wanted.params)):
-        for key, value in pairs.items():
-            query = query.where(
-                SqlRun.run_uuid.in_(select(table.run_uuid).where(table.key == key, table.value == value))
-            )
-    marked: Any = SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == MARK))
-    kinds = {None: query, True: query.where(marked), False: query.where(~marked)}
-    return kinds[wanted.are_trials].order_by(SqlRun.start_time, SqlRun.run_uuid)
-
-
-def _by_run(
-    connection: Any, table: Any, column: Any, keys: Sequence[str], ids: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Key -> value of the asked keys for each run; MLflow flags a metric that is not a number."""
-    from sqlalchemy import select
-
-    found: dict[str, dict[str, Any]] = {run_id: {} for run_id in ids}
-    flags = [table.is_nan] if hasattr(table, "is_nan") else []
-    for some in _batches(ids):
-        query = select(table.run_uuid, table.key, column, *flags).where(table.run_uuid.in_(some), table.key.in_(keys))
-        for run_id, key, value, *is_nan in connection.execute(query):
-            found[run_id][key] = math.nan if is_nan and is_nan[0] else value
-    return found
-
-
-def _batches(ids: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (ids[first : first + IDS_PER_QUERY] for first in range(0, len(ids), IDS_PER_QUERY))

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from distilbench.identity import SourceUsed, short_hash
 from distilbench.results import PREDICTIONS, Predictions, Status, StoredTrial
-from distilbench.settings import TrialSettings
+from distilbench.settings import SettingsError, TrialSettings
 from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.parent_run import MlflowParentRun
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import as_settings_error, retry_or_warn
 from distilbench.tracking.run import MlflowRun, end_run, log_metrics, milliseconds
-from distilbench.tracking.search import RawRun, RunFilter, search_database, search_server
+from distilbench.tracking.search import RawRun, RunFilter, search_server
 from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
 from distilbench.tracking.uri import StoreAddress
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import DatasetInput, Experiment, Run
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +45,25 @@ LONGEST_NAME = 500
 class MlflowStore:
     """Trials as MLflow runs of one experiment."""
 
-    def __init__(self, address: StoreAddress, experiment: str, experiment_id: str) -> None:
+    def __init__(self, address: StoreAddress, experiment: Experiment) -> None:
         from mlflow import MlflowClient
 
         self._address = address
-        self._experiment = experiment
-        self._experiment_id = experiment_id
+        self._experiment = experiment.name
+        self._experiment_id = str(experiment.experiment_id)
+        self.foreign_folder = foreign_folder(address, experiment)
+        """Says in one line where this experiment's files are, if that is not beside the store; None if it is."""
         self._client = MlflowClient(address.uri)
         self._artifacts: dict[str, str] = {}
 
+    def require_own_folder(self) -> None:
+        """Raise :class:`SettingsError` if what is written here would go to the folder of another store."""
+        if self.foreign_folder:
+            raise SettingsError(self.foreign_folder)
+
     def begin(self, start: RunStart) -> MlflowRun:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
+        self.require_own_folder()
         with self._asking():
             run = self._reopened(start.run_id, start) if self._holds(start.run_id) else self._created(start)
             run_id = run.info.run_id
@@ -145,6 +155,7 @@ class MlflowStore:
     def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
                    run_id: str | None = None) -> MlflowParentRun:  # fmt: skip
         """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
+        self.require_own_folder()
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
         known = {**fresh, **process_tags(), **parent, **tags}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from distilbench.settings import ROOT, SettingsError, TrackingSettings
 from distilbench.tracking.redaction import redact
@@ -27,6 +30,26 @@ class StoreAddress:
     """SQLite's file; None for anything that answers over a network."""
 
     @property
+    def is_default(self) -> bool:
+        """Whether nobody named it: the store at the project's root."""
+        return self.file == ROOT / "mlflow.db"
+
+    def foreign_folder(self, location: str, experiment_id: str) -> Path | None:
+        """Return the folder of an experiment's files (``location``) if it is not this store's; None if it is fine.
+
+        A store that was copied, moved or renamed with its checkout still names the folder beside the old one. One that
+        somebody chose is theirs to choose, while it is there; a server's database has no place of its own.
+        """
+        folder = local_folder(location)
+        if folder is None or self.artifacts is None:
+            return None
+        own = {self.artifacts.resolve(), (self.file.resolve().parent / "mlruns") if self.file else self.artifacts}
+        if any(folder.resolve().is_relative_to(place) for place in own):
+            return None
+        is_beside_another = self.file and folder.name == experiment_id and folder.parent.name == "mlruns"
+        return folder if is_beside_another or not folder.parent.is_dir() else None
+
+    @property
     def refusal(self) -> str:
         """How a one-line error about this store begins."""
         return f"{self.setting} must be a store that answers, got {redact(self.uri)}"
@@ -42,7 +65,7 @@ class StoreAddress:
         if self.file is None:
             return redact(self.uri)
         plain = self.file == Path.cwd() / "mlflow.db"
-        return f"{self.file} (mlflow ui{'' if plain else f' --backend-store-uri {self.uri}'})"
+        return f"{self.file} (mlflow ui{'' if plain else f' --backend-store-uri {shlex.quote(self.uri)}'})"
 
     def runs_url(self, experiment_id: str) -> str:
         """Link to the runs of an experiment, best first: what mlflow itself links to is an overview without runs."""
@@ -68,17 +91,44 @@ def store_address_of(settings: TrackingSettings) -> StoreAddress:
     """
     asked = {"tracking.uri": settings.uri, "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
     setting, uri = next(((name, uri) for name, uri in asked.items() if uri), ("tracking.uri", None))
-    uri = uri or f"sqlite:///{(ROOT / 'mlflow.db').as_posix()}"
+    uri = uri or sqlite_url(ROOT / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme in ("http", "https"):
         return StoreAddress(setting, uri)
     if scheme in DATABASES:
         return StoreAddress(setting, uri, artifacts=ROOT / "mlruns")
-    name = re.fullmatch(r"sqlite:///([^?]+)", uri)
-    if name is None or name[1] == ":memory:":
+    file = _sqlite_file(uri)
+    if file is None:
         raise SettingsError(
             f"{setting} must be sqlite:///<file>, http(s)://<server> or postgresql://<database>, got {redact(uri)!r}; "
-            "leave it out for mlflow.db at the project's root"
+            "in a path, ? is written %3F and % is %25; leave it out for mlflow.db at the project's root"
         )
-    file = Path(name[1]).absolute()
-    return StoreAddress(setting, f"sqlite:///{file.as_posix()}", file.parent / "mlruns", file)
+    return StoreAddress(setting, sqlite_url(file), file.parent / "mlruns", file)
+
+
+def local_folder(location: str) -> Path | None:
+    """Return the folder of an artifact location, a path or a URI; None for one that is not on this machine."""
+    scheme = location.partition(":")[0]
+    if location.startswith("/"):
+        return Path(location)
+    return Path(url2pathname(urlsplit(location).path)) if scheme == "file" else None
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of a SQLite file; only SQLAlchemy knows how ``?``, ``%`` or ``#`` in a path are spelled there."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite", database=file.as_posix()).render_as_string(hide_password=False)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """Return the file of a plain SQLite URL; None for any other, in memory or with options."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        return None
+    names_file = url.drivername == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)).absolute() if names_file and not url.host and "?" not in uri else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+_PATIENCE = 2
+"""How often Ctrl-C may be pressed while a trial is closed: a minute, where a server has stopped answering."""
+
 
 class SignalGuard:
     """Hold signals back from here to the end of the block, but for the parts where they are :meth:`released`.
 
     The first signal in such a part does what it would have done; every other waits until the block is left, so that
-    nothing interrupts the closing of what the first has ended (a closed terminal often sends SIGHUP twice). Signals
-    that are ignored, as under nohup, stay so. In another thread than the main one, which gets no signals, this does
-    nothing.
+    nothing interrupts the closing of what the first has ended (a closed terminal often sends SIGHUP twice); whoever
+    presses Ctrl-C again and again is let go. Signals that are ignored, as under nohup, stay so. In another thread than
+    the main one, which gets no signals, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -59,6 +63,8 @@ class SignalGuard:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_held:
             self._waiting.append(number)
+            if self._waiting.count(signal.SIGINT) > _PATIENCE:
+                os._exit(128 + signal.SIGINT)
             return
         handler = self._handlers[number]
         self._is_held = not self._is_left

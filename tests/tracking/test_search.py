@@ -10,7 +10,6 @@ import pytest
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking import SWEEP, RunFilter, find_store
-from distilbench.tracking.search import search_server
 from tests.made_store import DONE, make_store, start_of
 
 
@@ -78,21 +77,6 @@ def test_sweeps_are_known_by_name_newest_first(kept):
     assert store.sweep_names() == ["empty", "first"]
     assert store.sweep_run("first").run_id == parent
     assert store.sweep_run("nowhere") is None
-
-
-@pytest.mark.parametrize(
-    "selection",
-    [RunFilter(tags={SWEEP: "first"}), RunFilter(params={"freeze.layers": "0"}), RunFilter(),
-     RunFilter(are_trials=False)],
-    ids=["sweep", "parameter", "all", "no trials"],
-)  # fmt: skip
-def test_a_server_tells_what_the_database_tells(kept, selection):
-    store = kept[0]
-    url = "u"
-    asked = [run for run in search_server(store._client, "1", selection) if selection.are_trials is not False]
-    by_server = sorted((run.trial(url) for run in asked if run.is_trial), key=lambda t: t.run_id)
-    by_database = sorted((replace(t, url=url) for t in store.search(selection)), key=lambda t: t.run_id)
-    assert repr(by_server) == repr(by_database)  # NaN differs from itself
 
 
 def test_a_run_of_another_version_is_told_in_one_line(kept):

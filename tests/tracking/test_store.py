@@ -632,7 +632,7 @@ def test_a_deleted_experiment_and_one_of_a_moved_checkout_are_refused(uri, store
     with pytest.raises(SettingsError, match=f"mlflow experiments restore --experiment-id {deleted}"):
         open_store(TrackingSettings("mlflow", uri, "deleted"))
     client.create_experiment("moved", artifact_location=(tmp_path / "gone" / "mlruns" / "9").as_uri())
-    with pytest.raises(SettingsError, match="a moved checkout"):
+    with pytest.raises(SettingsError, match="a copied, moved or renamed checkout"):
         open_store(TrackingSettings("mlflow", uri, "moved"))
 
 

@@ -132,3 +132,14 @@ def test_another_thread_is_left_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_whoever_presses_ctrl_c_again_and_again_is_let_go():
+    code = (
+        "import signal; from distilbench.trials.interruptions import SignalGuard\n"
+        "with SignalGuard() as guard:\n"
+        "    for _ in range(3): signal.raise_signal(signal.SIGINT)\n"
+        "    print('not reached', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (130, "")
