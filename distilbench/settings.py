@@ -78,6 +78,11 @@ def above(low: float) -> Rule:
     return Rule(f"above {low}", lambda value: math.isfinite(value) and value > low)
 
 
+def multiple_of(step: int) -> Rule:
+    """Allow whole multiples of ``step`` from it on."""
+    return Rule(f"a multiple of {step}", lambda value: value > 0 and value % step == 0)
+
+
 def within(interval: str) -> Rule:
     """Allow the numbers of an interval as mathematics writes it: ``[0, 1)`` has 0 and not 1."""
     low, high = map(float, interval[1:-1].split(","))
@@ -529,7 +534,7 @@ class BenchSettings(Checked, group="bench"):
 
     trials: Annotated[int, at_least(2)]
     """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
-    steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n: n > 0 and n % BENCH_WINDOW == 0)]
+    steps: Annotated[int, multiple_of(BENCH_WINDOW)]
     """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
     eval_examples: Annotated[int, at_least(1)]
     """Examples of the selection split that each run evaluates, 1 or more."""
