@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
@@ -42,6 +43,8 @@ def on_device(device):
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is in the test extra where it has wheels")
 def test_kernels_equal_their_plain_versions_in_tritons_interpreter():
     """In a process of its own, for the interpreter has to be chosen before the kernels are imported."""
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):  # a CUDA build of torch chooses the version
+        pytest.skip("the interpreter of triton before 3.9 does not take NumPy 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -132,10 +135,10 @@ def test_attention_and_its_gradient_are_the_same_up_to_rounding(on_device, drops
     ours = kernels.attention(rows, query, sentences, draws, heads)
     plain = attention_by_the_book(rows, query, sentences, draws, heads)
     leaves = [leaf for leaf in (rows, query) if leaf is not None]
-    assert error(ours, plain, leaves, leaves) < 2e-6
+    assert error(ours, plain, leaves, leaves) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
 @pytest.mark.parametrize(("width", "head_size", "apart"), [(16, 32, False), (51, 64, False), (131, 96, True)])
 def test_attention_takes_sentences_of_any_length(on_device, dtype, close, width, head_size, apart):
     """Longer than a block, and of odd lengths. Of bfloat16 the interpreter makes no products."""
