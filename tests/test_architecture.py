@@ -118,3 +118,9 @@ def test_checking_a_configuration_imports_nothing_heavy():
     code += f"; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_every_file_of_a_room_stands_in_the_map():
+    listed = {word.rpartition("/")[2] for word in re.findall(r"[\w/]+", MAP)}
+    ours = [path for path in FILES if path.name != "__init__.py" and room_of(name_of(path)) != "plugins"]
+    assert [name_of(path) for path in ours if path.stem not in listed] == []
