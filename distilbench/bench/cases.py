@@ -23,7 +23,7 @@ from transformers import (
 from distilbench.bench.roofline import synchronise
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import engine_for
-from distilbench.engines.device import peak_memory, reset_peak_memory, resolve_device
+from distilbench.engines.device import peak_memory, reset_peak_memory, resolve_device, single_process
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import ResolvedModel, resolve_model
@@ -217,7 +217,7 @@ def _stock_run(case: Case, device: torch.device) -> tuple[Marks, float]:
     freeze(model, settings.freeze)
     clock = _StepClock(device)
     length = None if tuned else settings.train.max_length
-    with tempfile.TemporaryDirectory() as directory:
+    with single_process(), tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
             model=model,
             args=_stock_arguments(case, device, directory),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +162,31 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return int(psutil.Process().memory_info().rss)
+
+
+_LAUNCHER = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|FORK_LAUNCHED|MPI_LOCAL(RANKID|NRANKS)"
+    r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|TORCHELASTIC|OMPI|PMI|PMIX|MV2)_\w+"
+)
+"""Variables in which torchrun, accelerate, MPI and notebooks tell a process that it is one of several."""
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Hide what a launcher left in the environment: accelerate would wait for processes that are not there.
+
+    Also hidden is what would change a trial behind its settings (``ACCELERATE_MIXED_PRECISION``, ``..._TORCH_DEVICE``).
+    """
+    hidden = _take_away_launcher()
+    try:
+        yield
+    finally:
+        _take_away_launcher()  # what accelerate set in the meantime
+        os.environ.update(hidden)
+
+
+def _take_away_launcher() -> dict[str, str]:
+    return {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHER.fullmatch(name)}
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from distilbench.engines.device import (
     reset_peak_memory,
     resolve_device,
     resolve_precision,
+    single_process,
 )
 from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
 from distilbench.engines.optimization import build_optimizer, lr_factors
@@ -57,7 +58,7 @@ class TrainerEngine:
     ) -> list[TrialResult]:
         """Train the trials in their order; see :class:`distilbench.engines.base.Engine`."""
         results = []
-        with gc_frozen():
+        with single_process(), gc_frozen():
             for index, settings in enumerate(trials):
                 results.append(_train_one(index, settings, splits, observer))
                 release_memory()  # not before: until then, the trial's own frame holds model and optimizer
@@ -333,8 +334,6 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
         disable_tqdm=True,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
-    if precision == "fp32":
-        arguments.mixed_precision = "no"  # whatever ACCELERATE_MIXED_PRECISION says
     return arguments
 
 
