@@ -16,6 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
+from distilbench.composition import absolute_paths
 from distilbench.settings import (
     BENCH_WINDOW,
     CONF,
@@ -230,5 +231,10 @@ def _timed_tokens(case: Case, settings: BenchmarkSettings) -> int:
     return round(len(case.splits.train.tokens) * steps / (steps + BENCH_WINDOW))
 
 
+def cli() -> None:
+    """Run :func:`main` as the command line does."""
+    run_command(main, absolute_paths)
+
+
 if __name__ == "__main__":
-    run_command(main)
+    cli()

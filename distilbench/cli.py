@@ -113,16 +113,27 @@ class _Droppable(io.FileIO):
 # ---- errors and exit statuses
 
 
-def run_command(entrypoint: Callable[[], object]) -> None:
-    """Run a Hydra entrypoint as the command line does: streams, signals, statuses, errors in one line."""
+def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[str]], list[str]] = list) -> None:
+    """Run a Hydra entrypoint as the command line does: streams, signals, statuses, errors in one line.
+
+    ``respell`` makes of what is typed what Hydra is to read.
+    """
     exit_immediately()
     open_streams()
     try:
         with errors_in_one_line(), _hydra_raises():
+            sys.argv[1:] = respell(_checked(sys.argv[1:]))
             entrypoint()
     except KeyboardInterrupt as interrupt:
         exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
+
+
+def _checked(arguments: Sequence[str]) -> Sequence[str]:
+    for argument in arguments:
+        if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
+            raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
+    return arguments
 
 
 @contextmanager
@@ -270,18 +281,19 @@ def override(key: str, value: Any) -> str:
 
     Unquoted, ``=``, commas, brackets and letters outside of ASCII are errors, and ``1e-3`` and ``null`` no strings.
     """
-    return f"{key}={_value(value)}"
+    return f"{key}={spell(value)}"
 
 
-def _value(value: Any) -> str:
+def spell(value: Any) -> str:
+    """Return a value as Hydra's grammar takes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_value, value))}]"
+        return f"[{','.join(map(spell, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{_value(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{spell(inner)}' for key, inner in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)

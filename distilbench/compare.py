@@ -6,7 +6,6 @@ Exit status: 0 a report was made, 2 something to mend.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from distilbench.cli import errors_in_one_line, run_command
 from distilbench.composition import default_treatment, experiments
 from distilbench.identity import short_hash
 from distilbench.results import StoredTrial
-from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, settings_from
+from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, root, settings_from
 
 if TYPE_CHECKING:
     from distilbench.tracking import MlflowStore
@@ -142,7 +141,7 @@ def _title(settings: CompareSettings) -> str:
 
 def _directory(settings: CompareSettings) -> Path:
     asked = settings.sweep or "-".join(settings.experiments) or short_hash(sorted(settings.runs))
-    return Path(settings.output or Path("outputs") / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
+    return Path(settings.output or root() / "outputs" / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
 
 
 def spelled_for_hydra(argument: str) -> str:
@@ -155,8 +154,7 @@ def spelled_for_hydra(argument: str) -> str:
 
 def cli() -> None:
     """Run :func:`main` as the command line does."""
-    sys.argv[1:] = [spelled_for_hydra(argument) for argument in sys.argv[1:]]
-    run_command(main)
+    run_command(main, lambda arguments: [spelled_for_hydra(argument) for argument in arguments])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,15 @@ from distilbench.cli import CommandFailed, errors_in_one_line, raise_on_signal, 
 from distilbench.composition import default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
-from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, settings_from
+from distilbench.settings import (
+    CONF,
+    AppSettings,
+    ConfirmSettings,
+    SettingsError,
+    register_schema,
+    root,
+    settings_from,
+)
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
@@ -63,7 +71,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     if settings.dry_run:
         return None
     raise_on_signal()
-    directory = Path(settings.output or Path("outputs") / "sweeps" / name).absolute()
+    directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
     plan = _plan(name, directory, settings.sweep, chosen, points)
     _check_protocol(plan.settings, report.sample.protocol_id)
     first = store.sweep_run(settings.sweep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Optional, TypeVar, Union, get_args, get_type_hints, overload
 
 _PACKAGE = Path(__file__).resolve().parent
-ROOT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
-"""Where outputs/, mlruns/ and mlflow.db stand: the checkout, or the current directory of an installed package."""
+CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
+"""The checkout, or the current directory of an installed package."""
+os.environ["DISTILBENCH_ROOT"] = os.path.abspath(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)  # as conf/ has it
 CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
 """The configuration groups: beside the package in a checkout, inside it when installed."""
 
@@ -41,6 +43,11 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 """Names that ``transformers.get_scheduler`` takes without further arguments and that depend on the step alone."""
+
+
+def root() -> Path:
+    """Return where outputs/, mlruns/ and mlflow.db stand: ``DISTILBENCH_ROOT``, unless set :data:`CHECKOUT`."""
+    return Path(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)
 
 
 class SettingsError(ValueError):

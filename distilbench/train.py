@@ -26,7 +26,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
-from distilbench.composition import baseline_config, command_for
+from distilbench.composition import absolute_paths, baseline_config, command_for
 from distilbench.results import Status, read_record
 from distilbench.settings import CONF, register_schema, require, settings_from
 from distilbench.sweep.job import SweepJob
@@ -218,5 +218,10 @@ def _say_how_to_continue() -> None:
         say(f"interrupted; to continue: {command('train', [*given, *place])}")
 
 
+def cli() -> None:
+    """Run :func:`main` as the command line does."""
+    run_command(main, absolute_paths)
+
+
 if __name__ == "__main__":
-    run_command(main)
+    cli()

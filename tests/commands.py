@@ -189,7 +189,13 @@ class Workspace:
     def start(self, *arguments: str, program: str | Path = "distilbench.train", output: int | None = None,
               fresh: bool = False, **environment: str) -> Process:  # fmt: skip
         """Start a command whose store is this folder's; ``fresh`` asks for an interpreter that has imported nothing."""
-        known = {"MLFLOW_TRACKING_URI": self.uri, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONPATH": str(ROOT)}
+        known = {
+            "MLFLOW_TRACKING_URI": self.uri,
+            "DISTILBENCH_ROOT": str(self.path),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "100",
+            "PYTHONPATH": str(ROOT),
+        }
         self._started.append(start(program, arguments, self.path, os.environ | known | environment, output, fresh))
         return self._started[-1]
 

@@ -199,7 +199,7 @@ def test_the_command_line_reports_and_refuses_with_its_exit_status(folder):
     workspace = Workspace(folder)
     done = workspace.run("experiment=baseline,hyperparameters", "sweep=first", "layout=paper", program=COMMAND)
     assert done.returncode == 0, done.stderr
-    assert "report  outputs/reports/first/report.html" in done.stdout
+    assert f"report  {folder}/outputs/reports/first/report.html" in done.stdout.replace("\n", "")
     assert "\x1b" not in done.stdout
     refused = workspace.run("sweep=nowhere", program=COMMAND)
     assert refused.returncode == 2

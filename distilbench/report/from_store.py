@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from distilbench.cli import command, override
 from distilbench.identity import ADDED, short_hash
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
@@ -163,10 +164,10 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
             "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
         ]
     if any(row.claim is Verdict.AHEAD for row in report.rows):
+        confirm = command("confirm", [override("sweep", request.sweep.tags[SWEEP])])
         return [
             f"The split {sample.report_split} picked the winners and reports them, so a lead is optimistic; confirm it "
-            f"with fresh seeds (python -m distilbench.confirm sweep={request.sweep.tags[SWEEP]}), or sweep with "
-            "data.selection_fraction=0.1."
+            f"with fresh seeds ({confirm}), or sweep with data.selection_fraction=0.1."
         ]
     return [f"The split {sample.report_split} picked epochs and winners, and reports."]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 from distilbench.identity import ProtocolIdentity, short_hash
 from distilbench.results import Status
-from distilbench.settings import ROOT, TrialSettings
+from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
 
 LONGEST_PARAM = 6000
@@ -154,7 +154,7 @@ def _git_tags() -> dict[str, str]:
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(ROOT), *arguments],
+            ["git", "--no-optional-locks", "-C", str(CHECKOUT), *arguments],
             capture_output=True,
             text=True,
             timeout=5,

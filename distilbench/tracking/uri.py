@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from distilbench.settings import ROOT, SettingsError, TrackingSettings
+from distilbench.settings import SettingsError, TrackingSettings, root
 from distilbench.tracking.redaction import redact
 
 DATABASES = ("postgresql", "mysql", "mssql")
@@ -91,12 +91,12 @@ def store_address_of(settings: TrackingSettings) -> StoreAddress:
     """
     asked = {"tracking.uri": settings.uri, "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
     setting, uri = next(((name, uri) for name, uri in asked.items() if uri), ("tracking.uri", None))
-    uri = uri or sqlite_url(ROOT / "mlflow.db")
+    uri = uri or sqlite_url(root() / "mlflow.db")
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme in ("http", "https"):
         return StoreAddress(setting, uri)
     if scheme in DATABASES:
-        return StoreAddress(setting, uri, artifacts=ROOT / "mlruns")
+        return StoreAddress(setting, uri, artifacts=root() / "mlruns")
     file = _sqlite_file(uri)
     if file is None:
         raise SettingsError(

@@ -15,10 +15,8 @@ from distilbench.identity import ProtocolIdentity, treatment_of
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_freeze, check_length, resolve_model
 from distilbench.results import Evaluation
-from distilbench.settings import ROOT, AppSettings, EngineSettings, TrialSettings
+from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 from distilbench.tracking import DatasetUsed, RunStart
-
-CACHE = ROOT / "outputs" / "cache"
 
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
 
@@ -98,7 +96,7 @@ def prepare(settings: AppSettings) -> Prepared:
     check_length(model, settings.train.max_length)
     engine = resolve_engine(settings.engine, model, precision, device.type)
     text = load_text(settings.data)
-    splits = encode(text, load_tokenizer(model), settings.train.max_length, CACHE)
+    splits = encode(text, load_tokenizer(model), settings.train.max_length, root() / "outputs" / "cache")
     report = "train (held out)" if settings.data.report_fraction else "validation"
     selection = "validation" if splits.selection is splits.report or report != "validation" else "train (held out)"
     name = describe_device(device)

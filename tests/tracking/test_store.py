@@ -141,7 +141,7 @@ def test_commit_and_dirty_flag_are_tagged_inside_a_checkout(store, client, start
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     (tmp_path / "new.txt").write_text("staged")
     subprocess.run(["git", "-C", tmp_path, "add", "new.txt"], check=True)
-    monkeypatch.setattr(run_tags, "ROOT", tmp_path)
+    monkeypatch.setattr(run_tags, "CHECKOUT", tmp_path)
     tags = client.get_run(store.begin(start()).run_id).data.tags
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["mlflow.source.git.dirty"] == "true"
@@ -476,7 +476,7 @@ def test_tracking_none_opens_no_store_and_imports_no_mlflow():
 
 
 def test_the_address_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
-    monkeypatch.setattr(address, "ROOT", tmp_path)
+    monkeypatch.setenv("DISTILBENCH_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     found = address.store_address_of(TrackingSettings("mlflow", None, "tests"))
     assert (found.uri, found.artifacts) == (f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlruns")

@@ -1,0 +1,101 @@
+"""Hydra's side: baselines, command lines that compose to what they describe, paths that mean where they were typed."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from distilbench.composition import _choice, absolute_paths, baseline_config, command_for, overrides_between
+from distilbench.settings import register_schema, settings_from
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def composing():
+    """Hydra initialised on the project's configurations, as inside a job."""
+    register_schema()
+    _choice.cache_clear()  # of another registration, whose classes are others
+    with initialize_config_dir(str(ROOT / "conf")):
+        yield
+
+
+def composed(*overrides: str):
+    return compose("config", ["sweep.name=unused", "output.dir=unused", *overrides])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["freeze.layers=3", "scheduler=cosine", "scheduler.warmup_ratio=0.1"],
+        ["experiment=[quick,layer_freezing]", "seed=7"],
+        ["model=tiny", "data=synthetic", "tracking=none", "data.label_names=['a=b','c, d']"],
+        ["data=tweets", "optim=sgd", "train.precision=fp32", "train.eval_steps=5"],
+    ],
+)
+def test_a_printed_command_composes_to_the_trial_that_it_describes(composing, given):
+    choices = {"model": "distilbert", "data": "sst2", "engine": "auto", "tracking": "mlflow"}
+    choices |= dict(line.split("=") for line in given if line.split("=")[0] in choices)
+    config = composed(*given)
+    line = command_for(config, choices)
+    assert line.startswith("python -m distilbench.train ")
+    again = composed(*shlex.split(line)[3:])
+    assert settings_from(again).trial == settings_from(config).trial
+
+
+def test_a_baseline_takes_back_the_choices_that_it_names_and_keeps_the_rest(composing):
+    given = composed("freeze.layers=3", "optim.lr=1e-3", "scheduler=cosine", "train.epochs=1",
+                     "data.max_train_examples=500", "seed=3")  # fmt: skip
+    baseline = settings_from(baseline_config(given))
+    assert (baseline.freeze.layers, baseline.optim.lr, baseline.scheduler.name) == (0, 2e-5, "linear")
+    assert (baseline.train.epochs, baseline.data.max_train_examples, baseline.seed) == (1, 500, 3)
+
+
+def test_a_baseline_of_ones_own_may_name_the_amount_of_text_and_the_epochs(composing):
+    own = "baseline.overrides=['freeze=none','data.max_train_examples=null','train.epochs=3']"
+    baseline = settings_from(baseline_config(composed("freeze.layers=3", "optim.lr=1e-3", "train.epochs=1", own)))
+    assert (baseline.freeze.layers, baseline.optim.lr) == (0, 1e-3)
+    assert (baseline.train.epochs, baseline.data.max_train_examples) == (3, None)
+
+
+def test_overrides_between_two_configurations_turn_one_into_the_other(composing):
+    one, other = composed(), composed("freeze.layers=3", "data.label_names=['a b',c]", "train.eval_steps=5")
+    changed = composed(*overrides_between(one, other))
+    assert settings_from(changed) == settings_from(other)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with two texts, a file called as a split is, and a model."""
+    for name in ("a.csv", "b c=d.csv", "train"):
+        (tmp_path / name).touch()
+    (tmp_path / "m1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("data.train=a.csv", "data.train={}/a.csv"),
+        ("data.validation='b c=d.csv'", "data.validation='{}/b c=d.csv'"),
+        ("data.train=a.csv,'b c=d.csv'", "data.train={0}/a.csv,'{0}/b c=d.csv'"),
+        ("data.train=choice(a.csv,other.csv)", "data.train={}/a.csv,other.csv"),
+        ("model.checkpoint=m1,./m1", "model.checkpoint={0}/m1,{0}/m1"),
+        ("tracking.uri=sqlite:///store.db", "tracking.uri=sqlite:///{}/store.db"),
+        ("hydra.sweeper.storage=sqlite:///s.db", "hydra.sweeper.storage=sqlite:///{}/s.db"),
+        *(
+            (same, same)
+            for same in ("data.train=train", "data.train=missing.csv", "data.train=null", "data.train=a=b",
+                         "data.train=/a.csv", "model.checkpoint=someone/model", "tracking.uri=sqlite:////a/b.db",
+                         "tracking.uri=http://host", "freeze.layers=1", "--multirun", "data.train='${oc.env:X}'")
+        ),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_typed_means_the_directory_of_that_moment(folder, typed, meant):
+    assert absolute_paths(["model=local", typed])[1] == meant.replace("{0}", "{}").replace("{}", str(folder))
+
+
+def test_a_name_on_the_hub_is_no_path_even_where_there_is_such_a_directory(folder):
+    assert absolute_paths(["model.checkpoint=m1"]) == ["model.checkpoint=m1"]
