@@ -32,7 +32,7 @@ class StoreAddress:
     @property
     def is_default(self) -> bool:
         """Whether nobody named it: the store at the project's root."""
-        return self.file == ROOT / "mlflow.db"
+        return self.file == root() / "mlflow.db"
 
     def foreign_folder(self, location: str, experiment_id: str) -> Path | None:
         """Return the folder of an experiment's files (``location``) if it is not this store's; None if it is fine.
