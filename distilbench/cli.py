@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distilbench import __version__
 from distilbench.settings import AppSettings, SettingsError, names_of
 
 STATUS = {getattr(signal, name): 128 + getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM")
@@ -123,7 +124,10 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[st
     try:
         with errors_in_one_line(), _hydra_raises():
             sys.argv[1:] = respell(_checked(sys.argv[1:]))
-            entrypoint()
+            if sys.argv[1:] == ["--version"]:  # Hydra would tell its own
+                print(f"distilbench {__version__}")
+            else:
+                entrypoint()
     except KeyboardInterrupt as interrupt:
         exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])

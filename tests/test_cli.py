@@ -227,3 +227,17 @@ def test_hydras_wish_for_tracebacks_is_heard():
         lines.append(process.communicate()[1])
     assert len(lines[0].splitlines()) == 1
     assert "Traceback" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--version"], 0, "distilbench 0."), (["train", "--version"], 0, "distilbench 0."),
+        (["--help"], 0, "usage: distilbench {train,compare,confirm,benchmark}"),
+        (["nosuch"], 2, "must be one of train"),
+    ],
+)  # fmt: skip
+def test_the_installed_command_runs_each_of_ours(arguments, status, said):
+    done = subprocess.run([sys.executable, "-m", "distilbench", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import distilbench
 from tests.conftest import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -39,7 +40,7 @@ def test_constraints_choose_versions_and_no_build_or_place():
 def test_citation_and_changelog_name_the_version():
     assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert released[0] == PROJECT["version"]
+    assert released[0] == PROJECT["version"] == distilbench.__version__
 
 
 def test_each_release_has_each_kind_of_change_once_at_most():

@@ -1,0 +1,34 @@
+"""The one command of an installed package: ``distilbench train ...`` is ``python -m distilbench.train ...``."""
+
+from __future__ import annotations
+
+import sys
+
+from distilbench.cli import exit_immediately, say
+
+COMMANDS = ("train", "compare", "confirm", "benchmark")
+
+
+def main() -> None:
+    """Run the command that is named first; its arguments are those of the module of that name."""
+    exit_immediately()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name == "--version":
+        from distilbench import __version__
+
+        print(f"distilbench {__version__}")
+    elif name in ("--help", "-h"):
+        print(f"usage: distilbench {{{','.join(COMMANDS)}}} [key=value ...] | --version\n\n"
+              "What each takes: distilbench train --help")  # fmt: skip
+    elif name in COMMANDS:
+        from importlib import import_module
+
+        del sys.argv[1]
+        import_module(f"distilbench.{name}").cli()
+    else:
+        say(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; distilbench --help")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
