@@ -83,11 +83,11 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     import torch
 
-    libraries = {library: version(library) for library in ("torch", "transformers", "accelerate", "distilbench")}
+    from distilbench.trials.prepared import version_of
+
+    libraries = {library: version_of(library) for library in ("torch", "transformers", "accelerate", "distilbench")}
     return libraries | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 

@@ -111,7 +111,7 @@ def _is_of(trial: StoredTrial, experiment: str) -> bool:
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:
     """Raise the line that says why nothing, or not everything, was found."""
-    from distilbench.report.from_store import find_sweep
+    from distilbench.report.from_store import LOST, find_sweep
 
     if settings.sweep and not trials:
         find_sweep(store, settings.sweep)
@@ -121,7 +121,8 @@ def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Seque
     if not trials:
         asked = f"sweep={settings.sweep}" if settings.sweep else f"experiment={','.join(settings.experiments)}"
         asked += f" protocol={settings.protocol}" if settings.protocol else ""
-        raise SettingsError(f"what to compare must hold at least one trial, got none for {asked}; train some first")
+        lost = f". {LOST}" if settings.sweep else ""
+        raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
 
 
 def _no_baseline(trials: Sequence[StoredTrial]) -> str:

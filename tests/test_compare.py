@@ -117,10 +117,10 @@ def test_only_the_files_asked_for_are_written(folder, tmp_path):
     ("asked", "line"),
     [
         (["sweep=nowhere"], r"^sweep must be one of .*first.*, got 'nowhere' in experiment distilbench"),
-        (["sweep=empty"], r"must hold at least one trial, got none for sweep=empty; train some first"),
+        (["sweep=empty"], r"must hold a trial, got none for sweep=empty; train some first. A store that was deleted"),
         (["sweep=alien"], r"^a baseline must be there to compare with, got none of protocol .*baseline=none"),
         (["experiment=quick,nonsense"], r"^experiment must be one of baseline, .*, got 'nonsense'"),
-        (["experiment=layer_freezing"], r"must hold at least one trial, got none for experiment=layer_freezing"),
+        (["experiment=layer_freezing"], r"must hold a trial, got none for experiment=layer_freezing"),
         (["runs=[0000]"], r"^runs must be ids of trials in .*, got '0000'"),
         (["sweep=blank"], r"^finished runs must have their predictions, got none for 1 .*untested=show"),
         (["sweep=first", "baseline=0000"], r"^baseline must be the id of a run, or none, got '0000'"),
@@ -219,3 +219,14 @@ def test_help_and_mistakes_answer_without_importing_anything_heavy(folder):
         imported = split_imports(ended.stderr)[1]
         assert "hydra" in imported
         assert imported & {*HEAVY, "optuna"} == set()
+
+
+def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, tmp_path, caplog):
+    store = make_store(folder)
+    assert report_sweep(store, "empty", tmp_path, {}) is None
+    assert caplog.text == ""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "trial.json").write_text("{}")
+    assert report_sweep(store, "empty", tmp_path, {}) is None
+    assert f"the store holds no trial of the sweep empty, {tmp_path} does. A store that was deleted" in caplog.text
+    assert "trains them again once the sweep's directory is moved away" in caplog.text

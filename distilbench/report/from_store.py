@@ -18,7 +18,7 @@ from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, against_baseline, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
-from distilbench.results import Predictions, Status, StoredTrial, Verdict
+from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import CONFIRMS, SWEEP, MlflowStore, RawRun, RunFilter
 
@@ -141,13 +141,19 @@ def _is_picked_here(request: ReportRequest, sample: StoredTrial) -> bool:
     return is_search and sample.selection_split == sample.report_split
 
 
+LOST = (
+    "A store that was deleted took its runs along: their figures are left in each trial's trial.json, and the same "
+    "command trains them again once the sweep's directory is moved away"
+)
+
+
 def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
     """The run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
     found = store.sweep_run(sweep)
     if found is None:
         names = store.sweep_names()
         held = "one of " + ", ".join(names[:10]) if names else "the name of a sweep, of which there is none yet"
-        raise SettingsError(f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name")
+        raise SettingsError(f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name. {LOST}")
     return found
 
 
@@ -249,6 +255,8 @@ def report_sweep(
     parent = store.sweep_run(sweep)
     trials = store.search(RunFilter(tags={SWEEP: sweep}))
     if not trials:
+        if next(directory.rglob(RECORD), None):
+            log.warning("the store holds no trial of the sweep %s, %s does. %s", sweep, directory, LOST)
         return None
     protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
     kept = [trial for trial in trials if trial.protocol_id == protocol]

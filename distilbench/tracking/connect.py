@@ -58,7 +58,8 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     if address.file and not address.file.is_file():
         raise SettingsError(
             f"{address.setting} must be a store that holds trials, got {address.file}, which does not exist; train one "
-            "first (python -m distilbench.train experiment=quick) or name the store with tracking.uri=..."
+            "first (python -m distilbench.train experiment=quick) or name it with tracking.uri=...; where a store "
+            "was deleted, figures are left in each trial's trial.json"
         )
     quieten()
     with as_settings_error(address.refusal, address.remedy):
