@@ -15,7 +15,7 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
-from distilbench.composition import default_treatment, experiments
+from distilbench.composition import default_margin, default_treatment, experiments
 from distilbench.identity import short_hash
 from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, root, settings_from
@@ -43,7 +43,14 @@ def compare_stored(settings: CompareSettings) -> None:
     _check_experiments(settings.experiments)
     from rich.console import Console
 
-    from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report, write_report
+    from distilbench.report.from_store import (
+        ReportRequest,
+        check_protocol,
+        check_tested,
+        make_report,
+        margin_of,
+        write_report,
+    )
     from distilbench.report.tables import print_report
     from distilbench.tracking import find_store
 
@@ -51,7 +58,10 @@ def compare_stored(settings: CompareSettings) -> None:
     trials, names = _asked_for(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
-    request = ReportRequest(_title(settings), default_treatment(), settings.baseline, settings.rows, names, parent)
+    margin = settings.margin or margin_of(parent) or default_margin()
+    request = ReportRequest(
+        _title(settings), default_treatment(), margin, settings.baseline, settings.rows, names, parent
+    )
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
         raise SettingsError(_no_baseline(trials))

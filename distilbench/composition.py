@@ -50,6 +50,11 @@ def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
     return {key: value for key, value in treatment_of(settings, "").items() if key != "train.precision"}
 
 
+def default_margin() -> float:
+    """Return the margin that a plain composition has, in points; needs an initialised Hydra."""
+    return float(compose("config").margin)
+
+
 def experiments() -> list[str]:
     """The names of the experiments in ``conf/experiment/``."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options("experiment"))
@@ -86,7 +91,7 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
     while pending:
         prefix, node = pending.pop(0)
         for key, value in node.items():
-            if prefix == "" and key in ("output", "baseline", "sweep"):
+            if prefix == "" and key in ("output", "baseline", "sweep", "margin"):
                 continue
             if isinstance(value, dict):
                 pending.append((f"{prefix}{key}.", value))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distilbench.cli import CommandFailed, errors_in_one_line, raise_on_signal, run_command
-from distilbench.composition import default_treatment
+from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
 from distilbench.settings import (
@@ -64,7 +64,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     if own is not None and own.tags.get(CONFIRMS) != settings.sweep:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
-    report = _first_report(store, settings.sweep)
+    report = _first_report(store, settings.sweep, settings.margin)
     chosen = {short_hash(row.treatment): _Chosen.of(row, store, settings) for row in _rows(report, settings.top)}
     points = _points(chosen, fresh_seeds(report, settings.seeds))
     _announce(settings, chosen, _missing(store, name, points))
@@ -80,9 +80,9 @@ def confirm(settings: ConfirmSettings) -> str | None:
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
 
-def _first_report(store: MlflowStore, sweep: str) -> Report:
+def _first_report(store: MlflowStore, sweep: str, margin: float | None) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
-    from distilbench.report.from_store import ReportRequest, check_protocol, find_sweep, make_report
+    from distilbench.report.from_store import ReportRequest, check_protocol, find_sweep, make_report, margin_of
     from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
 
     parent = find_sweep(store, sweep)
@@ -93,7 +93,8 @@ def _first_report(store: MlflowStore, sweep: str) -> Report:
     if not trials:
         raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
     check_protocol(trials)
-    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", default_treatment(), sweep=parent))
+    margin = margin or margin_of(parent) or default_margin()
+    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", default_treatment(), margin, sweep=parent))
     if report.baseline is None or not report.candidates:
         lacking = "baseline" if report.baseline is None else "finished setting beside its baseline"
         raise SettingsError(f"sweep must have a {lacking}, got {sweep!r} without one; run it again to add one")
@@ -114,7 +115,11 @@ class _Chosen:
         alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
                         timeout_minutes=None, retry_failed=True, take_over=False, on_change="extend")  # fmt: skip
         train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
-        return cls(row, replace(started, sweep=alone, train=train, output=output, tracking=settings.tracking))
+        margin = settings.margin or started.margin
+        return cls(
+            row,
+            replace(started, sweep=alone, train=train, output=output, tracking=settings.tracking, margin=margin),
+        )
 
 
 def _rows(report: Report, top: int) -> list[Row]:

@@ -109,6 +109,8 @@ class PathIf:
     source: str | None = None
 
 
+MARGIN = within("(0, 100]")
+
 AS_TYPED = "as typed"
 """Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
 
@@ -462,6 +464,8 @@ class AppSettings(TrialSettings):
     tracking: TrackingSettings
     baseline: BaselineSettings
     sweep: SweepSettings
+    margin: Annotated[float, MARGIN]
+    """Points of accuracy that a treatment may cost and still count as good enough; above 0, up to 100."""
 
     @property
     def trial(self) -> TrialSettings:
@@ -487,6 +491,9 @@ class CompareSettings(Checked):
     """A protocol's id, where what is asked for holds several."""
     baseline: Optional[str]
     """Id of the run (or of one of its seeds) that others are compared with; null finds it; none does without."""
+    margin: Annotated[Optional[float], MARGIN]
+    """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own, or train's
+    default."""
     untested: Annotated[str, one_of(("refuse", "show"))]
     """refuse | show: what becomes of finished trials whose predictions are missing."""
     layout: Annotated[str, one_of(LAYOUTS)]
@@ -515,6 +522,8 @@ class ConfirmSettings(Checked):
     """How many of them, 1 or more."""
     seeds: Annotated[int, at_least(2)]
     """Fresh seeds for each, and for the baseline; 2 or more."""
+    margin: Annotated[Optional[float], MARGIN]
+    """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own."""
     name: Optional[str]
     """Name of the confirmation, a sweep of its own; null is `<sweep>-confirm`."""
     output: Annotated[Optional[str], PathIf()]

@@ -16,7 +16,7 @@ from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult
 from distilbench.settings import CompareSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP
+from distilbench.tracking import MARGIN, SWEEP
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store
@@ -75,7 +75,7 @@ def test_a_sweep_is_reported_on_screen_and_in_four_files(folder, tmp_path, capsy
     assert (cosine["verdict"], found["layers=1"]["verdict"]) == ("ahead", "worse")
     assert float(found["layers=1"]["time_gain_percent"]) == pytest.approx(50)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "is ahead of the baseline, yet to be confirmed: +5.00 points" in shown
+    assert "is ahead, yet to be confirmed, +5.00 points" in shown
     assert "python -m distilbench.confirm sweep=first" in shown
 
 
@@ -106,6 +106,24 @@ def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
     )
     compare(folder, tmp_path / "none", "sweep=first", "baseline=none")
     assert {row["verdict"] for row in rows(tmp_path / "none").values()} == {""}
+
+
+def test_the_margin_decides_what_is_good_enough(folder, tmp_path):
+    compare(folder, tmp_path / "wide", "sweep=first", "margin=40")
+    assert rows(tmp_path / "wide")["layers=1"]["verdict"] == "good enough"
+    text = (tmp_path / "wide" / "report.md").read_text()
+    assert "Good enough: shown to lose less than 40 points" in text
+    with pytest.raises(SettingsError, match=r"^margin must be in \(0, 100\], got 0"):
+        compare(folder, tmp_path, "sweep=first", "margin=0")
+
+
+def test_a_sweeps_own_margin_is_kept_with_it(folder, tmp_path):
+    store = make_store(folder)
+    group = store.open_parent_run("wide", {SWEEP: "wide", MARGIN: "40"})
+    for overrides, wrong in (((), 20), (("freeze.layers=1",), 60)):
+        add_trial(store, *overrides, wrong=wrong, parent_run_id=group.run_id, tags={SWEEP: "wide"}, text="wide")
+    compare(folder, tmp_path, "sweep=wide")
+    assert rows(tmp_path)["layers=1"]["verdict"] == "good enough"
 
 
 def test_only_the_files_asked_for_are_written(folder, tmp_path):
@@ -168,7 +186,7 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
     store = make_store(folder)
     stream = io.StringIO()
     with initialize_config_dir(str(ROOT / "conf")):
-        report = report_sweep(store, "first", tmp_path, default_treatment(), Console(file=stream, width=100))
+        report = report_sweep(store, "first", tmp_path, default_treatment(), 1.0, Console(file=stream, width=100))
     assert len(report.rows) == 3
     assert "Sweep first" in stream.getvalue()
     parent = store.sweep_run("first").run_id
@@ -183,14 +201,14 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
 def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):
     stream = io.StringIO()
     with initialize_config_dir(str(ROOT / "conf")):
-        report_sweep(make_store(folder), "broken", tmp_path, default_treatment(), Console(file=stream, width=100))
+        report_sweep(make_store(folder), "broken", tmp_path, default_treatment(), 1.0, Console(file=stream, width=100))
     assert "No trial finished: 2 DIVERGED." in stream.getvalue()
     assert (tmp_path / "report.html").is_file()
 
 
 def test_a_sweep_without_trials_has_no_report(folder, tmp_path):
     with initialize_config_dir(str(ROOT / "conf")):
-        assert report_sweep(make_store(folder), "empty", tmp_path, default_treatment()) is None
+        assert report_sweep(make_store(folder), "empty", tmp_path, default_treatment(), 1.0) is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -108,7 +108,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
 
 def test_the_sweeps_own_report_carries_its_confirmation(folder):
     with initialize_config_dir(str(ROOT / "conf")):
-        request = ReportRequest("Sweep first", default_treatment(), sweep=make_store(folder).sweep_run("first"))
+        request = ReportRequest("Sweep first", default_treatment(), 1.0, sweep=make_store(folder).sweep_run("first"))
         report = make_report(make_store(folder), make_store(folder).search(RunFilter(tags={SWEEP: "first"})), request)
     (found,) = report.confirmation
     (row,) = [row for row in report.candidates if row.again]

@@ -1,53 +1,113 @@
-"""The answer that stands on top of every report: which setting, what it saves, what it costs, and how sure that is."""
+"""The answer on top of every report: the cheapest setting that is good enough, what it saves, what it costs at most."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from distilbench.report.findings import Confirmed, Report
-from distilbench.report.formats import counted, interval, points
-from distilbench.report.words import above_floor, reason_untested, size_of
+from distilbench.report.costs import noise_of_time
+from distilbench.report.findings import Confirmed, CostOf, Report
+from distilbench.report.formats import counted, interval, less, margin_text, points
+from distilbench.report.rows import Row
+from distilbench.report.words import above_floor, reason_untested, size_of, what_decides
 from distilbench.results import Verdict
 
-WORTH_TELLING = 5.0
-"""Per cent of training time below which a saving is not told of: two runs of one setting differ by as much."""
+GOOD = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
+LEAST_SAVING = 5.0
+"""Per cent of time and memory below which a saving is not told: two runs of one setting differ by as much."""
 
 
 def answer(report: Report) -> list[str]:
     """Return the sentence that answers what was asked, and at most one more."""
-    return [sentence for sentence in (_headline(report), _saving(report)) if sentence]
-
-
-def _headline(report: Report) -> str:
-    """What is better than the baseline, by how much, and how sure."""
     base, candidates = report.baseline, report.candidates
     if not candidates and (base is None or not base.trials):
-        return f"No trial finished: {endings(report)}."
+        return [f"No trial finished: {_endings(report)}."]
     if base is None or not base.trials:
-        return f"{counted(len(candidates), 'setting')} finished, compared with nothing: there is no finished baseline."
+        finished = counted(len(candidates), "setting")
+        return [f"{finished} finished, compared with nothing: there is no finished baseline."]
     if not candidates:
-        return "Only the baseline finished: there is nothing to compare it with."
-    said = _confirmed(report.confirmation[0]) if report.confirmation else _of_candidates(report)
+        return ["Only the baseline finished: there is nothing to compare it with."]
+    first, second = _of_candidates(report)
     if base.has_learned is False and report.floor:
-        return f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {said}"
-    return said
+        first = f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {first}"
+    return [sentence for sentence in (first, second) if sentence]
 
 
-def _of_candidates(report: Report) -> str:
+def _of_candidates(report: Report) -> tuple[str, str]:
     candidates, tried = report.candidates, tried_settings(report)
-    several = len(report.rows) > 2
-    if not any(row.difference for row in candidates):
-        reason = reason_untested(candidates[0])
-        return f"{f'None of {tried}' if several else 'Nothing'} could be tested against the baseline: {reason}."
-    better = [row for row in candidates if row.claim in (Verdict.BETTER, Verdict.AHEAD)]
-    if not better:
-        return f"{f'None of {tried}' if several else 'Nothing'} was shown to be better than the baseline."
-    best = better[0]
-    assert best.difference is not None
-    size = f"{points(best.difference.points)} points (95 % {interval(best.difference.low, best.difference.high)})"
-    sure = "ahead of the baseline, yet to be confirmed" if best.claim is Verdict.AHEAD else "better"
-    more = f", and {len(better) - 1} more" if len(better) > 1 else ""
-    return f"{best.label} is {sure}: {size}{more}, of {tried}."
+    nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
+    if not any(_evidence(row).difference for row in candidates):
+        return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
+    good = [row for row in candidates if row.claim in GOOD and row.has_learned is not False]
+    confirmed = _confirmed(report.confirmation, good)
+    if not good:
+        none = f"{nothing} was shown to be better than the baseline, or to lose less than {margin_text(report.margin)}."
+        return none, confirmed or _undecided(report)
+    cheapest = min(good, key=cost_rank(report))
+    rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
+    first = f"{cheapest.label} {_claim(cheapest)}{_takes(cheapest, report)}{f'; {rank} {tried}' if rank else ''}."
+    best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
+    return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.label} {_claim(best)}.")
+
+
+def cost_rank(report: Report) -> CostOf:
+    """Return what sorts rows by cost: FLOPs if all have them, else comparable seconds, else trained parameters."""
+    rows = report.candidates
+    if all(row.cost.flops > 0 for row in rows):
+        return lambda row: row.cost.flops
+    if all(row.saving.seconds is not None for row in rows):
+        return lambda row: row.cost.seconds
+    return lambda row: float(row.trainable_parameters)
+
+
+def _evidence(row: Row) -> Row:
+    """The row itself, or what became of it with fresh seeds."""
+    return row.again if row.again and row.again.difference else row
+
+
+def _claim(row: Row) -> str:
+    """What is claimed of a good row, with its figures."""
+    found = _evidence(row).difference
+    assert found is not None
+    size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
+    if row.claim is Verdict.BETTER:
+        return f"is better, {size}"
+    if row.claim is Verdict.AHEAD:
+        return f"is ahead, yet to be confirmed, {size}"
+    shown = f"loses {-found.points:.2f} points, " if found.is_loss_shown else ""
+    return f"is good enough: it {shown}{'' if shown else 'loses '}at most {max(found.loses_at_most, 0):.2f} points"
+
+
+def _takes(row: Row, report: Report) -> str:
+    """What a row saves, or takes more, beside the baseline."""
+    told = ", ".join(_savings(row, report))
+    return f", and takes {told}" if told else ""
+
+
+def _savings(row: Row, report: Report) -> Iterator[str]:
+    saving, noise = row.saving, noise_of_time([trial for each in report.rows for trial in each.trials])
+    least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise.percent if noise else 0.0)
+    if saving.flops is not None and round(saving.flops):
+        yield f"{less(saving.flops, few=True)} FLOPs"
+    if saving.seconds is not None and abs(saving.seconds) >= least:
+        yield f"{'about ' if row.cost.is_estimate else ''}{less(saving.seconds)} time"
+    if saving.memory is not None and abs(saving.memory) >= LEAST_SAVING:
+        yield f"{less(saving.memory)} memory"
+
+
+def _undecided(report: Report) -> str:
+    """The cheapest setting of which it is open whether it is good enough, and what would decide."""
+    open_rows = [row for row in report.candidates if row.claim is Verdict.UNDECIDED and row.has_learned is not False]
+    hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
+    if not open_rows:
+        return ""
+    row = min(hopeful or open_rows, key=cost_rank(report))
+    found = _evidence(row).difference
+    assert found is not None
+    saved = ", ".join(_savings(row, report))
+    told = f"{row.label}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
+    return f"Undecided: {told}; {what_decides(found)}."
 
 
 def tried_settings(report: Report) -> str:
@@ -59,8 +119,12 @@ def tried_settings(report: Report) -> str:
     return f"{count} ({told})" if told else count
 
 
-def _confirmed(winner: Confirmed) -> str:
-    """Whether the winner's advantage survived, both figures side by side."""
+def _confirmed(confirmation: Sequence[Confirmed], good: Sequence[Row]) -> str:
+    """Whether an advantage survived, both figures side by side: that of the row named above it, if there is one."""
+    if not confirmation:
+        return ""
+    named = [found for found in confirmation if any(found.first.treatment == row.treatment for row in good)]
+    winner = (named or confirmation)[0]
     then, now = (size_of(row) for row in (winner.first, winner.again))
     word = "survived fresh seeds" if winner.survived else "did not survive fresh seeds"
     if (winner.first.points or 0) <= 0:
@@ -68,19 +132,6 @@ def _confirmed(winner: Confirmed) -> str:
     return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
 
 
-def _saving(report: Report) -> str:
-    """What the cheapest setting costs that is not shown to be worse; empty where none saves time."""
-    cheap = [row for row in report.candidates if row.difference and (row.saving.seconds or 0) >= WORTH_TELLING]
-    cheap = [row for row in cheap if row.claim is not Verdict.WORSE]
-    if not cheap:
-        return ""
-    row = max(cheap, key=lambda r: r.saving.seconds or 0)
-    assert row.difference is not None
-    cost = f"{points(row.difference.points)} points, 95 % {interval(row.difference.low, row.difference.high)}"
-    return f"Most time saved without a shown loss: {row.label}, {row.saving.seconds:.0f} % less ({cost})."
-
-
-def endings(report: Report) -> str:
-    """Count how the trials ended that did not finish."""
+def _endings(report: Report) -> str:
     counts = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
     return ", ".join(f"{n} {status}" for status, n in counts.items())

@@ -31,7 +31,7 @@ from distilbench.report.formats import (
     url_in_markdown,
 )
 from distilbench.report.rows import Row
-from distilbench.report.words import said
+from distilbench.report.words import decided_by, said
 from distilbench.results import Status, Verdict
 
 Value = float | int | str | bool | None
@@ -56,6 +56,10 @@ class Column:
 
 def _of_difference(name: str) -> Callable[[Row], Value]:
     return lambda row: getattr(row.difference, name) if row.difference else None
+
+
+def _of_needed(name: str) -> Callable[[Row], Value]:
+    return lambda row: getattr(row.difference.needed, name) if row.difference and row.difference.needed else None
 
 
 def _of_treatment(key: str) -> Column:
@@ -87,6 +91,10 @@ def _cost(
 def _time(row: Row) -> str:
     told = _cost(lambda cost: cost.seconds, lambda saving: saving.seconds, duration)(row)
     return f"about {told}" if row.cost.is_estimate else told
+
+
+def _loses_at_most(row: Row) -> str:
+    return f"{max(row.difference.loses_at_most, 0):.2f}" if row.difference else ""
 
 
 def _seeds(row: Row) -> str:
@@ -126,6 +134,12 @@ _ALL = (
     Column("p", _of_difference("p")),
     Column("p_holm", _of_difference("p_holm"), "p (Holm)",
            lambda row: p_value(row.difference.p_holm) if row.difference else ""),
+    Column("loses_at_most_points", _of_difference("loses_at_most"), "loses at most", _loses_at_most),
+    Column("p_margin", _of_difference("p_loss")),
+    Column("p_margin_holm", _of_difference("p_loss_holm")),
+    Column("seeds_needed", _of_needed("seeds"), "to decide", decided_by),
+    Column("examples_needed", _of_needed("examples")),
+    Column("has_learned", lambda row: row.has_learned),
     Column("time_gain_percent", lambda row: row.saving.seconds),
     Column("flops_gain_percent", lambda row: row.saving.flops),
     Column("trainable_parameters", lambda row: row.trainable_parameters, "trained",
@@ -145,9 +159,9 @@ def _choose(*keys: str) -> tuple[Column, ...]:
 
 
 _BRIEF = ("trial", "setting", "difference_points", "verdict", "accuracy")
-NOTE = _choose(*_BRIEF, "train_flops", "train_seconds", "p_holm", "seeds")
-FULL = _choose(*_BRIEF, "train_flops", "train_seconds", "train_cpu_seconds", "peak_memory_bytes",
-               "trainable_parameters", "p_holm", "loss", "seeds")  # fmt: skip
+NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "seeds_needed", "accuracy",
+               "train_flops", "train_seconds", "seeds")  # fmt: skip
+FULL = (*NOTE, *_choose("train_cpu_seconds", "peak_memory_bytes", "trainable_parameters", "p_holm", "loss"))
 NARROW = (
     *(replace(CSV[key], width=width) for key, width in zip(_BRIEF, (3, 20, 16, 11, 8), strict=True)),
     Column("cost", lambda row: None, "time, FLOPs", _costs, width=12),

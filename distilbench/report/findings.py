@@ -36,14 +36,15 @@ class Curve:
 class Report:
     """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
 
-    ``sample`` is any trial, for what the protocol shares; ``floor`` is the accuracy of the most frequent label alone,
-    where predictions tell it; ``url`` opens the table of runs.
+    ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
+    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs.
     """
 
     title: str
     rows: tuple[Row, ...]
     shown: int
     sample: StoredTrial
+    margin: float
     notes: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     confirmation: tuple[Confirmed, ...] = ()

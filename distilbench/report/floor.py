@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.rows import ReadPredictions, Row
+from distilbench.report.comparison import ReadPredictions
+from distilbench.report.rows import Row
 from distilbench.report.statistics import compare_over_seeds, verdict
 from distilbench.results import Predictions, Verdict
 

@@ -34,6 +34,11 @@ def points(difference: float) -> str:
     return signed(difference, 2)
 
 
+def margin_text(margin: float) -> str:
+    """``1 point``, ``0.5 points``."""
+    return f"{margin:g} point" + ("" if margin == 1 else "s")
+
+
 def p_value(p: float) -> str:
     """``0.63``, ``0.043``, ``< 0.001``."""
     if p < 0.001:

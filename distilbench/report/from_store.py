@@ -13,14 +13,15 @@ from rich.console import Console
 
 from distilbench.cli import command, override
 from distilbench.identity import ADDED, short_hash
+from distilbench.report.comparison import Terms, against_baseline
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
-from distilbench.report.rows import Row, Untested, against_baseline, find_baseline, label_rows, rows_from
+from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import CONFIRMS, SWEEP, MlflowStore, RawRun, RunFilter
+from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore, RawRun, RunFilter
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ _SUFFIX = {"html": "html", "markdown": "md", "latex": "tex", "csv": "csv"}
 class ReportRequest:
     """How trials become a report.
 
-    ``usual`` is the baseline's treatment (without precision), as a plain composition has it. ``baseline`` is the id of
-    a run, ``none``, or None to find it. ``names`` labels treatments by digest. ``sweep`` is their sweep's run.
+    ``usual`` is the baseline's treatment (without precision), as a plain composition has it. ``margin`` is in points.
+    ``baseline`` is the id of a run, ``none``, or None to find it. ``names`` labels treatments by digest. ``sweep`` is
+    their sweep's run.
     """
 
     title: str
     usual: Mapping[str, object]
+    margin: float
     baseline: str | None = None
     shown: int = 200
     names: Mapping[str, str] = field(default_factory=dict)
@@ -104,9 +107,19 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     rows = label_rows(rows, baseline)
     read = _ReadOnce(store)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, read, request.shown, _is_picked_here(request, trials[0]))
+        terms = Terms(request.margin, request.shown, _is_picked_here(request, trials[0]))
+        rows = against_baseline(rows, baseline, read, terms)
     rows, floor = mark_learned(rows, read, request.shown)
-    return Report(request.title, tuple(rows), request.shown, trials[0], notes, url=store.runs_url(), floor=floor)
+    return Report(
+        title=request.title,
+        rows=tuple(rows),
+        shown=request.shown,
+        sample=trials[0],
+        margin=request.margin,
+        notes=notes,
+        url=store.runs_url(),
+        floor=floor,
+    )
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
@@ -145,6 +158,12 @@ LOST = (
     "A store that was deleted took its runs along: their figures are left in each trial's trial.json, and the same "
     "command trains them again once the sweep's directory is moved away"
 )
+
+
+def margin_of(sweep: RawRun | None) -> float | None:
+    """Return the margin that a sweep was started with; None without one."""
+    margin = sweep.tags.get(MARGIN) if sweep else None
+    return float(margin) if margin else None
 
 
 def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
@@ -243,12 +262,17 @@ def write_report(report: Report, directory: Path, formats: Sequence[str], layout
 
 
 def report_sweep(
-    store: MlflowStore | None, sweep: str, directory: Path, usual: Mapping[str, object], console: Console | None = None
+    store: MlflowStore | None,
+    sweep: str,
+    directory: Path,
+    usual: Mapping[str, object],
+    margin: float,
+    console: Console | None = None,
 ) -> Report | None:
     """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and in its description.
 
     Every ending of its trials gets a report; None where it has none yet, or nothing is tracked. ``usual`` is the
-    baseline's treatment, from :func:`distilbench.composition.default_treatment`.
+    baseline's treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in points.
     """
     if store is None:
         return None
@@ -260,7 +284,7 @@ def report_sweep(
         return None
     protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
     kept = [trial for trial in trials if trial.protocol_id == protocol]
-    report = make_report(store, kept, ReportRequest(f"Sweep {sweep}", usual, sweep=parent))
+    report = make_report(store, kept, ReportRequest(f"Sweep {sweep}", usual, margin, sweep=parent))
     if len(kept) < len(trials):
         left = f"{len(trials) - len(kept)} trials of other protocols are left out: they can't be compared."
         report = replace(report, notes=(left, *report.notes))
@@ -268,14 +292,16 @@ def report_sweep(
     paths = write_report(report, directory, FORMATS)
     if parent is not None:
         store.attach(parent.run_id, paths, note(report))
-        _report_confirmed(store, parent.tags.get(CONFIRMS), directory.parent, usual)
+        _report_confirmed(store, parent.tags.get(CONFIRMS), directory.parent, usual, margin)
     return report
 
 
-def _report_confirmed(store: MlflowStore, sweep: str | None, sweeps: Path, usual: Mapping[str, object]) -> None:
+def _report_confirmed(
+    store: MlflowStore, sweep: str | None, sweeps: Path, usual: Mapping[str, object], margin: float
+) -> None:
     """Report the sweep again that a confirmation is of, where it lies and on its run: it carries the outcome."""
     if sweep is None:
         return
     with tempfile.TemporaryDirectory() as elsewhere:
         directory = sweeps / sweep if (sweeps / sweep).is_dir() else Path(elsewhere)
-        report_sweep(store, sweep, directory, usual, Console(quiet=True))
+        report_sweep(store, sweep, directory, usual, margin, Console(quiet=True))

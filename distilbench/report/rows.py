@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from distilbench.identity import short_hash
-from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of, saving_of
+from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of
 from distilbench.report.names import name_of, varying_keys
-from distilbench.report.statistics import compare_over_seeds, holm, verdict
-from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
+from distilbench.report.power import Needed
+from distilbench.report.statistics import verdict
+from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
-
-ReadPredictions = Callable[[StoredTrial], Predictions | None]
-"""Fetches what a trial said of every example; asked only for the trials of rows that are tested."""
 
 
 @dataclass(frozen=True)
 class Difference:
     """A setting minus the baseline in points of accuracy: 95 % interval, p as tested and after Holm's correction.
 
-    ``n`` counts seeds, pairs of them where ``paired``; ``examples`` are those that both were asked.
+    ``loses_at_most`` bounds the loss, one-sided at 97.5 %; ``p_loss`` is that of a loss of the margin or more. ``n``
+    counts seeds, pairs of them where ``paired``; ``examples`` are those that both were asked. ``needed`` is what would
+    decide, where nothing is decided.
     """
 
     points: float
@@ -31,9 +31,18 @@ class Difference:
     high: float
     p: float
     p_holm: float
+    loses_at_most: float
+    p_loss: float
+    p_loss_holm: float
     n: int
     paired: bool
     examples: int
+    needed: Needed | None = None
+
+    @property
+    def is_loss_shown(self) -> bool:
+        """Whether the setting is shown to lose something, be it less than the margin."""
+        return verdict(self.low, self.high, self.p_holm) is Verdict.WORSE
 
 
 class Untested(StrEnum):
@@ -209,58 +218,3 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
         labelled.append(replace(row, label=shown, is_baseline=i == baseline))
     return labelled
-
-
-def against_baseline(
-    rows: Sequence[Row], baseline: int, read: ReadPredictions, shown: int = 1, is_picked_here: bool = False
-) -> list[Row]:
-    """Compare the first ``shown`` rows with the baseline; the correction counts every setting that was tried.
-
-    A setting that is not tested, be it beyond the rows shown, pruned, diverged or failed, counts as one with p = 1. Its
-    own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
-    away would not: what was pruned was seen to be behind, so the tests that remain were chosen by their outcome.
-    ``is_picked_here``: the split that reports also chose among these rows, so a lead
-    is yet to be confirmed.
-    """
-    base = rows[baseline]
-    finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
-    found = {i: _tested(rows[i], base, read) if i < shown or not base.trials else Untested.ROWS for i in finished}
-    differences = {i: tested for i, tested in found.items() if isinstance(tested, Difference)}
-    untested = len(rows) - 1 - len(differences)
-    corrected = holm([difference.p for difference in differences.values()] + [1.0] * untested)
-    for (i, difference), p_holm in zip(differences.items(), corrected, strict=False):
-        found[i] = replace(difference, p_holm=p_holm)
-    chosen = is_picked_here and len(finished) > 1
-    return [_concluded(row, found[i], base, chosen) if i in found else row for i, row in enumerate(rows)]
-
-
-def _tested(row: Row, base: Row, read: ReadPredictions) -> Difference | Untested:
-    """Test the row against the baseline, without correction, or return why it can't be."""
-    if not base.trials:
-        return Untested.BASELINE
-    ours, theirs = ({trial.seed: read(trial) for trial in side.trials} for side in (row, base))
-    everyone = [*ours.values(), *theirs.values()]
-    if any(predictions is None for predictions in everyone):
-        return Untested.PREDICTIONS
-    if len({tuple(predictions.labels.tolist()) for predictions in everyone if predictions}) > 1:
-        return Untested.EXAMPLES
-    ours_right, base_right = ({seed: kept.correct for seed, kept in side.items() if kept} for side in (ours, theirs))
-    try:
-        found = compare_over_seeds(ours_right, base_right)
-    except ValueError:
-        return Untested.SEEDS
-    points, low, high = (100 * value for value in (found.difference, found.low, found.high))
-    examples = len(next(iter(base_right.values())))
-    return Difference(points, low, high, found.p, found.p, found.n, found.paired, examples)
-
-
-def _concluded(row: Row, found: Difference | Untested, base: Row, is_chosen: bool) -> Row:
-    """Write into a row what its test came to, and what it saves."""
-    points = 100 * (row.accuracy - base.accuracy) if base.trials else None
-    row = replace(row, points=points, saving=saving_of(row.trials, base.trials) if base.trials else NO_SAVING)
-    if isinstance(found, Untested):
-        return replace(row, untested=found)
-    claim = verdict(found.low, found.high, found.p_holm)
-    if claim is Verdict.BETTER and is_chosen:
-        claim = Verdict.AHEAD
-    return replace(row, difference=found, verdict=claim)

@@ -13,7 +13,7 @@ from distilbench.report.answer import answer
 from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report
-from distilbench.report.formats import latex, markdown, one_line, percent
+from distilbench.report.formats import latex, margin_text, markdown, one_line, percent
 from distilbench.report.rows import Row
 from distilbench.report.words import survival
 from distilbench.results import Status
@@ -50,8 +50,9 @@ def details(report: Report) -> Iterator[str]:
 def notes_of(report: Report) -> list[str]:
     """Say on what the figures rest."""
     tests = (
-        "Exact McNemar for one seed, a paired test over seeds and examples for several. p is corrected for the number "
-        "of settings (Holm), each interval is of its own comparison."
+        f"Good enough: shown to lose less than {margin_text(report.margin)} (one-sided, 2.5 %). Better, worse: exact "
+        "McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the number of "
+        "settings tried (Holm); each interval, and what is lost at most, is of its own comparison."
     )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"{more:,} more settings are not shown."] if more else []

@@ -11,9 +11,20 @@ from rich.text import Text
 
 from distilbench.identity import SourceUsed
 from distilbench.report.columns import CSV, markdown_table, rich_table
+from distilbench.report.comparison import Terms, against_baseline
 from distilbench.report.floor import floor_of, has_learned, mark_learned
-from distilbench.report.formats import counted, duration, interval, markdown, memory, p_value, percent, points
-from distilbench.report.rows import Row, Untested, against_baseline, row_from
+from distilbench.report.formats import (
+    counted,
+    duration,
+    interval,
+    margin_text,
+    markdown,
+    memory,
+    p_value,
+    percent,
+    points,
+)
+from distilbench.report.rows import Difference, Row, Untested, row_from
 from distilbench.report.words import above_floor
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
@@ -31,11 +42,12 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial beside its baseline: a report of two rows, and the accuracy of the most frequent label alone."""
+    """A trial beside its baseline: a report of two rows, the accuracy of the most frequent label alone, the margin."""
 
     row: Row
     baseline: Row
     floor: float | None
+    margin: float
 
     @property
     def trial(self) -> StoredTrial:
@@ -43,8 +55,11 @@ class Comparison:
         return self.row.trials[0]
 
 
-def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
-    """Compare two finished trials; raises :class:`SettingsError` for two protocols, or predictions that don't match."""
+def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Comparison:
+    """Compare two finished trials, with a margin in points.
+
+    Raises :class:`SettingsError` for trials of two protocols, or with predictions of other examples.
+    """
     if trial.protocol_id != baseline.protocol_id:
         raise SettingsError(
             f"trials to compare must be of one protocol, got {trial.protocol_id} ({trial.name}) and "
@@ -52,14 +67,14 @@ def compare(trial: StoredTrial, baseline: StoredTrial) -> Comparison:
         )
     rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
             replace(row_from([trial]), label="this trial")]  # fmt: skip
-    rows = against_baseline(rows, 0, read=_predictions, shown=2)
+    rows = against_baseline(rows, 0, _predictions, Terms(margin, shown=2))
     (base, row), floor = mark_learned(rows, _predictions, shown=2)
     if row.untested is Untested.EXAMPLES:
         raise SettingsError(
             f"predictions to compare must be of the same examples, got others in {trial.name} than in "
             f"{baseline.name}; train the baseline again"
         )
-    return Comparison(row, base, floor)
+    return Comparison(row, base, floor, margin)
 
 
 def _predictions(trial: StoredTrial) -> Predictions | None:
@@ -77,10 +92,16 @@ def sentence(comparison: Comparison) -> str:
     on_these = f"on these {found.examples:,} examples"
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
+        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: {_loss(found)}, less than {margin_text(comparison.margin)}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
     }.get(comparison.row.verdict or Verdict.UNDECIDED,
-          f"Undecided: one example of {found.examples:,} is {100 / found.examples:.2f} points.")  # fmt: skip
+          f"Undecided {on_these}: {_loss(found)}, and {margin_text(comparison.margin)} would do.")  # fmt: skip
     return f"{_unlearned(comparison)}{outcome} {_scope(trial, base)}"
+
+
+def _loss(found: Difference) -> str:
+    shown = f"it loses {-found.points:.2f} points, and " if found.is_loss_shown else "it loses "
+    return f"{shown}at most {max(found.loses_at_most, 0):.2f} points"
 
 
 def _unlearned(comparison: Comparison) -> str:
@@ -123,7 +144,13 @@ def comparison_metrics(comparison: Comparison) -> dict[str, float]:
         "flops_gain_percent": row.saving.flops,
     }
     if found is not None:
-        figures |= {"difference_low_points": found.low, "difference_high_points": found.high, "mcnemar_p": found.p}
+        figures |= {
+            "difference_low_points": found.low,
+            "difference_high_points": found.high,
+            "mcnemar_p": found.p,
+            "loses_at_most_points": found.loses_at_most,
+            "p_margin": found.p_loss,
+        }
     return {name: value for name, value in figures.items() if value is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distilbench.report.formats import interval, p_value, percent, points
-from distilbench.report.rows import Row, Untested
+from distilbench.report.rows import Difference, Row, Untested
 from distilbench.results import Verdict
 
 VERDICTS = {
@@ -50,6 +50,26 @@ def reason_untested(row: Row) -> str:
     if row.untested is Untested.SEEDS:
         return f"the baseline lacks seeds {', '.join(map(str, row.seeds))}"
     return _UNTESTED[row.untested] if row.untested else ""
+
+
+def what_decides(found: Difference) -> str:
+    """Say what would decide an undecided row, with a chance of 80 %."""
+    needed = found.needed
+    if needed is None:
+        return "more seeds may decide it"
+    examples = f"about {needed.examples:,} examples with {needed.with_seeds} seeds" if needed.examples else ""
+    if needed.seeds is None:
+        limit = f"the {found.examples:,} examples alone leave ± {100 * needed.floor:.1f} points"
+        return f"no number of seeds decides it, for {limit}" + (f"; {examples} would" if examples else "")
+    return f"{needed.seeds} seeds would decide it" + (f", or {examples}" if examples else "")
+
+
+def decided_by(row: Row) -> str:
+    """Say it short: ``6 seeds``, ``3,200 examples``; nothing for a row that is decided."""
+    needed = row.difference.needed if row.difference else None
+    if needed is None:
+        return ""
+    return f"{needed.seeds} seeds" if needed.seeds else f"{needed.examples:,} examples" if needed.examples else "never"
 
 
 def size_of(row: Row) -> str:

@@ -29,7 +29,7 @@ from distilbench.sweep.plan import SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, said_by, storage_at
 from distilbench.sweep.study import FAILURES, Study, TrialView, quiet
-from distilbench.tracking import MlflowStore, NullParentRun, ParentRun, open_store
+from distilbench.tracking import MARGIN, SWEEP, MlflowStore, NullParentRun, ParentRun, open_store
 
 POLL_SECONDS = 1.0
 
@@ -62,7 +62,7 @@ def run_plan(
             failure = runner.run()
         except UNANSWERED as error:
             return f"hydra.sweeper.storage no longer answers: {said_by(error)}; the same command continues"
-        if report_sweep(store, plan.name, plan.directory, default_treatment()) is None:
+        if report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is None:
             runner.show_all()  # nothing is tracked: there is only what the study knows
         return failure
 
@@ -74,7 +74,7 @@ def _open_parent_run(
     if store is None:
         return NullParentRun()
     study = studies.main.study
-    known = {"distilbench.sweep": plan.name, "distilbench.role": "sweep", **tags}
+    known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
     parent = store.open_parent_run(plan.name, known, run_id=study.user_attrs.get("run_id"))
     study.set_user_attr("run_id", parent.run_id)
     return parent

@@ -12,11 +12,12 @@ from distilbench.tracking.parent_run import NullParentRun, ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
 from distilbench.tracking.search import RawRun, RunFilter
-from distilbench.tracking.store import CONFIRMS, SWEEP, MlflowStore
+from distilbench.tracking.store import CONFIRMS, MARGIN, SWEEP, MlflowStore
 from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
 __all__ = [
     "CONFIRMS",
+    "MARGIN",
     "SWEEP",
     "DatasetUsed",
     "MlflowRun",

@@ -26,8 +26,8 @@ REQUIRED = (MARK, "distilbench.protocol", "distilbench.seed", "distilbench.statu
 TAGS = (
     *REQUIRED, "distilbench.alone", "distilbench.model", "distilbench.data", "distilbench.metric",
     "distilbench.selection_split", "distilbench.report_split", "distilbench.role", "distilbench.error",
-    "distilbench.sweep", "distilbench.trial", "distilbench.confirms", "distilbench.version.distilbench",
-    "mlflow.parentRunId",
+    "distilbench.sweep", "distilbench.trial", "distilbench.confirms", "distilbench.margin",
+    "distilbench.version.distilbench", "mlflow.parentRunId",
 )  # fmt: skip
 
 METRICS = (

@@ -37,6 +37,9 @@ SWEEP = "distilbench.sweep"
 CONFIRMS = "distilbench.confirms"
 """Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
 
+MARGIN = "distilbench.margin"
+"""Tag of a sweep's run: the margin in points that its report holds settings to."""
+
 PARAMS_PER_BATCH = 100
 LONGEST_NAME = 500
 """MLflow's own limits (mlflow.utils.validation): parameters a call, characters of a data set's name."""

@@ -119,7 +119,7 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
         baseline = find()
         if baseline is None:
             return outcome
-        comparison = compare(outcome.stored, baseline)
+        comparison = compare(outcome.stored, baseline, outcome.settings.margin)
         if store and outcome.run_id:
             store.add_comparison(outcome.run_id, comparison_markdown(comparison), comparison_metrics(comparison))
     except Exception as error:  # the boundary of a trial that has its result

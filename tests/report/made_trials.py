@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from distilbench.report.comparison import Terms, against_baseline
 from distilbench.report.findings import Curve, Report
 from distilbench.report.floor import mark_learned
-from distilbench.report.rows import against_baseline, find_baseline, label_rows, rows_from
+from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import Predictions, Status, StoredTrial
 
 EXAMPLES = 872
@@ -93,17 +94,19 @@ def predictions_of(stored: StoredTrial) -> Predictions | None:
     return stored.predictions
 
 
-def report_of(trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", **changes) -> Report:
+def report_of(
+    trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", margin: float = 1.0, **changes
+) -> Report:
     """The report that these trials make, with invented learning curves."""
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
     if baseline is not None:
-        rows = against_baseline(rows, baseline, predictions_of, shown, is_picked_here)
+        rows = against_baseline(rows, baseline, predictions_of, Terms(margin, shown, is_picked_here))
     rows, floor = mark_learned(rows, predictions_of, shown)
     curves = tuple(
         Curve(row.label, tuple((step, row.accuracy - 0.03 / step) for step in (1, 2, 3)), row.is_baseline)
         for row in rows[:8]
         if row.trials
     )
-    return Report(title, tuple(rows), shown, trials[0], curves=curves, floor=floor, **changes)
+    return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, floor=floor, **changes)

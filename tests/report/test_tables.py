@@ -41,7 +41,9 @@ def printed(report, width=80, layout="full", most=25) -> str:
 def test_a_wide_terminal_shows_every_column_and_the_answer(report):
     text = printed(report, width=180)
     words = " ".join(text.split())
-    assert "None of the 3 settings tried (1 diverged) was shown to be better than the baseline." in words
+    assert (
+        "None of the 3 settings tried (1 diverged) was shown to be better than the baseline, or to lose less" in words
+    )
     assert "protocol 0123456789ab: all-MiniLM-L6-v2 on sst2" in words
     (frozen,) = [line for line in text.splitlines() if line.startswith(" layers=3")]
     for cell in ("90.02 %", "0.3330", "-0.69 (", "1.00", "undecided (n = 1)", "14 min 48 s (35 % less)",

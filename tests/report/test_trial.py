@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from distilbench import report
 from distilbench.identity import SourceUsed
 from distilbench.report import (
     Summary,
-    compare,
     comparison_markdown,
     comparison_metrics,
     duration,
@@ -22,9 +22,15 @@ from distilbench.report import (
     print_summary,
     sentence,
 )
+from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult
 from distilbench.settings import FreezeSettings, SettingsError
+
+
+def compare(trial: StoredTrial, base: StoredTrial, margin: float = 1.0):
+    """With the usual margin."""
+    return report.compare(trial, base, margin)
 
 
 def stored(right: str, *, run_id="t", seed=42, **changes) -> StoredTrial:
@@ -65,11 +71,14 @@ def test_comparison_counts_tests_and_times_the_same_examples():
         "difference_low_points": pytest.approx(low),
         "difference_high_points": pytest.approx(high),
         "mcnemar_p": 1.0,
+        "loses_at_most_points": pytest.approx(100 * noninferiority_exact(3, 2, 100, 0.01).bound),
+        "p_margin": noninferiority_exact(3, 2, 100, 0.01).p,
         "time_gain_percent": pytest.approx(35.23, abs=0.01),
     }
     assert result.row.saving.time_note == ""
     assert sentence(result) == (
-        "Undecided: one example of 100 is 1.00 points. "
+        f"Undecided on these 100 examples: it loses at most {result.row.difference.loses_at_most:.2f} points, "
+        "and 1 point would do. "
         "One seed each (42): this speaks of two trained models, not yet of their settings."
     )
 
@@ -78,6 +87,14 @@ def test_better_and_worse_are_said_of_these_examples_only():
     better, worse = compare(stored(BETTER), baseline(SAME)), compare(stored(SAME), baseline(BETTER))
     assert sentence(better).startswith("Better than the baseline on these 100 examples")
     assert sentence(worse).startswith("Worse than the baseline on these 100 examples")
+
+
+def test_a_loss_below_the_margin_is_good_enough_and_says_both_figures():
+    large = "1" * 1000
+    close = compare(stored("1" * 998 + "00"), baseline(large))
+    assert sentence(close).startswith("Good enough on these 1,000 examples: it loses at most 0.7")
+    lost = compare(stored("1" * 990 + "0" * 10), baseline(large), margin=3.0)
+    assert sentence(lost).startswith("Good enough on these 1,000 examples: it loses 1.00 points, and at most 1.8")
 
 
 def test_different_seeds_are_named():

@@ -1,0 +1,120 @@
+"""Rows against the baseline: what was seen, what of it holds for all rows of a report together, what would decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from distilbench.report.costs import NO_SAVING, saving_of
+from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
+from distilbench.report.power import what_it_takes
+from distilbench.report.rows import Difference, Row, Untested
+from distilbench.report.statistics import compare_over_seeds, holm
+from distilbench.results import Predictions, StoredTrial, Verdict
+
+ReadPredictions = Callable[[StoredTrial], Predictions | None]
+"""Fetches what a trial said of every example; asked only for the trials of rows that are tested."""
+
+_Correct = Mapping[int, np.ndarray]
+"""Seed -> ``(examples,)`` bool of what was classified correctly."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms rows are compared: the ``margin`` in points, and how many rows are tested, from the best on.
+
+    ``is_picked_here``: the split that reports also chose among these rows, so a lead is yet to be confirmed.
+    """
+
+    margin: float
+    shown: int = 200
+    is_picked_here: bool = False
+
+
+def against_baseline(rows: Sequence[Row], baseline: int, read: ReadPredictions, terms: Terms) -> list[Row]:
+    """Compare rows with the baseline; the corrections count every setting that was tried.
+
+    A setting that is not tested, be it beyond the rows shown, pruned, diverged or failed, counts as one with p = 1. Its
+    own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
+    away would not: what was pruned was seen to be behind, so the tests that remain were chosen by their outcome.
+    """
+    base = rows[baseline]
+    finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
+    terms = replace(terms, is_picked_here=terms.is_picked_here and len(finished) > 1)
+    read_once = {i: _correct(rows[i], base, read) for i in finished if i < terms.shown or not base.trials}
+    pairs = {i: pair for i, pair in read_once.items() if not isinstance(pair, Untested)}
+    found = {i: _difference(*pair, terms.margin) for i, pair in pairs.items()}
+    differences = _corrected({i: one for i, one in found.items() if one}, tried=len(rows) - 1)
+    result = list(rows)
+    for i in finished:
+        row = _beside(rows[i], base)
+        if i in differences:
+            result[i] = _judged(row, differences[i], pairs[i], terms, tried=len(rows) - 1)
+        else:
+            why = read_once.get(i, Untested.ROWS)
+            result[i] = replace(row, untested=why if isinstance(why, Untested) else Untested.SEEDS)
+    return result
+
+
+def _beside(row: Row, base: Row) -> Row:
+    """What a row differs in and saves, tested or not."""
+    if not base.trials:
+        return replace(row, saving=NO_SAVING)
+    return replace(row, points=100 * (row.accuracy - base.accuracy), saving=saving_of(row.trials, base.trials))
+
+
+def _correct(row: Row, base: Row, read: ReadPredictions) -> tuple[_Correct, _Correct] | Untested:
+    """What both sides got right, or why they can't be compared."""
+    if not base.trials:
+        return Untested.BASELINE
+    ours, theirs = ({trial.seed: read(trial) for trial in side.trials} for side in (row, base))
+    everyone = [*ours.values(), *theirs.values()]
+    if any(predictions is None for predictions in everyone):
+        return Untested.PREDICTIONS
+    if len({tuple(predictions.labels.tolist()) for predictions in everyone if predictions}) > 1:
+        return Untested.EXAMPLES
+    first, second = ({seed: kept.correct for seed, kept in side.items() if kept} for side in (ours, theirs))
+    return first, second
+
+
+def _difference(ours: _Correct, theirs: _Correct, margin: float) -> Difference | None:
+    """Test without correction; None where seeds can be neither paired nor taken as independent."""
+    try:
+        seen = compare_over_seeds(ours, theirs)
+        loss = noninferiority_over_seeds(ours, theirs, margin / 100)
+    except ValueError:
+        return None
+    return Difference(
+        points=100 * seen.difference,
+        low=100 * seen.low,
+        high=100 * seen.high,
+        p=seen.p,
+        p_holm=seen.p,
+        loses_at_most=100 * loss.bound,
+        p_loss=loss.p,
+        p_loss_holm=loss.p,
+        n=seen.n,
+        paired=seen.paired,
+        examples=len(next(iter(theirs.values()))),
+    )
+
+
+def _corrected(found: Mapping[int, Difference], tried: int) -> dict[int, Difference]:
+    """Correct both p-values for all settings ``tried``."""
+    untested = [1.0] * (tried - len(found))
+    p_holm = holm([one.p for one in found.values()] + untested)
+    p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
+    each = zip(found.items(), p_holm, p_loss_holm, strict=False)
+    return {i: replace(one, p_holm=p, p_loss_holm=p_loss) for (i, one), p, p_loss in each}
+
+
+def _judged(row: Row, found: Difference, pair: tuple[_Correct, _Correct], terms: Terms, tried: int) -> Row:
+    """Decide what may be claimed of a row and, where that is nothing, what would decide."""
+    claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
+    if claim is Verdict.BETTER and terms.is_picked_here:
+        claim = Verdict.AHEAD
+    if claim is Verdict.UNDECIDED:
+        found = replace(found, needed=what_it_takes(*pair, terms.margin / 100, rows=tried))
+    return replace(row, difference=found, verdict=claim)
