@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import pkgutil
 import runpy
 import signal
 import subprocess
@@ -19,32 +18,20 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
-
-import distilbench
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = sys.platform == "linux"
 """Elsewhere a fork of a process that holds these libraries is not safe: each command starts afresh."""
 HEAVY = {"torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "matplotlib", "pyarrow"}
 """What must not be imported before a configuration has been checked; Optuna neither, where nothing is swept."""
-PRELOADED = ("torch", "transformers.models.distilbert.modeling_distilbert", "mlflow", "mlflow.data", "datasets",
-             "sklearn.metrics", "matplotlib.figure", "optuna", "hydra", "rich.console", "rich.live")  # fmt: skip
-
-
-def _rooms() -> Iterator[str]:
-    """Every module in a package of ours; the commands themselves, which stand above, are run as ``__main__``."""
-    for module in pkgutil.walk_packages(distilbench.__path__, "distilbench."):
-        if module.name.count(".") > 1:
-            yield module.name
-
 
 if FORKS:
     _SERVER = multiprocessing.get_context("forkserver")
-    _SERVER.set_forkserver_preload([*PRELOADED, *_rooms()])
+    _SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 class Process(Protocol):
@@ -131,8 +118,8 @@ def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], st
         os.dup2(stream, number)
         os.close(stream)
     encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
-    for written in (sys.stdout, sys.stderr):
-        written.reconfigure(encoding=encoding or None, errors=errors or None, line_buffering=written.isatty())
+    for written, by_line in ((sys.stdout, sys.stdout.isatty()), (sys.stderr, True)):
+        written.reconfigure(encoding=encoding or None, errors=errors or None, line_buffering=by_line)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
