@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from distilbench.bench.cases import Case, Measured
-    from distilbench.bench.roofline import Machine, Work
+    from distilbench.bench.roofline import Machine, StepCost
     from distilbench.trials.prepared import Prepared
-from distilbench.bench.table import Benchmark, Row, _write
+from distilbench.bench.table import Benchmark, Row, write
 
 register_schema(BenchmarkSettings)
 
@@ -78,7 +78,7 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
         driver_version(resolve_device(settings.engine.device)), date.today().isoformat(), _versions(),
         prepared.model.used.describe(), prepared.text.used.describe(),
     )  # fmt: skip
-    _write(done, console)
+    write(done, console)
     return done
 
 
@@ -206,11 +206,11 @@ def _in_own_process(case: Case) -> Measured:
         return together([run.result() for run in runs])
 
 
-def _limit(settings: BenchmarkSettings, prepared: Prepared, rows: Sequence[Row]) -> tuple[Machine, Work]:
+def _limit(settings: BenchmarkSettings, prepared: Prepared, rows: Sequence[Row]) -> tuple[Machine, StepCost]:
     """The machine's rates, and what a step asks of them."""
     import numpy as np
 
-    from distilbench.bench.roofline import measure_machine, work_of
+    from distilbench.bench.roofline import measure_machine, step_cost_of
     from distilbench.engines.device import resolve_device
     from distilbench.models.build import build_model
     from distilbench.models.freezing import freeze
@@ -222,7 +222,7 @@ def _limit(settings: BenchmarkSettings, prepared: Prepared, rows: Sequence[Row])
     timed = settings.bench.steps
     words = len(np.unique(prepared.splits.train.tokens))
     tokens = _timed_tokens(rows[0].case, settings) / timed
-    return machine, work_of(model, tokens, settings.train.batch_size, words)
+    return machine, step_cost_of(model, tokens, settings.train.batch_size, words)
 
 
 def _timed_tokens(case: Case, settings: BenchmarkSettings) -> int:

@@ -99,3 +99,11 @@ def test_a_path_that_is_typed_means_the_directory_of_that_moment(folder, typed, 
 
 def test_a_name_on_the_hub_is_no_path_even_where_there_is_such_a_directory(folder):
     assert absolute_paths(["model.checkpoint=m1"]) == ["model.checkpoint=m1"]
+
+
+def test_the_quick_experiment_and_its_baseline_learn_at_one_rate_from_one_amount_of_text(composing):
+    config = composed("experiment=quick", "freeze.layers=3")
+    trial, baseline = settings_from(config), settings_from(baseline_config(config))
+    assert (trial.optim.lr, trial.freeze.layers) == (1e-4, 3)
+    assert (baseline.optim.lr, baseline.freeze.layers) == (1e-4, 0)
+    assert (baseline.train, baseline.data) == (trial.train, trial.data)

@@ -66,7 +66,7 @@ def test_the_reports_other_rows_compose_as_it_states_them():
 
 def test_experiments_add_up_and_the_command_line_wins():
     s = composed("experiment=[quick,layer_freezing]", "freeze.layers=2")
-    assert (s.data.max_train_examples, s.train.epochs, s.baseline.ensure, s.freeze.layers) == (2000, 1, True, 2)
+    assert (s.data.max_train_examples, s.train.epochs, s.baseline.ensure, s.freeze.layers) == (2000, 2, True, 2)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What one optimisation step of one trial asks for at least.
 
     ``shared_operations`` are those of the frozen prefix's forward pass, which trials trained together need once.
@@ -89,7 +89,7 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def work_of(model: nn.Module, tokens: float, sentences: float, words: int) -> Work:
+def step_cost_of(model: nn.Module, tokens: float, sentences: float, words: int) -> StepCost:
     """Count one step over ``tokens`` in ``sentences``, where ``words`` of the vocabulary occur in the whole text.
 
     Forward, gradient of the input and gradient of the weight take two operations a weight and token each; layers of the
@@ -109,7 +109,7 @@ def work_of(model: nn.Module, tokens: float, sentences: float, words: int) -> Wo
         else:
             operations += forward * (2 if layer == bottom and _OF_INPUT.search(name) else 3)
     trained = sum(_elements(name, p, words) for name, p in model.named_parameters() if p.requires_grad)
-    return Work(operations, shared, float(_ADAMW_BYTES * trained))
+    return StepCost(operations, shared, float(_ADAMW_BYTES * trained))
 
 
 def _lowest_trained(model: nn.Module) -> int:

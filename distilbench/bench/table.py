@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from distilbench.bench.cases import Case, Measured
-    from distilbench.bench.roofline import Machine, Work
+    from distilbench.bench.roofline import Machine, StepCost
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Benchmark:
     settings: BenchmarkSettings
     rows: list[Row]
     machine: Machine
-    work: Work
+    work: StepCost
     tokens: int
     device: str
     driver: str | None
@@ -160,7 +160,7 @@ def caption_of(done: Benchmark) -> str:
     )
 
 
-def _write(done: Benchmark, console: Console) -> None:
+def write(done: Benchmark, console: Console) -> None:
     """Print the table; write JSON with every run, and a plot."""
     directory = Path(done.settings.output.dir)
     console.print(table_of(done))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distilbench.bench.roofline import Machine, Work, measure_machine, work_of
+from distilbench.bench.roofline import Machine, StepCost, measure_machine, step_cost_of
 from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
@@ -22,7 +22,7 @@ def model(settings):
 
 def frozen(model, settings, layers):
     freeze(model, settings(f"freeze.layers={layers}", "model.layers=3").freeze)
-    return work_of(model, TOKENS, SENTENCES, WORDS)
+    return step_cost_of(model, TOKENS, SENTENCES, WORDS)
 
 
 def sizes(model):
@@ -64,7 +64,7 @@ def test_the_optimizer_moves_28_bytes_for_every_trained_weight_and_word_that_occ
 
 def test_the_limit_is_the_longer_of_products_and_traffic_and_a_batch_shares_the_prefix():
     machine = Machine({"fp32": 100.0, "bf16": 200.0}, bytes_per_second=10.0)
-    work = Work(operations=1000.0, shared_operations=400.0, optimizer_bytes=40.0)
+    work = StepCost(operations=1000.0, shared_operations=400.0, optimizer_bytes=40.0)
     assert work.seconds(machine, "fp32") == 10
     assert work.seconds(machine, "fp32", trials=4) == 7
     assert work.seconds(machine, "bf16") == 5
