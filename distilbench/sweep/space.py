@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from optuna.distributions import (
 
 from distilbench.composition import baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
+from distilbench.report.names import name_of
 from distilbench.settings import AppSettings, SettingsError
 
 Params = dict[str, Any]
@@ -84,16 +84,11 @@ class Space:
 
     def name_of(self, point: Point) -> str:
         """Return what varies in the sweep, and only that: ``layers=3 scheduler=cosine``."""
-        ends = Counter(key.rpartition(".")[2] for key in self.dimensions)
-        parts = []
-        for key, value in point.params.items():
-            end = key.rpartition(".")[2]
-            shown = f"{value:.3g}" if isinstance(value, float) else value
-            parts.append(f"{end if ends[end] <= 1 else key}={shown}")
+        told = name_of(point.params, list(self.dimensions))
         if point.is_baseline:
             seeds = [override for override in point.extra if override.startswith("seed=")]
-            return " ".join(["baseline", *seeds]) if not parts else f"baseline: {' '.join(parts)}"
-        return " ".join(parts or point.extra) or "trial"
+            return f"baseline: {told}" if told else " ".join(["baseline", *seeds])
+        return told or " ".join(point.extra) or "trial"
 
     def describe(self) -> dict[str, str]:
         """Return each dimension as Optuna writes it, to be kept and compared."""
