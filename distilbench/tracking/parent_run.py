@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING
 from distilbench.results import Owner, Record, Status
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import retry_or_warn
-from distilbench.tracking.run import end_run, log_metrics, milliseconds
+from distilbench.tracking.run import end_run, log_metrics, points
 from distilbench.tracking.tags import LONGEST_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-
-log = logging.getLogger(__name__)
 
 PAGE = 1000
 
@@ -48,30 +45,21 @@ class MlflowParentRun:
     """An open run that others name as their parent; ``sweep`` is in its and their tag ``distilbench.sweep``."""
 
     def __init__(self, client: MlflowClient, experiment_id: str, run_id: str, sweep: str) -> None:
-        self._client, self._experiment_id, self._run_id, self._sweep = client, experiment_id, run_id, sweep
+        self._client, self._experiment_id, self.run_id, self._sweep = client, experiment_id, run_id, sweep
         self._note = ""
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return self._run_id
 
     def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
         """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
-        at = milliseconds()
-        values = [(name, float(value), at, 0) for name, value in metrics.items()]
-        retry_or_warn("the sweep's metrics", lambda: log_metrics(self._client, self._run_id, values))
+        values = points(metrics)
+        retry_or_warn("the sweep's metrics", lambda: log_metrics(self._client, self.run_id, values))
         if note is not None and note != self._note:
             self._note = note
-            text = redact(note)[:LONGEST_TAG]
-            retry_or_warn("the description", lambda: self._describe(text))
-
-    def _describe(self, text: str) -> None:
-        self._client.set_tag(self._run_id, "mlflow.note.content", text)
+            tag = self.run_id, "mlflow.note.content", redact(note)[:LONGEST_TAG]
+            retry_or_warn("the description", lambda: self._client.set_tag(*tag))
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """Give the run its true end; one that was opened again may be ended again."""
-        retry_or_warn("the end of the run", lambda: end_run(self._client, self._run_id, status, error))
+        retry_or_warn("the end of the run", lambda: end_run(self._client, self.run_id, status, error))
 
     def unfinished(self, is_over: Callable[[Owner], bool]) -> dict[str, str]:
         """Return the other runs of the sweep that are RUNNING in a process that ``is_over``, with each one's trial."""
@@ -82,7 +70,7 @@ class MlflowParentRun:
     def _running(self) -> list[Run]:
         query = f"attributes.status = 'RUNNING' and tags.`distilbench.sweep` = '{self._sweep}'"
         running = self._client.search_runs([self._experiment_id], query, max_results=PAGE)
-        return [run for run in running if run.info.run_id != self._run_id]
+        return [run for run in running if run.info.run_id != self.run_id]
 
     def settle(self, run_id: str, record: Record, predictions: Path) -> None:
         """End a run whose process could not, with what its trial's directory says; leaves ended ones alone."""
@@ -91,8 +79,7 @@ class MlflowParentRun:
     def _settle(self, run_id: str, record: Record, predictions: Path) -> None:
         if self._client.get_run(run_id).info.status != "RUNNING":
             return
-        at = milliseconds()
-        log_metrics(self._client, run_id, [(name, float(value), at, 0) for name, value in record.figures.items()])
+        log_metrics(self._client, run_id, points(record.figures))
         if predictions.is_file():
             self._client.log_artifact(run_id, str(predictions))
         end_run(self._client, run_id, record.status, record.error)

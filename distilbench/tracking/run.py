@@ -38,7 +38,7 @@ class MlflowRun:
 
     def __init__(self, client: MlflowClient, run_id: str, start: RunStart) -> None:
         self._client = client
-        self._run_id = run_id
+        self.run_id = run_id
         self._start = start
         same = start.protocol.selection_split == start.protocol.report_split
         self._split = "validation" if same else "selection"
@@ -47,11 +47,6 @@ class MlflowRun:
         self._due = time.monotonic() + SHORTEST_WAIT
         self._failures = 0
         self._warned = False
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return self._run_id
 
     def on_step(self, record: StepRecord) -> None:
         """Log an optimisation step."""
@@ -78,11 +73,10 @@ class MlflowRun:
         if result.history:
             writes.append(("the learning curve", lambda: self._log_curve(result)))
         all(retry_or_warn(what, write) for what, write in writes)  # a store that is gone is not waited for once more
-        retry_or_warn("the end of the run", lambda: end_run(self._client, self._run_id, result.status, result.error))
+        retry_or_warn("the end of the run", lambda: end_run(self._client, self.run_id, result.status, result.error))
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
-        at = milliseconds()
-        self._waiting += [(name, float(value), at, step) for name, value in values.items()]
+        self._waiting += points(values, step)
 
     def _flush(self) -> None:
         """Send what waits, and wait a hundred times as long as that took; warn once, at the second failure in a row."""
@@ -100,25 +94,26 @@ class MlflowRun:
 
     def _send(self) -> None:
         while self._waiting:
-            log_metrics(self._client, self._run_id, self._waiting[:METRICS_PER_BATCH])
+            log_metrics(self._client, self.run_id, self._waiting[:METRICS_PER_BATCH])
             del self._waiting[:METRICS_PER_BATCH]
 
     def _log_predictions(self, predictions: Predictions) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_predictions(predictions, Path(folder) / PREDICTIONS)
-            self._client.log_artifact(self._run_id, str(Path(folder) / PREDICTIONS))
+            self._client.log_artifact(self.run_id, str(Path(folder) / PREDICTIONS))
 
     def _log_confusion(self, predictions: Predictions) -> None:
         figure = confusion_figure(predictions, self._start.label_names)
-        self._client.log_figure(self._run_id, figure, "confusion_matrix.png")
+        self._client.log_figure(self.run_id, figure, "confusion_matrix.png")
 
     def _log_curve(self, result: TrialResult) -> None:
-        self._client.log_figure(self._run_id, curve_figure(self._losses, result), "learning_curve.png")
+        self._client.log_figure(self.run_id, curve_figure(self._losses, result), "learning_curve.png")
 
 
-def milliseconds() -> int:
-    """Milliseconds since the epoch, as MLflow counts."""
-    return int(time.time() * 1000)
+def points(values: Mapping[str, float], step: int = 0) -> list[tuple[str, float, int, int]]:
+    """Return (name, value, milliseconds since 1970, step) of each value, measured now."""
+    at = int(time.time() * 1000)
+    return [(name, float(value), at, step) for name, value in values.items()]
 
 
 def log_metrics(client: MlflowClient, run_id: str, values: list[tuple[str, float, int, int]]) -> None:

@@ -21,10 +21,10 @@ from distilbench.tracking.parent_run import MlflowParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import as_settings_error, retry_or_warn
-from distilbench.tracking.run import MlflowRun, end_run, log_metrics, milliseconds
+from distilbench.tracking.run import MlflowRun, end_run, log_metrics, points
 from distilbench.tracking.search import RawRun, RunFilter, search_server
 from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
-from distilbench.tracking.uri import StoreAddress
+from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Experiment, Run
@@ -68,7 +68,10 @@ class MlflowStore:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
         self.require_own_folder()
         with self._asking():
-            run = self._reopened(start.run_id, start) if self._holds(start.run_id) else self._created(start)
+            if self._holds(start.run_id):
+                run = self._reopened(start.run_id, start)
+            else:
+                run = self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
             run_id = run.info.run_id
             try:
                 self._log_params(run_id, start.settings, known=run.data.params)
@@ -93,13 +96,14 @@ class MlflowStore:
                     [self._experiment_id], narrowed, max_results=1, order_by=["attributes.end_time DESC"]
                 )
             if runs:
-                return self._stored(runs[0])
+                run = RawRun.of(runs[0])
+                return replace(run.trial(self.run_url(run.run_id)), predictions=self.predictions(run.run_id))
         return None
 
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
         """Attach ``comparison.md`` and metrics to a run, which may have ended."""
         retry_or_warn("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
-        values = [(name, float(value), milliseconds(), 0) for name, value in (metrics or {}).items()]
+        values = points(metrics or {})
         retry_or_warn("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
@@ -187,9 +191,6 @@ class MlflowStore:
     def _asking(self) -> contextlib.AbstractContextManager[None]:
         return as_settings_error(self._address.refusal, self._address.remedy)
 
-    def _created(self, start: RunStart) -> Run:
-        return self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
-
     def _holds(self, run_id: str | None) -> TypeGuard[str]:
         """Whether there is such a run to continue; one that was deleted since is replaced, which a line tells."""
         from mlflow.exceptions import MlflowException
@@ -242,11 +243,6 @@ class MlflowStore:
         if inputs:
             self._client.log_inputs(run_id, datasets=inputs)
 
-    def _stored(self, run: Run) -> StoredTrial:
-        """A run as a trial with its predictions; raises :class:`SettingsError` for runs of other programs."""
-        trial = RawRun.of(run).trial(self.run_url(run.info.run_id))
-        return replace(trial, predictions=self.predictions(trial.run_id))
-
     def predictions(self, run_id: str) -> Predictions | None:
         """The run's predictions, or None where they were never written or can't be read any more."""
         from mlflow.exceptions import MlflowException
@@ -258,13 +254,9 @@ class MlflowStore:
                 return None
 
     def _file_of(self, run_id: str, name: str, folder: Path) -> Path:
-        """A run's file: in place where :meth:`search` saw a local one (MLflow's download takes 40 ms), else fetched."""
-        from mlflow.utils.file_utils import local_file_uri_to_path
-
-        folder_uri = self._artifacts.get(run_id, "")
-        if folder_uri.startswith("file:"):
-            return Path(local_file_uri_to_path(folder_uri)) / name
-        return Path(self._client.download_artifacts(run_id, name, str(folder)))
+        """Return a run's file: in place if :meth:`search` saw a local one (a download takes 40 ms), else fetched."""
+        seen = local_folder(self._artifacts.get(run_id, ""))
+        return seen / name if seen else Path(self._client.download_artifacts(run_id, name, str(folder)))
 
 
 def _is_sweep(run: RawRun) -> bool:
