@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -198,24 +198,17 @@ def as_settings_error(error: Exception) -> SettingsError | None:
                 f"{link.filename} must be a path that can be used, got {link.strerror}; what is written goes where "
                 "hydra.run.dir (hydra.sweep.dir in a sweep) and tracking.uri say"
             )
-    said_by_hydra = isinstance(error, ValueError) and _raised_in(error).startswith("hydra.")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
+    said_by_hydra = isinstance(error, ValueError) and raised_in.startswith("hydra.")
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return SettingsError(_in_our_words(error, chain))
     return None
 
 
 def _is_about_a_place(error: OSError) -> bool:
-    return error.errno in _WRITING or (error.errno == errno.ENOENT and "mkdir" in _functions_of(error))
-
-
-def _functions_of(error: BaseException) -> list[str]:
-    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-
-
-def _raised_in(error: BaseException) -> str:
-    """The module whose code raised ``error``."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return error.errno in _WRITING or (error.errno == errno.ENOENT and "mkdir" in functions)
 
 
 def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
@@ -296,8 +289,6 @@ def spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(spell, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{','.join(f'{key}:{spell(inner)}' for key, inner in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)

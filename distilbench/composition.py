@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -135,12 +136,7 @@ _PATHS = {
 
 def _absolute(text: str, kind: str) -> str:
     if kind == "database":
-        file = text.removeprefix("sqlite:///")
-        return (
-            text
-            if file in (text, "") or file.startswith(("/", ":"))
-            else f"sqlite:///{quote(Path.cwd().as_posix())}/{file}"
-        )
+        return re.sub(r"sqlite:///(?=[^/:])", lambda _: f"sqlite:///{quote(Path.cwd().as_posix())}/", text)
     path = Path.cwd() / Path(text).expanduser()
     there = path.is_dir() if kind == "model" else path.is_file() and bool(path.suffix)
     return str(path) if there else text

@@ -80,14 +80,12 @@ def at_least(low: float) -> Rule:
     return Rule(f"{low} or more", lambda value: math.isfinite(value) and value >= low)
 
 
-def above(low: float) -> Rule:
-    """Allow finite numbers beyond ``low``."""
-    return Rule(f"above {low}", lambda value: math.isfinite(value) and value > low)
-
-
 def multiple_of(step: int) -> Rule:
     """Allow whole multiples of ``step`` from it on."""
     return Rule(f"a multiple of {step}", lambda value: value > 0 and value % step == 0)
+
+
+ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 
 
 def within(interval: str) -> Rule:
@@ -275,7 +273,7 @@ class OptimSettings(Checked, group="optim"):
 
     name: Annotated[str, one_of(OPTIMIZERS)]
     """adamw | sgd."""
-    lr: Annotated[float, above(0)]
+    lr: Annotated[float, ABOVE_ZERO]
     """Peak learning rate, above 0."""
     weight_decay: Annotated[float, at_least(0)]
     """Decoupled for adamw, an L2 term for sgd; 0 or more; none on biases and LayerNorm."""

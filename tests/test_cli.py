@@ -104,9 +104,7 @@ def test_a_string_that_is_printed_and_typed_comes_back_as_it_was(text):
     assert isinstance(parsed.value(), str)
 
 
-@pytest.mark.parametrize(
-    "value", [None, True, False, 3, 2e-5, 1e-08, [], [1, "a b"], ["null", None, ["x,y"]], {"a": "b c", "d": [1]}]
-)
+@pytest.mark.parametrize("value", [None, True, False, 3, 2e-5, 1e-08, [], [1, "a b"], ["null", None, ["x,y"]]])
 def test_other_values_come_back_as_they_were(value):
     assert OverridesParser.create().parse_override(override("key", value)).value() == value
 
