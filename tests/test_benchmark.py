@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from distilbench.bench.cases import ENGINE, TUNED, Case, Measured, _covered, together
 from distilbench.bench.table import Row
-from distilbench.benchmark import _precisions, _tuned, _without_slower_tuning
+from distilbench.benchmark import _precisions, _tuned, _without_slower_tuning, benchmark
+from distilbench.settings import BenchmarkSettings, register_schema, settings_from
+from tests.commands import FORKS
+from tests.conftest import ROOT
 
 COMMAND = "distilbench.benchmark"
 TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
@@ -78,15 +83,32 @@ def test_a_mistake_is_one_line(workspace, arguments, line):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.e2e
-def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(workspace):
+@pytest.fixture
+def benchmark_settings():
+    """Return ``benchmark_settings(*overrides)``, as the command composes them."""
+
+    def make(*overrides: str) -> BenchmarkSettings:
+        with initialize_config_dir(str(ROOT / "conf")):
+            return settings_from(compose("benchmark", list(overrides)), BenchmarkSettings)
+
+    register_schema(BenchmarkSettings)
+    yield make
+    register_schema()
+
+
+def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(
+    benchmark_settings, tmp_path, monkeypatch, capsys
+):
+    if FORKS:  # a process of its own for each run, but none that imports everything anew
+        server = multiprocessing.get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
     short = ("bench.steps=8", "bench.trials=3", "bench.repeats=1", "bench.eval_examples=16", "train.batch_size=8",
              "bench.processes=2")  # fmt: skip
-    done = workspace.run(*TINY_UNTRACKED, *short, "freeze.layers=1", "train.precision=fp32", "output.dir=out/figures",
-                         program=COMMAND)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (workspace.path / "out" / "figures" / "benchmark.png").stat().st_size > 10_000
-    figures = json.loads((workspace.path / "out" / "figures" / "benchmark.json").read_text())
+    benchmark(benchmark_settings(*TINY_UNTRACKED, *short, "freeze.layers=1", "train.precision=fp32",
+                                 f"output.dir={tmp_path}"))  # fmt: skip
+    printed = capsys.readouterr().out
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "benchmark.json").read_text())
     lines = {line["name"]: line for line in figures["lines"]}
     assert list(lines) == [
         "HF as reported", "HF tuned", "HF tuned, 2 at once", "trainer", "fused, alone", "fused, 3 trials",
@@ -98,7 +120,7 @@ def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(works
         assert line["trial_seconds"] > line["rest_seconds"] + line["evaluation_seconds"] > 0
         assert line["peak_bytes"] > 10**8
         assert line["loss"] == pytest.approx(lines["HF tuned"]["loss"], abs=0.02), "the same training"
-        assert line["name"] in done.stdout
+        assert line["name"] in printed
     assert lines["fused, 3 trials"]["sweep_seconds"] == pytest.approx(3 * lines["fused, 3 trials"]["trial_seconds"])
     assert figures["driver"] is None, "there is no GPU here"
     assert figures["day"] in figures["caption"]

@@ -21,7 +21,11 @@ ENDS = {
     "exit": ("raise SystemExit(3)", 3),
     "exit with words": ("raise SystemExit('words')", 1),
     "error": ("raise ValueError('words')", 1),
-    "ctrl-c": ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    "ctrl-c": (
+        # a shell has its background jobs ignore it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); signal.raise_signal(signal.SIGINT)",
+        -signal.SIGINT,
+    ),
     "sigterm": ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
     "sigkill": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     "a thread": ("import threading, time; threading.Timer(0.1, print, ['words']).start()", 0),

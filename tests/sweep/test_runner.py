@@ -148,8 +148,8 @@ def test_after_its_time_a_sweep_begins_no_further_trial_and_continues_when_asked
     command = ("freeze.layers=0,1,2", "seed=1,2,3", "sweep.name=timed")
     ended = done(workspace, *command, "sweep.timeout_minutes=0.01")
     assert "no further trial is begun" in ended.stdout
-    assert 0 < len(workspace.finished()) < 9
-    done(workspace, *command)
+    assert len(workspace.finished()) < 9
+    done(workspace, *command, "sweep.timeout_minutes=60")
     assert len(set(workspace.finished())) == len(workspace.finished()) == 9
 
 
@@ -228,7 +228,7 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["seed=1,2", "sweep.pruner=median", "sweep.pruner_options.lower=1"], "sweep.pruner_options must be what"),
         (["seed=1,2", "sweep.pruner=median", "sweep.pruner_options.n_startup_trials=-2"], "cannot be negative"),
         (["seed=1,2", "sweep.pruner=hyperband", "sweep.pruner_options.min_resource=x"], "a number, auto or null"),
-        (["seed=1,2", "sweep.pruner=median", "sweep.pruner_options.steps=1"], "Key 'steps' is not in struct"),
+        (["seed=1,2", "sweep.pruner=median", "sweep.pruner_options.steps=1"], "steps must be a setting that there is"),
         (["seed=1,2", "sweep.pruner=median", "sweep.objectives=[accuracy,train_seconds]"], "sweep.pruner must be none"),
         (["seed=1,2", "sweep.objectives=[speed]"], "sweep.objectives must be one of accuracy"),
         (["seed=1,2", "hydra.sweeper.storage=sweeps.db"], "hydra.sweeper.storage must be the URL of a database"),
@@ -244,7 +244,7 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         ([*SPACE, "hydra.sweeper.direction=[maximize,minimize]"], "hydra.sweeper.direction must be"),
         ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
         ([*SPACE, "hydra.sweeper.sampler.n_startup_trials=many"], "n_startup_trials"),
-        (["hydra/sweeper=optuna", "hydra/sweeper/sampler=best", "seed=1,2"], "hydra/sweeper/sampler/best"),
+        (["hydra/sweeper=optuna", "hydra/sweeper/sampler=best", "seed=1,2"], "hydra/sweeper/sampler must be one of"),
     ],
 )
 def test_a_mistake_is_answered_before_the_first_trial_and_leaves_nothing(workspace, arguments, line):
