@@ -57,7 +57,8 @@ class SettingsError(ValueError):
 def require(holds: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
     """Raise :class:`SettingsError` ``<setting> must be <allowed>, got <value>; <remedy>`` unless ``holds``."""
     if not holds:
-        shown = repr(value) if isinstance(value, str) else value
+        shown = repr(value) if isinstance(value, str) else str(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise SettingsError(f"{setting} must be {allowed}, got {shown}" + (f"; {remedy}" if remedy else ""))
 
 
@@ -178,7 +179,7 @@ class DataSettings(Checked, group="data"):
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
     train: Annotated[Optional[str], PathIf("files")] = None
-    """Training split: its name (hub) or a CSV, TSV, JSONL or Parquet file (files)."""
+    """Training split: its name (hub) or a CSV, TSV, JSON, JSONL or Parquet file (files)."""
     validation: Annotated[Optional[str], PathIf("files")] = None
     """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded."""
     text_column: Optional[str] = None
@@ -220,7 +221,7 @@ class DataSettings(Checked, group="data"):
         for name in ("train", "validation"):
             value = getattr(self, name)
             require(value is None or Path(value).is_file(), f"data.{name}",
-                    "an existing CSV, TSV, JSONL or Parquet file", value, "check the path")  # fmt: skip
+                    "an existing CSV, TSV, JSON, JSONL or Parquet file", value, "check the path")  # fmt: skip
         for name in ("text_column", "label_column"):
             require(bool(getattr(self, name)), f"data.{name}", "the name of a column", getattr(self, name))
 

@@ -187,3 +187,10 @@ def test_every_field_says_what_it_means():
         for f in dataclasses.fields(cls):
             line = next(rest for rest in body.split(f"    {f.name}: ")[1:])
             assert line.split("\n")[1].strip().startswith('"""'), f"{cls.__name__}.{f.name} has no docstring"
+
+
+def test_a_long_value_is_cut_in_its_message(settings):
+    with pytest.raises(SettingsError) as caught:
+        settings(f"tracking.experiment={'x' * 600}")
+    assert len(str(caught.value)) < 300
+    assert "xxx..." in str(caught.value)
