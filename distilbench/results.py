@@ -196,6 +196,7 @@ class StoredTrial:
     brier: float = math.nan
     ece: float = math.nan
     number: str = ""
+    train_examples: int = 0
     solo_seconds_estimate: float = math.nan
 
 

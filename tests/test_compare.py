@@ -241,10 +241,10 @@ def test_help_and_mistakes_answer_without_importing_anything_heavy(folder):
 
 def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, tmp_path, caplog):
     store = make_store(folder)
-    assert report_sweep(store, "empty", tmp_path, {}) is None
+    assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
     assert caplog.text == ""
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "trial.json").write_text("{}")
-    assert report_sweep(store, "empty", tmp_path, {}) is None
+    assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
     assert f"the store holds no trial of the sweep empty, {tmp_path} does. A store that was deleted" in caplog.text
     assert "trains them again once the sweep's directory is moved away" in caplog.text

@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 44
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear scale from ``low .. high`` to pixels ``start .. end``, with a format for its ticks."""
+    """A scale from ``low .. high`` to pixels ``start .. end``, linear or logarithmic, with a format for its ticks."""
 
     low: float
     high: float
@@ -24,14 +24,19 @@ class Axis:
     shown: Callable[[float], str] = "{:g}".format
     whole: bool = False
     """Whether only whole numbers get a tick."""
+    is_log: bool = False
 
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high = (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
+        return self.start + ((math.log(value) if self.is_log else value) - low) / (high - low) * (self.end - self.start)
 
     @property
     def ticks(self) -> list[float]:
-        """Four to nine round numbers within the axis."""
+        """Four to nine round numbers within the axis; 1, 2 and 5 of each power of ten on a logarithmic one."""
+        if self.is_log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            return [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 8)
         step = max(step, 1) if self.whole else step
@@ -42,6 +47,12 @@ class Axis:
 def horizontal(values: Iterable[float], unit: str = "", whole: bool = False) -> Axis:
     """The axis below a chart, which holds all values with a margin; ``unit`` follows each tick."""
     return Axis(*_with_margin(values), LEFT, WIDTH - RIGHT, f"{{:g}}{unit}".format, whole)
+
+
+def logarithmic(values: Iterable[float]) -> Axis:
+    """The axis below a chart of counts that span powers of ten."""
+    low, high = _with_margin([math.log(value) for value in values])
+    return Axis(math.exp(low), math.exp(high), LEFT, WIDTH - RIGHT, "{:,.0f}".format, is_log=True)
 
 
 def vertical(values: Iterable[float]) -> Axis:
@@ -94,6 +105,11 @@ def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str
     """A polyline with a tooltip."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline class="{kind}" points="{path}"><title>{html(tip)}</title></polyline>'
+
+
+def whisker(x: float, low: float, high: float, kind: str = "") -> str:
+    """Draw an upright interval."""
+    return f'<line class="whisker {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
 
 
 def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distilbench.report import charts
@@ -12,6 +12,8 @@ from distilbench.report.findings import (
     Report,
     by_depth,
     comparable_in_time,
+    data_curve,
+    half_of_text,
     history,
     importance,
     pareto_front,
@@ -27,6 +29,7 @@ MOST_POINTS = 1000
 def figures_of(report: Report) -> Iterator[str]:
     """Yield the figures that these trials have something to show in."""
     yield from _trade_off(report)
+    yield from _data_curve(report)
     yield from _depths(report)
     yield from _curves(report)
     yield from _history(report)
@@ -88,13 +91,18 @@ def _trade_off(report: Report) -> Iterator[str]:
     if not axes:
         return
     parts = [(axis.name.partition(" (")[0], _against_cost(report, axis)) for axis in axes]
+    yield _switched("Accuracy against cost", "cost", parts)
+
+
+def _switched(title: str, name: str, parts: Sequence[tuple[str, str]]) -> str:
+    """One figure of several charts, each with its caption, of which a reader chooses."""
     switch = "".join(
-        f'<label><input type="radio" name="cost" value="{i}"{" checked" if i == 0 else ""}>{html(name)}</label>'
-        for i, (name, _) in enumerate(parts)
+        f'<label><input type="radio" name="{name}" value="{i}"{" checked" if i == 0 else ""}>{html(choice)}</label>'
+        for i, (choice, _) in enumerate(parts)
     )
     drawn = "".join(f'<div class="choice" data-choice="{i}">{chart}</div>' for i, (_, chart) in enumerate(parts))
     shown = f'<div class="switch">{switch}</div>' if len(parts) > 1 else ""
-    yield f"<figure><h2>Accuracy against cost</h2>{shown}{drawn}</figure>"
+    return f"<figure><h2>{html(title)}</h2>{shown}{drawn}</figure>"
 
 
 def _against_cost(report: Report, axis: _CostAxis) -> str:
@@ -140,6 +148,39 @@ def _depths(report: Report) -> Iterator[str]:
     title = "Accuracy by freeze depth"
     caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
     yield _figure(title, charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, title), caption)
+
+
+def _data_curve(report: Report) -> Iterator[str]:
+    """Accuracy, and FLOPs, against the number of training examples: a line a depth."""
+    curves = data_curve(report)
+    if not curves:
+        return
+    halves = {depth: half_of_text(rows) for depth, rows in curves.items()}
+    costs = [f"{cost:.2f} points at depth {depth}" for depth, cost in halves.items() if cost is not None]
+    half = f"Half of the text costs about {', '.join(costs)}. " if costs else ""
+    caption = "The best setting of each amount, a line a depth, with 95 % intervals. " + half
+    parts = [("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %", caption))]
+    if all(row.cost.flops > 0 for rows in curves.values() for row in rows):
+        unit, name = _unit("FLOPs", max(row.cost.flops for rows in curves.values() for row in rows))
+        parts.append(("FLOPs", _along_text(curves, lambda row: row.cost.flops / unit, f"FLOPs, {name}", "")))
+    yield _switched("How much text", "text", parts)
+
+
+def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, caption: str) -> str:
+    rows = [row for curve in curves.values() for row in curve]
+    halves = {id(row): 100 * row.accuracy_half_width if caption else 0.0 for row in rows}
+    x = charts.logarithmic([row.train_examples for row in rows])
+    y = charts.vertical([value(row) + sign * halves[id(row)] for row in rows for sign in (-1, 1)])
+    marks = ""
+    for i, (depth, curve) in enumerate(curves.items()):
+        kind = f"hue{i % 4}"
+        marks += charts.line([(x(row.train_examples), y(value(row))) for row in curve], kind, f"{depth} layers frozen")
+        for row in curve:
+            at, half = x(row.train_examples), halves[id(row)]
+            marks += charts.whisker(at, y(value(row) - half), y(value(row) + half), kind) + _dot(row, at, y(value(row)))
+        marks += charts.label(x(curve[-1].train_examples) - 4, y(value(curve[-1])) - 9, f"depth {depth}", anchor="end")
+    chart = charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
+    return f"{chart}<figcaption>{html(caption)}</figcaption>"
 
 
 def _curves(report: Report) -> Iterator[str]:

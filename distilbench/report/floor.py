@@ -44,7 +44,8 @@ def mark_learned(rows: Sequence[Row], read: ReadPredictions, shown: int) -> tupl
         asked = row.trials if i < shown or row.is_baseline else ()
         found = {trial.seed: predictions for trial in asked if (predictions := read(trial))}
         if found and len({len(kept.labels) for kept in found.values()}) == 1:
-            row = replace(row, has_learned=has_learned(found))
-            floor = floor or floor_of(next(iter(found.values())).labels)
+            labels = next(iter(found.values())).labels
+            row = replace(row, has_learned=has_learned(found), examples=len(labels))
+            floor = floor or floor_of(labels)
         marked.append(row)
     return marked, floor

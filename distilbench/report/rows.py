@@ -63,8 +63,8 @@ class Row:
     differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
     the seeds that both have, where it was tested. ``verdict`` is what may be claimed; None for the baseline itself,
     without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: its accuracy is shown to
-    be above that of the most frequent label alone; None where that was not asked. ``again`` is the same
-    setting in a confirmation, with fresh seeds.
+    be above that of the most frequent label alone; None where that was not asked. ``examples`` are those that it
+    is reported on, 0 where unknown. ``again`` is the same setting in a confirmation, with fresh seeds.
     """
 
     label: str
@@ -82,7 +82,15 @@ class Row:
     verdict: Verdict | None = None
     untested: Untested | None = None
     has_learned: bool | None = None
+    examples: int = 0
     again: Row | None = None
+
+    @property
+    def accuracy_half_width(self) -> float:
+        """Half of the 95 % interval of its accuracy, a share: over examples and, where it has several, over seeds."""
+        over_examples = self.accuracy * (1 - self.accuracy) / self.examples if self.examples else 0.0
+        over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.n, 1)
+        return 1.96 * math.sqrt(over_examples + over_seeds)
 
     @property
     def claim(self) -> Verdict | None:
@@ -114,6 +122,11 @@ class Row:
         """``FINISHED``, or how many trials ended how."""
         counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+    @property
+    def train_examples(self) -> int:
+        """How many examples it was trained on; 0 where unknown."""
+        return self.all_trials[0].train_examples
 
     @property
     def started_ms(self) -> int:

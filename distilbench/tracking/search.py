@@ -27,6 +27,7 @@ TAGS = (
     *REQUIRED, "distilbench.alone", "distilbench.model", "distilbench.data", "distilbench.metric",
     "distilbench.selection_split", "distilbench.report_split", "distilbench.role", "distilbench.error",
     "distilbench.sweep", "distilbench.trial", "distilbench.confirms", "distilbench.margin",
+    "distilbench.train_examples",
     "distilbench.version.distilbench", "mlflow.parentRunId",
 )  # fmt: skip
 
@@ -122,6 +123,7 @@ class RawRun:
             brier=metrics.get("brier", math.nan),
             ece=metrics.get("ece", math.nan),
             number=tags.get("distilbench.trial", ""),
+            train_examples=int(tags.get("distilbench.train_examples", 0)),
             solo_seconds_estimate=metrics.get("solo_seconds_estimate", math.nan),
         )
 

@@ -87,6 +87,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
         "distilbench.metric": start.protocol.metric,
         "distilbench.selection_split": start.protocol.selection_split,
         "distilbench.report_split": start.protocol.report_split,
+        "distilbench.train_examples": str(sum(d.examples for d in start.datasets if d.context == "training")),
         "distilbench.labels": json.dumps(start.label_names),
         "distilbench.device": start.device,
         "distilbench.precision": start.precision,

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.report.findings import by_depth, by_score, comparable_in_time, history, importance, pareto_front
+from distilbench.report.findings import (
+    by_depth,
+    by_score,
+    comparable_in_time,
+    data_curve,
+    half_of_text,
+    history,
+    importance,
+    pareto_front,
+)
 from distilbench.report.rows import rows_from
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, sweep, treatment, trial
@@ -77,3 +86,30 @@ def test_importance_finds_the_parameter_that_moves_accuracy():
 
 def test_importance_of_few_trials_is_not_told():
     assert importance(rows_from(sweep(6))) == {}
+
+
+def on_text(examples: int, accuracy: float, depth: int, rate: float = 2e-5):
+    settings = treatment(freeze_layers=depth, optim_lr=rate) | {"data.max_train_examples": examples}
+    place = examples * 10 + depth + round(rate * 1e6)
+    return trial(accuracy, 1, place, settings, train_examples=examples, train_flops=examples * 1e9)
+
+
+def test_the_data_curve_has_the_best_setting_of_each_amount_a_line_a_depth():
+    trials = [on_text(n, a, depth) for n, a, depth in ((500, 0.8, 0), (1000, 0.84, 0), (2000, 0.9, 0), (1000, 0.83, 3))]
+    worse = on_text(1000, 0.7, 0, rate=1e-3)
+    curves = data_curve(report_of([trial(0.9, train_examples=2000), *trials, worse]))
+    assert list(curves) == [0], "one amount makes no line"
+    assert [(row.train_examples, round(row.accuracy, 2)) for row in curves[0]] == [
+        (500, 0.8),
+        (1000, 0.84),
+        (2000, 0.9),
+    ]
+    assert data_curve(report_of([trial(0.9, train_examples=500), trial(0.9, 1, 1, FROZEN, train_examples=500)])) == {}
+
+
+def test_half_of_the_text_is_read_off_the_curve():
+    rows = [rows_from([on_text(n, a, 0)])[0] for n, a in ((500, 0.8), (1000, 0.84), (2000, 0.9))]
+    assert half_of_text(rows) == pytest.approx(6.0, abs=0.1)
+    assert half_of_text([rows[0], rows[2]]) == pytest.approx(5.0, abs=0.1), "half of the way, on a logarithmic axis"
+    far = rows_from([on_text(8000, 0.9, 0)])[0]
+    assert half_of_text([rows[0], far]) == pytest.approx(2.5, abs=0.1)

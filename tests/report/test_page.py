@@ -1,5 +1,6 @@
 """The page needs nothing but itself, and what it is told in names stays text."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -126,3 +127,29 @@ def test_a_chart_of_very_many_settings_stays_drawable():
     ]
     text = page(report_of(trials, shown=5))
     assert text.count("<circle") <= 2 * MOST_POINTS + 100
+
+
+def test_a_data_curve_is_drawn_where_amounts_of_text_vary():
+    trials = [
+        trial(a, 1, n + depth, treatment(freeze_layers=depth) | {"data.max_train_examples": n}, train_examples=n,
+              train_flops=n * 1e9)
+        for depth, a, n in ((0, 0.85, 500), (0, 0.9, 5000), (3, 0.8, 500), (3, 0.88, 5000))
+    ]  # fmt: skip
+    words = Document(page(report_of(trials))).words
+    assert "How much text" in words
+    assert "Half of the text costs about " in words
+    assert "1,000 2,000 5,000" in words, "a logarithmic axis"
+
+
+def test_pruned_trials_are_drawn_where_they_stopped():
+    stopped = replace(failed(Status.PRUNED, 3, treatment(optim_lr=1e-3)), accuracy=0.6, train_seconds=300.0)
+    text = page(report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3)), stopped]))
+    assert text.count('class="stopped"') == 2, "in the trade-off and in the sweep as it went"
+    assert "Crosses are where trials were stopped." in text
+
+
+def test_learning_curves_of_single_evaluations_are_not_drawn():
+    report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
+    single = replace(report, curves=tuple(replace(curve, points=curve.points[:1]) for curve in report.curves))
+    assert "Learning curves" in page(report)
+    assert "Learning curves" not in page(single)
