@@ -30,6 +30,7 @@ from distilbench.sweep.resume import SweepStudies, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, said_by, storage_at
 from distilbench.sweep.study import FAILURES, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, NullParentRun, ParentRun, open_store
+from distilbench.trials.interruptions import SignalGuard
 
 POLL_SECONDS = 1.0
 
@@ -57,9 +58,11 @@ def run_plan(
     store = open_store(plan.settings.tracking)
     with quiet():
         try:
-            plan, studies = open_studies(plan, storage)
-            runner = SweepRunner(plan, studies, executor, _open_parent_run(plan, studies, store, tags or {}))
-            failure = runner.run()
+            with SignalGuard() as guard:
+                plan, studies = open_studies(plan, storage)
+                parent = _open_parent_run(plan, studies, store, tags or {})
+                runner = SweepRunner(plan, studies, executor, parent, guard)
+                failure = runner.run()
         except UNANSWERED as error:
             return f"hydra.sweeper.storage no longer answers: {said_by(error)}; the same command continues"
         if report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is None:
@@ -81,10 +84,12 @@ def _open_parent_run(
 
 
 class SweepRunner:
-    """One process at work on a sweep."""
+    """One process at work on a sweep; signals come through while it waits and while trials train, else they wait."""
 
-    def __init__(self, plan: SweepPlan, studies: SweepStudies, executor: Executor, parent: ParentRun) -> None:
-        self._plan, self._studies, self._executor, self._parent = plan, studies, executor, parent
+    def __init__(self, plan: SweepPlan, studies: SweepStudies, executor: Executor, parent: ParentRun,
+                 guard: SignalGuard) -> None:  # fmt: skip
+        self._plan, self._studies, self._executor = plan, studies, executor
+        self._parent, self._guard = parent, guard
         self._display = Display(Console(), is_live=isinstance(executor, Pool))
         self._owner = Owner.of_this_process()
         self._began = time.monotonic()
@@ -92,6 +97,7 @@ class SweepRunner:
         """Why no further trial is taken."""
         self._failed = False
         """Whether that is a failure of the sweep."""
+        self._has_told_of_others = False
 
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
@@ -151,24 +157,29 @@ class SweepRunner:
     def _work(self, study: Study) -> None:
         """Launch and settle until this study has no more trials to give."""
         running: dict[Future[End], int] = {}
-        has_told = False
         while True:
             taken = self._take(study, len(running))
-            if taken:
-                jobs = [self._job(study, trial) for trial in taken]
-                self._show(taken)
-                running |= self._executor.start(jobs)
-            elif not running:
-                others = self._others(study)
-                if not others:
+            jobs = [self._job(study, trial) for trial in taken]
+            with self._guard.released():
+                if jobs:
+                    self._show(taken)
+                    running |= self._executor.start(jobs)
+                elif not running and not self._wait_for_others(study):
                     return
-                if not has_told:
-                    self._say(f"waiting for {others} trials that another process is at work on")
-                has_told = True
-                time.sleep(POLL_SECONDS)
-            done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 self._settle(study, running.pop(future), future.result())
+
+    def _wait_for_others(self, study: Study) -> bool:
+        """Return whether trials are under way in other processes, after a while if so."""
+        study.refresh()
+        others = sum(view.status is Status.RUNNING and view.number not in study.mine for view in study.views())
+        if others and not self._has_told_of_others:
+            self._say(f"waiting for {others} trials that another process is at work on")
+        self._has_told_of_others = others > 0
+        if others:
+            time.sleep(POLL_SECONDS)
+        return others > 0
 
     def _take(self, study: Study, running: int) -> list[TrialView]:
         """Begin as many trials as the executor has room for, after ending and queueing what calls for it."""
@@ -241,11 +252,6 @@ class SweepRunner:
         """Whether no trial of the sweep has ever come to a result."""
         results = (Status.FINISHED, Status.PRUNED)
         return not any(view.status in results for study in self._studies.all for view in study.counted())
-
-    def _others(self, study: Study) -> int:
-        """Trials that are under way in other processes."""
-        study.refresh()
-        return sum(view.status is Status.RUNNING and view.number not in study.mine for view in study.views())
 
     def _leaderboard(self) -> Leaderboard:
         plan = self._plan

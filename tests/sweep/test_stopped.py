@@ -1,0 +1,253 @@
+"""A sweep stopped after any one of its writes finds its total again: killed, or ended by SIGTERM, at each in turn.
+
+The runner, the study, the records and MLflow are the real ones, an engine that learns nothing in no time stands for
+training. Each call of the sweep is a process of its own, forked, which ends itself after its k-th write: a commit to
+a database or a file put in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from hydra import compose, initialize_config_dir
+from mlflow.store.db import utils as db_utils
+from optuna.distributions import FloatDistribution
+from sqlalchemy.engine.default import DefaultDialect
+
+from distilbench import cli
+from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.settings import register_schema, settings_from
+from distilbench.sweep import runner
+from distilbench.sweep.executors import Sequential
+from distilbench.sweep.job import SweepJob
+from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.space import Point, Space
+from distilbench.sweep.storage import storage_at
+from distilbench.sweep.trial import run_in_sweep
+from distilbench.tracking import open_store, tags
+from distilbench.trials import prepared as preparation
+from distilbench.trials import run as trials
+from distilbench.trials.prepared import Job
+from tests.conftest import ROOT, TINY
+
+SPACE = Space({"optim.lr": FloatDistribution(1e-5, 1e-2, log=True)}, [])
+DONE = Evaluation("validation", 4, 1.0, loss=0.5, accuracy=0.75, f1=0.5, mcc=0.25)
+
+
+class NoTraining:
+    """An engine whose trials are done at once."""
+
+    def train(self, asked, splits, observer):
+        for trial in range(len(asked)):
+            observer.on_evaluation(trial, DONE)
+        return [TrialResult(Status.FINISHED, selection=DONE, report=DONE, steps=4, train_seconds=1.0) for _ in asked]
+
+
+class Stop:
+    """Ends this process after its ``at``-th write; counts them all without one."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.at, self.number, self.writes = at, number, 0
+        self._changes: dict[int, int] = {}
+        self._replace, os.replace = os.replace, self.replace
+        self._commit, DefaultDialect.do_commit = DefaultDialect.do_commit, lambda dialect, c: self.commit(dialect, c)
+
+    def replace(self, *paths, **options) -> None:
+        self._replace(*paths, **options)
+        self._count()
+
+    def commit(self, dialect, connection) -> None:
+        self._commit(dialect, connection)
+        changes = connection.total_changes
+        if changes != self._changes.get(id(connection.driver_connection), 0):
+            self._changes[id(connection.driver_connection)] = changes
+            self._count()
+
+    def _count(self) -> None:
+        self.writes += 1
+        if self.writes == self.at:
+            os._exit(-9) if self.number == signal.SIGKILL else signal.raise_signal(self.number)
+
+
+def in_process(action: Callable[[], int]) -> int:
+    """The exit status of ``action`` in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(action())
+        except KeyboardInterrupt:
+            os._exit(143)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Ground:
+    """A folder with an empty store, in which every sweep begins anew; what all its processes share is ready."""
+
+    def __init__(self, folder: Path, settings, monkeypatch) -> None:
+        self.folder, self.directory = folder, folder / "sweep"
+        self.settings = _tracked_in(folder, settings)
+        prepared = preparation.prepare(self.settings)
+        monkeypatch.setattr(preparation, "prepare", lambda settings: prepared)
+        monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
+        monkeypatch.setattr(runner, "report_sweep", lambda *given: object())
+        monkeypatch.setattr(runner, "default_treatment", dict)
+        monkeypatch.setattr(tags, "_git_tags", dict)
+        latest = db_utils._get_latest_schema_revision()
+        monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # reads a hundred files
+        sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
+        warm = _tracked_in(folder / "warm", settings)  # what is imported here need not be by every process
+        _run(plan_of(warm, folder / "warm" / "sweep"), warm)
+        assert in_process(lambda: int(open_store(self.settings.tracking) is None)) == 0
+        shutil.copy(folder / "mlflow.db", folder / "empty.db")
+
+    def clear(self) -> None:
+        for left in (self.directory, self.folder / "mlruns"):
+            shutil.rmtree(left, ignore_errors=True)
+        (self.folder / "mlruns").mkdir()
+        shutil.copy(self.folder / "empty.db", self.folder / "mlflow.db")
+
+    def sweep(self, plan: SweepPlan, settings, stop_at: int = 0, number: int = signal.SIGTERM, train=None) -> int:
+        """Run the sweep in a process of its own; its exit status, 0 with its total."""
+
+        def run() -> int:
+            stop = Stop(stop_at, number)
+            signal.signal(signal.SIGTERM, cli._exit)
+            cli.end_cleanly()
+            failure = _run(plan, settings, train)
+            (self.folder / "writes").write_text(str(stop.writes))
+            return 1 if failure else 0
+
+        return in_process(run)
+
+    def query(self, database: Path, question: str) -> list[str]:
+        if not database.exists():
+            return []
+        with closing(sqlite3.connect(database)) as connection:
+            try:
+                return [" ".join(map(str, found)) for found in connection.execute(question)]
+            except sqlite3.OperationalError:  # stopped before there were tables
+                return []
+
+    def ends(self) -> dict[str, Counter[str]]:
+        """How trials stand in the study, in their records and in MLflow."""
+        records = [json.loads(path.read_text())["status"] for path in self.directory.glob("*/trial.json")]
+        study = self.query(self.directory / "study.db", "SELECT state FROM trials")
+        runs = self.query(self.folder / "mlflow.db", "SELECT r.status, t.value FROM runs r JOIN tags t ON r.run_uuid = "
+                          "t.run_uuid AND t.key = 'distilbench.status'")  # fmt: skip
+        return {"study": Counter(study), "records": Counter(records), "runs": Counter(runs)}
+
+
+def _tracked_in(folder: Path, settings):
+    folder.mkdir(exist_ok=True)
+    return replace(settings, tracking=replace(settings.tracking, name="mlflow", uri=f"sqlite:///{folder}/mlflow.db"))
+
+
+def _without_waiting_for_the_disk(connection, record) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
+def _run(plan: SweepPlan, settings, train=None) -> str | None:
+    return runner.run_plan(plan, storage_at(None, None, plan.directory), Sequential(train or train_in(settings), 1))
+
+
+def train_in(settings):
+    """What an executor calls: the trial of one job, trained in this process."""
+
+    def train(jobs: list[SweepJob]):
+        (job,) = jobs
+        job.announce()
+        own = replace(settings, output=replace(settings.output, dir=str(job.directory)))
+        run_in_sweep(Job(own, settings, str), job)
+        return [None]
+
+    return train
+
+
+def plan_of(settings, directory: Path, **changes) -> SweepPlan:
+    """One draw of Optuna's; ``changes`` make a confirmation of it."""
+    plan = SweepPlan(
+        settings=settings, space=SPACE, points=[], beside=[], total=1, asked=1, is_grid=False,
+        objectives=("accuracy",), directions=["maximize"], name="stopped", directory=directory, fixed={},
+        result_key=lambda point: point.key, name_of=SPACE.name_of, failures_borne=0,
+    )  # fmt: skip
+    return replace(plan, **changes)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    asked = ("output.save_model=false", "train.checkpoints=false", f"output.dir={folder}")
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf")), pytest.MonkeyPatch.context() as monkeypatch:
+        yield Ground(folder, settings_from(compose("config", [*TINY, *asked])), monkeypatch)
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
+
+
+CONFIRMATION = {"space": Space({}, []), "is_grid": True, "needs_all": True,
+                "points": [Point({}, ("treatment", "seed=1"), is_baseline=True)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+@pytest.mark.parametrize(("seeds", "changes"), [(None, {}), ([1, 2], {}), (None, CONFIRMATION)],
+                         ids=["trial", "seeds", "confirmation"])  # fmt: skip
+def test_a_sweep_stopped_after_any_write_finds_its_total(ground, seeds, changes, number):
+    settings = replace(ground.settings, sweep=replace(ground.settings.sweep, seeds=seeds))
+    plan = plan_of(settings, ground.directory, **changes)
+    ground.clear()
+    assert ground.sweep(plan, settings) == 0
+    whole = ground.ends()
+    writes = int((ground.folder / "writes").read_text())
+    assert writes > 30
+    for at in range(1, writes + 1):
+        ground.clear()
+        assert ground.sweep(plan, settings, at, number) == {signal.SIGKILL: 247, signal.SIGTERM: 143}[number], at
+        if number != signal.SIGKILL:
+            left = ground.ends()
+            assert not [end for ends in left.values() for end in ends if "RUNNING" in end], (at, left)
+        assert ground.sweep(plan, settings) == 0, at
+        ends = ground.ends()
+        assert ends["study"]["COMPLETE"] == ends["records"]["FINISHED"] == plan.total, (at, ends)
+        assert set(ends["study"]) <= {"COMPLETE", "FAIL"}, (at, ends)
+        assert set(ends["records"]) <= {"FINISHED", "INTERRUPTED"}, (at, ends)
+        assert set(ends["runs"]) <= {"FINISHED FINISHED", "KILLED INTERRUPTED"}, (at, ends)
+        assert ends["runs"]["FINISHED FINISHED"] >= whole["runs"]["FINISHED FINISHED"], (at, ends)
+        if not seeds:  # those of an interrupted trial that had finished stay what they are
+            assert ends["runs"]["FINISHED FINISHED"] == whole["runs"]["FINISHED FINISHED"], (at, ends)
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])
+def test_a_signal_that_a_library_makes_something_else_of_ends_the_sweep_and_fails_no_trial(ground, is_kept):
+    """OmegaConf and Hydra do so in one of ten places of a composition, Python in a generator that is closed."""
+    plan = plan_of(ground.settings, ground.directory, total=2, asked=2)
+
+    def interrupted(jobs: list[SweepJob]):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            if is_kept:
+                raise AttributeError("while composing") from None
+        return train_in(ground.settings)(jobs)
+
+    ground.clear()
+    assert ground.sweep(plan, ground.settings, train=interrupted) == 143
+    finished = 0 if is_kept else 1
+    assert ground.ends()["study"] == Counter({"COMPLETE": finished, "FAIL": 1 - finished})
+    assert ground.sweep(plan, ground.settings) == 0
+    assert ground.ends()["records"] == Counter({"FINISHED": 2, "INTERRUPTED": 1 - finished})
