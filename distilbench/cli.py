@@ -63,6 +63,12 @@ def was_signalled() -> bool:
     return bool(_received)
 
 
+def raise_if_signalled() -> None:
+    """Raise, once more, what the first signal raised, if there was one."""
+    if _received:
+        raise KeyboardInterrupt if _received[0] == signal.SIGINT else Terminated(_received[0])
+
+
 def _exit(signum: int, frame: Any) -> NoReturn:
     os._exit(STATUS[signal.Signals(signum)])
 
@@ -71,7 +77,7 @@ def _raise_once(signum: int, frame: Any) -> None:
     """Raise at the first signal and leave others unheard while things are closed; a third Ctrl-C ends at once."""
     _received.append(signum)
     if len(_received) == 1:
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
+        raise_if_signalled()
     if len(_received) > 2 and signum == signal.SIGINT:
         _exit(signum, frame)
 

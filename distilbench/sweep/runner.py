@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from distilbench.cli import raise_on_signal, was_signalled
+from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import PREDICTIONS, RECORD, Owner, Record, Status, read_record
@@ -242,8 +242,7 @@ class SweepRunner:
         study.tell(number, record)
         if isinstance(end, SettingsError):
             raise end
-        if was_signalled():
-            raise KeyboardInterrupt  # its exception was lost in the code that it came upon
+        raise_if_signalled()  # its exception may have been lost in the code that it came upon
         if record.status is Status.FAILED and self._has_nothing_yet():
             self._end(f"the first trial failed, as every other would: {record.error}", failed=True)
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))

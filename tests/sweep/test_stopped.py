@@ -88,8 +88,8 @@ def in_process(action: Callable[[], int]) -> int:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(action())
-        except KeyboardInterrupt:
-            os._exit(143)
+        except cli.Terminated as interrupt:
+            os._exit(cli.STATUS[interrupt.signum])
         except BaseException:
             traceback.print_exc()
             os._exit(70)
@@ -128,7 +128,7 @@ class Ground:
         def run() -> int:
             stop = Stop(stop_at, number)
             signal.signal(signal.SIGTERM, cli._exit)
-            cli.end_cleanly()
+            cli.raise_on_signal()
             failure = _run(plan, settings, train)
             (self.folder / "writes").write_text(str(stop.writes))
             return 1 if failure else 0
