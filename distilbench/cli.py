@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import shlex
@@ -93,6 +94,7 @@ def open_streams() -> None:
 
     So a trial whose pipe or terminal is closed trains on; only a signal ends it.
     """
+    logging.raiseExceptions = False  # a line of the log that finds no room is no traceback either
     for number in range(3):
         try:
             os.fstat(number)
