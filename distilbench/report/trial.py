@@ -25,7 +25,7 @@ from distilbench.report.formats import (
     points,
 )
 from distilbench.report.rows import Difference, Row, Untested, row_from
-from distilbench.report.words import above_floor
+from distilbench.report.words import above_floor, size_of
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 
@@ -132,6 +132,11 @@ def comparison_markdown(comparison: Comparison) -> str:
     names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.trials[0].name)}."
     notes = " ".join(f"{note}." for note in _notes(comparison))
     return "\n".join([*markdown_table(rows, _COLUMNS), "", f"**{sentence(comparison)}**", "", notes, "", names, ""])
+
+
+def comparison_headline(comparison: Comparison) -> str:
+    """Say in a line or two, as Markdown, how far a trial is from its baseline, and what may be claimed."""
+    return markdown(f"{size_of(comparison.row)} against the baseline. {sentence(comparison)}")
 
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:

@@ -27,6 +27,9 @@ SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
 METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
 
+NOTE = "mlflow.note.content"
+"""Tag that MLflow shows as a run's description."""
+
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
 
 
@@ -132,7 +135,18 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
     if error:
         tags.append(RunTag("distilbench.error", redact(" ".join(error.split()))[:LONGEST_TAG]))
     client.log_batch(run_id, tags=tags, synchronous=True)
+    if error:
+        reason = " ".join(error.split()).replace("`", "'")
+        describe_first(client, run_id, f"**{status.value}** `{reason}`")
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
+
+
+def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
+    """Have a run's description begin with what matters most, a sentence in Markdown."""
+    known = client.get_run(run_id).data.tags.get(NOTE, "")
+    head = redact(sentence) + "\n\n"
+    if not known.startswith(head):
+        client.set_tag(run_id, NOTE, (head + known)[:LONGEST_TAG])
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:

@@ -21,7 +21,7 @@ from distilbench.tracking.parent_run import MlflowParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import as_settings_error, retry_or_warn
-from distilbench.tracking.run import MlflowRun, end_run, log_metrics, points
+from distilbench.tracking.run import MlflowRun, describe_first, end_run, log_metrics, points
 from distilbench.tracking.search import RawRun, RunFilter, search_server
 from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
 from distilbench.tracking.uri import StoreAddress, local_folder
@@ -100,8 +100,12 @@ class MlflowStore:
                 return replace(run.trial(self.run_url(run.run_id)), predictions=self.predictions(run.run_id))
         return None
 
-    def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float] | None = None) -> None:
-        """Attach ``comparison.md`` and metrics to a run, which may have ended."""
+    def add_comparison(
+        self, run_id: str, text: str, metrics: Mapping[str, float] | None = None, sentence: str = ""
+    ) -> None:
+        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so."""
+        if sentence:
+            retry_or_warn("the description", lambda: describe_first(self._client, run_id, sentence))
         retry_or_warn("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
         values = points(metrics or {})
         retry_or_warn("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))

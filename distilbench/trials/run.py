@@ -17,6 +17,7 @@ from distilbench.report import (
     Comparison,
     Summary,
     compare,
+    comparison_headline,
     comparison_markdown,
     comparison_metrics,
     print_summary,
@@ -113,7 +114,7 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
 
     A comparison that can't be made costs a warning: the trial has ended, and stands without it.
     """
-    if outcome.result.report is None:
+    if outcome.result.status is not Status.FINISHED or outcome.result.report is None:
         return outcome
     try:
         baseline = find()
@@ -121,7 +122,10 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
             return outcome
         comparison = compare(outcome.stored, baseline, outcome.settings.margin)
         if store and outcome.run_id:
-            store.add_comparison(outcome.run_id, comparison_markdown(comparison), comparison_metrics(comparison))
+            figures = comparison_metrics(comparison)
+            store.add_comparison(
+                outcome.run_id, comparison_markdown(comparison), figures, comparison_headline(comparison)
+            )
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
         return outcome

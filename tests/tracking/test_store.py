@@ -355,9 +355,17 @@ def test_missing_or_broken_predictions_load_as_none(store, start, uri):
 
 def test_a_comparison_is_added_to_an_ended_run(store, client, start):
     run_id = finished(store, start())
-    store.add_comparison(run_id, "| a | b |", {"difference_points": -0.5})
+    store.add_comparison(run_id, "| a | b |", {"difference_points": -0.5}, "half a point less")
+    assert client.get_run(run_id).data.tags["mlflow.note.content"].startswith("half a point less\n\n**Model** ")
     assert client.get_run(run_id).data.metrics["difference_points"] == -0.5
     assert Path(client.download_artifacts(run_id, "comparison.md")).read_text() == "| a | b |"
+
+
+def test_the_description_of_a_failed_run_begins_with_the_reason(store, client, start):
+    run = store.begin(start())
+    run.finish(TrialResult(Status.DIVERGED, error="the loss is `nan`;\nlower optim.lr"))
+    described = client.get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert described.startswith("**DIVERGED** `the loss is 'nan'; lower optim.lr`\n\n**Model** ")
 
 
 def test_text_is_redacted_and_otherwise_left_alone(monkeypatch):

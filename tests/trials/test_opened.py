@@ -311,6 +311,13 @@ def test_a_comparison_that_fails_leaves_the_trial_as_it_is(store, prepared, tria
     assert "could not be compared with its baseline" in caplog.text
 
 
+def test_a_trial_that_was_stopped_is_not_compared(store, train, caplog):
+    finished = train()[0]
+    stopped = replace(finished, result=replace(finished.result, status=Status.PRUNED))
+    assert run.add_comparison(stopped, store, lambda: finished.stored).comparison is None
+    assert caplog.text == ""
+
+
 def test_a_store_that_is_gone_after_the_trial_leaves_it_without_a_comparison(store, train, caplog):
     def gone():
         raise SettingsError("tracking.uri must be a store that answers")
