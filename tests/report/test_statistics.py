@@ -9,11 +9,14 @@ from scipy import stats
 
 from distilbench.report.statistics import (
     compare_over_seeds,
+    critical_difference,
     discordant,
     holm,
     mcnemar_exact,
     mean_and_deviation,
+    p_of_difference,
     paired_accuracy_interval,
+    spread_over_seeds,
     verdict,
 )
 
@@ -62,6 +65,8 @@ def test_interval_mirrors_narrows_and_stays_within_one():
     assert paired_accuracy_interval(12, 30, 500)[1:] == pytest.approx((-high, -low))
     assert paired_accuracy_interval(30, 12, 500, level=0.5)[1] > low
     assert paired_accuracy_interval(3, 0, 3)[2] == 1.0
+    assert paired_accuracy_interval(0, 3, 3)[1] == -1.0
+    assert paired_accuracy_interval(1, 0, 1)[0] == 1.0
     with pytest.raises(ValueError, match="do not fit"):
         paired_accuracy_interval(3, 2, 4)
 
@@ -95,6 +100,8 @@ def test_one_seed_each_is_mcnemar():
     assert result.p == pytest.approx(2 / 2**7)
     assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
     assert (result.n, result.paired) == (1, False)
+    wider = compare_over_seeds({1: a}, {2: b}, level=0.99)
+    assert (wider.low, wider.high) == paired_accuracy_interval(7, 0, 20, level=0.99)[1:]
 
 
 def blocks(*sizes):
@@ -140,6 +147,55 @@ def test_paired_seeds_weigh_the_mean_squares_of_the_two_way_layout():
     assert (result.low, result.high) == pytest.approx((d.mean() - half, d.mean() + half))
 
 
+def test_independent_seeds_weigh_the_examples_by_what_seeds_and_noise_leave_of_their_scatter():
+    a = np.stack([bits(t * 5) for t in ("1111111100", "1111110000", "1110111011")]).astype(int)
+    b = np.stack([bits(t * 5) for t in ("0000011100", "0000011001")]).astype(int)
+
+    def parts_of(values):
+        residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+        degrees = (values.shape[0] - 1) * (values.shape[1] - 1)
+        return values.mean(axis=1).var(ddof=1) / len(values), (residual**2).sum() / degrees / values.size
+
+    (from_a, noise_a), (from_b, noise_b) = parts_of(a), parts_of(b)
+    by_example = a.mean(axis=0) - b.mean(axis=0)
+    from_examples = by_example.var(ddof=1) / 50 - noise_a - noise_b
+    assert from_examples > 0
+    spread = spread_over_seeds(by_seed(a == 1), {9 + s: row == 1 for s, row in enumerate(b)})
+    assert spread.by_example == pytest.approx(by_example)
+    assert spread.example_variance == pytest.approx(from_examples)
+    assert spread.seed_parts == ((pytest.approx(from_a), 2), (pytest.approx(from_b), 1))
+
+
+def test_two_examples_have_one_degree_of_freedom_for_their_noise():
+    spread = spread_over_seeds({1: bits("10"), 2: bits("01")}, {1: bits("00"), 2: bits("00")})
+    assert spread.noise == pytest.approx(1 / 4)
+
+
+def test_limits_over_seeds_stay_within_one():
+    few = {s: bits("111") for s in (1, 2)}, {s: bits("000") for s in (1, 2)}
+    assert compare_over_seeds(*few).high == 1.0
+    assert compare_over_seeds(*reversed(few)).low == -1.0
+
+
+def test_p_is_that_of_given_seeds_where_those_are_less_sure():
+    better, worse = bits("1" * 84 + "0" * 16), bits("1" * 80 + "0" * 20)
+    result = compare_over_seeds({1: better, 2: better}, {1: worse, 2: worse})
+    error = math.sqrt(((4 + 2) / 102 - (4 / 102) ** 2) / 102)
+    assert result.p == pytest.approx(2 * stats.norm.sf(0.04 / error))
+
+
+@pytest.mark.parametrize("p", [0.9, 0.05, 1e-6, 1e-150])
+def test_p_of_a_difference_is_that_whose_critical_difference_it_is(p):
+    parts = [(0.5, 2), (0.25, 7), (0.125, math.inf)]
+    assert p_of_difference(parts, critical_difference(parts, p)) == pytest.approx(p, rel=1e-6)
+
+
+def test_p_of_no_difference_is_one_and_of_one_beyond_measure_zero():
+    assert p_of_difference([(0.1, 3)], 0.0) == 1.0
+    assert p_of_difference([(1e-8, math.inf)], 1.0) == 0.0
+    assert p_of_difference([(1.0, math.inf)], 1.0) == pytest.approx(2 * stats.norm.sf(1))
+
+
 def test_equal_predictions_show_no_difference_and_no_certainty():
     same = {s: bits("1101" * 50) for s in (1, 2, 3)}
     result = compare_over_seeds(same, same)
@@ -173,6 +229,11 @@ def test_seeds_that_cannot_be_compared_are_refused():
         compare_over_seeds({1: one, 2: one}, {3: one})
     with pytest.raises(ValueError, match="same examples"):
         compare_over_seeds({1: one, 2: one}, {1: one[:3], 2: one[:3]})
+    with pytest.raises(ValueError, match=r"same examples, got \[3, 4\]"):
+        compare_over_seeds({1: one, 2: one}, {3: one[:3], 4: one[:3]})
+    with pytest.raises(ValueError, match=r"same examples, got \[0\]"):
+        compare_over_seeds({1: one[:0]}, {1: one[:0]})
+    assert compare_over_seeds({1: one[:1]}, {1: one[2:3]}).difference == 1.0
 
 
 NOISE = {  # how far examples, seeds and chance move a treatment, beside a difficulty of 1 that all share
@@ -249,6 +310,7 @@ def test_mean_and_deviation_of_the_report_s_accuracies():
     mean, deviation = mean_and_deviation([90.71, 90.02, 90.60])
     assert mean == pytest.approx(90.4433, abs=1e-4)
     assert deviation == pytest.approx(0.3707, abs=1e-4)
+    assert mean_and_deviation([0.5, 0.7]) == pytest.approx((0.6, math.sqrt(0.02)))
     assert mean_and_deviation([0.9]) == (0.9, None)
 
 
@@ -260,6 +322,9 @@ def test_mean_and_deviation_of_the_report_s_accuracies():
         (-0.01, 0.03, 0.2, "undecided"),
         (0.01, 0.03, 0.08, "undecided"),
         (-0.01, 0.03, 0.01, "undecided"),
+        (0.01, 0.03, 1 - 0.95, "undecided"),
+        (0.0, 0.03, 0.01, "undecided"),
+        (-0.03, 0.0, 0.01, "undecided"),
     ],
 )
 def test_verdict_needs_a_small_p_and_an_interval_on_one_side(low, high, p, word):
