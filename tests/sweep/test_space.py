@@ -1,0 +1,268 @@
+"""Spaces: points, corners, names; sweep syntax read and refused; points composed to settings, baselines to points."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from distilbench.composition import _choice
+from distilbench.settings import SettingsError, register_schema
+from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
+from tests.conftest import ROOT, TINY
+
+LAYERS = IntDistribution(1, 5, step=2)
+RATE = FloatDistribution(1e-5, 1e-2, log=True)
+SCHEDULER = CategoricalDistribution(["linear", "cosine"])
+SPACE = Space({"freeze.layers": LAYERS, "scheduler": SCHEDULER}, ["train.epochs=1"])
+
+
+def test_a_point_is_a_part_of_a_command_line_and_its_key_is_what_it_says():
+    point = Point({"freeze.layers": 3, "scheduler": "cosine"}, ("seed=1",))
+    assert point.overrides == ["freeze.layers=3", "scheduler=cosine", "seed=1"]
+    assert point.key == Point({"scheduler": "cosine", "freeze.layers": 3}, ("seed=1",), is_baseline=True).key
+    others = [replace(point, extra=()), replace(point, params={"freeze.layers": 3})]
+    assert len({point.key, *(other.key for other in others)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "size"),
+    [
+        ({}, 1),
+        ({"a": LAYERS}, 3),
+        ({"a": LAYERS, "b": SCHEDULER}, 6),
+        ({"a": FloatDistribution(0, 0.3, step=0.1)}, 4),
+        ({"a": FloatDistribution(2, 2)}, 1),
+        ({"a": RATE}, None),
+        ({"a": LAYERS, "b": RATE}, None),
+    ],
+)
+def test_a_space_has_a_size_if_its_points_can_be_counted(dimensions, size):
+    assert Space(dimensions, []).size == size
+    assert Space(dimensions, [], custom=print).size is None
+    if size:
+        assert len(Space(dimensions, []).points()) == size
+
+
+def test_points_run_through_the_last_dimension_fastest():
+    assert [tuple(point.params.values()) for point in SPACE.points()] == [
+        (1, "linear"), (1, "cosine"), (3, "linear"), (3, "cosine"), (5, "linear"), (5, "cosine"),
+    ]  # fmt: skip
+    assert list(SPACE.points()[0].params) == ["freeze.layers", "scheduler"]
+    assert [point.params["a"] for point in Space({"a": FloatDistribution(2, 2)}, []).points()] == [2]
+
+
+def test_an_interval_has_no_points_to_list():
+    line = r"^a grid must have values that can be counted, got an interval; use hydra/sweeper=optuna$"
+    with pytest.raises(SettingsError, match=line):
+        Space({"optim.lr": RATE}, []).points()
+
+
+def test_corners_are_first_choices_and_low_ends_and_last_choices_and_high_ends():
+    space = Space({"freeze.layers": LAYERS, "optim.lr": RATE, "scheduler": SCHEDULER}, [])
+    low, high = space.corners()
+    assert low == Point({"freeze.layers": 1, "optim.lr": 1e-5, "scheduler": "linear"})
+    assert high == Point({"freeze.layers": 5, "optim.lr": 1e-2, "scheduler": "cosine"})
+    assert edges(CategoricalDistribution([1, 2, 3])) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("params", "inside", "inside_of_custom"),
+    [
+        ({"freeze.layers": 3, "scheduler": "linear"}, True, True),
+        ({"freeze.layers": 2, "scheduler": "linear"}, False, False),
+        ({"freeze.layers": 7, "scheduler": "linear"}, False, False),
+        ({"freeze.layers": 3, "scheduler": "polynomial"}, False, False),
+        ({"freeze.layers": "deep", "scheduler": "linear"}, False, False),
+        ({"freeze.layers": 3}, False, False),
+        ({"freeze.layers": 3, "scheduler": "linear", "seed": 1}, False, True),
+    ],
+)
+def test_a_space_contains_what_names_its_dimensions_with_values_that_they_have(params, inside, inside_of_custom):
+    assert SPACE.contains(params) is inside
+    assert replace(SPACE, custom=print).contains(params) is inside_of_custom
+
+
+@pytest.mark.parametrize(
+    ("point", "name"),
+    [
+        (Point({"scheduler": "cosine", "freeze.layers": 3}), "layers=3 scheduler=cosine"),
+        (Point({"freeze.layers": 0}, is_baseline=True), "baseline: layers=0"),
+        (Point({}, ("optim.lr=1", "seed=4"), is_baseline=True), "baseline seed=4"),
+        (Point({}, is_baseline=True), "baseline"),
+        (Point({}, ("optim.lr=1", "seed=4")), "optim.lr=1 seed=4"),
+        (Point({}), "trial"),
+    ],
+)
+def test_a_trial_is_named_by_what_varies(point, name):
+    assert SPACE.name_of(point) == name
+
+
+def test_dimensions_that_end_alike_are_named_whole_even_where_one_is_missing():
+    space = Space({"freeze.layers": LAYERS, "model.layers": LAYERS}, [])
+    assert space.name_of(Point({"freeze.layers": 1})) == "freeze.layers=1"
+
+
+def test_a_space_is_described_as_optuna_writes_it():
+    described = SPACE.describe()
+    assert list(described) == ["freeze.layers", "scheduler"]
+    assert (
+        described["freeze.layers"]
+        == '{"name": "IntDistribution", "attributes": {"log": false, "step": 2, "low": 1, "high": 5}}'
+    )
+    assert '"choices": ["linear", "cosine"]' in described["scheduler"]
+
+
+# Sweep syntax
+
+
+def read(*arguments, params=None, is_grid=False, custom=None):
+    return read_space(OmegaConf.create(params or {}), arguments, None, is_grid, custom)  # type: ignore[arg-type]
+
+
+def test_what_varies_and_what_does_not_are_told_apart():
+    space = read("freeze.layers=0,3", "train.epochs=1", "~scheduler", "+optim.lr=interval(0.1,1)")
+    assert space == Space(
+        {"freeze.layers": CategoricalDistribution([0, 3]), "+optim.lr": FloatDistribution(0.1, 1)},
+        ["train.epochs=1", "~scheduler"],
+    )
+
+
+def test_the_command_line_replaces_what_the_configuration_says_of_a_key():
+    params = {"freeze.layers": "0,1", "train.epochs": "1,2", "optim.lr": "choice(1,2)"}
+    space = read("freeze.layers=2", "train.epochs=3,4", "train.epochs=5,6", params=params)
+    assert space.dimensions == {"optim.lr": CategoricalDistribution([1, 2]),
+                                "train.epochs": CategoricalDistribution([5, 6])}  # fmt: skip
+    assert space.fixed == ["freeze.layers=2"]
+    back = read("freeze.layers=2", "freeze.layers=0,1")
+    assert (back.fixed, list(back.dimensions)) == ([], ["freeze.layers"])
+
+
+@pytest.mark.parametrize("is_grid", [True, False])
+def test_a_grid_lists_ranges_and_optuna_keeps_them(is_grid):
+    dimension = read("freeze.layers=range(1,4)", is_grid=is_grid).dimensions["freeze.layers"]
+    assert dimension == (CategoricalDistribution([1, 2, 3]) if is_grid else IntDistribution(1, 3))
+
+
+def test_a_value_given_twice_is_tried_once():
+    assert read("seed=1,2,1", is_grid=True).dimensions == {"seed": CategoricalDistribution([1, 2])}
+
+
+@pytest.mark.parametrize(
+    ("line", "is_grid", "refused"),
+    [
+        ("freeze.layers=0,,", False, r"the search space must be in Hydra's sweep syntax: [^\n]+$"),
+        ("seed=range(3,3)", True, r"seed must have a value to try, got 'seed=range\(3,3\)'$"),
+        (
+            "seed=interval(0,1)",
+            True,
+            r"seed must be a list of values in a grid, got 'seed=interval\(0,1\)'; add hydra/",
+        ),
+        ("seed=interval(1,0)", False, r"seed must be a space that Optuna takes, got 'seed=interval\(1,0\)': "),
+    ],
+)
+def test_what_is_no_space_is_refused_in_one_line(line, is_grid, refused):
+    with pytest.raises(SettingsError, match=f"^{refused}"):
+        read(line, is_grid=is_grid)
+
+
+def test_a_custom_space_is_a_function_by_its_path():
+    assert read().custom is None
+    assert read(custom="tests.sweep.test_space.read").custom is read
+    line = (r"^hydra.sweeper.custom_search_space must be the dotted path of a function \(config, trial\), "
+            r"got 'no.such.function': [^\n]+$")  # fmt: skip
+    with pytest.raises(SettingsError, match=line):
+        read(custom="no.such.function")
+
+
+# Composed
+
+
+@pytest.fixture
+def composer():
+    """Return ``composer(space, *overrides)``: over the tiny model, as a sweep of that command line makes it."""
+    register_schema()
+    _choice.cache_clear()  # of another registration, whose classes are others
+
+    def make(space: Space, *overrides: str) -> Composer:
+        fixed = [*TINY, "output.dir=.", "sweep.name=unused", *space.fixed, *overrides]
+        config = compose("config", fixed, return_hydra_config=True)
+        return Composer(config, GlobalHydra.instance().config_loader(), replace(space, fixed=fixed))
+
+    with initialize_config_dir(str(ROOT / "conf")):
+        yield make
+
+
+def test_a_point_is_composed_over_what_is_fixed(composer):
+    made = composer(SPACE)
+    settings = made.settings(Point({"freeze.layers": 1, "scheduler": "cosine"}, ("seed=3",)))
+    assert (settings.freeze.layers, settings.scheduler.name, settings.train.epochs, settings.seed) == (
+        1,
+        "cosine",
+        1,
+        3,
+    )
+    assert made.settings(Point({"freeze.layers": 1, "scheduler": "cosine"}, ("seed=3",))) is settings
+    assert (made.base.freeze.layers, made.base.scheduler.name, made.base.train.epochs) == (0, "linear", 1)
+    assert "hydra" not in made.base
+    assert made.settings(Point({"freeze.layers": 2})).scheduler.name == "linear", "one point changes no other"
+
+
+def test_points_that_train_the_same_have_one_result_key(composer):
+    made = composer(SPACE)
+    linear, named, cosine = (made.result_key(Point(p)) for p in ({"scheduler": "linear"}, {"scheduler.name": "linear"},
+                                                                 {"scheduler": "cosine"}))  # fmt: skip
+    assert linear == named != cosine
+
+
+@pytest.mark.parametrize(
+    ("params", "refused"),
+    [
+        ({"freeze.layers": 9}, "^freeze.layers must be 0..2 "),
+        ({"freeze.layerz": 1}, r"^the search space must name settings that there are: [^\n]*layerz"),
+        ({"scheduler": "cosin"}, r"^the search space must name settings that there are: [^\n]*cosin"),
+    ],
+)
+def test_a_point_that_is_no_trial_is_refused_in_one_line(composer, params, refused):
+    with pytest.raises(SettingsError, match=refused) as caught:
+        composer(SPACE).settings(Point(params))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_points_baseline_keeps_what_is_no_treatment(composer):
+    made = composer(SPACE)
+    baseline = made.baseline_of(Point({"freeze.layers": 2, "scheduler": "cosine"}, ("seed=3",)))
+    assert baseline.params == {}
+    assert baseline.is_baseline
+    assert baseline.extra[:3] == ("freeze.layers=2", "scheduler=cosine", "seed=3")
+    settings = made.settings(baseline)
+    assert (settings.freeze.layers, settings.scheduler.name, settings.seed) == (0, "linear", 3)
+
+
+def test_the_baseline_has_a_value_or_a_choice_for_each_dimension(composer):
+    lists = {"freeze.layers": [2, 0], "freeze": ["none", "layers3"], "optim.lr": ["2e-05", 1.0], "data": ["tweets"]}
+    dimensions = {key: CategoricalDistribution(choices) for key, choices in lists.items()}
+    made = composer(Space({**dimensions, "scheduler": SCHEDULER, "seed": LAYERS}, []), "freeze.layers=2")
+    assert made.baseline_params() == {
+        "freeze.layers": 0, "freeze": "none", "optim.lr": "2e-05", "data": "synthetic", "scheduler": "linear",
+        "seed": 42,
+    }  # fmt: skip
+    own = composer(Space({"scheduler": SCHEDULER}, []), "scheduler=cosine", "baseline.overrides=['freeze=none']")
+    assert own.baseline_params() == {"scheduler": "cosine"}
+
+
+def test_a_sweep_fixes_what_it_does_not_vary_and_what_all_its_trials_share(composer):
+    made = composer(SPACE)
+    two = [made.settings(Point({"freeze.layers": layers}, (f"seed={seed}",))) for layers, seed in ((1, 1), (2, 2))]
+    fixed = fixed_of(two, SPACE)
+    assert fixed["train.epochs"] == "1"
+    assert fixed["sweep.seeds"] == "None"
+    assert fixed["freeze.dropout"] == "true"
+    assert not {"freeze.layers", "seed", "scheduler.name", "output.dir", "engine.name", "train.logging_steps"} & set(
+        fixed
+    )
+    assert fixed_of(two[:1], SPACE)["seed"] == "1"
