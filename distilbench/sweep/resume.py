@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -16,7 +18,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial
 
-from distilbench.results import Owner, Status
+from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
 from distilbench.sweep.pruning import pruner_of
@@ -25,6 +27,9 @@ from distilbench.sweep.storage import Storage, open_study
 from distilbench.sweep.study import BESIDE, Study
 
 _LONGEST_SHOWN = 6
+
+MARKER = "sweep.json"
+"""In a sweep's directory: the sweep's name, and the id that its study has too."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStu
 
     Raises :class:`SettingsError` for a plan that does not continue what is there.
     """
+    _check_directory(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
     owner = Owner.of_this_process()
     with storage.lock():
@@ -55,6 +61,7 @@ def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStu
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_as_known(plan.space, trials))
+        _claim_directory(plan, main, has_trials=bool(trials))
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
@@ -64,6 +71,45 @@ def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStu
         Study(main, plan, owner, retry=_to_retry(plan, trials)),
         Study(beside, plan, owner, is_beside=True) if beside else None,
     )
+
+
+def _check_directory(plan: SweepPlan, storage: Storage) -> None:
+    """Raise :class:`SettingsError`, before anything is written, for a directory that another sweep has."""
+    marker = _marker(plan)
+    is_ours = marker.get("sweep", plan.name) == plan.name
+    _require_ours(plan, is_ours and (not marker or not _has_records(plan) or not storage.is_missing))
+
+
+def _claim_directory(plan: SweepPlan, study: optuna.Study, has_trials: bool) -> None:
+    """Write into the directory whose it is: trials are known by their numbers, which another study would give again."""
+    marker, known = _marker(plan), study.user_attrs.get("id")
+    is_older = has_trials and not marker and known is None  # than these marks
+    _require_ours(plan, marker["id"] == known if marker and known else is_older or not _has_records(plan))
+    if known is None or not marker:
+        known = known or marker.get("id") or uuid.uuid4().hex
+        (plan.directory / MARKER).write_text(json.dumps({"sweep": plan.name, "id": known}) + "\n")
+        study.set_user_attr("id", known)
+
+
+def _require_ours(plan: SweepPlan, is_ours: bool) -> None:
+    other = _marker(plan).get("sweep", plan.name)
+    if not is_ours:
+        raise SettingsError(
+            f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which holds trials "
+            f"of sweep {other!r}{' whose study is gone' if other == plan.name else ''}; take another sweep.name or "
+            "hydra.sweep.dir"
+        )
+
+
+def _marker(plan: SweepPlan) -> dict[str, str]:
+    try:
+        return dict(json.loads((plan.directory / MARKER).read_text()))
+    except (OSError, ValueError):  # not there, or cut short by a kill
+        return {}
+
+
+def _has_records(plan: SweepPlan) -> bool:
+    return any(any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BESIDE}/*/{RECORD}"))
 
 
 def _to_retry(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> list[int]:

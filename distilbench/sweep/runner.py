@@ -27,9 +27,10 @@ from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.plan import SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, open_studies
-from distilbench.sweep.storage import UNANSWERED, Storage, said_by, storage_at
-from distilbench.sweep.study import FAILURES, Study, TrialView, quiet
+from distilbench.sweep.storage import UNANSWERED, Storage, is_disk_full, storage_at
+from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, NullParentRun, ParentRun, open_store
+from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
 
 POLL_SECONDS = 1.0
@@ -63,8 +64,12 @@ def run_plan(
                 parent = _open_parent_run(plan, studies, store, tags or {})
                 runner = SweepRunner(plan, studies, executor, parent, guard)
                 failure = runner.run()
-        except UNANSWERED as error:
-            return f"hydra.sweeper.storage no longer answers: {said_by(error)}; the same command continues"
+        except (*UNANSWERED, OSError) as error:
+            if is_disk_full(error):
+                return _no_space(plan)
+            if isinstance(error, OSError):
+                raise
+            return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
         if report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is None:
             runner.show_all()  # nothing is tracked: there is only what the study knows
         return failure
@@ -235,7 +240,7 @@ class SweepRunner:
 
     def _settle(self, study: Study, number: int, end: End) -> None:
         """Write how a trial ended, say so, and end the sweep where every other trial would end alike."""
-        is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled()
+        is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
         record = study.end_of(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
         if end or record.status is not Status.FINISHED:
             self._close_runs()
@@ -243,7 +248,9 @@ class SweepRunner:
         if isinstance(end, SettingsError):
             raise end
         raise_if_signalled()  # its exception may have been lost in the code that it came upon
-        if record.status is Status.FAILED and self._has_nothing_yet():
+        if is_disk_full(end) or NO_SPACE in (record.error or ""):
+            self._end(_no_space(self._plan), failed=True)
+        elif record.status is Status.FAILED and self._has_nothing_yet():
             self._end(f"the first trial failed, as every other would: {record.error}", failed=True)
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
 
@@ -293,6 +300,10 @@ class SweepRunner:
 
     def _say(self, line: str) -> None:
         self._display.say(line)
+
+
+def _no_space(plan: SweepPlan) -> str:
+    return f"no space left on the disk of {plan.directory}; make room, and the same command continues"
 
 
 def _said(end: End) -> str | None:

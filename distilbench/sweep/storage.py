@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from sqlalchemy.pool import NullPool
 from distilbench.settings import SettingsError
 from distilbench.sweep.pruning import storage_of
 from distilbench.tracking import redact
+from distilbench.tracking.retries import reason_of
 
 ANSWER_SECONDS = 4.0
 
@@ -52,6 +54,11 @@ class Storage:
         """SQLite's file; None for a database behind a network."""
         found = re.fullmatch(r"sqlite(?:\+\w+)?:///(.+)", self.url)
         return Path(found[1]) if found else None
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is a file that there is not."""
+        return self.file is not None and not self.file.exists()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -109,15 +116,21 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
         ) from None
     except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         raise SettingsError(
-            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {said_by(error)}; "
+            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {reason_of(error)}; "
             "start it, correct the address, or leave it out"
         ) from None
     return storage
 
 
-def said_by(error: BaseException) -> str:
-    """What a database said, in part of a line, without its passwords and SQLAlchemy's hints."""
-    return redact(" ".join(str(error).partition("(Background on this error")[0].split()))[:200]
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it came from, says that there is no space left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_url(url: str, written: str) -> None:
@@ -153,5 +166,5 @@ def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: A
     except (SQLAlchemyError, sqlite3.Error, RuntimeError, StorageInternalError) as error:
         raise SettingsError(
             f"hydra.sweeper.storage must be a database of Optuna's that can be written, got {redact(storage.url)}: "
-            f"{said_by(error)}; end what holds it, or name another"
+            f"{reason_of(error)}; end what holds it, or name another"
         ) from None

@@ -9,7 +9,9 @@ point is queued again under the next free number.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +35,9 @@ PATIENCE = 10
 """Points drawn in a row that were all evaluated before, after which one that was not is taken at random."""
 
 LARGEST_LISTED = 100_000
+
+NO_SPACE = os.strerror(errno.ENOSPC)
+"""What the error of a trial says that found the disk full: no fault of its point, which is tried again."""
 
 RESULT = ("run_id", "scores", "figures")
 """Attributes that tell what a trial came to, beside its values and its error."""
@@ -259,6 +264,8 @@ class Study:
             record = replace(record, status=Status.FAILED, error=f"{values} is not finite")
         elif not record.is_over:
             record = replace(record, status=status, error=error or record.error or "its process was killed")
+        elif record.status is Status.FAILED and NO_SPACE in (record.error or ""):
+            record = replace(record, status=Status.INTERRUPTED)
         else:
             return record
         record.write(directory)
@@ -286,6 +293,7 @@ class Study:
 
     def adopt_dead(self) -> list[int]:
         """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns their numbers."""
+        self.refresh()  # a process that is gone may have told how its last trials ended
         left = [view for view in self.views() if view.status is Status.RUNNING and self._is_left(view)]
         for view in left:
             self.study._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))

@@ -153,6 +153,38 @@ def test_after_its_time_a_sweep_begins_no_further_trial_and_continues_when_asked
     assert len(set(workspace.finished())) == len(workspace.finished()) == 9
 
 
+def test_a_directory_takes_one_sweep(workspace):
+    here = "hydra.sweep.dir=fixed"
+    done(workspace, "freeze.layers=0,1", "sweep.name=first", here)
+    before = {path: path.read_bytes() for path in (workspace.path / "fixed").rglob("*.json")}
+    refused = done(workspace, "freeze.layers=1,2", "sweep.name=second", here, status=2)
+    assert "hydra.sweep.dir must be a new directory, or this sweep's own" in refused.stderr
+    assert "which holds trials of sweep 'first'; take another sweep.name or hydra.sweep.dir" in refused.stderr
+    (workspace.path / "fixed" / "study.db").rename(workspace.path / "study.db")
+    gone = done(workspace, "freeze.layers=0,1", "sweep.name=first", here, status=2)
+    assert "which holds trials of sweep 'first' whose study is gone" in gone.stderr
+    assert not (workspace.path / "fixed" / "study.db").exists()
+    (workspace.path / "study.db").rename(workspace.path / "fixed" / "study.db")
+    assert "2 of 2 trials" in done(workspace, "freeze.layers=0,1", "sweep.name=first", here).stdout
+    assert before == {path: path.read_bytes() for path in (workspace.path / "fixed").rglob("*.json")}
+
+
+def test_only_points_of_the_space_are_checked(workspace):
+    for name in ("one", "two"):
+        (workspace.path / name).mkdir()
+    refused = done(workspace, "model=local", f"model.checkpoint={workspace.path}/one,{workspace.path}/two", status=2)
+    assert "got nothing" not in refused.stderr
+    assert f"{workspace.path}/one" in refused.stderr
+
+
+def test_optunas_grid_sampler_trains_no_more_trials_than_asked_for_and_the_dry_run_counts_the_same(workspace):
+    command = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "freeze.layers=0,1,2", "sweep.trials=2",
+               "sweep.name=grid")  # fmt: skip
+    assert "grid: 2 trials;" in done(workspace, *command, "sweep.dry_run=true").stdout
+    done(workspace, *command)
+    assert len(workspace.finished()) == 2
+
+
 def test_another_space_under_the_same_name_is_refused_with_the_difference(workspace):
     done(workspace, *SPACE, "sweep.name=first", "sweep.trials=2")
     other = (*SPACE[:2], "optim.lr=tag(log,interval(1e-6,1e-2))", "sweep.name=first", "sweep.trials=3")
@@ -244,6 +276,8 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         ([*SPACE, "hydra.sweeper.direction=[maximize,minimize]"], "hydra.sweeper.direction must be"),
         ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
         ([*SPACE, "hydra.sweeper.sampler.n_startup_trials=many"], "n_startup_trials"),
+        ([*SPACE, "hydra/sweeper/sampler=motpe", "sweep.dry_run=true"], "hydra.sweeper.sampler must be a sampler"),
+        ([*SPACE, "hydra/sweeper/sampler=motpe"], "hydra.sweeper.sampler must be a sampler"),
         (["hydra/sweeper=optuna", "hydra/sweeper/sampler=best", "seed=1,2"], "hydra/sweeper/sampler must be one of"),
     ],
 )
@@ -329,7 +363,7 @@ def test_a_terminal_shows_a_table_whose_figures_are_whole_and_no_launchers_lines
                "scheduler.name=linear,cosine", "sweep.name=live")  # fmt: skip
     shown = screen(workspace, command, columns)
     assert "99.00 %" in shown
-    assert re.search(r"layers=1 lr=2e-05 .*RUNNING", shown)
+    assert re.search(r"layers=1 scheduler=linear .*RUNNING", shown)
     assert "FINISHED, baseline" in shown, "a narrow terminal cuts the settings, not the figures"
     assert "Joblib.Parallel" not in shown
     assert "HYDRA" not in shown

@@ -7,6 +7,7 @@ a database or a file put in its place.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import sqlalchemy
 from hydra import compose, initialize_config_dir
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine.default import DefaultDialect
 
 from distilbench import cli
@@ -34,7 +36,7 @@ from distilbench.sweep.executors import Sequential
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
-from distilbench.sweep.storage import storage_at
+from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
 from distilbench.tracking import open_store, tags
 from distilbench.trials import prepared as preparation
@@ -251,3 +253,32 @@ def test_a_signal_that_a_library_makes_something_else_of_ends_the_sweep_and_fail
     assert ground.ends()["study"] == Counter({"COMPLETE": finished, "FAIL": 1 - finished})
     assert ground.sweep(plan, ground.settings) == 0
     assert ground.ends()["records"] == Counter({"FINISHED": 2, "INTERRUPTED": 1 - finished})
+
+
+def test_a_full_disk_ends_the_sweep_in_one_line_and_its_trial_is_tried_again(ground, monkeypatch):
+    plan = plan_of(ground.settings, ground.directory)
+
+    def full(jobs: list[SweepJob]):
+        return [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    ground.clear()
+    said = ground.directory.with_name("said")
+    assert in_process(lambda: said.write_text(_run(plan, ground.settings, full) or "") * 0) == 0
+    assert said.read_text() == (
+        f"no space left on the disk of {ground.directory}; make room, and the same command continues"
+    )
+    assert ground.ends()["records"] == Counter({"INTERRUPTED": 1})
+    assert ground.sweep(plan, ground.settings) == 0
+    assert ground.ends()["study"] == Counter({"COMPLETE": 1, "FAIL": 1})
+
+
+def test_a_database_that_finds_the_disk_full_is_told_as_such(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("PRAGMA max_page_count = 2")
+        connection.execute("CREATE TABLE t (c)")
+        with pytest.raises(sqlite3.Error) as full:
+            connection.execute("INSERT INTO t VALUES (?)", ("x" * 100_000,))
+    wrapped = StorageInternalError("An exception is raised during the commit, for example by invalid data")
+    wrapped.__cause__ = full.value
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(StorageInternalError("the database is locked"))

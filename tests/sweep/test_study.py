@@ -104,6 +104,16 @@ def test_a_trial_whose_worker_outlived_its_sweep_is_left_until_it_ends(make):
     assert mine.views()[0].values == (0.9,)
 
 
+def test_what_a_process_told_before_it_went_is_seen_by_one_that_had_read_the_study_earlier(make):
+    other, mine = make(gone()), make(ME)
+    taken = other.take()
+    assert mine.views()[0].status is Status.RUNNING
+    finish(other, taken.number)
+    end(other, taken.number)
+    assert mine.adopt_dead() == []
+    assert mine.views()[0].status is Status.FINISHED
+
+
 def test_a_living_process_and_another_host_are_left_alone_unless_taken_over(make):
     elsewhere = make(Owner("another-host", 1, 0.0))
     elsewhere.take()
