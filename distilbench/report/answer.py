@@ -10,7 +10,7 @@ from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Confirmed, CostOf, Report
 from distilbench.report.formats import counted, interval, less, margin_text, points
 from distilbench.report.rows import Row
-from distilbench.report.words import above_floor, reason_untested, size_of, what_decides
+from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
 from distilbench.results import Verdict
 
 GOOD = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
@@ -75,8 +75,7 @@ def _claim(row: Row) -> str:
         return f"is better, {size}"
     if row.claim is Verdict.AHEAD:
         return f"is ahead, yet to be confirmed, {size}"
-    shown = f"loses {-found.points:.2f} points, " if found.is_loss_shown else ""
-    return f"is good enough: it {shown}{'' if shown else 'loses '}at most {max(found.loses_at_most, 0):.2f} points"
+    return f"is good enough: it {loss_of(found)}"
 
 
 def _takes(row: Row, report: Report) -> str:

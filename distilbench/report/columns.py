@@ -106,8 +106,8 @@ def _seeds(row: Row) -> str:
 
 def _costs(row: Row) -> str:
     """Time and FLOPs in one cell, each on lines of its own."""
-    counted = CSV["train_flops"].text(row)
-    return "; ".join(part for part in (_time(row), counted and counted.replace(" (", " FLOPs (", 1)) if part)
+    number, bracket, saved = CSV["train_flops"].text(row).partition(" (")
+    return "; ".join(part for part in (_time(row), number and f"{number} FLOPs{bracket}{saved}") if part)
 
 
 _ALL = (

@@ -178,7 +178,8 @@ def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, 
         for row in curve:
             at, half = x(row.train_examples), halves[id(row)]
             marks += charts.whisker(at, y(value(row) - half), y(value(row) + half), kind) + _dot(row, at, y(value(row)))
-        marks += charts.label(x(curve[-1].train_examples) - 4, y(value(curve[-1])) - 9, f"depth {depth}", anchor="end")
+        below = 20 if i % 2 else -10  # two lines end close to each other
+        marks += charts.label(x(curve[0].train_examples) + 8, y(value(curve[0])) + below, f"depth {depth}")
     chart = charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
     return f"{chart}<figcaption>{html(caption)}</figcaption>"
 

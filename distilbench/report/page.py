@@ -12,14 +12,15 @@ from distilbench.report.answer import answer
 from distilbench.report.columns import FULL, Column, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
-from distilbench.report.formats import html
+from distilbench.report.formats import html, one_line
 from distilbench.report.rows import Row
 from distilbench.report.tables import failures, notes_of, protocol_lines
 from distilbench.report.words import VERDICTS, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
-_SLIM = ("loss", "trainable_parameters", "seeds")
+_SLIM = ("loss", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
 """Columns that a phone leaves out."""
+_LONGEST_WORD = 40
 
 
 def page(report: Report) -> str:
@@ -80,7 +81,8 @@ def _rows(report: Report) -> str:
 def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
     """A cell with the value that sorts it; the colour of a verdict is that of its interval."""
     text, found = column.text(row), row.difference
-    shown = html(text)
+    shown = _unbroken(text) if column.key == "setting" else html(text)
+    shown = shown if _is_drawn(column) else shown.replace(" (", " <br>(")
     if column.key == "setting" and row.url.startswith(("http://", "https://")):
         shown = f'<a href="{escape(row.url)}">{shown}</a>'
     if _is_drawn(column) and found:
@@ -89,6 +91,12 @@ def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
     kinds += ["slim"] if column.key in _SLIM else [kind_of(row)] if column.key == "verdict" else []
     value = escape(str(plain(column.value(row)) if not column.is_text else text))
     return f'<td class="{" ".join(kinds)}" data-title="{html(column.title)}" data-value="{value}">{shown}</td>'
+
+
+def _unbroken(text: str) -> str:
+    """Words that are broken between each other alone, unless one is longer than a line of a phone."""
+    words = (html(word) for word in one_line(text).split(" "))
+    return " ".join(word if len(word) > _LONGEST_WORD else f"<span>{word}</span>" for word in words)
 
 
 def _failures(report: Report) -> str:

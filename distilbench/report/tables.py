@@ -95,9 +95,9 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
     console.print(Text(one_line(report.title), "bold"))
     for line in protocol_lines(report):
         console.print(Text(line, "dim"))
-    console.print(table)
     for sentence in answer(report):
         console.print(Text(one_line(sentence), "bold"))
+    console.print(table)
     for line in details(report):
         console.print(Text(line))
 
@@ -124,8 +124,8 @@ def note(report: Report) -> str:
 def latex_report(report: Report, layout: str = "full") -> str:
     """Write a table for LaTeX with booktabs; the caption says what it rests on."""
     caption = " ".join([*answer(report), *(f"{line}." for line in protocol_lines(report)), *notes_of(report)])
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", *latex_table(_in_order(report, layout), LAYOUTS[layout])]
-    return "\n".join([*lines, rf"\caption{{{latex(caption)}}}", r"\end{table}", ""])
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{latex(caption)}}}"]
+    return "\n".join([*lines, *latex_table(_in_order(report, layout), LAYOUTS[layout]), r"\end{table}", ""])
 
 
 def csv_report(report: Report) -> str:

@@ -24,8 +24,8 @@ from distilbench.report.formats import (
     percent,
     points,
 )
-from distilbench.report.rows import Difference, Row, Untested, row_from
-from distilbench.report.words import above_floor, size_of
+from distilbench.report.rows import Row, Untested, row_from
+from distilbench.report.words import above_floor, loss_of, size_of
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
 
@@ -89,19 +89,14 @@ def sentence(comparison: Comparison) -> str:
     if found is None:
         size = points(comparison.row.points or 0.0)
         return f"{size} points against the baseline, not tested: predictions of the examples are missing."
-    on_these = f"on these {found.examples:,} examples"
+    on_these, margin = f"on these {found.examples:,} examples", margin_text(comparison.margin)
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
-        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: {_loss(found)}, less than {margin_text(comparison.margin)}.",
+        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {loss_of(found)}, less than {margin}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
     }.get(comparison.row.verdict or Verdict.UNDECIDED,
-          f"Undecided {on_these}: {_loss(found)}, and {margin_text(comparison.margin)} would do.")  # fmt: skip
+          f"Undecided {on_these}: it {loss_of(found)}, and {margin} would do.")  # fmt: skip
     return f"{_unlearned(comparison)}{outcome} {_scope(trial, base)}"
-
-
-def _loss(found: Difference) -> str:
-    shown = f"it loses {-found.points:.2f} points, and " if found.is_loss_shown else "it loses "
-    return f"{shown}at most {max(found.loses_at_most, 0):.2f} points"
 
 
 def _unlearned(comparison: Comparison) -> str:

@@ -52,6 +52,14 @@ def reason_untested(row: Row) -> str:
     return _UNTESTED[row.untested] if row.untested else ""
 
 
+def loss_of(found: Difference) -> str:
+    """Say what a setting loses at most and, where that is shown, that it loses."""
+    if found.loses_at_most <= 0:
+        return "loses nothing"
+    shown = f"loses {-found.points:.2f} points, " if found.is_loss_shown else "loses "
+    return f"{shown}at most {found.loses_at_most:.2f} points"
+
+
 def what_decides(found: Difference) -> str:
     """Say what would decide an undecided row, with a chance of 80 %."""
     needed = found.needed

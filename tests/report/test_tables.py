@@ -106,6 +106,12 @@ def test_csv_holds_plain_numbers_of_every_row(report):
     assert rows["lr=1"]["accuracy"] == ""
 
 
+def test_the_answer_stands_on_top_of_every_kind(report):
+    said = "None of the 3 settings tried"
+    for text in (printed(report), markdown_report(report), note(report), latex_report(report)):
+        assert text.replace("\n", " ").index(said) < text.replace("\n", " ").index("verdict"), "before the table"
+
+
 def test_latex_is_a_whole_table(report):
     text = latex_report(report)
     assert text.count(r"\begin") == text.count(r"\end") == 2

@@ -94,7 +94,7 @@ def test_a_loss_below_the_margin_is_good_enough_and_says_both_figures():
     close = compare(stored("1" * 998 + "00"), baseline(large))
     assert sentence(close).startswith("Good enough on these 1,000 examples: it loses at most 0.7")
     lost = compare(stored("1" * 990 + "0" * 10), baseline(large), margin=3.0)
-    assert sentence(lost).startswith("Good enough on these 1,000 examples: it loses 1.00 points, and at most 1.8")
+    assert sentence(lost).startswith("Good enough on these 1,000 examples: it loses 1.00 points, at most 1.8")
 
 
 def test_different_seeds_are_named():
