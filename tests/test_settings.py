@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,14 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distilbench.settings import (
+    METRICS,
     SCHEDULERS,
     AppSettings,
+    BenchSettings,
+    CompareSettings,
+    ConfirmSettings,
     FreezeSettings,
+    ModelSettings,
     OptimSettings,
+    Rule,
     SchedulerSettings,
     SettingsError,
+    TrackingSettings,
     TrainSettings,
+    TrialSettings,
+    _marks,
+    names_of,
     register_schema,
+    require,
     settings_from,
 )
 from tests.conftest import ROOT
@@ -69,25 +81,266 @@ def test_experiments_add_up_and_the_command_line_wins():
     assert (s.data.max_train_examples, s.train.epochs, s.baseline.ensure, s.freeze.layers) == (2000, 2, True, 2)
 
 
+BARE = {
+    "compare": CompareSettings(
+        sweep="first", runs=[], experiments=[], protocol=None, baseline=None, margin=None, untested="refuse",
+        layout="full", rows=20, formats=["csv"], output=None, tracking=TrackingSettings("none", None, "distilbench"),
+    ),
+    "confirm": ConfirmSettings(
+        sweep="first", top=1, seeds=2, margin=None, name=None, output=None, dry_run=False,
+        tracking=TrackingSettings("none", None, "distilbench"),
+    ),
+    "bench": BenchSettings(trials=2, steps=8, eval_examples=1, repeats=1, processes=0),
+}  # fmt: skip
+"""Settings that ``config.yaml`` does not compose."""
+INF, NAN = math.inf, math.nan
+RANGES = {
+    "data.source": (["hub", "synthetic", "tweets"], ["web", ""], "one of hub, files, tweets, synthetic"),
+    "data.validation_fraction": ([1e-9, 0.999], [0, 1, -0.1, NAN], "in (0, 1)"),
+    "data.selection_fraction": ([0, 0.999], [1, -0.1, NAN], "in [0, 1)"),
+    "data.report_fraction": ([0, 0.999], [1, -0.1, NAN], "in [0, 1)"),
+    "data.max_train_examples": ([1, None], [0, -1], "1 or more"),
+    "data.max_validation_examples": ([1, None], [0, -1], "1 or more"),
+    "freeze.layers": ([0, 99], [-1], "0 or more"),
+    "freeze.embeddings": ([True, False, "auto"], ["maybe"], "auto, true or false"),
+    "scheduler.name": (SCHEDULERS, ["step"], "one of " + ", ".join(SCHEDULERS)),
+    "scheduler.warmup_ratio": ([0, 1, 0.5], [-0.1, 1.001, NAN], "in [0, 1]"),
+    "scheduler.warmup_steps": ([0, 1, None], [-1], "0 or more"),
+    "optim.name": (["adamw", "sgd"], ["adam"], "one of adamw, sgd"),
+    "optim.lr": ([1e-300, 1e300], [0, -1e-300, INF, NAN], "above 0"),
+    "optim.weight_decay": ([0, 1e300], [-1e-300, INF, NAN], "0 or more"),
+    "optim.max_grad_norm": ([0, 1e300], [-1e-300, INF, NAN], "0 or more"),
+    "optim.eps": ([0, 1e300], [-1e-300, INF, NAN], "0 or more"),
+    "optim.beta1": ([0, 0.999], [1, -0.001, NAN], "in [0, 1)"),
+    "optim.beta2": ([0, 0.999], [1, -0.001, NAN], "in [0, 1)"),
+    "optim.momentum": ([0, 0.999], [1, -0.001, NAN], "in [0, 1)"),
+    "train.epochs": ([1], [0], "1 or more"),
+    "train.batch_size": ([1, 999], [0], "1 or more"),
+    "train.micro_batch_size": ([1, 8, 16, None], [0, -1], "1 or more"),
+    "train.eval_batch_size": ([1], [0], "1 or more"),
+    "train.max_length": ([3], [2], "3 or more"),
+    "train.precision": (["auto", "fp32", "bf16", "fp16"], ["fp8"], "one of auto, fp32, bf16, fp16"),
+    "train.metric": (["accuracy", "f1", "mcc", "loss"], ["auc"], "one of accuracy, f1, mcc, loss"),
+    "train.eval_steps": ([1, None], [0], "1 or more"),
+    "train.patience": ([1, None], [0], "1 or more"),
+    "train.logging_steps": ([1], [0], "1 or more"),
+    "engine.name": (["auto", "trainer", "fused"], ["magic"], "one of auto, trainer, fused"),
+    "engine.device": (["auto", "cpu", "cuda", "mps"], ["tpu"], "one of auto, cpu, cuda, mps"),
+    "seed": ([0, 2**32 - 1], [-1, 2**32], "0 .. 2**32 - 1"),
+    "margin": ([0.001, 100], [0, 100.001, -1, NAN], "in (0, 100]"),
+    "tracking.name": (["mlflow", "none"], ["wandb"], "one of mlflow, none"),
+    "tracking.experiment": ([" a\nb", "x" * 256, "ä" * 128], ["", " ", "x" * 257, "ä" * 129],
+                            "a name of at most 256 bytes"),
+    "sweep.name": (["a", "_", "a.b_c+d-e", "x" * 200], ["", ".a", "-a", "a/b", "a b", "a\n", "x" * 201],
+                   "letters, digits and ._+- without a path, 200 bytes at most"),
+    "sweep.trials": ([1], [0], "1 or more"),
+    "sweep.objectives": ([None, ["accuracy", "train_flops"]], [["speed"], ["accuracy", "speed"]],
+                         "one of accuracy, f1, mcc, loss, train_seconds, train_flops, trainable_parameters"),
+    "sweep.pruner": (["none", "median", "wilcoxon"], ["best"], "one of none, median, percentile, patient, "
+                     "successive_halving, hyperband, threshold, wilcoxon"),
+    "sweep.max_failures": ([0, 0.99, 1, 7, None], [-0.1, INF, NAN], "0.0 or more"),
+    "sweep.timeout_minutes": ([0, 0.5, None], [-0.1, INF, NAN], "0 or more"),
+    "sweep.max_grid": ([1], [0], "1 or more"),
+    "sweep.on_change": (["refuse", "extend"], ["ignore"], "one of refuse, extend"),
+    "compare.margin": ([None, 0.5], [0, 101], "in (0, 100]"),
+    "compare.untested": (["refuse", "show"], ["hide"], "one of refuse, show"),
+    "compare.layout": (["full", "paper"], ["wide"], "one of full, paper"),
+    "compare.rows": ([1], [0], "1 or more"),
+    "compare.formats": ([[], ["html", "markdown", "latex", "csv"]], [["pdf"], ["csv", "pdf"]],
+                        "one of html, markdown, latex, csv"),
+    "confirm.top": ([1], [0], "1 or more"),
+    "confirm.seeds": ([2], [1], "2 or more"),
+    "confirm.margin": ([None, 100], [0, 101], "in (0, 100]"),
+    "bench.trials": ([2], [1], "2 or more"),
+    "bench.steps": ([8, 64], [0, -8, 4, 12], "a multiple of 8"),
+    "bench.eval_examples": ([1], [0], "1 or more"),
+    "bench.repeats": ([1], [0], "1 or more"),
+    "bench.processes": ([0, 2, 3], [1, -1], "0, or 2 or more"),
+}  # fmt: skip
+"""Setting -> values at the ends of its range, values just outside, the range in words."""
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return composed("train.micro_batch_size=null")
+
+
+def changed(usual, key: str, value: object):
+    """The settings that hold ``key``, with another value."""
+    group, _, name = key.rpartition(".")
+    return dataclasses.replace(BARE.get(group) or (getattr(usual, group) if group else usual), **{name: value})
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_range_has_its_ends_and_nothing_beyond(usual, key):
+    inside, outside, allowed = RANGES[key]
+    shown = key if key.partition(".")[0] not in ("compare", "confirm") else key.partition(".")[2]
+    for value in inside:
+        assert getattr(changed(usual, key, value), key.rpartition(".")[2]) == value
+    for value in outside:
+        with pytest.raises(SettingsError) as caught:
+            changed(usual, key, value)
+        assert str(caught.value).startswith(f"{shown} must be {allowed}, got ")
+
+
+def test_every_declared_range_is_tried_at_its_ends():
+    groups = {"compare": CompareSettings, "confirm": ConfirmSettings, "bench": BenchSettings, "": AppSettings}
+    groups |= {f.name: type(getattr(composed(), f.name)) for f in dataclasses.fields(AppSettings)}
+    declared = {
+        f"{group}.{name}".lstrip(".")
+        for group, cls in groups.items()
+        if dataclasses.is_dataclass(cls)
+        for name, mark in _marks(cls).items()
+        if isinstance(mark, Rule)
+    }
+    assert declared - RANGES.keys() == {"model.source"}, "which cannot change by itself"
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "line"),
+    [
+        ("train", {"batch_size": 16, "micro_batch_size": 5}, "train.micro_batch_size must be a divisor of "
+         "train.batch_size=16, got 5"),
+        ("train", {"batch_size": 16, "micro_batch_size": 32}, "train.micro_batch_size must be a divisor of "
+         "train.batch_size=16, got 32"),
+        ("model", {"source": "web"}, "model.source must be one of hub, package, local, random, got 'web'"),
+        ("model", {"checkpoint": ""}, "model.checkpoint must be a name or a path, got ''"),
+        ("model", {"source": "local", "checkpoint": "/no/such"}, "model.checkpoint must be an existing directory, got "
+         "'/no/such'; give the folder that holds config.json and model.safetensors"),
+        ("model", {"source": "random"}, "model.layers must be 1 or more for a random model, got None"),
+        ("model", {"source": "random", "layers": 0}, "model.layers must be 1 or more for a random model, got 0"),
+        ("data", {"hub_name": None}, "data.hub_name must be the id of a data set on the hub, got None"),
+        ("data", {"source": "files", "train": None}, "data.train must be a file, got None; give data.train=path/to/"),
+        ("data", {"source": "files", "train": "/no.csv"}, "data.train must be an existing CSV, TSV, JSON, JSONL or "
+         "Parquet file, got '/no.csv'; check the path"),
+        ("data", {"source": "files", "train": __file__, "validation": "/no.csv"}, "data.validation must be an existing "
+         "CSV, TSV, JSON, JSONL or Parquet file, got '/no.csv'; check the path"),
+        ("data", {"source": "files", "train": __file__, "validation": None, "text_column": None}, "data.text_column "
+         "must be the name of a column, got None"),
+        ("data", {"source": "files", "train": __file__, "validation": None, "label_column": ""}, "data.label_column "
+         "must be the name of a column, got ''"),
+        ("data", {"selection_fraction": 0.1, "report_fraction": 0.2}, "data.selection_fraction must be 0 with "
+         "data.report_fraction, where validation picks, got 0.1"),
+        ("data", {"label_names": ["a", "b", "a"]}, "data.label_names must be 2 or more distinct names, got "
+         "['a', 'b', 'a']"),
+        ("data", {"label_names": ["a"]}, "data.label_names must be 2 or more distinct names, got ['a']"),
+        ("scheduler", {"warmup_steps": 3, "warmup_ratio": 0.1}, "scheduler.warmup_ratio must be 0 when "
+         "scheduler.warmup_steps=3 is given, got 0.1; set one of the two"),
+        ("scheduler", {"name": "constant", "warmup_ratio": 0.1}, "scheduler.name must be a schedule that warms up when "
+         "a warm-up is given, got 'constant'; use scheduler=constant_with_warmup"),
+        ("scheduler", {"name": "constant", "warmup_steps": 1}, "scheduler.name must be a schedule that warms up when "
+         "a warm-up is given, got 'constant'; use scheduler=constant_with_warmup"),
+        ("tracking", {"uri": "http://me:secret@host"}, "tracking.uri must not hold a password, since Hydra writes "
+         "settings to disk; put the URI into MLFLOW_TRACKING_URI, or user and password into "
+         "MLFLOW_TRACKING_USERNAME and _PASSWORD"),
+        ("sweep", {"pruner_options": {"n_startup_trials": "auto"}}, "sweep.pruner_options.n_startup_trials must be a "
+         "number or null, got 'auto'"),
+        ("sweep", {"pruner_options": {"n": True}}, "sweep.pruner_options.n must be a number or null, got True"),
+        ("sweep", {"pruner_options": {"min_resource": "many"}}, "sweep.pruner_options.min_resource must be a number, "
+         "auto or null, got 'many'"),
+        ("sweep", {"objectives": []}, "sweep.objectives must be null or a list of different values, got []"),
+        ("sweep", {"objectives": ["loss", "loss"]}, "sweep.objectives must be null or a list of different values, got "
+         "['loss', 'loss']"),
+        ("sweep", {"seeds": []}, "sweep.seeds must be null or a list of different values, got []"),
+        ("sweep", {"seeds": [1, 2, 1]}, "sweep.seeds must be null or a list of different values, got [1, 2, 1]"),
+        ("sweep", {"max_failures": 1.5}, "sweep.max_failures must be a whole number or a share below 1, got 1.5"),
+        ("compare", {"sweep": None}, "what to compare must be sweep=NAME, runs=[ID,...] or experiment=NAME,..., got "
+         "'nothing'; add one of them"),
+        ("confirm", {"sweep": None}, "sweep must be the name of a sweep, got None; add sweep=NAME"),
+        ("confirm", {"sweep": ".."}, "sweep must be a name without a path in it, got '..'"),
+        ("confirm", {"name": "a/b"}, "name must be a name without a path in it, got 'a/b'"),
+        ("confirm", {"name": "a\\b"}, "name must be a name without a path in it, got 'a\\\\b'"),
+        ("confirm", {"name": "."}, "name must be a name without a path in it, got '.'"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key, changes, line):
+    with pytest.raises(SettingsError) as caught:
+        dataclasses.replace(BARE.get(key) or getattr(usual, key), **changes)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("model", {"source": "random", "layers": 1}),
+        ("data", {"source": "tweets", "hub_name": None}),
+        ("data", {"source": "files", "train": __file__, "validation": None}),
+        ("data", {"label_names": ["a", "b"]}),
+        ("scheduler", {"name": "constant_with_warmup", "warmup_steps": 3, "warmup_ratio": 0}),
+        ("scheduler", {"name": "constant", "warmup_steps": 0, "warmup_ratio": 0}),
+        ("tracking", {"uri": "http://me@host/a:b"}),
+        ("sweep", {"pruner_options": {"min_resource": "auto", "max_resource": 3, "lower": 0.5, "upper": None}}),
+        ("sweep", {"seeds": [1, 2]}),
+        ("compare", {"sweep": None, "runs": ["a"]}),
+        ("compare", {"sweep": None, "experiments": ["a"]}),
+        ("confirm", {"sweep": "a..b", "name": "c.d"}),
+    ],
+)
+def test_settings_that_only_look_contradictory_are_taken(usual, key, changes):
+    made = dataclasses.replace(BARE.get(key) or getattr(usual, key), **changes)
+    assert {name: getattr(made, name) for name in changes} == changes
+
+
+def test_micro_batches_that_memory_asks_for_are_divisors_of_the_batch(usual):
+    train = dataclasses.replace(usual.train, batch_size=12)
+    assert (train.examples_at_once, dataclasses.replace(train, micro_batch_size=4).examples_at_once) == (12, 4)
+    assert [train.smaller_micro_batch(size) for size in (12, 6, 5, 4, 3, 2, 1)] == [6, 3, 2, 2, 1, 1, None]
+
+
+def test_only_the_loss_is_better_when_it_is_smaller(usual):
+    better = {metric: dataclasses.replace(usual.train, metric=metric).greater_is_better for metric in METRICS}
+    assert better == {"accuracy": True, "f1": True, "mcc": True, "loss": False}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "given", "warmup"), [(100, 0.101, None, 11), (100, 0.0, 7, 7), (9, 0.0, 0, 0)]
+)
+def test_a_warm_up_is_whole_steps(steps, ratio, given, warmup):
+    assert SchedulerSettings("linear", warmup_ratio=ratio, warmup_steps=given).warmup(steps) == warmup
+
+
+def test_a_message_is_made_only_where_a_rule_is_broken():
+    require(True, "a", "b", "c")
+    for value, remedy, line in [("v", "", "a must be b, got 'v'"), (None, "do c", "a must be b, got None; do c"),
+                                ("x" * 198, "", f"a must be b, got '{'x' * 198}'"),
+                                ("x" * 199, "", f"a must be b, got '{'x' * 196}...")]:  # fmt: skip
+        with pytest.raises(SettingsError) as caught:
+            require(False, "a", "b", value, remedy)
+        assert str(caught.value) == line
+
+
+def test_settings_are_named_flat_and_a_fallback_counts_as_one():
+    assert names_of(ModelSettings) == ["source", "checkpoint", "revision", "layers", "fallback"]
+    names = names_of(AppSettings)
+    assert names[:2] == ["model.source", "model.checkpoint"]
+    assert {"seed", "margin", "model.fallback", "tracking.uri", "sweep.pruner_options"} <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_not_given_is_named_with_the_words_that_give_it():
+    register_schema()
+    with initialize_config_dir(str(CONF)):
+        config = compose("config", ["output.dir=unused", "sweep.name=unused", "model=local"])
+    with pytest.raises(SettingsError) as caught:
+        settings_from(config)
+    assert str(caught.value) == "model.checkpoint must be given, got nothing; add model.checkpoint=..."
+    with initialize_config_dir(str(CONF)):
+        compare = compose("compare", ["sweep=first", "output=here", "tracking=none"])
+    assert settings_from(compare, CompareSettings).output == str(Path.cwd() / "here")
+
+
+def test_a_trial_is_all_but_what_surrounds_it(usual):
+    trial = usual.trial
+    assert type(trial) is TrialSettings
+    assert all(getattr(trial, f.name) is getattr(usual, f.name) for f in dataclasses.fields(TrialSettings))
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("freeze.layers=-1", "freeze.layers must be 0 or more, got -1"),
         ("freeze.embeddings=maybe", "freeze.embeddings must be auto, true or false, got 'maybe'"),
-        ("train.epochs=0", "train.epochs must be 1 or more, got 0"),
-        ("train.precision=fp8", "train.precision must be one of auto, fp32, bf16, fp16, got 'fp8'"),
-        ("train.max_length=2", "train.max_length must be 3 or more, got 2"),
         ("optim.lr=0", "optim.lr must be above 0, got 0.0"),
         ("optim.lr=nan", "optim.lr must be above 0, got nan"),
-        ("optim.weight_decay=inf", "optim.weight_decay must be 0 or more, got inf"),
-        ("optim.beta2=1", "optim.beta2 must be in [0, 1), got 1.0"),
-        ("scheduler.name=step", "scheduler.name must be one of linear, cosine,"),
-        ("scheduler.warmup_ratio=1.5", "scheduler.warmup_ratio must be in [0, 1], got 1.5"),
-        ("seed=-1", "seed must be 0 .. 2**32 - 1, got -1"),
-        ("data.max_train_examples=0", "data.max_train_examples must be 1 or more, got 0"),
-        ("data.selection_fraction=1", "data.selection_fraction must be in [0, 1), got 1.0"),
-        ("engine.name=magic", "engine.name must be one of"),
-        ("engine.device=tpu", "engine.device must be one of auto, cpu, cuda, mps, got 'tpu'"),
         ("tracking.experiment=''", "tracking.experiment must be a name of at most 256 bytes, got ''"),
         (f"tracking.experiment={'x' * 600}", "tracking.experiment must be a name of at most 256 bytes, got 'xxx"),
         (f"sweep.name={'x' * 201}", "sweep.name must be letters, digits and ._+- without a path, 200 bytes at most"),
@@ -98,7 +351,7 @@ def test_experiments_add_up_and_the_command_line_wins():
         ("data.label_names=[1,'1']", "data.label_names must be 2 or more distinct names, got ['1', '1']"),
     ],
 )
-def test_a_value_out_of_range_is_one_line_with_setting_value_and_range(override, line):
+def test_a_value_out_of_range_on_the_command_line_is_one_line(override, line):
     with pytest.raises(SettingsError) as caught:
         composed(override)
     assert str(caught.value).startswith(line)
@@ -136,18 +389,6 @@ def test_auto_freezes_the_embeddings_with_the_first_layer(layers, embeddings):
 )
 def test_warmup_by_ratio_never_exceeds_the_trial(name, ratio, steps):
     assert 0 <= SchedulerSettings(name=name, warmup_ratio=ratio, warmup_steps=None).warmup(steps) <= steps
-
-
-@given(st.sampled_from(["lr", "weight_decay", "max_grad_norm", "eps", "beta1", "momentum"]), st.floats())
-def test_optimizer_settings_are_valid_or_refused_by_name(field, value):
-    good = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.0, "beta1": 0.9, "beta2": 0.9,
-            "eps": 0.0, "momentum": 0.0}  # fmt: skip
-    at_least = {"lr": value > 0, "beta1": 0 <= value < 1, "momentum": 0 <= value < 1}
-    if math.isfinite(value) and at_least.get(field, value >= 0):
-        assert getattr(OptimSettings(**good | {field: value}), field) == value
-    else:
-        with pytest.raises(SettingsError, match=rf"^optim\.{field} must be "):
-            OptimSettings(**good | {field: value})
 
 
 @pytest.mark.parametrize(
