@@ -91,9 +91,15 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) 
     )
 
 
-def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5) -> str:
+def bare(marks: str, title: str) -> str:
+    """A chart without axes of its own."""
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html(title)}">{marks}</svg>'
+
+
+def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5, attributes: str = "") -> str:
     """A point with a tooltip."""
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{html(tip)}</title></circle>'
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
+    return f'<circle class="{kind}" {place}{attributes}><title>{html(tip)}</title></circle>'
 
 
 def cross(x: float, y: float, tip: str) -> str:
@@ -101,10 +107,10 @@ def cross(x: float, y: float, tip: str) -> str:
     return f'<path class="stopped" d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"><title>{html(tip)}</title></path>'
 
 
-def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> str:
+def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "", attributes: str = "") -> str:
     """A polyline with a tooltip."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="{kind}" points="{path}"><title>{html(tip)}</title></polyline>'
+    return f'<polyline class="{kind}" points="{path}"{attributes}><title>{html(tip)}</title></polyline>'
 
 
 def whisker(x: float, low: float, high: float, kind: str = "") -> str:
@@ -128,7 +134,7 @@ def bars(shares: Mapping[str, float], title: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {max(len(shares) * gap, 1)}" role="img" aria-label="{html(title)}">{marks}</svg>'
 
 
-FOREST_WIDTH, FOREST_HEIGHT = 150, 22
+FOREST_WIDTH, FOREST_HEIGHT = 100, 22
 
 
 def forest_axis(limits: Iterable[tuple[float, float]]) -> Axis:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distilbench.report import charts
@@ -19,11 +19,15 @@ from distilbench.report.findings import (
     pareto_front,
 )
 from distilbench.report.formats import counted, flops, html, one_line, percent
+from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.words import said
 
 MOST_POINTS = 1000
 """Points in a chart: a browser slows down beyond some thousands."""
+_LONGEST_NAME = 9
+_MOST_AXES = 4
+"""Settings that lines are drawn across, the most telling ones: more would not be told apart on a phone."""
 
 
 def figures_of(report: Report) -> Iterator[str]:
@@ -33,6 +37,7 @@ def figures_of(report: Report) -> Iterator[str]:
     yield from _depths(report)
     yield from _curves(report)
     yield from _history(report)
+    yield from _parallel(report)
     yield from _importance(report)
 
 
@@ -59,7 +64,9 @@ def _tip(row: Row) -> str:
 
 
 def _dot(row: Row, x: float, y: float) -> str:
-    return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5)
+    """A row's point, which the filter hides and whose card shows on hover, touch and focus."""
+    linked = f' data-row="{row.rank}" tabindex="-1"'
+    return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5, linked)
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,57 @@ def _history(report: Report) -> Iterator[str]:
     title = "The sweep as it went"
     caption = "Settings in the order in which they were tried; the line is the best so far, an optimistic figure."
     yield _figure(title, charts.frame(x, y, "settings tried", "accuracy, %", marks, title), caption)
+
+
+def _parallel(report: Report) -> Iterator[str]:
+    """Every finished setting as a line across what varied, and its accuracy."""
+    rows = [row for row in _thinned(report.rows) if row.trials]
+    keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
+    if len(rows) < 5 or len(keys) < 2:
+        return
+    scales = [_scale([row.treatment.get(key) for row in rows]) for key in keys]
+    scales.append(_scale([100 * row.accuracy for row in rows]))
+    across = charts.Axis(0, len(keys), charts.LEFT, charts.WIDTH - charts.LEFT)
+    marks = ""
+    for row in reversed(rows):
+        values = [*(row.treatment.get(key) for key in keys), 100 * row.accuracy]
+        points = [(across(i), scale.at(value)) for i, (scale, value) in enumerate(zip(scales, values, strict=True))]
+        kind = f"setting {kind_of(row)}"
+        marks += charts.line(points, kind, _tip(row), f' data-row="{row.rank}"')
+    for i, (name, scale) in enumerate(zip((*(k.removesuffix(".name").rpartition(".")[2] for k in keys), "accuracy"),
+                                          scales, strict=True)):  # fmt: skip
+        marks += charts.whisker(across(i), charts.TOP + 18, charts.HEIGHT - 18)
+        ends = ((charts.HEIGHT - 4, scale.low), (charts.TOP + 13, scale.high))
+        marks += "".join(charts.label(across(i), y, text, anchor="middle") for y, text in ends)
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
+        marks += charts.label(across(i), charts.TOP, shown, "axis", "middle")
+    title = "Every setting"
+    yield _figure(
+        title, charts.bare(marks, title), "A line a setting, coloured by its verdict, from what varied to accuracy."
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """An upright axis of values of any kind, with the words at its ends."""
+
+    at: Callable[[object], float]
+    low: str
+    high: str
+
+
+def _scale(values: Sequence[object]) -> _Scale:
+    """Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words."""
+    bottom, top = charts.HEIGHT - 20.0, charts.TOP + 20.0
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < len(values):
+        words = sorted({str(value) for value in values})
+        step = (top - bottom) / max(len(words) - 1, 1)
+        return _Scale(lambda value: bottom + step * words.index(str(value)), one_line(words[0]), one_line(words[-1]))
+    low, high = min(numbers), max(numbers)
+    high = high if high > low else low + 1
+    axis = charts.Axis(low, high, bottom, top, is_log=low > 0 and high >= 10 * low)
+    return _Scale(lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}")
 
 
 def _importance(report: Report) -> Iterator[str]:

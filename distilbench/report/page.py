@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
+from distilbench.cli import command, override
 from distilbench.report import charts
 from distilbench.report.answer import answer
 from distilbench.report.columns import FULL, Column, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
 from distilbench.report.formats import html, one_line
+from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.tables import failures, notes_of, protocol_lines
 from distilbench.report.words import VERDICTS, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _SLIM = ("loss", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
-"""Columns that a phone leaves out."""
+"""Columns that are shown once all are asked for."""
 _LONGEST_WORD = 40
 
 
@@ -36,6 +39,9 @@ def page(report: Report) -> str:
         saving="".join(map(html, more)),
         counts=_counts(report),
         confirmation=f"<h2>Confirmed with fresh seeds?</h2><ul>{confirmed}</ul>" if confirmed else "",
+        kinds=_choices([(v.name.lower(), name) for v, name in VERDICTS.items()] + [("ended", "did not finish")]),
+        depths=_choices([(d, f"depth {d}") for d in sorted({str(_depth(row)) for row in report.table_rows})]),
+        columns=_choices([(str(i), column.title) for i, column in enumerate(filled(FULL, report.table_rows))]),
         header="".join(map(_head, filled(FULL, report.table_rows))),
         rows=_rows(report),
         charts="".join(figures_of(report)),
@@ -65,17 +71,35 @@ def _is_drawn(column: Column) -> bool:
 
 def _head(column: Column) -> str:
     kind = "" if column.is_text or _is_drawn(column) else "number"
-    return f'<th class="{kind}"><button>{html(column.title)}</button></th>'
+    kind += " slim" if column.key in _SLIM else ""
+    return f'<th scope="col" class="{kind}"><button>{html(column.title)}</button></th>'
 
 
 def _rows(report: Report) -> str:
     found = [row.difference for row in report.table_rows if row.difference]
     scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
     columns, lines = filled(FULL, report.table_rows), []
+    keys = varying_keys([row.treatment for row in report.table_rows])
     for row in report.table_rows:
         cells = "".join(_cell(column, row, scale) for column in columns)
-        lines.append(f'<tr class="base">{cells}</tr>' if row.is_baseline else f"<tr>{cells}</tr>")
+        told = f'data-row="{row.rank}" data-kind="{kind_of(row)}" data-depth="{html(str(_depth(row)))}"'
+        told += f' data-command="{html(_command(row, keys))}"'
+        lines.append(f"<tr{' class=base' if row.is_baseline else ''} {told}>{cells}</tr>")
     return "".join(lines)
+
+
+def _depth(row: Row) -> object:
+    return row.treatment.get("freeze.layers", "")
+
+
+def _command(row: Row, keys: Sequence[str]) -> str:
+    """The line that trains a setting again, once the sweep's own choice of model and data is added."""
+    told = {key.removesuffix(".name"): row.treatment.get(key) for key in keys}
+    return command("train", [*(override(key, value) for key, value in told.items()), f"seed={row.all_trials[0].seed}"])
+
+
+def _choices(values: Sequence[tuple[str, str]]) -> str:
+    return "".join(f'<option value="{html(value)}">{html(name)}</option>' for value, name in values)
 
 
 def _cell(column: Column, row: Row, scale: charts.Axis) -> str:

@@ -60,11 +60,12 @@ class Row:
     """One setting. ``trials`` finished, one per seed in the order of seeds; ``other_trials`` did not, or repeat a seed.
 
     Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
-    differs from the baseline. ``points`` is its mean accuracy minus the baseline's, tested or not; ``difference`` is of
-    the seeds that both have, where it was tested. ``verdict`` is what may be claimed; None for the baseline itself,
-    without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: its accuracy is shown to
-    be above that of the most frequent label alone; None where that was not asked. ``examples`` are those that it
-    is reported on, 0 where unknown. ``again`` is the same setting in a confirmation, with fresh seeds.
+    differs from the baseline, ``rank`` is its place in the report. ``points`` is its mean accuracy minus the
+    baseline's, tested or not; ``difference`` is of the seeds that both have, where it was tested. ``verdict`` is what
+    may be claimed; None for the baseline itself, without a baseline, without a result, and for the reason in
+    ``untested``. ``has_learned``: its accuracy is shown to be above that of the most frequent label alone; None where
+    that was not asked. ``examples`` are those that it is reported on, 0 where unknown. ``again`` is the same setting
+    in a confirmation, with fresh seeds.
     """
 
     label: str
@@ -76,6 +77,7 @@ class Row:
     loss: float
     cost: Cost
     is_baseline: bool = False
+    rank: int = 0
     points: float | None = None
     difference: Difference | None = None
     saving: Saving = NO_SAVING
@@ -229,5 +231,5 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
         text = name_of({key: row.treatment.get(key) for key in told}, varying)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
-        labelled.append(replace(row, label=shown, is_baseline=i == baseline))
+        labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i))
     return labelled

@@ -153,3 +153,27 @@ def test_learning_curves_of_single_evaluations_are_not_drawn():
     single = replace(report, curves=tuple(replace(curve, points=curve.points[:1]) for curve in report.curves))
     assert "Learning curves" in page(report)
     assert "Learning curves" not in page(single)
+
+
+def test_marks_and_rows_are_tied_so_that_filter_and_card_find_them(document):
+    rows = {a["data-row"]: a for tag, a in document.elements if tag == "tr" and "data-row" in a}
+    marks = {a["data-row"] for tag, a in document.elements if tag in ("circle", "polyline") and "data-row" in a}
+    assert marks <= rows.keys()
+    assert len(rows) == 40
+    assert {a["data-depth"] for a in rows.values()} == set("0123456")
+    assert rows["0"]["data-command"].startswith("python -m distilbench.train freeze.layers=")
+    assert " seed=1" in rows["0"]["data-command"]
+
+
+def test_every_finished_setting_is_a_line_across_what_varied(document):
+    lines = [a for tag, a in document.elements if tag == "polyline" and "data-row" in a]
+    finished = [a for tag, a in document.elements if tag == "tr" and a.get("data-kind") not in (None, "ended")]
+    assert len(lines) == len(finished)
+    assert "Every setting" in document.words
+
+
+def test_headings_have_scopes_the_table_a_caption_and_the_phone_a_menu_to_sort(document):
+    assert all(a.get("scope") == "col" for tag, a in document.elements if tag == "th")
+    tags = [tag for tag, _ in document.elements]
+    assert tags.count("caption") == 1
+    assert [a["id"] for tag, a in document.elements if tag == "select" and "id" in a] == ["order"]
