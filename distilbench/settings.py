@@ -439,6 +439,8 @@ class SweepSettings(Checked, group="sweep"):
     Optuna asks, and what lies outside of the space must stay. More trials are no change."""
     retry_failed: bool
     """Train failed trials of a continued sweep again (DIVERGED ones excepted: they would diverge again)."""
+    retry_lost: bool
+    """Train trials of a continued sweep again whose runs the store no longer holds, as after it was deleted."""
     take_over: bool
     """Also close trials left RUNNING on other hosts; only where those hosts are known to be gone."""
 

@@ -247,4 +247,4 @@ def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, t
     (tmp_path / "0" / "trial.json").write_text("{}")
     assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
     assert f"the store holds no trial of the sweep empty, {tmp_path} does. A store that was deleted" in caplog.text
-    assert "trains them again once the sweep's directory is moved away" in caplog.text
+    assert "trains them again with sweep.retry_lost=true" in caplog.text

@@ -155,8 +155,8 @@ def _is_picked_here(request: ReportRequest, sample: StoredTrial) -> bool:
 
 
 LOST = (
-    "A store that was deleted took its runs along: their figures are left in each trial's trial.json, and the same "
-    "command trains them again once the sweep's directory is moved away"
+    "A store that was deleted took its runs along: their figures are left in each trial's trial.json, and the sweep's "
+    "command trains them again with sweep.retry_lost=true"
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,10 +46,13 @@ class SweepStudies:
         return [study for study in (self.beside, self.main) if study]
 
 
-def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStudies]:
+def open_studies(
+    plan: SweepPlan, storage: Storage, holds: Callable[[str], bool] | None
+) -> tuple[SweepPlan, SweepStudies]:
     """Make or load the studies; returns them with the plan, its choices in the order that the study knows.
 
-    Raises :class:`SettingsError` for a plan that does not continue what is there.
+    ``holds`` tells whether the store has a run; None without tracking. Raises :class:`SettingsError` for a plan that
+    does not continue what is there.
     """
     _check_directory(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
@@ -68,8 +71,8 @@ def open_studies(plan: SweepPlan, storage: Storage) -> tuple[SweepPlan, SweepStu
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None) if plan.beside else None
     return plan, SweepStudies(
         storage,
-        Study(main, plan, owner, retry=_to_retry(plan, trials)),
-        Study(beside, plan, owner, is_beside=True) if beside else None,
+        Study(main, plan, owner, retry=_to_retry(plan, main, holds)),
+        Study(beside, plan, owner, True, _to_retry(plan, beside, holds)) if beside else None,
     )
 
 
@@ -112,10 +115,19 @@ def _has_records(plan: SweepPlan) -> bool:
     return any(any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BESIDE}/*/{RECORD}"))
 
 
-def _to_retry(plan: SweepPlan, trials: Sequence[FrozenTrial]) -> list[int]:
-    """Numbers of the failed trials that ``sweep.retry_failed`` asks for; a diverged one would diverge again."""
-    again = (Status.FAILED, Status.OUT_OF_MEMORY) if plan.settings.sweep.retry_failed else ()
-    return [trial.number for trial in trials if trial.user_attrs.get("status") in again]
+def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool] | None) -> list[int]:
+    """Numbers of trials to train again: failed ones (one that diverged would again), and those whose runs are gone."""
+    sweep = plan.settings.sweep
+    again = (Status.FAILED, Status.OUT_OF_MEMORY) if sweep.retry_failed else ()
+
+    def is_lost(run_id: str | None) -> bool:
+        return sweep.retry_lost and holds is not None and run_id is not None and not holds(run_id)
+
+    return [
+        trial.number
+        for trial in study.get_trials(deepcopy=False)
+        if trial.user_attrs.get("status") in again or is_lost(trial.user_attrs.get("run_id"))
+    ]
 
 
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:

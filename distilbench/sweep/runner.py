@@ -60,7 +60,7 @@ def run_plan(
     with quiet():
         try:
             with SignalGuard() as guard:
-                plan, studies = open_studies(plan, storage)
+                plan, studies = open_studies(plan, storage, store.holds if store else None)
                 parent = _open_parent_run(plan, studies, store, tags or {})
                 runner = SweepRunner(plan, studies, executor, parent, guard)
                 failure = runner.run()

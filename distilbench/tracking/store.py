@@ -68,7 +68,7 @@ class MlflowStore:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
         self.require_own_folder()
         with self._asking():
-            if self._holds(start.run_id):
+            if self._continues(start.run_id):
                 run = self._reopened(start.run_id, start)
             else:
                 run = self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
@@ -171,7 +171,7 @@ class MlflowStore:
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
         known = {**fresh, **process_tags(), **parent, **tags}
         with self._asking():
-            if self._holds(run_id):
+            if self._continues(run_id):
                 self._client.update_run(run_id, status="RUNNING")
                 for key, value in known.items():
                     self._client.set_tag(run_id, key, value)
@@ -195,21 +195,23 @@ class MlflowStore:
     def _asking(self) -> contextlib.AbstractContextManager[None]:
         return as_settings_error(self._address.refusal, self._address.remedy)
 
-    def _holds(self, run_id: str | None) -> TypeGuard[str]:
-        """Whether there is such a run to continue; one that was deleted since is replaced, which a line tells."""
+    def holds(self, run_id: str) -> bool:
+        """Return whether there is such a run, and it was not deleted."""
         from mlflow.exceptions import MlflowException
 
-        if run_id is None:
-            return False
         try:
-            held = self._client.get_run(run_id).info.lifecycle_stage == "active"
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            held = False
-        if not held:
+            return False
+
+    def _continues(self, run_id: str | None) -> TypeGuard[str]:
+        """Whether there is such a run to continue; one that was deleted since is replaced, which a line tells."""
+        if run_id is not None and not self.holds(run_id):
             log.warning("run %s is no longer in the store; the trial continues as a new run", run_id)
-        return held
+            return False
+        return run_id is not None
 
     def _reopened(self, run_id: str, start: RunStart) -> Run:
         """The run to continue, RUNNING again; its tags tell of the process that continues it."""

@@ -170,3 +170,21 @@ def wait_for_trial(workspace, process) -> None:
         if len(list(workspace.sweep("killed").glob("*/trial.json"))) > before:
             return
         time.sleep(0.05)
+
+
+def test_trials_whose_runs_are_gone_are_trained_again_by_one_flag(tmp_path):
+    workspace = SweepWorkspace(tmp_path)
+    command = ("freeze.layers=0,1", "sweep.name=lost")
+    ended(workspace, *command)
+    store = next(tmp_path.rglob("mlflow.db"))
+    for file in store.parent.glob("mlflow.db*"):
+        file.unlink()
+    told = ended(workspace, *command)
+    assert "sweep.retry_lost=true" in told.stdout + told.stderr
+    ended(workspace, *command, "sweep.retry_lost=true")
+    runs = Counter(
+        run.data.tags["distilbench.status"] for run in workspace.runs() if "distilbench.trial" in run.data.tags
+    )
+    assert runs == {"FINISHED": 2}
+    ended(workspace, *command)
+    assert len(workspace.runs()) == 3, "what was trained again is not trained a third time"
