@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from distilbench.settings import AppSettings, SettingsError
+from distilbench.identity import short_hash
+from distilbench.models.resolve import resolve_model
+from distilbench.settings import AppSettings, DataSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.pruning import check_pruning
@@ -46,6 +49,8 @@ class SweepPlan:
     """Says what varies, for people."""
     failures_borne: float
     """Failed trials that do not end the sweep yet; infinite without a limit."""
+    data: Sequence[DataSettings] = ()
+    """What text the trials read, to be checked before the first of a new sweep."""
     needs_all: bool = False
     """Whether one failed trial makes the sweep fail, once the others are trained."""
     base: DictConfig | None = None
@@ -80,7 +85,8 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
     Raises :class:`SettingsError` for the first thing that a person can mend.
     """
     loader = setup.context.config_loader
-    space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space)
+    space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
+                       partial(_depth, setup, options.is_grid))  # fmt: skip
     composer = Composer(setup.config, loader, space)
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
@@ -105,12 +111,23 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
         name=options.study_name,
         directory=Path(setup.config.hydra.sweep.dir).absolute(),
         fixed=fixed_of(settings, space),
+        data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
         name_of=space.name_of,
         failures_borne=_failures_borne(options, settings[0], total + len(beside)),
         base=composer.base,
         sampler=options.sampler,
     )
+
+
+def _depth(setup: HydraSetup, is_grid: bool, lines: Sequence[str]) -> int:
+    """The number of encoder layers of the model, of the shallowest one where the sweep tries several."""
+    loader = setup.context.config_loader
+    space = read_space(None, lines, loader, is_grid)
+    composer, (low, _) = Composer(setup.config, loader, space), space.corners()
+    models = [Point({**low.params, key: value}) for key, distribution in space.dimensions.items()
+              if key.partition(".")[0] == "model" for value in edges(distribution)]  # fmt: skip
+    return min(resolve_model(composer.settings(point).model).depth for point in models or [low])
 
 
 def _failures_borne(options: SweeperOptions, settings: AppSettings, trials: int) -> float:

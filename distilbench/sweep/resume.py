@@ -94,6 +94,11 @@ def _claim_directory(plan: SweepPlan, study: optuna.Study, has_trials: bool) -> 
         study.set_user_attr("id", known)
 
 
+def is_begun(plan: SweepPlan) -> bool:
+    """Return whether an earlier call has begun this sweep."""
+    return bool(_marker(plan))
+
+
 def _require_ours(plan: SweepPlan, is_ours: bool) -> None:
     other = _marker(plan).get("sweep", plan.name)
     if not is_ours:

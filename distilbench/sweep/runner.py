@@ -17,6 +17,7 @@ from rich.console import Console
 
 from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
+from distilbench.data.text import load_text
 from distilbench.report.from_store import report_sweep
 from distilbench.results import PREDICTIONS, RECORD, Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
@@ -26,7 +27,7 @@ from distilbench.sweep.job import NOBODY, Orphaned, SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.plan import SweepPlan, make_plan
-from distilbench.sweep.resume import SweepStudies, open_studies
+from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, NullParentRun, ParentRun, open_store
@@ -45,6 +46,9 @@ def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
     if plan.settings.sweep.dry_run:
         print_plan(plan, Console())
         return None
+    if not is_begun(plan):
+        for data in plan.data:
+            load_text(data)  # raises what the first trial would, once there is something to clear away
     raise_on_signal()
     storage = storage_at(options.storage, setup.unresolved("storage"), plan.directory)
     executor = executor_for(setup.launcher, setup.config.hydra.launcher, options.n_jobs)

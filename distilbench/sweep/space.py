@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,15 +130,25 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
         return False
 
 
+_DEPTH = re.compile(r"^(freeze\.layers=.*)\bdepth\b")
+
+
 def read_space(params: DictConfig | None, arguments: Sequence[str], loader: ConfigLoader, is_grid: bool,
-               custom: str | None = None) -> Space:  # fmt: skip
+               custom: str | None = None, depth_of: Callable[[Sequence[str]], int] | None = None) -> Space:  # fmt: skip
     """Read ``hydra.sweeper.params`` and the command line, which goes before it and replaces a key's values.
+
+    In a space of ``freeze.layers`` the word ``depth`` is the number of the model's layers, which ``depth_of`` finds by
+    the other lines.
 
     Raises :class:`SettingsError` for what is no sweep, or none that can be counted where ``is_grid``.
     """
-    lines = [f"{key!s}={value}" for key, value in (params or {}).items()]
+    lines = [*(f"{key!s}={value}" for key, value in (params or {}).items()), *arguments]
+    others = [line for line in lines if not _DEPTH.search(line)]
+    if depth_of and len(others) < len(lines):
+        depth = depth_of(others)
+        lines = [_DEPTH.sub(rf"\g<1>{depth}", line) for line in lines]
     try:
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*lines, *arguments])
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     except HydraException as error:
         raise SettingsError(f"the search space must be in Hydra's sweep syntax: {_first_line(error)}") from None
     dimensions: dict[str, BaseDistribution] = {}

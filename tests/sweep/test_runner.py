@@ -169,6 +169,13 @@ def test_a_directory_takes_one_sweep(workspace):
     assert before == {path: path.read_bytes() for path in (workspace.path / "fixed").rglob("*.json")}
 
 
+@pytest.mark.parametrize(("model", "deepest"), [((), 2), (("model.layers=3",), 3), (("model.layers=4,3",), 3)])
+def test_a_space_of_depths_follows_the_model_the_shallowest_of_several(workspace, model, deepest):
+    done(workspace, "hydra/sweeper=optuna", "search=accuracy", *model, "sweep.trials=1", "sweep.name=deep")
+    found = workspace.study("deep")[0].distributions["freeze.layers"]
+    assert (found.low, found.high) == (0, deepest)
+
+
 def test_only_points_of_the_space_are_checked(workspace):
     for name in ("one", "two"):
         (workspace.path / name).mkdir()
