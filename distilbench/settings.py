@@ -435,8 +435,8 @@ class SweepSettings(Checked, group="sweep"):
     """Cells that a grid may have without a word: raise it to confirm a larger one."""
     on_change: Annotated[str, one_of(("refuse", "extend"))]
     """refuse | extend: what becomes of a sweep that is continued with another space. extend takes other ends of a
-    range, further values of a list, and dimensions that come or go; lists keep their values and ranges their kind, as
-    Optuna asks, and what lies outside of the space must stay. More trials are no change."""
+    range, and dimensions that come or go; lists keep their values and ranges their kind, as Optuna asks, and what lies
+    outside of the space must stay. More trials are no change."""
     retry_failed: bool
     """Train failed trials of a continued sweep again (DIVERGED ones excepted: they would diverge again)."""
     retry_lost: bool

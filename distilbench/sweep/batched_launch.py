@@ -30,7 +30,7 @@ class Batches(Protocol):
     def train(self, jobs: Sequence[Any]) -> Iterator[Mapping[int, TaskFunction]]:
         """Train what :meth:`describe` returned, as it suits.
 
-        Yields, whenever some are done, a task function by the job's place: it returns the job's result, or raises its
+        Yields, whenever some are done, a task function by the job's index: it returns the job's result, or raises its
         error, at once.
         """
 
