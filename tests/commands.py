@@ -9,6 +9,7 @@ a fresh interpreter.
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import runpy
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -165,6 +167,25 @@ def split_imports(errors: str) -> tuple[list[str], set[str]]:
     return own, imports
 
 
+def lay_tables(database: Path) -> None:
+    """Write MLflow's tables, without a row, where there is no database: to make them takes longer than a tiny trial."""
+    if not database.exists():
+        database.write_bytes(_tables())
+
+
+@cache
+def _tables() -> bytes:
+    import sqlalchemy
+    from mlflow.store.db.utils import _initialize_tables
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = sqlalchemy.create_engine(f"sqlite:///{folder}/mlflow.db")
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        _initialize_tables(engine)
+        engine.dispose()
+        return Path(folder, "mlflow.db").read_bytes()
+
+
 class Workspace:
     """A folder with its own store: where commands run, and what they left there."""
 
@@ -172,6 +193,11 @@ class Workspace:
         self.path = path
         self.uri = f"sqlite:///{path}/mlflow.db"
         self._started: list[Process] = []
+
+    def with_store(self) -> Workspace:
+        """Have MLflow's tables here beforehand, as long as nothing but a trial is what a test is about."""
+        lay_tables(self.path / "mlflow.db")
+        return self
 
     def start(self, *arguments: str, program: str | Path = "distilbench.train", output: int | None = None,
               fresh: bool = False, **environment: str) -> Process:  # fmt: skip

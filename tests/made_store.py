@@ -13,6 +13,7 @@ from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import TrackingSettings, register_schema, settings_from
 from distilbench.tracking import MlflowStore, RunStart, open_store
 from distilbench.tracking.uri import sqlite_url
+from tests.commands import lay_tables
 from tests.conftest import ROOT, TINY
 
 LABELS = np.arange(200) % 2
@@ -24,6 +25,7 @@ DONE = TrialResult(
 
 def make_store(folder: Path) -> MlflowStore:
     """A new SQLite store under ``folder``, in the usual experiment."""
+    lay_tables(folder / "mlflow.db")
     store = open_store(TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench"))
     assert isinstance(store, MlflowStore)
     return store

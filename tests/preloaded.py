@@ -1,6 +1,7 @@
 """What the fork server of :mod:`tests.commands` imports, once for all commands: libraries, and all modules of ours.
 
-The commands themselves, which stand at the top of the package, are left out: they are run as ``__main__``.
+Left out are the commands themselves, which stand at the top of the package and are run as ``__main__``, and private
+modules, which import what only GPUs need.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ LIBRARIES = (
     "transformers.models.distilbert.modeling_distilbert",
     "transformers.trainer",
 )
-ROOMS = [m.name for m in pkgutil.walk_packages(distilbench.__path__, "distilbench.") if m.name.count(".") > 1]
+ROOMS = [
+    module.name
+    for module in pkgutil.walk_packages(distilbench.__path__, "distilbench.")
+    if module.name.count(".") > 1 and "._" not in module.name
+]
 
 for name in (*LIBRARIES, *ROOMS):
-    try:
-        importlib.import_module(name)
-    except ImportError:  # what is not installed everywhere, such as triton: whoever needs it says so
-        continue
+    importlib.import_module(name)
 gc.freeze()  # collections in the children neither walk nor copy what is here

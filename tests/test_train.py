@@ -115,7 +115,7 @@ def test_help_shows_groups_and_examples_and_imports_nothing_heavy(workspace):
 
 
 def test_hydras_own_grid_trains_each_cell_in_its_own_directory(workspace):
-    done = workspace.run("--multirun", *TINY_TRACKED, "train.epochs=1", "freeze.layers=0,1",
+    done = workspace.with_store().run("--multirun", *TINY_TRACKED, "train.epochs=1", "freeze.layers=0,1",
                          "scheduler=linear,cosine", "hydra.sweep.dir=grid", "hydra/sweeper=basic")  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads((workspace.path / "grid" / str(i) / "trial.json").read_text()) for i in range(4)]
@@ -130,7 +130,9 @@ def test_hydras_own_grid_trains_each_cell_in_its_own_directory(workspace):
 
 
 def test_a_diverged_trial_says_what_to_change_and_ends_with_one(workspace):
-    done = workspace.run(*TINY_TRACKED, "optim=sgd", "optim.lr=1e30", "optim.max_grad_norm=0", "hydra.run.dir=out")
+    done = workspace.with_store().run(
+        *TINY_TRACKED, "optim=sgd", "optim.lr=1e30", "optim.max_grad_norm=0", "hydra.run.dir=out"
+    )
     assert done.returncode == 1
     assert "DIVERGED" in done.stderr
     assert "optim.lr" in done.stderr
@@ -169,7 +171,7 @@ def test_a_signal_before_anything_has_begun_is_one_line_at_most(workspace, signu
 def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace, signum, status, engine):
     long = (*TINY_TRACKED, f"engine={engine}", "data.max_train_examples=2000", "train.epochs=3", "optim.lr=1e-3")
     whole = workspace.run(*long, "tracking=none", "hydra.run.dir=whole") if signum == signal.SIGTERM else None
-    process = workspace.start(*long, "hydra.run.dir=out")
+    process = workspace.with_store().start(*long, "hydra.run.dir=out")
     deadline = time.monotonic() + 120
     while not list(workspace.path.glob("out/**/seal.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -201,7 +203,7 @@ def test_a_server_out_of_reach_is_found_before_training(workspace):
 
 
 def test_without_a_baseline_the_summary_gives_the_command_that_makes_one(workspace):
-    done = workspace.run(*TINY_TRACKED, "train.epochs=1", "freeze.layers=2", "hydra.run.dir=out")
+    done = workspace.with_store().run(*TINY_TRACKED, "train.epochs=1", "freeze.layers=2", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     (command,) = re.findall(r"python -m distilbench\.train .*", done.stdout.replace("\\\n", " "))
     assert "freeze.layers" not in command

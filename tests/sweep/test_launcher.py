@@ -130,7 +130,7 @@ BATCH = (*TRIALS, "hydra/sweeper=basic", "hydra.sweep.dir=sweep")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Four trials in two groups, the first of which holds the baselines."""
-    workspace = Workspace(tmp_path_factory.mktemp("batch"))
+    workspace = Workspace(tmp_path_factory.mktemp("batch")).with_store()
     arguments = ("freeze.layers=1,0", "optim.lr=1e-3,1e-2", 'baseline.overrides=["freeze=none"]')
     done = workspace.run(*BATCH, *arguments, "hydra.job.chdir=false")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -190,7 +190,7 @@ def test_a_trial_gives_the_same_result_alone_as_in_its_batch(trained):
 
 @pytest.mark.e2e
 def test_a_trial_that_diverges_fails_as_a_job_and_leaves_its_batch_alone(tmp_path):
-    workspace = Workspace(tmp_path)
+    workspace = Workspace(tmp_path).with_store()
     done = workspace.run(*BATCH, "optim=sgd", "optim.max_grad_norm=0", "optim.lr=1e30,1e-1")
     assert done.returncode == 1
     assert "DIVERGED" in done.stderr
@@ -220,7 +220,7 @@ def test_a_mistake_in_one_trial_of_a_batch_is_answered_before_any_is_trained(tmp
 
 @pytest.mark.e2e
 def test_sigterm_ends_every_trial_of_the_batch_as_interrupted(tmp_path):
-    workspace = Workspace(tmp_path)
+    workspace = Workspace(tmp_path).with_store()
     process = workspace.start(*BATCH, "seed=1,2", "data.max_train_examples=4000", "train.epochs=20")
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("sweep/*/checkpoints/*"))) < 2 and time.monotonic() < deadline:
@@ -237,7 +237,7 @@ def test_sigterm_ends_every_trial_of_the_batch_as_interrupted(tmp_path):
 
 @pytest.mark.e2e
 def test_an_optuna_sweep_trains_its_batches_at_once_and_prunes_within_them(tmp_path):
-    workspace = Workspace(tmp_path)
+    workspace = Workspace(tmp_path).with_store()
     done = workspace.run(
         *TRIALS, "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=3", "sweep.trials=3", "sweep.name=together",
         "sweep.baseline=false", "sweep.pruner=threshold", "sweep.pruner_options.lower=0.9",
@@ -257,7 +257,7 @@ def test_an_optuna_sweep_trains_its_batches_at_once_and_prunes_within_them(tmp_p
 
 @pytest.mark.e2e
 def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finished_ones(tmp_path):
-    workspace = Workspace(tmp_path)
+    workspace = Workspace(tmp_path).with_store()
     arguments = (*TRIALS, "sweep.name=grid", "sweep.baseline=false", "hydra.sweep.dir=sweep")
     done = workspace.run(*arguments, "seed=1,2,3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -270,7 +270,7 @@ def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finis
 
 @pytest.mark.e2e
 def test_the_seeds_of_trials_are_trained_at_once_and_each_trial_ends_as_its_seeds_do(tmp_path):
-    workspace = Workspace(tmp_path)
+    workspace = Workspace(tmp_path).with_store()
     done = workspace.run(
         *TRIALS, "sweep.name=seeds", "sweep.baseline=false", "sweep.seeds=[1,2]", "sweep.max_failures=1",
         "optim=sgd", "optim.max_grad_norm=0", "optim.lr=1e-2,1e30", "hydra.sweep.dir=sweep",

@@ -31,7 +31,7 @@ def tree(workspace):
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
     workspace = SweepWorkspace(tmp_path_factory.mktemp("grid"))
-    return workspace, ended(workspace, "freeze.layers=0,1", "sweep.name=grid")
+    return workspace, ended(workspace.with_store(), "freeze.layers=0,1", "sweep.name=grid")
 
 
 def test_trials_are_children_of_the_sweeps_run_and_named_by_what_varies(grid):
@@ -69,7 +69,7 @@ def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
 
 
 def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspace):
-    ended(workspace, "freeze.layers=0,1", "sweep.seeds=[1,2]", "sweep.name=seeds",
+    ended(workspace.with_store(), "freeze.layers=0,1", "sweep.seeds=[1,2]", "sweep.name=seeds",
           "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
     assert tree(workspace) == {
         "seeds": None,
@@ -88,7 +88,7 @@ def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspa
 
 
 def test_a_pruned_trial_is_pruned_in_study_record_and_mlflow_and_the_baseline_never_is(workspace):
-    ended(workspace, "hydra/sweeper=optuna", "freeze.layers=0,1,2", "sweep.name=pruned", "sweep.trials=3",
+    ended(workspace.with_store(), "hydra/sweeper=optuna", "freeze.layers=0,1,2", "sweep.name=pruned", "sweep.trials=3",
           "sweep.pruner=threshold", "sweep.pruner_options.lower=1.1", "train.epochs=2")  # fmt: skip
     trials = [t for t in workspace.study("pruned") if t.user_attrs["status"] != "REUSED"]
     assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
@@ -124,7 +124,7 @@ def test_a_text_that_changed_under_its_name_stops_the_continued_sweep_in_one_lin
     train = sentences(workspace.path / "train.csv", start=0)
     first = (*TEXT, train, *launch, "sweep.name=text", "hydra/sweeper=optuna",
              "optim.weight_decay=interval(0,0.1)", "sweep.baseline=false")  # fmt: skip
-    ended(workspace, *first, "sweep.trials=1")
+    ended(workspace.with_store(), *first, "sweep.trials=1")
     sentences(workspace.path / "train.csv", start=1000)
     refused = ended(workspace, *first, "sweep.trials=4", status=2)
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("distilbench: ")]
@@ -142,7 +142,7 @@ def test_killed_real_trials_leave_nothing_running_and_nothing_lost(workspace):
     rng = random.Random(3)
     command = ("freeze.layers=0,1,2", "seed=1,2", "sweep.name=killed")
     for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = workspace.start(*SMALL, *command, real=True)
+        process = workspace.with_store().start(*SMALL, *command, real=True)
         wait_for_trial(workspace, process)
         time.sleep(rng.uniform(0, 3))
         process.send_signal(kind)

@@ -31,7 +31,7 @@ FINISHED = ("FINISHED", "FINISHED", "FINISHED")
     ids=["ctrl-c", "sigterm", "closed terminal"],
 )
 def test_a_signal_as_soon_as_there_is_a_record_closes_the_trial(workspace, number, statuses):
-    process = workspace.start(*TINY_TRACKED, "train.epochs=500", "hydra.run.dir=out")
+    process = workspace.with_store().start(*TINY_TRACKED, "train.epochs=500", "hydra.run.dir=out")
     deadline = time.monotonic() + 120
     while not (workspace.path / "out" / "trial.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -45,7 +45,7 @@ def test_a_signal_as_soon_as_there_is_a_record_closes_the_trial(workspace, numbe
 
 
 def test_a_reader_that_goes_away_ends_nothing(workspace):
-    process = workspace.start(*SHORT, fresh=True)
+    process = workspace.with_store().start(*SHORT, fresh=True)
     process.stdout.close()  # as | head -1 does
     err = process.stderr.read()
     assert (process.wait(), err) == (0, "")
@@ -55,12 +55,12 @@ def test_a_reader_that_goes_away_ends_nothing(workspace):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_onto_a_full_disk_ends_nothing(workspace):
     with open("/dev/full", "w") as full:
-        assert workspace.run(*SHORT, output=full.fileno()).returncode == 0
+        assert workspace.with_store().run(*SHORT, output=full.fileno()).returncode == 0
     assert ends_of(workspace) == FINISHED
 
 
 def test_what_the_terminal_cannot_show_is_replaced(workspace):
-    done = workspace.run(*SHORT[:-1], "hydra.run.dir='größe'", PYTHONIOENCODING="ascii")
+    done = workspace.with_store().run(*SHORT[:-1], "hydra.run.dir='größe'", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert ends_of(workspace, "größe") == FINISHED
     assert "gr??e" in done.stdout or "gr????e" in done.stdout
@@ -80,6 +80,6 @@ def test_what_the_terminal_cannot_show_is_replaced(workspace):
     ids=["by hand", "torchrun", "OpenMPI", "Slurm", "MVAPICH"],
 )
 def test_a_trial_is_one_process_whatever_launcher_left_its_variables(workspace, environment):
-    done = workspace.run(*SHORT, "engine=trainer", "tracking=none", **environment)
+    done = workspace.with_store().run(*SHORT, "engine=trainer", "tracking=none", **environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((workspace.path / "out" / "trial.json").read_text())["status"] == "FINISHED"
