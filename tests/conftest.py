@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that run commands: they take longest, and what is short fills the workers' last minute."""
+    long = {item.path for item in items if item.get_closest_marker("e2e")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def compose_settings(*overrides: str) -> AppSettings:
     """A trial as Hydra composes it."""
     register_schema()
