@@ -1,0 +1,10 @@
+"""One folder for all files that a session writes."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
