@@ -37,7 +37,7 @@ from distilbench.results import Status, Verdict
 Value = float | int | str | bool | None
 """Plain numbers: shares, seconds, points; None or NaN where there is none."""
 
-WIDE = 150
+WIDE = 200
 """Columns of text from which on a terminal gets every column."""
 
 

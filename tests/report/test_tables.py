@@ -39,7 +39,7 @@ def printed(report, width=80, layout="full", most=25) -> str:
 
 
 def test_a_wide_terminal_shows_every_column_and_the_answer(report):
-    text = printed(report, width=180)
+    text = printed(report, width=220)
     words = " ".join(text.split())
     assert (
         "None of the 3 settings tried (1 diverged) was shown to be better than the baseline, or to lose less" in words
@@ -62,7 +62,7 @@ def test_a_narrow_or_piped_report_fits_eighty_columns_without_control_codes(repo
 
 
 def test_a_long_table_keeps_the_baseline_and_says_what_it_leaves_out():
-    text = printed(report_of(sweep(60)), width=180, most=5)
+    text = printed(report_of(sweep(60)), width=220, most=5)
     assert "the best 5 of 60; the rest stands in the files" in text
     assert " baseline: " in text
 
@@ -88,7 +88,7 @@ def test_markdown_links_each_setting_to_its_run(report):
 
 def test_numbers_of_trials_stand_where_there_are_any(report):
     numbered = report_of([trial(0.9, number="0"), trial(0.89, 1, 1, FROZEN, number="12")])
-    assert re.search(r"^ *12 +layers=3 ", printed(numbered, width=180), re.MULTILINE)
+    assert re.search(r"^ *12 +layers=3 ", printed(numbered, width=220), re.MULTILINE)
     assert re.search(r"^ *# +setting", printed(numbered), re.MULTILINE)
     assert not re.search(r"^ *# +setting", printed(report), re.MULTILINE)
     assert "| # | setting |" in markdown_report(numbered)
@@ -167,7 +167,7 @@ def test_the_note_is_short_and_holds_the_answer_the_best_rows_and_links():
 
 def test_a_sweep_whose_every_trial_failed_gets_every_kind_of_report():
     broken = report_of([failed(Status.DIVERGED, n, treatment(optim_lr=n + 1.0)) for n in range(8)])
-    text = printed(broken, width=180)
+    text = printed(broken, width=220)
     assert "No trial finished: 8 DIVERGED." in text
     assert "and 3 more that did not finish" in text
     assert "DIVERGED" in markdown_report(broken)
