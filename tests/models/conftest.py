@@ -1,0 +1,27 @@
+"""A hub cache of its own for each test, and a tiny checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.resolve import resolve_model
+from tests.models.made_checkpoints import LABELS, random
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """An empty hub cache, and nothing resolved before."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    resolve_model.cache_clear()
+    yield
+    resolve_model.cache_clear()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The directory of a tiny DistilBERT with two layers and two labels, tokenizer included."""
+    export_model(build_model(random(), LABELS, 0), load_tokenizer(random()), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
