@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and threads that spin cost a lot
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that tests start would inherit a SIGHUP that is ignored
 
 from hydra import compose, initialize_config_dir
 

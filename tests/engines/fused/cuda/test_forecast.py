@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from distilbench.bench.roofline import Machine, work_of
+from distilbench.bench.roofline import Machine, step_cost_of
 from tests.conftest import ROOT
 from tests.engines.fused.cuda.forecast import (
     BUCKET,
@@ -30,7 +30,7 @@ def test_products_are_those_of_the_limit_and_what_cls_needs_none_of(launches):
     """The kernels make keys and values in the last layer too, and embeddings' gradients are added up by products."""
     with META:
         model = DistilBertForSequenceClassification(DistilBertConfig())
-    limit = work_of(model, BUCKET.tokens, BUCKET.sentences, WORDS)
+    limit = step_cost_of(model, BUCKET.tokens, BUCKET.sentences, WORDS)
     last_keys_and_values = 3 * 2 * (2 * 768**2) * BUCKET.tokens
     tables = 2 * 2 * BUCKET.tokens**2 * 768
     counted = sum(launch.operations for launch in launches)
