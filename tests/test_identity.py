@@ -109,6 +109,7 @@ def test_what_is_prepared_is_shared_by_trials_that_differ_in_steps_alone(setting
     ("override", "is_another"),
     [
         ("seed=7", True), ("train.metric=loss", True), ("engine=trainer", True), ("optim.beta1=0.5", True),
+        ("train.precision=bf16", True),
         ("freeze.embeddings=false", False), ("train.logging_steps=1", False), ("output.dir=elsewhere", False),
         ("train.eval_batch_size=1", False),
     ],
@@ -127,3 +128,29 @@ def test_points_of_a_space_are_told_apart_by_what_they_would_train(settings, ove
 def test_a_checkpoint_is_continued_by_settings_that_come_to_the_same_result(settings, override, continues):
     now, then = (checkpoint_identity(s.trial, "w", "t", "fp32") for s in (settings(override), settings()))
     assert (now == then) is continues
+
+
+def test_a_checkpoint_is_told_by_what_was_really_used(settings):
+    trial = settings("train.precision=auto", "data.max_train_examples=9").trial
+    identity = checkpoint_identity(trial, "weights", "text", "bf16")
+    assert (identity["model"], identity["data"], identity["train.precision"]) == ("weights", "text", "bf16")
+    assert identity["train.max_length"] == trial.train.max_length
+    assert not {"data.max_train_examples", "engine.device", "output.dir"} & set(identity)
+
+
+def test_a_hash_is_of_contents_in_whatever_order_and_kind():
+    assert short_hash({"a": 1, "b": [2]}) == short_hash({"b": (2,), "a": 1}) == "ae8a9a505246"
+    assert short_hash(WEIGHTS) == short_hash(dataclasses.asdict(WEIGHTS)) != short_hash(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (TEXT, "d"),
+        (dataclasses.replace(TEXT, revision="0123456789abcdef"), "d (0123456789ab)"),
+        (dataclasses.replace(TEXT, fallback_for="sst2"), "d, FALLBACK for sst2"),
+        (dataclasses.replace(TEXT, revision="1.0", fallback_for="sst2"), "d (1.0), FALLBACK for sst2"),
+    ],
+)
+def test_a_source_says_its_version_and_what_it_stands_in_for(source, said):
+    assert source.describe() == said

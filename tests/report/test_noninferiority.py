@@ -105,6 +105,43 @@ def test_the_more_certain_level_has_the_higher_bound():
     assert noninferiority_exact(20, 25, 872, 0.01, alpha=0.005).bound > noninferiority_exact(20, 25, 872, 0.01).bound
 
 
+def test_a_test_says_what_it_tested_and_on_how_many_seeds():
+    found = noninferiority_exact(20, 25, 872, 0.01)
+    assert (found.margin, found.n) == (0.01, 1)
+    a, b = pair(20, 25, 872)
+    over = noninferiority_over_seeds({1: a, 2: a}, {1: b, 2: b}, 0.01)
+    assert (over.margin, over.n) == (0.01, 2)
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_the_level_asked_for_is_that_of_the_bound_for_one_seed_and_for_several(seeds):
+    a, b = pair(20, 25, 872)
+    found = noninferiority_over_seeds(dict.fromkeys(seeds, a), dict.fromkeys(seeds, b), 0.01, alpha=0.005)
+    assert found.bound == noninferiority_exact(20, 25, 872, 0.01, alpha=0.005).bound
+
+
+def test_a_loss_beyond_the_margin_over_seeds_has_a_p_above_a_half():
+    rng = np.random.default_rng(4)
+    difference = -(rng.random((3, 400)) < [[0.10], [0.12], [0.14]]).astype(int)
+    a, b = by_seed(difference)
+    spread = ni.spread_over_seeds(a, b)
+    beyond, inside = (ni._p_over_seeds(spread, -spread.difference + shift) for shift in (-0.02, 0.02))
+    assert 0 < inside < 0.5 < beyond < 1
+    parts, scale = spread.parts, ni._deflation(spread, -spread.difference - 0.02)
+    assert beyond == pytest.approx(1 - ni.p_of_difference(parts, 0.02 * scale) / 2)
+
+
+def test_few_examples_that_differ_are_given_the_variance_of_the_loss_in_question():
+    difference = np.zeros((2, 200))
+    difference[:, :2] = -1
+    spread = ni.spread_over_seeds(*by_seed(difference))
+    observed = spread.by_example.var(ddof=1) / 200
+    expected = float(ni.variance_at_loss(0, 2, 200, 0.05))
+    assert observed < expected
+    assert ni._deflation(spread, 0.05) == pytest.approx(math.sqrt(observed / expected))
+    assert ni._deflation(spread, 0.001) == 1.0
+
+
 def test_nothing_discordant_still_leaves_a_loss_possible():
     assert 0.003 < noninferiority_exact(0, 0, 872, 0.01).bound < 0.005
     assert noninferiority_exact(0, 0, 20, 0.01).p > 0.5
@@ -128,6 +165,7 @@ def test_counts_that_do_not_fit_are_refused():
 def test_effective_counts_of_one_pair_are_its_own():
     assert effective_counts(np.array([1.0, 0, 0, -1, -1, 0])) == (1, 2, 6)
     assert effective_counts(np.zeros(5)) == (0, 0, 5)
+    assert effective_counts(np.array([1.0, 0, -1, 0])) == (1, 1, 4)
 
 
 def test_effective_counts_keep_mean_and_variance_and_round_to_the_careful_side():
