@@ -87,13 +87,15 @@ def adamw(
 
 
 @triton.jit
-def _find_sentence(first, lengths, order_stride, HEADS: tl.constexpr):
-    """Return this program's sentence, head, trial and order, and the sentence's first token and length."""
+def _find_sentence(first, lengths, order_stride, query_rows, key_rows, one_query, HEADS: tl.constexpr):
+    """Return this program's head and order, the sentence's first row and count of queries, and those of its keys."""
     sentence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     trial = tl.program_id(2).to(tl.int64)
     order = tl.where(order_stride > 0, trial, 0)
     at = order * order_stride + sentence
-    return sentence, head, trial, order, tl.load(first + at), tl.load(lengths + at).to(tl.int32)
+    start, length = tl.load(first + at), tl.load(lengths + at).to(tl.int32)
+    query_row = trial * query_rows + tl.where(one_query > 0, sentence, start)
+    return head, order, query_row, tl.where(one_query > 0, 1, length), trial * key_rows + start, length
 
 
 @triton.jit
@@ -107,6 +109,13 @@ def _load(tensor, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZ
     tile = tensor + (row * stride + head * HEAD_SIZE)  # in 64 bits, where a trial's rows may lie; the rest fits 32
     values = tl.load(tile + (number[:, None] * stride + part[None, :]), mask=there, other=0.0)
     return values if tensor.dtype.element_ty == tl.bfloat16 else values.to(tl.float32)
+
+
+@triton.jit
+def _load_keys(k, v, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr):
+    """Load a block of keys and their values, (BLOCK, SIZE) each."""
+    keys = _load(k, row, stride, number, count, head, HEAD_SIZE, SIZE)
+    return keys, _load(v, row, stride, number, count, head, HEAD_SIZE, SIZE)
 
 
 @triton.jit
@@ -140,21 +149,19 @@ def attention_forward(
 
     What is summed so far is scaled to the largest score seen (Dao et al., "FlashAttention", 2022, algorithm 1).
     """
-    sentence, head, trial, order, start, length = _find_sentence(first, lengths, order_stride, HEADS)
-    queries = tl.where(one_query > 0, 1, length)
+    head, order, query_row, queries, key_row, length = _find_sentence(
+        first, lengths, order_stride, query_rows, key_rows, one_query, HEADS
+    )
     if tl.program_id(1) * BLOCK >= queries:
         return
     query = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    query_row = trial * query_rows + tl.where(one_query > 0, sentence, start)
-    key_row = trial * key_rows + start
     queries_ = _load(q, query_row, query_stride, query, queries, head, HEAD_SIZE, SIZE)
     largest = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     summed = tl.zeros((BLOCK, SIZE), tl.float32)
     for key_start in tl.range(0, length, BLOCK, num_stages=1):
         column = key_start + tl.arange(0, BLOCK)
-        keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
-        values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        keys_, values = _load_keys(k, v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
         scores = tl.dot(queries_, tl.trans(keys_), input_precision="ieee") * HEAD_SIZE**-0.5
         scores = tl.where((column < length)[None, :], scores, -1e30)
         larger = tl.maximum(largest, tl.max(scores, 1))
@@ -206,10 +213,9 @@ def attention_backward(
 
     Both kinds of program make the probabilities anew from ``log_sums``, and nothing is added up between programs.
     """
-    sentence, head, trial, order, start, length = _find_sentence(first, lengths, order_stride, HEADS)
-    queries = tl.where(one_query > 0, 1, length)
-    query_row = trial * query_rows + tl.where(one_query > 0, sentence, start)
-    key_row = trial * key_rows + start
+    head, order, query_row, queries, key_row, length = _find_sentence(
+        first, lengths, order_stride, query_rows, key_rows, one_query, HEADS
+    )
     begin = tl.program_id(1) * BLOCK
     if begin < query_blocks * BLOCK:
         if begin >= queries:
@@ -221,8 +227,7 @@ def attention_backward(
         grad_asked = tl.zeros((BLOCK, SIZE), tl.float32)
         for key_start in tl.range(0, length, BLOCK, num_stages=1):
             column = key_start + tl.arange(0, BLOCK)
-            keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
-            values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+            keys_, values = _load_keys(k, v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
             kept = _kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK)
             _, grad_scores = _scores_backward(
                 asked, keys_, values, grad, log_sum, taken, column < length, kept, dropped, HEAD_SIZE
@@ -234,8 +239,7 @@ def attention_backward(
         if begin >= length:
             return
         column = begin + tl.arange(0, BLOCK)
-        keys_ = _load(k, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
-        values = _load(v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
+        keys_, values = _load_keys(k, v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
         grad_keys = tl.zeros((BLOCK, SIZE), tl.float32)
         grad_values = tl.zeros((BLOCK, SIZE), tl.float32)
         for query_start in tl.range(0, queries, BLOCK, num_stages=1):
