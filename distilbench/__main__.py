@@ -6,7 +6,7 @@ import sys
 
 from distilbench.cli import exit_immediately, say
 
-COMMANDS = ("train", "compare", "confirm", "benchmark")
+COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
 
 def main() -> None:

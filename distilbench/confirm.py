@@ -82,19 +82,14 @@ def confirm(settings: ConfirmSettings) -> str | None:
 
 def _first_report(store: MlflowStore, sweep: str, margin: float | None) -> Report:
     """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
-    from distilbench.report.from_store import ReportRequest, check_protocol, find_sweep, make_report, margin_of
-    from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
+    from distilbench.report.from_store import find_sweep, report_of_sweep
+    from distilbench.tracking import CONFIRMS
 
     parent = find_sweep(store, sweep)
     if CONFIRMS in parent.tags:
         raise SettingsError(f"sweep must be a search, got {sweep!r}, itself a confirmation of {parent.tags[CONFIRMS]}; "
                             f"for more seeds: sweep={parent.tags[CONFIRMS]} seeds=...")  # fmt: skip
-    trials = store.search(RunFilter(tags={SWEEP: sweep}))
-    if not trials:
-        raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
-    check_protocol(trials)
-    margin = margin or margin_of(parent) or default_margin()
-    report = make_report(store, trials, ReportRequest(f"Sweep {sweep}", default_treatment(), margin, sweep=parent))
+    report = report_of_sweep(store, sweep, default_treatment(), margin, default_margin())
     if report.baseline is None or not report.candidates:
         lacking = "baseline" if report.baseline is None else "finished setting beside its baseline"
         raise SettingsError(f"sweep must have a {lacking}, got {sweep!r} without one; run it again to add one")

@@ -541,6 +541,60 @@ class ConfirmSettings(Checked):
             require(plain, name, "a name without a path in it", value)
 
 
+PREDICTION_FORMATS = ("table", "glue")
+
+
+@dataclass(frozen=True)
+class PredictDataSettings(Checked, group="data"):
+    """The texts that a model is asked about; what is null the model says itself, as it was trained."""
+
+    test: str
+    """A CSV, TSV, JSON, JSONL or Parquet file, or the name of a split of a data set of the hub."""
+    hub_name: Optional[str]
+    """Data set id on the hub that has the split; null is the one that the model was trained on."""
+    hub_config: Optional[str]
+    """Configuration of the hub data set, where it has several."""
+    revision: Optional[str]
+    """Hub branch, tag or commit; null takes the default branch."""
+    text_column: Optional[str]
+    """Column that holds the text; null is the one that the model was trained on, else text."""
+    pair_column: Optional[str]
+    """Column that holds the second text of a pair; null is the one that the model was trained on, if any."""
+
+
+@dataclass(frozen=True)
+class PredictSettings(Checked):
+    """The whole configuration of `python -m distilbench.predict`; one of the first three names the model."""
+
+    run: Optional[str]
+    """Id of a trial's run."""
+    dir: Annotated[Optional[str], PathIf()]
+    """Directory of a model of Transformers with a classification head, such as model/ of a trial's directory."""
+    sweep: Optional[str]
+    """Name of a sweep, of which `best` picks the trial."""
+    best: Annotated[str, one_of(("answer", "accuracy"))]
+    """answer | accuracy: the sweep's answer (its baseline where no setting is shown to be good enough), or the trial
+    with the best accuracy by which the sweep chooses."""
+    data: PredictDataSettings
+    output: Annotated[str, PathIf()]
+    """File to write: CSV, TSV, JSONL or Parquet by its ending; format=glue takes a folder too."""
+    format: Annotated[str, one_of(PREDICTION_FORMATS)]
+    """table | glue: texts, labels and probabilities, or GLUE's submission files (SST-2.tsv: index, prediction)."""
+    batch_size: Annotated[int, at_least(1)]
+    """Texts a batch, 1 or more; changes speed only."""
+    device: Annotated[str, one_of(DEVICES)]
+    """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU."""
+    tracking: TrackingSettings
+
+    def _check(self) -> None:
+        given = [name for name in ("run", "dir", "sweep") if getattr(self, name)]
+        require(len(given) == 1, "what predicts", "one of run=ID, dir=PATH and sweep=NAME",
+                " and ".join(given) or "none", "name one model")  # fmt: skip
+        require(self.dir is None or Path(self.dir).is_dir(), "dir", "an existing directory", self.dir,
+                "give the folder that holds config.json and model.safetensors")  # fmt: skip
+        require(self.best == "answer" or self.sweep is not None, "best", "answer without sweep=NAME", self.best)
+
+
 BENCH_WINDOW = 8
 """Steps of a benchmark come in multiples of this: engines may run parts of so many steps ahead."""
 
@@ -655,6 +709,7 @@ def register_schema(app: type[AppSettings] = AppSettings) -> None:
     """Register the schemas that the main configurations in ``conf/`` build on; ``app`` is that of ``config.yaml``."""
     from hydra.core.config_store import ConfigStore
 
-    kinds = {"schema": app, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings}
+    kinds = {"schema": app, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings,
+             "predict_schema": PredictSettings}  # fmt: skip
     for name, kind in kinds.items():
         ConfigStore.instance().store(name=name, node=_schema(kind), replace=True)

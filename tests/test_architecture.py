@@ -113,7 +113,7 @@ def test_every_room_stands_in_the_map():
 
 
 def test_checking_a_configuration_imports_nothing_heavy():
-    modules = ("train", "compare", "confirm", "benchmark", "models.resolve", "data.text", "tracking")
+    modules = ("train", "compare", "confirm", "predict", "benchmark", "models.resolve", "data.text", "tracking")
     code = "import sys" + "".join(f", distilbench.{name}" for name in modules)
     code += f"; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

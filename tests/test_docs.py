@@ -28,6 +28,7 @@ from distilbench.settings import (
     BenchmarkSettings,
     CompareSettings,
     ConfirmSettings,
+    PredictSettings,
     register_schema,
     settings_from,
 )
@@ -45,6 +46,7 @@ SETTINGS = {
     "benchmark": ("benchmark", BenchmarkSettings),
     "compare": ("compare", CompareSettings),
     "confirm": ("confirm", ConfirmSettings),
+    "predict": ("predict", PredictSettings),
 }
 """Module of ``python -m distilbench.<module>`` -> its main configuration and what it becomes."""
 FILES = ("reviews.csv", "train.csv", "sst2/train.parquet", "sst2/validation.parquet")
@@ -311,10 +313,10 @@ CHECKS = {
 
 def test_every_key_in_running_text_is_a_setting():
     with schema_of(BenchmarkSettings), initialize_config_dir(str(ROOT / "conf")):
-        known = compose("benchmark")
+        known, asking = compose("benchmark"), compose("predict")
     keys = {key for page in PAGES for key in keys_in(page) if key.partition(".")[0] in known}
     assert len(keys) > 40
-    assert {key for key in keys if is_missing(known, key)} == set()
+    assert {key for key in keys if is_missing(known, key) and is_missing(asking, key)} == set()
 
 
 def keys_in(page: Path) -> Iterator[str]:

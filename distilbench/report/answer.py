@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from distilbench.report.costs import noise_of_time
-from distilbench.report.findings import Confirmed, CostOf, Report
+from distilbench.report.findings import Confirmed, CostOf, Report, by_score, score_of
 from distilbench.report.formats import counted, interval, less, margin_text, points
 from distilbench.report.rows import Row
 from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
-from distilbench.results import Verdict
+from distilbench.results import StoredTrial, Verdict
 
 GOOD = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
 LEAST_SAVING = 5.0
@@ -39,7 +40,7 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
     if not any(_evidence(row).difference for row in candidates):
         return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
-    good = [row for row in candidates if row.claim in GOOD and row.has_learned is not False]
+    good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
     if not good:
         none = f"{nothing} was shown to be better than the baseline, or to lose less than {margin_text(report.margin)}."
@@ -49,6 +50,24 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     first = f"{cheapest.label} {_claim(cheapest)}{_takes(cheapest, report)}{f'; {rank} {tried}' if rank else ''}."
     best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
     return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.label} {_claim(best)}.")
+
+
+def good_rows(report: Report) -> list[Row]:
+    """Return the settings that are shown to be better than the baseline, or good enough."""
+    return [row for row in report.candidates if row.claim in GOOD and row.has_learned is not False]
+
+
+def trial_to_use(report: Report, best: str) -> StoredTrial | None:
+    """Return the trial whose model is to be used; None where no trial finished.
+
+    ``answer`` is the cheapest setting that is good, the baseline where none is; ``accuracy`` is the setting with the
+    best mean score on the split that selects. Of a setting's seeds the one with the best score there is taken.
+    """
+    scored = by_score(report.rows)
+    kept = [report.baseline] if report.baseline and report.baseline.trials else scored[:1]
+    answers = sorted(good_rows(report), key=cost_rank(report)) or kept
+    row = next(iter(scored if best == "accuracy" else answers), None)
+    return max(row.trials, key=lambda trial: score_of(replace(row, trials=(trial,)))) if row else None
 
 
 def cost_rank(report: Report) -> CostOf:

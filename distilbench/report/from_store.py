@@ -176,6 +176,21 @@ def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
     return found
 
 
+def report_of_sweep(store: MlflowStore, sweep: str, usual: Mapping[str, object], margin: float | None,
+                    default_margin: float) -> Report:  # fmt: skip
+    """Return a sweep's own report; raises :class:`SettingsError` for one without trials, or with several protocols.
+
+    ``margin`` in points goes before the sweep's own, that before ``default_margin``.
+    """
+    parent = find_sweep(store, sweep)
+    trials = store.search(RunFilter(tags={SWEEP: sweep}))
+    if not trials:
+        raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
+    check_protocol(trials)
+    margin = margin or margin_of(parent) or default_margin
+    return make_report(store, trials, ReportRequest(f"Sweep {sweep}", usual, margin, sweep=parent))
+
+
 def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
     """Which split chose, which reported, and what that means for a lead."""
     sample = report.sample

@@ -8,6 +8,7 @@ where a split of its own picks epochs) per evaluation, and without a prefix what
 
 from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
+from distilbench.tracking.model import model_directory
 from distilbench.tracking.parent_run import NullParentRun, ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
@@ -29,6 +30,7 @@ __all__ = [
     "RunStart",
     "final_metrics",
     "find_store",
+    "model_directory",
     "open_store",
     "params_of",
     "redact",

@@ -21,7 +21,7 @@ from distilbench.engines.optimization import lr_factors
 from distilbench.engines.outcome import result_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.stopwatch import Lap
-from distilbench.models.build import build_model, export_model, load_tokenizer
+from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
 from distilbench.results import Evaluation, Status, TrialResult
@@ -156,7 +156,7 @@ class Member:
         model = build_model(context.resolved, context.splits.label_names, self.seed)
         untouched = untouched_factor(self.settings.optim, self.lrs[: self.best.step].tolist())
         context.layout.write(flat_params, untouched, dict(model.named_parameters()))
-        export_model(model, load_tokenizer(context.resolved), Path(self.settings.output.dir) / "model")
+        export_trial(model, load_tokenizer(context.resolved), self.settings)
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """What the engine returns of a trial that ended so; checkpoints stay where it may be resumed."""

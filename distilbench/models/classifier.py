@@ -1,0 +1,125 @@
+"""A saved model that classifies texts: of a trial, or any directory of Transformers with a classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distilbench.data.hub import first_line
+from distilbench.models.build import _quiet, load_tokenizer
+from distilbench.models.resolve import resolve_model
+from distilbench.settings import ModelSettings, SettingsError, require
+
+if TYPE_CHECKING:
+    import pandas
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+LONGEST = 512
+"""Tokens that a text is cut at where neither the tokenizer nor the model's positions bound it."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode with what its directory says of the texts that it takes.
+
+    ``trained_on`` is what a trial of ours left in config.json: ``text_column``, ``pair_column``, ``hub_name`` and
+    ``hub_config``, each of which may be None; empty for any other model.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    label_names: tuple[str, ...]
+    max_length: int
+    trained_on: dict[str, str | None]
+
+    @property
+    def text_column(self) -> str:
+        """The column of its texts."""
+        return self.trained_on.get("text_column") or "text"
+
+    @property
+    def pair_column(self) -> str | None:
+        """The column of the second texts, where it was trained on pairs."""
+        return self.trained_on.get("pair_column")
+
+    def probabilities(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> np.ndarray:
+        """Return the labels' probabilities (texts, labels) float32; NaN where a text is None or blank.
+
+        Each of ``texts`` holds one text, or the two of a pair. Texts of like length share a batch.
+        """
+        import torch
+
+        found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)
+        asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
+        if not asked:
+            return found
+        columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
+        rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
+        order = sorted(range(len(asked)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = {name: [values[i] for i in chosen] for name, values in rows.items()}
+                inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)  # (chosen, longest)
+                logits = self.model(**inputs).logits.float()  # (chosen, labels)
+                found[[asked[i] for i in chosen]] = logits.softmax(dim=1).cpu().numpy()
+        return found
+
+    def predict(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
+        """Return ``prediction`` and ``probability_<label>`` of each label, a row a text; all missing where it is blank.
+
+        Each of ``texts`` holds one text, or the two of a pair.
+        """
+        import pandas
+
+        probabilities = self.probabilities(texts, batch_size)
+        frame = pandas.DataFrame(probabilities, columns=[f"probability_{name}" for name in self.label_names])
+        best = np.nan_to_num(probabilities).argmax(axis=1)  # (texts,)
+        labels = [None if np.isnan(row[0]) else self.label_names[i] for row, i in zip(probabilities, best, strict=True)]
+        frame.insert(0, "prediction", pandas.Series(labels, dtype="object"))
+        return frame
+
+
+def load_classifier(directory: Path, device: torch.device | str, setting: str = "dir") -> Classifier:
+    """Read a model for prediction; raises :class:`SettingsError` naming ``setting`` for a directory that is none."""
+    try:
+        resolved = resolve_model(ModelSettings("local", str(directory)))
+        tokenizer = load_tokenizer(resolved)
+    except SettingsError as error:
+        raise SettingsError(str(error).replace("model.checkpoint", setting, 1)) from None
+    model = _load(directory, setting)
+    config: Any = model.config
+    own = getattr(config, "distilbench", {})
+    bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
+    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    single = getattr(config, "problem_type", None) in (None, "single_label_classification")
+    require(single and len(names) > 1, setting, "a model that gives each text one of several labels", str(directory))
+    return Classifier(model.to(device), tokenizer, names, min(bounds), own)  # type: ignore[arg-type]  # as in trainer
+
+
+def _load(directory: Path, setting: str) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with _quiet():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="float32",
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SettingsError(
+            f"{setting} must be a readable model that classifies sequences, got {str(directory)!r}: "
+            f"{first_line(error)}; save it again with save_pretrained"
+        ) from None
+    lacking = sorted(report["missing_keys"])
+    require(not lacking, setting, "a model with a trained classification head", str(directory),
+            f"{len(lacking)} weights are missing, such as {', '.join(lacking[:1])}; fine-tune it first: "
+            "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
+    loaded: PreTrainedModel = model.eval()
+    return loaded

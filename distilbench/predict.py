@@ -1,0 +1,192 @@
+"""The prediction entrypoint: what a saved model says of texts, as a file in their order.
+
+Exit status: 0 all was predicted, 2 something to mend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from distilbench.cli import errors_in_one_line, run_command
+from distilbench.composition import default_margin, default_treatment
+from distilbench.settings import (
+    CONF,
+    DataSettings,
+    PredictSettings,
+    SettingsError,
+    register_schema,
+    require,
+    settings_from,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distilbench.data.stream import Part
+    from distilbench.models.classifier import Classifier
+
+register_schema()
+
+GLUE = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
+        "mnli": "MNLI-m", "mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm",
+        "mnli/test_mismatched": "MNLI-mm"}  # fmt: skip
+"""Names of GLUE's tasks on the hub, and of their submission files."""
+NAMED_IN_GLUE = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
+"""Submission files that hold a label's name; others hold its number."""
+
+
+@dataclass
+class Counts:
+    """How many texts got which label, and how many were empty; written to ``path``."""
+
+    path: Path
+    labels: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+
+    @property
+    def total(self) -> int:
+        """All rows of the file."""
+        return self.labels.total() + self.empty
+
+
+@hydra.main(config_path=str(CONF), config_name="predict")
+def main(config: DictConfig) -> None:
+    """Write the predictions and say how many there are of each label."""
+    with errors_in_one_line():
+        predict(settings_from(config, PredictSettings))
+
+
+def predict(settings: PredictSettings) -> Counts:
+    """Predict every text and write the file; raises :class:`SettingsError` before anything stands there."""
+    from rich.console import Console
+
+    from distilbench.data.stream import check_output
+
+    console = Console(highlight=False)
+    if settings.format == "table":
+        check_output(Path(settings.output))
+    directory = find_model(settings, console)
+    from distilbench.engines.device import resolve_device
+    from distilbench.models.classifier import load_classifier
+
+    began = time.perf_counter()
+    classifier = load_classifier(directory, resolve_device(settings.device))
+    counts = _write(settings, classifier, console)
+    told = ", ".join(f"{label} {count:,}" for label, count in counts.labels.most_common())
+    empty = f", {counts.empty:,} empty: no prediction" if counts.empty else ""
+    seconds = time.perf_counter() - began
+    console.print(f"{counts.total:,} texts in {seconds:.1f} s: {told}{empty}", markup=False, soft_wrap=True)
+    console.print(f"predictions  {counts.path}", markup=False, soft_wrap=True)
+    return counts
+
+
+def find_model(settings: PredictSettings, console: Console) -> Path:
+    """Return the directory of the model that is asked for, and say which trial of a sweep it is of."""
+    if settings.dir:
+        return Path(settings.dir)
+    from distilbench.tracking import find_store, model_directory
+
+    store = find_store(settings.tracking)
+    if settings.run:
+        return model_directory(store, settings.run)
+    from distilbench.report.answer import answer, trial_to_use
+    from distilbench.report.from_store import report_of_sweep
+
+    assert settings.sweep is not None  # PredictSettings requires one of three
+    report = report_of_sweep(store, settings.sweep, default_treatment(), None, default_margin())
+    trial = trial_to_use(report, settings.best)
+    if trial is None:
+        raise SettingsError(f"sweep must have a finished trial, got {settings.sweep!r} with none; run it again")
+    console.print(f"{' '.join(answer(report))} The model is that of {trial.name} (run={trial.run_id}).", markup=False)
+    return model_directory(store, trial.run_id)
+
+
+def _write(settings: PredictSettings, classifier: Classifier, console: Console) -> Counts:
+    from rich.progress import Progress
+
+    from distilbench.data.stream import open_answers
+
+    columns = _columns(settings, classifier)
+    counts = Counts(_path(settings, classifier))
+    parts = _parts(settings, classifier, columns)
+    try:
+        first = next(parts)  # what can't be read is told before anything is written
+    except StopIteration:
+        raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file") from None
+    with open_answers(counts.path) as write, Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("predicting", total=1.0)
+        for part in chain([first], parts):
+            answers = classifier.predict(part.rows, settings.batch_size)
+            answers.index += counts.total
+            counts.labels.update(answers["prediction"].dropna())
+            counts.empty += int(answers["prediction"].isna().sum())
+            if settings.format == "glue":
+                answers = answers[["prediction"]].replace(_codes(counts.path, classifier))
+            else:
+                for place, column in enumerate(columns.values()):
+                    answers.insert(place, column, [row[place] for row in part.rows])
+            write(answers)
+            progress.update(bar, completed=part.done)
+    return counts
+
+
+def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str]:
+    """Return the columns to read, by the settings that name them."""
+    asked = {"data.text_column": settings.data.text_column or classifier.text_column,
+             "data.pair_column": settings.data.pair_column or classifier.pair_column}  # fmt: skip
+    columns = {setting: column for setting, column in asked.items() if column}
+    for setting, column in columns.items():
+        taken = column in ("index", "prediction") or column.startswith("probability_")
+        require(not taken, setting, "no name of a column of answers", column, "rename it in the file")
+    return columns
+
+
+def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
+    """Yield the texts, of a file that is there or else of the hub."""
+    from distilbench.data.stream import read_file, read_split
+
+    data, own = settings.data, classifier.trained_on
+    if Path(data.test).suffix:
+        return read_file(data.test, columns)
+    name, config = (data.hub_name, data.hub_config) if data.hub_name else (own.get("hub_name"), own.get("hub_config"))
+    require(name is not None, "data.test", "a file, or a split with data.hub_name=...", data.test)
+    return read_split(DataSettings("hub", name, config, data.revision), data.test, columns)
+
+
+def _path(settings: PredictSettings, classifier: Classifier) -> Path:
+    """Return the file to write; of GLUE, the one that its server knows the task by."""
+    given = Path(settings.output)
+    if settings.format == "table" or given.name in [f"{task}.tsv" for task in GLUE.values()]:
+        return given
+    data, own = settings.data, classifier.trained_on
+    config = data.hub_config or (data.hub_name or own.get("hub_config") or own.get("hub_name") or "").rpartition("/")[2]
+    task = GLUE.get(f"{config}/{data.test}") or GLUE.get(config)
+    if task is None:
+        names = ", ".join(dict.fromkeys(f"{name}.tsv" for name in GLUE.values()))
+        raise SettingsError(f"output must be named after GLUE's task ({names}), got {given.name!r}")
+    return (given.parent if given.suffix else given) / f"{task}.tsv"
+
+
+def _codes(path: Path, classifier: Classifier) -> dict[str, str]:
+    """Return what stands for each label in a submission file of GLUE."""
+    if path.stem in NAMED_IN_GLUE:
+        return {}
+    return {name: str(number) for number, name in enumerate(classifier.label_names)}
+
+
+def cli() -> None:
+    """Run :func:`main` as the command line does."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

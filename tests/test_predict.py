@@ -1,0 +1,232 @@
+"""The prediction command: every row accounted for, in order, as the trial itself answered; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from hydra import compose, initialize_config_dir
+
+from distilbench.predict import predict
+from distilbench.results import read_record
+from distilbench.settings import PredictSettings, SettingsError, settings_from
+from distilbench.tracking import SWEEP
+from distilbench.tracking.artifacts import read_predictions
+from distilbench.trials import run as trials
+from distilbench.trials.prepared import SweepContext, prepare
+from tests.conftest import ROOT, TINY
+from tests.made_store import make_store
+
+TRIALS = {"baseline": "2e-5", "better": "1e-2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A sweep of two tiny trials, of which the second learns, and one trial without a model."""
+    folder = tmp_path_factory.mktemp("predicted")
+    store = make_store(folder)
+    group = store.open_parent_run("first", {SWEEP: "first"})
+    for name, rate in {**TRIALS, "bare": "1e-2"}.items():
+        tags = {SWEEP: "first" if name in TRIALS else "bare"}
+        tags |= {"distilbench.role": "baseline"} if name == "baseline" else {}
+        asked = [*TINY[:2], f"optim.lr={rate}", f"output.dir={folder}/{name}", "train.max_length=48",
+                 f"train.epochs={8 if name == 'better' else 1}", f"output.save_model={name in TRIALS}",
+                 f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
+        with initialize_config_dir(str(ROOT / "conf")):
+            settings = settings_from(compose("config", asked))
+        trials.run(settings, prepare(settings), store, SweepContext(name, group.run_id, tags))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def validation():
+    """The texts on which the trials were reported, in their order."""
+    with initialize_config_dir(str(ROOT / "conf")):
+        settings = settings_from(compose("config", [*TINY, "output.dir=."]))
+    return list(prepare(settings).text.report.texts)
+
+
+def asked(folder: Path, *overrides: str):
+    """Run the command in this process; returns its counts."""
+    with initialize_config_dir(str(ROOT / "conf")):
+        config = compose("predict", [f"tracking.uri=sqlite:///{folder}/mlflow.db", *overrides])
+        return predict(settings_from(config, PredictSettings))
+
+
+def run_id(folder: Path, name: str) -> str:
+    return str(read_record(folder / name).run_id)
+
+
+def test_a_run_answers_as_its_trial_did_in_the_order_of_the_file(folder, validation, tmp_path, capsys):
+    pandas.DataFrame({"n": range(len(validation)), "text": validation}).to_csv(tmp_path / "in.csv", index=False)
+    counts = asked(folder, f"run={run_id(folder, 'better')}", f"data.test={tmp_path}/in.csv", "batch_size=7",
+                   f"output={tmp_path}/made/out.csv")  # fmt: skip
+    out = pandas.read_csv(tmp_path / "made" / "out.csv")
+    assert list(out.columns) == ["index", "text", "prediction", "probability_negative", "probability_positive"]
+    assert (list(out["index"]), list(out["text"])) == (list(range(len(validation))), validation)
+    known = read_predictions(folder / "better" / "predictions.parquet")
+    odds = np.exp(known.logits) / np.exp(known.logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out[["probability_negative", "probability_positive"]], odds, atol=2e-6)
+    assert list(out["prediction"]) == [("negative", "positive")[i] for i in known.logits.argmax(axis=1)]
+    assert counts.labels == out["prediction"].value_counts().to_dict()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out.csv"]
+    assert f"predictions  {tmp_path}/made/out.csv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_row_is_accounted_for_in_every_format(folder, ending, tmp_path, capsys):
+    texts = ["aaa xx", "", "tabs\tand 'quotes\" é", None, "  ", "bbb " * 300]
+    frame = pandas.DataFrame({"review": texts})
+    if ending == "parquet":
+        frame.to_parquet(tmp_path / "in.parquet")
+        source = "in.parquet"
+    else:
+        frame.to_json(tmp_path / "in.jsonl.gz", orient="records", lines=True, force_ascii=False)
+        source = "in.jsonl.gz"
+    counts = asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/{source}", "data.text_column=review",
+                   f"output={tmp_path}/out.{ending}")  # fmt: skip
+    assert (counts.total, counts.empty) == (6, 3)
+    readers = {"csv": pandas.read_csv, "parquet": pandas.read_parquet,
+               "tsv": lambda path: pandas.read_csv(path, sep="\t"),
+               "jsonl": lambda path: pandas.read_json(path, lines=True)}  # fmt: skip
+    out = readers[ending](tmp_path / f"out.{ending}")
+    assert list(out["index"]) == list(range(6))
+    assert (
+        list(out["prediction"].isna())
+        == list(out["probability_negative"].isna())
+        == [False, True, False, True, True, False]
+    )
+    assert out["review"][2] == (texts[2] if ending != "tsv" else texts[2].replace("\t", " "))
+    assert out["prediction"][0] == "negative"
+    assert "6 texts" in capsys.readouterr().out
+
+
+def test_a_sweep_answers_by_its_answer_or_by_its_best(folder, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "bbb"}) + "\n")
+    common = (f"data.test={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl", "sweep=first")
+    asked(folder, *common)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"The model is that of better (run={run_id(folder, 'better')})" in said
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prediction"] == "positive"
+    asked(folder, *common, "best=accuracy")
+    assert f"run={run_id(folder, 'better')}" in "".join(capsys.readouterr().out.split())
+
+
+def test_glue_gets_its_file_by_name_with_the_codes_of_its_labels(folder, tmp_path):
+    (tmp_path / "test.tsv").write_text('index\tsentence\n0\taaa xx "\n1\tbbb xx\n')
+    asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
+          "format=glue", f"output={tmp_path}/SST-2.tsv")  # fmt: skip
+    assert (tmp_path / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n"
+    asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
+          "format=glue", f"output={tmp_path}/QNLI.tsv")  # fmt: skip
+    assert (tmp_path / "QNLI.tsv").read_text().splitlines()[1:] == ["0\tnegative", "1\tpositive"]
+
+
+def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monkeypatch):
+    import datasets
+
+    from distilbench.data import stream
+
+    test = datasets.Dataset.from_dict({"text": ["aaa xx", "bbb xx", "bbb"], "label": [-1, -1, -1], "idx": [0, 1, 2]})
+    asked_for = []
+
+    class Builder:
+        def as_dataset(self):
+            return datasets.DatasetDict(test=test)
+
+    monkeypatch.setattr(stream, "_hub_builder", lambda data: asked_for.append(data) or Builder())
+    monkeypatch.setattr(stream, "PART", 2)
+    theirs = tmp_path / "model"
+    shutil.copytree(folder / "better" / "model", theirs)
+    config = json.loads((theirs / "config.json").read_text())
+    said = {"text_column": None, "hub_name": "nyu-mll/glue", "hub_config": "sst2"}
+    assert config["distilbench"].keys() >= said.keys()
+    (theirs / "config.json").write_text(json.dumps(config | {"distilbench": said}))
+    asked(folder, f"dir={theirs}", "data.test=test", "format=glue", f"output={tmp_path}/glue")
+    assert (tmp_path / "glue" / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n2\t1\n"
+    assert [(data.hub_name, data.hub_config) for data in asked_for] == [("nyu-mll/glue", "sst2")]
+    with pytest.raises(
+        SettingsError, match=r"^data.test must be a file, or a split of nyu-mll/glue/sst2 \(test\), got 'dev'"
+    ):
+        asked(folder, f"dir={theirs}", "data.test=dev")
+    monkeypatch.setattr(stream, "_hub_builder", lambda data: None)
+    with pytest.raises(SettingsError, match=r"^data.hub_name must be a data set that the hub or its cache can give"):
+        asked(folder, f"dir={theirs}", "data.test=test")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["data.test=in.csv"], r"^what predicts must be one of run=ID, dir=PATH and sweep=NAME, got 'none'"),
+        (["data.test=in.csv", "run=0", "sweep=first"], r"got 'run and sweep'; name one model"),
+        (["run=0"], r"^data.test must be given, got nothing"),
+        (["dir=MODEL", "data.test=none.csv"], r"^data.test=none.csv can't be read: No such file"),
+        (["dir=MODEL", "data.test=bad.csv"], r"column 'text' is not there, columns are 'a', 'b'; set data.text_c"),
+        (["dir=MODEL", "data.test=short.csv"], r"short.csv line 3 must have 2 fields like the header, got 1$"),
+        (["dir=MODEL", "data.test=number.jsonl"], r"number.jsonl line 1 must hold text, got 3; write it in quotes"),
+        (["dir=MODEL", "data.test=latin.csv"], r"latin.csv is not UTF-8"),
+        (["dir=MODEL", "data.test=empty.csv"], r"^data.test must hold a text, got none in"),
+        (["dir=MODEL", "data.test=test"], r"^data.test must be a file, or a split with data.hub_name=..., got 'test'"),
+        (["dir=MODEL", "data.test=in.csv", "output=out.txt"], r"^output must be a file that ends in .csv.* 'out.txt'"),
+        (["dir=MODEL", "data.test=in.csv", "output=SST.tsv", "format=glue"], r"^output must be named after GLUE"),
+        (["dir=MODEL", "data.test=in.csv", "best=accuracy"], r"^best must be answer without sweep=NAME"),
+        (["dir=.", "data.test=in.csv"], r"^dir must be a model with config.json"),
+        (["sweep=nowhere", "data.test=in.csv"], r"^sweep must be one of first"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_predicted_is_told_in_one_line_and_leaves_nothing(
+    folder, tmp_path, monkeypatch, overrides, line
+):
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "short.csv").write_text("text,b\n1,2\n1\n")
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "latin.csv").write_bytes(b"text\n\xe9\n")
+    (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "in.csv").write_text("text\naaa\n")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SettingsError, match=line) as refused:
+        asked(folder, *[override.replace("MODEL", f"{folder}/better/model") for override in overrides])
+    assert "\n" not in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_trial_without_a_model_is_told_with_the_remedy(folder, tmp_path):
+    (tmp_path / "in.csv").write_text("text\naaa\n")
+    with pytest.raises(
+        SettingsError, match=r"^run must have a saved model, got .*; train it again with output.save_model=true$"
+    ):
+        asked(folder, f"run={run_id(folder, 'bare')}", f"data.test={tmp_path}/in.csv")
+
+
+def test_a_model_of_any_origin_is_asked_by_its_own_configuration(folder, tmp_path):
+    """Neither its columns nor its length were kept, its head has three labels and its tokenizer token types."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from distilbench.models.build import load_tokenizer
+    from distilbench.models.resolve import resolve_model
+    from distilbench.settings import ModelSettings
+
+    resolved = resolve_model(ModelSettings("random", "bert", layers=1))
+    config = BertConfig(**{**resolved.config, "id2label": {0: "no", 1: "maybe", 2: "yes"}})
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "theirs")
+    load_tokenizer(resolved).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "in.jsonl").write_text('{"text": "aaa", "other": "b"}\n{"text": "a", "other": ""}\n')
+    counts = asked(folder, f"dir={tmp_path}/theirs", f"data.test={tmp_path}/in.jsonl", "data.pair_column=other",
+                   f"output={tmp_path}/out.jsonl")  # fmt: skip
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["prediction"] in ("no", "maybe", "yes")
+    assert sum(first[f"probability_{name}"] for name in ("no", "maybe", "yes")) == pytest.approx(1, abs=1e-5)
+    assert (second["prediction"], second["probability_yes"], counts.empty) == (None, None, 1)
+    encoder = BertForSequenceClassification(config).bert
+    encoder.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(
+        SettingsError, match=r"^dir must be a model with a trained classification head, got .*2 weights are"
+    ):
+        asked(folder, f"dir={tmp_path}/theirs", f"data.test={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl")
+    assert re.search("maybe", (tmp_path / "out.jsonl").read_text())
