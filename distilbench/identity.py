@@ -21,7 +21,8 @@ def _of(group: str, names: str) -> tuple[str, ...]:
 
 SOURCES = (
     *_of("model", "source checkpoint revision layers fallback"),
-    *_of("data", "source hub_name hub_config revision train validation text_column label_column label_names fallback"),
+    *_of("data", "source hub_name hub_config revision train validation fallback"),
+    *_of("data", "text_column pair_column label_column label_names"),
     *_of("data", "validation_fraction selection_fraction report_fraction split_seed max_validation_examples"),
 )
 """Where weights and text come from; a protocol has what was really found there instead."""
@@ -58,7 +59,7 @@ ENGINE = ("engine.name",)
 
 DEVICE = ("engine.device",)
 
-SPEED = _of("train", "micro_batch_size eval_batch_size logging_steps")
+SPEED = (*_of("train", "micro_batch_size eval_batch_size logging_steps"), "data.slice_column")
 """What changes speed, memory and records alone, and yet is one for all trials that train at once."""
 
 OWN = ("train.checkpoints", "train.resume", "output.dir", "output.save_model")

@@ -181,11 +181,16 @@ class DataSettings(Checked, group="data"):
     train: Annotated[Optional[str], PathIf("files")] = None
     """Training split: its name (hub) or a CSV, TSV, JSON, JSONL or Parquet file (files)."""
     validation: Annotated[Optional[str], PathIf("files")] = None
-    """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded."""
+    """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded. Of the hub also
+    several, `one+another`, which are reported as slices."""
     text_column: Optional[str] = None
     """Column that holds the text."""
+    pair_column: Optional[str] = None
+    """Column that holds a second text, which is encoded with the first as a pair; null is single texts."""
     label_column: Optional[str] = None
     """Column that holds the label."""
+    slice_column: Optional[str] = None
+    """Column, such as source, by whose values results are also reported; null reports them as a whole."""
     label_names: Annotated[Optional[list[str]], AS_TYPED] = None
     """Names of the labels in the order of their numbers, as they are written; null takes them from the data."""
     validation_fraction: Annotated[float, within("(0, 1)")] = 0.1
@@ -209,6 +214,9 @@ class DataSettings(Checked, group="data"):
             require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
         if self.source == "files":
             self._check_files()
+        for name in ("pair_column", "slice_column"):
+            require(self.source in ("hub", "files") or getattr(self, name) is None, f"data.{name}",
+                    f"null with data.source={self.source}, which has no such column", getattr(self, name))  # fmt: skip
         require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
                 "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
         if self.label_names is not None:

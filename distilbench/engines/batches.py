@@ -20,13 +20,19 @@ def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:
 
 
 def padded_batch(split: EncodedSplit, indices: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Return rows ``indices`` as ``input_ids`` and ``attention_mask``, (rows, longest of them) int64."""
+    """Return rows ``indices`` as ``input_ids`` and ``attention_mask``, (rows, longest of them) int64.
+
+    A split with token types adds ``token_type_ids``, 0 where a row is filled up.
+    """
     starts, lengths = split.offsets[indices], split.offsets[indices + 1] - split.offsets[indices]
     columns = np.arange(lengths.max())
     real = columns < lengths[:, None]  # (rows, columns)
     positions = np.where(real, starts[:, None] + columns, 0)
     tokens = np.where(real, split.tokens[positions], pad_token_id).astype(np.int64)
-    return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(real.astype(np.int64))}
+    batch = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(real.astype(np.int64))}
+    if split.types is not None:
+        batch["token_type_ids"] = torch.from_numpy(np.where(real, split.types[positions], 0).astype(np.int64))
+    return batch
 
 
 def training_batch(examples: list[int], split: EncodedSplit, pad_token_id: int) -> dict[str, torch.Tensor]:

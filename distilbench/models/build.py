@@ -21,23 +21,34 @@ from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     """Return the model's fast tokenizer, neither padding nor cutting unless told to.
 
-    The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary, since its inputs lack
-    ``token_type_ids``. A random model gets one over single characters. Raises :class:`SettingsError` where the
+    The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary. A random model gets one over single
+    characters. Which inputs it makes follows the model: ``token_type_ids`` tell the texts of a pair apart for those
+    that have a table of them. Raises :class:`SettingsError` where the
     checkpoint has no fast tokenizer, or one that doesn't fit its embeddings.
     """
+    from transformers import AutoConfig
+
     with _quiet():
         if resolved.directory is None:
             tokenizer = _wordpiece(_characters(), resolved)
+            _follow_inputs(tokenizer, AutoConfig.for_model(**resolved.config))
         elif resolved.settings.source == "package":
             tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
             tokenizer = _wordpiece({token: number for number, token in enumerate(tokens)}, resolved)
         else:
             tokenizer = _saved_tokenizer(resolved)
+            _follow_inputs(tokenizer, _saved_configuration(resolved))
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     if resolved.max_tokens is not None:  # tokenizers that were saved without a bound say 1e30
         tokenizer.model_max_length = min(tokenizer.model_max_length, resolved.max_tokens)
     return tokenizer
+
+
+def _follow_inputs(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
+    """Have ``tokenizer`` make token types for a model that tells two of them apart, and for no other; saved with it."""
+    types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
 
 
 def _wordpiece(vocabulary: dict[str, int], resolved: ResolvedModel) -> PreTrainedTokenizerFast:
@@ -93,8 +104,17 @@ def _configuration_and_weights(resolved: ResolvedModel) -> tuple[PreTrainedConfi
         return config, _random_encoder(config)
     if resolved.settings.source == "package":
         return _minilm_as_distilbert(resolved.directory, resolved.config)
+    return _saved_configuration(resolved), None
+
+
+def _saved_configuration(resolved: ResolvedModel) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True), None
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(resolved.directory), trust_remote_code=False, local_files_only=True
+        )
+        return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unusable(resolved, error) from None
 

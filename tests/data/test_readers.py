@@ -90,7 +90,7 @@ def test_dictionary_encoded_parquet_is_read(folder):
 BROKEN = [
     (".csv", "text,label\na,0\nb,1,2\n", "line 3 must have 2 fields like the header, got 3"),
     (".csv", 'text,label\n"two\nlines",0\n"open,1\nc,0\n', "line 4: unexpected end of data"),
-    (".csv", "text,label\na,0\n  ,1\n", "line 3: the sentence is blank; write one or delete the row"),
+    (".csv", "text,label\na,0\n  ,1\n", "line 3: the text is blank; write a sentence or delete the row"),
     (".tsv", "text\tlabel\na\t0\nb\t \n", "line 3: the label is missing"),
     (".csv", "text,label\r\na,0\r\n\r\nb\xe9,1\r\n".encode("latin-1"), "line 4 is not UTF-8 (byte 0xe9)"),
     (".csv", "text,label\na,0\n".encode("utf-16"), "line 1 is not UTF-8 (byte 0xff)"),
@@ -117,7 +117,8 @@ BROKEN = [
     (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
     (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
     (".csv", "text,label\na,3.7\nb,2.0\n", "must have classes for labels, got the number 3.7"),
-    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; write a class"),
+    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; numbers with "
+     "fractions are a target for regression, which is not offered: make classes of them"),
     (".parquet", b"PAR1 is how it begins", "is not a readable Parquet file"),
     (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .json, .parquet, .csv.gz"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,10 @@ from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Evaluation, StepRecord
 from distilbench.settings import TrialSettings
+
+PAIRS = ("data=files", f"data.train={Path(__file__).with_name('pairs.csv')}", "data.text_column=one",
+         "data.pair_column=two", "data.label_column=label", "data.validation_fraction=0.4")  # fmt: skip
+"""Two made-up texts an example, of one to six words each; the same text twice is one label, two texts the other."""
 
 
 @dataclass

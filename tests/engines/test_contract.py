@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from distilbench.data.text import load_text
 from distilbench.engines import engine_for
 from distilbench.engines.steps import epoch_order
 from distilbench.models.build import build_model
@@ -19,6 +21,7 @@ from distilbench.models.flops import count_train_flops
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
 from distilbench.results import MEASURES, Status
+from tests.engines.conftest import PAIRS
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=3",
          "train.logging_steps=2", "train.checkpoints=false", "optim.lr=1e-3", "output.save_model=false")  # fmt: skip
@@ -190,6 +193,28 @@ def test_the_metrics_are_those_of_the_logits(trial, train, splits_of):
     assert result.report.mcc == pytest.approx(mcc)
     assert result.report.brier == pytest.approx(((chances[:, 1] - positive) ** 2).mean(), rel=1e-5)
     assert 0 < result.report.ece < 1
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_pairs_are_read_as_the_saved_model_and_tokenizer_read_them(trial, train, splits_of, architecture):
+    settings = trial(*PAIRS, "model=tiny", f"model.checkpoint={architecture}", "train.max_length=24", "train.epochs=2",
+                     "optim.lr=1e-2", "output.save_model=true", dropout=True)  # fmt: skip
+    splits = splits_of(settings)
+    [result], _ = train([settings], splits=splits)
+    assert result.status is Status.FINISHED, result.error
+    saved = Path(settings.output.dir) / "model"
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    report = load_text(settings.data).report
+    inputs = tokenizer(list(report.texts), list(report.pairs), truncation=True, max_length=24, padding=True,
+                       return_tensors="pt")  # fmt: skip
+    assert inputs["attention_mask"].sum() == len(splits.report.tokens)
+    assert 24 in np.diff(splits.report.offsets), "some are cut"
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        swapped = model(**tokenizer(list(report.pairs), list(report.texts), padding=True, return_tensors="pt")).logits
+    np.testing.assert_allclose(result.report.logits, logits, atol=2e-6)
+    assert (swapped - logits).abs().max() > 5e-5, "which text comes first counts"
 
 
 def test_one_split_that_does_both_is_one_evaluation(trial, train):

@@ -43,7 +43,8 @@ class Forward:
         rows_of = _gathered if batch.fixed else _rows_of
         total = rows_of(weights["word"], batch.ids) + rows_of(weights["position"], batch.positions)
         if "type" in self.architecture.names:
-            total += weights["type"]
+            types = weights["type"]  # (trials, 1 for single texts or 2 for pairs, width)
+            total += types if types.shape[1] == 1 else rows_of(types, batch.types)
         return total.requires_grad_("word" not in weights.layout.frozen)
 
     def embed(self, embedded: torch.Tensor) -> torch.Tensor:

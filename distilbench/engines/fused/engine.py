@@ -156,7 +156,7 @@ def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
             selection=compact[id(splits.selection)],
             report=compact[id(splits.report)],
         ),
-        Vocabulary(words, positions, int(padding[0]) if len(padding) else None),
+        Vocabulary(words, positions, int(padding[0]) if len(padding) else None, 1 if splits.train.types is None else 2),
     )
 
 

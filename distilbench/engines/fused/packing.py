@@ -32,13 +32,15 @@ APART = -1e30
 class Packed:
     """One batch of one order of examples: ``tokens`` long, ``sentences`` deep, in ``bins`` of ``width`` slots.
 
-    ``ids`` and ``positions`` (tokens,): rows of the word and the position table. ``first`` (sentences,): where each
-    sentence's [CLS] is. ``labels`` (sentences,). ``sentence`` (tokens,): whose token it is. ``bin`` (sentences,) and
-    ``column`` (sentences,): where each sentence starts.
+    ``ids``, ``positions`` and ``types`` (tokens,): rows of the word, the position and the token type table. A pair is
+    one sentence here, whose texts attend to each other. ``first`` (sentences,): where each sentence's [CLS] is.
+    ``labels`` (sentences,). ``sentence`` (tokens,): whose token it is. ``bin`` (sentences,) and ``column``
+    (sentences,): where each sentence starts.
     """
 
     ids: np.ndarray
     positions: np.ndarray
+    types: np.ndarray
     first: np.ndarray
     labels: np.ndarray
     sentence: np.ndarray
@@ -57,9 +59,11 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
     sentence = np.repeat(np.arange(len(examples)), lengths)
     positions = np.arange(lengths.sum()) - first[sentence]
     bin_, column = _fill_bins(lengths, width) if share else _one_per_bin(len(lengths))
+    tokens = starts[sentence] + positions
     return Packed(
-        ids=split.tokens[starts[sentence] + positions].astype(np.int64),
+        ids=split.tokens[tokens].astype(np.int64),
         positions=positions,
+        types=np.zeros_like(positions) if split.types is None else split.types[tokens].astype(np.int64),
         first=first,
         labels=split.labels[examples],
         sentence=sentence,
@@ -172,15 +176,17 @@ class Placement:
 class Batch:
     """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
 
-    ``ids``, ``positions`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences). ``packs``
-    are what was stacked. ``shared`` is where tokens stand in as few bins as will do, ``alone`` where they stand in bins
-    of one sentence each. A batch of :attr:`fixed` size, which is one that has ``lengths`` (orders, sentences) and
-    knows bins of one sentence only, is worked on without a loop over trials and without a sum whose order is left open.
+    ``ids``, ``positions``, ``types`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences).
+    ``packs`` are what was stacked. ``shared`` is where tokens stand in as few bins as will do, ``alone`` where they
+    stand in bins of one sentence each. A batch of :attr:`fixed` size, which is one that has ``lengths`` (orders,
+    sentences) and knows bins of one sentence only, is worked on without a loop over trials and without a sum whose
+    order is left open.
     """
 
     packs: tuple[Packed, ...]
     ids: torch.Tensor
     positions: torch.Tensor
+    types: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
     shared: Placement
@@ -223,6 +229,7 @@ def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
         packs=tuple(packs),
         ids=on_device(_filled([p.ids for p in packs], 0, size)),
         positions=on_device(_filled([p.positions for p in packs], 0, size)),
+        types=on_device(_filled([p.types for p in packs], 0, size)),
         first=on_device(np.stack([p.first for p in packs])),
         labels=on_device(np.stack([p.labels for p in packs])),
         shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, size, device),

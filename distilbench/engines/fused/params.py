@@ -26,15 +26,17 @@ class Vocabulary:
     """The rows of the embedding tables that occur: ``words`` (kept,) sorted, and the first ``positions``.
 
     ``padding`` is the place in ``words`` of the padding token, where a text spells it: it never has a gradient.
+    ``types`` is 2 for pairs; a single text has token type 0 throughout.
     """
 
     words: np.ndarray
     positions: int
     padding: int | None = None
+    types: int = 1
 
     def rows(self, leaf: str) -> np.ndarray:
-        """Which rows of a table are kept, ``(kept,)``; a single text has token type 0 throughout."""
-        return {"word": self.words, "position": np.arange(self.positions), "type": np.zeros(1, dtype=np.int64)}[leaf]
+        """Which rows of a table are kept, ``(kept,)``."""
+        return {"word": self.words, "position": np.arange(self.positions), "type": np.arange(self.types)}[leaf]
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class StackedWeights:
 
     def _add_up_tables(self, grad: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
-        grad_buffers = {"word": batch.ids, "position": batch.positions, "type": torch.zeros_like(batch.ids)}
+        grad_buffers = {"word": batch.ids, "position": batch.positions, "type": batch.types}
         for param_slice in self.layout.param_slices:
             if param_slice.leaf in TABLES:
                 table = self.grad[:, param_slice.start : param_slice.stop].view(

@@ -27,6 +27,7 @@ from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 from distilbench.settings import ModelSettings
+from tests.engines.conftest import PAIRS
 
 NAMES = ("negative", "positive")
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=2",
@@ -126,6 +127,8 @@ LADDER = {
     "freeze a layer under trained embeddings": ("freeze.layers=1", "freeze.embeddings=false"),
     "whole batches": ("train.batch_size=37",),
     "batches of one": ("train.batch_size=1", "train.epochs=1"),
+    "pairs": PAIRS,
+    "pairs, freeze 1, cut": (*PAIRS, "freeze.layers=1", "train.max_length=20"),
 }
 
 

@@ -47,7 +47,7 @@ class Bucket:
     @property
     def fields(self) -> int:
         """How many numbers describe a batch of one order; :func:`batch_of` and :func:`_lay_out` share the layout."""
-        return 3 * self.tokens + 3 * self.sentences + 2
+        return 4 * self.tokens + 3 * self.sentences + 2
 
 
 class BucketedBatches:
@@ -159,8 +159,10 @@ def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.
     position = place - first[step, sentence]
 
     out = np.zeros((len(steps), bucket.fields), dtype=np.int64)
-    ids, positions, sentences, firsts, lengths_, labels, key, count = fields_of(out, bucket)
-    ids[step, place] = split.tokens[split.offsets[chosen[step, sentence]] + position]
+    ids, positions, types, sentences, firsts, lengths_, labels, key, count = fields_of(out, bucket)
+    token = split.offsets[chosen[step, sentence]] + position
+    ids[step, place] = split.tokens[token]
+    types[step, place] = 0 if split.types is None else split.types[token]
     positions[step, place], sentences[step, place] = position, sentence
     firsts[:] = np.where(chosen < 0, 0, first)
     lengths_[:] = lengths
@@ -171,11 +173,11 @@ def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.
 
 
 def fields_of(inputs, bucket: Bucket):  # type: ignore[no-untyped-def]  # arrays or tensors alike
-    """Views of ``inputs`` (..., fields): ids, positions and sentences of tokens; first tokens, lengths and labels of
-    sentences; dropout's key; how many tokens are real.
+    """Views of ``inputs`` (..., fields): ids, positions, types and sentences of tokens; first tokens, lengths and
+    labels of sentences; dropout's key; how many tokens are real.
     """
     t, s = bucket.tokens, bucket.sentences
-    ends = np.cumsum([0, t, t, t, s, s, s, 1, 1]).tolist()
+    ends = np.cumsum([0, t, t, t, t, s, s, s, 1, 1]).tolist()
     return tuple(inputs[..., a:b] for a, b in pairwise(ends))
 
 
@@ -185,7 +187,7 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
     Everything is computed on the device with shapes that ``bucket`` knows. A sentence that is not there has a bin of
     filler and no label; filler queries see filler keys, so that no row of scores is masked throughout.
     """
-    ids, positions, sentence, first, length, labels, key, count = fields_of(inputs, bucket)
+    ids, positions, types, sentence, first, length, labels, key, count = fields_of(inputs, bucket)
     orders, device = len(inputs), inputs.device
     column = torch.arange(bucket.width, device=device)
     number = torch.arange(bucket.sentences, device=device)
@@ -197,4 +199,4 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
         owner=owner.masked_fill(column >= length[:, :, None], FILLER),
         empty=torch.arange(bucket.tokens, device=device) >= count,
     )
-    return Batch((), ids, positions, first, labels, tokens, tokens, length), key.flatten().contiguous()
+    return Batch((), ids, positions, types, first, labels, tokens, tokens, length), key.flatten().contiguous()
