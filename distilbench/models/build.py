@@ -244,7 +244,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-SAID_OF_DATA = ("text_column", "hub_name", "hub_config")
+SAID_OF_DATA = ("text_column", "pair_column", "hub_name", "hub_config")
 """What a trial's model says in config.json, under ``distilbench``, of the data that was asked for."""
 
 

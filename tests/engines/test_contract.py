@@ -208,6 +208,7 @@ def test_pairs_are_read_as_the_saved_model_and_tokenizer_read_them(trial, train,
     report = load_text(settings.data).report
     inputs = tokenizer(list(report.texts), list(report.pairs), truncation=True, max_length=24, padding=True,
                        return_tensors="pt")  # fmt: skip
+    assert model.config.distilbench["pair_column"] == "two"
     assert inputs["attention_mask"].sum() == len(splits.report.tokens)
     assert 24 in np.diff(splits.report.offsets), "some are cut"
     with torch.no_grad():
