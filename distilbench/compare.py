@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment, experiments
-from distilbench.identity import short_hash
+from distilbench.identity import CHOICES, has_choices_of, short_hash
 from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, root, settings_from
 
@@ -27,8 +27,6 @@ register_schema()
 
 _LISTS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
 """What may be typed as a,b,c, which Hydra takes for a sweep; ``experiment`` alone names a group of configurations."""
-_CHOICES = ("freeze.", "scheduler.", "optim.")
-"""What an experiment sets as a whole: a run of it has no other value of these."""
 
 
 @hydra.main(config_path=str(CONF), config_name="compare")
@@ -110,13 +108,13 @@ def _params(experiment: str) -> dict[str, str]:
         params_of(settings_from(compose("config", [*overrides, "output.dir=."])).trial)
         for overrides in ([], [f"experiment={experiment}"])
     )
-    return {k: v for k, v in changed.items() if plain.get(k) != v and not k.startswith(_CHOICES)}
+    return {k: v for k, v in changed.items() if plain.get(k) != v and not k.startswith(CHOICES)}
 
 
 def _is_of(trial: StoredTrial, experiment: str) -> bool:
     """Whether a trial has an experiment's freezing, schedule and optimizer."""
     wanted = default_treatment([f"experiment={experiment}"])
-    return all(trial.treatment.get(key) == value for key, value in wanted.items() if key.startswith(_CHOICES))
+    return has_choices_of(trial.treatment, wanted)
 
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any
@@ -33,14 +33,17 @@ AMOUNT = "data.max_train_examples"
 METRIC = ("train.metric",)
 """What keeps an epoch and picks a winner: with the sources, the protocol."""
 
-ADDED = (AMOUNT, "train.patience")
-"""Treatment that earlier versions did not have: it stands in a trial's treatment where it is not null."""
+ADDED: dict[str, object] = {AMOUNT: None, "train.patience": None, "freeze.policy": "depth"}
+"""Treatment that earlier versions did not have: it stands in a trial's treatment where it is not what it was then."""
+
+CHOICES = ("freeze.", "adapter.", "scheduler.", "optim.")
+"""Beginnings of what an experiment, or a baseline, chooses as a whole."""
 
 TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
 """Treatment that decides what is prepared before the first step."""
 
 TREATMENT_OF_LOOP = (
-    *_of("freeze", "layers embeddings dropout"),
+    *_of("freeze", "policy layers embeddings dropout"),
     *_of("train", "epochs batch_size eval_steps"),
     "optim.name",
 )
@@ -130,11 +133,28 @@ def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
     """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used.
 
-    What earlier versions did not have stands in it where it is set, so that a treatment stored by them stays the same.
+    What earlier versions did not have stands in it where it is another than theirs, so that a treatment stored by them
+    stays the same.
     """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
     known = select(settings, TREATMENT) | decided
-    return {name: value for name, value in known.items() if value is not None or name not in ADDED}
+    return without_defaults(known)
+
+
+def without_defaults(values: Mapping[str, object]) -> dict[str, object]:
+    """Return settings without those of :data:`ADDED` that are what they were in earlier versions."""
+    return {name: value for name, value in values.items() if name not in ADDED or value != ADDED[name]}
+
+
+def value_of(treatment: Mapping[str, object], name: str) -> object:
+    """Return a setting of a treatment; one that does not stand there is what it was in earlier versions."""
+    return treatment.get(name, ADDED.get(name))
+
+
+def has_choices_of(treatment: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
+    """Whether a treatment has the same :data:`CHOICES` as another."""
+    keys = {key for key in (*wanted, *ADDED) if key.startswith(CHOICES)}
+    return all(value_of(treatment, key) == value_of(wanted, key) for key in keys)
 
 
 def trial_identity(protocol: ProtocolIdentity, settings: TrialSettings, precision: str) -> TrialIdentity:
@@ -166,7 +186,8 @@ def checkpoint_identity(settings: TrialSettings, weights: str, text: str, precis
     really used.
     """
     names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != AMOUNT]  # the text itself says it
-    return select(settings, names) | {"model": weights, "data": text, "train.precision": precision}
+    named = without_defaults(select(settings, names))
+    return named | {"model": weights, "data": text, "train.precision": precision}
 
 
 def short_hash(value: object) -> str:

@@ -26,6 +26,7 @@ CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PAC
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 METRICS = ("accuracy", "f1", "mcc", "loss")
 OPTIMIZERS = ("adamw", "sgd")
+FREEZE_POLICIES = ("depth", "head", "bias")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
@@ -244,11 +245,28 @@ class FreezeSettings(Checked, group="freeze"):
     """auto (frozen when layers > 0) | true | false."""
     dropout: bool
     """Whether dropout stays active in the frozen part, as in the report."""
+    policy: Annotated[str, one_of(FREEZE_POLICIES)]
+    """depth (`layers` and `embeddings` say what is frozen) | head (all but the classifier is frozen) | bias (all but
+    biases and the classifier is, as in BitFit)."""
+
+    def _check(self) -> None:
+        if self.policy != "depth":
+            given = f"with freeze.policy={self.policy}, which says what is frozen"
+            require(self.layers == 0, "freeze.layers", f"0 {given}", self.layers)
+            require(self.embeddings == "auto", "freeze.embeddings", f"auto {given}", spelled(self.embeddings))
+        if self.policy == "bias":
+            require(self.dropout, "freeze.dropout", "true with freeze.policy=bias, which trains in every layer",
+                    spelled(self.dropout))  # fmt: skip
 
     @property
     def freezes_embeddings(self) -> bool:
         """`embeddings` with auto decided."""
-        return self.layers > 0 if self.embeddings == "auto" else bool(self.embeddings)
+        frozen = self.layers > 0 or self.policy in ("head", "bias")
+        return frozen if self.embeddings == "auto" else bool(self.embeddings)
+
+    def deterministic_layers(self, depth: int) -> int:
+        """Return how many of `depth` encoder layers go without dropout, from the bottom."""
+        return 0 if self.dropout else depth if self.policy == "head" else self.layers
 
 
 @dataclass(frozen=True)

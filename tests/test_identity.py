@@ -13,12 +13,14 @@ from distilbench.identity import (
     SourceUsed,
     checkpoint_identity,
     fusion_key,
+    has_choices_of,
     point_key,
     preparation_key,
     select,
     short_hash,
     treatment_of,
     trial_identity,
+    value_of,
 )
 from distilbench.settings import TrialSettings, names_of
 
@@ -59,6 +61,14 @@ def test_the_amount_of_text_is_treatment_and_all_of_it_stands_nowhere(settings):
     assert "data.max_train_examples" not in treatment_of(all_of_it, "fp32")
 
 
+def test_a_treatment_without_a_policy_freezes_to_a_depth(settings):
+    plain, head = (treatment_of(settings(f"freeze={choice}").trial, "fp32") for choice in ("none", "head"))
+    assert [value_of(t, "freeze.policy") for t in (plain, head)] == ["depth", "head"]
+    assert has_choices_of(plain, plain)
+    assert not has_choices_of(head | {"freeze.embeddings": False}, plain)
+    assert has_choices_of(plain | {"train.epochs": 9}, plain)
+
+
 def test_protocols_stored_by_earlier_versions_stay_the_same():
     assert PROTOCOL.id == "c5a5af75cc28"
     held_out = dataclasses.replace(PROTOCOL, metric="loss", selection_split="train (held out)")
@@ -81,7 +91,8 @@ def test_trials_that_differ_so_train_at_once(settings, override):
 
 @pytest.mark.parametrize(
     "override",
-    ["freeze.layers=1", "freeze.dropout=false", "train.epochs=1", "train.batch_size=8", "train.precision=bf16",
+    ["freeze.layers=1", "freeze=bias", "freeze.dropout=false", "train.epochs=1", "train.batch_size=8",
+     "train.precision=bf16",
      "train.eval_steps=3", "optim=sgd", "model.layers=3", "data.max_train_examples=9", "engine.device=cpu"],
 )  # fmt: skip
 def test_trials_that_differ_so_do_not(settings, override):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distilbench.settings import (
+    FREEZE_POLICIES,
     METRICS,
     SCHEDULERS,
     AppSettings,
@@ -110,6 +111,7 @@ RANGES = {
     "data.max_validation_examples": ([1, None], [0, -1], "1 or more"),
     "freeze.layers": ([0, 99], [-1], "0 or more"),
     "freeze.embeddings": ([True, False, "auto"], ["maybe"], "auto, true or false"),
+    "freeze.policy": (FREEZE_POLICIES, ["middle"], "one of " + ", ".join(FREEZE_POLICIES)),
     "scheduler.name": (SCHEDULERS, ["step"], "one of " + ", ".join(SCHEDULERS)),
     "scheduler.warmup_ratio": ([0, 1, 0.5], [-0.1, 1.001, NAN], "in [0, 1]"),
     "scheduler.warmup_steps": ([0, 1, None], [-1], "0 or more"),
@@ -236,6 +238,12 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("data", {"label_names": ["a", "b", "a"]}, "data.label_names must be 2 or more distinct names, got "
          "['a', 'b', 'a']"),
         ("data", {"label_names": ["a"]}, "data.label_names must be 2 or more distinct names, got ['a']"),
+        ("freeze", {"policy": "head", "layers": 3}, "freeze.layers must be 0 with freeze.policy=head, which says what "
+         "is frozen, got 3"),
+        ("freeze", {"policy": "bias", "embeddings": False}, "freeze.embeddings must be auto with freeze.policy=bias, "
+         "which says what is frozen, got 'false'"),
+        ("freeze", {"policy": "bias", "dropout": False}, "freeze.dropout must be true with freeze.policy=bias, which "
+         "trains in every layer, got 'false'"),
         ("scheduler", {"warmup_steps": 3, "warmup_ratio": 0.1}, "scheduler.warmup_ratio must be 0 when "
          "scheduler.warmup_steps=3 is given, got 0.1; set one of the two"),
         ("scheduler", {"name": "constant", "warmup_ratio": 0.1}, "scheduler.name must be a schedule that warms up when "
@@ -280,6 +288,7 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
         ("data", {"label_names": ["a", "b"]}),
         ("scheduler", {"name": "constant_with_warmup", "warmup_steps": 3, "warmup_ratio": 0}),
         ("scheduler", {"name": "constant", "warmup_steps": 0, "warmup_ratio": 0}),
+        ("freeze", {"policy": "head", "dropout": False}),
         ("tracking", {"uri": "http://me@host/a:b"}),
         ("sweep", {"pruner_options": {"min_resource": "auto", "max_resource": 3, "lower": 0.5, "upper": None}}),
         ("sweep", {"seeds": [1, 2]}),
@@ -390,7 +399,7 @@ def test_contradictions_and_missing_paths_say_what_to_do(overrides, remedy):
 
 @given(layers=st.integers(0, 100), embeddings=st.sampled_from(["auto", True, False]))
 def test_auto_freezes_the_embeddings_with_the_first_layer(layers, embeddings):
-    frozen = FreezeSettings(layers=layers, embeddings=embeddings, dropout=True).freezes_embeddings
+    frozen = FreezeSettings(layers, embeddings, True, "depth").freezes_embeddings
     assert frozen == (layers > 0 if embeddings == "auto" else embeddings)
 
 

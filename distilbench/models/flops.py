@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from distilbench.models.freezing import layer_list, modules_before
+from distilbench.models.layers import embedding_modules, layer_list
 
 _BERT_LAYER = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
                "intermediate.dense", "output.dense")  # fmt: skip
@@ -86,8 +86,8 @@ def _is_known(model: PreTrainedModel) -> bool:
 
 def _formula(model: PreTrainedModel) -> TrainFlops:
     """Follow the forward pass, noting at each product whether a gradient has to come back to it."""
-    path, layers = layer_list(model)
-    embeddings = [part for module in modules_before(model.base_model, path) for part in module.modules()]
+    _, layers = layer_list(model)
+    embeddings = [part for module in embedding_modules(model) for part in module.modules()]
     per_token, needed = _chain(embeddings, False)
     per_token_pair = 0
     for layer in layers:

@@ -91,7 +91,7 @@ def used_now(resolved: ResolvedModel) -> SourceUsed:
 
 
 def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
-    """Raise :class:`SettingsError` where ``freeze`` asks for more layers than the model has, or can give."""
+    """Raise :class:`SettingsError` where ``freeze`` asks for more than the model has, or can give."""
     name = resolved.used.name
     require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {_short(resolved)}",
             freeze.layers)  # fmt: skip
@@ -102,6 +102,9 @@ def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
         freeze.layers,
         "ALBERT's layers share one set of weights, so its lower ones can't be frozen alone",
     )
+    has_biases = resolved.config.get("norm_bias", resolved.config["model_type"] != "modernbert")
+    if freeze.policy == "bias" and not has_biases:
+        raise SettingsError(f"freeze.policy=bias needs an encoder that has biases, got {name}; use freeze=head")
 
 
 def check_length(resolved: ResolvedModel, max_length: int) -> None:

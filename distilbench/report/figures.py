@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.findings import (
     CostOf,
@@ -234,12 +235,12 @@ def _parallel(report: Report) -> Iterator[str]:
     keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
     if len(rows) < 5 or len(keys) < 2:
         return
-    scales = [_scale([row.treatment.get(key) for row in rows]) for key in keys]
+    scales = [_scale([value_of(row.treatment, key) for row in rows]) for key in keys]
     scales.append(_scale([100 * row.accuracy for row in rows]))
     across = charts.Axis(0, len(keys), charts.LEFT, charts.WIDTH - charts.LEFT)
     marks = ""
     for row in reversed(rows):
-        values = [*(row.treatment.get(key) for key in keys), 100 * row.accuracy]
+        values = [*(value_of(row.treatment, key) for key in keys), 100 * row.accuracy]
         points = [(across(i), scale.at(value)) for i, (scale, value) in enumerate(zip(scales, values, strict=True))]
         kind = f"setting {kind_of(row)}"
         marks += charts.line(points, kind, _tip(row), f' data-row="{row.rank}"')

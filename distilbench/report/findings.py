@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distilbench.identity import value_of
 from distilbench.report.costs import average
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
@@ -118,11 +119,12 @@ def comparable_in_time(report: Report) -> list[Row]:
 
 
 def by_depth(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Return the rows that have a result by frozen layers, shallowest first."""
+    """Return the rows that have a result by frozen layers, shallowest first; other ways to freeze have no depth."""
     depths: dict[int, list[Row]] = {}
     for row in rows:
         layers = row.treatment.get("freeze.layers")
-        if row.trials and isinstance(layers, int):
+        is_depth = not {"freeze.policy", "adapter.name"} & row.treatment.keys()
+        if row.trials and isinstance(layers, int) and is_depth:
             depths.setdefault(layers, []).append(row)
     return dict(sorted(depths.items()))
 
@@ -171,10 +173,10 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     step = math.ceil(len(finished) / MOST_FOR_IMPORTANCE)
-    spaces = {key: _distribution([row.treatment.get(key) for row in finished]) for key in keys}
+    spaces = {key: _distribution([value_of(row.treatment, key) for row in finished]) for key in keys}
     study = optuna.create_study(direction="maximize")
     for row in finished[::step]:
-        params = {key: _value(row.treatment.get(key), spaces[key]) for key in keys}
+        params = {key: _value(value_of(row.treatment, key), spaces[key]) for key in keys}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=row.accuracy))
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

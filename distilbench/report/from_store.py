@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from distilbench.cli import command, override
-from distilbench.identity import ADDED, short_hash
+from distilbench.identity import short_hash, value_of, without_defaults
 from distilbench.report.comparison import Terms, against_baseline
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
@@ -125,8 +125,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
     """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
-    common = {key: _most_common([row.treatment.get(key) for row in rows]) for key in keys}
-    return {**usual, **{key: value for key, value in common.items() if value is not None or key not in ADDED}}
+    common = {key: _most_common([value_of(row.treatment, key) for row in rows]) for key in keys}
+    return {**usual, **without_defaults(common)}
 
 
 def _most_common(values: Sequence[object]) -> object:

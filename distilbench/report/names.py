@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from distilbench.identity import value_of
+
 _TELLING = (
-    "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name", "optim.name", "optim.lr",
+    "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name", "optim.name", "optim.lr",
     "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
 )  # fmt: skip
 """Beginnings of keys: how deep, by what method, at what rate, on how much; then the rest, and the seed last."""
@@ -24,13 +26,15 @@ def in_order(keys: Sequence[str]) -> list[str]:
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the keys that differ among treatments; ``freeze.embeddings`` only where it does not follow the layers."""
     keys = {key for treatment in treatments for key in treatment}
-    varying = [key for key in in_order(list(keys)) if len({repr(treatment.get(key)) for treatment in treatments}) > 1]
-    follows = all(t.get("freeze.embeddings") == (t.get("freeze.layers") != 0) for t in treatments)
+    varying = [key for key in in_order(list(keys)) if len({repr(value_of(t, key)) for t in treatments}) > 1]
+    follows = all(
+        "freeze.policy" in t or t.get("freeze.embeddings") == (t.get("freeze.layers") != 0) for t in treatments
+    )
     return [key for key in varying if not (key == "freeze.embeddings" and follows)]
 
 
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:
-    """Name what ``values`` hold, by the last part of each key: ``layers=3 scheduler=cosine lr=3e-05``.
+    """Name what ``values`` hold, by the last part of each key: ``freeze=bias scheduler=cosine lr=3e-05``.
 
     ``among`` are all keys that may stand in a name: where two of those end alike, they are told whole.
     """
@@ -41,7 +45,7 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
 
 
 def _end(key: str) -> str:
-    return key.removesuffix(".name").rpartition(".")[2]
+    return key.removesuffix(".name").removesuffix(".policy").rpartition(".")[2]
 
 
 def _short(value: object) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from distilbench.cli import command, override
+from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.answer import answer
 from distilbench.report.columns import FULL, Column, filled, plain
@@ -94,7 +95,7 @@ def _depth(row: Row) -> object:
 
 def _command(row: Row, keys: Sequence[str]) -> str:
     """The line that trains a setting again, once the sweep's own choice of model and data is added."""
-    told = {key.removesuffix(".name"): row.treatment.get(key) for key in keys}
+    told = {key.removesuffix(".name"): value_of(row.treatment, key) for key in keys}
     return command("train", [*(override(key, value) for key, value in told.items()), f"seed={row.all_trials[0].seed}"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from distilbench.identity import short_hash
+from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of
 from distilbench.report.names import name_of, varying_keys
 from distilbench.report.power import Needed
@@ -214,7 +214,8 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
 
 def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:
     """Whether freeze, scheduler and optim are the report's choices; the rest a baseline shares with its trials."""
-    return all(treatment.get(key) == value for key, value in usual.items() if not key.startswith("train."))
+    same_text = all(treatment.get(key) == value for key, value in usual.items() if key.startswith("data."))
+    return same_text and has_choices_of(treatment, usual)
 
 
 def _agreement(treatment: Mapping[str, object], usual: Mapping[str, object]) -> int:
@@ -227,8 +228,8 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
     labelled = []
     for i, row in enumerate(rows):
-        told = [key for key in varying if i == baseline or row.treatment.get(key) != reference.get(key)]
-        text = name_of({key: row.treatment.get(key) for key in told}, varying)
+        told = [key for key in varying if i == baseline or value_of(row.treatment, key) != value_of(reference, key)]
+        text = name_of({key: value_of(row.treatment, key) for key in told}, varying)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
         labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i))

@@ -272,8 +272,13 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "error", result.error
 
 
+_FROZEN_BY = {"head": "all but the head", "bias": "all but biases and the head"}
+
+
 def frozen_part(freeze: FreezeSettings) -> str:
     """What stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
+    if freeze.policy != "depth":
+        return _FROZEN_BY[freeze.policy]
     layers = {0: "", 1: "layer 0"}.get(freeze.layers, f"layers 0-{freeze.layers - 1}")
     parts = [part for part in ("embeddings" if freeze.freezes_embeddings else "", layers) if part]
     return " and ".join(parts) + ("" if freeze.dropout else ", without dropout") if parts else "nothing"

@@ -18,6 +18,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial
 
+from distilbench.identity import ADDED
 from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
@@ -143,9 +144,11 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
     had, has = ({key: _in_order(value) for key, value in identity["space"].items()} for identity in (kept, now))
     moved = had.keys() ^ has.keys()
     """Dimensions of one of the two, whose value, or whose group's values, the other has fixed."""
+    earlier = {key: value if isinstance(value, str) else json.dumps(value) for key, value in ADDED.items()}
 
     def stays(identity: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in identity["fixed"].items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
+        fixed = {**earlier, **identity["fixed"]}
+        return {k: v for k, v in fixed.items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
 
     fixed = _differences(stays(kept), stays(now))
     fixed += [line for key in ("objectives", "directions") for line in _differences({key: kept[key]}, {key: now[key]})]

@@ -79,11 +79,9 @@ def version_of(library: str) -> str:
 
 def name_of(settings: AppSettings) -> str:
     """Return a run name that tells what varies most: ``freeze3-cosine-lr3e-05-wd0.05-s42``."""
-    optim = settings.optim
-    return (
-        f"freeze{settings.freeze.layers}-{settings.scheduler.name}"
-        f"-lr{optim.lr:g}-wd{optim.weight_decay:g}-s{settings.seed}"
-    )
+    optim, freeze = settings.optim, settings.freeze
+    method = f"freeze{freeze.layers}" if freeze.policy == "depth" else f"freeze-{freeze.policy}"
+    return f"{method}-{settings.scheduler.name}-lr{optim.lr:g}-wd{optim.weight_decay:g}-s{settings.seed}"
 
 
 def prepare(settings: AppSettings) -> Prepared:

@@ -112,9 +112,11 @@ def flops_of(settings, splits, examples) -> int:
     return sum(times * count_train_flops(model, length) for length, times in counts.items())
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_flops_are_those_of_each_token_that_was_trained_on(trial, train, splits_of, depth):
-    settings = trial(f"freeze.layers={depth}", "train.epochs=2", "train.max_length=12")
+@pytest.mark.parametrize(
+    "freezing", ["freeze.layers=0", "freeze.layers=1", "freeze.layers=2", "freeze=head", "freeze=bias"]
+)
+def test_flops_are_those_of_each_token_that_was_trained_on(trial, train, splits_of, freezing):
+    settings = trial(freezing, "train.epochs=2", "train.max_length=12")
     splits = splits_of(settings)
     [result], _ = train([settings])
     assert len({len(splits.train.row(i)) for i in range(37)}) > 1
@@ -250,6 +252,21 @@ def logits_of(directory, split, pad_token_id):
     rows = (torch.from_numpy(split.row(i).astype(np.int64))[None] for i in range(len(split)))
     with torch.no_grad():
         return np.concatenate([model(input_ids=row).logits.numpy() for row in rows])
+
+
+@pytest.mark.parametrize("freezing", ["freeze=head", "freeze=bias"])
+def test_what_a_policy_freezes_stays_as_it_was_and_the_rest_is_trained(trial, train, splits_of, freezing):
+    settings = trial(freezing, "output.save_model=true", dropout=True)
+    splits = splits_of(settings)
+    [result], _ = train([settings])
+    model = build_model(resolve_model(settings.model), splits.label_names, settings.seed)
+    freeze(model, settings.freeze)
+    trained = load_file(f"{settings.output.dir}/model/model.safetensors")
+    for name, parameter in model.named_parameters():
+        key_bias = name.endswith("k_lin.bias")  # its gradient is rounding noise
+        changed = not np.array_equal(trained[name], parameter.detach().numpy())
+        assert changed == parameter.requires_grad or key_bias, name
+    assert result.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_of_equal_epochs_the_first_is_kept(trial, train):

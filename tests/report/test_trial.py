@@ -298,7 +298,12 @@ def test_a_separate_selection_split_is_told(summary):
     ],
 )
 def test_frozen_part_in_words(layers, embeddings, dropout, words):
-    assert frozen_part(FreezeSettings(layers, embeddings, dropout)) == words
+    assert frozen_part(FreezeSettings(layers, embeddings, dropout, "depth")) == words
+
+
+def test_a_policy_says_what_it_freezes():
+    told = [frozen_part(FreezeSettings(0, "auto", True, policy)) for policy in ("head", "bias")]
+    assert told == ["all but the head", "all but biases and the head"]
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import torch
 class GradBuffers:
     """Where the gradients of a weight ``(trials, ...)`` and of its bias ``(trials, size)`` go.
 
-    They are added to what is there with ``add``, and else replace it.
+    They are added to what is there with ``add``, and else replace it. ``weight`` is None where it is frozen.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor
     add: bool = False
 
@@ -27,8 +27,8 @@ class GradBuffers:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grad_buffers: GradBuffers | None) -> torch.Tensor:
     """Return ``x @ weight + bias``, ``(trials, rows, outputs)`` in the precision of ``weight``.
 
-    ``x`` is ``(trials, rows, inputs)``, ``weight`` ``(trials, inputs, outputs)``; the leading size of either may be 1.
-    A weight without ``grad_buffers`` is frozen.
+    ``x`` is ``(trials, rows, inputs)``, ``weight`` ``(trials, inputs, outputs)``, ``bias`` ``(trials, outputs)``; the
+    leading size of each may be 1. A layer without ``grad_buffers`` is frozen.
     """
     product: torch.Tensor = _Linear.apply(x, weight, bias, grad_buffers)
     return product
@@ -50,17 +50,21 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, grad_buffers):  # type: ignore[no-untyped-def]
         x_compute = x.to(weight.dtype)
-        ctx.save_for_backward(x_compute, weight)
+        trains_weight = grad_buffers is not None and grad_buffers.weight is not None
+        ctx.save_for_backward(x_compute if trains_weight else None, weight)
         ctx.grad_buffers, ctx.dtype = grad_buffers, x.dtype
-        if len(weight) == 1:
+        if len(bias) == 1:
             return torch.addmm(bias[0], x_compute.flatten(0, 1), weight[0]).view(*x.shape[:2], -1)
+        if len(weight) == 1:
+            return (x_compute.flatten(0, 1) @ weight[0]).view(*x.shape[:2], -1) + bias[:, None]
         return torch.baddbmm(bias[:, None], x_compute.expand(len(weight), -1, -1), weight)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x_compute, weight = ctx.saved_tensors
-        if ctx.grad_buffers is not None:
+        if x_compute is not None:
             _multiply(x_compute.expand(len(weight), -1, -1).mT, gradient, ctx.grad_buffers.weight, ctx.grad_buffers.add)
+        if ctx.grad_buffers is not None:
             put(gradient.sum(1), ctx.grad_buffers.bias, ctx.grad_buffers.add)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -79,22 +83,23 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             total = x + branch if dropout_mask is None else torch.addcmul(x, branch, dropout_mask)
         own = len(weight) == 1
         normal, mean, deviation = torch.native_layer_norm(
-            total, total.shape[-1:], weight[0] if own else None, bias[0] if own else None, eps
+            total, total.shape[-1:], weight[0] if own else None, bias[0] if len(bias) == 1 else None, eps
         )
         ctx.grad_buffers, ctx.branch = grad_buffers, None if branch is None else branch.dtype
         if own:
             ctx.save_for_backward(total, mean, deviation, dropout_mask, weight, bias)
-            return normal
+            return normal if len(bias) == 1 else normal + bias[:, None]
         ctx.save_for_backward(normal, None, deviation, dropout_mask, weight, None)
         return torch.addcmul(bias[:, None], normal, weight[:, None])
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         grad_buffers = ctx.grad_buffers
-        grad_total, *own = _norm_backward(ctx, gradient)
+        grad_total, grad_weight, grad_bias = _norm_backward(ctx, gradient)
         if grad_buffers is not None:
-            put(own[0], grad_buffers.weight, grad_buffers.add)
-            put(own[1], grad_buffers.bias, grad_buffers.add)
+            put(grad_bias, grad_buffers.bias, grad_buffers.add)
+            if grad_buffers.weight is not None:
+                put(grad_weight, grad_buffers.weight, grad_buffers.add)
         dropout_mask = ctx.saved_tensors[3]
         grad_branch = None
         if ctx.branch is not None:
@@ -105,15 +110,21 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
 
 def _norm_backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    """The gradients of the sum, of the weight and of the bias."""
+    """The gradients of the sum, of the weight and of the bias, where they are trained."""
     values, mean, deviation, _, weight, bias = ctx.saved_tensors
-    trained = ctx.grad_buffers is not None
-    shape = values.shape[-1:]
+    shape, trained = values.shape[-1:], ctx.grad_buffers is not None
     if mean is not None:
-        grad_total, *own = torch.ops.aten.native_layer_norm_backward(
-            gradient, values, shape, mean, deviation, weight[0], bias[0], [True, trained, trained]
-        )
-        return grad_total, *(part[None] for part in own if trained)
+        trains_weight = trained and ctx.grad_buffers.weight is not None
+        has_own_bias = trained and len(bias) == 1
+        wanted = [any(ctx.needs_input_grad[:2]), trains_weight, has_own_bias]
+        grad_total, grad_weight, grad_bias = None, None, gradient.sum(1) if trained and not has_own_bias else None
+        if any(wanted):  # not of embeddings that trials share, whose biases alone they train
+            grad_total, *own = torch.ops.aten.native_layer_norm_backward(
+                gradient, values, shape, mean, deviation, weight[0], bias[0], wanted
+            )
+            grad_weight = own[0][None] if trains_weight else None
+            grad_bias = own[1][None] if has_own_bias else grad_bias
+        return grad_total, grad_weight, grad_bias
     # of values that are normal already: mean 0, deviation 1, and what they were divided by comes last
     zero, one = torch.zeros_like(deviation), torch.ones_like(deviation)
     grad_total, *_ = torch.ops.aten.native_layer_norm_backward(
@@ -209,7 +220,7 @@ class _AbsorbKey(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         query, weight = ctx.saved_tensors
         gradient = gradient.transpose(1, 2)
-        if ctx.grad_buffers is not None:
+        if ctx.grad_buffers is not None and ctx.grad_buffers.weight is not None:
             keys = _pieces(ctx.grad_buffers.weight, ctx.heads)[0]
             put(gradient.mT @ _by_head(query, ctx.heads), keys, ctx.grad_buffers.add)
         grad_query = gradient @ _pieces(weight, ctx.heads)[0]
@@ -258,9 +269,9 @@ class _ProjectValue(torch.autograd.Function):
             keys, values = _pieces(ctx.grad_buffers.bias, ctx.heads)
             put(torch.zeros_like(keys), keys, ctx.grad_buffers.add)
             put((gradient * share.mT[..., None]).sum(2, keepdim=True), values, ctx.grad_buffers.add)
-            put(
-                seen.transpose(1, 2).mT @ gradient, _pieces(ctx.grad_buffers.weight, ctx.heads)[1], ctx.grad_buffers.add
-            )
+            if ctx.grad_buffers.weight is not None:
+                values = _pieces(ctx.grad_buffers.weight, ctx.heads)[1]
+                put(seen.transpose(1, 2).mT @ gradient, values, ctx.grad_buffers.add)
         grad_seen = (gradient @ _pieces(weight, ctx.heads)[1].mT).transpose(1, 2)
         return grad_seen, (gradient * _pieces(bias, ctx.heads)[1]).sum(-1).mT, None, None, None, None
 

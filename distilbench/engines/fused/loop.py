@@ -288,7 +288,7 @@ class TrialGroup:
 
     def _deterministic_layers(self) -> int:
         """Layers without dropout, from the bottom."""
-        return 0 if self.settings.freeze.dropout else self.settings.freeze.layers
+        return self.settings.freeze.deterministic_layers(self.context.layout.architecture.depth)
 
     def _differentiate(self, stack: Stack) -> torch.Tensor:
         """Fill the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""

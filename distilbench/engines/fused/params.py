@@ -175,7 +175,9 @@ class StackedWeights:
             for param_slice in self.layout.param_slices
         }
         layers = {leaf.rpartition(".")[0] for leaf in where if leaf not in TABLES}
-        self._grad_buffers = {layer: GradBuffers(where[f"{layer}.weight"], where[f"{layer}.bias"]) for layer in layers}
+        self._grad_buffers = {
+            layer: GradBuffers(where.get(f"{layer}.weight"), where[f"{layer}.bias"]) for layer in layers
+        }
 
     def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
@@ -229,7 +231,7 @@ class StackedWeights:
         for grad_buffers in self._grad_buffers.values():
             grad_buffers.add = add
         loss.backward()
-        if embedded is not None:
+        if embedded is not None and embedded.requires_grad:
             assert embedded.grad is not None
             if not add:
                 self.grad[:, : self.layout.tables_end].zero_()

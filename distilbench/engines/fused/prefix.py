@@ -25,11 +25,14 @@ GPU_WINDOW = 64
 
 
 def prefix_depth(weights: StackedWeights) -> int | None:
-    """Return how many layers follow frozen embeddings without a trained one between; None where embeddings train."""
+    """Return how many layers follow frozen embeddings without a trained one between; None where embeddings train.
+
+    A layer's bias is the last of it to be frozen, for BitFit trains it without the weight.
+    """
     frozen, depth = weights.layout.frozen, weights.layout.architecture.depth
-    if "word" not in frozen:
+    if not {"word", "embedding_norm.bias"} <= frozen:
         return None
-    return next((i for i in range(depth) if f"{i}.out.weight" not in frozen), depth)
+    return next((i for i in range(depth) if f"{i}.out.bias" not in frozen), depth)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from distilbench.engines.batches import padded_batch
@@ -125,6 +126,9 @@ LADDER = {
     "freeze all layers": ("freeze.layers=2",),
     "freeze embeddings alone": ("freeze=embeddings",),
     "freeze a layer under trained embeddings": ("freeze.layers=1", "freeze.embeddings=false"),
+    "head": ("freeze=head",),
+    "bias": ("freeze=bias",),
+    "bias, sgd": ("freeze=bias", "optim=sgd", "optim.lr=0.1", "optim.max_grad_norm=0.1"),
     "whole batches": ("train.batch_size=37",),
     "batches of one": ("train.batch_size=1", "train.epochs=1"),
     "pairs": PAIRS,
@@ -311,7 +315,13 @@ def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, split
 
 @pytest.mark.parametrize(
     ("kind", "freezing"),
-    [("distilbert", "freeze=none"), ("distilbert", "freeze.layers=1"), ("bert", "freeze.layers=2")],
+    [
+        ("distilbert", "freeze=none"),
+        ("distilbert", "freeze.layers=1"),
+        ("bert", "freeze.layers=2"),
+        ("distilbert", "freeze=head"),
+        ("bert", "freeze=bias"),
+    ],
 )
 def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, recorder, kind, freezing):
     trials = [trial(freezing, *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
@@ -327,6 +337,21 @@ def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, r
     for name, values in exported(trials[1]).items():
         torch.testing.assert_close(weights[name], values, rtol=0, atol=1e-7)
     assert len({tuple(row) for row in together.round(6)}) == len(EIGHT)
+
+
+def test_biases_are_trained_without_gradients_of_weights_and_a_head_by_one_pass(trial, splits_of, recorder):
+    def products(*overrides: str) -> int:
+        settings = trial(*overrides, "data.max_validation_examples=2", "output.save_model=false", still=False)
+        with FlopCounterMode(display=False) as counter:
+            FusedEngine().train([settings], splits_of(settings), recorder())
+        return counter.get_total_flops()
+
+    full, bias, head = (products(f"freeze={choice}") for choice in ("none", "bias", "head"))
+    tokens = 2 * len(splits_of(trial()).train.tokens)  # of two epochs, in all layers but the last, which asks for [CLS]
+    of_weights = 2 * tokens * (4 * 32 * 32 + 2 * 32 * 64)
+    assert of_weights < full - bias < 1.3 * of_weights
+    assert head < 0.4 * full
+    assert products("freeze=head", "freeze.dropout=false") / head == pytest.approx(1 / 2, abs=0.06)
 
 
 def test_trials_of_one_seed_share_one_batch_to_the_same_bits(trial, splits_of, recorder):
@@ -470,7 +495,7 @@ def test_trials_interrupted_at_different_steps_resume_together(trial, splits_of,
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole batches", "in parts"])
-@pytest.mark.parametrize("freezing", ["freeze.layers=0", "freeze.layers=1"])
+@pytest.mark.parametrize("freezing", ["freeze.layers=0", "freeze.layers=1", "freeze=bias"])
 def test_bf16_follows_autocast(trial, splits_of, recorder, freezing, whole):
     """With clipping that bites in most steps, and beside a neighbour: parts of a batch add up in float32."""
     from distilbench.engines.trainer import TrainerEngine

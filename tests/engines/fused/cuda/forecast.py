@@ -142,7 +142,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     """
     with META:
         model = DistilBertForSequenceClassification(DistilBertConfig())
-    freezing = FreezeSettings(layers=layers, embeddings="auto", dropout=True)
+    freezing = FreezeSettings(layers, "auto", True, "depth")
     layout = FlatParamLayout(model, frozen_names(model, freezing), Vocabulary(np.arange(WORDS), POSITIONS))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = layout.frozen_weights(dict(model.named_parameters()), META, torch.float32, dtype)

@@ -94,7 +94,7 @@ def test_with_the_same_masks_dropout_is_that_of_the_architecture(
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
-@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1", "freeze.layers=2"])
+@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1", "freeze.layers=2", "freeze=bias"])
 def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, recorder, kind, freezing):
     """Eight orders of examples make other buckets than one, and other neighbours."""
     trials = [trial(freezing, *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
