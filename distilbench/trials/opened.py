@@ -115,19 +115,20 @@ def _keep_in_directory(trial: OpenTrial) -> None:
     if result is None:
         return
     if predictions is not None:
-        _write_or_warn(f"the predictions of {trial.name}",
+        write_or_warn(f"the predictions of {trial.name}",
                        lambda: write_predictions(predictions, trial.directory / PREDICTIONS))  # fmt: skip
     record = trial.record.with_result(result, final_metrics(result))
-    _write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
+    write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
 
 
 def _keep_in_store(trial: OpenTrial) -> None:
     run, result = trial.run, trial.result
     if run and result:
-        _write_or_warn(f"the run of {trial.name}", lambda: run.finish(result, trial.predictions))
+        write_or_warn(f"the run of {trial.name}", lambda: run.finish(result, trial.predictions))
 
 
-def _write_or_warn(what: str, write: Callable[[], None]) -> None:
+def write_or_warn(what: str, write: Callable[[], None]) -> None:
+    """Write something of a trial that has its result; whatever goes wrong costs a warning."""
     try:
         write()
     except Exception as error:  # whatever it is, the rest of the trial is still to be kept

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -26,9 +27,10 @@ from distilbench.report import (
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, StoredTrial, TrialResult
 from distilbench.settings import AppSettings
 from distilbench.tracking import MlflowStore, open_store
+from distilbench.trials.card import write_card
 from distilbench.trials.estimate import solo_seconds
 from distilbench.trials.interruptions import SignalGuard
-from distilbench.trials.opened import OpenTrial, open_trials
+from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
 from distilbench.trials.progress import Progress
 
@@ -129,7 +131,9 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
         return outcome
-    return replace(outcome, comparison=comparison)
+    compared = replace(outcome, comparison=comparison)
+    write_or_warn(f"the card of {outcome.name}", partial(write_card, compared))
+    return compared
 
 
 def run(
@@ -157,7 +161,10 @@ def run_batch(
             _train(opened, prepared, contexts)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    return [_outcome(trial) for trial in opened]
+    outcomes = [_outcome(trial) for trial in opened]
+    for outcome in outcomes:
+        write_or_warn(f"the card of {outcome.name}", partial(write_card, outcome))
+    return outcomes
 
 
 def _train(opened: Sequence[OpenTrial], prepared: Prepared, contexts: Sequence[SweepContext]) -> None:

@@ -1,0 +1,72 @@
+"""The model card: as the hub reads it, with a command that composes to the same trial, and no larger claim."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from distilbench.identity import point_key
+from distilbench.report import sentence
+from distilbench.trials.card import write_card
+from distilbench.trials.prepared import prepare
+from distilbench.trials.run import add_comparison, run
+from tests.conftest import compose_settings
+
+ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "scheduler=cosine", "optim.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
+    return run(settings, prepare(settings), store=None)
+
+
+def card_of(outcome) -> ModelCard:
+    return ModelCard.load(f"{outcome.settings.output.dir}/model/README.md")
+
+
+def test_a_model_says_what_it_was_made_of_and_what_it_reached(outcome):
+    card = card_of(outcome)
+    accuracy = outcome.result.report.accuracy
+    assert (card.data.pipeline_tag, card.data.base_model, card.data.datasets) == ("text-classification", None, None)
+    assert next((r.metric_type, r.metric_value) for r in card.data.eval_results) == ("accuracy", round(accuracy, 4))
+    text = card.text
+    half = 196 * (accuracy * (1 - accuracy) / 64) ** 0.5
+    assert f"| accuracy | {100 * accuracy:.2f} % ± {half:.2f} (95 %, over examples) |" in text
+    assert "One trial, one seed (42), on 64 examples of `validation`" in text
+    assert "It was compared with no baseline." in text
+    for used in (outcome.prepared.model.used, outcome.prepared.text.used):
+        assert f"sha256 `{used.fingerprint}`" in text
+    assert "FALLBACK" not in text
+
+
+def test_its_command_trains_the_same(outcome):
+    (block,) = re.findall(r"```bash\n(python -m distilbench.train .*)\n```", card_of(outcome).text)
+    again = compose_settings(*shlex.split(block)[3:], "output.dir=.")
+    assert point_key(again.trial) == point_key(replace(outcome.settings, engine=outcome.prepared.engine).trial)
+
+
+def test_a_comparison_says_no_more_than_the_trial_did(outcome):
+    compared = add_comparison(outcome, None, lambda: replace(outcome.stored, name="other", seed=7))
+    assert sentence(compared.comparison).split(":")[0] in card_of(outcome).text
+    assert "Only the seed differs" in card_of(outcome).text
+    assert "compared with no baseline" not in card_of(outcome).text
+
+
+def test_a_fallback_says_so_in_its_first_line(outcome, tmp_path):
+    used = replace(outcome.prepared.text.used, fallback_for="stanfordnlp/sst2")
+    stand_in = replace(outcome.prepared, text=replace(outcome.prepared.text, used=used))
+    write_card(replace(outcome, prepared=stand_in))
+    first = card_of(outcome).text.strip().splitlines()[0]
+    assert first == "**FALLBACK: stanfordnlp/sst2 could not be reached; this model comes from stand-ins.**"
+    write_card(outcome)
+
+
+def test_a_trial_without_a_model_gets_no_card(outcome, tmp_path):
+    settings = replace(outcome.settings, output=replace(outcome.settings.output, dir=str(tmp_path)))
+    write_card(replace(outcome, settings=settings))
+    assert list(tmp_path.iterdir()) == []
