@@ -49,7 +49,7 @@ SETTINGS = {
     "predict": ("predict", PredictSettings),
 }
 """Module of ``python -m distilbench.<module>`` -> its main configuration and what it becomes."""
-FILES = ("reviews.csv", "train.csv", "sst2/train.parquet", "sst2/validation.parquet")
+FILES = ("reviews.csv", "pairs.csv", "train.csv", "sst2/train.parquet", "sst2/validation.parquet")
 """What a reader is taken to have."""
 
 
