@@ -261,7 +261,7 @@ _MEANINGS: dict[str, Callable[[re.Match[str], str], str]] = {
     ),
     r"Value '(.*)' is not a valid bool": lambda found, key: f"{key} must be true or false, got {found[1]!r}",
     r"Incompatible value 'None'|is not Optional": lambda found, key: f"{key} must be given, got null",
-    r"Ambiguous value for argument '(.+?)'": lambda found, key: (
+    r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'": lambda found, key: (
         f"{found[1]} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
     ),
     r"Config group override must be a string or a list": lambda found, key: _null_group(),

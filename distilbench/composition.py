@@ -181,10 +181,13 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     """
     from distilbench.engines import check_engine
     from distilbench.models.resolve import check_freeze, check_length, resolve_model
+    from distilbench.tracking.uri import store_address_of
 
     unplaced = config.copy()
     unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs
     settings = settings_from(unplaced)
+    if settings.tracking.name != "none":
+        store_address_of(settings.tracking)
     if ask_hub or settings.model.source != "hub":
         model = resolve_model(settings.model)
         check_freeze(model, settings.freeze)

@@ -82,6 +82,8 @@ def test_the_same_command_gives_bitwise_the_same_result(trained):
         (["data=files", "data.train=missing.csv"], "data.train must be an existing"),
         (["scheduler.warmup_ratio=0.1", "scheduler.warmup_steps=3"], "set one of the two"),
         (["tracking=mlflow", "tracking.uri=http://me:pw@127.0.0.1:9"], "must not hold a password"),
+        (["tracking=mlflow", "tracking.uri=ftp://somewhere"], "tracking.uri must be sqlite:///<file>, http"),
+        (["optim.lr=choice(1e-5,2e-5)"], "optim.lr=choice(1e-5,2e-5) must be one value, or several with --multirun"),
         (["--multirun", "freeze.layers=0,1,7"], "freeze.layers must be 0..2"),
         (["--multirun", "seed=1,2", "optim.lr=1e-5,-1"], "optim.lr must be above 0, got -1.0"),
     ],
