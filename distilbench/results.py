@@ -140,10 +140,14 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a trial said of every example of the report split: ``labels`` (examples,), ``logits`` (examples, labels)."""
+    """What a trial said of every example of the report split: ``labels`` (examples,), ``logits`` (examples, labels).
+
+    ``slices`` (examples,) str are values by which results are also reported; None where there are none.
+    """
 
     labels: np.ndarray
     logits: np.ndarray
+    slices: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:

@@ -113,6 +113,8 @@ def _costs(row: Row) -> str:
 _ALL = (
     Column("trial", lambda row: row.number, "#", lambda row: row.number.rpartition("/")[2]),
     Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
+    Column("slice", lambda row: row.slice),
+    Column("examples", lambda row: row.examples or None),
     Column("is_baseline", lambda row: row.is_baseline),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
     Column("accuracy", lambda row: row.accuracy, "accuracy",

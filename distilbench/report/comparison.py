@@ -45,7 +45,7 @@ def against_baseline(rows: Sequence[Row], baseline: int, read: ReadPredictions, 
     terms = replace(terms, is_picked_here=terms.is_picked_here and len(finished) > 1)
     read_once = {i: _correct(rows[i], base, read) for i in finished if i < terms.shown or not base.trials}
     pairs = {i: pair for i, pair in read_once.items() if not isinstance(pair, Untested)}
-    found = {i: _difference(*pair, terms.margin) for i, pair in pairs.items()}
+    found = {i: difference_of(*pair, terms.margin) for i, pair in pairs.items()}
     differences = _corrected({i: one for i, one in found.items() if one}, tried=len(rows) - 1)
     result = list(rows)
     for i in finished:
@@ -79,7 +79,7 @@ def _correct(row: Row, base: Row, read: ReadPredictions) -> tuple[_Correct, _Cor
     return first, second
 
 
-def _difference(ours: _Correct, theirs: _Correct, margin: float) -> Difference | None:
+def difference_of(ours: _Correct, theirs: _Correct, margin: float) -> Difference | None:
     """Test without correction; None where seeds can be neither paired nor taken as independent."""
     try:
         seen = compare_over_seeds(ours, theirs)

@@ -39,7 +39,8 @@ class Report:
     """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
 
     ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
-    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs.
+    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs; ``slices``
+    are the best rows on parts of the examples.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Report:
     confirmation: tuple[Confirmed, ...] = ()
     url: str = ""
     floor: float | None = None
+    slices: tuple[Row, ...] = ()
 
     @property
     def table_rows(self) -> tuple[Row, ...]:

@@ -18,6 +18,7 @@ from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
+from distilbench.report.slices import rows_by_slice
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
@@ -110,6 +111,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         terms = Terms(request.margin, request.shown, _is_picked_here(request, trials[0]))
         rows = against_baseline(rows, baseline, read, terms)
     rows, floor = mark_learned(rows, read, request.shown)
+    slices = rows_by_slice(rows, read, request.margin)
     return Report(
         title=request.title,
         rows=tuple(rows),
@@ -119,6 +121,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         notes=notes,
         url=store.runs_url(),
         floor=floor,
+        slices=slices,
     )
 
 

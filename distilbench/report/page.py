@@ -18,6 +18,7 @@ from distilbench.report.findings import Report
 from distilbench.report.formats import html, one_line
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
+from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
 from distilbench.report.words import VERDICTS, survival
 
@@ -46,6 +47,7 @@ def page(report: Report) -> str:
         header="".join(map(_head, filled(FULL, report.table_rows))),
         rows=_rows(report),
         charts="".join(figures_of(report)),
+        slices=_slices(report),
         failures=_failures(report),
         notes="".join(f"<li>{html(line)}</li>" for line in (*protocol_lines(report), *notes_of(report))),
     )
@@ -122,6 +124,21 @@ def _unbroken(text: str) -> str:
     """Words that are broken between each other alone, unless one is longer than a line of a phone."""
     words = (html(word) for word in one_line(text).split(" "))
     return " ".join(word if len(word) > _LONGEST_WORD else f"<span>{word}</span>" for word in words)
+
+
+def _slices(report: Report) -> str:
+    """The best settings on each slice: a plain table, in the order in which it is made."""
+    head = "".join(f'<th scope="col">{html(column.title)}</th>' for column in SLICES)
+    rows = (
+        "".join(
+            f'<td class="{"" if c.is_text else "number"}" data-title="{html(c.title)}">{html(c.text(row))}</td>'
+            for c in SLICES
+        )
+        for row in report.slices
+    )
+    body = "".join(f"<tr>{cells}</tr>" for cells in rows)
+    table = f'<div class="wide"><table id="slices"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h2>By slice</h2>{table}" if report.slices else ""
 
 
 def _failures(report: Report) -> str:

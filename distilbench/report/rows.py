@@ -65,7 +65,8 @@ class Row:
     may be claimed; None for the baseline itself, without a baseline, without a result, and for the reason in
     ``untested``. ``has_learned``: its accuracy is shown to be above that of the most frequent label alone; None where
     that was not asked. ``examples`` are those that it is reported on, 0 where unknown. ``again`` is the same setting
-    in a confirmation, with fresh seeds.
+    in a confirmation, with fresh seeds. ``slice`` is the part of the examples that the figures are of,
+    where that is not all of them.
     """
 
     label: str
@@ -86,6 +87,7 @@ class Row:
     has_learned: bool | None = None
     examples: int = 0
     again: Row | None = None
+    slice: str = ""
 
     @property
     def accuracy_half_width(self) -> float:

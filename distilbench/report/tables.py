@@ -15,6 +15,8 @@ from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report
 from distilbench.report.formats import latex, margin_text, markdown, one_line, percent
 from distilbench.report.rows import Row
+from distilbench.report.slices import COLUMNS as SLICES
+from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.words import survival
 from distilbench.results import Status
 
@@ -56,7 +58,8 @@ def notes_of(report: Report) -> list[str]:
     )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"{more:,} more settings are not shown."] if more else []
-    return [*report.notes, *_notes_on_time(report), *cut, tests]
+    slices = [SLICES_NOTE] if report.slices else []
+    return [*report.notes, *_notes_on_time(report), *cut, tests, *slices]
 
 
 def _notes_on_time(report: Report) -> Iterator[str]:
@@ -98,6 +101,8 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
     for sentence in answer(report):
         console.print(Text(one_line(sentence), "bold"))
     console.print(table)
+    if report.slices:
+        console.print(rich_table(report.slices, SLICES, console.width))
     for line in details(report):
         console.print(Text(line))
 
@@ -107,6 +112,7 @@ def markdown_report(report: Report, layout: str = "full") -> str:
     lines = [f"# {markdown(report.title)}", "", *(f"{markdown(line)}  " for line in protocol_lines(report)), ""]
     lines += [f"**{markdown(sentence)}**  " for sentence in answer(report)]
     lines += ["", *markdown_table(_in_order(report, layout), LAYOUTS[layout]), ""]
+    lines += ["## By slice", "", *markdown_table(report.slices, SLICES), ""] if report.slices else []
     return "\n".join([*lines, *(f"- {markdown(line)}" for line in details(report)), ""])
 
 
@@ -125,7 +131,10 @@ def latex_report(report: Report, layout: str = "full") -> str:
     """Write a table for LaTeX with booktabs; the caption says what it rests on."""
     caption = " ".join([*answer(report), *(f"{line}." for line in protocol_lines(report)), *notes_of(report)])
     lines = [r"% \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{latex(caption)}}}"]
-    return "\n".join([*lines, *latex_table(_in_order(report, layout), LAYOUTS[layout]), r"\end{table}", ""])
+    lines += [*latex_table(_in_order(report, layout), LAYOUTS[layout]), r"\end{table}", ""]
+    if report.slices:
+        lines += [r"\begin{table}", r"\caption{By slice}", *latex_table(report.slices, SLICES), r"\end{table}", ""]
+    return "\n".join(lines)
 
 
 def csv_report(report: Report) -> str:
@@ -133,6 +142,6 @@ def csv_report(report: Report) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV)
-    for row in report.rows:
+    for row in (*report.rows, *report.slices):
         writer.writerow([plain(column.value(row)) for column in CSV.values()])
     return stream.getvalue()

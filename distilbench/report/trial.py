@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -25,6 +25,9 @@ from distilbench.report.formats import (
     points,
 )
 from distilbench.report.rows import Row, Untested, row_from
+from distilbench.report.slices import COLUMNS as SLICES
+from distilbench.report.slices import NOTE as SLICES_NOTE
+from distilbench.report.slices import by_slice, rows_by_slice
 from distilbench.report.words import above_floor, loss_of, size_of
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
 from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
@@ -42,12 +45,16 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial beside its baseline: a report of two rows, the accuracy of the most frequent label alone, the margin."""
+    """A trial beside its baseline: a report of two rows, the accuracy of the most frequent label alone, the margin.
+
+    ``slices`` are the rows on parts of the examples.
+    """
 
     row: Row
     baseline: Row
     floor: float | None
     margin: float
+    slices: tuple[Row, ...] = ()
 
     @property
     def trial(self) -> StoredTrial:
@@ -74,7 +81,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Compari
             f"predictions to compare must be of the same examples, got others in {trial.name} than in "
             f"{baseline.name}; train the baseline again"
         )
-    return Comparison(row, base, floor, margin)
+    return Comparison(row, base, floor, margin, rows_by_slice([base, row], _predictions, margin))
 
 
 def _predictions(trial: StoredTrial) -> Predictions | None:
@@ -123,10 +130,15 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Write the table of both, what may be claimed, and the notes as Markdown; names are escaped."""
-    rows = [replace(row, trials=tuple(replace(t, url="") for t in row.trials)) for row in _rows(comparison)]
     names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.trials[0].name)}."
     notes = " ".join(f"{note}." for note in _notes(comparison))
-    return "\n".join([*markdown_table(rows, _COLUMNS), "", f"**{sentence(comparison)}**", "", notes, "", names, ""])
+    slices = [*markdown_table(_unlinked(comparison.slices), SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
+    told = [f"**{sentence(comparison)}**", "", notes, "", names, ""]
+    return "\n".join([*markdown_table(_unlinked(_rows(comparison)), _COLUMNS), "", *told, *slices])
+
+
+def _unlinked(rows: Sequence[Row]) -> list[Row]:
+    return [replace(row, trials=tuple(replace(t, url="") for t in row.trials)) for row in rows]
 
 
 def comparison_headline(comparison: Comparison) -> str:
@@ -267,6 +279,8 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "result", _result(result, result.report)
         if summary.predictions is not None:
             yield "floor", _floor(summary.predictions, settings.seed)
+            if slices := by_slice(summary.predictions):
+                yield "slices", slices
         yield "time", _time(result)
     if result.error:
         yield "error", result.error
@@ -340,6 +354,9 @@ def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:
         yield rich_table(_rows(comparison), _COLUMNS, _WIDTH)
         yield Text(sentence(comparison), "bold")
         yield from (Text(f"{note}.") for note in _notes(comparison))
+        if comparison.slices:
+            yield rich_table(comparison.slices, SLICES, _WIDTH)
+            yield Text(SLICES_NOTE)
     elif summary.baseline_command:
         yield Text(
             "\nNot compared: there is no finished baseline of this protocol yet. The next line trains one.", "bold"

@@ -12,8 +12,9 @@ from distilbench.results import Predictions, TrialResult
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
-    """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32).
+    """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32), ``slice``.
 
+    The last is there where results are also reported by it.
     The file is whole or not there: where it can't be written, the room that its part took is given back.
     """
     import pyarrow
@@ -25,6 +26,8 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
         "prediction": predictions.logits.argmax(axis=1),
         **{f"logit_{i}": column.astype(np.float32) for i, column in enumerate(predictions.logits.T)},
     }
+    if predictions.slices is not None:
+        columns["slice"] = predictions.slices
     partial = path.with_name(f"{path.name}.partial")
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), partial)
@@ -40,7 +43,9 @@ def read_predictions(path: Path) -> Predictions:
     table = pyarrow.parquet.read_table(path)
     logits = [name for name in table.column_names if name.startswith("logit_")]
     return Predictions(
-        labels=table["label"].to_numpy(), logits=np.stack([table[name].to_numpy() for name in logits], axis=1)
+        labels=table["label"].to_numpy(),
+        logits=np.stack([table[name].to_numpy() for name in logits], axis=1),
+        slices=table["slice"].to_numpy() if "slice" in table.column_names else None,
     )
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from distilbench.identity import trial_identity
 from distilbench.results import PREDICTIONS, Owner, Predictions, Record, Status, TrialResult, read_record
 from distilbench.settings import AppSettings, SettingsError
@@ -40,7 +42,9 @@ class OpenTrial:
         report = self.result.report if self.result else None
         if report is None or report.logits is None:
             return None
-        return Predictions(self.prepared.splits.report.labels, report.logits)
+        slices = self.prepared.text.report.slices
+        labels = self.prepared.splits.report.labels
+        return Predictions(labels, report.logits, None if slices is None else np.array(slices))
 
 
 @contextmanager
