@@ -62,7 +62,8 @@ def benchmark(settings: BenchmarkSettings) -> Benchmark:
     from distilbench.trials.prepared import prepare
 
     prepared = prepare(settings)
-    check_engine(replace(settings.engine, name="fused"), prepared.model, prepared.precision)
+    fused = replace(settings, engine=replace(settings.engine, name="fused"))
+    check_engine(fused, prepared.model, prepared.precision)
     Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     console = Console(width=TABLE_WIDTH)
     console.print(

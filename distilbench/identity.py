@@ -33,7 +33,11 @@ AMOUNT = "data.max_train_examples"
 METRIC = ("train.metric",)
 """What keeps an epoch and picks a winner: with the sources, the protocol."""
 
-ADDED: dict[str, object] = {AMOUNT: None, "train.patience": None, "freeze.policy": "depth"}
+ADDED: dict[str, object] = {
+    **dict.fromkeys((AMOUNT, "train.patience", *_of("adapter", "rank alpha dropout"))),
+    "freeze.policy": "depth",
+    "adapter.name": "none",
+}
 """Treatment that earlier versions did not have: it stands in a trial's treatment where it is not what it was then."""
 
 CHOICES = ("freeze.", "adapter.", "scheduler.", "optim.")
@@ -44,6 +48,7 @@ TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
 
 TREATMENT_OF_LOOP = (
     *_of("freeze", "policy layers embeddings dropout"),
+    *_of("adapter", "name rank alpha dropout"),
     *_of("train", "epochs batch_size eval_steps"),
     "optim.name",
 )
@@ -65,7 +70,7 @@ DEVICE = ("engine.device",)
 SPEED = (*_of("train", "micro_batch_size eval_batch_size logging_steps"), "data.slice_column")
 """What changes speed, memory and records alone, and yet is one for all trials that train at once."""
 
-OWN = ("train.checkpoints", "train.resume", "output.dir", "output.save_model")
+OWN = (*_of("train", "checkpoints resume"), *_of("output", "dir save_model"), "adapter.merge")
 """Where a trial writes and what it keeps: part of no key."""
 
 TABLES = (SOURCES, METRIC, TREATMENT_OF_INPUT, TREATMENT_OF_LOOP, TREATMENT_OF_STEP, SEED, ENGINE, DEVICE, SPEED, OWN)
@@ -170,7 +175,8 @@ def point_key(settings: TrialSettings) -> str:
 
 def preparation_key(settings: TrialSettings) -> str:
     """Return a key equal for trials that can share their sources, encoded, and the engine."""
-    return short_hash(select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE)))
+    same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE))
+    return short_hash([same, settings.needs_trainer])
 
 
 def fusion_key(settings: TrialSettings) -> str:

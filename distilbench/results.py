@@ -208,8 +208,8 @@ RECORD = "trial.json"
 
 PREDICTIONS = "predictions.parquet"
 
-MODEL = "model"
-"""The directory, in a trial's own, of its model."""
+MODEL, ADAPTER = "model", "adapter"
+"""The directories, in a trial's own, of its model, and of its adapter."""
 
 _CLOCK_SECONDS = 2.0
 """How far two readings of one process's start time may lie apart: the system's clock is set now and then."""

@@ -26,6 +26,7 @@ CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PAC
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 METRICS = ("accuracy", "f1", "mcc", "loss")
 OPTIMIZERS = ("adamw", "sgd")
+ADAPTERS = ("none", "lora", "ia3")
 FREEZE_POLICIES = ("depth", "head", "bias")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
@@ -270,6 +271,32 @@ class FreezeSettings(Checked, group="freeze"):
 
 
 @dataclass(frozen=True)
+class AdapterSettings(Checked, group="adapter"):
+    """What is trained beside an encoder that stays as it was, through peft."""
+
+    name: Annotated[str, one_of(ADAPTERS)]
+    """none | lora | ia3."""
+    rank: Annotated[Optional[int], at_least(1)]
+    """LoRA's rank, 1 .. the model's width; null for other adapters."""
+    alpha: Annotated[Optional[float], ABOVE_ZERO]
+    """LoRA's scale, above 0: what it adds is multiplied by alpha / rank; null for other adapters."""
+    dropout: Annotated[Optional[float], within("[0, 1)")]
+    """Dropout in front of LoRA's maps, in [0, 1); null for other adapters."""
+    merge: bool
+    """Whether `model/` is saved too, with the adapter merged into the weights, for plain Transformers; `adapter/`
+    always is, for peft."""
+
+    def _check(self) -> None:
+        for name in ("rank", "alpha", "dropout"):
+            value = getattr(self, name)
+            if self.name == "lora":
+                require(value is not None, f"adapter.{name}", "a number with adapter.name=lora", value)
+            else:
+                require(value is None, f"adapter.{name}", f"null with adapter.name={self.name}", value,
+                        "use adapter=lora")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class SchedulerSettings(Checked, group="scheduler"):
     """How the learning rate moves over the steps of a trial."""
 
@@ -393,13 +420,28 @@ class TrialSettings(Checked):
     model: ModelSettings
     data: DataSettings
     freeze: FreezeSettings
+    adapter: AdapterSettings
     scheduler: SchedulerSettings
     optim: OptimSettings
     train: TrainSettings
     engine: EngineSettings
     output: OutputSettings
     seed: Annotated[int, Rule("0 .. 2**32 - 1", range(2**32).__contains__)]
-    """Seeds the head, dropout and the order of examples; 0 .. 2**32 - 1."""
+    """Seeds the head, an adapter, dropout and the order of examples; 0 .. 2**32 - 1."""
+
+    def _check(self) -> None:
+        if self.adapter.name != "none":
+            given = f"with adapter.name={self.adapter.name}, which leaves the encoder as it was"
+            freeze = self.freeze
+            require(freeze.policy == "depth", "freeze.policy", f"depth {given}", freeze.policy)
+            require(freeze.layers == 0, "freeze.layers", f"0 {given}", freeze.layers)
+            require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", spelled(freeze.embeddings))
+            require(freeze.dropout, "freeze.dropout", f"true {given}", spelled(freeze.dropout))
+
+    @property
+    def needs_trainer(self) -> bool:
+        """Whether only the reference engine trains this, whatever the model."""
+        return self.adapter.name != "none"
 
 
 @dataclass(frozen=True)

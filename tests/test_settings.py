@@ -39,7 +39,7 @@ from distilbench.settings import (
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-GROUPS = ("model", "data", "freeze", "scheduler", "optim", "engine", "tracking", "experiment", "search")
+GROUPS = ("model", "data", "freeze", "adapter", "scheduler", "optim", "engine", "tracking", "experiment", "search")
 NEEDED = {"local": ["model.checkpoint=."], "files": ["data.train=README.md"]}
 CHOICES = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
 
@@ -112,6 +112,10 @@ RANGES = {
     "freeze.layers": ([0, 99], [-1], "0 or more"),
     "freeze.embeddings": ([True, False, "auto"], ["maybe"], "auto, true or false"),
     "freeze.policy": (FREEZE_POLICIES, ["middle"], "one of " + ", ".join(FREEZE_POLICIES)),
+    "adapter.name": (["none", "ia3"], ["prefix"], "one of none, lora, ia3"),
+    "adapter.rank": ([None], [0, -1], "1 or more"),
+    "adapter.alpha": ([None], [0, -1, INF, NAN], "above 0"),
+    "adapter.dropout": ([None], [1, -0.1, NAN], "in [0, 1)"),
     "scheduler.name": (SCHEDULERS, ["step"], "one of " + ", ".join(SCHEDULERS)),
     "scheduler.warmup_ratio": ([0, 1, 0.5], [-0.1, 1.001, NAN], "in [0, 1]"),
     "scheduler.warmup_steps": ([0, 1, None], [-1], "0 or more"),
@@ -244,6 +248,11 @@ def test_every_declared_range_is_tried_at_its_ends():
          "which says what is frozen, got 'false'"),
         ("freeze", {"policy": "bias", "dropout": False}, "freeze.dropout must be true with freeze.policy=bias, which "
          "trains in every layer, got 'false'"),
+        ("adapter", {"rank": 4}, "adapter.rank must be null with adapter.name=none, got 4; use adapter=lora"),
+        ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, got 0.0; use "
+         "adapter=lora"),
+        ("adapter", {"name": "lora", "rank": 1, "alpha": 1.0}, "adapter.dropout must be a number with "
+         "adapter.name=lora, got None"),
         ("scheduler", {"warmup_steps": 3, "warmup_ratio": 0.1}, "scheduler.warmup_ratio must be 0 when "
          "scheduler.warmup_steps=3 is given, got 0.1; set one of the two"),
         ("scheduler", {"name": "constant", "warmup_ratio": 0.1}, "scheduler.name must be a schedule that warms up when "
@@ -289,6 +298,7 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
         ("scheduler", {"name": "constant_with_warmup", "warmup_steps": 3, "warmup_ratio": 0}),
         ("scheduler", {"name": "constant", "warmup_steps": 0, "warmup_ratio": 0}),
         ("freeze", {"policy": "head", "dropout": False}),
+        ("adapter", {"name": "lora", "rank": 1, "alpha": 0.5, "dropout": 0.0}),
         ("tracking", {"uri": "http://me@host/a:b"}),
         ("sweep", {"pruner_options": {"min_resource": "auto", "max_resource": 3, "lower": 0.5, "upper": None}}),
         ("sweep", {"seeds": [1, 2]}),
@@ -300,6 +310,24 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
 def test_settings_that_only_look_contradictory_are_taken(usual, key, changes):
     made = dataclasses.replace(BARE.get(key) or getattr(usual, key), **changes)
     assert {name: getattr(made, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "freeze.layers=6",
+            "freeze.layers must be 0 with adapter.name=lora, which leaves the encoder as it was, got 6",
+        ),
+        ("freeze=head", "freeze.policy must be depth with adapter.name=lora, which leaves the encoder as it was, got"),
+        ("freeze=embeddings", "freeze.embeddings must be auto with adapter.name=lora, which leaves the encoder as"),
+        ("freeze.dropout=false", "freeze.dropout must be true with adapter.name=lora, which leaves the encoder as it"),
+    ],
+)
+def test_an_adapter_and_a_frozen_part_are_two_ways_of_which_one_is_taken(override, line):
+    with pytest.raises(SettingsError) as caught:
+        composed("adapter=lora", override)
+    assert str(caught.value).startswith(line)
 
 
 def test_micro_batches_that_memory_asks_for_are_divisors_of_the_batch(usual):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from distilbench.engines.base import Engine
 from distilbench.models.resolve import ResolvedModel
-from distilbench.settings import EngineSettings, SettingsError
+from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
 
 def _trainer() -> Engine:
@@ -29,25 +29,28 @@ def engine_for(settings: EngineSettings) -> Engine:
     return _ENGINES[settings.name]()
 
 
-def check_engine(settings: EngineSettings, model: ResolvedModel, precision: str) -> None:
-    """Raise :class:`SettingsError` for a model or a precision that the engine does not train; needs no torch."""
-    if settings.name == "fused":
+def check_engine(trial: TrialSettings, model: ResolvedModel, precision: str) -> None:
+    """Raise :class:`SettingsError` for a trial, a model or a precision that its engine does not train; needs no torch.
+
+    ``precision`` is the one really used, or the one asked for.
+    """
+    if trial.engine.name == "fused":
         from distilbench.engines.fused.compatibility import check_fusable
 
-        check_fusable(model, precision)
+        check_fusable(trial, model, precision)
 
 
-def resolve_engine(settings: EngineSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
-    """Return ``settings`` with auto resolved for model, precision and kind of device; raises as :func:`check_engine`.
+def resolve_engine(trial: TrialSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
+    """Return the engine with auto resolved for trial, model and kind of device; raises as :func:`check_engine`.
 
     On other devices than a CPU, auto is the reference engine: the fused one has been measured on CPUs alone.
     """
-    if settings.name != "auto":
-        check_engine(settings, model, precision)
-        return settings
-    fused = replace(settings, name="fused")
+    if trial.engine.name != "auto":
+        check_engine(trial, model, precision)
+        return trial.engine
+    fused, trainer = replace(trial.engine, name="fused"), replace(trial.engine, name="trainer")
     try:
-        check_engine(fused, model, precision)
+        check_engine(replace(trial, engine=fused), model, precision)
     except SettingsError:
-        return replace(settings, name="trainer")
-    return fused if device == "cpu" else replace(settings, name="trainer")
+        return trainer
+    return fused if device == "cpu" else trainer

@@ -38,11 +38,12 @@ from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.stopwatch import Stopwatch
-from distilbench.models.build import build_model, export_trial, load_tokenizer
+from distilbench.models.adapters import adapt
+from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import resolve_model
-from distilbench.results import Evaluation, Status, StepRecord, TrialResult
+from distilbench.results import ADAPTER, Evaluation, Status, StepRecord, TrialResult
 from distilbench.settings import TrainSettings, TrialSettings
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class _Run(TrainerCallback):
         self.resolved = resolve_model(settings.model)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
+        self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
         self.parameters, self.flops = parameter_counts(self.model), TrainFlops.of(self.model)
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
         self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, self.precision)
@@ -201,7 +203,17 @@ class _Run(TrainerCallback):
             logits, labels = self._predict(self.splits.report), self.splits.report.labels
             self.report = evaluate_logits("validation", logits, labels, history[best].step, history[best].epoch)
         if self.settings.output.save_model:
-            export_trial(self.model, load_tokenizer(self.resolved), self.settings)
+            self._export()
+
+    def _export(self) -> None:
+        """Save the model, or the adapter, and then the model that it is merged into where that is asked for."""
+        tokenizer = load_tokenizer(self.resolved)
+        if self.adapted is not None:
+            export_model(self.adapted, tokenizer, self.directory / ADAPTER)
+            if not self.settings.adapter.merge:
+                return
+            self.model = self.adapted.merge_and_unload()
+        export_trial(self.model, tokenizer, self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""

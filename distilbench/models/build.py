@@ -14,6 +14,7 @@ from distilbench.settings import SettingsError, TrialSettings, require
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
 
@@ -258,18 +259,22 @@ def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, set
     export_model(model, tokenizer, Path(settings.output.dir) / MODEL)
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is either complete or as it was before.
 
-    Both load with ``from_pretrained(directory)`` of the auto classes. What stood there before is replaced. One process
-    at a time may write to a directory.
+    Both load with ``from_pretrained(directory)`` of the auto classes, an adapter with peft. What stood there before is
+    replaced. One process at a time may write to a directory.
     """
+    from transformers import PreTrainedModel
+
+    # peft would ask the hub whether the vocabulary has changed
+    options: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
     shutil.rmtree(fresh, ignore_errors=True)  # what a killed process may have left
     try:
         with _quiet():
-            model.save_pretrained(fresh)
+            model.save_pretrained(str(fresh), **options)
             tokenizer.save_pretrained(fresh)
         if directory.exists():
             shutil.rmtree(former, ignore_errors=True)

@@ -90,6 +90,6 @@ def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Return how many parameters are trained, and how many there are; an adapter's copy of the head counts once."""
+    sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if ".original_module." not in name]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
 from distilbench.identity import SourceUsed
-from distilbench.settings import FreezeSettings, ModelSettings, SettingsError, require
+from distilbench.settings import AdapterSettings, FreezeSettings, ModelSettings, SettingsError, require
 
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -105,6 +106,17 @@ def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
     has_biases = resolved.config.get("norm_bias", resolved.config["model_type"] != "modernbert")
     if freeze.policy == "bias" and not has_biases:
         raise SettingsError(f"freeze.policy=bias needs an encoder that has biases, got {name}; use freeze=head")
+
+
+def check_adapter(resolved: ResolvedModel, adapter: AdapterSettings) -> None:
+    """Raise :class:`SettingsError` for an adapter without peft, or one wider than the model."""
+    if adapter.name != "none" and find_spec("peft") is None:
+        raise SettingsError(
+            f"adapter.name must be none without peft, got {adapter.name!r}; pip install 'distilbench[peft]'"
+        )
+    width = resolved.config.get("hidden_size", resolved.config.get("dim"))
+    fits = adapter.rank is None or width is None or adapter.rank <= width
+    require(fits, "adapter.rank", f"1..{width} for {_short(resolved)}, the width of its layers", adapter.rank)
 
 
 def check_length(resolved: ResolvedModel, max_length: int) -> None:

@@ -30,7 +30,7 @@ from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import by_slice, rows_by_slice
 from distilbench.report.words import above_floor, loss_of, size_of
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult, Verdict
-from distilbench.settings import FreezeSettings, SchedulerSettings, SettingsError, TrialSettings
+from distilbench.settings import SchedulerSettings, SettingsError, TrialSettings
 
 _WIDTH = 100
 
@@ -265,7 +265,7 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "in both", f"{summary.shared:,} of the texts reported on stand in train too"
     trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
     share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
-    yield "frozen", frozen_part(settings.freeze) + share
+    yield "frozen", frozen_part(settings) + share
     rates = f"{optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}"
     yield "schedule", f"{_schedule(settings.scheduler)}, {rates}"
     precision = result.precision or train.precision
@@ -289,8 +289,11 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
 _FROZEN_BY = {"head": "all but the head", "bias": "all but biases and the head"}
 
 
-def frozen_part(freeze: FreezeSettings) -> str:
+def frozen_part(settings: TrialSettings) -> str:
     """What stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
+    freeze, adapter = settings.freeze, settings.adapter
+    if adapter.name != "none":
+        return f"all but {adapter.name}{f' of rank {adapter.rank}' if adapter.rank else ''} and the head"
     if freeze.policy != "depth":
         return _FROZEN_BY[freeze.policy]
     layers = {0: "", 1: "layer 0"}.get(freeze.layers, f"layers 0-{freeze.layers - 1}")

@@ -13,7 +13,7 @@ from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
 from distilbench.identity import ProtocolIdentity, treatment_of
 from distilbench.models.build import load_tokenizer
-from distilbench.models.resolve import ResolvedModel, check_freeze, check_length, resolve_model
+from distilbench.models.resolve import ResolvedModel, check_adapter, check_freeze, check_length, resolve_model
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 from distilbench.tracking import DatasetUsed, RunStart
@@ -81,6 +81,8 @@ def name_of(settings: AppSettings) -> str:
     """Return a run name that tells what varies most: ``freeze3-cosine-lr3e-05-wd0.05-s42``."""
     optim, freeze = settings.optim, settings.freeze
     method = f"freeze{freeze.layers}" if freeze.policy == "depth" else f"freeze-{freeze.policy}"
+    if settings.adapter.name != "none":
+        method = f"{settings.adapter.name}{settings.adapter.rank or ''}"
     return f"{method}-{settings.scheduler.name}-lr{optim.lr:g}-wd{optim.weight_decay:g}-s{settings.seed}"
 
 
@@ -91,8 +93,9 @@ def prepare(settings: AppSettings) -> Prepared:
     precision = resolve_precision(settings.train.precision, device)
     model = resolve_model(settings.model)
     check_freeze(model, settings.freeze)
+    check_adapter(model, settings.adapter)
     check_length(model, settings.train.max_length)
-    engine = resolve_engine(settings.engine, model, precision, device.type)
+    engine = resolve_engine(settings, model, precision, device.type)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, root() / "outputs" / "cache")
     report = "train (held out)" if settings.data.report_fraction else "validation"

@@ -428,3 +428,50 @@ def test_bf16_trains_on_the_cpu(trial, splits_of, recorder):
     assert (result.status, result.precision, result.report.logits.dtype) == (Status.FINISHED, "bf16", np.float32)
     assert observer.losses() != exact.losses()
     assert observer.losses() == pytest.approx(exact.losses(), rel=2e-2)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_an_adapter_is_saved_for_peft_and_merged_for_plain_transformers(trial, splits_of, recorder, adapter):
+    from peft import PeftModel
+
+    settings = trial(f"adapter={adapter}", "optim.lr=1e-2")
+    splits = splits_of(settings)
+    [result] = TrainerEngine().train([settings], splits, recorder())
+    assert (result.status, result.error) == (Status.FINISHED, None)
+    assert result.trainable_parameters < result.total_parameters / 4
+    base = build_model(resolve_model(settings.model), splits.label_names, seed=99)
+    directory = Path(settings.output.dir)
+    loaded = [PeftModel.from_pretrained(base, directory / "adapter"),
+              AutoModelForSequenceClassification.from_pretrained(directory / "model")]  # fmt: skip
+    for model in loaded:
+        np.testing.assert_allclose(logits(model.eval(), splits.report), result.report.logits, atol=1e-5)
+    told = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == settings.model.checkpoint
+    assert not any("lora" in name or "ia3" in name for name in load_file(directory / "model" / "model.safetensors"))
+
+
+def logits(model, split: EncodedSplit) -> np.ndarray:
+    rows = (torch.from_numpy(split.row(i).astype(np.int64))[None] for i in range(len(split)))
+    with torch.no_grad():
+        return np.concatenate([model(input_ids=row).logits.numpy() for row in rows])
+
+
+def test_an_adapter_alone_is_saved_where_it_is_not_to_be_merged(trial, splits_of, recorder):
+    settings = trial("adapter=lora", "adapter.merge=false", "train.epochs=1")
+    TrainerEngine().train([settings], splits_of(settings), recorder())
+    assert {path.name for path in Path(settings.output.dir).iterdir()} == {"adapter"}
+
+
+def test_an_interrupted_adapter_continues_to_the_same_bits(settings, splits_of, recorder, tmp_path):
+    given = ("adapter=lora", *SMALL, "train.eval_steps=3", "optim.lr=1e-2", "output.save_model=false")
+    whole, cut = (settings(*given, f"output.dir={tmp_path / name}").trial for name in ("whole", "cut"))
+    splits = splits_of(whole)
+    [expected] = TrainerEngine().train([whole], splits, recorder())
+    with pytest.raises(KeyboardInterrupt):
+        TrainerEngine().train([cut], splits, recorder(raise_at={8: KeyboardInterrupt()}))
+    [resumed] = TrainerEngine().train([replace(cut, train=replace(cut.train, resume=True))], splits, recorder())
+    np.testing.assert_array_equal(resumed.report.logits, expected.report.logits)
+    assert (resumed.steps, resumed.train_flops, resumed.train_flops_counted) == (10, expected.train_flops, True)

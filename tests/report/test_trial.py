@@ -25,7 +25,7 @@ from distilbench.report import (
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult
-from distilbench.settings import FreezeSettings, SettingsError
+from distilbench.settings import SettingsError
 
 
 def compare(trial: StoredTrial, base: StoredTrial, margin: float = 1.0):
@@ -287,23 +287,22 @@ def test_a_separate_selection_split_is_told(summary):
 
 
 @pytest.mark.parametrize(
-    ("layers", "embeddings", "dropout", "words"),
+    ("overrides", "words"),
     [
-        (0, "auto", True, "nothing"),
-        (0, "auto", False, "nothing"),
-        (0, True, True, "embeddings"),
-        (1, "auto", True, "embeddings and layer 0"),
-        (3, "auto", False, "embeddings and layers 0-2, without dropout"),
-        (3, False, True, "layers 0-2"),
+        ("freeze=none", "nothing"),
+        ("freeze.dropout=false", "nothing"),
+        ("freeze=embeddings", "embeddings"),
+        ("freeze.layers=1", "embeddings and layer 0"),
+        ("freeze.layers=3 freeze.dropout=false", "embeddings and layers 0-2, without dropout"),
+        ("freeze.layers=3 freeze.embeddings=false", "layers 0-2"),
+        ("freeze=head", "all but the head"),
+        ("freeze=bias", "all but biases and the head"),
+        ("adapter=lora", "all but lora of rank 8 and the head"),
+        ("adapter=ia3", "all but ia3 and the head"),
     ],
 )
-def test_frozen_part_in_words(layers, embeddings, dropout, words):
-    assert frozen_part(FreezeSettings(layers, embeddings, dropout, "depth")) == words
-
-
-def test_a_policy_says_what_it_freezes():
-    told = [frozen_part(FreezeSettings(0, "auto", True, policy)) for policy in ("head", "bias")]
-    assert told == ["all but the head", "all but biases and the head"]
+def test_frozen_part_in_words(settings, overrides, words):
+    assert frozen_part(settings(*overrides.split())) == words
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distilbench.models.resolve import ResolvedModel
-from distilbench.settings import SettingsError
+from distilbench.settings import SettingsError, TrialSettings, require
 
 ARCHITECTURES = ("distilbert", "bert")
 """Values of ``model_type`` whose encoder the fused engine knows."""
@@ -11,8 +11,10 @@ ARCHITECTURES = ("distilbert", "bert")
 _REMEDY = "use engine=trainer"
 
 
-def check_fusable(resolved: ResolvedModel, precision: str) -> None:
-    """Raise :class:`SettingsError` for a model or a precision that only the reference engine trains."""
+def check_fusable(trial: TrialSettings, resolved: ResolvedModel, precision: str) -> None:
+    """Raise :class:`SettingsError` for a trial, a model or a precision that only the reference engine trains."""
+    adapter = trial.adapter.name
+    require(adapter == "none", "adapter.name", "none with engine.name=fused", adapter, _REMEDY)
     config = resolved.config
     kind = config["model_type"]
     if kind not in ARCHITECTURES:

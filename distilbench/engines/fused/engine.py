@@ -119,7 +119,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     precision = resolve_precision(settings.train.precision, device)
     reset_peak_memory(device)
     resolved = resolve_model(settings.model)
-    check_fusable(resolved, precision)
+    check_fusable(settings, resolved, precision)
     model = build_model(resolved, splits.label_names, settings.seed)
     frozen = frozen_names(model, settings.freeze)
     compact, vocabulary = _compact(splits)
