@@ -53,6 +53,7 @@ def compare_stored(settings: CompareSettings) -> None:
     from distilbench.tracking import find_store
 
     store = find_store(settings.tracking)
+    store.end_left_runs()
     trials, names = _asked_for(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None

@@ -112,7 +112,7 @@ def _parts_of(assignment: Assignment, closing: ExitStack) -> tuple[Sequence[Job]
         return [job], None
     if not assignment.has_seeds:
         return [replace(job, context=context_of(sweep_job, job.settings))], None
-    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking))
+    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking, patiently=True))
     closing.enter_context(seeds.closing())
     return seeds.jobs, seeds
 

@@ -26,7 +26,7 @@ DONE = TrialResult(
 def make_store(folder: Path) -> MlflowStore:
     """A new SQLite store under ``folder``, in the usual experiment."""
     lay_tables(folder / "mlflow.db")
-    store = open_store(TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench"))
+    store = open_store(TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench", 0))
     assert isinstance(store, MlflowStore)
     return store
 

@@ -166,7 +166,7 @@ def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     from distilbench.settings import TrackingSettings
     from distilbench.tracking import RunFilter, find_store
 
-    store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench"))
+    store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench", 0))
     (alien,) = store.search(RunFilter(tags={SWEEP: "alien"}))
     first = store.search(RunFilter(tags={SWEEP: "first"}))
     runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"

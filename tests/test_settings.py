@@ -87,16 +87,17 @@ def test_experiments_add_up_and_the_command_line_wins():
 BARE = {
     "compare": CompareSettings(
         sweep="first", runs=[], experiments=[], protocol=None, baseline=None, margin=None, untested="refuse",
-        layout="full", rows=20, formats=["csv"], output=None, tracking=TrackingSettings("none", None, "distilbench"),
+        layout="full", rows=20, formats=["csv"], output=None,
+        tracking=TrackingSettings("none", None, "distilbench", 300),
     ),
     "confirm": ConfirmSettings(
         sweep="first", top=1, seeds=2, margin=None, name=None, output=None, dry_run=False,
-        tracking=TrackingSettings("none", None, "distilbench"),
+        tracking=TrackingSettings("none", None, "distilbench", 300),
     ),
     "predict": PredictSettings(
         run=None, dir=None, sweep="first", best="answer", output="out.csv", format="table", batch_size=1, device="cpu",
         data=PredictDataSettings("in.csv", None, None, None, None, None),
-        tracking=TrackingSettings("none", None, "distilbench"),
+        tracking=TrackingSettings("none", None, "distilbench", 300),
     ),
     "bench": BenchSettings(trials=2, steps=8, eval_examples=1, repeats=1, processes=0),
 }  # fmt: skip

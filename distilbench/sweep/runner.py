@@ -7,6 +7,7 @@ sweep stopped between any two writes finds the trial still RUNNING there, and wr
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,20 +20,22 @@ from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.data.text import load_text
 from distilbench.report.from_store import report_sweep
-from distilbench.results import PREDICTIONS, RECORD, Owner, Record, Status, read_record
+from distilbench.results import Owner, Status
 from distilbench.settings import SettingsError
 from distilbench.sweep.display import Display, print_plan
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
-from distilbench.sweep.job import NOBODY, Orphaned, SweepJob
+from distilbench.sweep.job import Orphaned, SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.plan import SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
-from distilbench.tracking import MARGIN, SWEEP, MlflowStore, NullParentRun, ParentRun, open_store
+from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -74,9 +77,18 @@ def run_plan(
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
-        if report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is None:
-            runner.show_all()  # nothing is tracked: there is only what the study knows
+        if not _report(plan, store):
+            runner.show_all()  # there is only what the study knows
         return failure
+
+
+def _report(plan: SweepPlan, store: MlflowStore | None) -> bool:
+    """Return whether there is a report: a store that is gone costs the sweep no more than that."""
+    try:
+        return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is not None
+    except SettingsError as error:
+        log.warning("no report of %s: %s", plan.name, error)
+        return False
 
 
 def _open_parent_run(
@@ -84,10 +96,10 @@ def _open_parent_run(
 ) -> ParentRun:
     """The sweep's own run: the one that it had before, if any."""
     if store is None:
-        return NullParentRun()
+        return ParentRun()
     study = studies.main.study
     known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
-    parent = store.open_parent_run(plan.name, known, run_id=study.user_attrs.get("run_id"))
+    parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
     study.set_user_attr("run_id", parent.run_id)
     return parent
 
@@ -149,15 +161,7 @@ class SweepRunner:
 
     def _close_runs(self) -> None:
         """End every run of the sweep that is RUNNING and has no process, as the records say."""
-        for run_id, trial in self._parent.unfinished(self._is_over).items():
-            for path in (self._plan.directory / trial).rglob(RECORD) if trial else ():
-                record = read_record(path.parent)
-                if record and record.run_id == run_id and record.status is not Status.RUNNING:
-                    self._parent.settle(run_id, record, path.parent / PREDICTIONS)
-                    break
-            else:
-                killed = Record(NOBODY, Status.INTERRUPTED, self._owner, run_id, "its process was killed")
-                self._parent.settle(run_id, killed, self._plan.directory / PREDICTIONS)
+        self._parent.catch_up(self._is_over)
 
     def _is_over(self, owner: Owner) -> bool:
         """Whether a run that is RUNNING has no process: called when this one has no trial under way."""
@@ -246,7 +250,7 @@ class SweepRunner:
         """Write how a trial ended, say so, and end the sweep where every other trial would end alike."""
         is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
         record = study.end_of(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
-        if end or record.status is not Status.FINISHED:
+        if end or record.status is not Status.FINISHED or self._parent.lacks(study.directory(number)):
             self._close_runs()
         study.tell(number, record)
         if isinstance(end, SettingsError):
@@ -286,7 +290,8 @@ class SweepRunner:
     def _finish(self) -> str | None:
         """The sweep's end, for people, in its directory and in MLflow."""
         plan, leaderboard = self._plan, self._leaderboard()
-        self._close_runs()
+        with self._guard.released():
+            self._parent.catch_up(self._is_over, plan.settings.tracking.patience_seconds)
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
         self._say(f"trials are chosen by {' and '.join(plan.objectives)} on the {plan.selection_split}")

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
-from distilbench.settings import AppSettings
+from distilbench.settings import AppSettings, TrackingSettings
 from distilbench.sweep.job import NOBODY, SweepJob
 from distilbench.sweep.pruning import pruning_callback
 from distilbench.sweep.sources import pin_sources
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
 
 def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
-    from distilbench.tracking import open_store
     from distilbench.trials.prepared import prepare
 
-    store = open_store(job.settings.tracking)
+    store = _store_of(job.settings.tracking)
     prepared = prepare(job.settings)
     pin_sources(prepared, job.settings, sweep_job)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
     train(job, sweep_job, prepared, store)
     return sweep_job.reached()
+
+
+@cache
+def _store_of(settings: TrackingSettings) -> MlflowStore | None:
+    """Open a store once in a process, however many trials it trains: it may be gone as a later one begins."""
+    from distilbench.tracking import open_store
+
+    return open_store(settings, patiently=True)
 
 
 def context_of(sweep_job: SweepJob, settings: AppSettings) -> SweepContext:
@@ -155,11 +163,11 @@ class Seeds:
 
 
 def _open_parent_run(sweep_job: SweepJob, store: MlflowStore | None) -> ParentRun:
-    from distilbench.tracking import NullParentRun
+    from distilbench.tracking import ParentRun
 
     if store is None:
-        return NullParentRun()
-    return store.open_parent_run(sweep_job.name, sweep_job.tags, sweep_job.parent_run_id)
+        return ParentRun()
+    return store.open_parent_run(sweep_job.name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id)
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

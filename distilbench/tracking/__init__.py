@@ -9,7 +9,7 @@ where a split of its own picks epochs) per evaluation, and without a prefix what
 from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
-from distilbench.tracking.parent_run import NullParentRun, ParentRun
+from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
 from distilbench.tracking.search import RawRun, RunFilter
@@ -23,7 +23,6 @@ __all__ = [
     "DatasetUsed",
     "MlflowRun",
     "MlflowStore",
-    "NullParentRun",
     "ParentRun",
     "RawRun",
     "RunFilter",

@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Do what the command line asks for, and say it."""
     asked = make_parser().parse_args()
-    address = store_address_of(TrackingSettings("mlflow", asked.uri, "distilbench"))
+    address = store_address_of(TrackingSettings("mlflow", asked.uri, "distilbench", patience_seconds=0))
     quieten()
     with as_settings_error(address.refusal, address.remedy):
         for line in relocate(address):

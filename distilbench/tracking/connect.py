@@ -9,11 +9,12 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking.mlflow_tables import make_database, store_of_database
-from distilbench.tracking.retries import as_settings_error
+from distilbench.tracking.retries import as_settings_error, wait_out
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, store_address_of
 
@@ -24,26 +25,33 @@ log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
-ANSWER_SECONDS = 4.0
-"""How long a server or a database may take to answer at the start; importing mlflow comes on top of it."""
+ANSWER_SECONDS = 30.0
+"""How long a server or a database may take to answer at the start: one that is busy is not gone."""
+
+LOCK_SECONDS = 4.0
+"""How long another process may hold the lock of an SQLite file."""
 
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
-def open_store(settings: TrackingSettings) -> MlflowStore | None:
+def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowStore | None:
     """Open the store that ``settings`` name, making database and experiment where missing; None for ``tracking=none``.
 
     ``tracking.uri`` goes before ``MLFLOW_TRACKING_URI``, that before ``mlflow.db`` at the project's root. Processes
-    may race here. Raises :class:`SettingsError`, within about five seconds, where there is no store to be had.
+    may race here. Runs that killed processes left are ended. Raises :class:`SettingsError` where there is no store to
+    be had: at once, or for trials of a sweep, which has seen it, ``patiently`` after ``tracking.patience_seconds``.
     """
     if settings.name == "none":
         return None
     address = store_address_of(settings)
     quieten()
     with as_settings_error(address.refusal, address.remedy):
-        experiment = _open_database(address, settings) if address.artifacts else _open_server(address, settings)
-    store = MlflowStore(address, experiment)
+        open_it = partial(_open_database if address.artifacts else _open_server, address, settings)
+        experiment = wait_out(settings.patience_seconds if patiently else 0.0, open_it)
+    store = MlflowStore(address, experiment, settings.patience_seconds)
     store.require_own_folder()
+    if not patiently:
+        store.end_left_runs()
     return store
 
 
@@ -69,7 +77,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
             f"tracking.experiment must be one of {', '.join(sorted(experiments))}, got {settings.experiment!r}; "
             "train a trial in it first"
         )
-    store = MlflowStore(address, experiments[settings.experiment])
+    store = MlflowStore(address, experiments[settings.experiment], settings.patience_seconds)
     if store.foreign_folder:
         log.warning("%s", store.foreign_folder)
     return store
@@ -82,7 +90,7 @@ def _experiments_of(address: StoreAddress) -> dict[str, Experiment]:
     if address.artifacts is not None:
         _check_database(address)
     client = MlflowClient(address.uri)
-    found = _within(ANSWER_SECONDS if address.artifacts is None else 60, lambda: client.search_experiments())
+    found = _within(60, lambda: client.search_experiments())
     return {experiment.name: experiment for experiment in found}
 
 
@@ -92,7 +100,7 @@ def quieten() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         _RETRIES: "1",
     }
     for name, value in defaults.items():
@@ -149,7 +157,7 @@ def _open_database(address: StoreAddress, settings: TrackingSettings) -> Experim
 def _check_database(address: StoreAddress) -> None:
     """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer."""
     if address.file:
-        with contextlib.closing(sqlite3.connect(address.file, timeout=ANSWER_SECONDS)) as connection:
+        with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS)) as connection:
             connection.execute("BEGIN IMMEDIATE")
         return
     import sqlalchemy

@@ -7,14 +7,26 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distilbench.settings import SettingsError
 from distilbench.tracking.redaction import redact
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 log = logging.getLogger(__name__)
 
 PAUSES = (0.5, 2.0)
-"""Seconds between the attempts to write what must be written before the process goes on."""
+"""Seconds between the attempts to write what should be written before the process goes on."""
+
+POLL_SECONDS = 2.0
+"""Between two questions whether a store is back."""
+
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's codes for a server that can't be reached, is restarted or has too much to do; the others are refusals."""
+
+_Answer = TypeVar("_Answer")
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -24,6 +36,17 @@ def store_errors() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ImportError
+
+
+def is_outage(error: Exception) -> bool:
+    """Return whether the store may take later what it does not take now; a refusal, or a full disk, stays one."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _PASSING
+    return isinstance(error, (RequestException, ConnectionError, TimeoutError, OperationalError, sqlite3.Error))
 
 
 @contextlib.contextmanager
@@ -44,21 +67,79 @@ def reason_of(error: BaseException) -> str:
     return redact(" ".join(said.split()))[:200]
 
 
-def retry_or_warn(what: str, action: Callable[[], object]) -> bool:
-    """Try thrice, then warn in one line, since a trained model outweighs its record; return whether the store answers.
-
-    An error that is not the store's (a figure that can't be drawn) is not tried again, but costs no more than that.
-    """
-    for pause in (*PAUSES, None):
+def wait_out(seconds: float, action: Callable[[], _Answer]) -> _Answer:
+    """Return ``action()``; where the store is gone, try again until ``seconds`` have passed, then raise its error."""
+    until, has_told = time.monotonic() + seconds, False
+    while True:
         try:
-            action()
-            return True
+            return action()
         except store_errors() as error:
-            if pause is None:
-                log.warning("MLflow did not take %s: %s", what, reason_of(error))
-            else:
-                time.sleep(pause)
-        except Exception as error:
-            log.warning("MLflow did not get %s: %s: %s", what, type(error).__name__, reason_of(error))
+            if not is_outage(error) or time.monotonic() >= until:
+                raise
+            if not has_told:
+                log.warning("MLflow does not answer (%s): waiting up to %g s for it", reason_of(error), seconds)
+            has_told = True
+            time.sleep(POLL_SECONDS)
+
+
+class Connection:
+    """MLflow's client for one experiment; an outage is told once, and each write is then tried once, not thrice.
+
+    Without a client, where nothing is tracked, every write counts as made.
+    """
+
+    def __init__(self, client: MlflowClient | None = None, experiment_id: str = "") -> None:
+        self._client, self.experiment_id = client, experiment_id
+        self.is_gone = False
+        """Whether the last attempt found nobody who answers."""
+
+    @property
+    def client(self) -> Any:
+        """The client; ask for it inside of an attempt."""
+        return self._client
+
+    def attempt(self, what: str, action: Callable[[], object], pauses: tuple[float, ...] | None = None) -> bool:
+        """Try, and again after each pause; return whether it is done with, False where it is to be tried later.
+
+        Never raises, since a trained model outweighs its record: what is refused for good, and an error that is not
+        the store's (a figure that can't be drawn), costs a line.
+        """
+        if self._client is None:
             return True
-    return False
+        for pause in (None,) if self.is_gone else (*(PAUSES if pauses is None else pauses), None):
+            try:
+                action()
+            except store_errors() as error:
+                if pause is None:
+                    return self._told(what, error)
+                time.sleep(pause)
+            except Exception as error:
+                log.warning("MLflow did not get %s: %s: %s", what, type(error).__name__, reason_of(error))
+                return True
+            else:
+                self._answered()
+                return True
+        return False
+
+    def _told(self, what: str, error: Exception) -> bool:
+        if not is_outage(error):
+            log.warning("MLflow did not take %s: %s", what, reason_of(error))
+            return True
+        if not self.is_gone:
+            self.is_gone = True
+            log.warning("MLflow does not take %s now (%s): it is kept for later", what, reason_of(error))
+        return False
+
+    def _answered(self) -> None:
+        if self.is_gone:
+            self.is_gone = False
+            log.info("MLflow answers again")
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether the store answers, at once or within ``seconds``."""
+        try:
+            wait_out(seconds, lambda: self.client.get_experiment(self.experiment_id))
+        except store_errors():
+            return False
+        self._answered()
+        return True

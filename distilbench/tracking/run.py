@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
-from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import reason_of, retry_or_warn, store_errors
-from distilbench.tracking.tags import LONGEST_TAG, RunStart
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-log = logging.getLogger(__name__)
+from distilbench.tracking.retries import Connection
+from distilbench.tracking.start import RunContent, claim_run, fill_run
+from distilbench.tracking.tags import RunStart
+from distilbench.tracking.undelivered import (
+    METRICS_PER_BATCH,
+    Point,
+    Undelivered,
+    end_run,
+    forget_undelivered,
+    log_metrics,
+    points,
+    read_undelivered,
+)
 
 SHARE_OF_TIME = 0.01
 """What sending metrics may take of a trial's time; a batch costs 10-40 ms (SQLite, server) on an idle machine."""
 SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
 """Seconds that metrics wait in memory, at least and at most; a locked database blocks each attempt for 20 s."""
-METRICS_PER_BATCH = 1000
-"""MLflow's own limit (mlflow.utils.validation)."""
-
-NOTE = "mlflow.note.content"
-"""Tag that MLflow shows as a run's description."""
-
-TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
 
 
 class MlflowRun:
     """One open run. Metrics wait in memory until sending them is worth its time, or until the next evaluation.
 
-    No trouble of the store ends a trial: it is retried, then told in one line.
+    No trouble of the store ends a trial: what is not taken is kept in the trial's directory, and sent when the store
+    is back, by this process or another.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, start: RunStart) -> None:
-        self._client = client
-        self.run_id = run_id
-        self._start = start
+    def __init__(self, connection: Connection, start: RunStart) -> None:
+        self._connection, self._start = connection, start
+        self.run_id = start.run_id
+        """None while the store is gone that is to make the run."""
+        self._content: RunContent | None = RunContent.of(start)
+        self._directory = Path(start.settings.output.dir)
         same = start.protocol.selection_split == start.protocol.report_split
         self._split = "validation" if same else "selection"
-        self._waiting: list[tuple[str, float, int, int]] = []
+        kept = read_undelivered(self._directory)
+        self._waiting: list[Point] = list(kept.metrics) if kept and kept.run_id == self.run_id else []
         self._losses: list[tuple[int, float]] = []
         self._due = time.monotonic() + SHORTEST_WAIT
-        self._failures = 0
-        self._warned = False
+
+    def open(self) -> str:
+        """Make the run whole, or open the one that is continued again; returns its id, raises what the store raises."""
+        if self._content:
+            run = claim_run(self._connection.client, self._connection.experiment_id, self._content, self.run_id)
+            self.run_id = run.info.run_id
+            fill_run(self._connection.client, run, self._content)
+            self._content = None
+        assert self.run_id is not None  # it has either an id or what makes it
+        return self.run_id
+
+    def keep(self, result: TrialResult | None = None) -> Path:
+        """Write what the run lacks into the trial's directory; returns the folder for files that it is to get."""
+        end = (result.status, result.error) if result else (None, None)
+        return Undelivered(self.run_id, self._content, self._waiting, {}, *end).write(self._directory)
 
     def on_step(self, record: StepRecord) -> None:
         """Log an optimisation step."""
@@ -63,90 +78,55 @@ class MlflowRun:
         """Log an evaluation on the selection split, and everything that waits."""
         values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
         self._wait(values | {"epoch": evaluation.epoch}, evaluation.step)
-        if not self._failures or time.monotonic() >= self._due:
+        if not self._connection.is_gone or time.monotonic() >= self._due:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
         """Write final metrics, predictions and figures, then the true status: a FINISHED run is a whole one."""
         self._wait(final_metrics(result), result.steps)
-        writes: list[tuple[str, Callable[[], None]]] = [("the last metrics", self._send)]
+        files: dict[str, Callable[[Path], object]] = {}
         if predictions is not None:
-            writes.append(("the predictions", lambda: self._log_predictions(predictions)))
-            writes.append(("the confusion matrix", lambda: self._log_confusion(predictions)))
+            confusion = partial(confusion_figure, predictions, self._start.label_names)
+            files[PREDICTIONS] = partial(write_predictions, predictions)
+            files["confusion_matrix.png"] = lambda path: confusion().savefig(path)
         if result.history:
-            writes.append(("the learning curve", lambda: self._log_curve(result)))
-        all(retry_or_warn(what, write) for what, write in writes)  # a store that is gone is not waited for once more
-        retry_or_warn("the end of the run", lambda: end_run(self._client, self.run_id, result.status, result.error))
+            files["learning_curve.png"] = lambda path: curve_figure(self._losses, result).savefig(path)
+        writes: list[tuple[str, Callable[[], None]]] = [("the last metrics", self._send)]
+        writes += [(f"{name} of the run", partial(self._log_file, name, write)) for name, write in files.items()]
+        writes += [("the end of the run", lambda: self._end(result))]
+        if all(self._connection.attempt(what, write) for what, write in writes):
+            return
+        folder = self.keep(result)
+        for name, write in files.items():
+            if not (self._directory / name).exists():
+                write(folder / name)
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
         self._waiting += points(values, step)
 
     def _flush(self) -> None:
-        """Send what waits, and wait a hundred times as long as that took; warn once, at the second failure in a row."""
+        """Send what waits, and wait a hundred times as long as that took; what is not taken waits on disk, too."""
         began = time.monotonic()
-        try:
-            self._send()
-            self._failures = 0
-        except store_errors() as error:
-            self._failures += 1
-            if self._failures == 2 and not self._warned:
-                self._warned = True
-                log.warning("MLflow takes no metrics now (%s); training goes on, they wait", reason_of(error))
+        if not self._connection.attempt("metrics", self._send, pauses=()):
+            with contextlib.suppress(OSError):  # no room: they wait in memory alone
+                self.keep()
         ended = time.monotonic()
         self._due = ended + min(max(SHORTEST_WAIT, (ended - began) / SHARE_OF_TIME), LONGEST_WAIT)
 
     def _send(self) -> None:
+        run_id = self.open()
         while self._waiting:
-            log_metrics(self._client, self.run_id, self._waiting[:METRICS_PER_BATCH])
+            log_metrics(self._connection.client, run_id, self._waiting[:METRICS_PER_BATCH])
             del self._waiting[:METRICS_PER_BATCH]
+        forget_undelivered(self._directory)
 
-    def _log_predictions(self, predictions: Predictions) -> None:
+    def _log_file(self, name: str, write: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write_predictions(predictions, Path(folder) / PREDICTIONS)
-            self._client.log_artifact(self.run_id, str(Path(folder) / PREDICTIONS))
+            write(Path(folder) / name)
+            self._connection.client.log_artifact(self.open(), str(Path(folder) / name))
 
-    def _log_confusion(self, predictions: Predictions) -> None:
-        figure = confusion_figure(predictions, self._start.label_names)
-        self._client.log_figure(self.run_id, figure, "confusion_matrix.png")
-
-    def _log_curve(self, result: TrialResult) -> None:
-        self._client.log_figure(self.run_id, curve_figure(self._losses, result), "learning_curve.png")
-
-
-def points(values: Mapping[str, float], step: int = 0) -> list[tuple[str, float, int, int]]:
-    """Return (name, value, milliseconds since 1970, step) of each value, measured now."""
-    at = int(time.time() * 1000)
-    return [(name, float(value), at, step) for name, value in values.items()]
-
-
-def log_metrics(client: MlflowClient, run_id: str, values: list[tuple[str, float, int, int]]) -> None:
-    """One batch of (name, value, milliseconds, step); sent twice, MLflow keeps it once."""
-    from mlflow.entities import Metric
-
-    if values:
-        client.log_batch(run_id, metrics=[Metric(*value) for value in values], synchronous=True)
-
-
-def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
-    """Tag a run with its status and error, then end it in MLflow's own terms."""
-    from mlflow.entities import RunTag
-
-    tags = [RunTag("distilbench.status", status.value)]
-    if error:
-        tags.append(RunTag("distilbench.error", redact(" ".join(error.split()))[:LONGEST_TAG]))
-    client.log_batch(run_id, tags=tags, synchronous=True)
-    if error:
-        reason = " ".join(error.split()).replace("`", "'")
-        describe_first(client, run_id, f"**{status.value}** `{reason}`")
-    client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
-
-
-def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
-    """Have a run's description begin with what matters most, a sentence in Markdown."""
-    known = client.get_run(run_id).data.tags.get(NOTE, "")
-    head = redact(sentence) + "\n\n"
-    if not known.startswith(head):
-        client.set_tag(run_id, NOTE, (head + known)[:LONGEST_TAG])
+    def _end(self, result: TrialResult) -> None:
+        end_run(self._connection.client, self.open(), result.status, result.error)
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-from distilbench.identity import SourceUsed, short_hash
-from distilbench.results import PREDICTIONS, Predictions, Status, StoredTrial
-from distilbench.settings import SettingsError, TrialSettings
+from distilbench.identity import short_hash
+from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
+from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.mlflow_tables import search_database
-from distilbench.tracking.parent_run import MlflowParentRun
+from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
-from distilbench.tracking.retries import as_settings_error, retry_or_warn
-from distilbench.tracking.run import MlflowRun, describe_first, end_run, log_metrics, points
+from distilbench.tracking.retries import Connection, as_settings_error, wait_out
+from distilbench.tracking.run import MlflowRun
 from distilbench.tracking.search import RawRun, RunFilter, search_server
-from distilbench.tracking.tags import LONGEST_TAG, DatasetUsed, RunStart, params_of, process_tags, tags_of
+from distilbench.tracking.start import RunContent, claim_run, holds
+from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG, RunStart, process_tags
+from distilbench.tracking.undelivered import (
+    NOTE,
+    deliver_below,
+    describe_first,
+    end_left_runs,
+    end_run,
+    forget_undelivered,
+    has_undelivered,
+    log_metrics,
+    points,
+)
 from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
-    from mlflow.entities import DatasetInput, Experiment, Run
+    from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +51,20 @@ CONFIRMS = "distilbench.confirms"
 MARGIN = "distilbench.margin"
 """Tag of a sweep's run: the margin in points that its report holds settings to."""
 
-PARAMS_PER_BATCH = 100
-LONGEST_NAME = 500
-"""MLflow's own limits (mlflow.utils.validation): parameters a call, characters of a data set's name."""
-
 
 class MlflowStore:
-    """Trials as MLflow runs of one experiment."""
+    """Trials as MLflow runs of one experiment; ``patience_seconds`` is how long a store that is gone is waited for."""
 
-    def __init__(self, address: StoreAddress, experiment: Experiment) -> None:
+    def __init__(self, address: StoreAddress, experiment: Experiment, patience_seconds: float) -> None:
         from mlflow import MlflowClient
 
-        self._address = address
+        self._address, self._patience = address, patience_seconds
         self._experiment = experiment.name
         self._experiment_id = str(experiment.experiment_id)
         self.foreign_folder = foreign_folder(address, experiment)
         """Says in one line where this experiment's files are, if that is not beside the store; None if it is."""
         self._client = MlflowClient(address.uri)
+        self._connection = Connection(self._client, self._experiment_id)
         self._artifacts: dict[str, str] = {}
 
     def require_own_folder(self) -> None:
@@ -65,23 +73,39 @@ class MlflowStore:
             raise SettingsError(self.foreign_folder)
 
     def begin(self, start: RunStart) -> MlflowRun:
-        """Make (or reopen) the run with its tags, parameters, data sets and configuration."""
+        """Make (or reopen) the run with its tags, parameters, data sets and configuration.
+
+        A trial of a sweep begins without its run where a server is gone: its sweep has it made later. Any other waits.
+        """
         self.require_own_folder()
+        run = MlflowRun(self._connection, start)
+        if SWEEP in start.tags and self._address.file is None and not self._connection.attempt("a new run", run.open):
+            run.keep()
+            return run
         with self._asking():
-            if self._continues(start.run_id):
-                run = self._reopened(start.run_id, start)
-            else:
-                run = self._client.create_run(self._experiment_id, tags=tags_of(start), run_name=redact(start.name))
-            run_id = run.info.run_id
             try:
-                self._log_params(run_id, start.settings, known=run.data.params)
-                self._log_datasets(run_id, start)
-                self._client.log_text(run_id, redact(start.config_yaml), "config.yaml")
+                wait_out(self._patience, run.open)
             except BaseException:
-                ending = partial(end_run, self._client, run_id, Status.FAILED, "the store did not take its start")
-                retry_or_warn("the end of the run", ending)
+                if run.run_id:
+                    failed = run.run_id, Status.FAILED, "the store did not take its start"
+                    self._connection.attempt("the end of the run", partial(end_run, self._client, *failed))
                 raise
-        return MlflowRun(self._client, run_id, start)
+        return run
+
+    def end_left_runs(self) -> None:
+        """End runs of the experiment whose process on this host is gone, as their records say; tell which in a line."""
+        ended: list[str] = []
+        asking = lambda: ended.extend(end_left_runs(self._connection, Owner.is_dead))  # noqa: E731
+        self._connection.attempt("a question for unfinished trials", asking)
+        if ended:
+            log.info("closed %d runs whose process is gone: %s", len(ended), ", ".join(ended))
+
+    def catch_up(self, directory: Path) -> None:
+        """Deliver what trials in ``directory`` keep for a store that was gone, and wait for it where it still is."""
+        if has_undelivered(directory) and self._connection.wait(self._patience):
+            deliver_below(self._connection, directory, lambda owner: owner == Owner.of_this_process())
+        if has_undelivered(directory):
+            log.warning("MLflow does not answer: the next command that trains or compares tells it of %s", directory)
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
         """The newest finished trial of this protocol and treatment: of the same seed where there is one."""
@@ -104,11 +128,14 @@ class MlflowStore:
         self, run_id: str, text: str, metrics: Mapping[str, float] | None = None, sentence: str = ""
     ) -> None:
         """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so."""
-        if sentence:
-            retry_or_warn("the description", lambda: describe_first(self._client, run_id, sentence))
-        retry_or_warn("the comparison", lambda: self._client.log_text(run_id, redact(text), "comparison.md"))
-        values = points(metrics or {})
-        retry_or_warn("the comparison's metrics", lambda: log_metrics(self._client, run_id, values))
+
+        def send() -> None:
+            if sentence:
+                describe_first(self._client, run_id, sentence)
+            self._client.log_text(run_id, redact(text), "comparison.md")
+            log_metrics(self._client, run_id, points(metrics or {}))
+
+        self._connection.attempt("the comparison", send)
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
         """The trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
@@ -155,29 +182,28 @@ class MlflowStore:
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
         """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
         for file in files:
-            retry_or_warn(file.name, partial(self._client.log_artifact, run_id, str(file)))
+            self._connection.attempt(file.name, partial(self._client.log_artifact, run_id, str(file)))
         text = redact(note)[:LONGEST_TAG]
-        retry_or_warn("the description", partial(self._client.set_tag, run_id, "mlflow.note.content", text))
+        self._connection.attempt("the description", partial(self._client.set_tag, run_id, NOTE, text))
 
     def run_url(self, run_id: str) -> str:
         """Link to a run's page; for a local store it needs ``mlflow ui``."""
         return self._address.run_url(self._experiment_id, run_id)
 
-    def open_parent_run(self, name: str, tags: Mapping[str, str], parent_run_id: str | None = None,
-                   run_id: str | None = None) -> MlflowParentRun:  # fmt: skip
-        """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep."""
+    def open_parent_run(self, name: str, tags: Mapping[str, str], directory: Path, parent_run_id: str | None = None,
+                        run_id: str | None = None) -> ParentRun:  # fmt: skip
+        """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep.
+
+        ``directory`` holds the records of its trials.
+        """
         self.require_own_folder()
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-        fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": ""}
-        known = {**fresh, **process_tags(), **parent, **tags}
+        fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
+        content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, (), "")
         with self._asking():
-            if self._continues(run_id):
-                self._client.update_run(run_id, status="RUNNING")
-                for key, value in known.items():
-                    self._client.set_tag(run_id, key, value)
-            else:
-                run_id = self._client.create_run(self._experiment_id, tags=known, run_name=redact(name)).info.run_id
-        return MlflowParentRun(self._client, self._experiment_id, run_id, tags["distilbench.sweep"])
+            run = wait_out(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
+        forget_undelivered(directory)
+        return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
 
     def runs_url(self) -> str:
         """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""
@@ -197,57 +223,7 @@ class MlflowStore:
 
     def holds(self, run_id: str) -> bool:
         """Return whether there is such a run, and it was not deleted."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-
-    def _continues(self, run_id: str | None) -> TypeGuard[str]:
-        """Whether there is such a run to continue; one that was deleted since is replaced, which a line tells."""
-        if run_id is not None and not self.holds(run_id):
-            log.warning("run %s is no longer in the store; the trial continues as a new run", run_id)
-            return False
-        return run_id is not None
-
-    def _reopened(self, run_id: str, start: RunStart) -> Run:
-        """The run to continue, RUNNING again; its tags tell of the process that continues it."""
-        from mlflow.entities import RunTag
-
-        self._client.update_run(run_id, status="RUNNING")
-        tags = tags_of(start) | {"distilbench.resumed": "true", "distilbench.error": ""}
-        self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
-        return self._client.get_run(run_id)
-
-    def _log_params(self, run_id: str, settings: TrialSettings, known: Mapping[str, str]) -> None:
-        """Log what a run does not hold yet: MLflow refuses to change a parameter, as ``train.resume`` would."""
-        from mlflow.entities import Param
-
-        params = [Param(key, value) for key, value in params_of(settings).items() if key not in known]
-        for first in range(0, len(params), PARAMS_PER_BATCH):
-            self._client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH], synchronous=True)
-
-    def _log_datasets(self, run_id: str, start: RunStart) -> None:
-        """Record the splits as inputs; MLflow looks for each and adds what it misses, as parallel trials do at once.
-
-        Whoever is second is refused by the database, whole. The other's data set is there then, so that as many
-        attempts as there are data sets, and one more, always suffice.
-        """
-        from mlflow.exceptions import MlflowException
-
-        inputs = [dataset_input(start.protocol.data, used) for used in start.datasets]
-        for _ in inputs:
-            try:
-                self._client.log_inputs(run_id, datasets=inputs)
-                return
-            except MlflowException as error:
-                if error.error_code != "BAD_REQUEST":
-                    raise
-        if inputs:
-            self._client.log_inputs(run_id, datasets=inputs)
+        return holds(self._client, run_id)
 
     def predictions(self, run_id: str) -> Predictions | None:
         """The run's predictions, or None where they were never written or can't be read any more."""
@@ -268,19 +244,3 @@ class MlflowStore:
 def _is_sweep(run: RawRun) -> bool:
     """Whether a run holds a sweep: it carries the tag, trains nothing itself, and has no parent."""
     return SWEEP in run.tags and not run.is_trial and "mlflow.parentRunId" not in run.tags
-
-
-def dataset_input(source: SourceUsed, used: DatasetUsed) -> DatasetInput:
-    """A split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
-    origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
-    dataset = Dataset(
-        name=redact(source.name)[:LONGEST_NAME],
-        digest=short_hash((used.fingerprint, used.context, used.examples)),
-        source_type=kind,
-        source=redact(json.dumps(origin)),
-        profile=json.dumps({"num_rows": used.examples}),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", used.context)])

@@ -16,6 +16,9 @@ from distilbench.results import Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
 
+DIRECTORY = "distilbench.directory"
+"""Tag of where a run's record is kept, ``trial.json``, by which others can say how it ended."""
+
 LONGEST_PARAM = 6000
 
 LONGEST_TAG = 8000

@@ -84,7 +84,7 @@ class BatchRunner:
     def _ready(self, job: Job) -> _Ready:
         settings = job.settings
         if settings.tracking not in self._stores:
-            self._stores[settings.tracking] = open_store(settings.tracking)
+            self._stores[settings.tracking] = open_store(settings.tracking, patiently=job.context is not None)
         key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)

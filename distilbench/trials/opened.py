@@ -129,6 +129,9 @@ def _keep_in_store(trial: OpenTrial) -> None:
     run, result = trial.run, trial.result
     if run and result:
         write_or_warn(f"the run of {trial.name}", lambda: run.finish(result, trial.predictions))
+        if run.run_id != trial.record.run_id:  # made only now
+            record = replace(trial.record, run_id=run.run_id).with_result(result, final_metrics(result))
+            write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
 
 
 def write_or_warn(what: str, write: Callable[[], None]) -> None:

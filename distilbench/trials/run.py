@@ -90,7 +90,10 @@ def run_and_compare(job: Job) -> Outcome:
     store = open_store(job.settings.tracking)
     prepared = prepare(job.settings)
     baseline = None if job.is_baseline else find_baseline(job, prepared, store, job.settings.baseline.ensure)
-    outcome = add_comparison(run(job.settings, prepared, store), store, lambda: baseline)
+    trained = run(job.settings, prepared, store)
+    if store:
+        store.catch_up(Path(job.settings.output.dir))
+    outcome = add_comparison(trained, store, lambda: baseline)
     _print(job, outcome, store)
     return outcome
 

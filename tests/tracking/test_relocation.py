@@ -28,7 +28,7 @@ def template(tmp_path_factory):
 
 
 def settings_at(folder):
-    return TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench")
+    return TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench", 0)
 
 
 def files_of(folder):
@@ -122,7 +122,7 @@ def test_a_folder_that_somebody_chose_is_theirs_to_choose(template, tmp_path):
     shutil.copytree(template[0], folder)
     store = make_relocated(folder)
     store._client.create_experiment("chosen", artifact_location=(tmp_path / "files" / "7").as_uri())
-    chosen = TrackingSettings("mlflow", settings_at(folder).uri, "chosen")
+    chosen = TrackingSettings("mlflow", settings_at(folder).uri, "chosen", 0)
     with pytest.raises(SettingsError, match="must keep its files beside its store"):
         open_store(chosen)
     (tmp_path / "files").mkdir()

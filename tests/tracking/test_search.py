@@ -107,16 +107,16 @@ def test_looking_for_a_store_makes_none(tmp_path):
     with pytest.raises(
         SettingsError, match=r"must be a store that holds trials, got .*mlflow.db, which does not exist"
     ):
-        find_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "tests"))
+        find_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "tests", 0))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SettingsError, match=r"tracking must be mlflow"):
-        find_store(TrackingSettings("none", None, "tests"))
+        find_store(TrackingSettings("none", None, "tests", 0))
 
 
 def test_an_unknown_experiment_names_those_that_are_there(kept):
     uri = kept[0]._address.uri
     with pytest.raises(SettingsError, match=r"must be one of Default, distilbench, got 'other'"):
-        find_store(TrackingSettings("mlflow", uri, "other"))
+        find_store(TrackingSettings("mlflow", uri, "other", 0))
 
 
 def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
@@ -129,4 +129,4 @@ def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
     connection.close()
     with pytest.raises(SettingsError, match=r"^tracking.uri must be a store that answers, got .*; check the file"):
-        find_store(TrackingSettings("mlflow", f"sqlite:///{copy}", "distilbench"))
+        find_store(TrackingSettings("mlflow", f"sqlite:///{copy}", "distilbench", 0))

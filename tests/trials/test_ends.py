@@ -44,6 +44,25 @@ def test_a_signal_as_soon_as_there_is_a_record_closes_the_trial(workspace, numbe
     assert "Traceback" not in err
 
 
+def test_a_killed_trial_is_closed_by_the_next_command(workspace):
+    process = workspace.with_store().start(*TINY_TRACKED, "train.epochs=500", "hydra.run.dir=killed")
+    deadline = time.monotonic() + 120
+    while not (workspace.path / "killed" / "trial.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    process.wait(60)
+    assert workspace.runs()[0].info.status == "RUNNING"
+    done = workspace.run(*SHORT)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "closed 1 runs" in line]
+    killed, _ = workspace.runs()
+    assert f"{killed.info.run_name} INTERRUPTED" in line
+    assert (killed.info.status, killed.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")
+    record = json.loads((workspace.path / "killed" / "trial.json").read_text())
+    assert (record["status"], record["error"]) == ("INTERRUPTED", "its process was killed")
+
+
 def test_a_reader_that_goes_away_ends_nothing(workspace):
     process = workspace.with_store().start(*SHORT, fresh=True)
     process.stdout.close()  # as | head -1 does

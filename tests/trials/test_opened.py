@@ -80,7 +80,7 @@ def signals_as_exceptions():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(retries, "PAUSES", ())
+    monkeypatch.setattr(retries, "PAUSES", (0.0,))
 
 
 @pytest.fixture(autouse=True)
@@ -208,8 +208,7 @@ KEEPING = {
     "the record is written": (Record, "write", False),
     "the record has been written": (Record, "write", True),
     "the last metrics are sent": (MlflowRun, "_send", False),
-    "the predictions are sent": (MlflowRun, "_log_predictions", False),
-    "the curve is drawn": (MlflowRun, "_log_curve", False),
+    "a file is sent": (MlflowRun, "_log_file", False),
     "the run has been ended": (MlflowRun, "finish", True),
 }
 

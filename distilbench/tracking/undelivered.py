@@ -1,0 +1,219 @@
+"""Runs brought to what their directories say: what an outage kept from the store, and what killed processes left.
+
+While a store is gone, ``undelivered/`` beside a trial's record holds what MLflow lacks; whoever continues delivers it.
+How a trial ended is read from ``trial.json``, never guessed. Delivering twice does no harm: MLflow keeps equal points
+once, and files and tags are replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilbench.results import PREDICTIONS, Owner, Status, read_record
+from distilbench.tracking.redaction import redact
+from distilbench.tracking.retries import Connection
+from distilbench.tracking.start import RunContent, claim_run, fill_run
+from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+UNDELIVERED = "undelivered"
+"""Directory beside a record: ``run.json``, and files that the run is to get."""
+
+RUN = "run.json"
+
+NOTE = "mlflow.note.content"
+"""Tag that MLflow shows as a run's description."""
+
+METRICS_PER_BATCH = 1000
+"""MLflow's own limit (mlflow.utils.validation)."""
+
+RUNS_PER_PAGE = 1000
+
+TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
+
+KILLED = "its process was killed"
+
+Point = tuple[str, float, int, int]
+"""Name, value, milliseconds since 1970, step: a measured value as MLflow has it."""
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """What a run lacks. ``content`` makes it, where it was never made or not whole; ``run_id`` is None for the former.
+
+    ``status`` is None while the trial trains; where there is a record, that one decides.
+    """
+
+    run_id: str | None
+    content: RunContent | None = None
+    metrics: Sequence[Point] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    status: Status | None = None
+    error: str | None = None
+
+    def write(self, directory: Path) -> Path:
+        """Replace what is kept in ``directory``; returns the folder for files that the run is to get."""
+        folder = directory / UNDELIVERED
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = folder / f".{RUN}.{os.getpid()}"
+        partial_file.write_text(json.dumps(asdict(self)))
+        os.replace(partial_file, folder / RUN)
+        return folder
+
+
+def read_undelivered(directory: Path) -> Undelivered | None:
+    """Return what is kept in ``directory``; None where nothing is, or a loss of power cut it short."""
+    try:
+        kept: dict[str, Any] = json.loads((directory / UNDELIVERED / RUN).read_text())
+        content = RunContent(**kept["content"]) if kept["content"] else None
+        status = Status(kept["status"]) if kept["status"] else None
+        metrics = [(name, value, at, step) for name, value, at, step in kept["metrics"]]
+        return Undelivered(**kept | {"content": content, "status": status, "metrics": metrics})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget_undelivered(directory: Path) -> None:
+    """Remove what was kept in ``directory``, once it is told."""
+    shutil.rmtree(directory / UNDELIVERED, ignore_errors=True)
+
+
+def has_undelivered(directory: Path) -> bool:
+    """Return whether something is kept in ``directory`` or below."""
+    return any(directory.rglob(f"{UNDELIVERED}/{RUN}"))
+
+
+def deliver_below(connection: Connection, directory: Path, is_over: Callable[[Owner], bool]) -> None:
+    """Deliver what is kept in ``directory`` and below, but for trials that a process is still at work on."""
+    for file in sorted(directory.rglob(f"{UNDELIVERED}/{RUN}")):
+        place = file.parents[1]
+        record = read_record(place)
+        if record is None or record.status is not Status.RUNNING or is_over(record.owner):
+            connection.attempt(f"what {place} keeps for it", partial(_deliver, connection, place))
+
+
+def _deliver(connection: Connection, directory: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(directory / UNDELIVERED / ".lock"):  # several workers look: none is to make the run a second time
+        kept = read_undelivered(directory)
+        if kept is None:
+            return  # another one was faster
+        run_id, client = kept.run_id, connection.client
+        if kept.content:
+            run = claim_run(client, connection.experiment_id, kept.content, run_id)
+            run_id = run.info.run_id
+            replace(kept, run_id=run_id).write(directory)
+            fill_run(client, run, kept.content)
+        record = read_record(directory)
+        if record and record.run_id is None:
+            replace(record, run_id=run_id).write(directory)
+        if run_id and (record is None or owner_of(client.get_run(run_id)) == record.owner):
+            settle(client, run_id, directory)
+        else:
+            log.warning("%s was continued elsewhere: what it kept is not sent", directory)
+            forget_undelivered(directory)
+
+
+def settle(client: MlflowClient, run_id: str, directory: Path) -> Status:
+    """End a run as its directory says it ended, with all that it lacks; INTERRUPTED where nothing says so."""
+    kept, record = read_undelivered(directory), read_record(directory)
+    kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
+    record = record if record and record.run_id == run_id else None  # the directory may have been used again
+    if record and record.status is Status.RUNNING:
+        record = replace(record, status=kept.status or Status.INTERRUPTED, error=kept.error if kept.status else KILLED)
+        record.write(directory)
+    if record and not kept.status:
+        log_metrics(client, run_id, points(record.figures, int(record.figures.get("steps", 0))))
+    log_metrics(client, run_id, kept.metrics)
+    files = [directory / PREDICTIONS] if record else []
+    for file in [*files, *sorted((directory / UNDELIVERED).glob("[!.]*"))]:
+        if file.is_file() and file.name != RUN:
+            client.log_artifact(run_id, str(file))
+    for name, value in kept.tags.items():
+        client.set_tag(run_id, name, value)
+    ended = record or replace(kept, status=kept.status or Status.INTERRUPTED, error=kept.error or KILLED)
+    status = ended.status or Status.INTERRUPTED
+    end_run(client, run_id, status, ended.error)
+    forget_undelivered(directory)
+    return status
+
+
+def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], sweep: str | None = None,
+                  but: str | None = None) -> list[str]:  # fmt: skip
+    """End runs of the experiment, or of one sweep of it, that are RUNNING in a process that ``is_over``.
+
+    ``but`` is a run to leave as it is. Returns each one's name and how it ended; raises what the store raises.
+    """
+    query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
+    ended = []
+    for run in connection.client.search_runs([connection.experiment_id], query, max_results=RUNS_PER_PAGE):
+        owner = owner_of(run)
+        if owner and is_over(owner) and run.info.run_id != but:
+            directory = Path(run.data.tags.get(DIRECTORY, os.devnull))
+            status = settle(connection.client, run.info.run_id, directory)
+            ended.append(f"{run.info.run_name} {status}")
+            if not sweep:
+                deliver_below(connection, directory, is_over)  # of a sweep's run: what its trials keep
+    return ended
+
+
+def owner_of(run: Run) -> Owner | None:
+    """Return the process that a run's tags name; None for a run that is not ours, or whose tags were edited."""
+    tags = run.data.tags
+    try:
+        started = float(tags["distilbench.process_started"])
+        return Owner(tags["distilbench.host"], int(tags["distilbench.pid"]), started)
+    except (KeyError, ValueError):
+        return None
+
+
+def points(values: Mapping[str, float], step: int = 0) -> list[Point]:
+    """Return each value as measured now."""
+    at = int(time.time() * 1000)
+    return [(name, float(value), at, step) for name, value in values.items()]
+
+
+def log_metrics(client: MlflowClient, run_id: str, values: Sequence[Point]) -> None:
+    """Send measured values; sent twice, MLflow keeps them once."""
+    from mlflow.entities import Metric
+
+    for first in range(0, len(values), METRICS_PER_BATCH):
+        metrics = [Metric(*value) for value in values[first : first + METRICS_PER_BATCH]]
+        client.log_batch(run_id, metrics=metrics, synchronous=True)
+
+
+def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
+    """Tag a run with its status and error, then end it in MLflow's own terms."""
+    from mlflow.entities import RunTag
+
+    tags = [RunTag("distilbench.status", status.value)]
+    if error:
+        tags.append(RunTag("distilbench.error", redact(" ".join(error.split()))[:LONGEST_TAG]))
+    client.log_batch(run_id, tags=tags, synchronous=True)
+    if error:
+        reason = " ".join(error.split()).replace("`", "'")
+        describe_first(client, run_id, f"**{status.value}** `{reason}`")
+    client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
+
+
+def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
+    """Have a run's description begin with what matters most, a sentence in Markdown."""
+    known = client.get_run(run_id).data.tags.get(NOTE, "")
+    head = redact(sentence) + "\n\n"
+    if not known.startswith(head):
+        client.set_tag(run_id, NOTE, (head + known)[:LONGEST_TAG])
