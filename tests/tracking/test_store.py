@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -527,67 +525,6 @@ def test_racing_processes_agree_on_one_database_and_experiment(workspace):
     assert {out for out, _ in said} == {said[0][0]}
     assert {err for _, err in said} == {""}, "the terminal stays quiet"
     assert "/experiments/1/" in said[0][0]
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A real MLflow server on loopback: ``(process, port, folder)``."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = ["--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/runs.db"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *options, "--artifacts-destination", str(folder / "artifacts")],
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=(folder / "server.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        assert answers(port, seconds=600), (folder / "server.log").read_text()
-        yield process, port, folder
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def answers(port, seconds):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            return urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
-        except OSError:
-            time.sleep(0.2)
-    return False
-
-
-@pytest.mark.e2e
-def test_a_server_keeps_trials_without_seeing_the_password_and_may_die(
-    server, start, monkeypatch, caplog, capfd, impatient
-):
-    process, port, folder = server
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://juan:{SECRET}@127.0.0.1:{port}")
-    store = open_store(TrackingSettings("mlflow", None, "tests", 0))
-    began = start(config_yaml=f"password: {SECRET}")
-    run_id = finished(store, began)
-    found = store.newest_baseline(began.protocol.id, began.treatment, 42)
-    assert (found.run_id, found.accuracy) == (run_id, 0.75)
-    np.testing.assert_array_equal(found.predictions.logits, PREDICTIONS.logits)
-    assert store.runs_url().startswith(f"http://127.0.0.1:{port}/#/experiments/1/runs?")
-    kept = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
-    assert kept == []
-    run = store.begin(began)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for number in (1, 2, 3):
-        run._due = 0.0
-        run.on_step(step(number))
-    run.finish(DONE, PREDICTIONS)
-    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-        "MLflow does not take metrics now",
-    ]
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_server_that_refuses_is_told_in_one_line_without_its_password(monkeypatch, store):
