@@ -454,7 +454,7 @@ class TrackingSettings(Checked, group="tracking"):
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else mlflow.db at the project's root."""
     experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment."""
-    patience_seconds: Annotated[float, at_least(0.0)]
+    patience_seconds: Annotated[float, at_least(0)]
     """How long, in seconds, a store that is gone is waited for: after a trial, at a sweep's end, and by its workers."""
 
     def _check(self) -> None:

@@ -30,16 +30,16 @@ def folder(tmp_path_factory):
     """A store with a sweep, the report's three experiments, one without predictions and one of another protocol."""
     folder = tmp_path_factory.mktemp("compared")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"})
+    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     inside = {"parent_run_id": group.run_id, "tags": {SWEEP: "first"}}
     for seed in (1, 2):
         add_trial(store, f"seed={seed}", **inside)
         add_trial(store, f"seed={seed}", "freeze.layers=1", wrong=60, seconds=30, **inside)
         add_trial(store, f"seed={seed}", *COSINE, wrong=10, **inside)
     add_trial(store, "optim.lr=0.5", text="other", tags={SWEEP: "alien"})
-    store.open_parent_run("empty", {SWEEP: "empty"})
+    store.open_parent_run("empty", {SWEEP: "empty"}, Path("empty"))
     add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP: "blank"})
-    broken = store.open_parent_run("broken", {SWEEP: "broken"})
+    broken = store.open_parent_run("broken", {SWEEP: "broken"}, Path("broken"))
     from tests.made_store import start_of
 
     for seed in (1, 2):
@@ -119,7 +119,7 @@ def test_the_margin_decides_what_is_good_enough(folder, tmp_path):
 
 def test_a_sweeps_own_margin_is_kept_with_it(folder, tmp_path):
     store = make_store(folder)
-    group = store.open_parent_run("wide", {SWEEP: "wide", MARGIN: "40"})
+    group = store.open_parent_run("wide", {SWEEP: "wide", MARGIN: "40"}, Path("wide"))
     for overrides, wrong in (((), 20), (("freeze.layers=1",), 60)):
         add_trial(store, *overrides, wrong=wrong, parent_run_id=group.run_id, tags={SWEEP: "wide"}, text="wide")
     compare(folder, tmp_path, "sweep=wide")

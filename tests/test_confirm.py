@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     """A real sweep of three tiny trials of seed 1: the baseline and two learning rates."""
     folder = tmp_path_factory.mktemp("confirmed")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"})
+    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     with initialize_config_dir(str(ROOT / "conf")):
         for number, rate in enumerate(("2e-5", "1e-2", "3e-3")):
             asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A sweep of two tiny trials, of which the second learns, and one trial without a model."""
     folder = tmp_path_factory.mktemp("predicted")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"})
+    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     for name, rate in {**TRIALS, "bare": "1e-2"}.items():
         tags = {SWEEP: "first" if name in TRIALS else "bare"}
         tags |= {"distilbench.role": "baseline"} if name == "baseline" else {}

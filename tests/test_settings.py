@@ -154,6 +154,7 @@ RANGES = {
                      "successive_halving, hyperband, threshold, wilcoxon"),
     "sweep.max_failures": ([0, 0.99, 1, 7, None], [-0.1, INF, NAN], "0.0 or more"),
     "sweep.timeout_minutes": ([0, 0.5, None], [-0.1, INF, NAN], "0 or more"),
+    "tracking.patience_seconds": ([0, 300.5], [-0.1, INF, NAN], "0 or more"),
     "sweep.max_grid": ([1], [0], "1 or more"),
     "sweep.on_change": (["refuse", "extend"], ["ignore"], "one of refuse, extend"),
     "compare.margin": ([None, 0.5], [0, 101], "in (0, 100]"),

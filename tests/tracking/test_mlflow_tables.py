@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.made_store import DONE, make_store, start_of
 def store(tmp_path_factory):
     """Trials of a sweep, one of them diverged, one deleted; a run of no trial; another experiment."""
     store = make_store(tmp_path_factory.mktemp("tables"))
-    parent = store.open_parent_run("first", {SWEEP: "first"})
+    parent = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     for name, result in {
         "done": DONE,
         "diverged": TrialResult(Status.DIVERGED, "nan", train_seconds=float("nan")),

@@ -102,7 +102,7 @@ def test_who_only_reads_is_told_whose_files_they_are(carried, caplog):
     with pytest.raises(SettingsError, match="must keep its files beside its store"):
         store.begin(start_of())
     with pytest.raises(SettingsError, match="must keep its files beside its store"):
-        store.open_parent_run("sweep", {"distilbench.sweep": "sweep"})
+        store.open_parent_run("sweep", {"distilbench.sweep": "sweep"}, Path("sweep"))
 
 
 def test_a_database_that_was_copied_alone_is_told_how_to_get_its_files(carried, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.made_store import DONE, make_store, start_of
 def kept(tmp_path_factory):
     """A store of two sweeps: ``first`` with a finished, a diverged and a nested trial, ``empty`` without any."""
     store = make_store(tmp_path_factory.mktemp("kept"))
-    parent = store.open_parent_run("first", {SWEEP: "first"})
+    parent = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     ids = {}
     for name, result in {
         "done": DONE,
@@ -28,7 +29,7 @@ def kept(tmp_path_factory):
         run = store.begin(start_of("freeze.layers=1", name=name, tags=tags, parent_run_id=parent.run_id))
         run.finish(result, None)
         ids[name] = run.run_id
-    store.open_parent_run("empty", {SWEEP: "empty"})
+    store.open_parent_run("empty", {SWEEP: "empty"}, Path("empty"))
     ids["alone"] = store.begin(start_of(name="alone")).run_id
     return store, ids, parent.run_id
 
