@@ -121,6 +121,8 @@ def _keep_in_directory(trial: OpenTrial) -> None:
     if predictions is not None:
         write_or_warn(f"the predictions of {trial.name}",
                        lambda: write_predictions(predictions, trial.directory / PREDICTIONS))  # fmt: skip
+    if trial.run:
+        trial.record = replace(trial.record, run_id=trial.run.run_id)  # it may have been made since the start
     record = trial.record.with_result(result, final_metrics(result))
     write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
 
@@ -130,8 +132,7 @@ def _keep_in_store(trial: OpenTrial) -> None:
     if run and result:
         write_or_warn(f"the run of {trial.name}", lambda: run.finish(result, trial.predictions))
         if run.run_id != trial.record.run_id:  # made only now
-            record = replace(trial.record, run_id=run.run_id).with_result(result, final_metrics(result))
-            write_or_warn(f"the record of {trial.name}", lambda: record.write(trial.directory))
+            _keep_in_directory(trial)
 
 
 def write_or_warn(what: str, write: Callable[[], None]) -> None:
