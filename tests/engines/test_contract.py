@@ -197,6 +197,26 @@ def test_the_metrics_are_those_of_the_logits(trial, train, splits_of):
     assert 0 < result.report.ece < 1
 
 
+def test_many_classes_a_class_with_one_example_and_long_texts_are_trained_on(trial, train, splits_of, tmp_path):
+    """150 classes, as intents have; the last occurs once in train and never in validation; some texts fill 512."""
+    long = "aaa " * 200
+    rows = {"train": [(f"{long if i < 4 else ''}xx {i}", f"intent{i % 150:03}") for i in range(299)],
+            "validation": [(f"{long if i < 2 else ''}yz {i}", f"intent{i:03}") for i in range(40)]}  # fmt: skip
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in lines))
+    settings = trial(
+        "data=files", *(f"data.{name}={tmp_path / name}.csv" for name in rows), "data.max_train_examples=null",
+        "data.max_validation_examples=null",
+        "train.max_length=512", "train.epochs=1", "train.batch_size=16", "train.eval_batch_size=16",
+    )  # fmt: skip
+    splits = splits_of(settings)
+    assert np.diff(splits.train.offsets).max() == 512
+    assert np.bincount(splits.train.labels)[-1] == 1
+    [result], _ = train([settings], splits=splits)
+    assert (result.status, result.report.logits.shape) == (Status.FINISHED, (40, 150))
+    assert all(math.isfinite(result.report.metric(name)) for name in MEASURES)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "distilbert"])
 def test_pairs_are_read_as_the_saved_model_and_tokenizer_read_them(trial, train, splits_of, architecture):
     settings = trial(*PAIRS, "model=tiny", f"model.checkpoint={architecture}", "train.max_length=24", "train.epochs=2",
