@@ -66,7 +66,8 @@ def confirm(settings: ConfirmSettings) -> str | None:
                             "choose another name=...")  # fmt: skip
     report = _first_report(store, settings.sweep, settings.margin)
     chosen = {short_hash(row.treatment): _Chosen.of(row, store, settings) for row in _rows(report, settings.top)}
-    points = _points(chosen, fresh_seeds(report, settings.seeds))
+    seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, settings.top)
+    points = _points(chosen, fresh_seeds(report, seeds))
     _announce(settings, chosen, _missing(store, name, points))
     if settings.dry_run:
         return None
@@ -122,6 +123,23 @@ def _rows(report: Report, top: int) -> list[Row]:
 
     assert report.baseline is not None
     return [report.baseline, *by_score(report.candidates)[:top]]
+
+
+def _seeds_needed(store: MlflowStore, report: Report, top: int) -> int:
+    """How many fresh seeds decide, or the line that says why none does."""
+    from distilbench.report.comparison import needed_to_confirm
+    from distilbench.report.formats import margin_text
+    from distilbench.report.words import what_decides
+
+    base, *rows = _rows(report, top)
+    needed = needed_to_confirm(rows, base, lambda trial: store.predictions(trial.run_id), report.margin)
+    if needed and needed.seeds:
+        return needed.seeds
+    why = what_decides(needed, base.examples) if needed else "predictions to tell it by are missing"
+    raise SettingsError(
+        f"seeds must be a number where auto finds none for a margin of {margin_text(report.margin)}, got auto: {why}; "
+        "add seeds=5, or a wider margin=..."
+    )
 
 
 def _points(chosen: Mapping[str, _Chosen], seeds: Sequence[int]) -> list[Point]:

@@ -33,7 +33,7 @@ MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
-OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "trainable_parameters")
+OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "cost", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = (
     "linear",
@@ -488,7 +488,8 @@ class SweepSettings(Checked, group="sweep"):
     """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
     objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True)]
     """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, train_flops, trainable_parameters;
-    null is `train.metric`. Several make a Pareto front."""
+    cost is seconds where trials run alone, FLOPs where they share a device; null is `train.metric`. Several make a
+    Pareto front."""
     seeds: Optional[list[int]]
     """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
     pruner: Annotated[str, one_of(PRUNERS)]
@@ -591,8 +592,9 @@ class ConfirmSettings(Checked):
     """Name of the sweep whose best settings are trained again."""
     top: Annotated[int, at_least(1)]
     """How many of them, 1 or more."""
-    seeds: Annotated[int, at_least(2)]
-    """Fresh seeds for each, and for the baseline; 2 or more."""
+    seeds: Annotated[Union[int, str], Rule("auto, or 2 or more", lambda n: n == "auto" or n in range(2, 10**9))]
+    """Fresh seeds for each, and for the baseline, 2 or more; auto is as many as show, with a chance of 80 %, that a
+    setting which loses nothing loses less than the margin."""
     margin: Annotated[Optional[float], MARGIN]
     """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own."""
     name: Optional[str]

@@ -64,6 +64,17 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys)
     assert confirmed(folder) == []
 
 
+def test_seeds_auto_is_as_many_as_decide_or_the_line_that_says_why_none_does(folder, capsys):
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=auto", "margin=60", "dry_run=true") is None
+    shown = capsys.readouterr().out
+    number = shown.count(", ") // 2 + 1  # the baseline and the best, each with its seeds
+    assert 2 <= number <= 10
+    assert f"confirming sweep first: {2 * number} trials to train" in shown
+    said = r"seeds must be a number where auto finds none for a margin of 0.1 points, got auto: no number of seeds .*"
+    with pytest.raises(SettingsError, match=said):
+        run_confirm(folder, "sweep=first", "top=1", "seeds=auto", "margin=0.1", "dry_run=true")
+
+
 def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figures(folder, monkeypatch, capsys):
     real, trained = trials.run, []
 

@@ -149,7 +149,7 @@ RANGES = {
                    "letters, digits and ._+- without a path, 200 bytes at most"),
     "sweep.trials": ([1], [0], "1 or more"),
     "sweep.objectives": ([None, ["accuracy", "train_flops"]], [["speed"], ["accuracy", "speed"]],
-                         "one of accuracy, f1, mcc, loss, train_seconds, train_flops, trainable_parameters"),
+                         "one of accuracy, f1, mcc, loss, train_seconds, train_flops, cost, trainable_parameters"),
     "sweep.pruner": (["none", "median", "wilcoxon"], ["best"], "one of none, median, percentile, patient, "
                      "successive_halving, hyperband, threshold, wilcoxon"),
     "sweep.max_failures": ([0, 0.99, 1, 7, None], [-0.1, INF, NAN], "0.0 or more"),
@@ -164,7 +164,7 @@ RANGES = {
     "compare.formats": ([[], ["html", "markdown", "latex", "csv"]], [["pdf"], ["csv", "pdf"]],
                         "one of html, markdown, latex, csv"),
     "confirm.top": ([1], [0], "1 or more"),
-    "confirm.seeds": ([2], [1], "2 or more"),
+    "confirm.seeds": ([2, "auto"], [1, "many"], "auto, or 2 or more"),
     "predict.best": (["answer", "accuracy"], ["loss"], "one of answer, accuracy"),
     "predict.format": (["table", "glue"], ["csv"], "one of table, glue"),
     "predict.batch_size": ([1], [0], "1 or more"),

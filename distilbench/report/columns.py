@@ -191,7 +191,8 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
     """Lay rows out for a terminal of ``width`` columns; :data:`NARROW` has several lines a row."""
     columns = filled(columns, rows)
     is_narrow = any(column.width for column in columns)
-    left = max(width - 3 - sum(column.width + 2 for column in columns if column.key != "setting"), 20)
+    least = min(20, max(len(row.label) for row in rows))
+    left = max(width - 3 - sum(column.width + 2 for column in columns if column.key != "setting"), least)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"

@@ -9,7 +9,7 @@ import numpy as np
 
 from distilbench.report.costs import NO_SAVING, saving_of
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
-from distilbench.report.power import what_it_takes
+from distilbench.report.power import PLANNED_SEEDS, Needed, needed, spread_seen, what_it_takes
 from distilbench.report.rows import Difference, Row, Untested
 from distilbench.report.statistics import compare_over_seeds, holm
 from distilbench.results import Predictions, StoredTrial, Verdict
@@ -56,6 +56,23 @@ def against_baseline(rows: Sequence[Row], baseline: int, read: ReadPredictions, 
             why = read_once.get(i, Untested.ROWS)
             result[i] = replace(row, untested=why if isinstance(why, Untested) else Untested.SEEDS)
     return result
+
+
+def needed_to_confirm(rows: Sequence[Row], base: Row, read: ReadPredictions, margin: float) -> Needed | None:
+    """Return what shows of each row, by fresh seeds, that it loses less than ``margin`` points if it loses nothing.
+
+    That of the row that needs most, at the spread which the trials so far have; None where they can't be compared.
+    """
+    found = []
+    for pair in (_correct(row, base, read) for row in rows):
+        if isinstance(pair, Untested):
+            return None
+        try:
+            spread, examples = spread_seen(*pair), len(next(iter(pair[0].values())))
+        except ValueError:
+            return None
+        found.append(needed(spread, PLANNED_SEEDS, examples, margin / 100, rows=len(rows)))
+    return max(found, key=lambda one: (one.seeds is None, one.seeds or one.examples or 0))
 
 
 def _beside(row: Row, base: Row) -> Row:

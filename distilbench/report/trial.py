@@ -33,13 +33,13 @@ from distilbench.results import Evaluation, Predictions, Status, StoredTrial, Tr
 from distilbench.settings import SchedulerSettings, SettingsError, TrialSettings
 
 _WIDTH = 100
-
+"""Columns of text that a summary takes at most, where the terminal is wider."""
 _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
-"""Columns that a summary takes at most, where the terminal is wider."""
+_WIDTHS = {"accuracy": 8, "difference_points": 17, "loss": 6, "train_flops": 12, "train_seconds": 14}
 _COLUMNS = (
-    replace(CSV["setting"], title=" "),
-    *(CSV[key] for key in ("accuracy", "difference_points", "loss", "train_flops", "train_seconds")),
+    replace(CSV["setting"], title=" ", width=10),
+    *(replace(CSV[key], width=width) for key, width in _WIDTHS.items()),
 )
 
 
@@ -208,7 +208,7 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print()
     console.print(_heading(summary), width=width)
     console.print(_facts(summary), width=width)
-    for line in _comparison_lines(summary):
+    for line in _comparison_lines(summary, width):
         console.print(line, width=width)
     lines = {"baseline": summary.baseline_command, "runs": summary.run_url, "output": summary.output_dir}
     for label, text in lines.items():
@@ -351,10 +351,10 @@ def _batch_time(result: TrialResult) -> str:
     return f"{duration(result.train_seconds)} training at once with {others}{solo}"
 
 
-def _comparison_lines(summary: Summary) -> Iterator[Table | Text]:
+def _comparison_lines(summary: Summary, width: int) -> Iterator[Table | Text]:
     comparison = summary.comparison
     if comparison is not None:
-        yield rich_table(_rows(comparison), _COLUMNS, _WIDTH)
+        yield rich_table(_rows(comparison), _COLUMNS, width)
         yield Text(sentence(comparison), "bold")
         yield from (Text(f"{note}.") for note in _notes(comparison))
         if comparison.slices:

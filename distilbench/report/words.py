@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distilbench.report.formats import interval, p_value, percent, points
+from distilbench.report.power import Needed
 from distilbench.report.rows import Difference, Row, Untested
 from distilbench.results import Verdict
 
@@ -60,14 +61,13 @@ def loss_of(found: Difference) -> str:
     return f"{shown}at most {found.loses_at_most:.2f} points"
 
 
-def what_decides(found: Difference) -> str:
+def what_decides(needed: Needed | None, examples_there: int) -> str:
     """Say what would decide an undecided row, with a chance of 80 %."""
-    needed = found.needed
     if needed is None:
         return "more seeds may decide it"
     examples = f"about {needed.examples:,} examples with {needed.with_seeds} seeds" if needed.examples else ""
     if needed.seeds is None:
-        limit = f"the {found.examples:,} examples alone leave ± {100 * needed.floor:.1f} points"
+        limit = f"the {examples_there:,} examples alone leave ± {100 * needed.floor:.1f} points"
         return f"no number of seeds decides it, for {limit}" + (f"; {examples} would" if examples else "")
     return f"{needed.seeds} seeds would decide it" + (f", or {examples}" if examples else "")
 

@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report import duration
+from distilbench.report import duration, power
+from distilbench.report.formats import counted, margin_text
+from distilbench.report.words import what_decides
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.plan import SweepPlan
 from distilbench.trials.prepared import prepare
@@ -70,10 +72,33 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
     what = f"{trials} trials" + (f" of {seeds} seeds each" if seeds > 1 else "")
-    seconds = estimate_alone(plan.settings, prepare(plan.settings))
+    prepared = prepare(plan.settings)
+    seconds = estimate_alone(plan.settings, prepared)
     prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"
     line = f"{plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept"
-    Display(console, is_live=False).say(line)
+    say = Display(console, is_live=False).say
+    say(line)
+    if len(plan.objectives) > 1:
+        say(f"trials are chosen by {plan.chosen_by}")
+    if warning := _warning(plan, len(prepared.splits.report)):
+        say(warning)
+
+
+def _warning(plan: SweepPlan, examples: int) -> str | None:
+    """Say beforehand where the margin can't be shown with the seeds planned and the examples that report."""
+    in_space = len({point.params.get("seed") for point in plan.points}) if "seed" in plan.space.dimensions else 1
+    seeds = max(len(plan.settings.sweep.seeds or []), in_space)
+    rows = max(plan.total // in_space - any(point.is_baseline for point in plan.points), 1)
+    margin = plan.settings.margin
+    expected = power.plan(examples, seeds, margin / 100, rows)
+    if expected.suffices:
+        return None
+    return (
+        f"little will be shown: {counted(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
+        f"less than {margin_text(margin)} with a chance of {100 * expected.power:.0f} %, were it as good as the "
+        f"baseline (of {counted(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
+        f"{what_decides(expected.needed, examples)}"
+    )
 
 
 def _grid_table(plan: SweepPlan) -> Table:

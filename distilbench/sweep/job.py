@@ -107,6 +107,7 @@ def directions_of(objectives: Sequence[str]) -> list[str]:
     return ["maximize" if name in _GOES_UP else "minimize" for name in objectives]
 
 
-def objectives_of(settings: AppSettings) -> tuple[str, ...]:
-    """Return what a sweep with these settings optimises."""
-    return tuple(settings.sweep.objectives or [settings.train.metric])
+def objectives_of(settings: AppSettings, alone: bool) -> tuple[str, ...]:
+    """Return what a sweep with these settings optimises; its ``cost`` is seconds where trials run ``alone``."""
+    cost = "train_seconds" if alone else "train_flops"
+    return tuple(cost if name == "cost" else name for name in settings.sweep.objectives or [settings.train.metric])

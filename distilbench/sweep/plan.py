@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from omegaconf import DictConfig
 
 from distilbench.identity import short_hash
@@ -15,7 +16,7 @@ from distilbench.models.resolve import resolve_model
 from distilbench.settings import AppSettings, DataSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.options import HydraSetup, SweeperOptions
-from distilbench.sweep.pruning import check_pruning
+from distilbench.sweep.pruning import check_pruning, judged_by
 from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
@@ -69,14 +70,14 @@ class SweepPlan:
         }
 
     @property
-    def selection_split(self) -> str:
-        """The split that picks epochs and winners."""
+    def chosen_by(self) -> str:
+        """By what, and on which split, winners are picked and trials pruned."""
+        pruned = f"; pruned by {judged_by(self.objectives)} alone" if self.settings.sweep.pruner != "none" else ""
+        by = f"{' and '.join(self.objectives)}{pruned if len(self.objectives) > 1 else ''}, on the "
         if self.settings.data.report_fraction:
-            return "validation split; a part of train only reports"
-        if self.settings.data.report_fraction:
-            return "validation split; a part of train only reports"
+            return f"{by}validation split; a part of train only reports"
         held_out = self.settings.data.selection_fraction > 0
-        return "selection split held out of train" if held_out else "validation split, which also reports"
+        return by + ("selection split held out of train" if held_out else "validation split, which also reports")
 
 
 def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> SweepPlan:
@@ -90,7 +91,7 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
     composer = Composer(setup.config, loader, space)
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
-    objectives = objectives_of(settings[0])
+    objectives = objectives_of(settings[0], isinstance(setup.launcher, BasicLauncher) or options.n_jobs == 1)
     check_pruning(settings[0].sweep, objectives)
     sampler_of(options.sampler, trials=0)
     points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked[0], space, composer)

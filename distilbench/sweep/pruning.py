@@ -23,7 +23,7 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
     import optuna
 
     makers: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
-        "none": optuna.pruners.NopPruner,
+        "none": lambda **_: optuna.pruners.NopPruner(),  # options of a search's own pruner may be left
         "median": optuna.pruners.MedianPruner,
         "percentile": optuna.pruners.PercentilePruner,
         "patient": lambda **options: optuna.pruners.PatientPruner(None, **options),
@@ -44,13 +44,25 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
         ) from None
 
 
+def judged_by(objectives: Sequence[str]) -> str | None:
+    """Return the objective by which trials are pruned, the first that is measured on the way; None without one."""
+    return next((name for name in objectives if name in METRICS), None)
+
+
 def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
     """Raise :class:`SettingsError` for a pruner that these objectives leave without anything to judge."""
     pruner_of(settings)
-    if settings.pruner != "none" and (len(objectives) > 1 or objectives[0] not in METRICS):
+    if settings.pruner == "none":
+        return
+    if judged_by(objectives) is None:
         raise SettingsError(
             f"sweep.pruner must be none for sweep.objectives={list(objectives)}, got {settings.pruner!r}; "
-            f"pruning takes one objective that is measured on the way: {', '.join(METRICS)}"
+            f"pruning takes an objective that is measured on the way: {', '.join(METRICS)}"
+        )
+    if settings.pruner == "wilcoxon" and len(objectives) > 1:
+        raise SettingsError(
+            f"sweep.pruner must be another than wilcoxon for sweep.objectives={list(objectives)}, which have no best "
+            "trial to compare with; take median or percentile"
         )
 
 
@@ -68,12 +80,17 @@ def storage_of(url: str) -> optuna.storages.RDBStorage:
 
 
 def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback | None:
-    """Make what reports to the study and asks its pruner; a trial's end is left to the sweep to tell."""
-    if job.storage is None:
+    """Make what reports to the study and asks its pruner; a trial's end is left to the sweep to tell.
+
+    Optuna prunes studies of one objective alone. Of several, the pruner here sees the one that :func:`judged_by` names.
+    """
+    name = judged_by(job.objectives)
+    if job.storage is None or name is None:
         return None
     import optuna
 
     study = optuna.load_study(study_name=job.study, storage=storage_of(job.storage), pruner=pruner_of(settings))
+    study._directions = [study.directions[job.objectives.index(name)]]  # in this process: the storage keeps them all
     trial = optuna.trial.Trial(study, job.trial_id)
 
     def report(value: float, count: int) -> str | None:
@@ -81,6 +98,6 @@ def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback 
             return None  # the engine ends such a trial as DIVERGED
         trial.report(value, count)
         is_worse = not job.is_baseline and trial.should_prune()
-        return f"{job.objectives[0]} {value:.4f} at evaluation {count} ({settings.pruner})" if is_worse else None
+        return f"{name} {value:.4f} at evaluation {count} ({settings.pruner})" if is_worse else None
 
     return report

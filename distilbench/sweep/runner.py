@@ -294,7 +294,7 @@ class SweepRunner:
             self._parent.catch_up(self._is_over, plan.settings.tracking.patience_seconds)
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
-        self._say(f"trials are chosen by {' and '.join(plan.objectives)} on the {plan.selection_split}")
+        self._say(f"trials are chosen by {plan.chosen_by}")
         if not plan.is_grid and plan.asked > plan.total and self._studies.main.is_exhausted():
             self._say(f"every one of the {plan.total} points of the space has been evaluated: no more to try")
         elif self._ended is None and self._studies.main.has_more():

@@ -1,7 +1,8 @@
 """An Optuna study that keeps a sweep: which trials there are, whose they are, how they ended.
 
 A trial counts as what ``trial.json`` in its directory says. Optuna's own states follow: FINISHED is COMPLETE, PRUNED
-is PRUNED, every other end is FAIL with the true word in the attribute ``status``. Trials that are to be trained wait
+is PRUNED (of several objectives FAIL: Optuna's samplers rank pruned trials by one), every other end is FAIL with the
+true word in the attribute ``status``. Trials that are to be trained wait
 in the study's own queue, so that any process may take the next one; a trial that was interrupted is void, and its
 point is queued again under the next free number.
 """
@@ -247,7 +248,7 @@ class Study:
             trial.set_user_attr(name, value)
         if not same.values:
             for step, value in same.trial.intermediate_values.items():
-                trial.report(value, step)
+                self.study._storage.set_trial_intermediate_value(trial._trial_id, step, value)
         state = same.trial.state if same.trial.state.is_finished() else TrialState.FAIL
         self._tell(trial.number, Status.REUSED, same.attribute("error"), same.values, state)
 
@@ -285,7 +286,8 @@ class Study:
         if trial.state == TrialState.RUNNING:  # another process may have found it first
             for name, value in {"status": status.value, "error": error}.items():
                 self.study._storage.set_trial_user_attr(trial._trial_id, name, value)
-            state = state or _STATES.get(status, TrialState.FAIL)
+            states = _STATES if len(self._plan.objectives) == 1 else {Status.FINISHED: TrialState.COMPLETE}
+            state = state or states.get(status, TrialState.FAIL)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)
         self.refresh()

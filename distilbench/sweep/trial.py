@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, TrackingSettings
 from distilbench.sweep.job import NOBODY, SweepJob
-from distilbench.sweep.pruning import pruning_callback
+from distilbench.sweep.pruning import judged_by, pruning_callback
 from distilbench.sweep.sources import pin_sources
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ def context_of(sweep_job: SweepJob, settings: AppSettings) -> SweepContext:
     """Return what a trial has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
     from distilbench.trials.prepared import SweepContext
 
-    prune = pruning_callback(sweep_job, settings.sweep)
+    prune, judged = pruning_callback(sweep_job, settings.sweep), judged_by(sweep_job.objectives)
     count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
         nonlocal count
         count += 1
-        return prune(evaluation.metric(sweep_job.objectives[0]), count) if prune else None
+        return prune(evaluation.metric(judged), count) if prune and judged else None
 
     return SweepContext(
         name=sweep_job.name,
@@ -74,7 +74,7 @@ def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: Mlflo
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
     from distilbench.trials.run import run
 
-    prune = pruning_callback(sweep_job, job.settings.sweep)
+    prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
     seeds = Seeds(job, sweep_job, store)
     records: list[Record] = []
     reason = None
@@ -84,8 +84,8 @@ def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: Mlflo
             records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
-            mean = statistics.fmean(record.objective(sweep_job.objectives[0]) for record in records)
-            reason = prune(mean, count) if prune and count < len(seeds.jobs) else None
+            if prune and judged and count < len(seeds.jobs):
+                reason = prune(statistics.fmean(record.objective(judged) for record in records), count)
             if reason:
                 break
         seeds.finish(records, reason)

@@ -14,6 +14,7 @@ from distilbench.engines.device import describe_device, resolve_device, resolve_
 from distilbench.identity import ProtocolIdentity, treatment_of
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_adapter, check_freeze, check_length, resolve_model
+from distilbench.report.names import name_of as name_of_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 from distilbench.tracking import DatasetUsed, RunStart
@@ -77,13 +78,15 @@ def version_of(library: str) -> str:
         return "unknown"
 
 
+_NAMED = ("freeze.policy", "freeze.layers", "adapter.name", "adapter.rank", "scheduler.name", "optim.lr",
+          "optim.weight_decay")  # fmt: skip
+"""What the name of a run tells that belongs to no sweep."""
+
+
 def name_of(settings: AppSettings) -> str:
-    """Return a run name that tells what varies most: ``freeze3-cosine-lr3e-05-wd0.05-s42``."""
-    optim, freeze = settings.optim, settings.freeze
-    method = f"freeze{freeze.layers}" if freeze.policy == "depth" else f"freeze-{freeze.policy}"
-    if settings.adapter.name != "none":
-        method = f"{settings.adapter.name}{settings.adapter.rank or ''}"
-    return f"{method}-{settings.scheduler.name}-lr{optim.lr:g}-wd{optim.weight_decay:g}-s{settings.seed}"
+    """Return a run name that tells what varies most: ``layers=3 scheduler=cosine lr=3e-05 weight_decay=0 seed=42``."""
+    told = {key: value for key, value in treatment_of(settings, "").items() if key in _NAMED}
+    return name_of_values({**told, "seed": settings.seed})
 
 
 def prepare(settings: AppSettings) -> Prepared:

@@ -213,6 +213,16 @@ def test_summary_tells_how_many_examples_were_taken_at_once_where_memory_was_sho
     )
 
 
+def test_no_figure_of_the_comparison_is_cut_on_a_terminal_of_80_columns(summary):
+    costly = (replace(trial, train_flops=4.22e12, train_seconds=3725.0) for trial in (stored(SAME), baseline(SAME)))
+    lines = shown(replace(summary, comparison=compare(*costly, 1.0))).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "accuracy" in line and "FLOPs" in line) :]
+    assert max(map(len, table[:6])) <= 80
+    words = " ".join(table[:6])
+    for whole in ("(-2.72 to +2.72)", "this trial", "baseline", "90.00 %", "4.22 T", "(as many)", "1 h 2 min"):
+        assert whole in words, words
+
+
 def test_summary_tells_what_was_trained_and_how_it_compares(summary):
     words = " ".join(shown(summary).split())
     for expected in (
@@ -229,7 +239,7 @@ def test_summary_tells_what_was_trained_and_how_it_compares(summary):
         "epoch 2, on the split validation, which also picked the epoch",
         "14 min 48 s training, 8.4 s set-up on cpu",
         "213 examples/s, 4,021 tokens/s, peak memory 1.0 GiB",
-        "this trial 90.00 % 0.00 (-2.72 to +2.72) 0.3330 14 min 48 s (35 % less)",
+        "this trial 90.00 % 0.00 0.3330 14 min 48 s (-2.72 to +2.72) (35 % less)",
         "baseline 90.00 % 0.3255 22 min 51 s",
         "exact McNemar p 1.00.",
         sentence(summary.comparison),

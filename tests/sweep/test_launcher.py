@@ -169,12 +169,13 @@ def test_mlflow_has_a_run_for_each_trial_that_says_in_what_company_it_was_traine
 def test_trials_of_a_batch_are_compared_with_the_baselines_in_it_and_in_time_by_estimates_marked_so(trained):
     workspace, done = trained
     runs = {run.info.run_name: run for run in workspace.runs()}
-    frozen = runs["freeze1-linear-lr0.01-wd0.01-s42"]
+    frozen = runs["layers=1 scheduler=linear lr=0.01 weight_decay=0.01 seed=42"]
     text = workspace.artifacts(frozen.info.run_id)["comparison.md"].read_text()
     assert "freeze0" in text
     assert text.count("| about\N{NO-BREAK SPACE}") == 2
-    assert "comparison.md" not in workspace.artifacts(runs["freeze0-linear-lr0.01-wd0.01-s42"].info.run_id)
-    assert done.stdout.count("points against freeze0-linear") == 2
+    base = runs["layers=0 scheduler=linear lr=0.01 weight_decay=0.01 seed=42"]
+    assert "comparison.md" not in workspace.artifacts(base.info.run_id)
+    assert done.stdout.count("points against layers=0 scheduler=linear") == 2
 
 
 @pytest.mark.e2e

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
@@ -193,6 +194,23 @@ def test_each_end_is_told_by_its_own_name(make, status, state):
     assert end(study, 0).status is status
     view = study.views()[0]
     assert (view.trial.state.name, view.status, view.attribute("error")) == (state, status, "why")
+
+
+def test_what_was_pruned_by_one_of_several_objectives_has_failed_for_optuna_and_is_reused_as_pruned(make):
+    both = make(ME, objectives=("accuracy", "train_flops"), result_key=lambda point: "all alike")
+    both.study._directions = both.study._storage._studies[0].directions = [StudyDirection.MAXIMIZE] * 2
+    taken = both.take()
+    both.study._storage.set_trial_intermediate_value(taken.trial._trial_id, 1, 0.25)
+    finish(both, taken.number, Status.PRUNED, error="behind at evaluation 1")
+    end(both, taken.number)
+    assert both.take() is None, "every other point would train the same trial"
+    first, second = both.views()[:2]
+    assert (first.trial.state.name, first.status, first.attribute("error")) == (
+        "FAIL",
+        "PRUNED",
+        "behind at evaluation 1",
+    )
+    assert (second.trial.state.name, second.status, second.trial.intermediate_values) == ("FAIL", "REUSED", {1: 0.25})
 
 
 def test_a_job_that_left_no_end_has_failed_with_what_the_launcher_said(make):
