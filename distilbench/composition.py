@@ -180,7 +180,7 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     Deciding on the hub can take seconds: without ``ask_hub`` a model from there is left to the job itself.
     """
     from distilbench.engines import check_engine
-    from distilbench.models.resolve import check_adapter, check_freeze, check_length, resolve_model
+    from distilbench.models.resolve import check_trial, resolve_model
     from distilbench.tracking.uri import store_address_of
 
     unplaced = config.copy()
@@ -190,8 +190,6 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
         store_address_of(settings.tracking)
     if ask_hub or settings.model.source != "hub":
         model = resolve_model(settings.model)
-        check_freeze(model, settings.freeze)
-        check_adapter(model, settings.adapter)
-        check_length(model, settings.train.max_length)
+        check_trial(model, settings)
         check_engine(settings, model, settings.train.precision)
     return settings

@@ -37,6 +37,9 @@ ADDED: dict[str, object] = {
     **dict.fromkeys((AMOUNT, "train.patience", *_of("adapter", "rank alpha dropout"))),
     "freeze.policy": "depth",
     "adapter.name": "none",
+    "optim.layer_decay": 1.0,
+    "train.label_smoothing": 0.0,
+    "train.class_weights": "none",
 }
 """Treatment that earlier versions did not have: it stands in a trial's treatment where it is not what it was then."""
 
@@ -49,14 +52,14 @@ TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
 TREATMENT_OF_LOOP = (
     *_of("freeze", "policy layers embeddings dropout"),
     *_of("adapter", "name rank alpha dropout"),
-    *_of("train", "epochs batch_size eval_steps"),
+    *_of("train", "epochs batch_size eval_steps label_smoothing class_weights"),
     "optim.name",
 )
 """Treatment that shapes the steps: one for all trials that train at once."""
 
 TREATMENT_OF_STEP = (
     *_of("scheduler", "name warmup_ratio warmup_steps"),
-    *_of("optim", "lr weight_decay max_grad_norm beta1 beta2 eps momentum"),
+    *_of("optim", "lr layer_decay weight_decay max_grad_norm beta1 beta2 eps momentum"),
     "train.patience",
 )
 """Treatment of which each trial has its own beside others too: numbers in a step, and when it ends."""

@@ -27,6 +27,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 METRICS = ("accuracy", "f1", "mcc", "loss")
 OPTIMIZERS = ("adamw", "sgd")
 ADAPTERS = ("none", "lora", "ia3")
+CLASS_WEIGHTS = ("none", "balanced")
 FREEZE_POLICIES = ("depth", "head", "bias")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
@@ -341,6 +342,9 @@ class OptimSettings(Checked, group="optim"):
     """AdamW's term against division by zero, 0 or more."""
     momentum: Annotated[float, within("[0, 1)")]
     """SGD's momentum, in [0, 1)."""
+    layer_decay: Annotated[float, within("(0, 1]")]
+    """What each encoder layer's learning rate is of that of the layer above, in (0, 1]: the head has `lr`, the
+    embeddings the least."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,11 @@ class TrainSettings(Checked, group="train"):
     """Evaluate every this many steps instead of after each epoch; null is each epoch."""
     patience: Annotated[Optional[int], at_least(1)]
     """Evaluations in a row that may fail to improve `metric`, after which the trial ends, 1 or more; null is any."""
+    label_smoothing: Annotated[float, within("[0, 1)")]
+    """Share of each training target that is spread over all labels, in [0, 1); evaluations know nothing of it."""
+    class_weights: Annotated[str, one_of(CLASS_WEIGHTS)]
+    """none | balanced: what an example's loss is multiplied by in training; balanced is examples / (labels x examples
+    of its label)."""
     logging_steps: Annotated[int, at_least(1)]
     """Steps between two records of loss, learning rate and gradient norm, 1 or more."""
     checkpoints: bool

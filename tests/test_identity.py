@@ -82,7 +82,7 @@ def test_the_same_contents_from_elsewhere_are_the_same_protocol():
 
 @pytest.mark.parametrize(
     "override",
-    ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.max_grad_norm=0", "scheduler=cosine",
+    ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.max_grad_norm=0", "optim.layer_decay=0.9", "scheduler=cosine",
      "scheduler.warmup_ratio=0.1", "seed=7", "train.metric=loss", "train.checkpoints=false", "output.dir=elsewhere"],
 )  # fmt: skip
 def test_trials_that_differ_so_train_at_once(settings, override):
@@ -91,7 +91,8 @@ def test_trials_that_differ_so_train_at_once(settings, override):
 
 @pytest.mark.parametrize(
     "override",
-    ["freeze.layers=1", "freeze=bias", "freeze.dropout=false", "train.epochs=1", "train.batch_size=8",
+    ["freeze.layers=1", "freeze=bias", "train.label_smoothing=0.1", "train.class_weights=balanced",
+     "freeze.dropout=false", "train.epochs=1", "train.batch_size=8",
      "train.precision=bf16",
      "train.eval_steps=3", "optim=sgd", "model.layers=3", "data.max_train_examples=9", "engine.device=cpu"],
 )  # fmt: skip

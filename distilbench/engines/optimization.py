@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from distilbench.models.layers import levels
 from distilbench.settings import OptimSettings, SchedulerSettings, require
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -32,19 +34,34 @@ def decay_parameter_names(model: nn.Module) -> set[str]:
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups, with ``weight_decay`` and without, in the model's order."""
-    decayed = decay_parameter_names(model)
+def lr_scale(level: int, top: int, layer_decay: float) -> float:
+    """Return the factor on the learning rate of a parameter ``level`` steps from the input, where the head is ``top``.
+
+    As in BEiT (Bao et al., 2021, arXiv 2106.08254): ``layer_decay`` for the last layer, and once more for each below.
+    """
+    return float(layer_decay ** (top - level))
+
+
+def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Return the trainable parameters by level, the head's first, with weight decay and without, in the model's order.
+
+    Without layer decay all are of one level.
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
-    ]
+    decayed, groups = decay_parameter_names(model), []
+    level_of = dict.fromkeys(dict(trainable), 0) if settings.layer_decay == 1 else levels(model)
+    top = max(level_of.values())
+    for level in sorted({level_of[name] for name, _ in trainable}, reverse=True):
+        lr = settings.lr * lr_scale(level, top, settings.layer_decay)
+        for decay in (True, False):
+            own = [p for name, p in trainable if level_of[name] == level and (name in decayed) is decay]
+            groups.append({"params": own, "lr": lr, "weight_decay": settings.weight_decay if decay else 0.0})
+    return groups
 
 
-def build_optimizer(model: nn.Module, settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: PreTrainedModel, settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
     """Make the optimizer over the trainable parameters of a model that is on ``device`` already."""
-    return _OPTIMIZERS[settings.name](parameter_groups(model, settings.weight_decay), settings, device)
+    return _OPTIMIZERS[settings.name](parameter_groups(model, settings), settings, device)
 
 
 def _adamw(groups: list[dict[str, Any]], settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:

@@ -34,6 +34,7 @@ from distilbench.engines.device import (
     single_process,
 )
 from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
+from distilbench.engines.loss import Loss
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
@@ -171,13 +172,14 @@ class _Run(TrainerCallback):
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
         last = self.steps - 1  # the scheduler asks for one step more than there are
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
+        loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names))
         trainer = _Trainer(
             model=self.model,
             args=_arguments(self.settings, self.device, self.precision, self.checkpoints),
             train_dataset=range(len(self.splits.train)),
             data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
             optimizers=(optimizer, schedule),
-            compute_loss_func=_share_of_batch if self._is_accumulated else None,
+            compute_loss_func=None if loss.is_plain and not self._is_accumulated else partial(_share_of_batch, loss),
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
@@ -349,9 +351,9 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
     return arguments
 
 
-def _share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+def _share_of_batch(loss: Loss, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """What a micro-batch adds to its batch's mean loss: a mean of means would weigh the last, smaller one too much."""
-    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+    return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch
 
 
 @contextmanager

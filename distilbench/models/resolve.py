@@ -16,7 +16,7 @@ from typing import Any
 
 from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
 from distilbench.identity import SourceUsed
-from distilbench.settings import AdapterSettings, FreezeSettings, ModelSettings, SettingsError, require
+from distilbench.settings import AdapterSettings, FreezeSettings, ModelSettings, SettingsError, TrialSettings, require
 
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -117,6 +117,16 @@ def check_adapter(resolved: ResolvedModel, adapter: AdapterSettings) -> None:
     width = resolved.config.get("hidden_size", resolved.config.get("dim"))
     fits = adapter.rank is None or width is None or adapter.rank <= width
     require(fits, "adapter.rank", f"1..{width} for {_short(resolved)}, the width of its layers", adapter.rank)
+
+
+def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
+    """Raise :class:`SettingsError` for a trial that the model can't be trained so; loads neither torch nor peft."""
+    check_freeze(resolved, settings.freeze)
+    check_adapter(resolved, settings.adapter)
+    check_length(resolved, settings.train.max_length)
+    layer_decay, is_albert = settings.optim.layer_decay, resolved.config["model_type"] == "albert"
+    require(not is_albert or layer_decay == 1, "optim.layer_decay", f"1 for {resolved.used.name}", layer_decay,
+            "ALBERT's layers share one set of weights")  # fmt: skip
 
 
 def check_length(resolved: ResolvedModel, max_length: int) -> None:

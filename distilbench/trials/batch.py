@@ -8,7 +8,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distilbench.identity import fusion_key, preparation_key, trial_identity
-from distilbench.models.resolve import check_adapter, check_freeze
+from distilbench.models.resolve import check_trial
 from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
@@ -89,8 +89,7 @@ class BatchRunner:
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
-        check_freeze(prepared.model, settings.freeze)
-        check_adapter(prepared.model, settings.adapter)
+        check_trial(prepared.model, settings)
         if job.context and job.context.accept:
             job.context.accept(prepared)
         return _Ready(job, prepared, self._stores[settings.tracking])

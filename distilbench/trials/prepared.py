@@ -13,7 +13,7 @@ from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
 from distilbench.identity import ProtocolIdentity, treatment_of
 from distilbench.models.build import load_tokenizer
-from distilbench.models.resolve import ResolvedModel, check_adapter, check_freeze, check_length, resolve_model
+from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
 from distilbench.report.names import name_of as name_of_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
@@ -95,9 +95,7 @@ def prepare(settings: AppSettings) -> Prepared:
     device = resolve_device(settings.engine.device)
     precision = resolve_precision(settings.train.precision, device)
     model = resolve_model(settings.model)
-    check_freeze(model, settings.freeze)
-    check_adapter(model, settings.adapter)
-    check_length(model, settings.train.max_length)
+    check_trial(model, settings)
     engine = resolve_engine(settings, model, precision, device.type)
     text = load_text(settings.data)
     splits = encode(text, load_tokenizer(model), settings.train.max_length, root() / "outputs" / "cache")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distilbench.data.text import load_text
@@ -287,6 +289,21 @@ def test_what_a_policy_freezes_stays_as_it_was_and_the_rest_is_trained(trial, tr
         changed = not np.array_equal(trained[name], parameter.detach().numpy())
         assert changed == parameter.requires_grad or key_bias, name
     assert result.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+OBJECTIVE = ("train.label_smoothing=0.2", "train.class_weights=balanced", "optim.layer_decay=0.7", "optim.lr=3e-3")
+
+
+def test_smoothing_weights_and_layer_decay_change_training_and_not_what_is_measured(trial, train, splits_of):
+    [result], seen = train([trial(*OBJECTIVE)])
+    [plain], _ = train([trial("optim.lr=3e-3")])
+    [small], parts = train([trial(*OBJECTIVE, "train.micro_batch_size=2")])
+    np.testing.assert_allclose(parts.losses(), seen.losses(), rtol=2e-5)
+    np.testing.assert_allclose(small.report.logits, result.report.logits, atol=1e-4)
+    assert not np.allclose(result.report.logits, plain.report.logits, atol=1e-3)
+    labels = splits_of(trial()).report.labels
+    assert result.report.loss == pytest.approx(log_loss(labels, softmax(result.report.logits, axis=1)), rel=1e-5)
+    assert seen.steps[0][0].learning_rate == pytest.approx(3e-3 * (1 - 1 / STEPS)), "the head's"
 
 
 def test_of_equal_epochs_the_first_is_kept(trial, train):

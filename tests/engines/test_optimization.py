@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from distilbench.engines.optimization import build_optimizer, decay_parameter_names, lr_factors, parameter_groups
 from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze
-from distilbench.models.resolve import resolve_model
+from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.settings import (
     SCHEDULERS,
     FreezeSettings,
@@ -24,8 +26,9 @@ from distilbench.settings import (
     SchedulerSettings,
     SettingsError,
 )
+from tests.conftest import compose_settings
 
-ADAMW = OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0)
+ADAMW = OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)
 CPU = torch.device("cpu")
 
 
@@ -56,7 +59,7 @@ def test_biases_and_normalisation_do_not_decay():
 
 def test_groups_hold_every_trainable_parameter_once():
     model = tiny(frozen=1)
-    decayed, spared = parameter_groups(model, 0.05)
+    decayed, spared = parameter_groups(model, replace(ADAMW, weight_decay=0.05))
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     grouped = [id(p) for group in (decayed, spared) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -72,10 +75,28 @@ def test_adamw_gets_its_settings():
 
 
 def test_sgd_gets_its_settings():
-    optimizer = build_optimizer(tiny(), OptimSettings("sgd", 0.1, 0.02, 1.0, 0.9, 0.999, 1e-8, 0.5), CPU)
+    optimizer = build_optimizer(tiny(), OptimSettings("sgd", 0.1, 0.02, 1.0, 0.9, 0.999, 1e-8, 0.5, 1.0), CPU)
     assert isinstance(optimizer, torch.optim.SGD)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0]
     assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.1, 0.5)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "bert", "roberta", "electra", "modernbert"])
+def test_layer_decay_goes_down_by_a_factor_a_layer_to_the_embeddings(family):
+    model = tiny(family)
+    groups = parameter_groups(model, replace(ADAMW, lr=1.0, layer_decay=0.5))
+    rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.layers?\.(\d)\.", name)
+        expected = 0.5 ** (2 - int(layer[1])) if layer else 0.125 if "embeddings" in name else 1.0
+        assert rate_of[id(parameter)] == expected, name
+    assert groups[0]["lr"] == 1.0, "the head's comes first, for it is what is logged"
+
+
+def test_layer_decay_is_refused_where_layers_are_one():
+    resolved = resolve_model(ModelSettings("random", "albert", layers=2))
+    with pytest.raises(SettingsError, match=r"^optim.layer_decay must be 1 for .*albert.*, got 0.9; ALBERT's layers"):
+        check_trial(resolved, compose_settings("model=tiny", "data=synthetic", "output.dir=.", "optim.layer_decay=0.9"))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

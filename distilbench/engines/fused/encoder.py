@@ -18,6 +18,7 @@ from distilbench.engines.fused.autograd import attend, cls_attention, dropout_ad
 from distilbench.engines.fused.dropout import CounterDropout, DropoutMasks, dropout_scale
 from distilbench.engines.fused.packing import Batch, Exchange, Placement
 from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.loss import Loss
 
 
 class Forward:
@@ -52,8 +53,8 @@ class Forward:
         normal = self._dropout_add_layer_norm(embedded, None, 0, "embedding_norm", last=False)
         return self._dropped(normal, self.architecture.embedding_rate, last=False)
 
-    def losses(self, hidden: torch.Tensor | None, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Cross-entropies ``(trials, sentences)`` from the states under layer ``start``, and the summed embeddings.
+    def losses(self, loss: Loss, hidden: torch.Tensor | None, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return losses ``(trials, sentences)`` from the states under layer ``start``, and the summed embeddings.
 
         Without ``hidden`` states, which the embeddings then train for, the pass begins with the embeddings.
         """
@@ -63,8 +64,7 @@ class Forward:
             hidden = self.embed(embedded)
         logits = self.logits(self.layers(hidden, start, self.architecture.depth))
         labels = self.batch.labels.expand(len(logits), -1)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        return losses.view(labels.shape), embedded
+        return loss.of_each(logits.flatten(0, 1), labels.flatten()).view(labels.shape), embedded
 
     def layers(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Run layers ``start`` to ``stop - 1``."""

@@ -35,6 +35,7 @@ from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.packing import pack, stack_batches
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
+from distilbench.engines.loss import Loss
 from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
@@ -134,6 +135,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         schedule=BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs),
         parameters=parameter_counts(model),
         flops=TrainFlops.of(model),
+        loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names)),
         device=device,
         device_name=describe_device(device),
         precision=precision,

@@ -279,7 +279,7 @@ class TrialGroup:
             lrs = np.stack([member.lrs for member in self.members], axis=1)
             self.graph_steps = GraphSteps(
                 stack.weights, stack.optimizer, self.prefix, bucketed_batches, lrs, self.losses, self.norms,
-                self._deterministic_layers(), runner_for(device),
+                self.context.loss, self._deterministic_layers(), runner_for(device),
             )  # fmt: skip
         seconds = self.graph_steps.take(self.step)
         self.stopwatch.leave_out(seconds)
@@ -312,7 +312,7 @@ class TrialGroup:
             start = self.prefix.depth
             at_once = self.prefix.window * self.members[0].micro_batch
             hidden = self.prefix.hidden(stack.orders, self.step, part, batch, at_once)
-        each, embedded = forward.losses(hidden, start)
+        each, embedded = forward.losses(self.context.loss, hidden, start)
         losses = each.mean(1) * (each.shape[1] / size)
         stack.weights.backward(losses.sum(), embedded, batch, add=part.start > 0)
         return losses.detach()

@@ -17,7 +17,8 @@ from distilbench.engines.checkpoints import Progress
 from distilbench.engines.evaluation import best_of, is_out_of_patience
 from distilbench.engines.fused.optimizer import untouched_factor
 from distilbench.engines.fused.params import FlatParamLayout
-from distilbench.engines.optimization import lr_factors
+from distilbench.engines.loss import Loss
+from distilbench.engines.optimization import lr_factors, lr_scale
 from distilbench.engines.outcome import result_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.stopwatch import Lap
@@ -47,6 +48,7 @@ class GroupContext:
     schedule: BatchSchedule
     parameters: tuple[int, int]
     flops: TrainFlops
+    loss: Loss
     device: torch.device
     device_name: str
     precision: str
@@ -154,7 +156,8 @@ class Member:
         """Write the model of ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""
         context = self.context
         model = build_model(context.resolved, context.splits.label_names, self.seed)
-        untouched = untouched_factor(self.settings.optim, self.lrs[: self.best.step].tolist())
+        scale = lr_scale(0, context.layout.top, self.settings.optim.layer_decay)
+        untouched = untouched_factor(self.settings.optim, (scale * self.lrs[: self.best.step]).tolist())
         context.layout.write(flat_params, untouched, dict(model.named_parameters()))
         export_trial(model, load_tokenizer(context.resolved), self.settings)
 

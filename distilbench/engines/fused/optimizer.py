@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.optimization import lr_scale
 from distilbench.settings import OptimSettings
 
 
@@ -37,7 +38,7 @@ class StackedOptimizer:
             norms.append(self._norm(trial))
             factor = _clipped(norms[-1], settings.max_grad_norm)
             update = _adamw if settings.name == "adamw" else _sgd
-            for part in self.weights.parts():
+            for part, scale in self._scaled_parts(settings):
                 grad, divisor = self.weights.grad_of(trial, part), None
                 if factor is not None and grad.dtype == torch.float32:
                     divisor = 1 / factor  # torch's kernel divides on its way, in this precision alone
@@ -45,9 +46,20 @@ class StackedOptimizer:
                     grad.mul_(factor)
                 decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
                 moments = [moment[trial, part] for moment in self.moments]
-                update(self.weights.flat_params[trial, part], grad, moments, settings, number, lr, decay, divisor)
+                update(
+                    self.weights.flat_params[trial, part], grad, moments, settings, number, lr * scale, decay, divisor
+                )
                 self.weights.updated(trial, part)
         return torch.stack(norms)
+
+    def _scaled_parts(self, settings: OptimSettings) -> Iterator[tuple[slice, float]]:
+        """Yield parts of a flat vector with the factor on their learning rate."""
+        layout, scale = self.weights.layout, 1.0
+        layered = settings.layer_decay != 1
+        for part in self.weights.parts(by_leaf=layered):
+            if layered and part.start in layout.level_at:
+                scale = lr_scale(layout.level_at[part.start], layout.top, settings.layer_decay)
+            yield part, scale
 
     def _norm(self, trial: int) -> torch.Tensor:
         gradients = (self.weights.grad_of(trial, part) for part in self.weights.parts())

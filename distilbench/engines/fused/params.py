@@ -14,6 +14,7 @@ from distilbench.engines.fused.architecture import TABLES, Architecture
 from distilbench.engines.fused.autograd import GradBuffers
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
+from distilbench.models.layers import levels
 
 CACHED = 1 << 20
 """Elements of a row that a CPU's optimizer takes at once: several passes over all would each wait for memory, and take
@@ -67,14 +68,18 @@ class FlatParamLayout:
         self.frozen = {leaf for leaf, names in self.leaves.items() if set(names) <= frozen}
         decayed = decay_parameter_names(model)
         ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
-        parameters = dict(model.named_parameters())
+        parameters, level_of = dict(model.named_parameters()), levels(model)
 
         self.param_slices: list[ParamSlice] = []
+        self.top = max(level_of.values())
+        self.level_at: dict[int, int] = {}
+        """Where parameters of another level begin, and which: :func:`~distilbench.models.layers.levels`."""
         ends = [0, 0, 0, 0]
         start = 0
         for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
             param_slice = ParamSlice(leaf, start, tuple(self.read(leaf, parameters).shape))
             self.param_slices.append(param_slice)
+            self.level_at[start] = level_of[self.leaves[leaf][0]]
             start = param_slice.stop
             ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
@@ -194,10 +199,14 @@ class StackedWeights:
         """Where the gradients of a layer's weight and bias go; None where it is frozen."""
         return self._grad_buffers.get(layer)
 
-    def parts(self) -> Iterator[slice]:
-        """Cut a flat vector into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache."""
+    def parts(self, by_leaf: bool = False) -> Iterator[slice]:
+        """Cut a flat vector into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache.
+
+        ``by_leaf`` also cuts it where a weight begins.
+        """
         layout = self.layout
-        for start, stop in pairwise([0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size]):
+        ends = {0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size}
+        for start, stop in pairwise(sorted(ends | layout.level_at.keys() if by_leaf else ends)):
             for first in range(start, stop, self._most):
                 yield slice(first, min(first + self._most, stop))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -85,6 +86,11 @@ def reference(settings, splits, dtype=torch.float64, around_step=lambda step, pa
     steps = settings.train.epochs * -(-examples // size)
     optimizer = build_optimizer(model, settings.optim, torch.device("cpu"))
     factors = lr_factors(settings.scheduler, steps, settings.optim.lr)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    is_balanced, labels = settings.train.class_weights == "balanced", splits.train.labels
+    weights = compute_class_weight("balanced", classes=np.unique(labels), y=labels) if is_balanced else np.ones(9)
+    weight_of = torch.from_numpy(weights).to(dtype)
     losses, norms, step = [], [], 0
     for epoch in range(settings.train.epochs):
         order = epoch_order(examples, settings.seed, epoch)
@@ -92,13 +98,17 @@ def reference(settings, splits, dtype=torch.float64, around_step=lambda step, pa
             rows = order[start : start + size]
             around_step(step, rows)
             inputs = padded_batch(splits.train, rows, splits.pad_token_id)
-            loss = model(**inputs, labels=torch.from_numpy(splits.train.labels[rows])).loss
+            labels = torch.from_numpy(splits.train.labels[rows])
+            each = torch.nn.functional.cross_entropy(
+                model(**inputs).logits, labels, label_smoothing=settings.train.label_smoothing, reduction="none"
+            )
+            loss = (weight_of[labels] * each).mean()
             loss.backward()
             limit = settings.optim.max_grad_norm or float("inf")
             trained = [p for p in model.parameters() if p.requires_grad]
             norms.append(float(torch.nn.utils.clip_grad_norm_(trained, limit)))
             for group in optimizer.param_groups:
-                group["lr"] = settings.optim.lr * factors[step]
+                group["lr"] = group["initial_lr"] * factors[step]
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
@@ -129,6 +139,10 @@ LADDER = {
     "head": ("freeze=head",),
     "bias": ("freeze=bias",),
     "bias, sgd": ("freeze=bias", "optim=sgd", "optim.lr=0.1", "optim.max_grad_norm=0.1"),
+    "layer decay": ("optim.layer_decay=0.5", "optim.weight_decay=0.3"),
+    "layer decay, freeze 1, sgd": ("optim.layer_decay=0.5", "freeze.layers=1", "optim=sgd", "optim.lr=0.1"),
+    "label smoothing": ("train.label_smoothing=0.2",),
+    "balanced weights": ("train.class_weights=balanced",),
     "whole batches": ("train.batch_size=37",),
     "batches of one": ("train.batch_size=1", "train.epochs=1"),
     "pairs": PAIRS,

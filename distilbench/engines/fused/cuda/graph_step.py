@@ -28,6 +28,7 @@ from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import TrainingPrefix
+from distilbench.engines.loss import Loss
 
 MIN_REPLAYS = 8
 """Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
@@ -51,11 +52,11 @@ class GraphSteps:
     def __init__(
         self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: TrainingPrefix | None,
         bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
-        deterministic_layers: int, runner: StepRunner,
+        loss: Loss, deterministic_layers: int, runner: StepRunner,
     ) -> None:  # fmt: skip
         """``lrs`` (steps, trials) are those of the whole course; see :class:`Forward` for ``deterministic_layers``."""
         self.weights, self.prefix, self.bucketed_batches = weights, prefix, bucketed_batches
-        self.losses, self.norms = losses, norms
+        self.losses, self.norms, self._loss = losses, norms, loss
         self._deterministic_layers, self._runner = deterministic_layers, runner
         self._optimizer = CapturableOptimizer(optimizer, lrs)
         self._step_scalars = losses.new_zeros(len(losses), NUM_STEP_SCALARS)
@@ -112,7 +113,7 @@ class GraphSteps:
         batch, keys = batch_of(buffers.inputs, bucket)
         forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
         start = 0 if self.prefix is None else self.prefix.depth
-        losses, embedded = forward.losses(buffers.hidden, start)
+        losses, embedded = forward.losses(self._loss, buffers.hidden, start)
         mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
         self.weights.backward(mean.sum(), embedded, batch)
         return mean.detach()

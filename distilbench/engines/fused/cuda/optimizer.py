@@ -14,6 +14,7 @@ import torch
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.optimization import lr_scale
 from distilbench.settings import OptimSettings
 
 NUM_STEP_SCALARS = 4
@@ -27,6 +28,7 @@ class CapturableOptimizer:
     def __init__(self, optimizer: StackedOptimizer, lrs: np.ndarray) -> None:
         weights, settings = optimizer.weights, optimizer.settings
         self.weights, self.moments, self.adaptive = weights, optimizer.moments, settings[0].name == "adamw"
+        self.scales = None if all(s.layer_decay == 1 for s in settings) else _lr_scales(weights, settings)
         self.table = torch.from_numpy(step_scalars_of(settings, lrs)).to(weights.flat_params)
         self.constants = torch.tensor([_constants(s) for s in settings], dtype=torch.float64).to(weights.flat_params)
         self.limits = torch.tensor([s.max_grad_norm or torch.inf for s in settings], dtype=torch.float64).to(
@@ -42,7 +44,7 @@ class CapturableOptimizer:
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
         compute_part = weights.compute_grad, weights.compute_params
         compute_dtype = (weights.flat_params if weights.compute_params is None else weights.compute_params).dtype
-        if self.adaptive and kernels.runs("adamw", norms.device, compute_dtype):
+        if self.adaptive and self.scales is None and kernels.runs("adamw", norms.device, compute_dtype):
             numbers = step_scalars, self.constants, factors
             state = weights.flat_params, weights.grad, compute_part, self.moments
             kernels.adamw(*state, numbers, (decayed, compute)).run()
@@ -50,8 +52,21 @@ class CapturableOptimizer:
         if weights.compute_grad is not None:
             weights.grad[:, compute] = weights.compute_grad
         rule = adamw if self.adaptive else sgd
-        rule(weights.flat_params, weights.grad, self.moments, step_scalars, self.constants, factors, decayed)
+        rule(
+            weights.flat_params, weights.grad, self.moments, step_scalars, self.constants, factors, decayed, self.scales
+        )
         weights.updated()
+
+
+def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> torch.Tensor:
+    """Return the factor on the learning rate of each parameter, ``(trials, size)``."""
+    layout = weights.layout
+    scales = torch.ones_like(weights.flat_params)
+    for trial, own in enumerate(settings):
+        for param_slice in layout.param_slices:
+            level = layout.level_at[param_slice.start]
+            scales[trial, param_slice.start : param_slice.stop] = lr_scale(level, layout.top, own.layer_decay)
+    return scales
 
 
 def gradient_norms(weights: StackedWeights) -> torch.Tensor:
@@ -82,25 +97,30 @@ def _constants(settings: OptimSettings) -> list[float]:
 def adamw(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor],
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
+    scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """``torch.optim.AdamW`` on ``flat_params`` (trials, size), whose first ``decayed`` columns decay."""
     _, lr_times_weight_decay, step_size, root = step_scalars[:, :, None].unbind(1)
     to_mean, keep_square, to_square, eps = constants[:, :4, None].unbind(1)
     mean, square = moments
+    if scales is not None:
+        lr_times_weight_decay, step_size = lr_times_weight_decay * scales, step_size * scales
     grad = grad * factors[:, None]
     mean.add_((grad - mean) * to_mean)
     square.mul_(keep_square).add_(grad.square() * to_square)
-    flat_params[:, :decayed].sub_(flat_params[:, :decayed] * lr_times_weight_decay)
+    flat_params[:, :decayed].sub_(flat_params[:, :decayed] * lr_times_weight_decay[:, :decayed])
     flat_params.sub_(step_size * mean / (square.sqrt() * root + eps))
 
 
 def sgd(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor],
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
+    scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """``torch.optim.SGD`` on ``flat_params`` (trials, size); decay is an L2 term on the first ``decayed`` columns."""
     momentum, decay = constants[:, 4:, None].unbind(1)
     grad = grad * factors[:, None]
     grad[:, :decayed].add_(flat_params[:, :decayed] * decay)
     velocity = moments[0].mul_(momentum).add_(grad) if moments else grad
-    flat_params.sub_(step_scalars[:, 0, None] * velocity)
+    lrs = step_scalars[:, 0, None]
+    flat_params.sub_((lrs if scales is None else lrs * scales) * velocity)

@@ -148,7 +148,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     frozen = layout.frozen_weights(dict(model.named_parameters()), META, torch.float32, dtype)
     flat_params = torch.empty(trials, layout.size, device=META)
     weights = StackedWeights(layout, frozen, dtype, flat_params)
-    optim = [OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0)] * trials
+    optim = [OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)] * trials
     moments = [torch.empty_like(flat_params) for _ in range(num_moments(optim))]
     prefix = SimpleNamespace(depth=layers, empty=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
     losses = torch.empty(trials, device=META)

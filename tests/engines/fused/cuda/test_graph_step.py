@@ -76,12 +76,15 @@ class SameCountedMasks(SameMasks):
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
-@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1", "freeze.layers=2", "freeze.layers=1 still"])
+@pytest.mark.parametrize(
+    "freezing",
+    ["freeze=none", "freeze.layers=1", "freeze.layers=2", "freeze.layers=1 freeze.dropout=false", "freeze=bias",
+     "optim.layer_decay=0.5 train.label_smoothing=0.1", "optim=sgd optim.layer_decay=0.5 train.class_weights=balanced"],
+)  # fmt: skip
 def test_with_the_same_masks_dropout_is_that_of_the_architecture(
     trial, splits_of, recorder, monkeypatch, kind, freezing
 ):
-    freezing, *still = freezing.split()
-    settings = trial(freezing, f"freeze.dropout={not still}", LAST_EPOCH, kind=kind, still=False)
+    settings = trial(*freezing.split(), LAST_EPOCH, kind=kind, still=False)
     splits, seen = splits_of(settings), recorder()
     [result] = FusedEngine(torch.float64, graph_steps=True).train([settings], splits, seen)
     masks = SameCountedMasks(settings, splits)

@@ -15,13 +15,13 @@ from distilbench.settings import OptimSettings
 SIZE, DECAYED, STEPS = 300, 200, 12
 TRIALS = {
     "adamw": [
-        OptimSettings("adamw", 2e-2, 0.3, 1.0, 0.9, 0.999, 1e-8, 0.0),
-        OptimSettings("adamw", 1e-3, 0.0, 0.5, 0.8, 0.99, 1e-6, 0.0),
-        OptimSettings("adamw", 5e-3, 0.01, 0.0, 0.9, 0.95, 1e-8, 0.0),
+        OptimSettings("adamw", 2e-2, 0.3, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0),
+        OptimSettings("adamw", 1e-3, 0.0, 0.5, 0.8, 0.99, 1e-6, 0.0, 1.0),
+        OptimSettings("adamw", 5e-3, 0.01, 0.0, 0.9, 0.95, 1e-8, 0.0, 1.0),
     ],
     "sgd": [
-        OptimSettings("sgd", 2e-2, 0.3, 1.0, 0.9, 0.999, 1e-8, 0.9),
-        OptimSettings("sgd", 1e-1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0),
+        OptimSettings("sgd", 2e-2, 0.3, 1.0, 0.9, 0.999, 1e-8, 0.9, 1.0),
+        OptimSettings("sgd", 1e-1, 0.0, 0.0, 0.9, 0.999, 1e-8, 0.0, 1.0),
     ],
 }
 RATES = np.linspace(1, 0.1, STEPS)
