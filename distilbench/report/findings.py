@@ -39,8 +39,8 @@ class Report:
     """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
 
     ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
-    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs; ``slices``
-    are the best rows on parts of the examples.
+    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs, once ``ui_command`` was
+    typed (None where a server is there); ``slices`` are the best rows on parts of the examples.
     """
 
     title: str
@@ -52,6 +52,7 @@ class Report:
     curves: tuple[Curve, ...] = ()
     confirmation: tuple[Confirmed, ...] = ()
     url: str = ""
+    ui_command: str | None = None
     floor: float | None = None
     slices: tuple[Row, ...] = ()
 

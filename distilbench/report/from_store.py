@@ -119,7 +119,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         sample=trials[0],
         margin=request.margin,
         notes=notes,
-        url=store.runs_url(),
+        url=store.runs_url(request.sweep.tags[SWEEP] if request.sweep else None),
+        ui_command=store.ui_command,
         floor=floor,
         slices=slices,
     )

@@ -105,6 +105,9 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
         console.print(rich_table(report.slices, SLICES, console.width))
     for line in details(report):
         console.print(Text(line))
+    for label, text in {"first": report.ui_command, "runs": report.url}.items():
+        if text:
+            console.print(Text(f"{label:<8}{text}"), soft_wrap=True)  # never wrapped, so that it can be clicked
 
 
 def markdown_report(report: Report, layout: str = "full") -> str:

@@ -199,6 +199,7 @@ class Summary:
     comparison: Comparison | None = None
     baseline_command: str | None = None
     run_url: str | None = None
+    ui_command: str | None = None
     output_dir: str | None = None
 
 
@@ -210,7 +211,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(_facts(summary), width=width)
     for line in _comparison_lines(summary, width):
         console.print(line, width=width)
-    lines = {"baseline": summary.baseline_command, "runs": summary.run_url, "output": summary.output_dir}
+    lines = {"baseline": summary.baseline_command, "output": summary.output_dir, "first": summary.ui_command,
+             "runs": summary.run_url}  # fmt: skip
     for label, text in lines.items():
         if text:  # never wrapped, so that it can be clicked or copied
             console.print(Text.assemble((f"{label:<10}", "dim"), text), soft_wrap=True)

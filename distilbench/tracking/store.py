@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,12 @@ SWEEP = "distilbench.sweep"
 
 CONFIRMS = "distilbench.confirms"
 """Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
+
+VIEW_COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("accuracy", "difference_points", "train_seconds", "train_flops")),
+    "params.`freeze.layers`",
+]
+"""Columns of the table that links open, as MLflow's page calls them."""
 
 MARGIN = "distilbench.margin"
 """Tag of a sweep's run: the margin in points that its report holds settings to."""
@@ -187,7 +194,7 @@ class MlflowStore:
         self._connection.attempt("the description", partial(self._client.set_tag, run_id, NOTE, text))
 
     def run_url(self, run_id: str) -> str:
-        """Link to a run's page; for a local store it needs ``mlflow ui``."""
+        """Link to a run's page; for a local store it needs :attr:`ui_command`."""
         return self._address.run_url(self._experiment_id, run_id)
 
     def open_parent_run(self, name: str, tags: Mapping[str, str], directory: Path, parent_run_id: str | None = None,
@@ -205,9 +212,27 @@ class MlflowStore:
         forget_undelivered(directory)
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
 
-    def runs_url(self) -> str:
-        """Link to the table of runs, best accuracy first; for a local store it needs ``mlflow ui``."""
-        return self._address.runs_url(self._experiment_id)
+    def runs_url(self, sweep: str | None = None) -> str:
+        """Link to the table of runs, or of a sweep's, best first, with the columns that tell most.
+
+        MLflow keeps such a view in a tag of the experiment, as its own button for sharing one does.
+        """
+        state = {"orderByKey": "metrics.`accuracy`", "orderByAsc": False, "selectedColumns": VIEW_COLUMNS}
+        state |= {"searchFilter": f"tags.`{SWEEP}` = '{sweep}'"} if sweep else {}
+        views: list[str] = []
+
+        def share() -> None:
+            tag = f"mlflow.sharedViewState.{short_hash(state)}"
+            self._client.set_experiment_tag(self._experiment_id, tag, json.dumps(state))
+            views.append(short_hash(state))
+
+        self._connection.attempt("a view of the runs", share)
+        return self._address.runs_url(self._experiment_id, *views)
+
+    @property
+    def ui_command(self) -> str | None:
+        """What to type before a link can be opened; None for a server."""
+        return self._address.ui_command
 
     def describe(self) -> str:
         """One line: where the runs are and how to see them."""

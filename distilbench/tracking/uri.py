@@ -16,6 +16,12 @@ from distilbench.tracking.redaction import redact
 DATABASES = ("postgresql", "mysql", "mssql")
 """Schemes that mlflow opens through SQLAlchemy, beside sqlite."""
 
+_WORKFLOW = "workflowType=machine_learning"
+"""Without it a link opens MLflow's pages for language models' traces."""
+
+_EVERYWHERE = ("0.0.0.0", "::", "")
+"""Hosts to listen at that are none to ask."""
+
 
 @dataclass(frozen=True)
 class StoreAddress:
@@ -61,26 +67,37 @@ class StoreAddress:
         return f"{mend}, or go without: tracking=none"
 
     def describe(self) -> str:
-        """Return the address, and the command that shows it where that is not plain ``mlflow ui``."""
-        if self.file is None:
-            return redact(self.uri)
-        plain = self.file == Path.cwd() / "mlflow.db"
-        return f"{self.file} (mlflow ui{'' if plain else f' --backend-store-uri {shlex.quote(self.uri)}'})"
+        """Return the address, and the command that shows it."""
+        return f"{redact(self.uri)} ({self.ui_command})" if self.ui_command else redact(self.uri)
 
-    def runs_url(self, experiment_id: str) -> str:
-        """Link to the runs of an experiment, best first: what mlflow itself links to is an overview without runs."""
-        best_first = "orderByKey=metrics.%60accuracy%60&orderByAsc=false"
-        return f"{self._pages}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{best_first}"
+    def runs_url(self, experiment_id: str, view: str | None = None) -> str:
+        """Link to the runs of an experiment, as a shared view shows them or best first.
+
+        MLflow heeds no shared view where anything else is asked for; its own links lead to an overview without runs.
+        """
+        shown = f"viewStateShareKey={view}" if view else "orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+        return f"{self._pages}/#/experiments/{experiment_id}/runs?{shown}&{_WORKFLOW}"
 
     def run_url(self, experiment_id: str, run_id: str) -> str:
         """Link to one run."""
-        return f"{self._pages}/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{self._pages}/#/experiments/{experiment_id}/runs/{run_id}?{_WORKFLOW}"
+
+    @property
+    def ui_command(self) -> str | None:
+        """What to type before a link can be opened; None for a server, which is there."""
+        if self.artifacts is None:
+            return None
+        found_there = self.file is not None and self.file.name == "mlflow.db"
+        store = "" if found_there else f" --backend-store-uri {shlex.quote(redact(self.uri))}"
+        return f"cd {shlex.quote(str(self.artifacts.parent))} && mlflow ui{store}"
 
     @property
     def _pages(self) -> str:
-        """Where MLflow's pages are, without a password."""
-        address = re.sub(r"//[^/]*@", "//", self.uri) if self.artifacts is None else "http://127.0.0.1:5000"
-        return address.rstrip("/")
+        """Where MLflow's pages are, without a password; ``mlflow ui`` reads the same two variables."""
+        if self.artifacts is None:
+            return re.sub(r"//[^/]*@", "//", self.uri).rstrip("/")
+        host = os.environ.get("MLFLOW_HOST", "127.0.0.1")
+        return f"http://{'127.0.0.1' if host in _EVERYWHERE else host}:{os.environ.get('MLFLOW_PORT', '5000')}"
 
 
 def store_address_of(settings: TrackingSettings) -> StoreAddress:

@@ -254,6 +254,7 @@ def _print(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
         comparison=outcome.comparison,
         baseline_command=None if job.is_baseline or outcome.comparison else job.baseline_command(),
         run_url=store.runs_url() if store else None,
+        ui_command=store.ui_command if store else None,
         output_dir=outcome.settings.output.dir,
     )
     print_summary(Console(), summary)

@@ -52,7 +52,7 @@ def test_the_parents_description_is_a_table_with_links_to_its_runs(grid):
     note = parent.data.tags["mlflow.note.content"]
     assert "better than the baseline" in note
     for child in children:
-        assert f"runs/{child.info.run_id})" in note
+        assert f"runs/{child.info.run_id}?workflowType=machine_learning)" in note
 
 
 def test_the_sweep_ends_with_a_report_printed_and_saved(grid):

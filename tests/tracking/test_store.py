@@ -505,12 +505,58 @@ def test_a_uri_of_no_known_kind_is_refused(uri):
         open_store(TrackingSettings("mlflow", uri, "tests", 0))
 
 
-def test_links_open_the_table_of_runs_without_the_password(store):
-    table = "runs?workflowType=machine_learning&orderByKey=metrics.%60accuracy%60&orderByAsc=false"
+def test_links_open_a_view_that_the_experiment_keeps_with_the_columns_that_tell_most(store, client):
+    for sweep in (None, "first"):
+        page, _, query = store.runs_url(sweep).partition("?")
+        assert page == "http://127.0.0.1:5000/#/experiments/1/runs"
+        asked = dict(pair.split("=") for pair in query.split("&"))
+        assert asked.pop("workflowType") == "machine_learning"
+        view = json.loads(client.get_experiment("1").tags[f"mlflow.sharedViewState.{asked.pop('viewStateShareKey')}"])
+        assert asked == {}, "MLflow heeds no view beside a search of the link's own"
+        assert view.get("searchFilter") == (f"tags.`distilbench.sweep` = '{sweep}'" if sweep else None)
+        assert view["selectedColumns"] == [
+            "metrics.`accuracy`", "metrics.`difference_points`", "metrics.`train_seconds`", "metrics.`train_flops`",
+            "params.`freeze.layers`",
+        ]  # fmt: skip
+        assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`accuracy`", False)
+
+
+def test_mlflows_page_knows_every_word_of_such_a_view():
+    import mlflow
+
+    pages = Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js"
+    text = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in pages.glob("*.js"))
+    for word in ("viewStateShareKey", "mlflow.sharedViewState.", "selectedColumns", "workflowType", "machine_learning",
+                 '"searchFilter","orderByKey","orderByAsc"'):  # fmt: skip
+        assert word in text
+
+
+def test_where_the_view_is_not_taken_a_link_opens_the_plain_table(store, monkeypatch):
+    def refused(*args):
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(store._client, "set_experiment_tag", refused)
+    monkeypatch.setattr(retries, "PAUSES", ())
+    table = "runs?orderByKey=metrics.%60accuracy%60&orderByAsc=false&workflowType=machine_learning"
     assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
     server = address.StoreAddress("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")
     assert server.runs_url("4") == f"https://example.org/mlflow/#/experiments/4/{table}"
-    assert server.describe() == "https://***@example.org/mlflow/"
+    assert (
+        server.run_url("4", "ab") == "https://example.org/mlflow/#/experiments/4/runs/ab?workflowType=machine_learning"
+    )
+    assert (server.describe(), server.ui_command) == ("https://***@example.org/mlflow/", None)
+
+
+def test_links_lead_to_where_mlflow_ui_will_be_and_say_what_to_type_first(store, uri, monkeypatch, tmp_path):
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    assert store.ui_command == f"cd {folder} && mlflow ui --backend-store-uri {uri}"
+    monkeypatch.setenv("DISTILBENCH_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HOST", "0.0.0.0")
+    monkeypatch.setenv("MLFLOW_PORT", "5050")
+    usual = address.store_address_of(TrackingSettings("mlflow", None, "tests", 0))
+    assert usual.ui_command == f"cd {tmp_path} && mlflow ui"
+    assert usual.run_url("1", "ab").startswith("http://127.0.0.1:5050/#/experiments/1/runs/ab?")
 
 
 def test_racing_processes_agree_on_one_database_and_experiment(workspace):
