@@ -195,7 +195,8 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
         "report.csv", "report.html", "report.md", "report.tex"
     ]  # fmt: skip
     note = store._client.get_run(parent).data.tags["mlflow.note.content"]
-    assert re.search(r"\| \[layers=1\]\(http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\?workflowType=machine_learning\) \| -20\.00", note)
+    link = r"http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\?workflowType=machine_learning"
+    assert re.search(rf"\| \[layers=1\]\({link}\) \| -20\.00", note)
 
 
 def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):
