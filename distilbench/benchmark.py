@@ -46,7 +46,7 @@ TABLE_WIDTH = 158
 
 @hydra.main(config_path=str(CONF), config_name="benchmark", execution_whitelist=["distilbench.composition.CheckFirst"])
 def main(config: DictConfig) -> None:
-    """Measure, print a table, and write it with a plot and all figures into the output directory."""
+    """Measure, print a table, and write it with all figures into the output directory."""
     with errors_in_one_line():
         settings = settings_from(config, BenchmarkSettings)
         require(settings.optim.name == "adamw", "optim.name", "adamw in a benchmark", settings.optim.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -21,7 +22,8 @@ TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
 
 
 def test_time_shared_by_trials_of_a_batch_counts_once():
-    assert _covered([(0.0, 4.0), (0.1, 4.1), (10.0, 12.0)]) == pytest.approx(6.1)
+    spans = np.array([[10.0, 12.0], [0.0, 4.0], [0.1, 4.1]])[:, :, None] * [1, 2]  # (trials, start and end, clocks)
+    assert _covered(spans) == pytest.approx([6.1, 12.2])
 
 
 def measured(began=0.0, steps=4.0, cpu=8.0, evaluation=1.0):
@@ -96,7 +98,7 @@ def benchmark_settings():
     register_schema()
 
 
-def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(
+def test_the_benchmark_measures_six_rows_and_writes_table_and_figures(
     benchmark_settings, tmp_path, monkeypatch, capsys
 ):
     if FORKS:  # a process of its own for each run, but none that imports everything anew
@@ -107,7 +109,6 @@ def test_the_benchmark_measures_six_rows_and_writes_table_plot_and_figures(
     benchmark(benchmark_settings(*TINY_UNTRACKED, *short, "freeze.layers=1", "train.precision=fp32",
                                  f"output.dir={tmp_path}"))  # fmt: skip
     printed = capsys.readouterr().out
-    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     figures = json.loads((tmp_path / "benchmark.json").read_text())
     lines = {line["name"]: line for line in figures["lines"]}
     assert list(lines) == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Barrier
 from typing import Any
@@ -70,32 +70,21 @@ class Measured:
     began: float
 
 
-@dataclass(frozen=True)
-class Instant:
-    """A reading of both clocks, in seconds."""
-
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Instant:
-        """Read them."""
-        return cls(time.perf_counter(), time.process_time())
+def now() -> np.ndarray:
+    """Read both clocks, ``(2,)``: wall and CPU seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def measure(case: Case) -> Measured:
     """Run a case; its process should be new, for the peak of memory to be its own."""
     device = resolve_device(case.settings.engine.device)
     reset_peak_memory(device)
-    began = Instant.now()
+    began = now()
     marks, loss = (_engine_run if case.kind == ENGINE else _stock_run)(case, device)
-    total = Instant.now().wall - began.wall
-    steps = [(start, end) for start, end, _ in marks]
-    evaluation = [(start, end) for _, start, end in marks]
-    wall = [_covered((a.wall, b.wall) for a, b in param_slices) for param_slices in (steps, evaluation)]
-    cpu = [_covered((a.cpu, b.cpu) for a, b in param_slices) for param_slices in (steps, evaluation)]
-    start = min(a.wall for a, _ in steps)
-    return Measured(wall[0], cpu[0], wall[1], cpu[1], total - sum(wall), _peak_bytes(device), loss, start)
+    total = now()[0] - began[0]
+    (steps, steps_cpu), (evaluation, evaluation_cpu) = (_covered(marks[:, mark : mark + 2]) for mark in (0, 1))
+    rest, start = float(total - steps - evaluation), float(marks[:, 0, 0].min())
+    return Measured(steps, steps_cpu, evaluation, evaluation_cpu, rest, _peak_bytes(device), loss, start)
 
 
 def together(runs: Sequence[Measured]) -> Measured:
@@ -123,17 +112,16 @@ def start_with(barrier: Barrier) -> None:
     _START.append(barrier)
 
 
-Marks = list[tuple[Instant, Instant, Instant]]
-"""Of each trial: the end of its warm-up, of its steps, and of its evaluation."""
+def _covered(spans: np.ndarray) -> list[float]:
+    """Count the seconds, by each clock, that lie in one of the ``spans`` (trials, 2, clocks) from start to end.
 
-
-def _covered(param_slices: Iterable[tuple[float, float]]) -> float:
-    """Seconds in one span at least: trials of one batch share theirs, those that memory kept apart do not."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(param_slices):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
+    Trials of one batch share theirs, those that memory kept apart do not.
+    """
+    covered, reached = np.zeros(spans.shape[2]), np.full(spans.shape[2], -np.inf)
+    for start, end in spans[spans[:, 0, 0].argsort()]:
+        covered += np.maximum(0.0, end - np.maximum(start, reached))
+        reached = np.maximum(reached, end)
+    return [float(seconds) for seconds in covered]
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -152,23 +140,24 @@ class _Clock:
 
     def __init__(self, last_step: int) -> None:
         self.last_step = last_step
-        self.marks: dict[tuple[int, str], Instant] = {}
+        self.marks: dict[tuple[int, str], np.ndarray] = {}
         self.losses: list[float] = []
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Note the end of the warm-up and of the last step."""
         if record.step in (WARM_UP, self.last_step):
-            self.marks[trial, "warm" if record.step == WARM_UP else "trained"] = Instant.now()
+            self.marks[trial, "warm" if record.step == WARM_UP else "trained"] = now()
         if trial == 0:
             self.losses.append(record.loss)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Note the end of the evaluation; the rest of a trial is the same whatever trained it."""
-        self.marks[trial, "evaluated"] = Instant.now()
+        self.marks[trial, "evaluated"] = now()
         return True
 
 
-def _engine_run(case: Case, device: torch.device) -> tuple[Marks, float]:
+def _engine_run(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
+    """Train with our engine; returns the ends of warm-up, steps and evaluation, (trials, 3, clocks), and the loss."""
     steps = len(case.splits.train) // case.settings.train.batch_size
     clock = _Clock(steps)
     with tempfile.TemporaryDirectory() as directory:
@@ -178,8 +167,8 @@ def _engine_run(case: Case, device: torch.device) -> tuple[Marks, float]:
     if failed:
         raise RuntimeError(failed[0])
     names = ("warm", "trained", "evaluated")
-    marks = [tuple(clock.marks[trial, name] for name in names) for trial in range(case.trials)]
-    return marks, float(np.mean(clock.losses))  # type: ignore[return-value]  # three names, three marks
+    marks = np.array([[clock.marks[trial, name] for name in names] for trial in range(case.trials)])
+    return marks, float(np.mean(clock.losses))
 
 
 def _variants(case: Case, directory: str) -> Iterator[TrialSettings]:
@@ -197,7 +186,7 @@ class _StepClock(TrainerCallback):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.marks: list[Instant] = []
+        self.marks: list[np.ndarray] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the steps that count."""
@@ -206,11 +195,11 @@ class _StepClock(TrainerCallback):
             if state.global_step == WARM_UP:
                 for barrier in _START:
                     barrier.wait()
-            self.marks.append(Instant.now())
+            self.marks.append(now())
 
 
-def _stock_run(case: Case, device: torch.device) -> tuple[Marks, float]:
-    """Train with transformers' own Trainer, from the same weights on the same batches."""
+def _stock_run(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
+    """Train as :func:`_engine_run` does, with transformers' own Trainer, from the same weights on the same batches."""
     settings, splits, tuned = case.settings, case.splits, case.kind == TUNED
     resolved = resolve_model(settings.model)
     model = build_model(resolved, splits.label_names, settings.seed)
@@ -228,13 +217,11 @@ def _stock_run(case: Case, device: torch.device) -> tuple[Marks, float]:
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
-        before = Instant.now()
+        before = now()
         trainer.evaluate()
-        evaluated = Instant.now()
-    warm, trained = clock.marks
-    # between the last step and the evaluation Trainer tidies up, which belongs to neither
-    shift = Instant(before.wall - trained.wall, before.cpu - trained.cpu)
-    return [(warm, trained, Instant(evaluated.wall - shift.wall, evaluated.cpu - shift.cpu))], loss
+        evaluation = now() - before
+    warm, trained = clock.marks  # what Trainer tidies up before the evaluation belongs to neither
+    return np.array([[warm, trained, trained + evaluation]]), loss
 
 
 def _padding(resolved: ResolvedModel, device: torch.device) -> DataCollatorWithPadding:
