@@ -1,6 +1,6 @@
 """What all commands share: signals, streams, exit statuses, errors in one line, command lines that can be typed.
 
-Exit statuses: 0 done, 1 it failed, 2 something to mend, 129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM.
+Exit statuses: 0 done, 1 it failed, 2 something to mend, 128 and more ended by a signal: 130 by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 from distilbench import __version__
 from distilbench.settings import AppSettings, SettingsError, names_of
 
-STATUS = {getattr(signal, name): 128 + getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM")
-          if hasattr(signal, name)}  # fmt: skip
+STATUS = {getattr(signal, name): 128 + getattr(signal, name)
+          for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)}  # fmt: skip
 
 
 class CommandFailed(RuntimeError):
@@ -31,7 +31,7 @@ class CommandFailed(RuntimeError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, as an exception: ends a trial as cleanly as Ctrl-C does."""
+    """Any other signal than Ctrl-C, as an exception: ends a trial as cleanly."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()

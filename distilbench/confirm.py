@@ -190,6 +190,7 @@ def _plan(name: str, directory: Path, sweep: str, chosen: Mapping[str, _Chosen],
 
 def _train(job: SweepJob, chosen: Mapping[str, _Chosen]) -> End:
     """Train the trial of one point in this process; returns what it ended with, None for an end of its own."""
+    from distilbench.sweep.heartbeat import Lease
     from distilbench.sweep.trial import run_in_sweep
     from distilbench.trials.prepared import Job
 
@@ -197,7 +198,7 @@ def _train(job: SweepJob, chosen: Mapping[str, _Chosen]) -> End:
     settings = replace(chosen[key].settings, seed=int(seed.removeprefix("seed=")))
     baseline = replace(next(iter(chosen.values())).settings, seed=settings.seed)
     output = replace(settings.output, dir=str(job.directory))
-    job.announce()
+    Lease(job).announce()
     try:
         run_in_sweep(Job(replace(settings, output=output), baseline, baseline_command=str), job)
     except Exception as error:  # the trial's boundary

@@ -29,6 +29,7 @@ from distilbench.cli import CommandFailed, command, errors_in_one_line, override
 from distilbench.composition import absolute_paths, baseline_config, command_for
 from distilbench.results import Status, read_record
 from distilbench.settings import CONF, register_schema, require, settings_from
+from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
@@ -61,7 +62,7 @@ class Assignment:
     @property
     def prunes(self) -> bool:
         """Whether the trial may be stopped on the way."""
-        return self.sweep_job is not None and self.sweep_job.storage is not None
+        return self.sweep_job is not None and self.sweep_job.prunes
 
 
 class Batches:
@@ -110,9 +111,10 @@ def _parts_of(assignment: Assignment, closing: ExitStack) -> tuple[Sequence[Job]
     job, sweep_job = assignment.job, assignment.sweep_job
     if not sweep_job:
         return [job], None
+    lease = Lease(sweep_job)
     if not assignment.has_seeds:
-        return [replace(job, context=context_of(sweep_job, job.settings))], None
-    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking, patiently=True))
+        return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
+    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking, patiently=True), lease)
     closing.enter_context(seeds.closing())
     return seeds.jobs, seeds
 
@@ -150,7 +152,7 @@ def _ending() -> Iterator[None]:
 def _assignment(config: DictConfig) -> Assignment:
     sweep_job = SweepJob.from_environment()
     if sweep_job:
-        sweep_job.announce()
+        Lease(sweep_job).announce()
     settings = settings_from(config)
     baseline = baseline_config(config)
     choices = HydraConfig.get().runtime.choices

@@ -155,6 +155,13 @@ class _Clock:
         self.marks[trial, "evaluated"] = now()
         return True
 
+    def wants_checkpoint(self) -> bool:
+        """Never."""
+        return False
+
+    def on_checkpoint(self) -> None:
+        """Do nothing."""
+
 
 def _engine_run(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
     """Train with our engine; returns the ends of warm-up, steps and evaluation, (trials, 3, clocks), and the loss."""

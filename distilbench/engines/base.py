@@ -19,6 +19,12 @@ class TrialObserver(Protocol):
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """An evaluation on the selection split; returns whether the trial is to stop here (PRUNED)."""
 
+    def wants_checkpoint(self) -> bool:
+        """Asked after every step: whether to leave a checkpoint now, since the process is to end."""
+
+    def on_checkpoint(self) -> None:
+        """The checkpoint asked for is written, or settings want none; ends the training by an exception, as a rule."""
+
 
 class Engine(Protocol):
     """What trains trials. It may change speed, never results beyond rounding.

@@ -136,6 +136,7 @@ class _Run(TrainerCallback):
         self.device_name = self.precision = ""
         self.setup_seconds = 0.0
         self.status: Status | None = None
+        self.is_leaving = False
         self.stopwatch = Stopwatch(began)
 
     def set_up(self) -> None:
@@ -221,7 +222,10 @@ class _Run(TrainerCallback):
         """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""
         if self.checkpoint is not None:
             stored = self.checkpoint / _BEST_WEIGHTS
-            self.best_weights = load_file(stored) if stored.is_file() else _trainable_weights(self.model)
+            if stored.is_file():
+                self.best_weights = load_file(stored)
+            elif self.progress.history:
+                self.best_weights = _trainable_weights(self.model)
         self.setup_seconds = self.stopwatch.lap().seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -230,6 +234,11 @@ class _Run(TrainerCallback):
         every = self.settings.train.eval_steps or self.steps_per_epoch
         control.should_evaluate = last or step % every == 0
         control.should_log = control.should_evaluate or step % self.settings.train.logging_steps == 0
+        if not control.should_evaluate and self.observer.wants_checkpoint():  # else the evaluation saves
+            if not self.settings.train.checkpoints:
+                self.observer.on_checkpoint()
+            else:
+                self.is_leaving = control.should_log = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the steps since the last record; the only place where training waits for the device."""
@@ -278,6 +287,9 @@ class _Run(TrainerCallback):
         if self.best_weights is not None and self._best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         checkpoints.seal(path, self.identity, self.progress)
+        if self.is_leaving:
+            self.is_leaving = False
+            self.observer.on_checkpoint()
         self.stopwatch.lap()
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:

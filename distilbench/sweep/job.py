@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distilbench.results import Owner, Record, Status, read_record
+from distilbench.results import Owner, read_record
 from distilbench.settings import AppSettings
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
@@ -24,10 +24,6 @@ NOBODY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
 """Identity of a trial whose sources have not been looked at yet."""
 
 _GOES_UP = ("accuracy", "f1", "mcc")
-
-
-class Orphaned(RuntimeError):
-    """The sweep that launched this job is gone, and another process may have taken its trial over."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,19 @@ class SweepJob:
     """The process that runs the sweep."""
     directory: Path
     objectives: tuple[str, ...]
+    storage: str
+    """Optuna's storage, with study and trial in it. Interpolations such as ``${oc.env:NAME}`` stand in it unresolved,
+    since a password would be written to disk."""
+    study: str
+    trial_id: int
+    grace_seconds: int
+    """``sweep.grace_seconds``."""
     is_quiet: bool = False
     """Whether the job shows nothing of its own, since others run beside it."""
-    storage: str | None = None
-    """Optuna's storage if the trial may be pruned, with study and trial in it. Interpolations such as
-    ``${oc.env:NAME}`` stand in it unresolved, since a password would be written to disk."""
-    study: str = ""
-    trial_id: int = 0
+    prunes: bool = False
+    """Whether the trial may be stopped on the way."""
+    continues: Path | None = None
+    """Directory of the interrupted trial that this one takes up."""
 
     @property
     def number(self) -> int:
@@ -87,13 +89,8 @@ class SweepJob:
         """Read the ``job.json`` that :meth:`write` wrote."""
         content = json.loads(path.read_text())
         lists = {name: tuple(content[name]) for name in ("objectives", "overrides")}
-        return cls(**content | lists | {"owner": Owner(**content["owner"]), "directory": Path(content["directory"])})
-
-    def announce(self) -> None:
-        """Say in ``trial.json`` that this process works on the trial; raises :class:`Orphaned` if its sweep is dead."""
-        if self.owner.pid != os.getpid() and self.owner.is_dead():
-            raise Orphaned(f"the sweep {self.sweep} was killed before trial {self.trial} began; run it again")
-        Record(NOBODY, Status.RUNNING, Owner.of_this_process()).write(self.directory)
+        paths = {name: content[name] and Path(content[name]) for name in ("directory", "continues")}
+        return cls(**content | lists | paths | {"owner": Owner(**content["owner"])})
 
     def reached(self) -> tuple[float, ...]:
         """Return the trial's objectives as ``trial.json`` tells them at its end, NaN if it has none."""

@@ -1,11 +1,11 @@
-"""Optuna's pruners and storage as a trial's own process uses them."""
+"""Optuna's pruners as a trial's own process uses them."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distilbench.settings import METRICS, SettingsError, SweepSettings
 from distilbench.sweep.job import SweepJob
@@ -66,30 +66,20 @@ def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
         )
 
 
-def storage_of(url: str) -> optuna.storages.RDBStorage:
-    """Open Optuna's storage at ``url``, whose interpolations are resolved in this process.
-
-    A SQLite file waits a minute for its lock, since several processes write.
-    """
-    import optuna
-    from omegaconf import OmegaConf
-
-    url = str(OmegaConf.create({"url": url}).url)
-    arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-
-
 def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback | None:
     """Make what reports to the study and asks its pruner; a trial's end is left to the sweep to tell.
 
     Optuna prunes studies of one objective alone. Of several, the pruner here sees the one that :func:`judged_by` names.
     """
     name = judged_by(job.objectives)
-    if job.storage is None or name is None:
+    if not job.prunes or name is None:
         return None
     import optuna
 
-    study = optuna.load_study(study_name=job.study, storage=storage_of(job.storage), pruner=pruner_of(settings))
+    from distilbench.sweep.storage import storage_of
+
+    storage = storage_of(job.storage, settings.grace_seconds)
+    study = optuna.load_study(study_name=job.study, storage=storage, pruner=pruner_of(settings))
     study._directions = [study.directions[job.objectives.index(name)]]  # in this process: the storage keeps them all
     trial = optuna.trial.Trial(study, job.trial_id)
 

@@ -57,9 +57,9 @@ def open_studies(
     """
     _check_directory(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
-    owner = Owner.of_this_process()
+    owner, grace = Owner.of_this_process(), plan.settings.sweep.grace_seconds
     with storage.lock():
-        main = open_study(storage, plan.name, plan.directions, pruner_of(plan.settings.sweep))
+        main = open_study(storage, plan.name, plan.directions, pruner_of(plan.settings.sweep), grace)
         kept = main.user_attrs.get("identity")
         if kept is not None and kept != plan.identity:
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
@@ -69,7 +69,7 @@ def open_studies(
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
-        beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None) if plan.beside else None
+        beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
     return plan, SweepStudies(
         storage,
         Study(main, plan, owner, retry=_to_retry(plan, main, holds)),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -20,16 +21,17 @@ from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.data.text import load_text
 from distilbench.report.from_store import report_sweep
-from distilbench.results import Owner, Status
+from distilbench.results import Owner, Record, Status
 from distilbench.settings import SettingsError
 from distilbench.sweep.display import Display, print_plan
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
-from distilbench.sweep.job import Orphaned, SweepJob
+from distilbench.sweep.heartbeat import Orphaned, beating
+from distilbench.sweep.job import SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.plan import SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
-from distilbench.sweep.storage import UNANSWERED, Storage, is_disk_full, storage_at
+from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
@@ -97,10 +99,11 @@ def _open_parent_run(
     """The sweep's own run: the one that it had before, if any."""
     if store is None:
         return ParentRun()
-    study = studies.main.study
     known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
-    parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
-    study.set_user_attr("run_id", parent.run_id)
+    with studies.storage.lock():  # of several processes that begin at once, one makes it
+        study = studies.main.study
+        parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
+        study.set_user_attr("run_id", parent.run_id)
     return parent
 
 
@@ -119,15 +122,24 @@ class SweepRunner:
         self._failed = False
         """Whether that is a failure of the sweep."""
         self._has_told_of_others = False
+        self._left: set[Owner] = set()
+        """Processes, dead or frozen, that trials were taken from."""
 
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
-        with self._display, self._closing():
+        grace = self._plan.settings.sweep.grace_seconds
+        with self._display, self._closing(), beating(self._beat, beat_seconds(grace)):
             self._end_dead()
             self._close_runs()
             for study in self._studies.all:
                 self._work(study)
             return self._finish()
+
+    def _beat(self) -> None:
+        """Have the hearts of all trials of this process beat, those too whose jobs wait in a queue or run elsewhere."""
+        for study in self._studies.all:
+            with contextlib.suppress(*UNANSWERED):  # until the next beat
+                study.beat()
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
@@ -146,15 +158,22 @@ class SweepRunner:
 
     def _end_all(self, trials: Sequence[tuple[Study, int]], error: str) -> None:
         """End trials that have no job any more: as their records say, or as INTERRUPTED."""
+        trials = [(study, number) for study, number in trials if study.holds(number)]
         records = [study.end_of(number, Status.INTERRUPTED, error) for study, number in trials]
         self._close_runs()
         for (study, number), record in zip(trials, records, strict=True):
+            self._tell(study, number, record)
+
+    def _tell(self, study: Study, number: int, record: Record) -> None:
+        with self._studies.storage.lock():
             study.tell(number, record)
 
     def _end_dead(self) -> None:
         """End what killed processes left, and say so."""
         with self._studies.storage.lock():
-            dead = [(study, number) for study in self._studies.all for number in study.adopt_dead()]
+            adopted = [(study, left) for study in self._studies.all for left in study.adopt_dead().items()]
+        dead = [(study, number) for study, (number, _) in adopted]
+        self._left |= {owner for _, (_, owners) in adopted for owner in owners}
         if dead:
             self._end_all(dead, "its process was killed")
             self._say(f"continued: {len(dead)} trials that a killed process left were closed")
@@ -164,8 +183,16 @@ class SweepRunner:
         self._parent.catch_up(self._is_over)
 
     def _is_over(self, owner: Owner) -> bool:
-        """Whether a run that is RUNNING has no process: called when this one has no trial under way."""
-        return owner == self._owner or owner.is_dead(self._plan.settings.sweep.take_over)
+        """Whether a run that is RUNNING has no process: called when this one has no trial under way.
+
+        Of a process on another host it is known where its trials were taken from it and it has begun no other since.
+        """
+        if owner not in self._left:
+            return owner == self._owner or owner.is_dead(self._plan.settings.sweep.take_over)
+        for study in self._studies.all:
+            study.refresh()
+        running = [view for study in self._studies.all for view in study.views() if view.status is Status.RUNNING]
+        return asdict(owner) not in [view.attribute("owner") for view in running]
 
     def _work(self, study: Study) -> None:
         """Launch and settle until this study has no more trials to give."""
@@ -227,7 +254,7 @@ class SweepRunner:
     def _job(self, study: Study, trial: TrialView) -> SweepJob:
         """Write what the trial's job is to know."""
         plan, storage = self._plan, self._studies.storage
-        prunes = plan.settings.sweep.pruner != "none" and not study.is_beside
+        continued = trial.attribute("continues")
         job = SweepJob(
             sweep=plan.name,
             trial=trial.path,
@@ -238,21 +265,29 @@ class SweepRunner:
             owner=self._owner,
             directory=study.directory(trial.number),
             objectives=plan.objectives,
-            is_quiet=isinstance(self._executor, Pool),
-            storage=storage.shown if prunes else None,
+            storage=storage.shown,
             study=study.study.study_name,
             trial_id=trial.trial._trial_id,
+            grace_seconds=plan.settings.sweep.grace_seconds,
+            is_quiet=isinstance(self._executor, Pool),
+            continues=None if continued is None else study.directory(continued),
+            prunes=plan.settings.sweep.pruner != "none" and not study.is_beside,
         )
         job.write()
         return job
 
     def _settle(self, study: Study, number: int, end: End) -> None:
         """Write how a trial ended, say so, and end the sweep where every other trial would end alike."""
+        if not study.holds(number):
+            study.mine.pop(number, None)
+            raise_if_signalled()
+            self._say(f"trial {study.path(number)} was taken over by another process: what came of it here is dropped")
+            return
         is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
         record = study.end_of(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
         if end or record.status is not Status.FINISHED or self._parent.lacks(study.directory(number)):
             self._close_runs()
-        study.tell(number, record)
+        self._tell(study, number, record)
         if isinstance(end, SettingsError):
             raise end
         raise_if_signalled()  # its exception may have been lost in the code that it came upon

@@ -6,21 +6,24 @@ import contextlib
 import errno
 import re
 import sqlite3
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
-from optuna.exceptions import StorageInternalError
+from omegaconf import OmegaConf
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.pruning import storage_of
 from distilbench.tracking import redact
 from distilbench.tracking.retries import reason_of
 
@@ -92,6 +95,29 @@ class Storage:
             yield
 
 
+BEATS = 6
+"""Beats of a trial's heart in the time after which it is taken for dead: one that is lost, or late, costs nothing."""
+
+
+def beat_seconds(grace_seconds: int) -> int:
+    """Return the seconds between two beats."""
+    return max(1, grace_seconds // BEATS)
+
+
+@cache
+def storage_of(url: str, grace_seconds: int) -> RDBStorage:
+    """Open Optuna's storage at ``url``, whose interpolations are resolved in this process, once for all of it.
+
+    A SQLite file waits a minute for its lock, since several processes write.
+    """
+    url = str(OmegaConf.create({"url": url}).url)
+    arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        interval = beat_seconds(grace_seconds)
+        return RDBStorage(url, arguments, heartbeat_interval=interval, grace_period=grace_seconds)
+
+
 def storage_at(url: str | None, written: str | None, directory: Path) -> Storage:
     """``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
 
@@ -152,7 +178,7 @@ def _check_file(file: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
 
 
-def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: Any) -> optuna.Study:
+def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: Any, grace_seconds: int) -> optuna.Study:
     """Make the study or load it; raises :class:`SettingsError` where the file is locked or is no study."""
     if storage.file:
         storage.file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +186,7 @@ def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: A
         if storage.file:
             _check_file(storage.file)
         return optuna.create_study(
-            study_name=name, storage=storage_of(storage.url), pruner=pruner, load_if_exists=True,
+            study_name=name, storage=storage_of(storage.url, grace_seconds), pruner=pruner, load_if_exists=True,
             directions=[StudyDirection[direction.upper()] for direction in directions],
         )  # fmt: skip
     except (SQLAlchemyError, sqlite3.Error, RuntimeError, StorageInternalError) as error:

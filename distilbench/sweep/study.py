@@ -14,12 +14,14 @@ import errno
 import math
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
 from distilbench.results import Owner, Record, Status, read_record
@@ -114,8 +116,8 @@ class Study:
         self.study, self.is_beside = study, is_beside
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
         self._space = Space({}, plan.space.fixed) if is_beside else plan.space
-        self.mine: set[int] = set()
-        """Numbers of trials that this process has to bring to their end."""
+        self.mine: dict[int, int] = {}
+        """Trials that this process has to bring to their end: Optuna's id of each by its number."""
         self._known: list[TrialView] | None = None
         self._random = random.Random(0)
 
@@ -176,10 +178,12 @@ class Study:
 
     def _enqueue(self, points: Sequence[Point]) -> None:
         present = {view.point_key for view in self.views() if not self._is_void(view)}
+        interrupted = {v.point_key: v.number for v in self.views() if v.status is Status.INTERRUPTED and v.name}
         for point in points:
             if point.key not in present:
                 present.add(point.key)
-                attributes = {"point": point.key, "extra": list(point.extra), "baseline": point.is_baseline}
+                attributes = {"point": point.key, "extra": list(point.extra), "baseline": point.is_baseline,
+                              "continues": interrupted.get(point.key)}  # fmt: skip
                 self.study.enqueue_trial(point.params, user_attrs=attributes)
                 self.refresh()
 
@@ -208,7 +212,8 @@ class Study:
         self.refresh()
         others = self.counted()
         trial = self.study.ask()
-        self.mine.add(trial.number)
+        self.mine[trial.number] = trial._trial_id
+        self.beat()
         trial.set_user_attr("owner", asdict(self._owner))
         for key, distribution in self._space.dimensions.items():
             trial._suggest(key, distribution)
@@ -273,40 +278,68 @@ class Study:
         return record
 
     def tell(self, number: int, record: Record) -> None:
-        """Let the study know how a trial of this process ended: the last write of its end, with which it counts."""
-        trial_id = self._view(number).trial._trial_id
-        for name in RESULT:
-            value = getattr(record, name)
-            self.study._storage.set_trial_user_attr(trial_id, name, dict(value) if name != "run_id" else value)
+        """Let the study know how a trial of this process ended: the last write of its end, with which it counts.
+
+        Does nothing to a trial that another process has taken over; whoever calls holds the sweep's lock.
+        """
+        if self.holds(number):
+            for name in RESULT:
+                value = getattr(record, name)
+                value = dict(value) if name != "run_id" else value
+                self.study._storage.set_trial_user_attr(self.mine[number], name, value)
         self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
 
     def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
               state: TrialState | None = None) -> None:  # fmt: skip
-        trial = self._view(number).trial
-        if trial.state == TrialState.RUNNING:  # another process may have found it first
+        if self.holds(number):  # another process may have found it first
             for name, value in {"status": status.value, "error": error}.items():
-                self.study._storage.set_trial_user_attr(trial._trial_id, name, value)
+                self.study._storage.set_trial_user_attr(self.mine[number], name, value)
             states = _STATES if len(self._plan.objectives) == 1 else {Status.FINISHED: TrialState.COMPLETE}
             state = state or states.get(status, TrialState.FAIL)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)
         self.refresh()
-        self.mine.discard(number)
+        self.mine.pop(number, None)
 
-    def adopt_dead(self) -> list[int]:
-        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns their numbers."""
+    def holds(self, number: int) -> bool:
+        """Return whether a trial is still this process's to end: none that was frozen for long can be sure of that."""
+        view = self._view(number)
+        return view.status is Status.RUNNING and view.attribute("owner") == asdict(self._owner)
+
+    def beat(self) -> None:
+        """Have the hearts of this process's trials beat; whose stand still are :meth:`adopt_dead`'s, on any host."""
+        for trial_id in tuple(self.mine.values()):
+            self._hearts.record_heartbeat(trial_id)
+
+    @property
+    def _hearts(self) -> BaseHeartbeat:
+        storage = self.study._storage
+        assert isinstance(storage, BaseHeartbeat)
+        return storage
+
+    def adopt_dead(self) -> dict[int, list[Owner]]:
+        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns by number who left it."""
         self.refresh()  # a process that is gone may have told how its last trials ended
-        left = [view for view in self.views() if view.status is Status.RUNNING and self._is_left(view)]
+        silent = self._hearts._get_stale_trial_ids(self.study._study_id)
+        running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
+        left = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
         for view in left:
+            self.mine[view.number] = view.trial._trial_id
             self.study._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
-            self.mine.add(view.number)
+        self.beat()
         self.refresh()
-        return [view.number for view in left]
+        return {view.number: self._workers_of(view) for view in left}
+
+    def _workers_of(self, view: TrialView) -> list[Owner]:
+        """The processes that had a trial: its sweep's and its job's, as far as they signed."""
+        owner, record = view.attribute("owner"), read_record(self.directory(view.number))
+        return [*([Owner(**owner)] if owner else []), *([record.owner] if record else [])]
 
     def _is_left(self, view: TrialView) -> bool:
-        """Whether nobody will end a trial: its sweep's process is gone, and its job has ended or is gone, too."""
-        if view.number in self.mine:
-            return False
+        """Whether nobody on this host will end a trial: its sweep's process is gone, and its job has ended or is gone.
+
+        That is the quick answer; of processes on other hosts only their hearts tell.
+        """
         owner = view.attribute("owner")  # None: killed between asking and signing, under the lock that we hold
         if owner is not None and owner != asdict(self._owner) and not Owner(**owner).is_dead(self._take_over):
             return False
@@ -320,10 +353,12 @@ class Study:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Optuna from announcing each step, and experimental features, to people who did not ask it."""
+    """Keep Optuna from announcing each step, and what it does not do itself, to people who did not ask it."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
+            yield
     finally:
         optuna.logging.set_verbosity(level)

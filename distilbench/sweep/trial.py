@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, TrackingSettings
+from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import NOBODY, SweepJob
 from distilbench.sweep.pruning import judged_by, pruning_callback
 from distilbench.sweep.sources import pin_sources
@@ -27,10 +29,12 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     from distilbench.trials.prepared import prepare
 
     store = _store_of(job.settings.tracking)
-    prepared = prepare(job.settings)
-    pin_sources(prepared, job.settings, sweep_job)
+    lease = Lease(sweep_job)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
-    train(job, sweep_job, prepared, store)
+    with lease.beating():
+        prepared = prepare(job.settings)
+        pin_sources(prepared, job.settings, sweep_job)
+        train(job, sweep_job, prepared, store, lease)
     return sweep_job.reached()
 
 
@@ -42,16 +46,15 @@ def _store_of(settings: TrackingSettings) -> MlflowStore | None:
     return open_store(settings, patiently=True)
 
 
-def context_of(sweep_job: SweepJob, settings: AppSettings) -> SweepContext:
+def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> SweepContext:
     """Return what a trial has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
     from distilbench.trials.prepared import SweepContext
 
     prune, judged = pruning_callback(sweep_job, settings.sweep), judged_by(sweep_job.objectives)
-    count = 0
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
-        nonlocal count
-        count += 1
+        every = settings.train.eval_steps  # else once an epoch; a continued trial has had some of them before
+        count = math.ceil(evaluation.step / every if every else evaluation.epoch)
         return prune(evaluation.metric(judged), count) if prune and judged else None
 
     return SweepContext(
@@ -61,21 +64,23 @@ def context_of(sweep_job: SweepJob, settings: AppSettings) -> SweepContext:
         pruning_callback=after_evaluation,
         is_quiet=sweep_job.is_quiet,
         accept=lambda prepared: pin_sources(prepared, settings, sweep_job),
+        lease=lease,
+        continues=sweep_job.continues or sweep_job.directory,
     )
 
 
-def _train_one(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None) -> None:
+def _train_one(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
     from distilbench.trials.run import run
 
-    _compare(job, run(job.settings, prepared, store, context_of(sweep_job, job.settings)), store)
+    _compare(job, run(job.settings, prepared, store, context_of(sweep_job, job.settings, lease)), store)
 
 
-def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None) -> None:
+def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
     from distilbench.trials.run import run
 
     prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
-    seeds = Seeds(job, sweep_job, store)
+    seeds = Seeds(job, sweep_job, store, lease)
     records: list[Record] = []
     reason = None
     with seeds.closing():
@@ -97,9 +102,9 @@ class Seeds:
     ``jobs`` are the seeds', each in a run and a directory of its own.
     """
 
-    def __init__(self, job: Job, sweep_job: SweepJob, store: MlflowStore | None) -> None:
+    def __init__(self, job: Job, sweep_job: SweepJob, store: MlflowStore | None, lease: Lease) -> None:
         """Open the trial's run and say in ``trial.json`` that it is under way."""
-        self._sweep_job = sweep_job
+        self._sweep_job, self._lease = sweep_job, lease
         self._parent = _open_parent_run(sweep_job, store)
         self._begun = Record(NOBODY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
@@ -108,13 +113,19 @@ class Seeds:
     def _with_seed(self, job: Job, seed: int) -> Job:
         directory = self._sweep_job.directory / f"seed-{seed}"
         output = replace(job.settings.output, dir=str(directory))
-        context = context_of(replace(self._sweep_job, storage=None), job.settings)  # seeds are pruned as a whole
+        seed_job = replace(self._sweep_job, prunes=False)  # seeds are pruned as a whole
+        context = context_of(seed_job, job.settings, self._lease)
         name = f"{self._sweep_job.name} seed={seed}"
         return replace(
             job,
             settings=replace(job.settings, seed=seed, output=output),
             baseline=replace(job.baseline, seed=seed),
-            context=replace(context, name=name, parent_run_id=self._parent.run_id),
+            context=replace(
+                context,
+                name=name,
+                parent_run_id=self._parent.run_id,
+                continues=context.continues and context.continues / directory.name,
+            ),
         )
 
     @staticmethod
@@ -131,7 +142,7 @@ class Seeds:
             yield
         except KeyboardInterrupt:
             record = read_record(self._sweep_job.directory)
-            if record and record.is_over:
+            if (record and record.is_over) or not self._lease.holds():
                 raise
             stopped = replace(self._begun, status=Status.INTERRUPTED, error="interrupted")
             stopped.write(self._sweep_job.directory)
@@ -143,6 +154,8 @@ class Seeds:
 
         A seed that did not finish gives the trial its status; it stands last.
         """
+        if not self._lease.holds():
+            return
         last = records[-1]
         done = [record for record in records if record.status is Status.FINISHED]
         figures = _means([record.figures for record in done]) | {"seeds": float(len(done))}

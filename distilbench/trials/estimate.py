@@ -26,6 +26,13 @@ class _StopAtEvaluation:
         """Stop."""
         return True
 
+    def wants_checkpoint(self) -> bool:
+        """Never."""
+        return False
+
+    def on_checkpoint(self) -> None:
+        """Do nothing."""
+
 
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:
     """Estimate ``train_seconds`` of a trial that ``engine`` trains alone.

@@ -1,4 +1,4 @@
-"""Signals that wait: what opens and closes a trial is never cut short by Ctrl-C, SIGTERM or SIGHUP."""
+"""Signals that wait: what opens and closes a trial is never cut short, and a step is taken to its end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""What ends a process: with the last two, or SIGTERM, Slurm, submitit and spot machines announce that time is up."""
 
 _PATIENCE = 2
 """How often Ctrl-C may be pressed while a trial is closed: a minute, where a server has stopped answering."""
+
+STEP_SECONDS = 10
+"""Longest wait for the end of a step, and a checkpoint, after a signal; Slurm kills 30 s after SIGTERM."""
+
+
+class TakenOver(RuntimeError):
+    """Another process has closed this trial, whose process had stood still for too long, and tries it again."""
 
 
 class SignalGuard:
@@ -30,6 +40,7 @@ class SignalGuard:
         self._waiting: list[int] = []
         self._is_held = True
         self._is_left = False
+        self._waits_for_step = False
 
     def __enter__(self) -> SignalGuard:
         if threading.current_thread() is threading.main_thread():
@@ -56,6 +67,34 @@ class SignalGuard:
         finally:
             self._is_held = True
 
+    @contextmanager
+    def released_at_steps(self) -> Iterator[None]:
+        """Let Ctrl-C through in this block, and the first of other signals only by :meth:`deliver`.
+
+        That is called between two steps, once there is a checkpoint; after :data:`STEP_SECONDS` by an alarm.
+        """
+        can_wait = bool(self._handlers) and hasattr(signal, "alarm")
+        before = signal.signal(signal.SIGALRM, lambda *_: self.deliver()) if can_wait else None
+        try:
+            with self.released():
+                self._waits_for_step = can_wait
+                yield
+        finally:
+            self._waits_for_step = False
+            if can_wait:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a signal waits for the end of a step."""
+        return self._waits_for_step and bool(self._waiting)
+
+    def deliver(self) -> None:
+        """Have the signals do what they would have done, which as a rule ends the training by an exception."""
+        while self._waiting:
+            self._handle(self._waiting.pop(0), None)
+
     def _deliver(self) -> None:
         while self._waiting:
             signal.raise_signal(self._waiting.pop(0))
@@ -65,7 +104,13 @@ class SignalGuard:
             self._waiting.append(number)
             if self._waiting.count(signal.SIGINT) > _PATIENCE:
                 os._exit(128 + signal.SIGINT)
-            return
+        elif self._waits_for_step and number != signal.SIGINT and not self._waiting:
+            self._waiting.append(number)
+            signal.alarm(STEP_SECONDS)
+        else:
+            self._handle(number, frame)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
         self._is_held = not self._is_left
         if callable(handler):

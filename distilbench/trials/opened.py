@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from distilbench.engines import checkpoints
 from distilbench.identity import trial_identity
 from distilbench.results import PREDICTIONS, Owner, Predictions, Record, Status, TrialResult, read_record
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
-from distilbench.trials.prepared import Prepared, SweepContext, run_start
+from distilbench.trials.prepared import Lease, Prepared, SweepContext, prepared_trial, run_start
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ class OpenTrial:
     record: Record
     run: MlflowRun | None
     """None where nothing is tracked."""
+    lease: Lease | None = None
+    """Who may still close it; None for a trial by itself, which nobody else does."""
     result: TrialResult | None = None
 
     @property
@@ -54,8 +58,10 @@ def open_trials(
     """Open a run and a record for each trial; at the end of the block, however it comes, close every one of them.
 
     A trial that has its result keeps it. Any other ends INTERRUPTED where a signal or an exit ends the block, FAILED
-    where an error does; the exception passes through. Enter and leave it with signals held back.
+    where an error does; the exception passes through. Nothing is kept of one that another process has taken over.
+    Enter and leave it with signals held back.
     """
+    trials = [_continued(settings, prepared, context) for settings, context in zip(trials, contexts, strict=True)]
     records = [_begin(settings, prepared) for settings in trials]  # what is refused is refused before any run is open
     opened: list[OpenTrial] = []
     try:
@@ -63,7 +69,7 @@ def open_trials(
             start = run_start(settings, prepared, record.run_id, context, alone=len(trials) == 1)
             run = store.begin(start) if store else None
             record = replace(record, run_id=run.run_id if run else None)
-            opened.append(OpenTrial(settings, prepared, start.name, record, run))
+            opened.append(OpenTrial(settings, prepared, start.name, record, run, context.lease))
             _write_first(record, opened[-1].directory)
         yield opened
     except BaseException as error:
@@ -71,10 +77,43 @@ def open_trials(
             trial.result = trial.result or _ended_by(error)
         raise
     finally:
-        for trial in opened:  # in their directories first, which settles them: that takes milliseconds
+        for trial in filter(_is_held, opened):  # in their directories first, which settles them, in milliseconds
             _keep_in_directory(trial)
-        for trial in opened:
+        for trial in filter(_is_held, opened):
             _keep_in_store(trial)
+
+
+def _is_held(trial: OpenTrial) -> bool:
+    if trial.lease is None or trial.lease.holds():
+        return True
+    log.warning("%s was taken over by another process: nothing that came of it here is kept", trial.name)
+    return False
+
+
+def _continued(settings: AppSettings, prepared: Prepared, context: SweepContext) -> AppSettings:
+    """Return the settings to continue the interrupted trial that a sweep names, its checkpoints and its record moved.
+
+    A trial of which there is nothing here, or only what another machine's precision or engine left, starts anew.
+    """
+    record = read_record(context.continues) if context.continues else None
+    if context.continues is None or record is None or record.is_over:
+        return settings
+    old, directory = context.continues / checkpoints.DIRECTORY, Path(settings.output.dir)
+    identity = asdict(trial_identity(prepared.protocol, settings, prepared.precision))
+    trial, weights = prepared_trial(settings, prepared), prepared.model.used.fingerprint
+    try:
+        kept = checkpoints.identity_of(trial, prepared.splits, weights, prepared.precision)
+        fits = record.identity == identity and checkpoints.newest(old, kept) is not None
+    except SettingsError as error:
+        log.info("the interrupted trial is not continued: %s", error)
+        return settings
+    if not fits:
+        return settings
+    if context.continues != directory:
+        replace(record, owner=Owner.of_this_process()).write(directory)
+        checkpoints.remove_all(directory / checkpoints.DIRECTORY)
+        os.replace(old, directory / checkpoints.DIRECTORY)
+    return replace(settings, train=replace(settings.train, resume=True))
 
 
 def _begin(settings: AppSettings, prepared: Prepared) -> Record:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
 
 from distilbench.data.text import TextSplits, load_text
 from distilbench.data.tokens import EncodedSplits, encode
@@ -39,6 +41,16 @@ class Job:
         return treatment_of(self.settings, "") == treatment_of(self.baseline, "")
 
 
+class Lease(Protocol):
+    """A trial that another process takes over once its own has stood still for long."""
+
+    is_lost: bool
+    """What was last known."""
+
+    def holds(self) -> bool:
+        """Ask whether the trial is still this process's."""
+
+
 @dataclass(frozen=True)
 class SweepContext:
     """What a trial has from the sweep that it belongs to; one on its own has none of it."""
@@ -53,6 +65,10 @@ class SweepContext:
     """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
     accept: Callable[[Prepared], None] | None = None
     """Raises :class:`SettingsError` for sources that are not those of the sweep's other trials."""
+    lease: Lease | None = None
+    """Whose the trial is, to be asked before anything is kept of it."""
+    continues: Path | None = None
+    """Directory of the interrupted trial to continue, if what it left still fits: its own, or an earlier one."""
 
 
 @dataclass(frozen=True)

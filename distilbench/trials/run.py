@@ -29,7 +29,7 @@ from distilbench.settings import AppSettings
 from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.card import write_card
 from distilbench.trials.estimate import solo_seconds
-from distilbench.trials.interruptions import SignalGuard
+from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
 from distilbench.trials.progress import Progress
@@ -160,8 +160,8 @@ def run_batch(
     """
     with SignalGuard() as guard, open_trials(trials, prepared, store, contexts) as opened:
         began = time.perf_counter()
-        with guard.released():
-            _train(opened, prepared, contexts)
+        with guard.released_at_steps():
+            _train(opened, prepared, contexts, guard)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
     outcomes = [_outcome(trial) for trial in opened]
@@ -170,13 +170,15 @@ def run_batch(
     return outcomes
 
 
-def _train(opened: Sequence[OpenTrial], prepared: Prepared, contexts: Sequence[SweepContext]) -> None:
+def _train(
+    opened: Sequence[OpenTrial], prepared: Prepared, contexts: Sequence[SweepContext], guard: SignalGuard
+) -> None:
     """Give every trial its result."""
     console = Console(quiet=any(context.is_quiet for context in contexts))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(trial.settings, prepared) for trial in opened]
     with Progress([trial.name for trial in opened], console) as progress:
-        observer = _Observer(opened, progress, contexts)
+        observer = _Observer(opened, progress, contexts, guard)
         for trial, result in enumerate(engine.train(used, prepared.splits, observer)):
             seconds = result.setup_seconds + prepared.seconds
             opened[trial].result = replace(result, error=observer.explain(trial, result), setup_seconds=seconds)
@@ -209,8 +211,9 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
 class _Observer:
     """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
 
-    def __init__(self, opened: Sequence[OpenTrial], progress: Progress, contexts: Sequence[SweepContext]) -> None:
-        self._opened, self._progress, self._contexts = opened, progress, contexts
+    def __init__(self, opened: Sequence[OpenTrial], progress: Progress, contexts: Sequence[SweepContext],
+                 guard: SignalGuard) -> None:  # fmt: skip
+        self._opened, self._progress, self._contexts, self._guard = opened, progress, contexts, guard
         self._reasons: dict[int, str] = {}
 
     def on_step(self, trial: int, record: StepRecord) -> None:
@@ -221,6 +224,9 @@ class _Observer:
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Log and show an evaluation; return whether the trial is to stop, as its pruning callback says."""
+        lease = self._contexts[trial].lease
+        if lease and not lease.holds():
+            return True
         if run := self._opened[trial].run:
             run.on_evaluation(evaluation)
         self._progress.on_evaluation(trial, evaluation)
@@ -229,6 +235,17 @@ class _Observer:
         if reason:
             self._reasons[trial] = reason
         return bool(reason)
+
+    def wants_checkpoint(self) -> bool:
+        """Return whether a signal waits for one; raises :class:`TakenOver` where every trial here is another's now."""
+        leases = [context.lease for context in self._contexts]
+        if all(lease and lease.is_lost for lease in leases):
+            raise TakenOver("taken over by another process")
+        return self._guard.is_waiting
+
+    def on_checkpoint(self) -> None:
+        """Let the signal through that waits."""
+        self._guard.deliver()
 
     def explain(self, trial: int, result: TrialResult) -> str | None:
         """Return the result's error, with the callback's reason where that stopped the trial."""

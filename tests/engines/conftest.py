@@ -21,10 +21,12 @@ PAIRS = ("data=files", f"data.train={Path(__file__).with_name('pairs.csv')}", "d
 
 @dataclass
 class Recorder:
-    """Keeps steps and evaluations by trial; prunes trials at their first evaluation, or raises after a step."""
+    """Keeps steps and evaluations by trial; prunes trials at their first evaluation, raises or leaves after a step."""
 
     prune: set[int] = field(default_factory=set)
     raise_at: dict[int, BaseException] = field(default_factory=dict)
+    leave_at: int = 0
+    asked: int = 0
     steps: dict[int, list[StepRecord]] = field(default_factory=dict)
     evaluations: dict[int, list[Evaluation]] = field(default_factory=dict)
 
@@ -36,6 +38,13 @@ class Recorder:
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         self.evaluations.setdefault(trial, []).append(evaluation)
         return trial in self.prune
+
+    def wants_checkpoint(self) -> bool:
+        self.asked += 1
+        return self.asked == self.leave_at
+
+    def on_checkpoint(self) -> None:
+        raise KeyboardInterrupt
 
     def losses(self, trial: int = 0) -> list[float]:
         return [record.loss for record in self.steps[trial]]

@@ -386,6 +386,26 @@ def test_an_interrupted_trial_continues_to_the_same_bits(trial, train, recorder,
         np.testing.assert_array_equal(weights[name], values, err_msg=name)
 
 
+@pytest.mark.parametrize("asked", [2, 9])
+def test_a_trial_asked_to_leave_goes_on_from_that_very_step(trial, train, recorder, splits_of, asked):
+    """In the first epoch, before there is a best one, and later; twice in a row."""
+    given = ("train.checkpoints=true", "train.logging_steps=100", "output.save_model=true", "optim.lr=3e-3")
+    settings, other = trial(*given, dropout=True), trial(*given, dropout=True)
+    [whole], _ = train([settings])
+    left = []
+    for resume in (False, True):
+        observer = recorder(leave_at=asked)
+        with pytest.raises(KeyboardInterrupt):
+            train([replace(other, train=replace(other.train, resume=resume))], observer)
+        left.append(observer.steps[0][-1].step)
+        asked = 1
+    assert left[1] == left[0] + 1
+    [resumed], _ = train([replace(other, train=replace(other.train, resume=True))])
+    assert [numbers(e) for e in resumed.history] == [numbers(e) for e in whole.history]
+    np.testing.assert_array_equal(resumed.report.logits, whole.report.logits)
+    assert not list(Path(other.output.dir).glob("checkpoints/*"))
+
+
 def test_micro_batches_add_up_to_their_batch(trial, train):
     for freezing in ("freeze.layers=0", "freeze.layers=1"):
         _, whole = train([trial(freezing)])

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from distilbench.cli import run_command
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import CONF, register_schema, settings_from
+from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
 
 register_schema()
@@ -26,14 +27,18 @@ SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
 def main(config: DictConfig) -> float:
     job = SweepJob.from_environment()
     assert job is not None
-    job.announce()
+    lease = Lease(job)
+    lease.announce()
     settings = settings_from(config)
     accuracy = 1 / (1 + settings.optim.lr) - 0.01 * settings.freeze.layers
     treatment = f"{settings.freeze.layers}/{settings.optim.lr}"
     identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
     record = Record(identity, Status.RUNNING, Owner.of_this_process())
     try:
-        time.sleep(SECONDS)
+        with lease.beating():
+            time.sleep(SECONDS)
+        if not lease.holds():
+            return accuracy
         status = Status.DIVERGED if settings.optim.lr > 1 else Status.FINISHED
         scores = {"accuracy": accuracy, "loss": 1 - accuracy}
         error = "the loss was nan" if status is Status.DIVERGED else None

@@ -33,6 +33,7 @@ from distilbench.results import Evaluation, Status, TrialResult
 from distilbench.settings import register_schema, settings_from
 from distilbench.sweep import runner
 from distilbench.sweep.executors import Sequential
+from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
@@ -174,7 +175,7 @@ def train_in(settings):
 
     def train(jobs: list[SweepJob]):
         (job,) = jobs
-        job.announce()
+        Lease(job).announce()
         own = replace(settings, output=replace(settings.output, dir=str(job.directory)))
         run_in_sweep(Job(own, settings, str), job)
         return [None]

@@ -9,8 +9,11 @@ import sys
 from types import SimpleNamespace
 
 import optuna
+import psutil
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import InMemoryStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
 
 from distilbench.results import Owner, Record, Status, read_record
@@ -22,6 +25,28 @@ from distilbench.sweep.study import Study
 SPACE = Space({"freeze.layers": IntDistribution(0, 3), "scheduler": CategoricalDistribution(["linear", "cosine"])}, [])
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 1}
 ME = Owner.of_this_process()
+
+
+class Hearts(InMemoryStorage, BaseHeartbeat):
+    """A storage in memory that is told whose heart stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beats: list[int] = []
+        self.silent: set[int] = set()
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        self.beats.append(trial_id)
+        self.silent.discard(trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        return sorted(self.silent)
+
+    def get_heartbeat_interval(self) -> None:
+        return None
+
+    def get_heartbeat_stale_trial_callback(self) -> None:
+        return None
 
 
 def gone() -> Owner:
@@ -38,7 +63,8 @@ def result_key(point: Point) -> str:
 @pytest.fixture
 def make(tmp_path):
     """``make(owner) -> Study``: the same study as another process would open it."""
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
 
     def open_as(owner: Owner, take_over=False, retry=(), **changes) -> Study:
         settings = SimpleNamespace(sweep=SimpleNamespace(take_over=take_over))
@@ -59,7 +85,7 @@ def end(study: Study, number: int, status=Status.INTERRUPTED, error=None) -> Rec
 
 
 def end_dead(study: Study) -> list[int]:
-    dead = study.adopt_dead()
+    dead = list(study.adopt_dead())
     for number in dead:
         end(study, number)
     return dead
@@ -111,7 +137,7 @@ def test_what_a_process_told_before_it_went_is_seen_by_one_that_had_read_the_stu
     assert mine.views()[0].status is Status.RUNNING
     finish(other, taken.number)
     end(other, taken.number)
-    assert mine.adopt_dead() == []
+    assert not mine.adopt_dead()
     assert mine.views()[0].status is Status.FINISHED
 
 
@@ -121,6 +147,39 @@ def test_a_living_process_and_another_host_are_left_alone_unless_taken_over(make
     finish(elsewhere, 0, Status.RUNNING, owner=Owner("another-host", 1, 0.0))
     assert end_dead(make(ME)) == []
     assert end_dead(make(ME, take_over=True)) == [0]
+
+
+def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_which_finds_out(make):
+    alive = Owner(ME.host, os.getppid(), psutil.Process(os.getppid()).create_time())
+    for owner in (Owner("another-host", 1, 0.0), alive):
+        frozen, mine = make(owner), make(ME)
+        taken = frozen.take()
+        number, trial_id = taken.number, taken.trial._trial_id
+        assert frozen.study._storage.beats[-1] == trial_id, "its heart beats before it is signed"
+        finish(frozen, number, Status.RUNNING, owner=owner)
+        assert not mine.adopt_dead()
+        frozen.study._storage.silent.add(trial_id)
+        assert mine.adopt_dead() == {number: [owner, owner]}
+        assert not make(ME).adopt_dead(), "the heart beats for whoever closes the trial"
+        assert not frozen.holds(number)
+        finish(frozen, number, accuracy=0.9, owner=owner)
+        frozen.tell(number, read_record(frozen.directory(number)))
+        assert mine.views()[number].status is Status.RUNNING, "what woke up has nothing to say any more"
+        finish(mine, number, Status.RUNNING)
+        assert end(mine, number).status is Status.INTERRUPTED
+
+
+def test_an_interrupted_point_is_queued_as_what_continues_it(make):
+    study = make(ME)
+    taken = study.take()
+    finish(study, taken.number, Status.RUNNING)
+    end(study, taken.number)
+    study.queue()
+    again = study.take()
+    assert (again.attribute("continues"), again.point.params) == (taken.number, taken.point.params)
+    finish(study, again.number)
+    end(study, again.number)
+    assert study.take().attribute("continues") is None
 
 
 def test_a_process_with_a_reused_pid_is_dead(make):

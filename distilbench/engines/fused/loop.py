@@ -210,6 +210,8 @@ class TrialGroup:
                     self._evaluate()
                 else:
                     self._advance()
+                if not self.evaluation_due and self.observer.wants_checkpoint():
+                    self._leave_checkpoints()
                 continue
             except Exception as error:  # the trials' boundary: other groups go on
                 outcome = outcome_of(error, self.settings)
@@ -365,11 +367,24 @@ class TrialGroup:
             except Exception as error:  # the trial's boundary: its neighbours go on
                 outcomes[t] = outcome_of(error, member.settings)
         self._leave(outcomes)
-        for t, member in enumerate(self.members):
-            if self.settings.train.checkpoints and not last and not member.is_out_of_patience:
-                member.save(self.flat_params[t], [moment[t] for moment in self.moments])
+        if self.settings.train.checkpoints and not last:
+            self._save()
         self._part_with_those_out_of_patience()
         self.stopwatch.lap()
+
+    def _save(self) -> None:
+        """Leave a checkpoint of each member that goes on."""
+        for t, member in enumerate(self.members):
+            if not member.is_out_of_patience:
+                member.save(self.flat_params[t], [moment[t] for moment in self.moments])
+
+    def _leave_checkpoints(self) -> None:
+        """Save between two evaluations, since the process is to end."""
+        if self.step != self.recorded:
+            self._record()
+        if self.settings.train.checkpoints and self.step < self.schedule.steps:
+            self._save()
+        self.observer.on_checkpoint()
 
     def _part_with_those_out_of_patience(self) -> None:
         """Have members that are out of patience finish first, in a group of their own, and the others wait."""

@@ -124,7 +124,8 @@ class Member:
             assert initial is not None
             return [initial]
         state = load_file(self.checkpoint / _STATE)
-        self.best_params = state.get("best", state["row"])
+        if self.progress.history:
+            self.best_params = state.get("best", state["row"])
         return [state["row"], *(state[name] for name in sorted(state) if name.startswith("moment"))]
 
     def stepped(self, step: int, lap: Lap, memory: int) -> None:
@@ -143,7 +144,7 @@ class Member:
             self.best_params = None if flat_params is None else flat_params.to("cpu", copy=True)
 
     def save(self, flat_params: torch.Tensor, moments: Sequence[torch.Tensor]) -> None:
-        """Leave a checkpoint of the state after the newest evaluation."""
+        """Leave a checkpoint of the state after the newest record."""
         path = self.folder / f"checkpoint-{self.progress.step}"
         path.mkdir(parents=True, exist_ok=True)
         state = {"row": flat_params, **{f"moment{i}": moment for i, moment in enumerate(moments)}}
