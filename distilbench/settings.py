@@ -28,7 +28,7 @@ METRICS = ("accuracy", "f1", "mcc", "loss")
 OPTIMIZERS = ("adamw", "sgd")
 ADAPTERS = ("none", "lora", "ia3")
 CLASS_WEIGHTS = ("none", "balanced")
-FREEZE_POLICIES = ("depth", "head", "bias")
+FREEZE_POLICIES = ("depth", "head", "bias", "gradual", "scheduled", "auto")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
@@ -249,16 +249,24 @@ class FreezeSettings(Checked, group="freeze"):
     """Whether dropout stays active in the frozen part, as in the report."""
     policy: Annotated[str, one_of(FREEZE_POLICIES)]
     """depth (`layers` and `embeddings` say what is frozen) | head (all but the classifier is frozen) | bias (all but
-    biases and the classifier is, as in BitFit)."""
+    biases and the classifier is, as in BitFit) | and, moving at each evaluation: gradual (from the head alone, one more
+    layer from the top) | scheduled (from nothing to `layers`) | auto (from nothing to what gradients say)."""
 
     def _check(self) -> None:
-        if self.policy != "depth":
-            given = f"with freeze.policy={self.policy}, which says what is frozen"
+        given = f"with freeze.policy={self.policy}, which says what is frozen"
+        if self.policy == "scheduled":
+            require(self.layers >= 1, "freeze.layers", "1 or more with freeze.policy=scheduled", self.layers)
+        elif self.policy != "depth":
             require(self.layers == 0, "freeze.layers", f"0 {given}", self.layers)
+        if self.policy != "depth":
             require(self.embeddings == "auto", "freeze.embeddings", f"auto {given}", spelled(self.embeddings))
-        if self.policy == "bias":
-            require(self.dropout, "freeze.dropout", "true with freeze.policy=bias, which trains in every layer",
-                    spelled(self.dropout))  # fmt: skip
+        if self.policy not in ("depth", "head"):
+            require(self.dropout, "freeze.dropout", f"true with freeze.policy={self.policy}", spelled(self.dropout))
+
+    @property
+    def moves(self) -> bool:
+        """Whether what is frozen changes at evaluations."""
+        return self.policy in ("gradual", "scheduled", "auto")
 
     @property
     def freezes_embeddings(self) -> bool:
@@ -447,10 +455,15 @@ class TrialSettings(Checked):
             require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", spelled(freeze.embeddings))
             require(freeze.dropout, "freeze.dropout", f"true {given}", spelled(freeze.dropout))
 
+        if self.freeze.moves:
+            has_parts = self.train.epochs > 1 or self.train.eval_steps is not None
+            require(has_parts, "train.epochs", f"2 or more with freeze.policy={self.freeze.policy}, which moves at "
+                    "evaluations", self.train.epochs, "or set train.eval_steps")  # fmt: skip
+
     @property
     def needs_trainer(self) -> bool:
         """Whether only the reference engine trains this, whatever the model."""
-        return self.adapter.name != "none"
+        return self.adapter.name != "none" or self.freeze.moves
 
 
 @dataclass(frozen=True)

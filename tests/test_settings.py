@@ -112,7 +112,7 @@ RANGES = {
     "data.max_validation_examples": ([1, None], [0, -1], "1 or more"),
     "freeze.layers": ([0, 99], [-1], "0 or more"),
     "freeze.embeddings": ([True, False, "auto"], ["maybe"], "auto, true or false"),
-    "freeze.policy": (FREEZE_POLICIES, ["middle"], "one of " + ", ".join(FREEZE_POLICIES)),
+    "freeze.policy": (["depth", "head", "bias", "gradual", "auto"], ["middle"], "one of " + ", ".join(FREEZE_POLICIES)),
     "adapter.name": (["none", "ia3"], ["prefix"], "one of none, lora, ia3"),
     "adapter.rank": ([None], [0, -1], "1 or more"),
     "adapter.alpha": ([None], [0, -1, INF, NAN], "above 0"),
@@ -251,8 +251,11 @@ def test_every_declared_range_is_tried_at_its_ends():
          "is frozen, got 3"),
         ("freeze", {"policy": "bias", "embeddings": False}, "freeze.embeddings must be auto with freeze.policy=bias, "
          "which says what is frozen, got 'false'"),
-        ("freeze", {"policy": "bias", "dropout": False}, "freeze.dropout must be true with freeze.policy=bias, which "
-         "trains in every layer, got 'false'"),
+        ("freeze", {"policy": "bias", "dropout": False}, "freeze.dropout must be true with freeze.policy=bias, got "
+         "'false'"),
+        ("freeze", {"policy": "gradual", "layers": 1}, "freeze.layers must be 0 with freeze.policy=gradual, which says "
+         "what is frozen, got 1"),
+        ("freeze", {"policy": "scheduled"}, "freeze.layers must be 1 or more with freeze.policy=scheduled, got 0"),
         ("adapter", {"rank": 4}, "adapter.rank must be null with adapter.name=none, got 4; use adapter=lora"),
         ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, got 0.0; use "
          "adapter=lora"),
@@ -303,6 +306,7 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
         ("scheduler", {"name": "constant_with_warmup", "warmup_steps": 3, "warmup_ratio": 0}),
         ("scheduler", {"name": "constant", "warmup_steps": 0, "warmup_ratio": 0}),
         ("freeze", {"policy": "head", "dropout": False}),
+        ("freeze", {"policy": "scheduled", "layers": 2}),
         ("adapter", {"name": "lora", "rank": 1, "alpha": 0.5, "dropout": 0.0}),
         ("tracking", {"uri": "http://me@host/a:b"}),
         ("sweep", {"pruner_options": {"min_resource": "auto", "max_resource": 3, "lower": 0.5, "upper": None}}),
@@ -315,6 +319,16 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
 def test_settings_that_only_look_contradictory_are_taken(usual, key, changes):
     made = dataclasses.replace(BARE.get(key) or getattr(usual, key), **changes)
     assert {name: getattr(made, name) for name in changes} == changes
+
+
+def test_a_policy_that_moves_needs_evaluations_to_move_at():
+    with pytest.raises(SettingsError) as caught:
+        composed("freeze=gradual", "train.epochs=1")
+    assert str(caught.value) == (
+        "train.epochs must be 2 or more with freeze.policy=gradual, which moves at evaluations, got 1; or set "
+        "train.eval_steps"
+    )
+    assert composed("freeze=gradual", "train.epochs=1", "train.eval_steps=9").needs_trainer
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Progress:
     """How far a trial has come, over all the processes that worked on it.
 
     ``train_seconds`` and ``train_cpu_seconds`` are what the result reports, ``step_seconds`` the part of the former
-    without evaluations.
+    without evaluations, ``gradients`` those of :class:`~distilbench.engines.moving_freeze.MovingFreeze`.
     """
 
     step: int = 0
@@ -42,6 +42,7 @@ class Progress:
     step_seconds: float = 0.0
     peak_memory_bytes: int = 0
     history: list[Evaluation] = field(default_factory=list)
+    gradients: list[list[float]] = field(default_factory=list)
 
     def spend(self, lap: Lap) -> None:
         """Add a lap of training."""

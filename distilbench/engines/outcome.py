@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,16 +70,19 @@ def result_of(
     settings: TrialSettings,
     splits: EncodedSplits,
     report: Evaluation | None,
-    flops: TrainFlops | None,
+    flops: Mapping[int, TrainFlops],
 ) -> TrialResult:
     """Return what a trial's ``progress`` amounts to, but for what belongs to the device, which the engine adds.
 
-    ``report`` is the kept weights' evaluation on a report split of its own, ``flops`` the cost of an example, None for
-    a trial that ended before its model was there.
+    ``report`` is the kept weights' evaluation on a report split of its own, ``flops`` what an example costs from a step
+    on, nothing for a trial that ended before its model was there.
     """
     train, lengths = settings.train, np.diff(splits.train.offsets)
     best = progress.history[best_of(progress.history, train)] if progress.history else None
-    times = BatchSchedule(len(lengths), train.batch_size, train.epochs).times_seen(settings.seed, progress.step)
+    schedule = BatchSchedule(len(lengths), train.batch_size, train.epochs)
+    ends = sorted({progress.step, *(step for step in flops if step < progress.step)})
+    seen = {step: schedule.times_seen(settings.seed, step) for step in ends}
+    times = seen[progress.step]
     seconds = progress.step_seconds
     return TrialResult(
         *outcome,
@@ -86,8 +91,8 @@ def result_of(
         history=tuple(progress.history),
         steps=progress.step,
         train_seconds=progress.train_seconds,
-        train_flops=flops.total(lengths, times) if flops else 0.0,
-        train_flops_counted=bool(flops and flops.counted),
+        train_flops=sum(flops[start].total(lengths, seen[stop] - seen[start]) for start, stop in pairwise(ends)),
+        train_flops_counted=any(cost.counted for cost in flops.values()),
         examples_per_second=float(times.sum()) / seconds if seconds else 0.0,
         tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from distilbench.engines.device import (
 )
 from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
 from distilbench.engines.loss import Loss
+from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
 from distilbench.engines.steps import BatchSchedule
@@ -131,7 +132,8 @@ class _Run(TrainerCallback):
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.report: Evaluation | None = None
         self.parameters = (0, 0)
-        self.flops: TrainFlops | None = None
+        self.flops: dict[int, TrainFlops] = {}
+        self.moving: MovingFreeze | None = None
         self.device = torch.device("cpu")  # until it is resolved
         self.device_name = self.precision = ""
         self.setup_seconds = 0.0
@@ -150,10 +152,14 @@ class _Run(TrainerCallback):
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
-        self.parameters, self.flops = parameter_counts(self.model), TrainFlops.of(self.model)
+        self.parameters, self.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
         self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, self.precision)
         self.checkpoint = self._checkpoint()
+        if settings.freeze.moves:
+            self.moving = MovingFreeze(self.model, settings, self.schedule, self.progress.gradients)
+            self.parameters, self.flops = self.moving.count(), self.moving.flops
+        self.trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.trainer = self._trainer()
 
     def _checkpoint(self) -> Path | None:
@@ -225,8 +231,15 @@ class _Run(TrainerCallback):
             if stored.is_file():
                 self.best_weights = load_file(stored)
             elif self.progress.history:
-                self.best_weights = _trainable_weights(self.model)
+                self.best_weights = _copied_weights(self.model, self.trained)
+        if self.moving is not None:
+            self.moving.begin(self.progress.history)
         self.setup_seconds = self.stopwatch.lap().seconds
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let a policy that moves by gradients look at them."""
+        if self.moving is not None:
+            self.moving.look_at_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
@@ -272,13 +285,16 @@ class _Run(TrainerCallback):
         require_finite(evaluation.loss, "validation", progress.step, self.steps, self.settings)
         progress.history.append(evaluation)
         if best_of(progress.history, self.settings.train) == len(progress.history) - 1:
-            self.best_weights = None if last else _trainable_weights(self.model)
+            self.best_weights = None if last else _copied_weights(self.model, self.trained)
         progress.spend(self.stopwatch.lap())
         self._sample_memory()
         if self.observer.on_evaluation(self.index, evaluation):
             raise TrialEnded(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
         control.should_training_stop = last or is_out_of_patience(progress.history, self.settings.train)
         control.should_save = self.settings.train.checkpoints and not control.should_training_stop
+        if self.moving is not None and not control.should_training_stop:
+            self.moving.note()
+            self.moving.begin(progress.history)
         self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -286,6 +302,8 @@ class _Run(TrainerCallback):
         path = self.checkpoints / f"checkpoint-{state.global_step}"
         if self.best_weights is not None and self._best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
+        if self.moving is not None:
+            self.moving.note()
         checkpoints.seal(path, self.identity, self.progress)
         if self.is_leaving:
             self.is_leaving = False
@@ -380,9 +398,9 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy, on the CPU, of the parameters that training changes."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+def _copied_weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """A copy, on the CPU, of the parameters of these names."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if name in names}
 
 
 def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

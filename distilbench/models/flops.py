@@ -63,7 +63,7 @@ class TrainFlops:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TrainFlops:
-        """Return those of ``model`` (on the CPU) with the parameters trained that ask for a gradient now."""
+        """Return those of ``model`` with the parameters trained that ask for a gradient now."""
         return _formula(model) if _is_known(model) else _counted(model)
 
     def total(self, lengths: np.ndarray, times: np.ndarray) -> float:
@@ -139,11 +139,11 @@ def count_train_flops(model: PreTrainedModel, length: int) -> int:
     know the CPU's fused kernel, and that of a GPU computes a product twice.
     """
     other_than_padding = 1 if model.config.pad_token_id == 0 else 0
-    tokens = torch.full((1, length), other_than_padding)
+    tokens = torch.full((1, length), other_than_padding, device=model.device)
     was_training = model.training
     model.eval()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, labels=torch.zeros(1, dtype=torch.long)).loss.backward()
+        model(input_ids=tokens, labels=torch.zeros_like(tokens[:, 0])).loss.backward()
     model.zero_grad()
     model.train(was_training)
     return int(counter.get_total_flops())

@@ -54,7 +54,14 @@ def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str
     return weights
 
 
+def _nothing(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
+    """A policy that moves (:mod:`.moving`) keeps nothing frozen throughout, and needs layers that it can tell apart."""
+    layer_list(model)
+    return set()
+
+
 _POLICIES = {"depth": _to_a_depth, "head": _all_but_head, "bias": _all_but_biases}
+_POLICIES |= dict.fromkeys(("gradual", "scheduled", "auto"), _nothing)
 """``freeze.policy`` -> what stays frozen throughout."""
 
 

@@ -103,6 +103,9 @@ def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
         freeze.layers,
         "ALBERT's layers share one set of weights, so its lower ones can't be frozen alone",
     )
+    can_move = not freeze.moves or resolved.config["model_type"] != "albert"
+    require(can_move, "freeze.policy", f"depth, head or bias for {name}", freeze.policy,
+            "ALBERT's layers share one set of weights")  # fmt: skip
     has_biases = resolved.config.get("norm_bias", resolved.config["model_type"] != "modernbert")
     if freeze.policy == "bias" and not has_biases:
         raise SettingsError(f"freeze.policy=bias needs an encoder that has biases, got {name}; use freeze=head")

@@ -288,7 +288,13 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "error", result.error
 
 
-_FROZEN_BY = {"head": "all but the head", "bias": "all but biases and the head"}
+_FROZEN_BY = {
+    "head": "all but the head",
+    "bias": "all but biases and the head",
+    "gradual": "all but the head at first, then a layer less from the top after each evaluation",
+    "scheduled": "nothing at first, then more from the bottom after each evaluation",
+    "auto": "nothing at first, then from the bottom what the gradients leave",
+}
 
 
 def frozen_part(settings: TrialSettings) -> str:

@@ -24,10 +24,14 @@ from transformers import (
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.outcome import outcome_of
+from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
+from distilbench.models.flops import count_train_flops
+from distilbench.models.layers import levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
+from tests.engines.conftest import Recorder
 
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=8", "train.batch_size=8", "train.epochs=2",
          "train.logging_steps=1", "train.eval_steps=100", "seed=5")  # fmt: skip
@@ -475,3 +479,81 @@ def test_an_interrupted_adapter_continues_to_the_same_bits(settings, splits_of, 
     [resumed] = TrainerEngine().train([replace(cut, train=replace(cut.train, resume=True))], splits, recorder())
     np.testing.assert_array_equal(resumed.report.logits, expected.report.logits)
     assert (resumed.steps, resumed.train_flops, resumed.train_flops_counted) == (10, expected.train_flops, True)
+
+
+# Freezing that moves: embeddings, two layers and the head are levels 0 to 3
+
+
+class FrozenAt(Recorder):
+    """Notes, after each step, which levels were trained in it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.trained = []
+        step = torch.optim.AdamW.step
+
+        def note(optimizer, *args, **kwargs):
+            sizes = [p.numel() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.trained.append(sum(sizes))
+            return step(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", note)
+
+
+def sizes_by_level(settings, splits) -> list[int]:
+    model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
+    level_of = levels(model)
+    return [sum(p.numel() for n, p in model.named_parameters() if level_of[n] == level) for level in range(4)]
+
+
+MOVING = ("train.eval_steps=3", "train.checkpoints=true", "optim.lr=1e-2", "train.metric=loss")
+
+
+@pytest.mark.parametrize(
+    ("freezing", "frozen"),
+    [("freeze=gradual", [3, 2, 1, 0]), ("freeze=scheduled freeze.layers=2", [0, 1, 2, 3]), ("freeze=auto", None)],
+)
+def test_what_is_frozen_moves_at_evaluations_and_costs_the_sum_of_its_parts(
+    trial, splits_of, monkeypatch, freezing, frozen
+):
+    settings = trial(*freezing.split(), *MOVING)
+    splits, seen = splits_of(settings), FrozenAt(monkeypatch)
+    [result] = TrainerEngine().train([settings], splits, seen)
+    assert (result.status, result.error, result.steps) == (Status.FINISHED, None, STEPS)
+    sizes = sizes_by_level(settings, splits)
+    if frozen is None:
+        frozen = [next(k for k in range(4) if sum(sizes[k:]) == seen.trained[start]) for start in (0, 3, 6, 9)]
+        assert frozen[:2] == [0, 0]
+    assert seen.trained == [sum(sizes[frozen[step // 3] :]) for step in range(STEPS)]
+    assert result.trainable_parameters == sum(sizes[min(frozen) :])
+    expected = 0
+    for step in range(STEPS):
+        model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
+        level_of = levels(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(level_of[name] >= frozen[step // 3])
+        rows = BatchSchedule(37, 8, 2).batch(settings.seed, step)
+        expected += sum(count_train_flops(model, len(splits.train.row(i))) for i in rows)
+    assert result.train_flops == expected
+
+
+@pytest.mark.parametrize("freezing", ["freeze=gradual", "freeze=scheduled freeze.layers=2", "freeze=auto"])
+@pytest.mark.parametrize("left", [{"raise_at": {8: KeyboardInterrupt()}}, {"leave_at": 4}, {"leave_at": 6}], ids=str)
+def test_a_trial_cut_after_a_boundary_continues_to_the_same_bits(
+    settings, splits_of, recorder, tmp_path, freezing, left
+):
+    given = (*freezing.split(), *SMALL, *MOVING)
+    whole, other = (settings(*given, f"output.dir={tmp_path / name}").trial for name in ("whole", "cut"))
+    splits, seen = splits_of(whole), recorder()
+    [expected] = TrainerEngine().train([whole], splits, seen)
+    with pytest.raises(KeyboardInterrupt):
+        TrainerEngine().train([other], splits, recorder(**left))
+    again = recorder()
+    [resumed] = TrainerEngine().train([replace(other, train=replace(other.train, resume=True))], splits, again)
+    assert again.losses() == seen.losses()[-len(again.losses()) :]
+    np.testing.assert_array_equal(resumed.report.logits, expected.report.logits)
+    assert (resumed.train_flops, resumed.trainable_parameters) == (
+        expected.train_flops, expected.trainable_parameters
+    )  # fmt: skip
+    weights, wanted = (load_file(f"{s.output.dir}/model/model.safetensors") for s in (other, whole))
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)

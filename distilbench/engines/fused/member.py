@@ -170,7 +170,7 @@ class Member:
             self.tidy()
         context, train = self.context, self.settings.train
         return replace(
-            result_of(self.progress, (status, error), self.settings, context.splits, self.report, context.flops),
+            result_of(self.progress, (status, error), self.settings, context.splits, self.report, {0: context.flops}),
             train_cpu_seconds=self.progress.train_cpu_seconds if context.device.type == "cpu" else None,
             setup_seconds=self.setup_seconds,
             micro_batch_size=self.micro_batch if self.micro_batch < train.batch_size else None,

@@ -31,5 +31,8 @@ def test_adapters_are_refused_and_auto_takes_the_trainer(settings):
         SettingsError, match=r"^adapter.name must be none with engine.name=fused, got 'lora'; use engine=trainer$"
     ):
         check_fusable(lora, resolved, "fp32")
-    chosen = [resolve_engine(trial, resolved, "fp32", "cpu").name for trial in (lora, settings().trial)]
-    assert chosen == ["trainer", "fused"]
+    moving = settings("freeze=gradual").trial
+    with pytest.raises(SettingsError, match=r"^freeze.policy must be depth, head or bias with engine.name=fused, got"):
+        check_fusable(moving, resolved, "fp32")
+    chosen = [resolve_engine(trial, resolved, "fp32", "cpu").name for trial in (lora, moving, settings().trial)]
+    assert chosen == ["trainer", "trainer", "fused"]
