@@ -125,7 +125,7 @@ def _write(settings: PredictSettings, classifier: Classifier, console: Console) 
     with open_answers(counts.path) as write, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("predicting", total=1.0)
         for part in chain([first], parts):
-            answers = classifier.predict(part.rows, settings.batch_size)
+            answers = classifier.answer(part.rows, settings.batch_size)
             answers.index += counts.total
             counts.labels.update(answers["prediction"].dropna())
             counts.empty += int(answers["prediction"].isna().sum())

@@ -34,6 +34,7 @@ MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
+LOG_MODEL = ("never", "best", "always")
 OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "cost", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = (
@@ -478,8 +479,17 @@ class TrackingSettings(Checked, group="tracking"):
     """Name of the MLflow experiment."""
     patience_seconds: Annotated[float, at_least(0)]
     """How long, in seconds, a store that is gone is waited for: after a trial, at a sweep's end, and by its workers."""
+    log_model: Annotated[str, one_of(LOG_MODEL)] = "never"
+    """never | best | always: whether a finished trial's model is logged as an MLflow model, after its training; best is
+    a trial on its own, and of a sweep the answer alone, at its end."""
+    register: Annotated[Optional[str], named("NAME or NAME@ALIAS", r"[^/:@]+(@[\w-]+)?", 256)] = None
+    """Name in MLflow's registry under which a logged model becomes the newest version, with an alias; null is none."""
 
     def _check(self) -> None:
+        require(self.register is None or self.log_model != "never", "tracking.register",
+                "null with tracking.log_model=never", self.register, "add tracking.log_model=best")  # fmt: skip
+        require(self.name != "none" or self.log_model == "never", "tracking.log_model", "never with tracking=none",
+                self.log_model)  # fmt: skip
         secret = self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri)
         if secret:
             raise SettingsError(
@@ -562,6 +572,10 @@ class AppSettings(TrialSettings):
     sweep: SweepSettings
     margin: Annotated[float, MARGIN]
     """Points of accuracy that a treatment may cost and still count as good enough; above 0, up to 100."""
+
+    def _check(self) -> None:
+        require(self.output.save_model or self.tracking.log_model == "never", "tracking.log_model",
+                "never with output.save_model=false", self.tracking.log_model)  # fmt: skip
 
     @property
     def trial(self) -> TrialSettings:

@@ -12,9 +12,12 @@ import pandas
 import pytest
 from hydra import compose, initialize_config_dir
 
+from distilbench.composition import default_treatment
 from distilbench.predict import predict
+from distilbench.report.from_store import report_of_sweep
 from distilbench.results import read_record
-from distilbench.settings import PredictSettings, SettingsError, settings_from
+from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
+from distilbench.sweep.runner import _log_answer
 from distilbench.tracking import SWEEP
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.trials import run as trials
@@ -115,6 +118,18 @@ def test_a_sweep_answers_by_its_answer_or_by_its_best(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "out.jsonl").read_text())["prediction"] == "positive"
     asked(folder, *common, "best=accuracy")
     assert f"run={run_id(folder, 'better')}" in "".join(capsys.readouterr().out.split())
+
+
+def test_of_a_sweep_the_answer_alone_is_logged_as_a_model(folder):
+    store = make_store(folder)
+    with initialize_config_dir(str(ROOT / "conf")):
+        report = report_of_sweep(store, "first", default_treatment(), None, 1.0)
+    tracking = TrackingSettings("mlflow", None, "distilbench", 0, log_model="best", register="first")
+    for _ in range(2):  # as a sweep does that is continued
+        _log_answer(report, store, tracking)
+    logged = {name: store._client.get_run(run_id(folder, name)).outputs.model_outputs for name in TRIALS}
+    assert (len(logged["better"]), len(logged["baseline"])) == (1, 0)
+    assert store._client.get_model_version_by_alias("first", "champion").run_id == run_id(folder, "better")
 
 
 def test_glue_gets_its_file_by_name_with_the_codes_of_its_labels(folder, tmp_path):

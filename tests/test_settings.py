@@ -168,6 +168,8 @@ RANGES = {
                         "one of html, markdown, latex, csv"),
     "confirm.top": ([1], [0], "1 or more"),
     "confirm.seeds": ([2, "auto"], [1, "many"], "auto, or 2 or more"),
+    "tracking.log_model": (["never", "best", "always"], ["last"], "one of never, best, always"),
+    "tracking.register": ([None], ["a/b", "", "a@", "a" * 257], "NAME or NAME@ALIAS"),
     "predict.best": (["answer", "accuracy"], ["loss"], "one of answer, accuracy"),
     "predict.format": (["table", "glue"], ["csv"], "one of table, glue"),
     "predict.batch_size": ([1], [0], "1 or more"),

@@ -47,6 +47,16 @@ class Classifier:
         """The column of the second texts, where it was trained on pairs."""
         return self.trained_on.get("pair_column")
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a text, or of the two of a pair."""
+        return [self.text_column, *([self.pair_column] if self.pair_column else [])]
+
+    def predict(self, model_input: pandas.DataFrame, params: object = None) -> pandas.DataFrame:
+        """Return :meth:`answer` to the rows of a table that has :attr:`columns`, as MLflow asks."""
+        rows = model_input[self.columns].itertuples(index=False, name=None)
+        return self.answer([tuple(text if isinstance(text, str) else None for text in row) for row in rows])
+
     def probabilities(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> np.ndarray:
         """Return the labels' probabilities (texts, labels) float32; NaN where a text is None or blank.
 
@@ -70,7 +80,7 @@ class Classifier:
                 found[[asked[i] for i in chosen]] = logits.softmax(dim=1).cpu().numpy()
         return found
 
-    def predict(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
+    def answer(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
         """Return ``prediction`` and ``probability_<label>`` of each label, a row a text; all missing where it is blank.
 
         Each of ``texts`` holds one text, or the two of a pair.
@@ -123,3 +133,10 @@ def _load(directory: Path, setting: str) -> PreTrainedModel:
             "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _load_pyfunc(directory: str) -> Classifier:
+    """Load a model as MLflow's python_function flavour does; of this project it needs what stands above alone."""
+    import torch
+
+    return load_classifier(Path(directory), "cuda" if torch.cuda.is_available() else "cpu")

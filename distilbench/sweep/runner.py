@@ -20,9 +20,11 @@ from rich.console import Console
 from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.data.text import load_text
+from distilbench.report.answer import trial_to_use
+from distilbench.report.findings import Report
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Owner, Record, Status
-from distilbench.settings import SettingsError
+from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.sweep.display import Display, print_plan
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
 from distilbench.sweep.heartbeat import Orphaned, beating
@@ -33,7 +35,7 @@ from distilbench.sweep.plan import SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
-from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
+from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, model_directory, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
 
@@ -79,18 +81,21 @@ def run_plan(
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
-        if not _report(plan, store):
+        report = _report(plan, store)
+        if report is None:
             runner.show_all()  # there is only what the study knows
+        elif store and plan.settings.tracking.log_model == "best":
+            _log_answer(report, store, plan.settings.tracking)
         return failure
 
 
-def _report(plan: SweepPlan, store: MlflowStore | None) -> bool:
-    """Return whether there is a report: a store that is gone costs the sweep no more than that."""
+def _report(plan: SweepPlan, store: MlflowStore | None) -> Report | None:
+    """Return the report, None without one: a store that is gone costs the sweep no more than that."""
     try:
-        return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin) is not None
+        return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
     except SettingsError as error:
         log.warning("no report of %s: %s", plan.name, error)
-        return False
+        return None
 
 
 def _open_parent_run(
@@ -105,6 +110,16 @@ def _open_parent_run(
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
         study.set_user_attr("run_id", parent.run_id)
     return parent
+
+
+def _log_answer(report: Report, store: MlflowStore, tracking: TrackingSettings) -> None:
+    """Log the model of the sweep's answer, which may have been trained by an earlier call."""
+    trial = trial_to_use(report, "answer")
+    try:
+        if trial:
+            store.log_model(trial.run_id, model_directory(store, trial.run_id), tracking.register)
+    except SettingsError as error:  # its directory is gone, or another's by now
+        log.warning("the sweep's answer is not logged as a model: %s", error)
 
 
 class SweepRunner:

@@ -19,6 +19,7 @@ from distilbench.sweep.pruning import judged_by, pruning_callback
 from distilbench.sweep.sources import pin_sources
 
 if TYPE_CHECKING:
+    from distilbench.results import StoredTrial
     from distilbench.tracking import MlflowStore, ParentRun
     from distilbench.trials.prepared import Job, Prepared, SweepContext
     from distilbench.trials.run import Outcome
@@ -72,7 +73,7 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 def _train_one(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
     from distilbench.trials.run import run
 
-    _compare(job, run(job.settings, prepared, store, context_of(sweep_job, job.settings, lease)), store)
+    _conclude(job, run(job.settings, prepared, store, context_of(sweep_job, job.settings, lease)), store)
 
 
 def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
@@ -85,7 +86,7 @@ def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: Mlflo
     reason = None
     with seeds.closing():
         for count, seeded in enumerate(seeds.jobs, start=1):
-            _compare(seeded, run(seeded.settings, prepared, store, seeded.context), store)
+            _conclude(seeded, run(seeded.settings, prepared, store, seeded.context), store)
             records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
@@ -188,9 +189,11 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(part[name] for part in parts) for name in shared}
 
 
-def _compare(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
-    """Attach the comparison with the sweep's baseline, or an earlier one, to a trial that is not one itself."""
-    from distilbench.trials.run import add_comparison, find_baseline
+def _conclude(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
+    """Compare a trial that is not a baseline itself with the sweep's, or an earlier one, and see to its model."""
+    from distilbench.trials.run import conclude, find_baseline
 
-    if not job.is_baseline:
-        add_comparison(outcome, store, lambda: find_baseline(job, outcome.prepared, store, ensure=False))
+    def find() -> StoredTrial | None:
+        return None if job.is_baseline else find_baseline(job, outcome.prepared, store, ensure=False)
+
+    conclude(outcome, store, find, is_swept=True)

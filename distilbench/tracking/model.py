@@ -1,7 +1,16 @@
-"""The model that a run left: where it is."""
+"""The model that a run left: where it is, and the same as an MLflow model.
+
+It is logged as a python_function model with a loader module, of the two ways that MLflow has without a pickle: the
+other, its transformers flavour, gives neither every label's probability nor an empty answer to an empty text. The
+directory of weights (safetensors), tokenizer and card is kept as it is, under ``data/``.
+"""
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +18,94 @@ from distilbench.results import MODEL, read_record
 from distilbench.settings import SettingsError
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+    from distilbench.tracking.retries import Connection
     from distilbench.tracking.store import MlflowStore
+
+log = logging.getLogger(__name__)
+
+LOADER = "distilbench.models.classifier"
+"""The module whose ``_load_pyfunc`` makes a model of the directory; its package goes along with the model."""
+
+REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
+"""What that takes, at the versions that trained it."""
+
+ALIAS = "champion"
+"""What a registered version is called where ``tracking.register`` gives no alias, as in MLflow's own guides."""
+
+
+def log_model(connection: Connection, run_id: str, directory: Path, register: str | None) -> None:
+    """Log a saved model to its run, which may have ended, and register it; nothing where the run has one already.
+
+    No trouble of the store passes.
+    """
+    made: list[LoggedModel | None] = []
+    connection.attempt("the model", lambda: made.append(_log(connection.client, run_id, directory)))
+    if register and made and made[0]:
+        logged = made[0]
+        connection.attempt("the registered model", lambda: _register(connection.client, run_id, logged, register))
+
+
+def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    run, began = client.get_run(run_id), time.perf_counter()
+    known = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs] if run.outputs else []
+    if any(model.status == LoggedModelStatus.READY for model in known):
+        return None
+    logged = client.create_logged_model(run.info.experiment_id, MODEL, run_id, model_type="text-classification")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            size = _save(directory, Path(folder) / MODEL, run_id, logged.model_id)
+            client.log_model_artifacts(logged.model_id, str(Path(folder) / MODEL))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    ready = client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    log.info("model logged as models:/%s: %.1f MB in %.1f s", logged.model_id, size / 1e6, time.perf_counter() - began)
+    return ready
+
+
+def _save(directory: Path, path: Path, run_id: str, model_id: str) -> int:
+    """Write an MLflow model of a directory; returns its size in bytes."""
+    import pandas
+    from mlflow import pyfunc
+    from mlflow.models import Model, infer_signature
+
+    from distilbench.models.classifier import load_classifier
+
+    classifier = load_classifier(directory, "cpu")
+    example = pandas.DataFrame([["a text"] * len(classifier.columns)], columns=classifier.columns)
+    pyfunc.save_model(
+        path=str(path),
+        loader_module=LOADER,
+        data_path=str(directory),
+        code_paths=[str(Path(__file__).resolve().parents[1])],
+        mlflow_model=Model(run_id=run_id, model_uuid=model_id, model_id=model_id),
+        signature=infer_signature(example, classifier.predict(example)),
+        input_example=example,
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+    )
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:
+    """Make a logged model the newest version of a registered one, under its alias."""
+    from mlflow.exceptions import MlflowException
+
+    name, _, alias = register.partition("@")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = logged.artifact_location  # MLflow would seek models:/ID in the store that its global setting names
+    made = client.create_model_version(name, source, run_id, model_id=logged.model_id)
+    client.set_registered_model_alias(name, alias or ALIAS, made.version)
+    log.info("model registered as models:/%s@%s, version %s", name, alias or ALIAS, made.version)
 
 
 def model_directory(store: MlflowStore, run_id: str) -> Path:

@@ -17,6 +17,7 @@ from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredT
 from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.mlflow_tables import search_database
+from distilbench.tracking.model import log_model
 from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
@@ -192,6 +193,10 @@ class MlflowStore:
             self._connection.attempt(file.name, partial(self._client.log_artifact, run_id, str(file)))
         text = redact(note)[:LONGEST_TAG]
         self._connection.attempt("the description", partial(self._client.set_tag, run_id, NOTE, text))
+
+    def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
+        """Log a saved model to a run that may have ended, and register it; no trouble of the store passes."""
+        log_model(self._connection, run_id, directory, register)
 
     def run_url(self, run_id: str) -> str:
         """Link to a run's page; for a local store it needs :attr:`ui_command`."""

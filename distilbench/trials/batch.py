@@ -13,7 +13,7 @@ from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import Outcome, add_comparison, estimate_alone, find_baseline, run_batch
+from distilbench.trials.run import Outcome, conclude, estimate_alone, find_baseline, run_batch
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class BatchRunner:
         for r, outcome in zip(members, outcomes, strict=True):
             if outcome.result.status is Status.FINISHED and r.job.is_baseline:
                 self._baselines[r.identity(r.job.baseline)] = outcome.stored
-        return [self._compared(r, outcome) for r, outcome in zip(members, outcomes, strict=True)]
+        return [self._concluded(r, outcome) for r, outcome in zip(members, outcomes, strict=True)]
 
     def _solo(self, ready: _Ready) -> float | None:
         """The estimate for a trial of this kind alone, measured once in a sweep."""
@@ -132,10 +132,10 @@ class BatchRunner:
                 self._solo_seconds[key] = None
         return self._solo_seconds[key]
 
-    def _compared(self, ready: _Ready, outcome: Outcome) -> Outcome:
-        if ready.job.is_baseline:
-            return outcome
-        return add_comparison(outcome, ready.store, lambda: self._baseline_of(ready, ensure=False))
+    def _concluded(self, ready: _Ready, outcome: Outcome) -> Outcome:
+        job = ready.job
+        find = (lambda: None) if job.is_baseline else (lambda: self._baseline_of(ready, ensure=False))
+        return conclude(outcome, ready.store, find, is_swept=job.context is not None)
 
     def _baseline_of(self, ready: _Ready, ensure: bool) -> StoredTrial | None:
         key = ready.identity(ready.job.baseline)

@@ -24,7 +24,7 @@ from distilbench.report import (
     print_summary,
     trial_line,
 )
-from distilbench.results import Evaluation, Predictions, Status, StepRecord, StoredTrial, TrialResult
+from distilbench.results import MODEL, Evaluation, Predictions, Status, StepRecord, StoredTrial, TrialResult
 from distilbench.settings import AppSettings
 from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.card import write_card
@@ -93,7 +93,7 @@ def run_and_compare(job: Job) -> Outcome:
     trained = run(job.settings, prepared, store)
     if store:
         store.catch_up(Path(job.settings.output.dir))
-    outcome = add_comparison(trained, store, lambda: baseline)
+    outcome = conclude(trained, store, lambda: baseline, is_swept=False)
     _print(job, outcome, store)
     return outcome
 
@@ -107,11 +107,26 @@ def find_baseline(job: Job, prepared: Prepared, store: MlflowStore | None, ensur
     log.info("no finished baseline of this protocol yet: training it first")
     directory = Path(job.settings.output.dir) / "baseline"
     settings = replace(job.baseline, output=replace(job.baseline.output, dir=str(directory)))
-    outcome = run(settings, prepared, store)
+    outcome = conclude(run(settings, prepared, store), store, lambda: None, is_swept=True)
     if outcome.result.report is None:
         log.warning("the baseline %s: %s", outcome.result.status.lower(), outcome.result.error)
         return None
     return outcome.stored
+
+
+def conclude(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None],
+             is_swept: bool) -> Outcome:  # fmt: skip
+    """Do what follows training, in no trial's time: compare, write the model's card, log the model if that is asked.
+
+    ``find`` finds the baseline. Of a sweep's trials (``is_swept``), ``tracking.log_model=best`` means none yet.
+    """
+    outcome = add_comparison(outcome, store, find)
+    write_or_warn(f"the card of {outcome.name}", partial(write_card, outcome))
+    tracking, directory = outcome.settings.tracking, Path(outcome.settings.output.dir) / MODEL
+    is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and not is_swept)
+    if is_wanted and store and outcome.run_id and outcome.result.status is Status.FINISHED and directory.is_dir():
+        store.log_model(outcome.run_id, directory, tracking.register)
+    return outcome
 
 
 def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None]) -> Outcome:
@@ -134,9 +149,7 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
         return outcome
-    compared = replace(outcome, comparison=comparison)
-    write_or_warn(f"the card of {outcome.name}", partial(write_card, compared))
-    return compared
+    return replace(outcome, comparison=comparison)
 
 
 def run(
@@ -164,10 +177,7 @@ def run_batch(
             _train(opened, prepared, contexts, guard)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    outcomes = [_outcome(trial) for trial in opened]
-    for outcome in outcomes:
-        write_or_warn(f"the card of {outcome.name}", partial(write_card, outcome))
-    return outcomes
+    return [_outcome(trial) for trial in opened]
 
 
 def _train(

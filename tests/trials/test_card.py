@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 
 from distilbench.identity import point_key
 from distilbench.report import sentence
+from distilbench.settings import TrackingSettings
 from distilbench.trials.card import write_card
 from distilbench.trials.prepared import prepare
-from distilbench.trials.run import add_comparison, run
+from distilbench.trials.run import conclude, run
 from tests.conftest import compose_settings
 
 ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "scheduler=cosine", "optim.lr=1e-2")
@@ -22,7 +25,7 @@ ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "sch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
-    return run(settings, prepare(settings), store=None)
+    return conclude(run(settings, prepare(settings), store=None), None, lambda: None, is_swept=False)
 
 
 def card_of(outcome) -> ModelCard:
@@ -51,7 +54,7 @@ def test_its_command_trains_the_same(outcome):
 
 
 def test_a_comparison_says_no_more_than_the_trial_did(outcome):
-    compared = add_comparison(outcome, None, lambda: replace(outcome.stored, name="other", seed=7))
+    compared = conclude(outcome, None, lambda: replace(outcome.stored, name="other", seed=7), is_swept=False)
     assert sentence(compared.comparison).split(":")[0] in card_of(outcome).text
     assert "Only the seed differs" in card_of(outcome).text
     assert "compared with no baseline" not in card_of(outcome).text
@@ -70,3 +73,19 @@ def test_a_trial_without_a_model_gets_no_card(outcome, tmp_path):
     settings = replace(outcome.settings, output=replace(outcome.settings.output, dir=str(tmp_path)))
     write_card(replace(outcome, settings=settings))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("log_model", "is_swept", "logs"),
+    [("never", False, False), ("best", False, True), ("best", True, False), ("always", True, True)],
+)
+def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_model, is_swept, logs):
+    tracking = TrackingSettings(
+        "mlflow", None, "distilbench", 0, log_model, None if log_model == "never" else "name@best"
+    )
+    asked = replace(outcome, settings=replace(outcome.settings, tracking=tracking), run_id="0")
+    logged = []
+    store = SimpleNamespace(log_model=lambda *call: logged.append(call))
+    conclude(asked, store, lambda: None, is_swept)
+    wanted = [("0", Path(outcome.settings.output.dir) / "model", "name@best")]
+    assert logged == (wanted if logs else [])
