@@ -92,41 +92,34 @@ def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
     An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every row
     that runs over several lines is told.
     """
-    places: list[str] = []
-    count = 0
-
-    def records() -> Iterator[tuple[int, list[str]]]:
-        nonlocal count
-        for first, last, record in csv_records(lines, title):
-            count += last > first
-            if last > first and count <= 5:
-                places.append(f"{first} to {last}")
-            yield first, record
-
-    yield from _table(records(), title, columns, "put fields that hold a comma or quotes into double quotes")
-    if count:
-        more = f" and {count - 5:,} more" if count > 5 else ""
-        log.warning("%s: %d rows run over several lines (lines %s%s); where that is not meant, a double quote is "
-                    "not closed", title, count, ", ".join(places), more)  # fmt: skip
+    remedy = "put fields that hold a comma or quotes into double quotes"
+    yield from _table(_csv_records(lines, title), title, columns, remedy)
 
 
-def csv_records(lines: Iterable[str], title: str) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield the records of a comma-separated table with their first and last lines; empty lines hold none."""
+def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records of a comma-separated table with the line on which each begins; empty lines hold none."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
     reader = csv.reader(lines, strict=True)
-    line = 1
+    line, count, places = 1, 0, ""
     while True:
         try:
             record = next(reader)
         except StopIteration:
-            return
+            break
         except csv.Error as error:
             raise SettingsError(
                 f"{title} line {line}: {first_line(error)}; close double quotes, and double those within a field"
             ) from None
+        if reader.line_num > line:
+            count += 1
+            places += f", {line} to {reader.line_num}" if count <= 5 else ""
         if record:
-            yield line, reader.line_num, record
+            yield line, record
         line = reader.line_num + 1
+    if count:
+        more = f" and {count - 5:,} more" if count > 5 else ""
+        log.warning("%s: %d rows run over several lines (lines %s%s); where that is not meant, a double quote is "
+                    "not closed", title, count, places[2:], more)  # fmt: skip
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:

