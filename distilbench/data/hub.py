@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import threading
@@ -28,8 +29,10 @@ def hub_reachable() -> bool:
 
     The decision holds for this process and its children. ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE`` decide it
     without a request. Where the hub is out of reach, ``HF_HUB_OFFLINE`` is set, since the libraries' own timeouts add
-    up to minutes; they then answer at once, from the cache.
+    up to minutes; they then answer at once, from the cache. Requests are not logged one by one, as httpx would.
     """
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     reached = not _told_offline() and _endpoint_answers(hub_endpoint())
     if reached:
         os.environ[_REACHED] = hub_endpoint()

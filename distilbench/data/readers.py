@@ -161,7 +161,7 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
     if len(unlabelled) + len(blank) == len(rows):
         raise SettingsError(
             f"{rows.title} must hold labelled sentences, got {len(unlabelled)} without a label and {len(blank)} blank; "
-            f"set data.{role}=... to another split ({', '.join(splits)})"
+            f"test splits keep their labels back: set data.{role}=... to another split ({', '.join(splits)})"
         )
     dropped.update({reason: len(rows) for reason, rows in (("unlabelled", unlabelled), ("blank", blank)) if rows})
     rows = rows.without(unlabelled | blank)

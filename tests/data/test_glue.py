@@ -86,9 +86,11 @@ def task(name: str, *overrides: str):
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "stsb"])
-def test_a_task_is_read_by_its_name(glue, name):
+def test_a_task_is_read_by_its_name(glue, name, caplog):
     texts, names, _ = TASKS[name]
-    splits = load_text(task(name).data)
+    with caplog.at_level("INFO"):
+        splits = load_text(task(name).data)
+    assert not [record for record in caplog.records if record.name.startswith("httpx")], "a line a request"
     assert splits.label_names == names
     assert splits.train.texts[:2] == (f"train {texts[0]} 0", f"train {texts[0]} 1")
     assert splits.train.pairs == (tuple(f"train {texts[1]} {i}" for i in range(12)) if texts[1:] else None)
@@ -118,7 +120,7 @@ def test_a_task_picks_by_the_metric_that_it_is_known_by_unless_told_otherwise(na
 def test_the_labels_that_glue_keeps_back_are_no_class(glue):
     message = refusal(task("rte", "data.validation=test").data)
     assert "split test must hold labelled sentences, got 4 without a label and 0 blank" in message
-    assert "data.validation=..." in message
+    assert "test splits keep their labels back: set data.validation=..." in message
 
 
 def test_the_task_of_ratings_is_refused_as_regression(glue):
