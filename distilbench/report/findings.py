@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distilbench.identity import value_of
@@ -40,7 +40,8 @@ class Report:
 
     ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
     the most frequent label alone, where predictions tell it; ``url`` opens the table of runs, once ``ui_command`` was
-    typed (None where a server is there); ``slices`` are the best rows on parts of the examples.
+    typed (None where a server is there); ``slices`` are the best rows on parts of the examples. ``usual`` is the
+    treatment of a plain command line, ``sources`` the overrides that choose model and text as here.
     """
 
     title: str
@@ -55,6 +56,8 @@ class Report:
     ui_command: str | None = None
     floor: float | None = None
     slices: tuple[Row, ...] = ()
+    usual: Mapping[str, object] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     @property
     def table_rows(self) -> tuple[Row, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from distilbench.cli import command, override
@@ -16,6 +17,7 @@ from distilbench.identity import short_hash, value_of, without_defaults
 from distilbench.report.comparison import Terms, against_baseline
 from distilbench.report.findings import Confirmed, Curve, Report, by_score
 from distilbench.report.floor import mark_learned
+from distilbench.report.names import source_overrides
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
@@ -89,7 +91,17 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
         rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
         report = replace(report, rows=tuple(rows))
     notes = (*report.notes, *_notes_on_splits(request, report))
-    return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation)
+    sources = _sources(store, report.sample.run_id)
+    return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation, usual=request.usual,
+                   sources=sources)  # fmt: skip
+
+
+def _sources(store: MlflowStore, run_id: str) -> tuple[str, ...]:
+    """What chooses model and text as a run did; nothing where its configuration can't be read any more."""
+    try:
+        return tuple(source_overrides(store.config(run_id)))
+    except (SettingsError, OmegaConfBaseException, KeyError, ValueError):
+        return ()
 
 
 def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:

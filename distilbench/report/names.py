@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, cast
 
-from distilbench.identity import value_of
+from omegaconf import OmegaConf
+
+from distilbench.cli import override
+from distilbench.identity import AMOUNT, value_of
+from distilbench.settings import CONF, DataSettings, ModelSettings
 
 _TELLING = (
     "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name", "optim.name", "optim.lr",
@@ -42,6 +48,27 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
     return " ".join(
         f"{_end(key) if ends[_end(key)] <= 1 else key}={_short(values[key])}" for key in in_order([*values])
     )
+
+
+def source_overrides(config_yaml: str) -> list[str]:
+    """Return what chooses a run's protocol, given its ``config.yaml``: ``data=files data.train=...``.
+
+    Nothing for what a plain command line takes anyhow. The amount of text is left away: it is treatment.
+    """
+    config, told = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
+    for group, schema, usual in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):
+        ours = {key: value for key, value in config[group].items() if key != "fallback" and f"{group}.{key}" != AMOUNT}
+        unset = {f.name: None if f.default is MISSING else f.default for f in fields(schema)}
+        differing = {}
+        for file in sorted((CONF / group).glob("*.yaml")):
+            choice = {**unset, **cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))}
+            if choice["source"] == ours["source"]:
+                differing[file.stem] = [key for key, value in ours.items() if choice[key] != value]
+        name = min(differing, key=lambda name: (len(differing[name]), name != usual))
+        told += [f"{group}={name}"] if name != usual else []
+        told += [override(f"{group}.{key}", ours[key]) for key in differing[name]]
+    metric = config["train"]["metric"]
+    return told + ([override("train.metric", metric)] if metric != "accuracy" else [])
 
 
 def _end(key: str) -> str:

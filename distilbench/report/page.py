@@ -16,7 +16,7 @@ from distilbench.report.columns import FULL, Column, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
 from distilbench.report.formats import html, one_line
-from distilbench.report.names import varying_keys
+from distilbench.report.names import in_order
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
@@ -82,11 +82,10 @@ def _rows(report: Report) -> str:
     found = [row.difference for row in report.table_rows if row.difference]
     scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
     columns, lines = filled(FULL, report.table_rows), []
-    keys = varying_keys([row.treatment for row in report.table_rows])
     for row in report.table_rows:
         cells = "".join(_cell(column, row, scale) for column in columns)
         told = f'data-row="{row.rank}" data-kind="{kind_of(row)}" data-depth="{html(str(_depth(row)))}"'
-        told += f' data-command="{html(_command(row, keys))}"'
+        told += f' data-command="{html(_command(row, report))}"'
         lines.append(f"<tr{' class=base' if row.is_baseline else ''} {told}>{cells}</tr>")
     return "".join(lines)
 
@@ -95,10 +94,14 @@ def _depth(row: Row) -> object:
     return row.treatment.get("freeze.layers", "")
 
 
-def _command(row: Row, keys: Sequence[str]) -> str:
-    """The line that trains a setting again, once the sweep's own choice of model and data is added."""
-    told = {key.removesuffix(".name"): value_of(row.treatment, key) for key in keys}
-    return command("train", [*(override(key, value) for key, value in told.items()), f"seed={row.all_trials[0].seed}"])
+def _command(row: Row, report: Report) -> str:
+    """The line that trains a setting again: its sources, and what it does otherwise than a plain command line."""
+    ours = {key: value_of(row.treatment, key) for key in {*row.treatment, *report.usual} - {"train.precision"}}
+    told = {key: value for key, value in ours.items() if value != value_of(report.usual, key)}
+    if told.get("freeze.embeddings") == (ours.get("freeze.layers") != 0):
+        del told["freeze.embeddings"]  # it follows the layers
+    changed = (override(key.removesuffix(".name"), told[key]) for key in in_order([*told]))
+    return command("train", [*report.sources, *changed, f"seed={row.all_trials[0].seed}"])
 
 
 def _choices(values: Sequence[tuple[str, str]]) -> str:

@@ -1,12 +1,14 @@
 """The page needs nothing but itself, and what it is told in names stays text."""
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from distilbench.report import charts
 from distilbench.report.figures import MOST_POINTS
-from distilbench.report.page import page
+from distilbench.report.page import TEMPLATE, page
 from distilbench.results import Status
 from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
@@ -177,3 +179,54 @@ def test_headings_have_scopes_the_table_a_caption_and_the_phone_a_menu_to_sort(d
     tags = [tag for tag, _ in document.elements]
     assert tags.count("caption") == 1
     assert [a["id"] for tag, a in document.elements if tag == "select" and "id" in a] == ["order"]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb`` or ``#rgb`` (WCAG 2.2)."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(colour: str, back: str, opacity: float = 1.0) -> float:
+    """The contrast of a colour, laid with ``opacity`` over another, with that other one."""
+    mixed = [round(int(a, 16) * opacity + int(b, 16) * (1 - opacity))
+             for a, b in zip(*(re.findall("..", one[1:] if len(one) == 7 else "".join(2 * d for d in one[1:]))
+                               for one in (colour, back)), strict=True)]  # fmt: skip
+    high, low = sorted((luminance("#" + "".join(f"{part:02x}" for part in mixed)), luminance(back)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+STYLE = TEMPLATE.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
+OPACITIES = {float(found) for found in re.findall(r"(?:fill|stroke)-opacity: ([.\d]+)", STYLE)}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_a_contrast_of_4_5_and_a_mark_of_3_on_each_ground(scheme):
+    light, dark = STYLE.split("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--(\w+): (#\w+)", light if scheme == "light" else dark.partition("* {")[0]))
+    grounds = [colours.pop("back"), colours.pop("soft")]
+    colours.pop("line")  # rules between rows and grid lines, which tell nothing
+    assert len(colours) == 9
+    for name, colour in colours.items():
+        for ground in grounds:
+            assert contrast(colour, ground) >= 4.5, (name, ground)
+            assert contrast(colour, ground, min(OPACITIES)) >= 3, (name, ground)
+
+
+def test_text_of_charts_has_11_pixels_on_a_phone_of_390():
+    """A chart is as wide as the page without the paddings of the body and the figure, whatever its own unit."""
+    size = float(re.search(r"svg {.*?font: ([\d.]+)px", STYLE).group(1))
+    body = int(re.search(r"max-width: 700px\) {\s+body { padding: (\d+)px", STYLE).group(1))
+    figure = int(re.search(r"figure { margin: 0; padding: \d+px (\d+)px", STYLE).group(1))
+    assert size * (390 - 2 * body - 2 * figure) / charts.WIDTH >= 11
+
+
+def test_a_cards_line_names_sources_and_all_that_is_not_as_usual():
+    trials = [trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3, scheduler_name="cosine", train_epochs=1))]
+    report = report_of(trials, usual=treatment(), sources=("model=minilm", "data=files"))
+    rows = [attributes for tag, attributes in Document(page(report)).elements if tag == "tr" and attributes]
+    lines = {row["data-command"] for row in rows}
+    start = "python -m distilbench.train model=minilm data=files "
+    assert lines == {f"{start}seed=1", f"{start}freeze.layers=3 scheduler=cosine train.epochs=1 seed=1"}
