@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from distilbench.cli import exit_immediately, say
 
@@ -17,8 +18,10 @@ def main() -> None:
         from distilbench import __version__
 
         print(f"distilbench {__version__}")
+    elif name == "completion":
+        print(Path(__file__).with_name("completion.sh").read_text())
     elif name in ("--help", "-h"):
-        print(f"usage: distilbench {{{','.join(COMMANDS)}}} [key=value ...] | --version\n\n"
+        print(f"usage: distilbench {{{','.join(COMMANDS)}}} [key=value ...] | completion | --version\n\n"
               "What each takes: distilbench train --help")  # fmt: skip
     elif name in COMMANDS:
         from importlib import import_module
