@@ -574,6 +574,7 @@ class AppSettings(TrialSettings):
     """Points of accuracy that a treatment may cost and still count as good enough; above 0, up to 100."""
 
     def _check(self) -> None:
+        super()._check()
         require(self.output.save_model or self.tracking.log_model == "never", "tracking.log_model",
                 "never with output.save_model=false", self.tracking.log_model)  # fmt: skip
 
