@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import PREDICTIONS
+from distilbench.tracking import RunFilter
 from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.uri import sqlite_url
 from distilbench.trials.prepared import Job
 from distilbench.trials.run import run_and_compare
 from tests.engines.conftest import PAIRS
+from tests.made_store import make_store
 
 
-def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_baseline(settings, tmp_path, capsys):
+def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_baseline_and_in_reports(
+    settings, tmp_path, capsys
+):
     given = (*PAIRS, "data.slice_column=source", "train.epochs=1", "engine=fused", "output.save_model=false",
-             "train.checkpoints=false", "baseline.ensure=true")  # fmt: skip
+             "train.checkpoints=false", "baseline.ensure=true", "tracking=mlflow",
+             f"tracking.uri={sqlite_url(tmp_path / 'mlflow.db')}")  # fmt: skip
+    store = make_store(tmp_path)
     trial, baseline = settings(*given, "freeze.layers=1"), settings(*given)
     outcome = run_and_compare(Job(trial, baseline, lambda: ""))
     kept, theirs = (read_predictions(tmp_path / part / PREDICTIONS) for part in ("", "baseline"))
@@ -29,3 +37,9 @@ def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_basel
     printed = " ".join(capsys.readouterr().out.split())
     assert f"slices {rows[0].slice} " in printed
     assert "By slice: p is corrected (Holm) for all slices" in printed
+    trials = store.search(RunFilter())
+    (base,) = [found.run_id for found in trials if found.treatment["freeze.layers"] == 0]
+    report = make_report(store, trials, ReportRequest("Both", {}, 1.0, baseline=base))
+    assert [(row.slice, row.accuracy, row.points) for row in report.slices] == [
+        (row.slice, row.accuracy, row.points) for row in rows
+    ]
