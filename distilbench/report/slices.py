@@ -74,7 +74,8 @@ def _on_slice(
         {seed: kept.correct[where] for seed, kept in each.items() if kept} for each in (predictions, baseline or {})
     )
     accuracy, deviation = average([float(correct.mean()) for correct in ours.values()])
-    difference = difference_of(ours, theirs, margin) if theirs and not row.is_baseline else None
+    comparable = theirs and not row.is_baseline and where.sum() > 1
+    difference = difference_of(ours, theirs, margin) if comparable else None
     return replace(
         row, slice=name or NAMELESS, accuracy=accuracy, accuracy_deviation=deviation, examples=int(where.sum()),
         difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,

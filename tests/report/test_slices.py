@@ -80,6 +80,16 @@ def test_without_slices_or_with_trials_of_other_examples_there_is_nothing_to_tel
     assert {row.label.partition(":")[0] for row in told} == {"baseline", "layers=3"}
 
 
+def test_a_slice_of_one_example_has_an_accuracy_and_no_difference(recwarn):
+    names = np.where(np.arange(EXAMPLES) < 1, "alone", "web")
+    settings = [treatment(), treatment(freeze_layers=3)]
+    trials = [sliced(trial(0.9, seed, place, one), names) for place, one in enumerate(settings) for seed in (1, 2)]
+    assert [(row.slice, row.difference is None) for row in report_with(trials).slices] == [
+        ("web", True), ("web", False), ("alone", True), ("alone", True),
+    ]  # fmt: skip
+    assert not recwarn.list
+
+
 def test_many_slices_are_cut_to_the_largest(trials):
     names = [f"s{i % 50 if i < 800 else 0}" for i in range(EXAMPLES)]
     rows = report_with([sliced(one, names) for one in trials]).slices
