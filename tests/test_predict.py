@@ -165,9 +165,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
     asked(folder, f"dir={theirs}", "data.test=test", "format=glue", f"output={tmp_path}/glue")
     assert (tmp_path / "glue" / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n2\t1\n"
     assert [(data.hub_name, data.hub_config) for data in asked_for] == [("nyu-mll/glue", "sst2")]
-    with pytest.raises(
-        SettingsError, match=r"^data.test must be a file, or a split of nyu-mll/glue/sst2 \(test\), got 'dev'"
-    ):
+    with pytest.raises(SettingsError, match=r"^data.test must be a split of nyu-mll/glue/sst2 \(test\), got 'dev'"):
         asked(folder, f"dir={theirs}", "data.test=dev")
     monkeypatch.setattr(stream, "hub_builder", lambda data: None)
     with pytest.raises(SettingsError, match=r"^data.hub_name must be a data set that the hub or its cache can give"):

@@ -21,7 +21,7 @@ from distilbench.settings import SettingsError, require
 log = logging.getLogger(__name__)
 
 PART = 4096
-"""Rows of Parquet that are read at once."""
+"""Rows that are read at once; texts that are predicted and written at once."""
 
 TEXTS = ("data.text_column", "data.pair_column")
 """Settings of the columns that a model reads."""

@@ -9,12 +9,12 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from distilbench.data.formats import Columns, Row, arrow_rows, check_columns, open_rows
+from distilbench.data.formats import PART, Columns, FileRows, arrow_rows, check_columns, open_rows
 from distilbench.data.hub import first_line, hub_reachable, package_file
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -72,12 +72,12 @@ def _columns(settings: DataSettings) -> dict[str, str]:
     return {setting: column for setting, column in named.items() if column is not None}
 
 
-def _rows(title: str, unit: str, rows: Iterable[Row], columns: Columns) -> Rows:
+def _all_of(file: FileRows, columns: Columns) -> Rows:
     """Collect rows; :data:`PARTS` are named by their settings."""
-    kept = list(rows)
+    kept = list(file.rows)
     parts = [setting.removeprefix("data.").removesuffix("_column") for setting in columns]
     values = {part: [row[i] for _, row in kept] for i, part in enumerate(parts)}
-    return Rows(title, unit, [place for place, _ in kept], values)
+    return Rows(file.title, file.unit, [place for place, _ in kept], values)
 
 
 def _read_files(settings: DataSettings) -> Corpus:
@@ -91,7 +91,7 @@ def _read_files(settings: DataSettings) -> Corpus:
 
 def _read_file(role: str, given: str, columns: Columns) -> Rows:
     with open_rows(f"data.{role}", given, columns) as file:
-        rows = _rows(file.title, file.unit, file.rows, columns)
+        rows = _all_of(file, columns)
     if not len(rows):
         raise SettingsError(f"{file.title} must hold one example or more, got none; check that it is the right file")
     return rows
@@ -104,9 +104,9 @@ def _read_hub(settings: DataSettings) -> Corpus | None:
         return None
     splits = builder.as_dataset()
     dropped: Counter[str] = Counter()
-    train = _hub_rows(splits, "train", settings, dropped)
-    validation = None if settings.validation is None else _hub_rows(splits, "validation", settings, dropped)
-    names = settings.label_names or _class_names(splits[str(settings.train).split("+")[0]], settings)
+    train, names = _hub_rows(splits, "train", settings, dropped)
+    validation = None if settings.validation is None else _hub_rows(splits, "validation", settings, dropped)[0]
+    names = settings.label_names or names
     declared = tuple(names) if names else None
     return Corpus(train, validation, declared, hub_title(settings), builder.hash, dict(dropped))
 
@@ -151,8 +151,8 @@ def _prepared_builder(settings: DataSettings) -> Any:
     return builder
 
 
-def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> Rows:
-    """One split of a hub data set, without the rows that nobody here can mend: those are counted in ``dropped``."""
+def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> tuple[Rows, list[str] | None]:
+    """One split, without the rows that nobody here can mend, which ``dropped`` counts, and its label names."""
     rows, names = _split_rows(splits, role, settings)
     labels = rows.values["label"]
     unlabelled = {i for i, label in enumerate(labels) if label is None or (names and label == -1)}
@@ -166,36 +166,40 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
     dropped.update({reason: len(rows) for reason, rows in (("unlabelled", unlabelled), ("blank", blank)) if rows})
     rows = rows.without(unlabelled | blank)
     renamed = settings.label_names is not None and not set(settings.label_names) <= set(names or ())
-    if names is None or renamed:
-        return rows
-    return replace(rows, values={**rows.values, "label": [names[label] for label in rows.values["label"]]})
+    if names is not None and not renamed:
+        rows = replace(rows, values={**rows.values, "label": [names[label] for label in rows.values["label"]]})
+    return rows, names
 
 
 def _split_rows(splits: Any, role: str, settings: DataSettings) -> tuple[Rows, list[str] | None]:
-    """A split as it stands, and the names of its labels.
+    """A split as it stands, and the names that it declares for its label numbers, or None.
 
-    Several, ``one+another`` as the library itself writes them, follow each other, and are slices if no others are.
+    Several splits, see :func:`open_split`, are slices if no others are asked for.
     """
-    import datasets
-
     given, columns = str(getattr(settings, role)), _columns(settings)
+    rows = _all_of(open_split(splits, f"data.{role}", given, settings, columns), columns)
     parts = given.split("+")
-    for part in parts:
-        require(part in splits, f"data.{role}", f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
-    title = f"data.hub_name={hub_title(settings)} split {given}"
-    joined = datasets.concatenate_datasets([splits[part] for part in parts])
-    check_columns(joined.column_names, columns, title)
-    table = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")[:]
-    rows = _rows(title, "row", arrow_rows(table.schema, [table], title, columns), columns)
     if len(parts) > 1 and "slice" not in rows.values:
         slices = [part for part in parts for _ in range(len(splits[part]))]
         rows = replace(rows, values={**rows.values, "slice": slices})
-    return rows, _class_names(joined, settings)
+    return rows, getattr(splits[parts[0]].features[settings.label_column], "names", None)
 
 
-def _class_names(split: Any, settings: DataSettings) -> list[str] | None:
-    """The names that a hub split declares for its label numbers, or None."""
-    return getattr(split.features[settings.label_column], "names", None)
+def open_split(splits: Any, setting: str, given: str, settings: DataSettings, columns: Columns) -> FileRows:
+    """Return the rows of a split, or of ``one+another``, as the library itself writes several that follow each other.
+
+    Raises :class:`SettingsError` naming ``setting`` for a split that is not among ``splits``.
+    """
+    import datasets
+
+    for part in given.split("+"):
+        require(part in splits, setting, f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
+    title = f"data.hub_name={hub_title(settings)} split {given}"
+    joined = datasets.concatenate_datasets([splits[part] for part in given.split("+")])
+    check_columns(joined.column_names, columns, title)
+    chosen = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
+    rows = arrow_rows(chosen.features.arrow_schema, chosen.iter(PART), title, columns)
+    return FileRows(title, "row", rows, lambda count: count / len(chosen))
 
 
 def _read_tweets(settings: DataSettings) -> Corpus:

@@ -10,12 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distilbench.data.formats import Columns, FileRows, arrow_rows, check_columns, open_rows, show
-from distilbench.data.readers import hub_builder, hub_title
+from distilbench.data.formats import PART, Columns, FileRows, open_rows, show
+from distilbench.data.readers import hub_builder, open_split
 from distilbench.settings import DataSettings, SettingsError, require
-
-PART = 4096
-"""Texts that are read, predicted and written at once."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,10 @@ def read_file(given: str, columns: Columns) -> Iterator[Part]:
 
 def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator[Part]:
     """Yield the rows of a split of a data set of the hub; raises :class:`SettingsError` where there is none to read."""
-    title = f"{hub_title(settings)} split {split}"
     builder = hub_builder(settings)
     require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", settings.hub_name,
             "go online, or name a file with data.test=...")  # fmt: skip
-    splits = builder.as_dataset()
-    require(split in splits, "data.test", f"a file, or a split of {hub_title(settings)} ({', '.join(splits)})", split)
-    check_columns(splits[split].column_names, columns, title)
-    chosen = splits[split].select_columns(list(columns.values())).with_format("arrow")
-    rows = arrow_rows(chosen.features.arrow_schema, chosen.iter(PART), title, columns)
-    yield from _parts(FileRows(title, "row", rows, lambda count: count / len(chosen)))
+    yield from _parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
 
 
 def _parts(file: FileRows) -> Iterator[Part]:
