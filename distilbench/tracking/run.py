@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, StepRecord, TrialResult
+from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.start import RunContent, claim_run, fill_run
@@ -63,7 +63,7 @@ class MlflowRun:
 
     def keep(self, result: TrialResult | None = None) -> Path:
         """Write what the run lacks into the trial's directory; returns the folder for files that it is to get."""
-        end = (result.status, result.error) if result else (None, None)
+        end = (result.status, result.error) if result else (Status.RUNNING, None)
         return Undelivered(self.run_id, self._content, self._waiting, {}, *end).write(self._directory)
 
     def on_step(self, record: StepRecord) -> None:

@@ -8,7 +8,6 @@ once, and files and tags are replaced.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -26,9 +25,6 @@ from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
-
-log = logging.getLogger(__name__)
 
 UNDELIVERED = "undelivered"
 """Directory beside a record: ``run.json``, and files that the run is to get."""
@@ -55,14 +51,14 @@ Point = tuple[str, float, int, int]
 class Undelivered:
     """What a run lacks. ``content`` makes it, where it was never made or not whole; ``run_id`` is None for the former.
 
-    ``status`` is None while the trial trains; where there is a record, that one decides.
+    Where there is a record of its end, that one decides.
     """
 
     run_id: str | None
     content: RunContent | None = None
     metrics: Sequence[Point] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
-    status: Status | None = None
+    status: Status = Status.RUNNING
     error: str | None = None
 
     def write(self, directory: Path) -> Path:
@@ -80,9 +76,8 @@ def read_undelivered(directory: Path) -> Undelivered | None:
     try:
         kept: dict[str, Any] = json.loads((directory / UNDELIVERED / RUN).read_text())
         content = RunContent(**kept["content"]) if kept["content"] else None
-        status = Status(kept["status"]) if kept["status"] else None
         metrics = [(name, value, at, step) for name, value, at, step in kept["metrics"]]
-        return Undelivered(**kept | {"content": content, "status": status, "metrics": metrics})
+        return Undelivered(**kept | {"content": content, "status": Status(kept["status"]), "metrics": metrics})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -112,20 +107,21 @@ def _deliver(connection: Connection, directory: Path) -> None:
     with FileLock(directory / UNDELIVERED / ".lock"):  # several workers look: none is to make the run a second time
         kept = read_undelivered(directory)
         if kept is None:
-            return  # another one was faster
-        run_id, client = kept.run_id, connection.client
+            return forget_undelivered(directory)  # another one was faster
+        run_id, client = kept.run_id or "", connection.client
         if kept.content:
-            run = claim_run(client, connection.experiment_id, kept.content, run_id)
+            run = claim_run(client, connection.experiment_id, kept.content, kept.run_id)
             run_id = run.info.run_id
             replace(kept, run_id=run_id).write(directory)
             fill_run(client, run, kept.content)
         record = read_record(directory)
         if record and record.run_id is None:
             replace(record, run_id=run_id).write(directory)
-        if run_id and (record is None or owner_of(client.get_run(run_id)) == record.owner):
+        tags = client.get_run(run_id).data.tags
+        if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
             settle(client, run_id, directory)
-        else:
-            log.warning("%s was continued elsewhere: what it kept is not sent", directory)
+        else:  # the trial was continued elsewhere, or by another process: how it ended is that one's to say
+            log_metrics(client, run_id, kept.metrics)
             forget_undelivered(directory)
 
 
@@ -134,10 +130,12 @@ def settle(client: MlflowClient, run_id: str, directory: Path) -> Status:
     kept, record = read_undelivered(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
+    has_end = kept.status is not Status.RUNNING
+    known = kept if has_end else replace(kept, status=Status.INTERRUPTED, error=KILLED)
     if record and record.status is Status.RUNNING:
-        record = replace(record, status=kept.status or Status.INTERRUPTED, error=kept.error if kept.status else KILLED)
+        record = replace(record, status=known.status, error=known.error)
         record.write(directory)
-    if record and not kept.status:
+    if record and not has_end:
         log_metrics(client, run_id, points(record.figures, int(record.figures.get("steps", 0))))
     log_metrics(client, run_id, kept.metrics)
     files = [directory / PREDICTIONS] if record else []
@@ -146,11 +144,10 @@ def settle(client: MlflowClient, run_id: str, directory: Path) -> Status:
             client.log_artifact(run_id, str(file))
     for name, value in kept.tags.items():
         client.set_tag(run_id, name, value)
-    ended = record or replace(kept, status=kept.status or Status.INTERRUPTED, error=kept.error or KILLED)
-    status = ended.status or Status.INTERRUPTED
-    end_run(client, run_id, status, ended.error)
+    ended = record or known
+    end_run(client, run_id, ended.status, ended.error)
     forget_undelivered(directory)
-    return status
+    return ended.status
 
 
 def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], sweep: str | None = None,
@@ -162,7 +159,7 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
     ended = []
     for run in connection.client.search_runs([connection.experiment_id], query, max_results=RUNS_PER_PAGE):
-        owner = owner_of(run)
+        owner = owner_of(run.data.tags)
         if owner and is_over(owner) and run.info.run_id != but:
             directory = Path(run.data.tags.get(DIRECTORY, os.devnull))
             status = settle(connection.client, run.info.run_id, directory)
@@ -172,9 +169,8 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     return ended
 
 
-def owner_of(run: Run) -> Owner | None:
+def owner_of(tags: Mapping[str, str]) -> Owner | None:
     """Return the process that a run's tags name; None for a run that is not ours, or whose tags were edited."""
-    tags = run.data.tags
     try:
         started = float(tags["distilbench.process_started"])
         return Owner(tags["distilbench.host"], int(tags["distilbench.pid"]), started)
