@@ -68,11 +68,14 @@ def confirm(settings: ConfirmSettings) -> str | None:
     chosen = {short_hash(row.treatment): _Chosen.of(row, store, settings) for row in _rows(report, settings.top)}
     seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, settings.top)
     points = _points(chosen, fresh_seeds(report, seeds))
-    _announce(settings, chosen, _missing(store, name, points))
+    missing = _missing(store, name, points)
+    _announce(settings, chosen, missing)
     if settings.dry_run:
         return None
     raise_on_signal()
     directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
+    if not (directory / "study.db").exists():  # what was trained, if any, was so on another host
+        points = missing or points
     plan = _plan(name, directory, settings.sweep, chosen, points)
     _check_protocol(plan.settings, report.sample.protocol_id)
     first = store.sweep_run(settings.sweep)

@@ -1,13 +1,9 @@
-"""The model and the text that a sweep began with: all of its trials have the same."""
+"""The model and the text that a sweep began with: all of its trials have the same, on whatever host."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from distilbench.identity import short_hash
 from distilbench.settings import AppSettings, SettingsError
@@ -16,29 +12,37 @@ from distilbench.sweep.job import SweepJob
 if TYPE_CHECKING:
     from distilbench.trials.prepared import Prepared
 
-SOURCES = "sources.json"
-"""In a sweep's directory: the model and the text that its first trials really used, by their settings."""
+SOURCES = "sources"
+"""Attribute of a sweep's study: the model and the text that its first trials really used, by their settings."""
 
 
 def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> None:
     """Keep what this trial's model and text really are, for all of its sweep's later trials to be the same.
 
-    Raises :class:`SettingsError` if an earlier trial, of this call or another, had others under the same settings.
+    Raises :class:`SettingsError` if an earlier trial, of this call or another, had others under the same settings. A
+    study that does not answer here, which the trial's lease tells of, can't be asked.
     """
-    from distilbench.models.resolve import used_now
+    from omegaconf.errors import OmegaConfBaseException
 
-    found = {"model": (settings.model, used_now(prepared.model)), "data": (settings.data, prepared.text.used)}
-    path = job.sweep_directory / SOURCES
-    with FileLock(path.with_name(f".{SOURCES}.lock")):
-        known: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
-        for kind, (asked, used) in found.items():
-            now = {"fingerprint": used.fingerprint, "is": used.describe()}
-            kept = known.setdefault(f"{kind} {short_hash(asked)}", now)
-            if kept["fingerprint"] != now["fingerprint"]:
-                raise SettingsError(_refusal(kind, kept, now, job.sweep))
-        partial = path.with_name(f".{SOURCES}.partial")
-        partial.write_text(json.dumps(known, indent=2) + "\n")
-        os.replace(partial, path)
+    from distilbench.models.resolve import used_now
+    from distilbench.sweep.storage import UNANSWERED, Storage, storage_of
+
+    used = {"model": (settings.model, used_now(prepared.model)), "data": (settings.data, prepared.text.used)}
+    found = {f"{kind} {short_hash(asked)}": {"fingerprint": it.fingerprint, "is": it.describe()}
+             for kind, (asked, it) in used.items()}  # fmt: skip
+    try:
+        storage = storage_of(job.storage, job.grace_seconds)
+        with Storage(storage.url, job.storage).lock():
+            study = storage.get_study_id_from_name(job.sweep)
+            known: dict[str, Any] = storage.get_study_user_attrs(study).get(SOURCES, {})
+            if not found.keys() <= known.keys():
+                storage.set_study_user_attr(study, SOURCES, {**found, **known})
+    except (*UNANSWERED, OmegaConfBaseException):
+        return
+    for key, now in found.items():
+        kept = known.get(key, now)
+        if kept["fingerprint"] != now["fingerprint"]:
+            raise SettingsError(_refusal(key.partition(" ")[0], kept, now, job.sweep))
 
 
 def _refusal(kind: str, kept: Mapping[str, str], now: Mapping[str, str], sweep: str) -> str:

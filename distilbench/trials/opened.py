@@ -95,10 +95,12 @@ def _continued(settings: AppSettings, prepared: Prepared, context: SweepContext)
 
     A trial of which there is nothing here, or only what another machine's precision or engine left, starts anew.
     """
-    record = read_record(context.continues) if context.continues else None
+    record, directory = read_record(context.continues) if context.continues else None, Path(settings.output.dir)
+    if context.continues and context.continues != directory and record is None:
+        log.info("the interrupted trial starts over: its checkpoints are on another host, not in %s", context.continues)
     if context.continues is None or record is None or record.is_over:
         return settings
-    old, directory = context.continues / checkpoints.DIRECTORY, Path(settings.output.dir)
+    old = context.continues / checkpoints.DIRECTORY
     identity = asdict(trial_identity(prepared.protocol, settings, prepared.precision))
     trial, weights = prepared_trial(settings, prepared), prepared.model.used.fingerprint
     try:

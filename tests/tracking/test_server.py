@@ -12,6 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.commands import Workspace
 from tests.sweep.conftest import SweepWorkspace
 
 pytestmark = pytest.mark.e2e
@@ -155,3 +156,29 @@ def test_a_server_that_is_busy_then_gone_for_a_while_costs_a_sweep_nothing(serve
     files = [path for path in written if path.is_file() and path != server.config]
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     assert SECRET not in out + err
+
+
+def test_two_checkouts_that_share_a_study_and_a_server_make_one_report_that_any_third_can_read(
+    server, client, tmp_path
+):
+    roots = [SweepWorkspace(tmp_path / "first"), SweepWorkspace(tmp_path / "second")]
+    third = Workspace(tmp_path / "third")
+    for workspace in (*roots, third):
+        workspace.path.mkdir()
+    storage = f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db"
+    command = ("freeze.layers=0,1", "optim.weight_decay=0.0,0.1", "sweep.name=shared", "train.epochs=1", storage)
+    at_work = [start(workspace, server, *command) for workspace in roots]
+    for process in at_work:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert "4 of 4 trials" in out
+    kept = [len(list(workspace.sweep("shared").glob("*/trial.json"))) for workspace in roots]
+    assert sum(kept) == 4
+    assert sorted(children(client, "shared")) == ["0", "1", "2", "3", "the sweep"]
+    known = {"MLFLOW_TRACKING_URI": server.url, **server.login}
+    done = third.run("sweep=shared", "formats=csv", program="distilbench.compare", **known)
+    assert done.returncode == 0, done.stderr
+    (reported,) = third.path.rglob("report.csv")
+    lines = reported.read_text().splitlines()
+    assert len(lines) == 1 + 4
+    assert "predictions" not in done.stdout, "a trial's predictions were not found"
