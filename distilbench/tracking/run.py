@@ -131,23 +131,12 @@ class MlflowRun:
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
     """What a trial amounts to; seconds, bytes / 2**20, counts, and the kept epoch's measures on the report split."""
-    values: dict[str, float] = {
-        "steps": result.steps,
-        "train_seconds": result.train_seconds,
-        "train_flops": result.train_flops,
-        "setup_seconds": result.setup_seconds,
-        "examples_per_second": result.examples_per_second,
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_mb": result.peak_memory_bytes / 2**20,
-        "trainable_parameters": result.trainable_parameters,
-        "total_parameters": result.total_parameters,
-    }
-    if result.train_cpu_seconds is not None:
-        values["train_cpu_seconds"] = result.train_cpu_seconds
+    names = ("steps", "train_seconds", "train_cpu_seconds", "train_flops", "setup_seconds", "examples_per_second",
+             "tokens_per_second", "trainable_parameters", "total_parameters", "micro_batch_size")  # fmt: skip
+    known = {name: getattr(result, name) for name in names} | {"peak_memory_mb": result.peak_memory_bytes / 2**20}
+    values: dict[str, float] = {name: value for name, value in known.items() if value is not None}
     if result.train_flops_counted:
         values["train_flops_counted"] = 1
-    if result.micro_batch_size is not None:
-        values["micro_batch_size"] = result.micro_batch_size
     if not result.alone:
         values |= {"num_trials_in_batch": result.num_trials_in_batch, "batch_seconds": result.batch_seconds}
         if result.solo_seconds_estimate is not None:

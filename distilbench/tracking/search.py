@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distilbench.results import MEASURES, Status, StoredTrial
 from distilbench.settings import SettingsError
@@ -35,6 +35,11 @@ METRICS = (
     *MEASURES, *(f"selection_{name}" for name in MEASURES), "train_seconds", "train_cpu_seconds",
     "solo_seconds_estimate", "train_flops", "peak_memory_mb", "trainable_parameters",
 )  # fmt: skip
+
+_TEXTS = ("measured_on", "model", "data", "metric", "selection_split", "report_split")
+_FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seconds", "train_flops",
+            "solo_seconds_estimate")  # fmt: skip
+"""Tags and metrics that a :class:`StoredTrial` has under the same name."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class RawRun:
 
     def _trial(self, url: str) -> StoredTrial:
         tags, metrics = self.tags, self.metrics
+        texts: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
+        kept = metrics.get(texts["metric"], math.nan)
         return StoredTrial(
             run_id=self.run_id,
             name=self.name,
@@ -99,32 +106,18 @@ class RawRun:
             treatment=_mapping(tags[MARK]),
             seed=int(tags["distilbench.seed"]),
             status=Status(tags["distilbench.status"]),
-            accuracy=metrics.get("accuracy", math.nan),
-            loss=metrics.get("loss", math.nan),
-            train_seconds=metrics.get("train_seconds", math.nan),
             trainable_parameters=int(metrics.get("trainable_parameters", 0)),
-            measured_on=tags["distilbench.measured_on"],
             alone=tags["distilbench.alone"] == "true",
-            model=tags["distilbench.model"],
-            data=tags["distilbench.data"],
-            metric=tags["distilbench.metric"],
-            selection_split=tags["distilbench.selection_split"],
-            report_split=tags["distilbench.report_split"],
             role=tags.get("distilbench.role", ""),
-            score=metrics.get(
-                f"selection_{tags['distilbench.metric']}", metrics.get(tags["distilbench.metric"], math.nan)
-            ),
+            score=metrics.get(f"selection_{texts['metric']}", kept),
             error=tags.get("distilbench.error", ""),
             started_ms=self.started_ms,
             url=url,
-            train_cpu_seconds=metrics.get("train_cpu_seconds", math.nan),
-            train_flops=metrics.get("train_flops", math.nan),
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
-            brier=metrics.get("brier", math.nan),
-            ece=metrics.get("ece", math.nan),
             number=tags.get("distilbench.trial", ""),
             train_examples=int(tags.get("distilbench.train_examples", 0)),
-            solo_seconds_estimate=metrics.get("solo_seconds_estimate", math.nan),
+            **{name: metrics.get(name, math.nan) for name in _FIGURES},
+            **texts,
         )
 
 

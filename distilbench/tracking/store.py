@@ -118,19 +118,9 @@ class MlflowStore:
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
         """The newest finished trial of this protocol and treatment: of the same seed where there is one."""
         wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": short_hash(dict(treatment))}
-        query = " and ".join([
-            "attributes.status = 'FINISHED'",
-            *(f"tags.`distilbench.{name}` = '{value}'" for name, value in wanted.items()),
-        ])  # fmt: skip
-        for narrowed in (f"{query} and tags.`distilbench.seed` = '{seed}'", query):
-            with self._asking():
-                runs = self._client.search_runs(
-                    [self._experiment_id], narrowed, max_results=1, order_by=["attributes.end_time DESC"]
-                )
-            if runs:
-                run = RawRun.of(runs[0])
-                return replace(run.trial(self.run_url(run.run_id)), predictions=self.predictions(run.run_id))
-        return None
+        found = self.search(RunFilter(tags={f"distilbench.{name}": value for name, value in wanted.items()}))
+        best = max(found, key=lambda trial: (trial.seed == seed, trial.started_ms), default=None)
+        return best and replace(best, predictions=self.predictions(best.run_id))
 
     def add_comparison(
         self, run_id: str, text: str, metrics: Mapping[str, float] | None = None, sentence: str = ""

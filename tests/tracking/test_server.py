@@ -166,7 +166,7 @@ def test_two_checkouts_that_share_a_study_and_a_server_make_one_report_that_any_
     for workspace in (*roots, third):
         workspace.path.mkdir()
     storage = f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db"
-    command = ("freeze.layers=0,1", "optim.weight_decay=0.0,0.1", "sweep.name=shared", "train.epochs=1", storage)
+    command = ("freeze.layers=0,1", "seed=1,2", "sweep.name=shared", "train.epochs=1", storage)
     at_work = [start(workspace, server, *command) for workspace in roots]
     for process in at_work:
         out, err = process.communicate(timeout=300)
@@ -180,5 +180,6 @@ def test_two_checkouts_that_share_a_study_and_a_server_make_one_report_that_any_
     assert done.returncode == 0, done.stderr
     (reported,) = third.path.rglob("report.csv")
     lines = reported.read_text().splitlines()
-    assert len(lines) == 1 + 4
+    assert len(lines) == 1 + 2
+    assert {dict(zip(lines[0].split(","), line.split(","), strict=True))["seeds"] for line in lines[1:]} == {"2"}
     assert "predictions" not in done.stdout, "a trial's predictions were not found"
