@@ -97,8 +97,8 @@ class RawRun:
 
     def _trial(self, url: str) -> StoredTrial:
         tags, metrics = self.tags, self.metrics
-        texts: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
-        kept = metrics.get(texts["metric"], math.nan)
+        same: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
+        same |= {name: metrics.get(name, math.nan) for name in _FIGURES}
         return StoredTrial(
             run_id=self.run_id,
             name=self.name,
@@ -109,15 +109,14 @@ class RawRun:
             trainable_parameters=int(metrics.get("trainable_parameters", 0)),
             alone=tags["distilbench.alone"] == "true",
             role=tags.get("distilbench.role", ""),
-            score=metrics.get(f"selection_{texts['metric']}", kept),
+            score=metrics.get(f"selection_{same['metric']}", metrics.get(same["metric"], math.nan)),
             error=tags.get("distilbench.error", ""),
             started_ms=self.started_ms,
             url=url,
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
             number=tags.get("distilbench.trial", ""),
             train_examples=int(tags.get("distilbench.train_examples", 0)),
-            **{name: metrics.get(name, math.nan) for name in _FIGURES},
-            **texts,
+            **same,
         )
 
 

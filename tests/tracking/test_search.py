@@ -41,7 +41,7 @@ def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept)
     done, diverged, _ = found
     assert (done.accuracy, done.loss, done.train_seconds, done.role) == (0.75, 0.4, 12.5, "baseline")
     assert (diverged.status, diverged.error) == (Status.DIVERGED, "the loss is nan")
-    assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}")
+    assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}?workflowType=machine_learning")
     assert store.search(RunFilter(tags={SWEEP: "nowhere"})) == []
     assert store.search(RunFilter(tags={SWEEP: "' or 1=1 --"})) == []
 
