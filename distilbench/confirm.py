@@ -241,8 +241,7 @@ def _settings_of(store: MlflowStore, row: Row) -> AppSettings:
 
 def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing: Sequence[Point]) -> None:
     """Say what is about to be trained and about how long that takes."""
-    from distilbench.report import duration
-    from distilbench.report.formats import one_line
+    from distilbench.report.formats import duration, one_line
 
     each = [chosen[point.extra[0]].row.cost.seconds for point in missing]
     seconds = sum(one for one in each if one == one)  # NaN where none was recorded

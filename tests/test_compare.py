@@ -159,7 +159,7 @@ def test_what_cannot_be_reported_is_told_in_one_line_and_leaves_nothing(folder, 
 
 def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
     compare(folder, tmp_path, "sweep=blank", "untested=show")
-    assert rows(tmp_path)["layers=2"]["not_tested"] == "no predictions"
+    assert rows(tmp_path)["layers=2"]["not_tested"] == "predictions are missing"
 
 
 def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):

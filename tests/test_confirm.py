@@ -124,7 +124,7 @@ def test_the_sweeps_own_report_carries_its_confirmation(folder):
     (found,) = report.confirmation
     (row,) = [row for row in report.candidates if row.again]
     assert (row.again, row.claim, row.again.seeds) == (found.again, found.again.verdict, (2, 3))
-    assert found.first.seeds == (1,)
+    assert found.seeds == (1,)
 
 
 def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):

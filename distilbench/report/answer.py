@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from distilbench.report.costs import noise_of_time
-from distilbench.report.findings import Confirmed, CostOf, Report, by_score, score_of
+from distilbench.report.findings import CostOf, Report, by_score, score_of
 from distilbench.report.formats import counted, interval, less, margin_text, points
 from distilbench.report.rows import Row
 from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
@@ -47,7 +47,9 @@ def _of_candidates(report: Report) -> tuple[str, str]:
         return none, confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
     rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
-    first = f"{cheapest.label} {_claim(cheapest)}{_takes(cheapest, report)}{f'; {rank} {tried}' if rank else ''}."
+    saved = ", ".join(_savings(cheapest, report))
+    first = f"{cheapest.label} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
+    first += f"; {rank} {tried}." if rank else "."
     best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
     return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.label} {_claim(best)}.")
 
@@ -97,15 +99,10 @@ def _claim(row: Row) -> str:
     return f"is good enough: it {loss_of(found)}"
 
 
-def _takes(row: Row, report: Report) -> str:
-    """What a row saves, or takes more, beside the baseline."""
-    told = ", ".join(_savings(row, report))
-    return f", and takes {told}" if told else ""
-
-
 def _savings(row: Row, report: Report) -> Iterator[str]:
-    saving, noise = row.saving, noise_of_time([trial for each in report.rows for trial in each.trials])
-    least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise.percent if noise else 0.0)
+    saving = row.saving
+    noise, _ = noise_of_time([trial for each in report.rows for trial in each.trials])
+    least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise)
     if saving.flops is not None and round(saving.flops):
         yield f"{less(saving.flops, few=True)} FLOPs"
     if saving.seconds is not None and abs(saving.seconds) >= least:
@@ -137,16 +134,18 @@ def tried_settings(report: Report) -> str:
     return f"{count} ({told})" if told else count
 
 
-def _confirmed(confirmation: Sequence[Confirmed], good: Sequence[Row]) -> str:
+def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
     """Whether an advantage survived, both figures side by side: that of the row named above it, if there is one."""
     if not confirmation:
         return ""
-    named = [found for found in confirmation if any(found.first.treatment == row.treatment for row in good)]
+    named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]
     winner = (named or confirmation)[0]
-    then, now = (size_of(row) for row in (winner.first, winner.again))
-    word = "survived fresh seeds" if winner.survived else "did not survive fresh seeds"
-    if (winner.first.points or 0) <= 0:
-        word = "was none in the sweep either" if not winner.survived else "shows only now"
+    assert winner.again
+    survived = winner.again.verdict is Verdict.BETTER
+    word = "survived fresh seeds" if survived else "did not survive fresh seeds"
+    if (winner.points or 0) <= 0:
+        word = "shows only now" if survived else "was none in the sweep either"
+    then, now = size_of(winner), size_of(winner.again)
     return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
 
 

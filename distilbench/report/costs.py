@@ -93,16 +93,10 @@ def _saved(ours: float, base: float) -> float | None:
     return 100 * (1 - ours / base) if ours >= 0 and base > 0 else None
 
 
-@dataclass(frozen=True)
-class TimeNoise:
-    """How much the seconds of equal work differed: standard deviation, in per cent, over so many trials."""
+def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
+    """Estimate the noise of time from trials that did equal work on the same device, alone.
 
-    percent: float
-    trials: int
-
-
-def noise_of_time(trials: Sequence[StoredTrial]) -> TimeNoise | None:
-    """Estimate the noise of time from trials that did equal work on the same device, alone; None where none did.
+    Returns its standard deviation in per cent, and from how many trials; zeros where none did equal work.
 
     Equal work is an equal count of FLOPs. The variances of logarithms are pooled over those groups.
     """
@@ -112,7 +106,7 @@ def noise_of_time(trials: Sequence[StoredTrial]) -> TimeNoise | None:
             equal[trial.measured_on, trial.train_flops].append(math.log(trial.train_seconds))
     repeated = [logs for logs in equal.values() if len(logs) > 1]
     if not repeated:
-        return None
+        return 0.0, 0
     freedom = sum(len(logs) - 1 for logs in repeated)
     squares = sum((value - sum(logs) / len(logs)) ** 2 for logs in repeated for value in logs)
-    return TimeNoise(100 * math.expm1(math.sqrt(squares / freedom)), sum(map(len, repeated)))
+    return 100 * math.expm1(math.sqrt(squares / freedom)), sum(map(len, repeated))

@@ -70,36 +70,21 @@ def _dot(row: Row, x: float, y: float) -> str:
     return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5, linked)
 
 
-@dataclass(frozen=True)
-class _CostAxis:
-    """One way to count cost: over which rows, in which unit."""
-
-    name: str
-    rows: Sequence[Row]
-    cost: CostOf
-    left_out: str
-
-
-def _cost_axes(report: Report) -> list[_CostAxis]:
-    """FLOPs, which compare on any machine, then seconds, where two settings or more have them."""
+def _trade_off(report: Report) -> Iterator[str]:
+    """Accuracy against cost, one chart for each way to count it that two settings or more have, and a switch."""
     timed = comparable_in_time(report)
     estimated = " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
-    axes = [
-        _CostAxis("FLOPs", [row for row in report.rows if row.trials], lambda row: row.cost.flops, "without FLOPs"),
-        _CostAxis(f"training time{estimated}", timed, lambda row: row.cost.seconds, "whose times can't be compared"),
+    ways: tuple[tuple[str, str, Sequence[Row], CostOf], ...] = (
+        ("FLOPs", "", report.rows, lambda row: row.cost.flops),
+        ("training time", estimated, timed, lambda row: row.cost.seconds),
+    )
+    known = [(name, note, [row for row in rows if row.trials and cost(row) > 0], cost)
+             for name, note, rows, cost in ways]  # fmt: skip
+    parts = [
+        (name, _against_cost(report, name + note, rows, cost)) for name, note, rows, cost in known if len(rows) > 1
     ]
-    known = [_CostAxis(axis.name, [row for row in axis.rows if axis.cost(row) > 0], axis.cost, axis.left_out)
-             for axis in axes]  # fmt: skip
-    return [axis for axis in known if len(axis.rows) > 1]
-
-
-def _trade_off(report: Report) -> Iterator[str]:
-    """Accuracy against cost, one chart for each way to count it, and a switch between them."""
-    axes = _cost_axes(report)
-    if not axes:
-        return
-    parts = [(axis.name.partition(" (")[0], _against_cost(report, axis)) for axis in axes]
-    yield _switched("Accuracy against cost", "cost", parts)
+    if parts:
+        yield _switched("Accuracy against cost", "cost", parts)
 
 
 def _switched(title: str, name: str, parts: Sequence[tuple[str, str]]) -> str:
@@ -113,24 +98,24 @@ def _switched(title: str, name: str, parts: Sequence[tuple[str, str]]) -> str:
     return f"<figure><h2>{html(title)}</h2>{shown}{drawn}</figure>"
 
 
-def _against_cost(report: Report, axis: _CostAxis) -> str:
-    front = pareto_front(axis.rows, axis.cost)
-    stopped = [row for row in report.rows if row.stopped and axis.cost(row) > 0]
-    unit, name = _unit(axis.name, max(axis.cost(row) for row in (*axis.rows, *stopped)))
-    x = charts.horizontal([axis.cost(row) / unit for row in (*axis.rows, *stopped)], f" {name}")
-    y = charts.vertical([100 * row.accuracy_so_far for row in (*axis.rows, *stopped)])
-    marks = charts.line([(x(axis.cost(r) / unit), y(100 * r.accuracy)) for r in front], "front", "Pareto front")
+def _against_cost(report: Report, name: str, rows: Sequence[Row], cost: CostOf) -> str:
+    """``rows`` are those that have this cost, by which others are stopped too."""
+    front = pareto_front(rows, cost)
+    stopped = [row for row in report.rows if row.stopped and cost(row) > 0]
+    unit, unit_name = _unit(name, max(cost(row) for row in (*rows, *stopped)))
+    x = charts.horizontal([cost(row) / unit for row in (*rows, *stopped)], f" {unit_name}")
+    y = charts.vertical([100 * row.accuracy_so_far for row in (*rows, *stopped)])
+    marks = charts.line([(x(cost(row) / unit), y(100 * row.accuracy)) for row in front], "front", "Pareto front")
     for row in stopped:
-        marks += charts.cross(x(axis.cost(row) / unit), y(100 * row.accuracy_so_far), f"{row.label}: {row.status}")
-    for row in sorted(_thinned(axis.rows), key=lambda r: r.is_baseline):
-        marks += _dot(row, x(axis.cost(row) / unit), y(100 * row.accuracy))
-    left = sum(bool(row.trials) for row in report.rows) - len(axis.rows)
+        marks += charts.cross(x(cost(row) / unit), y(100 * row.accuracy_so_far), f"{row.label}: {row.status}")
+    for row in sorted(_thinned(rows), key=lambda row: row.is_baseline):
+        marks += _dot(row, x(cost(row) / unit), y(100 * row.accuracy))
+    left = sum(bool(row.trials) for row in report.rows) - len(rows)
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
     caption += "Crosses are where trials were stopped. " if stopped else ""
-    caption += f"{counted(left, 'setting')} {axis.left_out} left out." if left > 0 else ""
-    title = f"Accuracy against {axis.name}"
-    chart = charts.frame(x, y, axis.name, "accuracy, %", marks, title)
+    caption += f"{counted(left, 'setting')} left out, whose {name} can't be compared." if left > 0 else ""
+    chart = charts.frame(x, y, name, "accuracy, %", marks, f"Accuracy against {name}")
     return f"{chart}<figcaption>{html(caption)}</figcaption>"
 
 

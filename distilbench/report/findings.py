@@ -12,7 +12,7 @@ from distilbench.identity import value_of
 from distilbench.report.costs import average
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
-from distilbench.results import StoredTrial, Verdict
+from distilbench.results import StoredTrial
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -41,7 +41,8 @@ class Report:
     ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
     the most frequent label alone, where predictions tell it; ``url`` opens the table of runs, once ``ui_command`` was
     typed (None where a server is there); ``slices`` are the best rows on parts of the examples. ``usual`` is the
-    treatment of a plain command line, ``sources`` the overrides that choose model and text as here.
+    treatment of a plain command line, ``sources`` the overrides that choose model and text as here. ``confirmation``
+    are the rows of the sweep that were trained ``again``.
     """
 
     title: str
@@ -51,7 +52,7 @@ class Report:
     margin: float
     notes: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
-    confirmation: tuple[Confirmed, ...] = ()
+    confirmation: tuple[Row, ...] = ()
     url: str = ""
     ui_command: str | None = None
     floor: float | None = None
@@ -73,20 +74,6 @@ class Report:
     def candidates(self) -> list[Row]:
         """Rows with a finished trial, without the baseline's."""
         return [row for row in self.rows if row.trials and not row.is_baseline]
-
-
-@dataclass(frozen=True)
-class Confirmed:
-    """A setting in the sweep that picked it and in its confirmation with fresh seeds."""
-
-    label: str
-    first: Row
-    again: Row
-
-    @property
-    def survived(self) -> bool:
-        """Whether the fresh seeds show it better than the baseline."""
-        return self.again.verdict is Verdict.BETTER
 
 
 def score_of(row: Row) -> float:

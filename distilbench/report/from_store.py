@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
@@ -15,7 +16,7 @@ from rich.console import Console
 from distilbench.cli import command, override
 from distilbench.identity import short_hash, value_of, without_defaults
 from distilbench.report.comparison import Terms, against_baseline
-from distilbench.report.findings import Confirmed, Curve, Report, by_score
+from distilbench.report.findings import Curve, Report, by_score
 from distilbench.report.floor import mark_learned
 from distilbench.report.names import source_overrides
 from distilbench.report.page import page
@@ -87,7 +88,7 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
     report = _compare(store, trials, request)
     confirmation = _confirmation(store, report, request)
     if request.sweep and CONFIRMS not in request.sweep.tags:
-        again = {short_hash(found.first.treatment): found.again for found in confirmation}
+        again = {short_hash(row.treatment): row.again for row in confirmation}
         rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
         report = replace(report, rows=tuple(rows))
     notes = (*report.notes, *_notes_on_splits(request, report))
@@ -118,7 +119,11 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
             baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
             notes = ("The baseline is not among these trials: it is the newest finished one of their protocol.",)
     rows = label_rows(rows, baseline)
-    read = _ReadOnce(store)
+    kept = cache(store.predictions)
+
+    def read(trial: StoredTrial) -> Predictions | None:
+        return kept(trial.run_id)
+
     if baseline is not None:
         terms = Terms(request.margin, request.shown, _is_picked_here(request, trials[0]))
         rows = against_baseline(rows, baseline, read, terms)
@@ -228,20 +233,6 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
     return [f"The split {sample.report_split} picked epochs and winners, and reports."]
 
 
-class _ReadOnce:
-    """Reads a trial's predictions from the store when they are first asked for."""
-
-    def __init__(self, store: MlflowStore) -> None:
-        self._store = store
-        self._read: dict[str, Predictions | None] = {}
-
-    def __call__(self, trial: StoredTrial) -> Predictions | None:
-        """The predictions, or None where there are none."""
-        if trial.run_id not in self._read:
-            self._read[trial.run_id] = self._store.predictions(trial.run_id)
-        return self._read[trial.run_id]
-
-
 def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
     """Learning curves of the first seed of the best settings and of the baseline."""
     sample = report.sample
@@ -254,7 +245,7 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
     )
 
 
-def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Confirmed, ...]:
+def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Row, ...]:
     """What was trained again, in the sweep and with fresh seeds: for the report of either; nothing for any other."""
     if request.sweep is None:
         return ()
@@ -269,7 +260,7 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
     before, after = (other, report) if first_name else (report, other)
     again = {short_hash(row.treatment): row for row in after.candidates}
     return tuple(
-        Confirmed(row.label, row, again[key])
+        replace(row, again=again[key])
         for row in by_score(before.candidates)
         if (key := short_hash(row.treatment)) in again
     )

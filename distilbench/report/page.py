@@ -30,10 +30,7 @@ _LONGEST_WORD = 40
 
 def page(report: Report) -> str:
     """Write the whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
-    confirmed = "".join(
-        f"<li><b>{html(found.label)}</b> {html(survival(found.first, found.again))}</li>"
-        for found in report.confirmation
-    )
+    confirmed = "".join(f"<li><b>{html(row.label)}</b> {html(survival(row))}</li>" for row in report.confirmation)
     first, *more = answer(report)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html(report.title),

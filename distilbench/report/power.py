@@ -179,20 +179,12 @@ def what_it_takes(
     return found if found.seeds is None else replace(found, seeds=max(found.seeds, seeds + 1))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Whether a planned sweep can show its margin: ``power`` at no true loss, and what is needed where that is low."""
+def plan(
+    examples: int, seeds: int, margin: float, rows: int = 1, discordance: float = DISCORDANCE
+) -> tuple[float, Needed]:
+    """Say before a sweep how likely ``rows`` settings that lose nothing, ``seeds`` each, are shown to be good enough.
 
-    power: float
-    needed: Needed
-
-    @property
-    def suffices(self) -> bool:
-        """Whether a setting that loses nothing is called good enough with a chance of ``POWER``."""
-        return self.power >= POWER
-
-
-def plan(examples: int, seeds: int, margin: float, rows: int = 1, discordance: float = DISCORDANCE) -> Plan:
-    """Say before a sweep whether ``rows`` settings, ``seeds`` each, can be shown to lose less than ``margin``."""
+    Returns that power of each, to be compared with ``POWER``, and what it would take.
+    """
     spread = spread_assumed(discordance)
-    return Plan(power(spread, seeds, examples, margin, ALPHA / rows), needed(spread, seeds, examples, margin, rows))
+    return power(spread, seeds, examples, margin, ALPHA / rows), needed(spread, seeds, examples, margin, rows)

@@ -48,11 +48,11 @@ class Difference:
 class Untested(StrEnum):
     """Why a row that has a result was not tested against the baseline."""
 
-    PREDICTIONS = "no predictions"
-    EXAMPLES = "other examples"
-    SEEDS = "other seeds"
+    PREDICTIONS = "predictions are missing"
+    EXAMPLES = "predictions are of other examples"
+    SEEDS = "the baseline lacks seeds"
     ROWS = "beyond the rows asked for"
-    BASELINE = "no finished baseline"
+    BASELINE = "the baseline did not finish"
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def protocol_lines(report: Report) -> list[str]:
 
 def details(report: Report) -> Iterator[str]:
     """Say what a reader of the table must know besides: what was confirmed, what failed, on what it all rests."""
-    for found in report.confirmation:
-        yield f"{one_line(found.label)}: {survival(found.first, found.again)}"
+    for row in report.confirmation:
+        yield f"{one_line(row.label)}: {survival(row)}"
     yield from failures(report)
     yield from notes_of(report)
 
@@ -63,10 +63,10 @@ def notes_of(report: Report) -> list[str]:
 
 
 def _notes_on_time(report: Report) -> Iterator[str]:
-    noise = noise_of_time([trial for row in report.rows for trial in row.trials])
-    if noise:
+    noise, trials = noise_of_time([trial for row in report.rows for trial in row.trials])
+    if trials:
         yield (
-            f"Equal work took ± {noise.percent:.0f} % of time (standard deviation, {noise.trials} trials); FLOPs are "
+            f"Equal work took ± {noise:.0f} % of time (standard deviation, {trials} trials); FLOPs are "
             "counted, not measured."
         )
     for reason in sorted({row.saving.time_note for row in report.table_rows if row.saving.time_note}):
@@ -123,7 +123,7 @@ def note(report: Report) -> str:
     """Write short Markdown for the description of a sweep's run: the answer and the first rows, with links."""
     rows = [row for i, row in enumerate(report.table_rows) if i < NOTE_ROWS or row.is_baseline]
     lines = [f"**{markdown(sentence)}**  " for sentence in answer(report)]
-    lines += [f"{markdown(one_line(c.label))}: {markdown(survival(c.first, c.again))}  " for c in report.confirmation]
+    lines += [f"{markdown(one_line(c.label))}: {markdown(survival(c))}  " for c in report.confirmation]
     lines += ["", *markdown_table(rows, NOTE), ""]
     more = len(report.rows) - len(rows)
     lines += [f"{more:,} more in report.html.", ""] if more else []

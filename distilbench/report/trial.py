@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -56,11 +57,6 @@ class Comparison:
     margin: float
     slices: tuple[Row, ...] = ()
 
-    @property
-    def trial(self) -> StoredTrial:
-        """The trial that is compared."""
-        return self.row.trials[0]
-
 
 def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Comparison:
     """Compare two finished trials, with a margin in points.
@@ -74,23 +70,20 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Compari
         )
     rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
             replace(row_from([trial]), label="this trial")]  # fmt: skip
-    rows = against_baseline(rows, 0, _predictions, Terms(margin, shown=2))
-    (base, row), floor = mark_learned(rows, _predictions, shown=2)
+    read = attrgetter("predictions")
+    rows = against_baseline(rows, 0, read, Terms(margin, shown=2))
+    (base, row), floor = mark_learned(rows, read, shown=2)
     if row.untested is Untested.EXAMPLES:
         raise SettingsError(
             f"predictions to compare must be of the same examples, got others in {trial.name} than in "
             f"{baseline.name}; train the baseline again"
         )
-    return Comparison(row, base, floor, margin, rows_by_slice([base, row], _predictions, margin))
-
-
-def _predictions(trial: StoredTrial) -> Predictions | None:
-    return trial.predictions
+    return Comparison(row, base, floor, margin, rows_by_slice([base, row], read, margin))
 
 
 def sentence(comparison: Comparison) -> str:
     """Say what may be claimed of a trial, and what may not, in a few short sentences."""
-    trial, base, found = comparison.trial, comparison.baseline.trials[0], comparison.row.difference
+    trial, base, found = comparison.row.trials[0], comparison.baseline.trials[0], comparison.row.difference
     if trial.run_id and trial.run_id == base.run_id:
         return "This trial is the baseline."
     if found is None:
@@ -130,11 +123,12 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Write the table of both, what may be claimed, and the notes as Markdown; names are escaped."""
-    names = f"This trial: {markdown(comparison.trial.name)}. Baseline: {markdown(comparison.baseline.trials[0].name)}."
+    ours, theirs = (markdown(row.trials[0].name) for row in (comparison.row, comparison.baseline))
+    names = f"This trial: {ours}. Baseline: {theirs}."
     notes = " ".join(f"{note}." for note in _notes(comparison))
     slices = [*markdown_table(_unlinked(comparison.slices), SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
     told = [f"**{sentence(comparison)}**", "", notes, "", names, ""]
-    return "\n".join([*markdown_table(_unlinked(_rows(comparison)), _COLUMNS), "", *told, *slices])
+    return "\n".join([*markdown_table(_unlinked([comparison.row, comparison.baseline]), _COLUMNS), "", *told, *slices])
 
 
 def _unlinked(rows: Sequence[Row]) -> list[Row]:
@@ -164,10 +158,6 @@ def comparison_metrics(comparison: Comparison) -> dict[str, float]:
             "p_margin": found.p_loss,
         }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def _rows(comparison: Comparison) -> list[Row]:
-    return [comparison.row, comparison.baseline]
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:
@@ -341,7 +331,7 @@ def trial_line(name: str, result: TrialResult, comparison: Comparison | None) ->
     if result.report is not None:
         parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
     base = comparison.baseline.trials[0] if comparison else None
-    if comparison and base and comparison.trial.run_id != base.run_id:
+    if comparison and base and comparison.row.trials[0].run_id != base.run_id:
         found = comparison.row.difference
         test = f" (McNemar p {p_value(found.p)})" if found else ""
         parts.append(f"{points(comparison.row.points or 0.0)} points against {base.name}{test}")
@@ -362,7 +352,7 @@ def _batch_time(result: TrialResult) -> str:
 def _comparison_lines(summary: Summary, width: int) -> Iterator[Table | Text]:
     comparison = summary.comparison
     if comparison is not None:
-        yield rich_table(_rows(comparison), _COLUMNS, width)
+        yield rich_table([comparison.row, comparison.baseline], _COLUMNS, width)
         yield Text(sentence(comparison), "bold")
         yield from (Text(f"{note}.") for note in _notes(comparison))
         if comparison.slices:

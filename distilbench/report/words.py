@@ -14,12 +14,6 @@ VERDICTS = {
     Verdict.WORSE: "worse",
     Verdict.UNDECIDED: "undecided",
 }
-_UNTESTED = {
-    Untested.PREDICTIONS: "predictions are missing",
-    Untested.EXAMPLES: "predictions are of other examples",
-    Untested.BASELINE: "the baseline did not finish",
-    Untested.ROWS: "beyond the rows asked for",
-}
 
 
 def said(row: Row) -> str:
@@ -48,9 +42,8 @@ def above_floor(accuracy: float, floor: float) -> str:
 
 def reason_untested(row: Row) -> str:
     """Say why a row was not tested."""
-    if row.untested is Untested.SEEDS:
-        return f"the baseline lacks seeds {', '.join(map(str, row.seeds))}"
-    return _UNTESTED[row.untested] if row.untested else ""
+    seeds = f" {', '.join(map(str, row.seeds))}" if row.untested is Untested.SEEDS else ""
+    return f"{row.untested or ''}{seeds}"
 
 
 def loss_of(found: Difference) -> str:
@@ -88,10 +81,11 @@ def size_of(row: Row) -> str:
     return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
 
 
-def survival(first: Row, again: Row) -> str:
-    """Say whether an advantage is still there with fresh seeds, both figures side by side."""
-    word = "confirmed" if again.verdict is Verdict.BETTER else "not confirmed"
-    return f"{word}: {_with_p(first)} in the sweep, {_with_p(again)} with fresh seeds"
+def survival(row: Row) -> str:
+    """Say whether the advantage of a row that was trained again is still there, both figures side by side."""
+    assert row.again
+    word = "confirmed" if row.again.verdict is Verdict.BETTER else "not confirmed"
+    return f"{word}: {_with_p(row)} in the sweep, {_with_p(row.again)} with fresh seeds"
 
 
 def _with_p(row: Row) -> str:

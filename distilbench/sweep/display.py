@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report import duration, power
-from distilbench.report.formats import counted, margin_text
+from distilbench.report import power
+from distilbench.report.formats import counted, duration, margin_text
 from distilbench.report.words import what_decides
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.plan import SweepPlan
@@ -90,14 +90,14 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
     seeds = max(len(plan.settings.sweep.seeds or []), in_space)
     rows = max(plan.total // in_space - any(point.is_baseline for point in plan.points), 1)
     margin = plan.settings.margin
-    expected = power.plan(examples, seeds, margin / 100, rows)
-    if expected.suffices:
+    expected, needed = power.plan(examples, seeds, margin / 100, rows)
+    if expected >= power.POWER:
         return None
     return (
         f"little will be shown: {counted(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
-        f"less than {margin_text(margin)} with a chance of {100 * expected.power:.0f} %, were it as good as the "
+        f"less than {margin_text(margin)} with a chance of {100 * expected:.0f} %, were it as good as the "
         f"baseline (of {counted(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
-        f"{what_decides(expected.needed, examples)}"
+        f"{what_decides(needed, examples)}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report import duration, percent
+from distilbench.report.formats import duration, percent
 from distilbench.results import Status
 from distilbench.sweep.study import FAILURES, TrialView
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from distilbench.cli import command, override
 from distilbench.identity import ENGINE, METRIC, SEED, SOURCES, TREATMENT, SourceUsed, select
-from distilbench.report import duration, percent, sentence
-from distilbench.report.formats import markdown
+from distilbench.report.formats import duration, markdown, percent
 from distilbench.report.rows import row_from
+from distilbench.report.trial import sentence
 from distilbench.results import MEASURES, MODEL
 from distilbench.trials.prepared import prepared_trial
 

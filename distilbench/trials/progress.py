@@ -9,7 +9,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from distilbench.report import duration
+from distilbench.report.formats import duration
 from distilbench.results import Evaluation, StepRecord
 
 LINE_SECONDS = 10.0

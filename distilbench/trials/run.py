@@ -14,7 +14,7 @@ from rich.console import Console
 
 from distilbench.engines import engine_for
 from distilbench.identity import treatment_of
-from distilbench.report import (
+from distilbench.report.trial import (
     Comparison,
     Summary,
     compare,

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from distilbench.report.answer import answer
-from distilbench.report.findings import Confirmed
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, treatment, trial
 
@@ -103,7 +102,7 @@ def confirmed(first, again):
     assert after.label == "scheduler=cosine"
     rows = tuple(replace(row, again=after) if row.label == after.label else row for row in before.rows)
     first_row = next(row for row in before.rows if row.label == after.label)
-    return replace(before, rows=rows, confirmation=(Confirmed(after.label, first_row, after),))
+    return replace(before, rows=rows, confirmation=(replace(first_row, again=after),))
 
 
 def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures():

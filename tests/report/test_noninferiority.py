@@ -105,21 +105,6 @@ def test_the_more_certain_level_has_the_higher_bound():
     assert noninferiority_exact(20, 25, 872, 0.01, alpha=0.005).bound > noninferiority_exact(20, 25, 872, 0.01).bound
 
 
-def test_a_test_says_what_it_tested_and_on_how_many_seeds():
-    found = noninferiority_exact(20, 25, 872, 0.01)
-    assert (found.margin, found.n) == (0.01, 1)
-    a, b = pair(20, 25, 872)
-    over = noninferiority_over_seeds({1: a, 2: a}, {1: b, 2: b}, 0.01)
-    assert (over.margin, over.n) == (0.01, 2)
-
-
-@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
-def test_the_level_asked_for_is_that_of_the_bound_for_one_seed_and_for_several(seeds):
-    a, b = pair(20, 25, 872)
-    found = noninferiority_over_seeds(dict.fromkeys(seeds, a), dict.fromkeys(seeds, b), 0.01, alpha=0.005)
-    assert found.bound == noninferiority_exact(20, 25, 872, 0.01, alpha=0.005).bound
-
-
 def test_a_loss_beyond_the_margin_over_seeds_has_a_p_above_a_half():
     rng = np.random.default_rng(4)
     difference = -(rng.random((3, 400)) < [[0.10], [0.12], [0.14]]).astype(int)
@@ -182,7 +167,7 @@ def test_one_seed_on_each_side_and_seeds_that_agree_are_the_exact_test():
     expected = noninferiority_exact(6, 3, 400, 0.02)
     assert noninferiority_over_seeds({1: a}, {2: b}, 0.02) == expected
     found = noninferiority_over_seeds({1: a, 2: a, 3: a}, {1: b, 2: b, 3: b}, 0.02)
-    assert (found.p, found.n) == (expected.p, 3)
+    assert found.p == expected.p
     assert found.bound == expected.bound
 
 
@@ -195,7 +180,6 @@ def test_over_seeds_test_and_bound_belong_together_and_are_no_surer_than_the_two
             a, b = by_seed(difference, first)
             found = noninferiority_over_seeds(a, b, 0.08)
             assert (found.p < ALPHA) == (found.bound < 0.08)
-            assert found.n == seeds
             at_bound = noninferiority_over_seeds(a, b, found.bound).p
             assert at_bound == pytest.approx(ALPHA, abs=1e-4) or found.bound == 1
             compared = compare_over_seeds(a, b)

@@ -114,11 +114,10 @@ def test_reports_that_hold_little_still_make_a_page(trials):
 
 
 def test_a_confirmation_stands_beside_the_sweep():
-    from distilbench.report.findings import Confirmed
 
     report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
     row = report.candidates[0]
-    words = Document(page(report_of([trial(0.9)], confirmation=(Confirmed(row.label, row, row),)))).words
+    words = Document(page(report_of([trial(0.9)], confirmation=(replace(row, again=row),)))).words
     assert "Confirmed with fresh seeds?" in words
     assert "layers=3 not confirmed: " in words
 

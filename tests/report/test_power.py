@@ -153,9 +153,9 @@ def test_what_it_takes_asks_for_one_more_seed_at_least():
 
 
 def test_a_plan_says_whether_a_setting_without_loss_would_be_shown():
-    assert plan(5_000, 5, 0.01).suffices
-    little = plan(872, 3, 0.01, rows=7)
-    assert not little.suffices
-    assert little.needed == needed(spread_assumed(), 3, 872, 0.01, rows=7)
-    assert plan(872, 3, 0.01, discordance=0.01).power > little.power
-    assert plan(5_000, 5, 0.01, rows=20).power < plan(5_000, 5, 0.01).power
+    assert plan(5_000, 5, 0.01)[0] >= POWER
+    chance, told = plan(872, 3, 0.01, rows=7)
+    assert chance < POWER
+    assert told == needed(spread_assumed(), 3, 872, 0.01, rows=7)
+    assert plan(872, 3, 0.01, discordance=0.01)[0] > chance
+    assert plan(5_000, 5, 0.01, rows=20)[0] < plan(5_000, 5, 0.01)[0]

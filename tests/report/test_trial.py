@@ -7,23 +7,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from distilbench import report
 from distilbench.identity import SourceUsed
-from distilbench.report import (
+from distilbench.report import trial as report
+from distilbench.report.formats import duration, less, p_value, percent, points
+from distilbench.report.noninferiority import noninferiority_exact
+from distilbench.report.statistics import paired_accuracy_interval
+from distilbench.report.trial import (
     Summary,
     comparison_markdown,
     comparison_metrics,
-    duration,
     frozen_part,
-    less,
-    p_value,
-    percent,
-    points,
     print_summary,
     sentence,
 )
-from distilbench.report.noninferiority import noninferiority_exact
-from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.results import Evaluation, Predictions, Status, StoredTrial, TrialResult
 from distilbench.settings import SettingsError
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from distilbench.identity import point_key
-from distilbench.report import sentence
+from distilbench.report.trial import sentence
 from distilbench.settings import TrackingSettings
 from distilbench.trials.card import write_card
 from distilbench.trials.prepared import prepare
