@@ -508,11 +508,14 @@ class BaselineSettings:
     """Train the baseline first where no finished one of the same protocol is found."""
 
 
+_SWEEP_NAME = "letters, digits and ._+- without a path, 200 bytes at most"
+
+
 @dataclass(frozen=True)
 class SweepSettings(Checked, group="sweep"):
     """How the trials of one ``--multirun`` are chosen, counted and ended."""
 
-    name: Annotated[str, named("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)]
+    name: Annotated[str, named(_SWEEP_NAME, r"\w[\w.+-]*", 200)]
     """Names study, MLflow parent run and directory; the same name continues the same sweep."""
     trials: Annotated[int, at_least(1)]
     """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
@@ -536,6 +539,9 @@ class SweepSettings(Checked, group="sweep"):
     """Print what would be trained, and how long that would take, and train nothing."""
     max_grid: Annotated[int, at_least(1)]
     """Cells that a grid may have without a word: raise it to confirm a larger one."""
+    warm_start: Annotated[Optional[str], named(_SWEEP_NAME, r"\w[\w.+-]*", 200)]
+    """An earlier sweep of the same protocol whose finished trials a new study of Optuna begins with, where their points
+    lie in its space; null is none."""
     on_change: Annotated[str, one_of(("refuse", "extend"))]
     """refuse | extend: what becomes of a sweep that is continued with another space. extend takes other ends of a
     range, and dimensions that come or go; lists keep their values and ranges their kind, as Optuna asks, and what lies

@@ -150,6 +150,7 @@ RANGES = {
                             "a name of at most 256 bytes"),
     "sweep.name": (["a", "_", "a.b_c+d-e", "x" * 200], ["", ".a", "-a", "a/b", "a b", "a\n", "x" * 201],
                    "letters, digits and ._+- without a path, 200 bytes at most"),
+    "sweep.warm_start": ([None, "first"], ["", "a/b"], "letters, digits and ._+- without a path, 200 bytes at most"),
     "sweep.trials": ([1], [0], "1 or more"),
     "sweep.objectives": ([None, ["accuracy", "train_flops"]], [["speed"], ["accuracy", "speed"]],
                          "one of accuracy, f1, mcc, loss, train_seconds, train_flops, cost, trainable_parameters"),

@@ -26,6 +26,7 @@ from distilbench.sweep.pruning import pruner_of
 from distilbench.sweep.space import Space
 from distilbench.sweep.storage import Storage, open_study
 from distilbench.sweep.study import BESIDE, Study
+from distilbench.sweep.warm_start import find_warm_trials, put_in
 
 _LONGEST_SHOWN = 6
 
@@ -56,6 +57,7 @@ def open_studies(
     does not continue what is there.
     """
     _check_directory(plan, storage)
+    warm = [] if is_begun(plan) else find_warm_trials(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
     owner, grace = Owner.of_this_process(), plan.settings.sweep.grace_seconds
     with storage.lock():
@@ -66,6 +68,8 @@ def open_studies(
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_as_known(plan.space, trials))
         _claim_directory(plan, main, has_trials=bool(trials))
+        if kept is None:
+            put_in(warm, plan, main)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler

@@ -1,0 +1,91 @@
+"""Trials of an earlier sweep in a new study: which lie in its space, how they count, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial
+
+from distilbench.settings import SettingsError
+from distilbench.sweep.space import Space
+from distilbench.sweep.warm_start import _check_same, _params_in
+
+LAYERS, RATE = IntDistribution(0, 2), FloatDistribution(1e-5, 1e-3, log=True)
+KIND = CategoricalDistribution(["linear", "cosine"])
+FIXED = {"train.epochs": "1", "scheduler.name": "linear", "optim.lr": "2e-05", "freeze.layers": "3"}
+
+
+def plan(dimensions, custom=None):
+    kept = {key: value for key, value in FIXED.items() if key not in dimensions}
+    return SimpleNamespace(space=Space(dimensions, [], custom), fixed=kept, objectives=("accuracy",))
+
+
+def trial(**params):
+    kinds = {"freeze.layers": IntDistribution(0, 9), "optim.lr": FloatDistribution(1e-9, 1.0), "scheduler.name": KIND}
+    named = {key.replace("__", "."): value for key, value in params.items()}
+    return create_trial(params=named, distributions={key: kinds[key] for key in named}, value=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "params", "expected"),
+    [
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4}, {"optim.lr": 1e-4}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-1}, None),
+        ({"optim.lr": RATE, "freeze.layers": IntDistribution(0, 6)}, {"optim__lr": 1e-4},
+         {"optim.lr": 1e-4, "freeze.layers": 3}),
+        ({"optim.lr": RATE, "freeze.layers": LAYERS}, {"optim__lr": 1e-4}, None),
+        ({"scheduler.name": KIND}, {}, {"scheduler.name": "linear"}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4, "freeze__layers": 3}, {"optim.lr": 1e-4}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4, "freeze__layers": 2}, None),
+        ({"model.layers": LAYERS}, {}, None),
+    ],
+)  # fmt: skip
+def test_a_trial_lies_in_a_space_where_it_has_what_is_fixed_and_a_value_for_what_varies(dimensions, params, expected):
+    assert _params_in(plan(dimensions), trial(**params), FIXED) == expected
+
+
+def test_what_a_function_suggests_comes_along():
+    custom = plan({"freeze.layers": LAYERS}, custom=print)
+    del custom.fixed["optim.lr"]
+    assert _params_in(custom, trial(freeze__layers=1, optim__lr=5e-3), FIXED) == {
+        "freeze.layers": 1, "optim.lr": 5e-3
+    }  # fmt: skip
+
+
+def test_another_protocol_or_other_objectives_are_refused():
+    identity = {"fixed": {**FIXED, "train.metric": "f1"}, "objectives": ["loss"]}
+    with pytest.raises(SettingsError, match=r"of the same protocol, got .old., which had train.metric=f1 "):
+        _check_same(plan({}), identity, "old")
+    with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
+        _check_same(plan({}), identity | {"fixed": FIXED}, "old")
+
+
+@pytest.mark.e2e
+def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing_else(workspace):
+    space = (
+        "hydra/sweeper=optuna",
+        "model.layers=3",
+        "optim.lr=tag(log,interval(1e-5,1e-3))",
+        "hydra.sweeper.sampler.seed=1",
+    )
+    workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=6")
+    before = {t.number: t for t in workspace.study("old")}
+    new = (*space, "freeze.layers=0,2,3", "sweep.name=new", "sweep.trials=3", "sweep.warm_start=old")
+    ended = workspace.run(*new)
+    inside = [
+        n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
+    ]
+    assert f"warm start: {len(inside)} of the 5 finished trials of old lie in this space" in ended.stdout + ended.stderr
+    trials = workspace.study("new")
+    reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
+    assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]
+    assert [(t.params, t.values) for t in reused] == [(before[n].params, before[n].values) for n in inside]
+    assert len(trials) == len(inside) + 3
+    assert len(workspace.finished()) == 6 + 3
+    workspace.run(*new)
+    assert len(workspace.study("new")) == len(trials)
+    refused = workspace.run(*space, "sweep.name=newer", "sweep.warm_start=never")
+    assert (refused.returncode, workspace.sweep("newer").exists()) == (2, False)
+    assert "sweep.warm_start must be the name of an earlier sweep, got 'never'; none is in" in refused.stderr
