@@ -1,3 +1,149 @@
-"""How much training of a small Transformer can be left out, and what it costs."""
+"""How much training of a small Transformer can be left out, and what it costs: from Python, in notebooks and scripts.
+
+Settings are overrides as on the command line. Importing this imports nothing heavy; each function does so when it is
+called, shows what the command of the same purpose shows while it works, and raises
+:class:`distilbench.settings.SettingsError`, one line, for what a person can mend. See ``docs/quickstart.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from pandas import DataFrame
+
+    from distilbench.report.findings import Report
+    from distilbench.settings import AppSettings
+    from distilbench.trials.prepared import Job
+    from distilbench.trials.run import Outcome
 
 __version__ = "0.1.0"
+
+__all__ = ["compose", "make_report", "predict_texts", "run_sweep", "to_table", "train_trial", "train_trials"]
+
+
+def compose(*overrides: str) -> AppSettings:
+    """Return the settings that overrides such as ``freeze.layers=3`` compose to, checked."""
+    with _hydra():
+        return _job(overrides).settings
+
+
+def train_trial(*overrides: str) -> Outcome:
+    """Train one trial, print how it compares with its baseline, and return what came of it, whatever its end.
+
+    ``result`` has its figures, ``comparison`` the verdict (None without a baseline), ``predictions`` what it said.
+    """
+    with _hydra():
+        from distilbench.trials.run import run_and_compare
+
+        return run_and_compare(_job(overrides))
+
+
+def train_trials(trials: Iterable[Sequence[str]]) -> list[Outcome]:
+    """Train a trial for each list of overrides, at once where the engine takes them together; returns keep the order.
+
+    The error of a trial that could not be trained is raised once the others are done.
+    """
+    with _hydra():
+        from distilbench.trials.batch import BatchRunner
+
+        jobs = [_job(overrides) for overrides in trials]
+        ended = {i: end for part in BatchRunner(max_trials=32).train(jobs) for i, end in part.items()}
+    outcomes = []
+    for index in range(len(jobs)):
+        end = ended[index]
+        if isinstance(end, Exception):
+            raise end
+        outcomes.append(end)
+    return outcomes
+
+
+def run_sweep(*overrides: str) -> None:
+    """Run a sweep, or continue it, as ``python -m distilbench.train --multirun`` does; :func:`make_report` reads it.
+
+    Raises :class:`distilbench.cli.CommandFailed` where too many of its trials fail.
+    """
+    from distilbench.cli import run_inside
+    from distilbench.composition import absolute_paths
+    from distilbench.train import main
+
+    run_inside(main, ["--multirun", *absolute_paths(overrides)])
+
+
+def make_report(*overrides: str) -> Report:
+    """Return the report that ``python -m distilbench.compare`` makes: ``make_report("sweep=first")``."""
+    with _hydra():
+        from distilbench.compare import report_of, spelled_for_hydra
+        from distilbench.settings import CompareSettings, settings_from
+
+        return report_of(settings_from(_composed("compare", map(spelled_for_hydra, overrides)), CompareSettings))
+
+
+def to_table(report: Report) -> DataFrame:
+    """Return a report's rows as a pandas table with every column of ``report.csv``."""
+    from io import StringIO
+
+    from pandas import read_csv
+
+    from distilbench.report.tables import csv_report
+
+    return read_csv(StringIO(csv_report(report)))
+
+
+def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> DataFrame:
+    """Return label and probabilities of each text, or pair, by the model that ``run=``, ``dir=`` or ``sweep=`` name."""
+    with _hydra():
+        from distilbench.predict import open_model
+        from distilbench.settings import PredictSettings, settings_from
+
+        config = _composed("predict", ["data.test=unread", *overrides])
+        settings = settings_from(config, PredictSettings)
+        rows = [(text,) if isinstance(text, str) or text is None else tuple(text) for text in texts]
+        return open_model(settings).answer(rows, settings.batch_size)
+
+
+def _composed(name: str, overrides: Iterable[str]) -> DictConfig:
+    import hydra
+
+    return hydra.compose(name, list(overrides), return_hydra_config=True)
+
+
+def _job(overrides: Sequence[str]) -> Job:
+    """Return the trial that overrides make, in a directory of its own unless they name one."""
+    from datetime import datetime
+
+    from omegaconf import open_dict
+
+    from distilbench.composition import absolute_paths, check
+    from distilbench.settings import root
+    from distilbench.train import job_of
+
+    place = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
+    config = _composed("config", [f"output.dir={place}", *absolute_paths(overrides)])
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        del config["hydra"]
+    check(config, ask_hub=False)
+    return job_of(config, choices)
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Have Hydra compose from our configurations, and say in one line what it does not take."""
+    from hydra import initialize_config_dir
+
+    from distilbench.cli import as_settings_error
+    from distilbench.settings import CONF, register_schema
+
+    register_schema()
+    try:
+        with initialize_config_dir(str(CONF)):
+            yield
+    except Exception as error:
+        mistake = as_settings_error(error)
+        if mistake is None or mistake is error:
+            raise
+        raise mistake from None

@@ -141,6 +141,23 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[st
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
 
 
+def run_inside(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
+    """Run a Hydra entrypoint in a process that goes on; what would end it in one line is raised instead."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    before = sys.argv
+    sys.argv = [sys.modules[entrypoint.__module__].__file__ or "", *arguments]
+    GlobalHydra.instance().clear()
+    try:
+        with _hydra_raises():
+            entrypoint()
+    except SystemExit as end:
+        reason = end.__context__
+        raise (reason if isinstance(reason, Exception) else CommandFailed(f"exit status {end.code}")) from None
+    finally:
+        sys.argv = before
+
+
 def _checked(arguments: Sequence[str]) -> Sequence[str]:
     for argument in arguments:
         if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep

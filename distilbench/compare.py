@@ -21,6 +21,7 @@ from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, root, settings_from
 
 if TYPE_CHECKING:
+    from distilbench.report.findings import Report
     from distilbench.tracking import MlflowStore
 
 register_schema()
@@ -37,19 +38,23 @@ def main(config: DictConfig) -> None:
 
 
 def compare_stored(settings: CompareSettings) -> None:
-    """Find the trials, report on them, write the files; raises :class:`SettingsError` before anything is written."""
-    _check_experiments(settings.experiments)
+    """Print the report and write its files; raises :class:`SettingsError` before anything is written."""
     from rich.console import Console
 
-    from distilbench.report.from_store import (
-        ReportRequest,
-        check_protocol,
-        check_tested,
-        make_report,
-        margin_of,
-        write_report,
-    )
+    from distilbench.report.from_store import write_report
     from distilbench.report.tables import print_report
+
+    report = report_of(settings)
+    console = Console()
+    print_report(console, report, settings.layout)
+    for path in write_report(report, _directory(settings), settings.formats, settings.layout):
+        console.print(f"report  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def report_of(settings: CompareSettings) -> Report:
+    """Find the trials and report on them; needs an initialised Hydra."""
+    _check_experiments(settings.experiments)
+    from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report, margin_of
     from distilbench.tracking import find_store
 
     store = find_store(settings.tracking)
@@ -66,10 +71,7 @@ def compare_stored(settings: CompareSettings) -> None:
         raise SettingsError(_no_baseline(trials))
     if settings.untested == "refuse":
         check_tested(report)
-    console = Console()
-    print_report(console, report, settings.layout)
-    for path in write_report(report, _directory(settings), settings.formats, settings.layout):
-        console.print(f"report  {path}", markup=False, highlight=False, soft_wrap=True)
+    return report
 
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:

@@ -74,12 +74,8 @@ def predict(settings: PredictSettings) -> Counts:
     console = Console(highlight=False)
     if settings.format == "table":
         check_output(Path(settings.output))
-    directory = find_model(settings, console)
-    from distilbench.engines.device import resolve_device
-    from distilbench.models.classifier import load_classifier
-
     began = time.perf_counter()
-    classifier = load_classifier(directory, resolve_device(settings.device))
+    classifier = open_model(settings)
     counts = _write(settings, classifier, console)
     told = ", ".join(f"{label} {count:,}" for label, count in counts.labels.most_common())
     empty = f", {counts.empty:,} empty: no prediction" if counts.empty else ""
@@ -89,7 +85,16 @@ def predict(settings: PredictSettings) -> Counts:
     return counts
 
 
-def find_model(settings: PredictSettings, console: Console) -> Path:
+def open_model(settings: PredictSettings) -> Classifier:
+    """Load the model that is asked for; needs an initialised Hydra for that of a sweep."""
+    directory = _find_model(settings)
+    from distilbench.engines.device import resolve_device
+    from distilbench.models.classifier import load_classifier
+
+    return load_classifier(directory, resolve_device(settings.device))
+
+
+def _find_model(settings: PredictSettings) -> Path:
     """Return the directory of the model that is asked for, and say which trial of a sweep it is of."""
     if settings.dir:
         return Path(settings.dir)
@@ -106,7 +111,7 @@ def find_model(settings: PredictSettings, console: Console) -> Path:
     trial = trial_to_use(report, settings.best)
     if trial is None:
         raise SettingsError(f"sweep must have a finished trial, got {settings.sweep!r} with none; run it again")
-    console.print(f"{' '.join(answer(report))} The model is that of {trial.name} (run={trial.run_id}).", markup=False)
+    print(f"{' '.join(answer(report))} The model is that of {trial.name} (run={trial.run_id}).")
     return model_directory(store, trial.run_id)
 
 

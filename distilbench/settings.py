@@ -805,6 +805,7 @@ def _dataclass_in(hint: Any) -> Any:
     return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
 
 
+@cache  # whatever registers it again, what was composed before stays of the same types
 def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     """A mutable twin of ``cls``: OmegaConf makes nodes of frozen dataclasses read-only, even while Hydra composes."""
     fields = []

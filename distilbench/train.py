@@ -153,17 +153,19 @@ def _assignment(config: DictConfig) -> Assignment:
     sweep_job = SweepJob.from_environment()
     if sweep_job:
         Lease(sweep_job).announce()
-    settings = settings_from(config)
-    baseline = baseline_config(config)
-    choices = HydraConfig.get().runtime.choices
+    return Assignment(job_of(config, HydraConfig.get().runtime.choices), sweep_job)
+
+
+def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:
+    """Return the trial of a composed config; ``choices`` are Hydra's, by group."""
     from distilbench.trials.prepared import Job
 
-    job = Job(
-        settings=settings,
+    baseline = baseline_config(config)
+    return Job(
+        settings=settings_from(config),
         baseline=settings_from(baseline),
         baseline_command=partial(command_for, baseline, choices),
     )
-    return Assignment(job, sweep_job)
 
 
 def _run(assignment: Assignment) -> float | tuple[float, ...]:
