@@ -31,8 +31,6 @@ ANSWER_SECONDS = 30.0
 LOCK_SECONDS = 4.0
 """How long another process may hold the lock of an SQLite file."""
 
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-
 
 def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowStore | None:
     """Open the store that ``settings`` name, making database and experiment where missing; None for ``tracking=none``.
@@ -70,8 +68,13 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
             "was deleted, figures are left in each trial's trial.json"
         )
     quieten()
+    from mlflow import MlflowClient
+
     with as_settings_error(address.refusal, address.remedy):
-        experiments = _experiments_of(address)
+        if address.artifacts is not None:
+            _check_database(address)
+        found = _within(60, lambda: MlflowClient(address.uri).search_experiments())
+    experiments = {experiment.name: experiment for experiment in found}
     if settings.experiment not in experiments:
         raise SettingsError(
             f"tracking.experiment must be one of {', '.join(sorted(experiments))}, got {settings.experiment!r}; "
@@ -83,17 +86,6 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     return store
 
 
-def _experiments_of(address: StoreAddress) -> dict[str, Experiment]:
-    """Return the active experiments of a store that exists, by name."""
-    from mlflow import MlflowClient
-
-    if address.artifacts is not None:
-        _check_database(address)
-    client = MlflowClient(address.uri)
-    found = _within(60, lambda: client.search_experiments())
-    return {experiment.name: experiment for experiment in found}
-
-
 def quieten() -> None:
     """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone."""
     defaults = {
@@ -101,7 +93,7 @@ def quieten() -> None:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        _RETRIES: "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -129,16 +121,10 @@ def _within(seconds: float, action: Callable[[], _Answer]) -> _Answer:
 
 
 def _open_server(address: StoreAddress, settings: TrackingSettings) -> Experiment:
-    """Find or make the experiment at a server, which keeps artifacts where it likes; ask once: retries take minutes."""
+    """Find or make the experiment at a server, which keeps artifacts where it likes."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(address.uri)
-    patience = os.environ[_RETRIES]
-    os.environ[_RETRIES] = "0"
-    try:
-        return _within(ANSWER_SECONDS, lambda: _experiment_of(client, settings))
-    finally:
-        os.environ[_RETRIES] = patience
+    return _within(ANSWER_SECONDS, lambda: _experiment_of(MlflowClient(address.uri), settings))
 
 
 def _open_database(address: StoreAddress, settings: TrackingSettings) -> Experiment:

@@ -68,7 +68,8 @@ class StoreAddress:
 
     def describe(self) -> str:
         """Return the address, and the command that shows it."""
-        return f"{redact(self.uri)} ({self.ui_command})" if self.ui_command else redact(self.uri)
+        shown = self.file or redact(self.uri)
+        return f"{shown} ({self.ui_command})" if self.ui_command else str(shown)
 
     def runs_url(self, experiment_id: str, view: str | None = None) -> str:
         """Link to the runs of an experiment, as a shared view shows them or best first.

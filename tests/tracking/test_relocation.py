@@ -65,7 +65,7 @@ def test_a_folder_of_any_name_holds_its_store_and_nothing_beside_it(template):
     assert store.foreign_folder is None
     assert store.predictions(run_id) is not None
     shown = shlex.split(store.describe().partition("(")[2].rstrip(")"))
-    assert shown == ["mlflow", "ui", "--backend-store-uri", settings_at(folder).uri]
+    assert shown == ["cd", str(folder), "&&", "mlflow", "ui"]
 
 
 def test_nothing_is_written_beside_another_store_and_the_line_names_the_command_that_mends_it(carried, capsys):
