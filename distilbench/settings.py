@@ -29,7 +29,6 @@ OPTIMIZERS = ("adamw", "sgd")
 ADAPTERS = ("none", "lora", "ia3")
 CLASS_WEIGHTS = ("none", "balanced")
 FREEZE_POLICIES = ("depth", "head", "bias", "gradual", "scheduled", "auto")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
@@ -113,6 +112,7 @@ class PathIf:
 
 
 MARGIN = within("(0, 100]")
+DEVICE = named("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
 
 AS_TYPED = "as typed"
 """Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
@@ -417,8 +417,9 @@ class EngineSettings(Checked, group="engine"):
     name: Annotated[str, one_of(ENGINES)]
     """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape) |
     auto (fused on a CPU where it takes the model and the precision, else trainer)."""
-    device: Annotated[str, one_of(DEVICES)]
-    """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU. Always exactly one device."""
+    device: Annotated[str, DEVICE]
+    """auto | cpu | cuda | cuda:NUMBER (of those that CUDA_VISIBLE_DEVICES shows) | mps; auto takes CUDA, else MPS, else
+    the CPU. Always exactly one device."""
 
 
 @dataclass(frozen=True)
@@ -699,8 +700,8 @@ class PredictSettings(Checked):
     """table | glue: texts, labels and probabilities, or GLUE's submission files (SST-2.tsv: index, prediction)."""
     batch_size: Annotated[int, at_least(1)]
     """Texts a batch, 1 or more; changes speed only."""
-    device: Annotated[str, one_of(DEVICES)]
-    """auto | cpu | cuda | mps; auto takes CUDA, else MPS, else the CPU."""
+    device: Annotated[str, DEVICE]
+    """auto | cpu | cuda | cuda:NUMBER | mps; auto takes CUDA, else MPS, else the CPU."""
     tracking: TrackingSettings
 
     def _check(self) -> None:

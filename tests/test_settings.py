@@ -142,7 +142,7 @@ RANGES = {
     "train.patience": ([1, None], [0], "1 or more"),
     "train.logging_steps": ([1], [0], "1 or more"),
     "engine.name": (["auto", "trainer", "fused"], ["magic"], "one of auto, trainer, fused"),
-    "engine.device": (["auto", "cpu", "cuda", "mps"], ["tpu"], "one of auto, cpu, cuda, mps"),
+    "engine.device": (["auto", "cuda", "cuda:3", "mps"], ["tpu", "cuda:"], "auto, cpu, cuda, cuda:NUMBER or mps"),
     "seed": ([0, 2**32 - 1], [-1, 2**32], "0 .. 2**32 - 1"),
     "margin": ([0.001, 100], [0, 100.001, -1, NAN], "in (0, 100]"),
     "tracking.name": (["mlflow", "none"], ["wandb"], "one of mlflow, none"),

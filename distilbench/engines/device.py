@@ -23,11 +23,15 @@ log = logging.getLogger(__name__)
 def resolve_device(name: str) -> torch.device:
     """Return the device that ``engine.device`` names; ``auto`` takes CUDA, else MPS, else the CPU.
 
-    CUDA means the first visible device, always exactly one. Raises :class:`SettingsError` for a device that this
-    machine, or this build of torch, does not have.
+    CUDA means the first visible device, always exactly one: with ``cuda:2`` the others are hidden, since Trainer takes
+    the first that it sees. Raises :class:`SettingsError` for a device that this machine, or this build of torch, does
+    not have.
     """
     import torch
 
+    name, _, index = name.partition(":")
+    if index:
+        _show_only(int(index))
     there = available_devices()
     if name != "auto" and name not in there:
         raise SettingsError(
@@ -36,6 +40,29 @@ def resolve_device(name: str) -> torch.device:
         )
     chosen = there[0] if name == "auto" else name
     return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)
+
+
+@cache
+def _show_only(index: int) -> None:
+    """Hide all CUDA devices but one from this process, which has to come before it starts CUDA."""
+    gpus = visible_gpus()
+    found = f"cuda:0 to cuda:{len(gpus) - 1}" if gpus else "none"
+    require(index < len(gpus), "engine.device", f"a CUDA device that this process sees ({found})", f"cuda:{index}",
+            "CUDA_VISIBLE_DEVICES says which it sees; or use engine.device=auto")  # fmt: skip
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index]
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES names (a person, Slurm and Ray set it), else the numbers of all of the host.
+
+    Does not start CUDA in the process, after which the variable would say nothing any more.
+    """
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
 
 
 def available_devices() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.words import said
 
+log = logging.getLogger(__name__)
+
 MOST_POINTS = 1000
 """Points in a chart: a browser slows down beyond some thousands."""
 _LONGEST_NAME = 9
@@ -32,14 +35,12 @@ _MOST_AXES = 4
 
 
 def figures_of(report: Report) -> Iterator[str]:
-    """Yield the figures that these trials have something to show in."""
-    yield from _trade_off(report)
-    yield from _data_curve(report)
-    yield from _depths(report)
-    yield from _curves(report)
-    yield from _history(report)
-    yield from _parallel(report)
-    yield from _importance(report)
+    """Yield the figures that these trials have something to show in; one that fails costs a line."""
+    for draw in (_trade_off, _data_curve, _depths, _curves, _history, _parallel, _importance):
+        try:
+            yield from draw(report)
+        except Exception as error:  # a figure's boundary: the report goes on without it
+            log.warning("no figure of the %s: %s", draw.__name__.strip("_").replace("_", " "), error)
 
 
 def kind_of(row: Row) -> str:

@@ -154,13 +154,13 @@ def history(report: Report) -> list[tuple[Row, float]]:
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the accuracy's variance by what varied, most important first; empty for too few trials.
+    """Share of the accuracy's variance by what varied, most important first; empty for too few trials, or equal ones.
 
     Optuna's fANOVA (Hutter, Hoos and Leyton-Brown 2014, ICML), on an in-memory study of the rows.
     """
     finished = [row for row in rows if row.trials]
     keys = varying_keys([row.treatment for row in finished])
-    if len(finished) < FEWEST_FOR_IMPORTANCE or len(keys) < 2:
+    if len(finished) < FEWEST_FOR_IMPORTANCE or len(keys) < 2 or len({row.accuracy for row in finished}) == 1:
         return {}
     import optuna
 

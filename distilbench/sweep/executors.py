@@ -33,8 +33,8 @@ class Executor(Protocol):
         """How many trials it works on at a time; None for any number."""
         ...
 
-    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
-        """Launch trials; the futures, by which each one's end is known, map to their numbers."""
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
+        """Launch trials; each one's future tells its end."""
         ...
 
     def stop(self) -> None:
@@ -48,9 +48,9 @@ class Sequential:
     def __init__(self, launch: Launch, at_once: int | None) -> None:
         self._launch, self.at_once = launch, at_once
 
-    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
         """Run a batch to its end."""
-        futures: dict[Future[End], int] = {Future(): job.number for job in jobs}
+        futures: list[Future[End]] = [Future() for _ in jobs]
         try:
             ends = self._launch(jobs)
         except Exception as error:  # the batch's boundary: a launcher that broke fails its trials, not the sweep
@@ -70,9 +70,9 @@ class Pool:
         self._launch, self.at_once = launch, at_once
         self._threads = ThreadPoolExecutor(at_once)
 
-    def start(self, jobs: Sequence[SweepJob]) -> dict[Future[End], int]:
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
         """Hand each trial to a thread of its own, with Hydra's context."""
-        return {self._threads.submit(contextvars.copy_context().run, self._launch_one, job): job.number for job in jobs}
+        return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
 
     def _launch_one(self, job: SweepJob) -> End:
         try:

@@ -90,10 +90,10 @@ def run_plan(
 
 
 def _report(plan: SweepPlan, store: MlflowStore | None) -> Report | None:
-    """Return the report, None without one: a store that is gone costs the sweep no more than that."""
+    """Return the report, None without one: what can't be made costs the ended sweep no more than that."""
     try:
         return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
-    except SettingsError as error:
+    except Exception as error:  # the report's boundary
         log.warning("no report of %s: %s", plan.name, error)
         return None
 
@@ -146,8 +146,7 @@ class SweepRunner:
         with self._display, self._closing(), beating(self._beat, beat_seconds(grace)):
             self._end_dead()
             self._close_runs()
-            for study in self._studies.all:
-                self._work(study)
+            self._work()
             return self._finish()
 
     def _beat(self) -> None:
@@ -166,7 +165,8 @@ class SweepRunner:
             with contextlib.suppress(*UNANSWERED, OSError):  # the next call ends them
                 mine = [(study, number) for study in self._studies.all for number in sorted(study.mine)]
                 self._end_all(mine, "interrupted with its sweep")
-            self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
+            if not self._under_way_elsewhere():
+                self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._leaderboard().line()}; the same command continues")
             raise
@@ -209,26 +209,26 @@ class SweepRunner:
         running = [view for study in self._studies.all for view in study.views() if view.status is Status.RUNNING]
         return asdict(owner) not in [view.attribute("owner") for view in running]
 
-    def _work(self, study: Study) -> None:
-        """Launch and settle until this study has no more trials to give."""
-        running: dict[Future[End], int] = {}
+    def _work(self) -> None:
+        """Launch and settle until there are no more trials to give: baselines first, but nobody waits for them."""
+        running: dict[Future[End], tuple[Study, int]] = {}
         while True:
-            taken = self._take(study, len(running))
-            jobs = [self._job(study, trial) for trial in taken]
+            taken = self._take(len(running))
+            jobs = [self._job(study, trial) for study, trial in taken]
             with self._guard.released():
                 if jobs:
-                    self._show(taken)
-                    running |= self._executor.start(jobs)
-                elif not running and not self._wait_for_others(study):
+                    self._show([trial for _, trial in taken])
+                    begun = [(study, trial.number) for study, trial in taken]
+                    running |= dict(zip(self._executor.start(jobs), begun, strict=True))
+                elif not running and not self._wait_for_others():
                     return
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                self._settle(study, running.pop(future), future.result())
+                self._settle(*running.pop(future), future.result())
 
-    def _wait_for_others(self, study: Study) -> bool:
+    def _wait_for_others(self) -> bool:
         """Return whether trials are under way in other processes, after a while if so."""
-        study.refresh()
-        others = sum(view.status is Status.RUNNING and view.number not in study.mine for view in study.views())
+        others = self._under_way_elsewhere()
         if others and not self._has_told_of_others:
             self._say(f"waiting for {others} trials that another process is at work on")
         self._has_told_of_others = others > 0
@@ -236,19 +236,27 @@ class SweepRunner:
             time.sleep(POLL_SECONDS)
         return others > 0
 
-    def _take(self, study: Study, running: int) -> list[TrialView]:
+    def _under_way_elsewhere(self) -> int:
+        """Count the trials that other processes are at work on."""
+        for study in self._studies.all:
+            study.refresh()
+        views = [(study, view) for study in self._studies.all for view in study.views()]
+        return sum(view.status is Status.RUNNING and view.number not in study.mine for study, view in views)
+
+    def _take(self, running: int) -> list[tuple[Study, TrialView]]:
         """Begin as many trials as the executor has room for, after ending and queueing what calls for it."""
         self._end_dead()
-        taken: list[TrialView] = []
+        taken: list[tuple[Study, TrialView]] = []
         at_once = self._executor.at_once
         with self._studies.storage.lock():
-            study.refresh()
-            study.queue()
-            while not self._is_ended() and study.has_more() and (at_once is None or running + len(taken) < at_once):
-                trial = study.take()
-                if trial is None:
-                    break
-                taken.append(trial)
+            for study in self._studies.all:
+                study.refresh()
+                study.queue()
+                while not self._is_ended() and study.has_more() and (at_once is None or running + len(taken) < at_once):
+                    trial = study.take()
+                    if trial is None:
+                        break
+                    taken.append((study, trial))
         return taken
 
     def _is_ended(self) -> bool:

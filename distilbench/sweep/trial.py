@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, TrackingSettings
+from distilbench.sweep.devices import claim_gpu
 from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import NOBODY, SweepJob
 from distilbench.sweep.pruning import judged_by, pruning_callback
@@ -33,6 +34,7 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     lease = Lease(sweep_job)
     train = _train_seeds if job.settings.sweep.seeds else _train_one
     with lease.beating():
+        claim_gpu(job.settings.engine.device)
         prepared = prepare(job.settings)
         pin_sources(prepared, job.settings, sweep_job)
         train(job, sweep_job, prepared, store, lease)

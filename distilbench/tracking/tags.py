@@ -140,6 +140,7 @@ def process_tags() -> dict[str, str]:
         "distilbench.host": socket.gethostname(),
         "distilbench.pid": str(process.pid),
         "distilbench.process_started": f"{process.create_time():.2f}",
+        "distilbench.gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         "mlflow.user": user,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": sys.argv[0],

@@ -84,8 +84,12 @@ def test_importance_finds_the_parameter_that_moves_accuracy():
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_importance_of_few_trials_is_not_told():
+def test_importance_of_few_trials_or_of_equal_ones_is_not_told():
     assert importance(rows_from(sweep(6))) == {}
+    equal = [
+        trial(0.8, 1, i, treatment(optim_lr=10**-i, scheduler_name=("linear", "cosine")[i % 2])) for i in range(40)
+    ]
+    assert importance(rows_from(equal)) == {}
 
 
 def on_text(examples: int, accuracy: float, depth: int, rate: float = 2e-5):

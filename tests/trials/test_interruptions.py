@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from distilbench.trials import interruptions
 from distilbench.trials.interruptions import SIGNALS, SignalGuard
 
 
@@ -118,6 +120,42 @@ def test_the_default_ends_the_process_after_the_block_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "closed\n")
+
+
+def test_a_signal_waits_for_the_end_of_a_step_ctrl_c_and_a_second_one_do_not():
+    told = []
+    before = {n: signal.signal(n, lambda number, frame: told.append(number)) for n in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with SignalGuard() as guard, guard.released_at_steps():
+            signal.raise_signal(signal.SIGUSR1)
+            assert (told, guard.is_waiting) == ([], True)
+            guard.deliver()
+            assert (told, guard.is_waiting) == ([signal.SIGUSR1], False)
+            signal.raise_signal(signal.SIGINT)
+            assert told[1:] == [signal.SIGINT]
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
+            assert told[2:] == [signal.SIGUSR1]
+        assert told[3:] == [signal.SIGUSR1], "the one that waited for no step comes at the end"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_step_that_takes_too_long_is_cut_short(monkeypatch):
+    monkeypatch.setattr(interruptions, "STEP_SECONDS", 1)
+    before = signal.signal(signal.SIGUSR2, signal.default_int_handler)
+
+    def take_a_long_step():
+        with SignalGuard() as guard, guard.released_at_steps():
+            signal.raise_signal(signal.SIGUSR2)
+            time.sleep(30)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            take_a_long_step()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_another_thread_is_left_alone():

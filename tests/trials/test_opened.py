@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilbench.results import PREDICTIONS, Evaluation, Record, Status, StepRecord, TrialResult
+from distilbench.results import PREDICTIONS, Evaluation, Owner, Record, Status, StepRecord, TrialResult, read_record
 from distilbench.settings import SettingsError
 from distilbench.tracking import retries
 from distilbench.tracking.run import MlflowRun
@@ -117,6 +117,11 @@ class FakeEngine:
         for trial in range(len(trials)):
             observer.on_step(trial, StepRecord(1, 4, 0.25, 0.7, 1e-5, 1.0, 30.0))
             observer.on_evaluation(trial, kept)
+            try:
+                if observer.wants_checkpoint():
+                    observer.on_checkpoint()
+            except RuntimeError as error:
+                return [TrialResult(Status.FAILED, str(error))] * len(trials)
         done = TrialResult(Status.FINISHED, selection=kept, report=kept, history=(kept,), steps=4, train_seconds=2.0)
         return [done] * len(trials)
 
@@ -243,6 +248,53 @@ def _noting(results, train):
         return results[-1]
 
     return noting
+
+
+def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_in_its_run(
+    store, settings, tmp_path, monkeypatch
+):
+    given = ("engine=trainer", "train.epochs=1", "train.logging_steps=1", "output.save_model=false")
+    first, again = (settings(*given, f"output.dir={tmp_path / name}") for name in ("first", "again"))
+    ready, calls = prepare(first), []
+    third = strike(monkeypatch, MlflowRun, "on_step", ENDS["SIGTERM"], only=lambda: calls.append(1) or len(calls) == 3)
+    with pytest.raises(Terminated):
+        run.run(first, ready, store, SweepContext(is_quiet=True))
+    assert third
+    assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    left = read_record(tmp_path / "first")
+    assert left.status is Status.INTERRUPTED
+    outcome = run.run(again, ready, store, SweepContext(is_quiet=True, continues=tmp_path / "first"))
+    assert (outcome.result.status, outcome.run_id) == (Status.FINISHED, left.run_id)
+    steps = [step for step, _ in store.history(left.run_id, "train/loss")]
+    assert steps == list(range(1, outcome.result.steps + 1)), "no step was taken twice"
+    assert read_record(tmp_path / "first") == left
+
+
+def test_what_another_machine_left_behind_is_not_continued(store, settings, prepared, tmp_path):
+    left = Record({"protocol": "another", "treatment": "t", "seed": 1}, Status.INTERRUPTED, Owner("there", 1, 0.0), "r")
+    left.write(tmp_path / "left")
+    context = SweepContext(is_quiet=True, continues=tmp_path / "left")
+    trial = settings("engine=trainer", "output.save_model=false", "train.checkpoints=false")
+    assert run.run(trial, prepared, store, context).run_id != "r"
+    assert read_record(tmp_path / "left") == left
+
+
+class Lost:
+    """A trial that another process has taken over."""
+
+    is_lost = True
+
+    def holds(self) -> bool:
+        return False
+
+
+def test_nothing_is_kept_of_a_trial_that_another_process_has_taken_over(store, trials, train, caplog):
+    outcomes = train(lease=Lost())
+    assert {outcome.result.status for outcome in outcomes} == {Status.FAILED}
+    assert [status for status, _, _ in ends_of(store, trials)] == ["RUNNING"] * 2, "closed by whoever took it"
+    assert caplog.text.count("nothing that came of it here is kept") == 4
+    for outcome in outcomes:
+        store._client.set_terminated(outcome.run_id)
 
 
 def test_predictions_that_find_no_room_cost_a_warning_and_leave_nothing_half_written(

@@ -1,0 +1,54 @@
+"""Several processes at work on one sweep, of which one dies on another host, one freezes, and one takes its time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from distilbench.results import Status, read_record
+
+pytestmark = pytest.mark.e2e
+GRACE = 3
+COMMAND = ("freeze.layers=0,1,2", "seed=1,2", "sweep.name=shared", f"sweep.grace_seconds={GRACE}")
+
+
+def may_rename_hosts() -> bool:
+    return os.name == "posix" and os.uname().sysname == "Linux" and os.geteuid() == 0
+
+
+def begun(workspace, number: int) -> None:
+    """Wait until somebody trains this trial."""
+    deadline = time.monotonic() + 120
+    while (record := read_record(workspace.sweep("shared") / str(number))) is None or record.status != Status.RUNNING:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not may_rename_hosts(), reason="needs root on Linux, for processes with a host name of their own")
+def test_the_dead_and_the_frozen_lose_their_trials_and_the_slow_does_not(workspace):
+    dead = workspace.start(*COMMAND, TASK_SECONDS="60", TASK_HOST="gone.example")
+    begun(workspace, 0)
+    slow = workspace.start(*COMMAND, TASK_SECONDS=str(4 * GRACE), TASK_HOST="slow.example")
+    begun(workspace, 1)
+    frozen = workspace.start(*COMMAND, TASK_SECONDS="1")
+    begun(workspace, 2)
+    frozen.send_signal(signal.SIGSTOP)
+    dead.kill()
+    out, err = workspace.start(*COMMAND, TASK_SECONDS="0.1").communicate(timeout=300)
+    assert out.count("that a killed process left were closed") >= 1, out + err
+    frozen.send_signal(signal.SIGCONT)
+    ended = [process.communicate(timeout=120) for process in (frozen, slow)]
+    assert [frozen.returncode, slow.returncode] == [0, 0], ended
+    assert "trial 2 was taken over by another process: what came of it here is dropped" in ended[0][0]
+
+    statuses = {trial.number: trial.user_attrs["status"] for trial in workspace.study("shared")}
+    assert Counter(statuses.values()) == {"FINISHED": 6, "INTERRUPTED": 2}
+    assert statuses[0] == statuses[2] == "INTERRUPTED"
+    assert statuses[1] == "FINISHED", "its heart beat on another host, for longer than the grace"
+    assert {number: workspace.record("shared", number)["status"] for number in statuses} == statuses
+    assert len(set(workspace.finished())) == len(workspace.finished()) == 6
+    assert workspace.record("shared", 1)["owner"]["host"] == "slow.example"
