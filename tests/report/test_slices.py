@@ -106,11 +106,13 @@ def test_a_trial_without_a_baseline_tells_each_slice_in_a_line(trials):
 def test_every_kind_of_table_and_the_page_have_the_slices(trials):
     report = report_with(trials)
     stream = io.StringIO()
-    print_report(Console(file=stream, width=120), report)
+    print_report(Console(file=stream, width=80), report)
+    assert all(len(line) <= 80 for line in stream.getvalue().splitlines())
     (line,) = [
         line for line in stream.getvalue().splitlines() if line.strip().startswith("book") and "layers=3" in line
     ]
-    assert re.search(r"250 +78.00 % +-12.00 \(-1\d\.\d\d to -\d\.\d\d\) +< 0.001", line), line
+    assert re.search(r"250 +78.00 % +-12.00 +< 0.001", line), line
+    assert re.search(r"^ +\(-1\d\.\d\d to *$", stream.getvalue(), re.MULTILINE), "an interval stands below its figure"
     assert NOTE in " ".join(stream.getvalue().split())
     assert re.search(r"\| book \| \[layers=3\].*250.*-12.00", markdown_report(report).replace("\xa0", " "))
     assert r"book & layers=3 & 250" in latex_report(report)
