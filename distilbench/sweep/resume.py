@@ -151,8 +151,10 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
     earlier = {key: value if isinstance(value, str) else json.dumps(value) for key, value in ADDED.items()}
 
     def stays(identity: Mapping[str, Any]) -> dict[str, Any]:
-        fixed = {**earlier, **identity["fixed"]}
-        return {k: v for k, v in fixed.items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
+        known = {
+            k: v for k, v in {**earlier, **identity["fixed"]}.items() if v != "null"
+        }  # unset, as in older versions
+        return {k: v for k, v in known.items() if not any(f"{k}.".startswith(f"{m}.") for m in moved)}
 
     fixed = _differences(stays(kept), stays(now))
     fixed += [line for key in ("objectives", "directions") for line in _differences({key: kept[key]}, {key: now[key]})]
