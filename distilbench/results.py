@@ -99,10 +99,9 @@ class TrialResult:
     ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``train_cpu_seconds``
     is the process's CPU time meanwhile, all threads added up, None unless it trained on a CPU; ``setup_seconds`` is
     what came before the first step, attempts that ran out of memory included. ``train_flops`` are those of the
-    optimisation steps alone (:mod:`distilbench.models.flops`), by the formula or, where ``train_flops_counted``, by
-    torch's counter. ``peak_memory_bytes`` is the device's, or the process's resident set on a CPU.
-    ``micro_batch_size`` counts the examples whose gradients were computed at once in the end, where those were fewer
-    than a batch.
+    optimisation steps alone (:mod:`distilbench.models.flops`), ``peak_memory_bytes`` is the device's, or the process's
+    resident set on a CPU. ``micro_batch_size`` counts the examples whose gradients were computed at once in the end,
+    where those were fewer than a batch.
 
     A trial that was trained at once with others took part in all of their seconds: ``num_trials_in_batch`` counts them,
     itself included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
@@ -118,7 +117,6 @@ class TrialResult:
     train_seconds: float = 0.0
     train_cpu_seconds: float | None = None
     train_flops: float = 0.0
-    train_flops_counted: bool = False
     setup_seconds: float = 0.0
     examples_per_second: float = 0.0
     tokens_per_second: float = 0.0

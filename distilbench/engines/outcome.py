@@ -92,7 +92,6 @@ def result_of(
         steps=progress.step,
         train_seconds=progress.train_seconds,
         train_flops=sum(flops[start].total(lengths, seen[stop] - seen[start]) for start, stop in pairwise(ends)),
-        train_flops_counted=any(cost.counted for cost in flops.values()),
         examples_per_second=float(times.sum()) / seconds if seconds else 0.0,
         tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes,

@@ -123,7 +123,6 @@ def test_flops_are_those_of_each_token_that_was_trained_on(trial, train, splits_
     [result], _ = train([settings])
     assert len({len(splits.train.row(i)) for i in range(37)}) > 1
     assert result.train_flops == 2 * flops_of(settings, splits, range(37))
-    assert not result.train_flops_counted
 
 
 def test_flops_of_a_trial_that_stops_early_are_those_of_its_steps(trial, train, recorder, splits_of):
