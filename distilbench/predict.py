@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,20 +43,6 @@ NAMED_IN_GLUE = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
 """Submission files that hold a label's name; others hold its number."""
 
 
-@dataclass
-class Counts:
-    """How many texts got which label, and how many were empty; written to ``path``."""
-
-    path: Path
-    labels: Counter[str] = field(default_factory=Counter)
-    empty: int = 0
-
-    @property
-    def total(self) -> int:
-        """All rows of the file."""
-        return self.labels.total() + self.empty
-
-
 @hydra.main(config_path=str(CONF), config_name="predict")
 def main(config: DictConfig) -> None:
     """Write the predictions and say how many there are of each label."""
@@ -65,8 +50,11 @@ def main(config: DictConfig) -> None:
         predict(settings_from(config, PredictSettings))
 
 
-def predict(settings: PredictSettings) -> Counts:
-    """Predict every text and write the file; raises :class:`SettingsError` before anything stands there."""
+def predict(settings: PredictSettings) -> Counter[str | None]:
+    """Predict every text and write the file; returns how many got which label, None for the blank ones.
+
+    Raises :class:`SettingsError` before anything is written.
+    """
     from rich.console import Console
 
     from distilbench.data.stream import check_output
@@ -76,12 +64,12 @@ def predict(settings: PredictSettings) -> Counts:
         check_output(Path(settings.output))
     began = time.perf_counter()
     classifier = open_model(settings)
-    counts = _write(settings, classifier, console)
-    told = ", ".join(f"{label} {count:,}" for label, count in counts.labels.most_common())
-    empty = f", {counts.empty:,} empty: no prediction" if counts.empty else ""
+    path = _path(settings, classifier)
+    counts = _write(settings, classifier, path, console)
+    named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())
     seconds = time.perf_counter() - began
-    console.print(f"{counts.total:,} texts in {seconds:.1f} s: {told}{empty}", markup=False, soft_wrap=True)
-    console.print(f"predictions  {counts.path}", markup=False, soft_wrap=True)
+    console.print(f"{counts.total():,} texts in {seconds:.1f} s: {named}", markup=False, soft_wrap=True)
+    console.print(f"predictions  {path}", markup=False, soft_wrap=True)
     return counts
 
 
@@ -115,27 +103,26 @@ def _find_model(settings: PredictSettings) -> Path:
     return model_directory(store, trial.run_id)
 
 
-def _write(settings: PredictSettings, classifier: Classifier, console: Console) -> Counts:
+def _write(settings: PredictSettings, classifier: Classifier, path: Path, console: Console) -> Counter[str | None]:
     from rich.progress import Progress
 
     from distilbench.data.stream import open_answers
 
     columns = _columns(settings, classifier)
-    counts = Counts(_path(settings, classifier))
+    counts: Counter[str | None] = Counter()
     parts = _parts(settings, classifier, columns)
     try:
         first = next(parts)  # what can't be read is told before anything is written
     except StopIteration:
         raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file") from None
-    with open_answers(counts.path) as write, Progress(console=console, transient=True) as progress:
+    with open_answers(path) as write, Progress(console=console, transient=True) as progress:
         bar = progress.add_task("predicting", total=1.0)
         for part in chain([first], parts):
             answers = classifier.answer(part.rows, settings.batch_size)
-            answers.index += counts.total
-            counts.labels.update(answers["prediction"].dropna())
-            counts.empty += int(answers["prediction"].isna().sum())
+            answers.index += counts.total()
+            counts.update(answers["prediction"])
             if settings.format == "glue":
-                answers = answers[["prediction"]].replace(_codes(counts.path, classifier))
+                answers = answers["prediction"].map(_codes(path, classifier)).to_frame()
             else:
                 for place, column in enumerate(columns.values()):
                     answers.insert(place, column, [row[place] for row in part.rows])
@@ -183,9 +170,8 @@ def _path(settings: PredictSettings, classifier: Classifier) -> Path:
 
 def _codes(path: Path, classifier: Classifier) -> dict[str, str]:
     """Return what stands for each label in a submission file of GLUE."""
-    if path.stem in NAMED_IN_GLUE:
-        return {}
-    return {name: str(number) for number, name in enumerate(classifier.label_names)}
+    names = classifier.label_names
+    return {name: name if path.stem in NAMED_IN_GLUE else str(number) for number, name in enumerate(names)}
 
 
 def cli() -> None:

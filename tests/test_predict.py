@@ -76,7 +76,7 @@ def test_a_run_answers_as_its_trial_did_in_the_order_of_the_file(folder, validat
     odds = np.exp(known.logits) / np.exp(known.logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(out[["probability_negative", "probability_positive"]], odds, atol=2e-6)
     assert list(out["prediction"]) == [("negative", "positive")[i] for i in known.logits.argmax(axis=1)]
-    assert counts.labels == out["prediction"].value_counts().to_dict()
+    assert counts == out["prediction"].value_counts().to_dict()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["out.csv"]
     assert f"predictions  {tmp_path}/made/out.csv" in capsys.readouterr().out
 
@@ -93,7 +93,7 @@ def test_every_row_is_accounted_for_in_every_format(folder, ending, tmp_path, ca
         source = "in.jsonl.gz"
     counts = asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/{source}", "data.text_column=review",
                    f"output={tmp_path}/out.{ending}")  # fmt: skip
-    assert (counts.total, counts.empty) == (6, 3)
+    assert (counts.total(), counts[None]) == (6, 3)
     readers = {"csv": pandas.read_csv, "parquet": pandas.read_parquet,
                "tsv": lambda path: pandas.read_csv(path, sep="\t"),
                "jsonl": lambda path: pandas.read_json(path, lines=True)}  # fmt: skip
@@ -235,7 +235,7 @@ def test_a_model_of_any_origin_is_asked_by_its_own_configuration(folder, tmp_pat
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert first["prediction"] in ("no", "maybe", "yes")
     assert sum(first[f"probability_{name}"] for name in ("no", "maybe", "yes")) == pytest.approx(1, abs=1e-5)
-    assert (second["prediction"], second["probability_yes"], counts.empty) == (None, None, 1)
+    assert (second["prediction"], second["probability_yes"], counts[None]) == (None, None, 1)
     encoder = BertForSequenceClassification(config).bert
     encoder.save_pretrained(tmp_path / "theirs")
     with pytest.raises(
@@ -243,3 +243,23 @@ def test_a_model_of_any_origin_is_asked_by_its_own_configuration(folder, tmp_pat
     ):
         asked(folder, f"dir={tmp_path}/theirs", f"data.test={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl")
     assert re.search("maybe", (tmp_path / "out.jsonl").read_text())
+
+
+def test_a_model_of_pairs_is_asked_for_pairs_as_it_was_trained(folder, tmp_path):
+    draw = [("aaa xx", "bbb"), ("aaa", "aaa yz"), ("bbb yz " * 9, "aaa"), ("bbb", "bbb xx")] * 6
+    frame = pandas.DataFrame({"a": [a for a, _ in draw], "b": [b for _, b in draw], "same": [0, 1, 0, 1] * 6})
+    frame["a"] += frame.index.map(str)  # no text stands there twice
+    frame.to_csv(tmp_path / "pairs.csv", index=False)
+    with initialize_config_dir(str(ROOT / "conf")):
+        settings = settings_from(compose("config", [
+            "model=tiny", "model.checkpoint=bert", "data=files", f"data.train={tmp_path}/pairs.csv", "tracking=none",
+            f"data.validation={tmp_path}/pairs.csv", "data.text_column=a", "data.pair_column=b",
+            "data.label_column=same", "train.epochs=1", "train.max_length=32", f"output.dir={tmp_path}/trial",
+        ]))  # fmt: skip
+    outcome = trials.run(settings, prepare(settings), store=None)
+    asked(folder, f"dir={tmp_path}/trial/model", f"data.test={tmp_path}/pairs.csv", f"output={tmp_path}/out.parquet")
+    out = pandas.read_parquet(tmp_path / "out.parquet")
+    assert list(out.columns) == ["index", "a", "b", "prediction", "probability_0", "probability_1"]
+    logits = outcome.predictions.logits
+    odds = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out[["probability_0", "probability_1"]], odds, atol=2e-6)

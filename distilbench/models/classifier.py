@@ -57,62 +57,57 @@ class Classifier:
         rows = model_input[self.columns].itertuples(index=False, name=None)
         return self.answer([tuple(text if isinstance(text, str) else None for text in row) for row in rows])
 
-    def probabilities(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> np.ndarray:
-        """Return the labels' probabilities (texts, labels) float32; NaN where a text is None or blank.
+    def answer(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
+        """Return ``prediction`` and ``probability_<label>`` of each label, a row a text; all missing where it is blank.
 
         Each of ``texts`` holds one text, or the two of a pair. Texts of like length share a batch.
         """
+        import pandas
+
+        asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
+        found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)  # (texts, labels)
+        labels = np.full(len(texts), None, dtype=object)
+        if asked:
+            found[asked] = self._probabilities([texts[i] for i in asked], batch_size)
+            labels[asked] = np.array(self.label_names, dtype=object)[found[asked].argmax(axis=1)]
+        frame = pandas.DataFrame(found, columns=[f"probability_{name}" for name in self.label_names])
+        frame.insert(0, "prediction", pandas.Series(labels, dtype="object"))
+        return frame
+
+    def _probabilities(self, texts: Sequence[tuple[str | None, ...]], batch_size: int) -> np.ndarray:
         import torch
 
-        found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)
-        asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
-        if not asked:
-            return found
-        columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
+        found = np.empty((len(texts), len(self.label_names)), dtype=np.float32)
+        columns = [list(column) for column in zip(*texts, strict=True)]
         rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        order = sorted(range(len(asked)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
+        order = sorted(range(len(texts)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = {name: [values[i] for i in chosen] for name, values in rows.items()}
                 inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)  # (chosen, longest)
-                logits = self.model(**inputs).logits.float()  # (chosen, labels)
-                found[[asked[i] for i in chosen]] = logits.softmax(dim=1).cpu().numpy()
+                found[chosen] = self.model(**inputs).logits.float().softmax(dim=1).cpu().numpy()  # (chosen, labels)
         return found
 
-    def answer(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
-        """Return ``prediction`` and ``probability_<label>`` of each label, a row a text; all missing where it is blank.
 
-        Each of ``texts`` holds one text, or the two of a pair.
-        """
-        import pandas
-
-        probabilities = self.probabilities(texts, batch_size)
-        frame = pandas.DataFrame(probabilities, columns=[f"probability_{name}" for name in self.label_names])
-        best = np.nan_to_num(probabilities).argmax(axis=1)  # (texts,)
-        labels = [None if np.isnan(row[0]) else self.label_names[i] for row, i in zip(probabilities, best, strict=True)]
-        frame.insert(0, "prediction", pandas.Series(labels, dtype="object"))
-        return frame
-
-
-def load_classifier(directory: Path, device: torch.device | str, setting: str = "dir") -> Classifier:
-    """Read a model for prediction; raises :class:`SettingsError` naming ``setting`` for a directory that is none."""
+def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
+    """Read a model for prediction; raises :class:`SettingsError` for a directory that holds none."""
     try:
         resolved = resolve_model(ModelSettings("local", str(directory)))
         tokenizer = load_tokenizer(resolved)
     except SettingsError as error:
-        raise SettingsError(str(error).replace("model.checkpoint", setting, 1)) from None
-    model = _load(directory, setting)
+        raise SettingsError(str(error).replace("model.checkpoint", "dir", 1)) from None
+    model = _load(directory)
     config: Any = model.config
     own = getattr(config, "distilbench", {})
     bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
-    require(single and len(names) > 1, setting, "a model that gives each text one of several labels", str(directory))
+    require(single and len(names) > 1, "dir", "a model that gives each text one of several labels", str(directory))
     return Classifier(model.to(device), tokenizer, names, min(bounds), own)  # type: ignore[arg-type]  # as in trainer
 
 
-def _load(directory: Path, setting: str) -> PreTrainedModel:
+def _load(directory: Path) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
@@ -124,11 +119,11 @@ def _load(directory: Path, setting: str) -> PreTrainedModel:
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SettingsError(
-            f"{setting} must be a readable model that classifies sequences, got {str(directory)!r}: "
+            f"dir must be a readable model that classifies sequences, got {str(directory)!r}: "
             f"{first_line(error)}; save it again with save_pretrained"
         ) from None
     lacking = sorted(report["missing_keys"])
-    require(not lacking, setting, "a model with a trained classification head", str(directory),
+    require(not lacking, "dir", "a model with a trained classification head", str(directory),
             f"{len(lacking)} weights are missing, such as {', '.join(lacking[:1])}; fine-tune it first: "
             "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     loaded: PreTrainedModel = model.eval()

@@ -122,6 +122,6 @@ def model_directory(store: MlflowStore, run_id: str) -> Path:
     if not (directory / MODEL / "config.json").is_file():
         raise SettingsError(
             f"run must have a saved model, got {run_id!r} with none in {directory / MODEL} (output.save_model=false, "
-            "pruned, failed, or removed since); train it again with output.save_model=true"
+            "adapter.merge=false, pruned, failed, or removed since); train it again with output.save_model=true"
         )
     return directory / MODEL
