@@ -356,7 +356,7 @@ def _comparison_lines(summary: Summary, width: int) -> Iterator[Table | Text]:
         yield Text(sentence(comparison), "bold")
         yield from (Text(f"{note}.") for note in _notes(comparison))
         if comparison.slices:
-            yield rich_table(comparison.slices, SLICES, _WIDTH)
+            yield rich_table(comparison.slices, SLICES, width)
             yield Text(SLICES_NOTE)
     elif summary.baseline_command:
         yield Text(
