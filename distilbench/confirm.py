@@ -7,10 +7,10 @@ status: 0 all was trained, 1 a trial failed, 2 something to mend, 130 and 143 in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +65,10 @@ def confirm(settings: ConfirmSettings) -> str | None:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
     report = _first_report(store, settings.sweep, settings.margin)
-    chosen = {short_hash(row.treatment): _Chosen.of(row, store, settings) for row in _rows(report, settings.top)}
+    chosen = {
+        short_hash(row.treatment): _Chosen(row, _settings_of(row, store, settings))
+        for row in _rows(report, settings.top)
+    }
     seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, settings.top)
     points = _points(chosen, fresh_seeds(report, seeds))
     missing = _missing(store, name, points)
@@ -100,25 +103,11 @@ def _first_report(store: MlflowStore, sweep: str, margin: float | None) -> Repor
     return report
 
 
-@dataclass(frozen=True)
-class _Chosen:
+class _Chosen(NamedTuple):
     """A setting to train again: as the sweep's report calls it, and as its first trial was started."""
 
     row: Row
     settings: AppSettings
-
-    @classmethod
-    def of(cls, row: Row, store: MlflowStore, settings: ConfirmSettings) -> _Chosen:
-        """Read the settings that a row's first trial was started with, from its run."""
-        started = _settings_of(store, row)
-        alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
-                        timeout_minutes=None, retry_failed=True, take_over=False, on_change="extend")  # fmt: skip
-        train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
-        margin = settings.margin or started.margin
-        return cls(
-            row,
-            replace(started, sweep=alone, train=train, output=output, tracking=settings.tracking, margin=margin),
-        )
 
 
 def _rows(report: Report, top: int) -> list[Row]:
@@ -227,16 +216,21 @@ def fresh_seeds(report: Report, number: int) -> list[int]:
     return list(islice((seed for seed in count(1) if seed not in used), number))
 
 
-def _settings_of(store: MlflowStore, row: Row) -> AppSettings:
-    """The settings that a row's first trial was started with, from its run."""
+def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
+    """The settings that a row's first trial was started with, from its run, but trained anew and by themselves."""
     run_id = row.all_trials[0].run_id
     try:
-        return settings_from(OmegaConf.create(store.config(run_id)))
+        started = settings_from(OmegaConf.create(store.config(run_id)))
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"run {run_id} must have the settings of this version of distilbench, got a config.yaml that has not "
             f"({type(error).__name__}); run the sweep again"
         ) from None
+    alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
+                    timeout_minutes=None, retry_failed=True, take_over=False, on_change="extend")  # fmt: skip
+    train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
+    margin = asked.margin or started.margin
+    return replace(started, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)
 
 
 def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing: Sequence[Point]) -> None:

@@ -173,7 +173,7 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
         (["sweep=nowhere"], r"^sweep must be one of .*, got 'nowhere'"),
         (["sweep=../x"], r"^sweep must be a name without a path in it"),
         (["sweep=first", "top=0"], r"^top must be 1 or more, got 0"),
-        (["sweep=first", "seeds=1"], r"^seeds must be 2 or more, got 1"),
+        (["sweep=first", "seeds=1"], r"^seeds must be auto, or 2 or more, got 1"),
         (["sweep=first-confirm"], r"^sweep must be a search, got 'first-confirm', itself a confirmation of first"),
         (["sweep=lonely"], r"^sweep must be one of "),
         (["sweep=first", "name=first"], r"^name must be free or that of a confirmation of first, got 'first'"),

@@ -72,12 +72,14 @@ class SweepPlan:
     @property
     def chosen_by(self) -> str:
         """By what, and on which split, winners are picked and trials pruned."""
-        pruned = f"; pruned by {judged_by(self.objectives)} alone" if self.settings.sweep.pruner != "none" else ""
-        by = f"{' and '.join(self.objectives)}{pruned if len(self.objectives) > 1 else ''}, on the "
+        split = "validation split, which also reports"
         if self.settings.data.report_fraction:
-            return f"{by}validation split; a part of train only reports"
-        held_out = self.settings.data.selection_fraction > 0
-        return by + ("selection split held out of train" if held_out else "validation split, which also reports")
+            split = "validation split; a part of train only reports"
+        elif self.settings.data.selection_fraction:
+            split = "selection split held out of train"
+        is_pruned = self.settings.sweep.pruner != "none" and len(self.objectives) > 1
+        pruned = f"; pruned by {judged_by(self.objectives)} alone" if is_pruned else ""
+        return f"{' and '.join(self.objectives)} on the {split}{pruned}"
 
 
 def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> SweepPlan:
