@@ -8,7 +8,6 @@ from distilbench.cli import run_command
 from distilbench.settings import TrackingSettings
 from distilbench.tracking.connect import quieten
 from distilbench.tracking.relocation import relocate
-from distilbench.tracking.retries import as_settings_error
 from distilbench.tracking.uri import store_address_of
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     asked = make_parser().parse_args()
     address = store_address_of(TrackingSettings("mlflow", asked.uri, "distilbench", patience_seconds=0))
     quieten()
-    with as_settings_error(address.refusal, address.remedy):
+    with address.asking():
         for line in relocate(address):
             print(line)
 

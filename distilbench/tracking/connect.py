@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking.mlflow_tables import make_database, store_of_database
-from distilbench.tracking.retries import as_settings_error, wait_out
+from distilbench.tracking.retries import wait_out
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, store_address_of
 
@@ -43,7 +43,7 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
         return None
     address = store_address_of(settings)
     quieten()
-    with as_settings_error(address.refusal, address.remedy):
+    with address.asking():
         open_it = partial(_open_database if address.artifacts else _open_server, address, settings)
         experiment = wait_out(settings.patience_seconds if patiently else 0.0, open_it)
     store = MlflowStore(address, experiment, settings.patience_seconds)
@@ -70,7 +70,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     quieten()
     from mlflow import MlflowClient
 
-    with as_settings_error(address.refusal, address.remedy):
+    with address.asking():
         if address.artifacts is not None:
             _check_database(address)
         found = _within(60, lambda: MlflowClient(address.uri).search_experiments())

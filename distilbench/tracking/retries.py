@@ -89,14 +89,10 @@ class Connection:
     """
 
     def __init__(self, client: MlflowClient | None = None, experiment_id: str = "") -> None:
-        self._client, self.experiment_id = client, experiment_id
+        self.client: Any = client
+        self.experiment_id = experiment_id
         self.is_gone = False
         """Whether the last attempt found nobody who answers."""
-
-    @property
-    def client(self) -> Any:
-        """The client; ask for it inside of an attempt."""
-        return self._client
 
     def attempt(self, what: str, action: Callable[[], object], pauses: tuple[float, ...] | None = None) -> bool:
         """Try, and again after each pause; return whether it is done with, False where it is to be tried later.
@@ -104,7 +100,7 @@ class Connection:
         Never raises, since a trained model outweighs its record: what is refused for good, and an error that is not
         the store's (a figure that can't be drawn), costs a line.
         """
-        if self._client is None:
+        if self.client is None:
             return True
         for pause in (None,) if self.is_gone else (*(PAUSES if pauses is None else pauses), None):
             try:
@@ -127,7 +123,7 @@ class Connection:
             return True
         if not self.is_gone:
             self.is_gone = True
-            log.warning("MLflow does not take %s now (%s): it is kept for later", what, reason_of(error))
+            log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back", reason_of(error))
         return False
 
     def _answered(self) -> None:

@@ -6,12 +6,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilbench.identity import short_hash
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.tags import DIRECTORY, DatasetUsed, RunStart, params_of, tags_of
+from distilbench.tracking.tags import DatasetUsed, RunStart, params_of, tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,9 +36,8 @@ class RunContent:
     @classmethod
     def of(cls, start: RunStart) -> RunContent:
         """Return what is to be told of a trial that begins."""
-        tags = tags_of(start) | {DIRECTORY: str(Path(start.settings.output.dir).absolute())}
         datasets = [_dataset(start, used) for used in start.datasets]
-        return cls(redact(start.name), tags, params_of(start.settings), datasets, redact(start.config_yaml))
+        return cls(redact(start.name), tags_of(start), params_of(start.settings), datasets, redact(start.config_yaml))
 
 
 def _dataset(start: RunStart, used: DatasetUsed) -> dict[str, str]:

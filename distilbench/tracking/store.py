@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import tempfile
@@ -90,7 +89,7 @@ class MlflowStore:
         if SWEEP in start.tags and self._address.file is None and not self._connection.attempt("a new run", run.open):
             run.keep()
             return run
-        with self._asking():
+        with self._address.asking():
             try:
                 wait_out(self._patience, run.open)
             except BaseException:
@@ -140,7 +139,7 @@ class MlflowStore:
 
         Sweeps' own runs and runs of other programs are passed over, unless ``wanted`` names them by id.
         """
-        with self._asking():
+        with self._address.asking():
             found = list(self._search(wanted))
         kept = [run for run in found if run.is_trial or run.run_id in wanted.run_ids]
         self._artifacts |= {run.run_id: run.artifacts for run in kept}
@@ -148,25 +147,25 @@ class MlflowStore:
 
     def sweep_run(self, sweep: str) -> RawRun | None:
         """The newest run that holds the trials of this sweep, None where there is none."""
-        with self._asking():
+        with self._address.asking():
             found = list(self._search(RunFilter(tags={SWEEP: sweep}, are_trials=False)))
         return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
 
     def confirmations(self, sweep: str) -> list[RawRun]:
         """The runs that hold confirmations of this sweep, oldest first."""
-        with self._asking():
+        with self._address.asking():
             found = list(self._search(RunFilter(tags={CONFIRMS: sweep}, are_trials=False)))
         return sorted(filter(_is_sweep, found), key=lambda run: run.started_ms)
 
     def sweep_names(self) -> list[str]:
         """The names of all sweeps, newest first."""
-        with self._asking():
+        with self._address.asking():
             held = sorted(filter(_is_sweep, self._search(RunFilter(are_trials=False))), key=lambda run: -run.started_ms)
         return list(dict.fromkeys(run.tags[SWEEP] for run in held))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
-        with self._asking():
+        with self._address.asking():
             return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
 
     def config(self, run_id: str) -> str:
@@ -202,7 +201,7 @@ class MlflowStore:
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
         content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, (), "")
-        with self._asking():
+        with self._address.asking():
             run = wait_out(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
         forget_undelivered(directory)
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
@@ -237,9 +236,6 @@ class MlflowStore:
         if self._address.artifacts is None:
             return search_server(self._client, self._experiment_id, wanted)
         return search_database(self._address, self._experiment_id, wanted)
-
-    def _asking(self) -> contextlib.AbstractContextManager[None]:
-        return as_settings_error(self._address.refusal, self._address.remedy)
 
     def holds(self, run_id: str) -> bool:
         """Return whether there is such a run, and it was not deleted."""

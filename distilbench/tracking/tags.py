@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 
 from distilbench.identity import ProtocolIdentity, short_hash
 from distilbench.results import Status
@@ -83,6 +84,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
     """Everything that tells a run from others, redacted and cut at MLflow's limit."""
     tags = {
         "distilbench.status": Status.RUNNING.value,
+        DIRECTORY: str(Path(start.settings.output.dir).absolute()),
         "distilbench.protocol": start.protocol.id,
         "distilbench.treatment": short_hash(dict(start.treatment)),
         "distilbench.treatment_settings": json.dumps(dict(start.treatment), sort_keys=True),

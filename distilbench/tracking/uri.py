@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from urllib.request import url2pathname
 
 from distilbench.settings import SettingsError, TrackingSettings, root
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.retries import as_settings_error
 
 DATABASES = ("postgresql", "mysql", "mssql")
 """Schemes that mlflow opens through SQLAlchemy, beside sqlite."""
@@ -55,16 +57,11 @@ class StoreAddress:
         is_beside_another = self.file and folder.name == experiment_id and folder.parent.name == "mlruns"
         return folder if is_beside_another or not folder.parent.is_dir() else None
 
-    @property
-    def refusal(self) -> str:
-        """How a one-line error about this store begins."""
-        return f"{self.setting} must be a store that answers, got {redact(self.uri)}"
-
-    @property
-    def remedy(self) -> str:
-        """How it ends."""
+    def asking(self) -> AbstractContextManager[None]:
+        """Turn the store's trouble in a block into one :class:`SettingsError`, which says what to mend."""
         mend = "check the file and its folder" if self.file else "start it or correct the address"
-        return f"{mend}, or go without: tracking=none"
+        refusal = f"{self.setting} must be a store that answers, got {redact(self.uri)}"
+        return as_settings_error(refusal, f"{mend}, or go without: tracking=none")
 
     def describe(self) -> str:
         """Return the address, and the command that shows it."""

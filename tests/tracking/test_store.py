@@ -409,7 +409,7 @@ def test_trouble_in_mid_training_warns_once_and_loses_nothing(store, client, sta
         clock[0] += SHORTEST_WAIT
         run.on_step(step(number))
     assert [record.getMessage() for record in caplog.records] == [
-        "MLflow does not take metrics now (database is locked): it is kept for later"
+        "MLflow does not answer (database is locked): what it lacks waits on disk until it is back"
     ]
     monkeypatch.setattr(run._connection.client, "log_batch", real)
     run.finish(DONE)
@@ -448,7 +448,7 @@ def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, c
         monkeypatch.setattr(run._connection.client, name, gone)
     run.finish(DONE, PREDICTIONS)
     assert [record.getMessage() for record in caplog.records] == [
-        "MLflow does not take the last metrics now (the server is gone): it is kept for later"
+        "MLflow does not answer (the server is gone): what it lacks waits on disk until it is back"
     ]
 
 
