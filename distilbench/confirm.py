@@ -218,7 +218,7 @@ def fresh_seeds(report: Report, number: int) -> list[int]:
 
 def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
     """The settings that a row's first trial was started with, from its run, but trained anew and by themselves."""
-    run_id = row.all_trials[0].run_id
+    run_id = row.first.run_id
     try:
         started = settings_from(OmegaConf.create(store.config(run_id)))
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:

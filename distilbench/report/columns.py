@@ -111,7 +111,7 @@ def _costs(row: Row) -> str:
 
 
 _ALL = (
-    Column("trial", lambda row: row.number, "#", lambda row: row.number.rpartition("/")[2]),
+    Column("trial", lambda row: row.first.number, "#", lambda row: row.first.number.rpartition("/")[2]),
     Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
     Column("slice", lambda row: row.slice),
     Column("examples", lambda row: row.examples or None),
@@ -149,7 +149,7 @@ _ALL = (
     Column("verdict", lambda row: row.claim or "", "verdict", said, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", lambda row: row.status),
-    Column("protocol", lambda row: row.all_trials[0].protocol_id),
+    Column("protocol", lambda row: row.first.protocol_id),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
     *map(_of_treatment, ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
 )  # fmt: skip
@@ -226,7 +226,7 @@ def _in_markdown(column: Column, row: Row) -> str:
         return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers are never broken
     if column.key != "setting":
         return text
-    label = f"[{text}]({url_in_markdown(row.url)})" if row.url else text
+    label = f"[{text}]({url_in_markdown(row.first.url)})" if row.first.url else text
     return f"**{label}**" if row.is_baseline else label
 
 

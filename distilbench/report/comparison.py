@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,20 +21,18 @@ _Correct = Mapping[int, np.ndarray]
 """Seed -> ``(examples,)`` bool of what was classified correctly."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """On what terms rows are compared: the ``margin`` in points, and how many rows are tested, from the best on.
+def against_baseline(
+    rows: Sequence[Row],
+    baseline: int,
+    read: ReadPredictions,
+    margin: float,
+    shown: int = 200,
+    picked_here: bool = False,
+) -> list[Row]:
+    """Compare rows, the first ``shown``, with the baseline; the corrections count every setting that was tried.
 
-    ``is_picked_here``: the split that reports also chose among these rows, so a lead is yet to be confirmed.
-    """
-
-    margin: float
-    shown: int = 200
-    is_picked_here: bool = False
-
-
-def against_baseline(rows: Sequence[Row], baseline: int, read: ReadPredictions, terms: Terms) -> list[Row]:
-    """Compare rows with the baseline; the corrections count every setting that was tried.
+    ``margin`` is in points. ``picked_here``: the split that reports also chose among these rows, so that a lead is yet
+    to be confirmed.
 
     A setting that is not tested, be it beyond the rows shown, pruned, diverged or failed, counts as one with p = 1. Its
     own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
@@ -42,16 +40,17 @@ def against_baseline(rows: Sequence[Row], baseline: int, read: ReadPredictions, 
     """
     base = rows[baseline]
     finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
-    terms = replace(terms, is_picked_here=terms.is_picked_here and len(finished) > 1)
-    read_once = {i: _correct(rows[i], base, read) for i in finished if i < terms.shown or not base.trials}
+    better = Verdict.AHEAD if picked_here and len(finished) > 1 else Verdict.BETTER
+    read_once = {i: _correct(rows[i], base, read) for i in finished if i < shown or not base.trials}
     pairs = {i: pair for i, pair in read_once.items() if not isinstance(pair, Untested)}
-    found = {i: difference_of(*pair, terms.margin) for i, pair in pairs.items()}
+    found = {i: difference_of(*pair, margin) for i, pair in pairs.items()}
     differences = _corrected({i: one for i, one in found.items() if one}, tried=len(rows) - 1)
     result = list(rows)
     for i in finished:
         row = _beside(rows[i], base)
         if i in differences:
-            result[i] = _judged(row, differences[i], pairs[i], terms, tried=len(rows) - 1)
+            row = _judged(row, differences[i], pairs[i], margin, tried=len(rows) - 1)
+            result[i] = replace(row, verdict=better) if row.verdict is Verdict.BETTER else row
         else:
             why = read_once.get(i, Untested.ROWS)
             result[i] = replace(row, untested=why if isinstance(why, Untested) else Untested.SEEDS)
@@ -127,11 +126,9 @@ def _corrected(found: Mapping[int, Difference], tried: int) -> dict[int, Differe
     return {i: replace(one, p_holm=p, p_loss_holm=p_loss) for (i, one), p, p_loss in each}
 
 
-def _judged(row: Row, found: Difference, pair: tuple[_Correct, _Correct], terms: Terms, tried: int) -> Row:
+def _judged(row: Row, found: Difference, pair: tuple[_Correct, _Correct], margin: float, tried: int) -> Row:
     """Decide what may be claimed of a row and, where that is nothing, what would decide."""
     claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
-    if claim is Verdict.BETTER and terms.is_picked_here:
-        claim = Verdict.AHEAD
     if claim is Verdict.UNDECIDED:
-        found = replace(found, needed=what_it_takes(*pair, terms.margin / 100, rows=tried))
+        found = replace(found, needed=what_it_takes(*pair, margin / 100, rows=tried))
     return replace(row, difference=found, verdict=claim)

@@ -163,17 +163,19 @@ def _data_curve(report: Report) -> Iterator[str]:
 def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, caption: str) -> str:
     rows = [row for curve in curves.values() for row in curve]
     halves = {id(row): 100 * row.accuracy_half_width if caption else 0.0 for row in rows}
-    x = charts.logarithmic([row.train_examples for row in rows])
+    x = charts.logarithmic([row.first.train_examples for row in rows])
     y = charts.vertical([value(row) + sign * halves[id(row)] for row in rows for sign in (-1, 1)])
     marks = ""
     for i, (depth, curve) in enumerate(curves.items()):
         kind = f"hue{i % 4}"
-        marks += charts.line([(x(row.train_examples), y(value(row))) for row in curve], kind, f"{depth} layers frozen")
+        marks += charts.line(
+            [(x(row.first.train_examples), y(value(row))) for row in curve], kind, f"{depth} layers frozen"
+        )
         for row in curve:
-            at, half = x(row.train_examples), halves[id(row)]
+            at, half = x(row.first.train_examples), halves[id(row)]
             marks += charts.whisker(at, y(value(row) - half), y(value(row) + half), kind) + _dot(row, at, y(value(row)))
         below = 20 if i % 2 else -10  # two lines end close to each other
-        marks += charts.label(x(curve[0].train_examples) + 8, y(value(curve[0])) + below, f"depth {depth}")
+        marks += charts.label(x(curve[0].first.train_examples) + 8, y(value(curve[0])) + below, f"depth {depth}")
     chart = charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
     return f"{chart}<figcaption>{html(caption)}</figcaption>"
 

@@ -124,10 +124,10 @@ def by_depth(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 def data_curve(report: Report) -> dict[int, list[Row]]:
     """Return, by frozen layers, the best row of each amount of training text, least first; empty for one amount."""
-    amounts = {row.train_examples for row in report.rows if row.trials and row.train_examples}
+    amounts = {row.first.train_examples for row in report.rows if row.trials and row.first.train_examples}
     curves = {}
     for depth, rows in by_depth(report.rows).items():
-        best = {row.train_examples: row for row in reversed(by_score(rows)) if row.train_examples}
+        best = {row.first.train_examples: row for row in reversed(by_score(rows)) if row.first.train_examples}
         if len(best) > 1:
             curves[depth] = [best[amount] for amount in sorted(best)]
     return curves if len(amounts) > 1 else {}
@@ -135,10 +135,12 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
 
 def half_of_text(curve: Sequence[Row]) -> float | None:
     """Return the points that half of the most text costs, interpolated on a logarithmic axis; None beyond the curve."""
-    half = curve[-1].train_examples / 2
+    half = curve[-1].first.train_examples / 2
     for less, more in itertools.pairwise(curve):
-        if less.train_examples <= half <= more.train_examples:
-            share = math.log(half / less.train_examples) / math.log(more.train_examples / less.train_examples)
+        if less.first.train_examples <= half <= more.first.train_examples:
+            share = math.log(half / less.first.train_examples) / math.log(
+                more.first.train_examples / less.first.train_examples
+            )
             return 100 * (curve[-1].accuracy - less.accuracy - share * (more.accuracy - less.accuracy))
     return None
 

@@ -23,15 +23,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def signed(value: float, digits: int) -> str:
-    """With its sign, but zero without one."""
-    text = f"{value:+.{digits}f}"
-    return text if float(text) else text[1:]
-
-
 def points(difference: float) -> str:
-    """``+0.12`` points of accuracy (per cent)."""
-    return signed(difference, 2)
+    """``+0.12`` points of accuracy (per cent); zero has no sign."""
+    text = f"{difference:+.2f}"
+    return text if float(text) else text[1:]
 
 
 def margin_text(margin: float) -> str:

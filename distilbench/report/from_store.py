@@ -15,7 +15,7 @@ from rich.console import Console
 
 from distilbench.cli import command, override
 from distilbench.identity import short_hash, value_of, without_defaults
-from distilbench.report.comparison import Terms, against_baseline
+from distilbench.report.comparison import against_baseline
 from distilbench.report.findings import Curve, Report, by_score
 from distilbench.report.floor import mark_learned
 from distilbench.report.names import source_overrides
@@ -125,8 +125,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         return kept(trial.run_id)
 
     if baseline is not None:
-        terms = Terms(request.margin, request.shown, _is_picked_here(request, trials[0]))
-        rows = against_baseline(rows, baseline, read, terms)
+        picked_here = _is_picked_here(request, trials[0])
+        rows = against_baseline(rows, baseline, read, request.margin, request.shown, picked_here)
     rows, floor = mark_learned(rows, read, request.shown)
     slices = rows_by_slice(rows, read, request.margin)
     return Report(
@@ -157,7 +157,7 @@ def _most_common(values: Sequence[object]) -> object:
 
 def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
     """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
-    sample = rows[0].all_trials[0]
+    sample = rows[0].first
     if request.baseline:
         found = store.search(RunFilter(run_ids=(request.baseline,)))
         if not found:

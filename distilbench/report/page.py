@@ -98,7 +98,7 @@ def _command(row: Row, report: Report) -> str:
     if told.get("freeze.embeddings") == (ours.get("freeze.layers") != 0):
         del told["freeze.embeddings"]  # it follows the layers
     changed = (override(key.removesuffix(".name"), told[key]) for key in in_order([*told]))
-    return command("train", [*report.sources, *changed, f"seed={row.all_trials[0].seed}"])
+    return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
 
 
 def _choices(values: Sequence[tuple[str, str]]) -> str:
@@ -110,8 +110,8 @@ def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
     text, found = column.text(row), row.difference
     shown = _unbroken(text) if column.key == "setting" else html(text)
     shown = shown if _is_drawn(column) else shown.replace(" (", " <br>(")
-    if column.key == "setting" and row.url.startswith(("http://", "https://")):
-        shown = f'<a href="{escape(row.url)}">{shown}</a>'
+    if column.key == "setting" and row.first.url.startswith(("http://", "https://")):
+        shown = f'<a href="{escape(row.first.url)}">{shown}</a>'
     if _is_drawn(column) and found:
         shown = charts.forest(scale, found.low, found.points, found.high, kind_of(row), text) + shown
     kinds = [column.key, *(["number"] if not column.is_text and not _is_drawn(column) else [])]

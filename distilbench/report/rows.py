@@ -117,6 +117,11 @@ class Row:
         return (*self.trials, *self.other_trials)
 
     @property
+    def first(self) -> StoredTrial:
+        """The trial that stands for all of them: by its number they are called, its run is linked."""
+        return self.all_trials[0]
+
+    @property
     def trainable_parameters(self) -> int:
         """Parameters that were trained; 0 where unknown."""
         return max(trial.trainable_parameters for trial in self.all_trials)
@@ -126,11 +131,6 @@ class Row:
         """``FINISHED``, or how many trials ended how."""
         counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
-
-    @property
-    def train_examples(self) -> int:
-        """How many examples it was trained on; 0 where unknown."""
-        return self.all_trials[0].train_examples
 
     @property
     def started_ms(self) -> int:
@@ -147,16 +147,6 @@ class Row:
     def accuracy_so_far(self) -> float:
         """Its accuracy, or that at which it was stopped; NaN where it never came to one."""
         return self.stopped.accuracy if self.stopped else self.accuracy
-
-    @property
-    def number(self) -> str:
-        """The first trial's number in its sweep; empty outside of one."""
-        return self.all_trials[0].number
-
-    @property
-    def url(self) -> str:
-        """Opens the run of the first trial."""
-        return self.all_trials[0].url
 
 
 def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
@@ -206,7 +196,7 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
     if len(tagged) > 1:
         raise SettingsError(
             f"baseline must be one setting, got {len(tagged)} that sweeps took for theirs; name one: "
-            f"baseline={rows[tagged[0]].all_trials[0].run_id}"
+            f"baseline={rows[tagged[0]].first.run_id}"
         )
     if tagged:
         return tagged[0]

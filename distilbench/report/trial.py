@@ -12,7 +12,7 @@ from rich.text import Text
 
 from distilbench.identity import SourceUsed
 from distilbench.report.columns import CSV, markdown_table, rich_table
-from distilbench.report.comparison import Terms, against_baseline
+from distilbench.report.comparison import against_baseline
 from distilbench.report.floor import floor_of, has_learned, mark_learned
 from distilbench.report.formats import (
     counted,
@@ -71,7 +71,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Compari
     rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
             replace(row_from([trial]), label="this trial")]  # fmt: skip
     read = attrgetter("predictions")
-    rows = against_baseline(rows, 0, read, Terms(margin, shown=2))
+    rows = against_baseline(rows, 0, read, margin, shown=2)
     (base, row), floor = mark_learned(rows, read, shown=2)
     if row.untested is Untested.EXAMPLES:
         raise SettingsError(
