@@ -63,6 +63,5 @@ class ParentRun:
         """End and deliver what trials left, wherever their process ``is_over``; wait for a store that is gone."""
         for wait in (0.0, patience_seconds):
             if not wait or (self.lacks(self._directory) and self._connection.wait(wait)):
-                ending = lambda: end_left_runs(self._connection, is_over, self._sweep, self.run_id)  # noqa: E731
-                self._connection.attempt("a question for unfinished trials", ending)
+                end_left_runs(self._connection, is_over, self._sweep, self.run_id)
                 deliver_below(self._connection, self._directory, is_over)

@@ -101,10 +101,7 @@ class MlflowStore:
 
     def end_left_runs(self) -> None:
         """End runs of the experiment whose process on this host is gone, as their records say; tell which in a line."""
-        ended: list[str] = []
-        asking = lambda: ended.extend(end_left_runs(self._connection, Owner.is_dead))  # noqa: E731
-        self._connection.attempt("a question for unfinished trials", asking)
-        if ended:
+        if ended := end_left_runs(self._connection, Owner.is_dead):
             log.info("closed %d runs whose process is gone: %s", len(ended), ", ".join(ended))
 
     def catch_up(self, directory: Path) -> None:

@@ -25,6 +25,7 @@ from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 UNDELIVERED = "undelivered"
 """Directory beside a record: ``run.json``, and files that the run is to get."""
@@ -154,19 +155,26 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
                   but: str | None = None) -> list[str]:  # fmt: skip
     """End runs of the experiment, or of one sweep of it, that are RUNNING in a process that ``is_over``.
 
-    ``but`` is a run to leave as it is. Returns each one's name and how it ended; raises what the store raises.
+    ``but`` is a run to leave as it is. Returns each one's name and how it ended.
     """
     query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
-    ended = []
-    for run in connection.client.search_runs([connection.experiment_id], query, max_results=RUNS_PER_PAGE):
+    asked = [connection.experiment_id], query
+    running: list[Run] = []
+    connection.attempt("a question for unfinished trials", lambda: running.extend(
+        connection.client.search_runs(*asked, max_results=RUNS_PER_PAGE)))  # fmt: skip
+    ended: list[str] = []
+    for run in running:
         owner = owner_of(run.data.tags)
         if owner and is_over(owner) and run.info.run_id != but:
             directory = Path(run.data.tags.get(DIRECTORY, os.devnull))
-            status = settle(connection.client, run.info.run_id, directory)
-            ended.append(f"{run.info.run_name} {status}")
+            connection.attempt(f"the end of {run.info.run_name}", partial(_end_left, connection, run, directory, ended))
             if not sweep:
                 deliver_below(connection, directory, is_over)  # of a sweep's run: what its trials keep
     return ended
+
+
+def _end_left(connection: Connection, run: Run, directory: Path, ended: list[str]) -> None:
+    ended.append(f"{run.info.run_name} {settle(connection.client, run.info.run_id, directory)}")
 
 
 def owner_of(tags: Mapping[str, str]) -> Owner | None:

@@ -87,6 +87,23 @@ def test_a_run_that_a_dead_process_left_ends_as_its_record_says(store, dead, tmp
     assert "finished FINISHED" in line
 
 
+def test_a_run_that_can_not_be_ended_does_not_keep_the_others_from_their_end(store, dead, tmp_path, monkeypatch):
+    stuck, other = (begun_by(store, dead, tmp_path / name, name=name).run_id for name in ("stuck", "other"))
+    Record(IDENTITY, Status.FINISHED, dead, stuck).write(tmp_path / "stuck")
+    (tmp_path / "stuck" / "predictions.parquet").write_bytes(b"kept")
+
+    def refuse(*args):
+        raise PermissionError("no such folder for you")
+
+    monkeypatch.setattr(retries, "PAUSES", ())
+    monkeypatch.setattr(store._client, "log_artifact", refuse)
+    store.end_left_runs()
+    assert [status_of(store, run_id)[1] for run_id in (stuck, other)] == ["RUNNING", "INTERRUPTED"]
+    monkeypatch.undo()
+    store.end_left_runs()
+    assert status_of(store, stuck) == ("FINISHED", "FINISHED")
+
+
 def test_a_directory_that_another_trial_has_used_since_says_nothing_of_a_run(store, dead, tmp_path):
     run_id = begun_by(store, dead, tmp_path).run_id
     Record(IDENTITY, Status.FINISHED, dead, "another run").write(tmp_path)
