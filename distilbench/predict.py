@@ -62,9 +62,9 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     console = Console(highlight=False)
     if settings.format == "table":
         check_output(Path(settings.output))
-    began = time.perf_counter()
     classifier = open_model(settings)
     path = _path(settings, classifier)
+    began = time.perf_counter()
     counts = _write(settings, classifier, path, console)
     named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())
     seconds = time.perf_counter() - began
@@ -115,7 +115,10 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
         first = next(parts)  # what can't be read is told before anything is written
     except StopIteration:
         raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file") from None
-    with open_answers(path) as write, Progress(console=console, transient=True) as progress:
+    with (
+        open_answers(path) as write,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
         bar = progress.add_task("predicting", total=1.0)
         for part in chain([first], parts):
             answers = classifier.answer(part.rows, settings.batch_size)

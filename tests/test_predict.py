@@ -22,6 +22,7 @@ from distilbench.tracking import SWEEP
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
+from tests.commands import Workspace
 from tests.conftest import ROOT, TINY
 from tests.made_store import make_store
 
@@ -207,6 +208,22 @@ def test_what_cannot_be_predicted_is_told_in_one_line_and_leaves_nothing(
         asked(folder, *[override.replace("MODEL", f"{folder}/better/model") for override in overrides])
     assert "\n" not in str(refused.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.e2e
+def test_the_command_line_predicts_and_refuses_with_its_exit_status(folder):
+    workspace = Workspace(folder)
+    (folder / "in.csv").write_text('text\naaa xx\n""\nbbb xx\n')
+    done = workspace.run("dir=better/model", "data.test=in.csv", "output=made/out.csv", program="distilbench.predict")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^3 texts in [\d.]+ s: ", done.stdout)
+    assert f"predictions  {folder}/made/out.csv" in done.stdout
+    assert len((folder / "made" / "out.csv").read_text().splitlines()) == 4
+    refused = workspace.run("dir=better", "data.test=in.csv", program="distilbench.predict")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        line for line in refused.stderr.splitlines() if "dir must be a model" in line
+    ]
 
 
 def test_a_trial_without_a_model_is_told_with_the_remedy(folder, tmp_path):
