@@ -12,7 +12,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report.costs import Cost, Saving
 from distilbench.report.formats import (
     csv_text,
     duration,
@@ -73,23 +72,18 @@ def _difference(row: Row) -> str:
     return f"{points(found.points)} ({interval(found.low, found.high)})"
 
 
-def _cost(
-    of: Callable[[Cost], float],
-    saved: Callable[[Saving], float | None],
-    text: Callable[[float], str],
-    few: bool = False,
-) -> Callable[[Row], str]:
+def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callable[[Row], str]:
     """Tell a cost and, in brackets, what of the baseline's it saves; ``few``: it is counted, not measured."""
 
     def told(row: Row) -> str:
-        value, percent = of(row.cost), saved(row.saving)
+        value, percent = getattr(row.cost, name), getattr(row.saving, name)
         return "" if math.isnan(value) else text(value) + (f" ({less(percent, few)})" if percent is not None else "")
 
-    return told  # fmt: skip
+    return told
 
 
 def _time(row: Row) -> str:
-    told = _cost(lambda cost: cost.seconds, lambda saving: saving.seconds, duration)(row)
+    told = _cost("seconds", duration)(row)
     return f"about {told}" if row.cost.is_estimate else told
 
 
@@ -125,11 +119,11 @@ _ALL = (
     Column("train_seconds_deviation", lambda row: row.cost.seconds_deviation),
     Column("is_time_estimate", lambda row: row.cost.is_estimate),
     Column("train_cpu_seconds", lambda row: row.cost.cpu_seconds, "CPU time",
-           _cost(lambda cost: cost.cpu_seconds, lambda saving: saving.cpu_seconds, duration)),
+           _cost("cpu_seconds", duration)),
     Column("train_flops", lambda row: row.cost.flops, "FLOPs",
-           _cost(lambda cost: cost.flops, lambda saving: saving.flops, flops, few=True)),
-    Column("peak_memory_bytes", lambda row: row.cost.memory_bytes, "memory",
-           _cost(lambda cost: cost.memory_bytes, lambda saving: saving.memory, memory)),
+           _cost("flops", flops, few=True)),
+    Column("peak_memory_bytes", lambda row: row.cost.memory, "memory",
+           _cost("memory", memory)),
     Column("difference_points", _of_difference("points"), "difference (95 %)", _difference),
     Column("difference_low_points", _of_difference("low")),
     Column("difference_high_points", _of_difference("high")),

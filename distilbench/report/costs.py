@@ -16,14 +16,14 @@ class Cost:
     """Means over the trials of a setting, NaN where unknown.
 
     ``seconds`` are of training; trials that shared the device have none of their own, but what one would take alone
-    where that ``is_estimate``. ``flops`` are exact, whatever the machine.
+    where that ``is_estimate``. ``flops`` are exact, whatever the machine. ``memory`` is in bytes.
     """
 
     seconds: float
     seconds_deviation: float | None
     cpu_seconds: float
     flops: float
-    memory_bytes: float
+    memory: float
     is_estimate: bool
 
 
@@ -59,7 +59,7 @@ def cost_of(trials: Sequence[StoredTrial]) -> Cost:
         deviation if alone else None,
         cpu_seconds=average([trial.train_cpu_seconds for trial in trials])[0] if alone else math.nan,
         flops=average([trial.train_flops or math.nan for trial in trials])[0],
-        memory_bytes=average([trial.peak_memory_bytes for trial in trials])[0] if alone else math.nan,
+        memory=average([trial.peak_memory_bytes for trial in trials])[0] if alone else math.nan,
         is_estimate=not alone and not math.isnan(seconds),
     )
 
@@ -84,7 +84,7 @@ def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -
         seconds=_saved(ours.seconds, base.seconds),
         cpu_seconds=_saved(ours.cpu_seconds, base.cpu_seconds),
         flops=flops,
-        memory=_saved(ours.memory_bytes, base.memory_bytes),
+        memory=_saved(ours.memory, base.memory),
         time_note=shared if unknown else "",
     )
 
