@@ -39,6 +39,18 @@ def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
     return [key for key in varying if not (key == "freeze.embeddings" and follows)]
 
 
+def telling_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the keys that differ, without what follows from an adapter's name in all of ``treatments``."""
+
+    def is_told(key: str) -> bool:
+        values = {(value_of(t, "adapter.name"), repr(t.get(key))) for t in treatments}
+        return (
+            key == "adapter.name" or not key.startswith("adapter.") or len(values) > len({name for name, _ in values})
+        )
+
+    return [key for key in varying_keys(treatments) if is_told(key)]
+
+
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:
     """Name what ``values`` hold, by the last part of each key: ``freeze=bias scheduler=cosine lr=3e-05``.
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of
-from distilbench.report.names import name_of, varying_keys
+from distilbench.report.names import name_of, telling_keys
 from distilbench.report.power import Needed
 from distilbench.report.statistics import verdict
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
@@ -216,7 +216,7 @@ def _agreement(treatment: Mapping[str, object], usual: Mapping[str, object]) -> 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     """Give each row a name by what tells it from the baseline, and the baseline one by all that varies."""
-    varying = varying_keys([row.treatment for row in rows])
+    varying = telling_keys([row.treatment for row in rows])
     reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
     labelled = []
     for i, row in enumerate(rows):
