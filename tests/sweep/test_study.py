@@ -211,14 +211,14 @@ def test_a_point_evaluated_before_is_reused_with_its_result_and_does_not_count(m
 
 
 def test_a_grid_goes_on_beyond_any_number_of_points_that_were_evaluated_before(make):
-    space = Space({"freeze.layers": IntDistribution(0, 30)}, [])
+    space = Space({"freeze.layers": IntDistribution(0, 70)}, [])
     study = make(ME, space=space, points=space.points(), is_grid=True,
-                 result_key=lambda point: str(point.params["freeze.layers"] // 30))  # fmt: skip
+                 result_key=lambda point: str(point.params["freeze.layers"] // 70))  # fmt: skip
     study.queue()
     first = study.take()
     finish(study, first.number)
     end(study, first.number)
-    assert study.take().point.params == {"freeze.layers": 30}
+    assert study.take().point.params == {"freeze.layers": 70}
     assert not study.has_more()
 
 
