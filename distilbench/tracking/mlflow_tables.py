@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +91,11 @@ def _batches(ids: Sequence[str]) -> Iterable[Sequence[str]]:
     return (ids[first : first + IDS_PER_QUERY] for first in range(0, len(ids), IDS_PER_QUERY))
 
 
-@dataclass(frozen=True)
-class Relocated:
-    """An experiment whose files are sought and kept in another folder than before, with the runs that it holds."""
+def relocate_experiments(address: StoreAddress, artifacts: Path) -> list[tuple[str, Path, Path, list[str]]]:
+    """Name ``artifacts`` as the place of all files that are beside another store.
 
-    name: str
-    old: Path
-    new: Path
-    run_ids: tuple[str, ...]
-
-
-def relocate_experiments(address: StoreAddress, artifacts: Path) -> list[Relocated]:
-    """Name ``artifacts`` as the place of all files that are beside another store; return what has changed."""
+    Returns each changed experiment's name, its folder before and now, and the ids of its runs that were there.
+    """
     import sqlalchemy
     from mlflow.store.tracking.dbmodels.models import SqlExperiment as Table
     from sqlalchemy import select, update
@@ -117,13 +109,13 @@ def relocate_experiments(address: StoreAddress, artifacts: Path) -> list[Relocat
                 if old:
                     place: Any = update(Table).where(Table.experiment_id == number)
                     connection.execute(place.values(artifact_location=new.as_uri()))
-                    found.append(Relocated(name, old, new, _relocate_runs(connection, number, new)))
+                    found.append((name, old, new, _relocate_runs(connection, number, new)))
     finally:
         engine.dispose()
     return found
 
 
-def _relocate_runs(connection: Any, number: int, folder: Path) -> tuple[str, ...]:
+def _relocate_runs(connection: Any, number: int, folder: Path) -> list[str]:
     """Name ``folder`` as the place of an experiment's runs; return the ids of those that were elsewhere."""
     from mlflow.store.tracking.dbmodels.models import SqlRun as Table
     from sqlalchemy import select, update
@@ -135,4 +127,4 @@ def _relocate_runs(connection: Any, number: int, folder: Path) -> tuple[str, ...
         if location != place and location.endswith(f"/{number}/{run_id}/artifacts"):
             connection.execute(update(Table).where(Table.run_uuid == run_id).values(artifact_uri=place))
             moved.append(run_id)
-    return tuple(moved)
+    return moved

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from distilbench.settings import SettingsError
-from distilbench.tracking.mlflow_tables import Relocated, relocate_experiments
+from distilbench.tracking.mlflow_tables import relocate_experiments
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.uri import StoreAddress
 
@@ -38,19 +38,15 @@ def relocate(address: StoreAddress) -> Iterator[str]:
         shown = f"{file}, a link to {file.resolve()}" if file and file.is_symlink() else file or redact(address.uri)
         raise SettingsError(f"{address.setting} must be a SQLite file with its mlruns/ beside it, got {shown}")
     found = relocate_experiments(address, address.artifacts)
-    for done in found:
-        yield from _told(done)
+    for name, old, new, run_ids in found:
+        yield f"experiment {name}: files are now sought and kept in {new} (before: {old})"
+        lacking = [run_id for run_id in run_ids if not (new / run_id).is_dir()]
+        there = [run_id for run_id in lacking if (old / run_id).is_dir()]
+        if there:
+            new.mkdir(parents=True, exist_ok=True)
+            copy = shlex.join(["cp", "-rn", f"{old}/.", str(new)])
+            yield f"  {len(there)} of its {len(run_ids)} runs have files in the old place alone; to bring them: {copy}"
+        if len(lacking) > len(there):
+            yield f"  {len(lacking) - len(there)} of its {len(run_ids)} runs have files in neither place"
     if not found:
         yield f"nothing to do: every experiment of {file} keeps its files in {address.artifacts}"
-
-
-def _told(done: Relocated) -> Iterator[str]:
-    yield f"experiment {done.name}: files are now sought and kept in {done.new} (before: {done.old})"
-    lacking = [run_id for run_id in done.run_ids if not (done.new / run_id).is_dir()]
-    there = [run_id for run_id in lacking if (done.old / run_id).is_dir()]
-    if there:
-        done.new.mkdir(parents=True, exist_ok=True)
-        copy = shlex.join(["cp", "-rn", f"{done.old}/.", str(done.new)])
-        yield f"  {len(there)} of its {len(done.run_ids)} runs have files in the old place alone; to bring them: {copy}"
-    if len(lacking) > len(there):
-        yield f"  {len(lacking) - len(there)} of its {len(done.run_ids)} runs have files in neither place"
