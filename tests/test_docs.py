@@ -323,7 +323,18 @@ def keys_in(page: Path) -> Iterator[str]:
     """What stands in running text as code and is a setting by its looks: ``train.epochs`` or ``sweep.seeds=[1,2]``."""
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         key = re.match(r"'?([a-z_]+(\.[a-z_0-9]+)+)(=|'?$)", code)
-        if key and key[1].rpartition(".")[2] not in ("py", "md", "json", "yaml", "txt", "db", "html", "cff", "csv"):
+        if key and key[1].rpartition(".")[2] not in (
+            "py",
+            "md",
+            "json",
+            "yaml",
+            "txt",
+            "db",
+            "html",
+            "cff",
+            "csv",
+            "tsv",
+        ):
             yield key[1]
 
 
