@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from statistics import mode
 
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -146,13 +147,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
     """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
-    common = {key: _most_common([value_of(row.treatment, key) for row in rows]) for key in keys}
+    common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
     return {**usual, **without_defaults(common)}
-
-
-def _most_common(values: Sequence[object]) -> object:
-    counts = Counter(map(repr, values))
-    return next(value for value in values if repr(value) == counts.most_common(1)[0][0])
 
 
 def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
