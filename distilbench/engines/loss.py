@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from distilbench.settings import TrainSettings
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -19,12 +21,16 @@ class Loss:
     class_weights: torch.Tensor | None
 
     @classmethod
-    def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int) -> Loss:
-        """Return that of a trial on training ``labels``; balanced weights are those of scikit-learn."""
+    def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device = _CPU) -> Loss:
+        """Return that of a trial on training ``labels``; balanced weights are those of scikit-learn.
+
+        They stand on ``device``: a step that is recorded there may copy nothing from the host.
+        """
         weights = None
         if settings.class_weights == "balanced":
             counts = np.bincount(labels, minlength=num_labels).clip(1)
-            weights = torch.from_numpy(len(labels) / (num_labels * counts))
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            weights = torch.tensor(len(labels) / (num_labels * counts), dtype=dtype, device=device)
         return cls(settings.label_smoothing, weights)
 
     @property
@@ -39,6 +45,4 @@ class Loss:
         labels; torch's own mean would divide by the sum of their weights.
         """
         weights = None if self.class_weights is None else self.class_weights.to(logits)
-        return F.cross_entropy(
-            logits, labels, weight=weights, reduction="none", label_smoothing=self.label_smoothing
-        )  # fmt: skip
+        return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=self.label_smoothing)

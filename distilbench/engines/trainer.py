@@ -179,7 +179,7 @@ class _Run(TrainerCallback):
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
         last = self.steps - 1  # the scheduler asks for one step more than there are
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
-        loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names))
+        loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names), self.device)
         trainer = _Trainer(
             model=self.model,
             args=_arguments(self.settings, self.device, self.precision, self.checkpoints),

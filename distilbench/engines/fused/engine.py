@@ -135,7 +135,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         schedule=BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs),
         parameters=parameter_counts(model),
         flops=TrainFlops.of(model),
-        loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names)),
+        loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names), device),
         device=device,
         device_name=describe_device(device),
         precision=precision,
