@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from distilbench.identity import value_of
 from distilbench.report import charts
@@ -229,13 +228,13 @@ def _parallel(report: Report) -> Iterator[str]:
     marks = ""
     for row in reversed(rows):
         values = [*(value_of(row.treatment, key) for key in keys), 100 * row.accuracy]
-        points = [(across(i), scale.at(value)) for i, (scale, value) in enumerate(zip(scales, values, strict=True))]
+        points = [(across(i), at(value)) for i, ((at, *_), value) in enumerate(zip(scales, values, strict=True))]
         kind = f"setting {kind_of(row)}"
         marks += charts.line(points, kind, _tip(row), f' data-row="{row.rank}"')
-    for i, (name, scale) in enumerate(zip((*(k.removesuffix(".name").rpartition(".")[2] for k in keys), "accuracy"),
-                                          scales, strict=True)):  # fmt: skip
+    names = [*(key.removesuffix(".name").rpartition(".")[2] for key in keys), "accuracy"]
+    for i, (name, (_, low, high)) in enumerate(zip(names, scales, strict=True)):
         marks += charts.whisker(across(i), charts.TOP + 18, charts.HEIGHT - 18)
-        ends = ((charts.HEIGHT - 4, scale.low), (charts.TOP + 13, scale.high))
+        ends = ((charts.HEIGHT - 4, low), (charts.TOP + 13, high))
         marks += "".join(charts.label(across(i), y, text, anchor="middle") for y, text in ends)
         shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
         marks += charts.label(across(i), charts.TOP, shown, "axis", "middle")
@@ -245,27 +244,21 @@ def _parallel(report: Report) -> Iterator[str]:
     )
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """An upright axis of values of any kind, with the words at its ends."""
+def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
+    """An upright axis of values of any kind, with the words at its two ends.
 
-    at: Callable[[object], float]
-    low: str
-    high: str
-
-
-def _scale(values: Sequence[object]) -> _Scale:
-    """Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words."""
+    Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
+    """
     bottom, top = charts.HEIGHT - 20.0, charts.TOP + 20.0
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values):
         words = sorted({str(value) for value in values})
         step = (top - bottom) / max(len(words) - 1, 1)
-        return _Scale(lambda value: bottom + step * words.index(str(value)), one_line(words[0]), one_line(words[-1]))
+        return lambda value: bottom + step * words.index(str(value)), one_line(words[0]), one_line(words[-1])
     low, high = min(numbers), max(numbers)
     high = high if high > low else low + 1
     axis = charts.Axis(low, high, bottom, top, is_log=low > 0 and high >= 10 * low)
-    return _Scale(lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}")
+    return lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}"
 
 
 def _importance(report: Report) -> Iterator[str]:
