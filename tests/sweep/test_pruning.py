@@ -12,7 +12,7 @@ from distilbench.settings import SettingsError
 from distilbench.sweep.job import SweepJob, objectives_of
 from distilbench.sweep.pruning import check_pruning, judged_by, pruning_callback
 
-MEDIAN = SimpleNamespace(pruner="median", pruner_options={"n_startup_trials": 1, "percentile": None})
+MEDIAN = SimpleNamespace(pruner="median", pruner_options={"n_startup_trials": 1, "percentile": None}, grace_seconds=60)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ def test_trials_are_pruned_by_the_objective_that_is_measured_on_the_way(tmp_path
 
     def callback():
         job = SweepJob("both", "1", "", (), False, None, Owner.of_this_process(), tmp_path, objectives,
-                       storage=url, study="both", trial_id=study.ask()._trial_id)  # fmt: skip
+                       storage=url, study="both", trial_id=study.ask()._trial_id, grace_seconds=60,
+                       prunes=True)  # fmt: skip
         return pruning_callback(job, MEDIAN)
 
     assert callback()(behind, 1) == f"{judged_by(objectives)} {behind:.4f} at evaluation 1 (median)"
