@@ -227,7 +227,7 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
             f"({type(error).__name__}); run the sweep again"
         ) from None
     alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
-                    timeout_minutes=None, retry_failed=True, take_over=False, on_change="extend")  # fmt: skip
+                    timeout_minutes=None, retry_failed=True, on_change="extend")  # fmt: skip
     train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
     margin = asked.margin or started.margin
     return replace(started, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)

@@ -233,12 +233,12 @@ class Owner:
         """Whether it ran on this host, where one can see whether it lives."""
         return self.host == socket.gethostname()
 
-    def is_dead(self, take_over: bool = False) -> bool:
-        """Whether the process is known to be gone; ``take_over`` says so of those on every other host."""
+    def is_dead(self) -> bool:
+        """Whether the process is known to be gone; of those on other hosts nothing is."""
         import psutil
 
         if not self.is_local:
-            return take_over
+            return False
         try:
             process = psutil.Process(self.pid)
             reused = abs(process.create_time() - self.started) > _CLOCK_SECONDS

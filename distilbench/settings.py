@@ -553,8 +553,6 @@ class SweepSettings(Checked, group="sweep"):
     """Train trials of a continued sweep again whose runs the store no longer holds, as after it was deleted."""
     grace_seconds: Annotated[int, at_least(2)]
     """Seconds without a sign of life from its process after which a trial is closed and tried again, 2 or more."""
-    take_over: bool
-    """Also close trials left RUNNING on other hosts; only where those hosts are known to be gone."""
 
     def _check(self) -> None:
         for name, value in self.pruner_options.items():

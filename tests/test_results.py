@@ -58,7 +58,6 @@ def test_this_process_owns_what_it_signs_and_lives():
     assert mine.started == pytest.approx(psutil.Process().create_time(), abs=0.01)
     assert mine.is_local
     assert not mine.is_dead()
-    assert not mine.is_dead(take_over=True), "only other hosts are taken over from"
 
 
 @pytest.mark.parametrize(("seconds", "dead"), [(0.0, False), (1.9, False), (-1.9, False), (2.5, True), (-2.5, True)])
@@ -70,7 +69,7 @@ def test_a_start_time_is_the_same_within_two_seconds(seconds, dead):
 def test_another_hosts_process_is_dead_only_if_one_says_so():
     elsewhere = replace(Owner.of_this_process(), host="elsewhere")
     assert not elsewhere.is_local
-    assert (elsewhere.is_dead(), elsewhere.is_dead(take_over=True)) == (False, True)
+    assert not elsewhere.is_dead()
 
 
 def test_a_process_that_ended_is_dead_even_before_its_parent_notices():

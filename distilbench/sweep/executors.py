@@ -16,6 +16,7 @@ from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
+from distilbench.settings import root
 from distilbench.sweep.job import ENVIRONMENT, JOB, SweepJob
 
 End = BaseException | None
@@ -110,8 +111,14 @@ def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
 
 
 def _overrides(job: SweepJob) -> list[str]:
-    told = QuotedString(text=str(job.directory / JOB), quote=Quote.single).with_quotes()
-    return [*job.overrides, f"hydra.sweep.subdir={job.trial}", f"++hydra.job.env_set.{ENVIRONMENT}={told}"]
+    """What leads a job to its trial, in absolute paths: Ray starts it in another directory, with other variables."""
+    paths = {
+        "hydra.sweep.dir": job.sweep_directory,
+        f"++hydra.job.env_set.{ENVIRONMENT}": job.directory / JOB,
+        "++hydra.job.env_set.DISTILBENCH_ROOT": root().absolute(),
+    }
+    quoted = {key: QuotedString(text=str(path), quote=Quote.single).with_quotes() for key, path in paths.items()}
+    return [*job.overrides, f"hydra.sweep.subdir={job.trial}", *(f"{key}={path}" for key, path in quoted.items())]
 
 
 def _error_of(value: Any) -> BaseException:

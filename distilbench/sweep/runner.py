@@ -203,7 +203,7 @@ class SweepRunner:
         Of a process on another host it is known where its trials were taken from it and it has begun no other since.
         """
         if owner not in self._left:
-            return owner == self._owner or owner.is_dead(self._plan.settings.sweep.take_over)
+            return owner == self._owner or owner.is_dead()
         for study in self._studies.all:
             study.refresh()
         running = [view for study in self._studies.all for view in study.views() if view.status is Status.RUNNING]

@@ -350,14 +350,10 @@ class Study:
         That is the quick answer; of processes on other hosts only their hearts tell.
         """
         owner = view.attribute("owner")  # None: killed between asking and signing, under the lock that we hold
-        if owner is not None and owner != asdict(self._owner) and not Owner(**owner).is_dead(self._take_over):
+        if owner is not None and owner != asdict(self._owner) and not Owner(**owner).is_dead():
             return False
         record = read_record(self.directory(view.number))
-        return record is None or record.status is not Status.RUNNING or record.owner.is_dead(self._take_over)
-
-    @property
-    def _take_over(self) -> bool:
-        return self._plan.settings.sweep.take_over
+        return record is None or record.status is not Status.RUNNING or record.owner.is_dead()
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ def make(tmp_path):
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
 
-    def open_as(owner: Owner, take_over=False, retry=(), **changes) -> Study:
-        settings = SimpleNamespace(sweep=SimpleNamespace(take_over=take_over))
+    def open_as(owner: Owner, retry=(), **changes) -> Study:
+        settings = SimpleNamespace()
         plan = {"settings": settings, "space": SPACE, "points": [], "beside": [], "total": 100, "asked": 100,
                 "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
                 "directory": tmp_path, "fixed": {}, "result_key": result_key, "name_of": SPACE.name_of,
@@ -141,12 +141,11 @@ def test_what_a_process_told_before_it_went_is_seen_by_one_that_had_read_the_stu
     assert mine.views()[0].status is Status.FINISHED
 
 
-def test_a_living_process_and_another_host_are_left_alone_unless_taken_over(make):
+def test_a_living_process_and_another_host_are_left_alone(make):
     elsewhere = make(Owner("another-host", 1, 0.0))
     elsewhere.take()
     finish(elsewhere, 0, Status.RUNNING, owner=Owner("another-host", 1, 0.0))
     assert end_dead(make(ME)) == []
-    assert end_dead(make(ME, take_over=True)) == [0]
 
 
 def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_which_finds_out(make):

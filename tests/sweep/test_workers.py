@@ -52,3 +52,31 @@ def test_the_dead_and_the_frozen_lose_their_trials_and_the_slow_does_not(workspa
     assert {number: workspace.record("shared", number)["status"] for number in statuses} == statuses
     assert len(set(workspace.finished())) == len(workspace.finished()) == 6
     assert workspace.record("shared", 1)["owner"]["host"] == "slow.example"
+
+
+def test_a_preempted_trial_goes_on_where_it_was_in_the_run_that_it_had(workspace):
+    command = ("hydra/sweeper=grid", "seed=1,2", "sweep.name=shared", "sweep.baseline=false", "engine=trainer",
+               "train.epochs=12", "train.logging_steps=1", "output.save_model=false")  # fmt: skip
+    process = workspace.start(*command, real=True)
+    deadline = time.monotonic() + 120
+    while not list(workspace.sweep("shared").glob("0/checkpoints/*/seal.json")):
+        assert time.monotonic() < deadline, process.communicate(timeout=1)
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGUSR1, out + err
+    assert workspace.record("shared", 0)["status"] == "INTERRUPTED"
+    ended = workspace.run(*command, real=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    statuses = [trial.user_attrs["status"] for trial in workspace.study("shared")]
+    assert Counter(statuses) == {"INTERRUPTED": 1, "FINISHED": 2}
+    again = next(trial for trial in workspace.study("shared") if trial.user_attrs.get("continues") == 0)
+    run_id = workspace.record("shared", 0)["run_id"]
+    assert workspace.record("shared", again.number)["run_id"] == run_id
+    trials = [run for run in workspace.runs() if "distilbench.trial" in run.data.tags]
+    assert [run.info.status for run in trials] == ["FINISHED"] * 2
+    from mlflow import MlflowClient
+
+    steps = [point.step for point in MlflowClient(workspace.uri).get_metric_history(run_id, "train/loss")]
+    assert len(set(steps)) == len(steps) == max(steps), "a step was taken twice, or none logged"
