@@ -81,7 +81,7 @@ def test_the_reports_other_rows_compose_as_it_states_them():
 
 def test_experiments_add_up_and_the_command_line_wins():
     s = composed("experiment=[quick,layer_freezing]", "freeze.layers=2")
-    assert (s.data.max_train_examples, s.train.epochs, s.baseline.ensure, s.freeze.layers) == (2000, 2, True, 2)
+    assert (s.data.max_train_examples, s.train.epochs, s.baseline.ensure, s.freeze.layers) == (1200, 1, True, 2)
 
 
 BARE = {
@@ -159,6 +159,7 @@ RANGES = {
     "sweep.max_failures": ([0, 0.99, 1, 7, None], [-0.1, INF, NAN], "0.0 or more"),
     "sweep.timeout_minutes": ([0, 0.5, None], [-0.1, INF, NAN], "0 or more"),
     "tracking.patience_seconds": ([0, 300.5], [-0.1, INF, NAN], "0 or more"),
+    "sweep.grace_seconds": ([2], [1, 0], "2 or more"),
     "sweep.max_grid": ([1], [0], "1 or more"),
     "sweep.on_change": (["refuse", "extend"], ["ignore"], "one of refuse, extend"),
     "compare.margin": ([None, 0.5], [0, 101], "in (0, 100]"),
@@ -174,7 +175,7 @@ RANGES = {
     "predict.best": (["answer", "accuracy"], ["loss"], "one of answer, accuracy"),
     "predict.format": (["table", "glue"], ["csv"], "one of table, glue"),
     "predict.batch_size": ([1], [0], "1 or more"),
-    "predict.device": (["auto", "cpu"], ["tpu"], "one of auto, cpu, cuda, mps"),
+    "predict.device": (["auto", "cpu", "cuda:1"], ["tpu"], "auto, cpu, cuda, cuda:NUMBER or mps"),
     "confirm.margin": ([None, 100], [0, 101], "in (0, 100]"),
     "bench.trials": ([2], [1], "2 or more"),
     "bench.steps": ([8, 64], [0, -8, 4, 12], "a multiple of 8"),
