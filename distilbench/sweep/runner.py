@@ -42,6 +42,8 @@ from distilbench.trials.interruptions import SignalGuard
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+LONGEST_PAUSE = 10.0
+"""Seconds between two looks at the study, and at most where there is nothing to do: many may wait for the last."""
 
 
 def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> str | None:
@@ -136,7 +138,7 @@ class SweepRunner:
         """Why no further trial is taken."""
         self._failed = False
         """Whether that is a failure of the sweep."""
-        self._has_told_of_others = False
+        self._pause = POLL_SECONDS
         self._left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
 
@@ -217,6 +219,7 @@ class SweepRunner:
             jobs = [self._job(study, trial) for study, trial in taken]
             with self._guard.released():
                 if jobs:
+                    self._pause = POLL_SECONDS
                     self._show([trial for _, trial in taken])
                     begun = [(study, trial.number) for study, trial in taken]
                     running |= dict(zip(self._executor.start(jobs), begun, strict=True))
@@ -229,11 +232,11 @@ class SweepRunner:
     def _wait_for_others(self) -> bool:
         """Return whether trials are under way in other processes, after a while if so."""
         others = self._under_way_elsewhere()
-        if others and not self._has_told_of_others:
-            self._say(f"waiting for {others} trials that another process is at work on")
-        self._has_told_of_others = others > 0
         if others:
-            time.sleep(POLL_SECONDS)
+            if self._pause == POLL_SECONDS:
+                self._say(f"waiting for {others} trials that another process is at work on")
+            time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, LONGEST_PAUSE) if others else POLL_SECONDS
         return others > 0
 
     def _under_way_elsewhere(self) -> int:

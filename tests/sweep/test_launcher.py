@@ -148,7 +148,7 @@ def test_a_batch_leaves_every_trial_as_complete_as_one_on_its_own(trained):
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert f"freeze.layers={1 - i // 2}" in overrides
         (line,) = (folder / "train.log").read_text().splitlines()
-        assert f"freeze{1 - i // 2}-linear-lr{(0.001, 0.01)[i % 2]:g}" in line
+        assert f"layers={1 - i // 2} scheduler=linear lr={(0.001, 0.01)[i % 2]:g}" in line
         assert "training at once with 1 other" in line
 
 
