@@ -172,5 +172,4 @@ def test_sixteen_workers_lose_and_repeat_none_of_two_hundred_trials(workspace, n
     assert not [out for out in outputs if "lock" in out]
     first, last = min(t.datetime_start for t in trials), max(t.datetime_complete for t in trials)
     busy = (last - first).total_seconds()
-    print(f"\n{workers} workers: {seconds:.0f} s in all, {busy:.0f} s from the first trial to the last, "
-          f"{busy * workers / 200 - 0.5:.2f} s of machinery a trial")  # fmt: skip
+    print(f"\n{workers} workers: {seconds:.0f} s in all, {busy:.0f} s from the first trial to the last")
