@@ -96,13 +96,13 @@ def to_table(report: Report) -> DataFrame:
 def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> DataFrame:
     """Return label and probabilities of each text, or pair, by the model that ``run=``, ``dir=`` or ``sweep=`` name."""
     with _hydra():
-        from distilbench.predict import open_model
+        from distilbench.predict import open_model, rows_of
         from distilbench.settings import PredictSettings, settings_from
 
         config = _composed("predict", ["data.test=unread", *overrides])
         settings = settings_from(config, PredictSettings)
-        rows = [(text,) if isinstance(text, str) or text is None else tuple(text) for text in texts]
-        return open_model(settings).answer(rows, settings.batch_size)
+        classifier = open_model(settings)
+        return classifier.answer(rows_of(texts, classifier), settings.batch_size)
 
 
 def _composed(name: str, overrides: Iterable[str]) -> DictConfig:

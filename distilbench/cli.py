@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -192,11 +193,13 @@ def _fail(line: object, status: int) -> NoReturn:
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
     """Have Hydra raise what it would report by itself, in several lines and always with status 1."""
-    before = os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    is_asked = "HYDRA_FULL_ERROR" in os.environ
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         yield
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = before
+        if not is_asked:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 _WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -248,6 +251,8 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
         return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
     if isinstance(error, OverrideParseException):
         return f"{error.override} must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"
+    if found := re.search(r"Could not override '(.+?)'", text):
+        return _unknown_setting(found[1], chain)
     for pattern, words in _MEANINGS.items():
         if found := re.search(pattern, text, re.DOTALL):
             return words(found, key)
@@ -256,10 +261,16 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
     return ": ".join(line for line in lines if line and not line.startswith(noise))
 
 
-def _unknown_setting(name: str) -> str:
+def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
+    """Suggest a setting of the command whose configuration OmegaConf's error comes from."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, names_of(AppSettings), n=1)
+    from omegaconf import OmegaConf
+
+    nodes = (getattr(link, "parent_node", None) for link in chain)
+    schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
+    known = next(filter(is_dataclass, schemas), AppSettings)
+    near = get_close_matches(name, names_of(known), n=1)
     remedy = f"did you mean {near[0]}?" if near else "--help lists them"
     return f"{name} must be a setting that there is; {remedy}"
 
@@ -272,7 +283,6 @@ def _null_group() -> str:
 _KINDS = {"Integer": "a whole number", "Float": "a number"}
 
 _MEANINGS: dict[str, Callable[[re.Match[str], str], str]] = {
-    r"Could not override '(.+?)'": lambda found, key: _unknown_setting(found[1]),
     r"Value '(.*)' of type '.*' could not be converted to (\w+)": lambda found, key: (
         f"{key} must be {_KINDS.get(found[2], found[2])}, got {found[1]!r}"
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,9 +61,10 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
 
     console = Console(highlight=False)
     if settings.format == "table":
-        check_output(Path(settings.output))
+        check_output(Path(settings.output), settings.data.test)
     classifier = open_model(settings)
     path = _path(settings, classifier)
+    check_output(path, settings.data.test)
     began = time.perf_counter()
     counts = _write(settings, classifier, path, console)
     named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())
@@ -79,7 +80,24 @@ def open_model(settings: PredictSettings) -> Classifier:
     from distilbench.engines.device import resolve_device
     from distilbench.models.classifier import load_classifier
 
-    return load_classifier(directory, resolve_device(settings.device))
+    return load_classifier(directory, resolve_device(settings.device, "device"))
+
+
+def rows_of(texts: Iterable[str | Sequence[str]], classifier: Classifier) -> list[tuple[str | None, ...]]:
+    """Return a row a text, or pair; what pandas holds as missing is a blank, and a model of ours is given its columns.
+
+    Raises :class:`SettingsError` for anything else.
+    """
+    from pandas import isna
+
+    require(not isinstance(texts, str), "texts", "a list of texts", texts)
+    given = [(text,) if isinstance(text, str) or not isinstance(text, Iterable) else tuple(text) for text in texts]
+    rows = [tuple(None if isna(part) else part for part in row) for row in given]
+    width = len(classifier.columns) if classifier.trained_on or not rows else len(rows[0])
+    for number, row in enumerate(rows):
+        is_text = len(row) == width and all(isinstance(part, str | None) for part in row)
+        require(is_text, f"text {number}", "a text" if width == 1 else "a pair of texts", row)
+    return rows
 
 
 def _find_model(settings: PredictSettings) -> Path:
@@ -139,6 +157,8 @@ def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str
     asked = {"data.text_column": settings.data.text_column or classifier.text_column,
              "data.pair_column": settings.data.pair_column or classifier.pair_column}  # fmt: skip
     columns = {setting: column for setting, column in asked.items() if column}
+    require(len(set(columns.values())) == len(columns), "data.pair_column", "another column than data.text_column",
+            columns.get("data.pair_column"))  # fmt: skip
     for setting, column in columns.items():
         taken = column in ("index", "prediction") or column.startswith("probability_")
         require(not taken, setting, "no name of a column of answers", column, "rename it in the file")

@@ -218,6 +218,9 @@ class DataSettings(Checked, group="data"):
             require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
         if self.source == "files":
             self._check_files()
+        columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name is not None]
+        require(len(set(columns)) == len(columns), "data.text_column, data.pair_column and data.label_column",
+                "columns of their own", ", ".join(columns))  # fmt: skip
         for name in ("pair_column", "slice_column"):
             require(self.source in ("hub", "files") or getattr(self, name) is None, f"data.{name}",
                     f"null with data.source={self.source}, which has no such column", getattr(self, name))  # fmt: skip

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override
+from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override, run_inside
 from distilbench.settings import SettingsError, register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -53,6 +53,21 @@ def mistake(*overrides: str) -> str:
 )
 def test_what_hydra_says_in_several_lines_becomes_one(typed, line):
     assert mistake(typed) == line
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "line"),
+    [
+        ("predict", "data.tset=in.csv", "data.tset must be a setting that there is; did you mean data.test?"),
+        ("predict", "outpt=out.csv", "outpt must be a setting that there is; did you mean output?"),
+        ("compare", "swep=first", "swep must be a setting that there is; did you mean sweep?"),
+    ],
+)
+def test_a_typo_is_answered_with_a_setting_of_the_same_command(command, typed, line):
+    register_schema()
+    with pytest.raises(Exception, match="Could not override") as caught, initialize_config_dir(str(ROOT / "conf")):
+        compose(command, [typed])
+    assert str(as_settings_error(caught.value)) == line
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("of our own"), FileNotFoundError(2, "no", "read.json")])
@@ -217,6 +232,12 @@ def test_text_that_the_terminal_can_not_show_is_replaced():
     assert process.communicate() == ("gr?n ?\n", "")
 
 
+def test_a_command_run_inside_a_process_leaves_its_wish_for_tracebacks_as_it_was(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    run_inside(lambda: None, [])
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
 def test_hydras_wish_for_tracebacks_is_heard():
     code = "run_command(lambda: (_ for _ in ()).throw(OSError(28, 'full', 'file')))"
     lines = []
@@ -231,7 +252,7 @@ def test_hydras_wish_for_tracebacks_is_heard():
     ("arguments", "status", "said"),
     [
         (["--version"], 0, "distilbench 0."), (["train", "--version"], 0, "distilbench 0."),
-        (["--help"], 0, "usage: distilbench {train,compare,confirm,benchmark}"),
+        (["--help"], 0, "usage: distilbench {train,compare,confirm,predict,benchmark}"),
         (["nosuch"], 2, "must be one of train"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pandas
 import pytest
 from hydra import compose, initialize_config_dir
 
+import distilbench
 from distilbench.composition import default_treatment
 from distilbench.predict import predict
 from distilbench.report.from_store import report_of_sweep
@@ -189,6 +190,13 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         (["dir=MODEL", "data.test=in.csv", "output=out.txt"], r"^output must be a file that ends in .csv.* 'out.txt'"),
         (["dir=MODEL", "data.test=in.csv", "output=SST.tsv", "format=glue"], r"^output must be named after GLUE"),
         (["dir=MODEL", "data.test=in.csv", "best=accuracy"], r"^best must be answer without sweep=NAME"),
+        (["dir=MODEL", "data.test=in.csv", "output=./in.csv"], r"^output must be another file than data.test, which"),
+        (["dir=MODEL", "data.test=SST-2.tsv", "output=SST-2.tsv", "format=glue"], r"^output must be another file than"),
+        (["dir=MODEL", "data.test=in.csv", "output=folder.csv"], r"^output must be a file, not a folder, got"),
+        (["dir=MODEL", "data.test=in.csv", "output=in.csv/o.csv"], r"^output must be a file that can be written, got"),
+        (["dir=MODEL", "data.test=in.csv", "data.pair_column=text"], r"^data.pair_column must be another column than"),
+        (["dir=MODEL", "data.test=in.csv", "device=mps"], r"^device must be one of auto, cpu.* use device=auto$"),
+        (["run=0", "data.test=in.csv"], r"^run must be a trial's, with config.yaml, got '0': .*not found; check its"),
         (["dir=.", "data.test=in.csv"], r"^dir must be a model with config.json"),
         (["sweep=nowhere", "data.test=in.csv"], r"^sweep must be one of first"),
     ],
@@ -201,7 +209,9 @@ def test_what_cannot_be_predicted_is_told_in_one_line_and_leaves_nothing(
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "latin.csv").write_bytes(b"text\n\xe9\n")
     (tmp_path / "empty.csv").write_text("text\n")
-    (tmp_path / "in.csv").write_text("text\naaa\n")
+    for name in ("in.csv", "SST-2.tsv"):
+        (tmp_path / name).write_text("text\naaa\n")
+    (tmp_path / "folder.csv").mkdir()
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SettingsError, match=line) as refused:
@@ -224,6 +234,24 @@ def test_the_command_line_predicts_and_refuses_with_its_exit_status(folder):
     assert refused.stderr.splitlines() == [
         line for line in refused.stderr.splitlines() if "dir must be a model" in line
     ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "line"),
+    [
+        ("a fine film", r"^texts must be a list of texts, got 'a fine film'"),
+        (["aaa", 3], r"^text 1 must be a text, got \(3,\)"),
+        ([("aaa", "bbb")], r"^text 0 must be a text, got \('aaa', 'bbb'\)"),
+    ],
+)
+def test_python_is_told_what_is_no_text_of_the_model(folder, texts, line):
+    with pytest.raises(SettingsError, match=line):
+        distilbench.predict_texts(texts, f"dir={folder}/better/model")
+
+
+def test_what_pandas_holds_as_missing_is_a_blank(folder):
+    answers = distilbench.predict_texts(pandas.Series(["aaa xx", None, np.nan, ""]), f"dir={folder}/better/model")
+    assert list(answers["prediction"]) == ["negative", None, None, None]
 
 
 def test_a_trial_without_a_model_is_told_with_the_remedy(folder, tmp_path):

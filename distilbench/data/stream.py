@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distilbench.data.formats import PART, Columns, FileRows, open_rows, show
+from distilbench.data.hub import first_line
 from distilbench.data.readers import hub_builder, open_split
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -61,8 +62,11 @@ Write = Callable[[Any], None]
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`SettingsError` for a file whose ending does not say how answers are written."""
+def check_output(path: Path, given: str) -> None:
+    """Raise :class:`SettingsError` for a file that answers to those in ``given`` can't be written to."""
+    require(not path.is_dir(), "output", "a file, not a folder", str(path))
+    require(path.resolve() != Path(given).expanduser().resolve(), "output",
+            "another file than data.test, which it would replace", str(path))  # fmt: skip
     require(path.suffix.lower() in _WRITTEN, "output", f"a file that ends in {', '.join(_WRITTEN)}", path.name)
 
 
@@ -72,14 +76,18 @@ def open_answers(path: Path) -> Iterator[Write]:
 
     The file is there, whole, once the block has ended well; what stood there before is replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _open_parquet(partial) if path.suffix.lower() == ".parquet" else _open_text(path, partial) as write:
             yield lambda frame: write(frame.reset_index(names="index"))
         os.replace(partial, path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise SettingsError(f"output must be a file that can be written, got {str(path)!r}: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # such as a folder that could not be made
+            partial.unlink()
 
 
 @contextmanager

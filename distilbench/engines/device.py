@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that ``engine.device`` names; ``auto`` takes CUDA, else MPS, else the CPU.
+def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
+    """Return the device that ``setting`` names; ``auto`` takes CUDA, else MPS, else the CPU.
 
     CUDA means the first visible device, always exactly one: with ``cuda:2`` the others are hidden, since Trainer takes
     the first that it sees. Raises :class:`SettingsError` for a device that this machine, or this build of torch, does
@@ -35,8 +35,8 @@ def resolve_device(name: str) -> torch.device:
     there = available_devices()
     if name != "auto" and name not in there:
         raise SettingsError(
-            f"engine.device must be one of auto, {', '.join(there)} on this machine (torch {torch.__version__}), "
-            f"got {name!r}; use engine.device=auto"
+            f"{setting} must be one of auto, {', '.join(there)} on this machine (torch {torch.__version__}), "
+            f"got {name!r}; use {setting}=auto"
         )
     chosen = there[0] if name == "auto" else name
     return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)

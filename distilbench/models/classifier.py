@@ -103,7 +103,8 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
-    require(single and len(names) > 1, "dir", "a model that gives each text one of several labels", str(directory))
+    require(single and len(set(names)) == len(names) > 1, "dir",
+            "a model that gives each text one of several labels, named apart", str(directory))  # fmt: skip
     return Classifier(model.to(device), tokenizer, names, min(bounds), own)  # type: ignore[arg-type]  # as in trainer
 
 

@@ -168,7 +168,9 @@ class MlflowStore:
     def config(self, run_id: str) -> str:
         """The resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
         with (
-            as_settings_error(f"run {run_id} must have its config.yaml", "train it again, or choose another run"),
+            as_settings_error(
+                f"run must be a trial's, with config.yaml, got {run_id!r}", "check its id, or train it again"
+            ),
             tempfile.TemporaryDirectory() as folder,
         ):
             return Path(self._client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")

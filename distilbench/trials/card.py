@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from distilbench.trials.run import Outcome
 
 
+ON_DISK = ("files", "local")
+"""Sources that are named by a path of the machine that trained, which is nothing to publish."""
+
+
 def write_card(outcome: Outcome) -> None:
     """Write ``README.md`` beside the model, as ``huggingface_hub`` reads it; nothing where the trial left no model."""
     directory = Path(outcome.settings.output.dir) / MODEL
@@ -38,7 +42,7 @@ def _metadata(outcome: Outcome) -> str:
     assert report is not None  # write_card asks
     model, data = outcome.prepared.model.used, outcome.prepared.text.used
     results = [
-        EvalResult(task_type="text-classification", dataset_type=data.name, dataset_name=data.name,
+        EvalResult(task_type="text-classification", dataset_type=_name(data), dataset_name=_name(data),
                    dataset_split=report.split, metric_type=name, metric_value=round(report.metric(name), 4))
         for name in ("accuracy", "f1")
     ]  # fmt: skip
@@ -94,7 +98,12 @@ def _results(outcome: Outcome) -> Iterator[str]:
 
 
 def _source(used: SourceUsed) -> str:
-    return f"{markdown(used.describe())}, sha256 `{used.fingerprint}`"
+    return f"{markdown(replace(used, name=_name(used)).describe())}, sha256 `{used.fingerprint}`"
+
+
+def _name(used: SourceUsed) -> str:
+    """What others may know a source by: of files, their names without the author's folders."""
+    return " + ".join(Path(path).name for path in used.name.split(" + ")) if used.kind in ON_DISK else used.name
 
 
 def _command(outcome: Outcome) -> str:
@@ -104,4 +113,7 @@ def _command(outcome: Outcome) -> str:
         settings = replace(settings, data=settings.data.fallback)
     values = select(settings, (*SOURCES, *METRIC, *TREATMENT, *SEED, *ENGINE))
     values |= {"model.fallback": None, "data.fallback": None}
+    for key in ("model.checkpoint", "data.train", "data.validation"):
+        if values[key] and values[f"{key.partition('.')[0]}.source"] in ON_DISK:
+            values[key] = Path(str(values[key])).name
     return command("train", [override(key, value) for key, value in values.items()])

@@ -6,11 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from distilbench.data import hub as sources
 from distilbench.data.text import load_text
-from distilbench.settings import SettingsError
-from tests.conftest import compose_settings
+from distilbench.models.build import load_tokenizer
+from distilbench.models.resolve import resolve_model
+from distilbench.predict import predict
+from distilbench.settings import ModelSettings, PredictSettings, SettingsError, settings_from
+from tests.conftest import ROOT, compose_settings
 from tests.data.made_files import refusal
 from tests.loopback_hub import COMMIT, serving_datasets
 
@@ -121,6 +125,36 @@ def test_the_labels_that_glue_keeps_back_are_no_class(glue):
     message = refusal(task("rte", "data.validation=test").data)
     assert "split test must hold labelled sentences, got 4 without a label and 0 blank" in message
     assert "test splits keep their labels back: set data.validation=..." in message
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "written"),
+    [("mrpc", "test", "MRPC.tsv"), ("mnli", "test_matched", "MNLI-m.tsv"), ("mnli", "test_mismatched", "MNLI-mm.tsv")],
+)
+def test_the_test_split_is_predicted_into_the_file_that_the_server_takes(glue, tmp_path, name, split, written):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    resolved = resolve_model(ModelSettings("random", "bert", layers=1))
+    texts, names, _ = TASKS[name]
+    named = BertConfig(**resolved.config | {"id2label": dict(enumerate(names))})
+    BertForSequenceClassification(named).save_pretrained(tmp_path / "model")
+    load_tokenizer(resolved).save_pretrained(tmp_path / "model")
+    overrides = [
+        f"dir={tmp_path}/model",
+        f"data.test={split}",
+        "data.hub_name=nyu-mll/glue",
+        f"data.hub_config={name}",
+        f"data.text_column={texts[0]}",
+        f"data.pair_column={texts[1]}",
+        "format=glue",
+        f"output={tmp_path}/out",
+    ]
+    with initialize_config_dir(str(ROOT / "conf")):  # fmt: skip
+        predict(settings_from(compose("predict", overrides), PredictSettings))
+    header, *rows = (tmp_path / "out" / written).read_text().splitlines()
+    labels = names if name == "mnli" else ("0", "1")
+    assert (header, [row.split("\t")[0] for row in rows]) == ("index\tprediction", ["0", "1", "2", "3"])
+    assert {row.split("\t")[1] for row in rows} <= set(labels)
 
 
 def test_the_task_of_ratings_is_refused_as_regression(glue):

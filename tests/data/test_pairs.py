@@ -96,6 +96,12 @@ def test_a_column_that_is_not_there_is_refused_by_its_setting(folder):
         DataSettings(source="tweets", pair_column="other")
 
 
+@pytest.mark.parametrize("taken", [{"pair_column": "text"}, {"label_column": "text"}])
+def test_a_column_that_is_named_twice_is_refused(folder, taken):
+    with pytest.raises(SettingsError, match=r"data.label_column must be columns of their own, got 'text, .*text"):
+        files(pairs_file(folder / "twice.csv"), **{"text_column": "text", "label_column": "label", **taken})
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("ratings.csv", "text,label\na,5.000\nb,3.8\n"), ("ratings.jsonl", '{"text": "a", "label": 3.8}\n')],

@@ -91,7 +91,7 @@ def test_history_and_configuration_are_read_back(kept):
     store, ids, _ = kept
     assert store.history(ids["done"], "nothing") == []
     assert store.config(ids["done"]) == "seed: 42\n"
-    with pytest.raises(SettingsError, match=r"must have its config.yaml.*choose another run"):
+    with pytest.raises(SettingsError, match=r"^run must be a trial's, with config.yaml, got .*check its id"):
         store.config("0" * 32)
 
 

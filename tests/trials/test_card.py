@@ -69,6 +69,20 @@ def test_a_fallback_says_so_in_its_first_line(outcome, tmp_path):
     write_card(outcome)
 
 
+def test_files_are_told_by_their_names_and_not_by_where_they_stood(outcome, tmp_path):
+    (tmp_path / "own_text.csv").write_text("text,label\n")
+    data = replace(outcome.settings.data, source="files", train=f"{tmp_path}/own_text.csv", text_column="text",
+                   label_column="label")  # fmt: skip
+    used = replace(outcome.prepared.text.used, kind="files", name=data.train)
+    prepared = replace(outcome.prepared, text=replace(outcome.prepared.text, used=used))
+    write_card(replace(outcome, settings=replace(outcome.settings, data=data), prepared=prepared))
+    written = Path(f"{outcome.settings.output.dir}/model/README.md").read_text()
+    write_card(outcome)
+    assert str(tmp_path) not in written
+    assert "- text: own\\_text.csv, sha256" in written
+    assert " data.train=own_text.csv " in written
+
+
 def test_a_trial_without_a_model_gets_no_card(outcome, tmp_path):
     settings = replace(outcome.settings, output=replace(outcome.settings.output, dir=str(tmp_path)))
     write_card(replace(outcome, settings=settings))
