@@ -93,7 +93,7 @@ def _versions() -> dict[str, str]:
 
 
 def _cases(settings: BenchmarkSettings, prepared: Prepared) -> list[tuple[str, Case]]:
-    """What is measured; the tuned Trainer comes in each way that may be the fastest (:func:`_tuned`)."""
+    """Return what is measured; the tuned Trainer comes in each way that may be the fastest (:func:`_tuned`)."""
     from distilbench.bench.cases import ENGINE, REPORTED, Case
     from distilbench.engines.device import resolve_device
 
@@ -113,7 +113,7 @@ def _cases(settings: BenchmarkSettings, prepared: Prepared) -> list[tuple[str, C
 
 
 def _tuned(trial: TrialSettings, splits: Any, processes: int, on_gpu: bool) -> list[tuple[str, Case]]:
-    """The tuned Trainer in one precision: alone, on a GPU compiled as well, and several at once where asked for."""
+    """Return the tuned Trainer in one precision: alone, on a GPU compiled as well, several at once if asked for."""
     from distilbench.bench.cases import TUNED, Case
 
     alone = Case(TUNED, trial, splits)
@@ -208,7 +208,7 @@ def _in_own_process(case: Case) -> Measured:
 
 
 def _limit(settings: BenchmarkSettings, prepared: Prepared, rows: Sequence[Row]) -> tuple[Machine, StepCost]:
-    """The machine's rates, and what a step asks of them."""
+    """Return the machine's rates, and what a step asks of them."""
     import numpy as np
 
     from distilbench.bench.roofline import measure_machine, step_cost_of

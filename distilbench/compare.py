@@ -75,7 +75,7 @@ def report_of(settings: CompareSettings) -> Report:
 
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
-    """The trials that fulfil all that was asked for, and names of treatments where experiments were asked for."""
+    """Return the trials that fulfil all that was asked for, and treatments' names where experiments were."""
     from distilbench.tracking import SWEEP, RunFilter
 
     runs = tuple(settings.runs)
@@ -104,7 +104,7 @@ def _check_experiments(asked: Sequence[str]) -> None:
 
 
 def _params(experiment: str) -> dict[str, str]:
-    """What an experiment changes outside the groups that it sets as a whole, as runs have it among their parameters."""
+    """Return what an experiment changes outside the groups that it sets as a whole, as runs' parameters have it."""
     from distilbench.tracking import params_of
 
     plain, changed = (

@@ -24,7 +24,7 @@ from distilbench.settings import AppSettings, settings_from
 
 
 def baseline_config(config: DictConfig) -> DictConfig:
-    """The baseline of a composed config: ``baseline.overrides`` put over a copy of it.
+    """Return the baseline of a composed config: ``baseline.overrides`` put over a copy of it.
 
     ``group=choice`` replaces the whole group by what a plain composition gives it, ``key=value`` sets one value.
     Needs an initialised Hydra, as inside a job.
@@ -43,7 +43,7 @@ def baseline_config(config: DictConfig) -> DictConfig:
 
 
 def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
-    """The treatment that a plain composition has, with ``overrides``; precision is left to the trials.
+    """Return the treatment that a plain composition has, with ``overrides``; precision is left to the trials.
 
     Needs an initialised Hydra, as inside a job.
     """
@@ -57,18 +57,18 @@ def default_margin() -> float:
 
 
 def experiments() -> list[str]:
-    """The names of the experiments in ``conf/experiment/``."""
+    """Return the names of the experiments in ``conf/experiment/``."""
     return sorted(GlobalHydra.instance().config_loader().get_group_options("experiment"))
 
 
 @lru_cache(maxsize=64)
 def _choice(group: str, choice: str) -> DictConfig:
-    """What a plain composition makes of one choice; 0.15 s, so once only for all the cells of a grid."""
+    """Return what a plain composition makes of one choice; 0.15 s, so once only for all the cells of a grid."""
     return cast(DictConfig, compose("config", [f"{group}={choice}"])[group])
 
 
 def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
-    """The command line that composes ``config``: its choices of model and data, then each value that still differs.
+    """Return the line that composes ``config``: its choices of model and data, then each value that still differs.
 
     What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone.
     """
@@ -81,7 +81,7 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
-    """The overrides that turn one composed config into another, value by value."""
+    """Return the overrides that turn one composed config into another, value by value."""
     present = dict(_leaves(config))
     return [override(key, value) for key, value in _leaves(wanted) if present[key] != value]
 

@@ -88,7 +88,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
 
 
 def _first_report(store: MlflowStore, sweep: str, margin: float | None) -> Report:
-    """The sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
+    """Return the sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
     from distilbench.report.from_store import find_sweep, report_of_sweep
     from distilbench.tracking import CONFIRMS
 
@@ -135,7 +135,7 @@ def _seeds_needed(store: MlflowStore, report: Report, top: int) -> int:
 
 
 def _points(chosen: Mapping[str, _Chosen], seeds: Sequence[int]) -> list[Point]:
-    """What is to be trained, seed by seed, so that an interruption leaves every setting with the same seeds."""
+    """Return what is to be trained, seed by seed, so that an interruption leaves every setting with the same seeds."""
     from distilbench.sweep.space import Point
 
     return [
@@ -211,13 +211,13 @@ def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
 
 
 def fresh_seeds(report: Report, number: int) -> list[int]:
-    """The first ``number`` seeds from 1 on that no trial of the sweep had; the same ones whenever it is asked."""
+    """Return the first ``number`` seeds from 1 on that no trial of the sweep had; always the same ones."""
     used = {trial.seed for row in report.rows for trial in row.all_trials}
     return list(islice((seed for seed in count(1) if seed not in used), number))
 
 
 def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
-    """The settings that a row's first trial was started with, from its run, but trained anew and by themselves."""
+    """Return the settings of a row's first trial, from its run, but trained anew and by themselves."""
     run_id = row.first.run_id
     try:
         started = settings_from(OmegaConf.create(store.config(run_id)))

@@ -223,7 +223,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """The process that asks."""
+        """Return the process that asks."""
         import psutil
 
         return cls(socket.gethostname(), os.getpid(), round(psutil.Process().create_time(), 2))
@@ -273,7 +273,7 @@ class Record:
         return self.status not in (Status.RUNNING, Status.INTERRUPTED)
 
     def objective(self, name: str) -> float:
-        """The value that a sweep optimises; NaN where there is none.
+        """Return the value that a sweep optimises; NaN where there is none.
 
         The time of a trial that shared the device with others is what it would take alone, as far as that is known.
         """
@@ -283,7 +283,7 @@ class Record:
         return float(known.get(name, "nan"))
 
     def with_result(self, result: TrialResult, figures: Mapping[str, float]) -> Record:
-        """The record of a trial that ended so."""
+        """Return the record of a trial that ended so."""
         kept = {"scores": result.report, "selection": result.selection}
         scores = {name: {k: float(getattr(e, k)) for k in METRICS_KEPT} if e else {} for name, e in kept.items()}
         return Record(self.identity, result.status, self.owner, self.run_id, result.error, figures=figures, **scores)
@@ -312,7 +312,7 @@ class Record:
 
 
 def read_record(directory: Path) -> Record | None:
-    """What stands in ``directory``; None where no trial has begun there, or a loss of power cut its record short."""
+    """Return what stands in ``directory``; None where no trial began, or a loss of power cut its record short."""
     try:
         content: dict[str, Any] = json.loads((directory / RECORD).read_text())
         return Record(

@@ -120,7 +120,7 @@ AS_TYPED = "as typed"
 
 @cache
 def _marks(cls: Any) -> dict[str, Any]:
-    """What the annotations of a dataclass say of its fields beside their types, by name."""
+    """Return what the annotations of a dataclass say of its fields beside their types, by name."""
     hints = get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
@@ -409,7 +409,7 @@ class TrainSettings(Checked, group="train"):
         return self.micro_batch_size or self.batch_size
 
     def smaller_micro_batch(self, size: int) -> Optional[int]:
-        """The largest divisor of `batch_size` that is at most half of `size`; None where that is a single example."""
+        """Return the largest divisor of `batch_size` that is at most half of `size`; None for a single example."""
         return next((part for part in range(size // 2, 0, -1) if self.batch_size % part == 0), None)
 
 
@@ -781,7 +781,7 @@ def _build(cls: Any, values: Any) -> Any:
 
 
 def _typed_in() -> Path:
-    """The directory in which the command was typed, wherever Hydra has gone since (hydra.job.chdir)."""
+    """Return the directory in which the command was typed, wherever Hydra has gone since (hydra.job.chdir)."""
     from hydra.core.hydra_config import HydraConfig
 
     return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
@@ -803,13 +803,13 @@ def names_of(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass that ``hint`` is, or is optionally; None for any other type."""
+    """Return the dataclass that ``hint`` is, or is optionally; None for any other type."""
     return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
 
 
 @cache  # whatever registers it again, what was composed before stays of the same types
 def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
-    """A mutable twin of ``cls``: OmegaConf makes nodes of frozen dataclasses read-only, even while Hydra composes."""
+    """Make a mutable twin of ``cls``: nodes of frozen dataclasses are read-only, even while Hydra composes."""
     fields = []
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]

@@ -105,7 +105,7 @@ class Batches:
 
 
 def _parts_of(assignment: Assignment, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
-    """What is trained for an assignment: its trial, or each of that one's seeds."""
+    """Return what is trained for an assignment: its trial, or each of that one's seeds."""
     from distilbench.tracking import open_store
 
     job, sweep_job = assignment.job, assignment.sweep_job
@@ -192,7 +192,7 @@ def _by_itself(assignment: Assignment) -> TaskFunction:
 
 
 def _conclusion(assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception]) -> TaskFunction:
-    """A task function that says in one line how a trial ended, and returns its objective or raises its error."""
+    """Return a task function that says in one line how a trial ended, and returns its objective or raises its error."""
 
     def conclude(config: DictConfig) -> float | tuple[float, ...]:
         with _ending():

@@ -88,7 +88,7 @@ def measure(case: Case) -> Measured:
 
 
 def together(runs: Sequence[Measured]) -> Measured:
-    """What processes took that ran at once: from the first one's first timed step to the last one's last, and so on."""
+    """Sum up processes that ran at once: from the first one's first timed step to the last one's last, and so on."""
     steps = max(r.began + r.steps_seconds for r in runs) - min(r.began for r in runs)
     all_done = max(r.began + r.steps_seconds + r.evaluation_seconds for r in runs) - min(r.began for r in runs)
     return Measured(
@@ -125,7 +125,7 @@ def _covered(spans: np.ndarray) -> list[float]:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """The device's peak; of a CPU's process the resident set's, where Linux tells it."""
+    """Return the device's peak; of a CPU's process the resident set's, where Linux tells it."""
     if device.type == "cpu":
         try:
             with open("/proc/self/status", encoding="ascii") as file:
@@ -179,7 +179,7 @@ def _engine_run(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
 
 
 def _variants(case: Case, directory: str) -> Iterator[TrialSettings]:
-    """The trials of a case: a small grid over the learning rate, as a sweep would have it."""
+    """Return the trials of a case: a small grid over the learning rate, as a sweep would have it."""
     settings = case.settings
     train = replace(settings.train, epochs=1, eval_steps=None, logging_steps=WARM_UP, checkpoints=False, resume=False)
     output = replace(settings.output, dir=directory, save_model=False)
@@ -232,7 +232,7 @@ def _stock_run(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
 
 
 def _padding(resolved: ResolvedModel, device: torch.device) -> DataCollatorWithPadding:
-    """Padding to the longest row; on a GPU to a multiple of 8, which its matrix units like."""
+    """Pad to the longest row; on a GPU to a multiple of 8, which its matrix units like."""
     return DataCollatorWithPadding(load_tokenizer(resolved), pad_to_multiple_of=8 if device.type == "cuda" else None)
 
 
@@ -274,7 +274,7 @@ def _stock_arguments(case: Case, device: torch.device, directory: str) -> Traini
 
 
 def _rows(split: EncodedSplit, pad_token_id: int, length: int | None) -> list[dict[str, Any]]:
-    """A split as Trainer takes it, each row padded to ``length`` tokens where that is given."""
+    """Return a split as Trainer takes it, each row padded to ``length`` tokens where that is given."""
     rows = []
     for index in range(len(split)):
         ids = split.row(index).tolist()

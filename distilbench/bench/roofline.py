@@ -49,7 +49,7 @@ class StepCost:
     optimizer_bytes: float
 
     def seconds(self, machine: Machine, precision: str, trials: int = 1) -> float:
-        """The time that the machine needs at least: for the products or the optimizer's traffic, the longer one."""
+        """Return what the machine needs at least: for the products or the optimizer's traffic, the longer one."""
         operations = self.operations - self.shared_operations * (1 - 1 / trials)
         products = operations / machine.operations_per_second[precision]
         return max(products, self.optimizer_bytes / machine.bytes_per_second)
@@ -69,7 +69,7 @@ def measure_machine(device: torch.device, precisions: tuple[str, ...]) -> Machin
 
 
 def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The shortest of many runs: others on the machine make runs longer, never shorter."""
+    """Return the shortest of many runs: others on the machine make runs longer, never shorter."""
     best = float("inf")
     deadline = time.perf_counter() + _MEASURED_SECONDS
     while time.perf_counter() < deadline:
@@ -113,7 +113,7 @@ def step_cost_of(model: nn.Module, tokens: float, sentences: float, words: int) 
 
 
 def _lowest_trained(model: nn.Module) -> int:
-    """The lowest layer that trains, past the last one where none does; -1 for the embeddings."""
+    """Return the lowest layer that trains, past the last one where none does; -1 for the embeddings."""
     parameters = [(name, _layer(name), p.requires_grad) for name, p in model.named_parameters()]
     if any(trained and layer is None and "embeddings" in name for name, layer, trained in parameters):
         return -1
@@ -122,7 +122,7 @@ def _lowest_trained(model: nn.Module) -> int:
 
 
 def _layer(name: str) -> int | None:
-    """The layer that a parameter is of, None for those outside."""
+    """Return the layer that a parameter is of, None for those outside."""
     found = re.search(r"\.layers?\.(\d+)\.", name)
     return int(found[1]) if found else None
 

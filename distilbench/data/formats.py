@@ -87,7 +87,7 @@ def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
 
 
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """A table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
+    """Return a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
 
     An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every row
     that runs over several lines is told.
@@ -123,7 +123,7 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """A table with a header, a row a line: no field holds a tab or a line break (IANA's text/tab-separated-values).
+    """Read a table with a header, a row a line: no field holds a tab or a line break (IANA's tab-separated-values).
 
     Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
     spreadsheets write one.

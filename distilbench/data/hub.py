@@ -42,7 +42,7 @@ def hub_reachable() -> bool:
 
 
 def hub_endpoint() -> str:
-    """The address of the hub that the libraries use: ``HF_ENDPOINT``, or the public one."""
+    """Return the address of the hub that the libraries use: ``HF_ENDPOINT``, or the public one."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
@@ -114,5 +114,5 @@ def file_sha256(path: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, cut to its first line, for a message that must be one."""
+    """Return what an exception says, cut to its first line, for a message that must be one."""
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -44,11 +44,11 @@ class Rows:
         return f"{self.title} {self.unit} {self.places[index]}"
 
     def texts(self) -> Iterator[Sequence[Any]]:
-        """What a model would read of the rows: their texts, and the second ones where there are pairs."""
+        """Return what a model would read of the rows: their texts, and the second ones where there are pairs."""
         return (self.values[part] for part in ("text", "pair") if part in self.values)
 
     def without(self, unwanted: set[int]) -> Rows:
-        """The rows that are not ``unwanted``."""
+        """Return the rows that are not ``unwanted``."""
         kept = [i for i in range(len(self)) if i not in unwanted]
         values = {part: [column[i] for i in kept] for part, column in self.values.items()}
         return replace(self, places=[self.places[i] for i in kept], values=values)
@@ -67,7 +67,7 @@ class Corpus:
 
 
 def _columns(settings: DataSettings) -> dict[str, str]:
-    """The columns that are asked for, by the settings that name them."""
+    """Return the columns that are asked for, by the settings that name them."""
     named = {f"data.{part}_column": getattr(settings, f"{part}_column") for part in PARTS}
     return {setting: column for setting, column in named.items() if column is not None}
 
@@ -98,7 +98,7 @@ def _read_file(role: str, given: str, columns: Columns) -> Rows:
 
 
 def _read_hub(settings: DataSettings) -> Corpus | None:
-    """A data set of the hub, or None where neither the hub nor its local cache can give it."""
+    """Return a data set of the hub, or None where neither the hub nor its local cache can give it."""
     builder = hub_builder(settings)
     if builder is None:
         return None
@@ -112,12 +112,12 @@ def _read_hub(settings: DataSettings) -> Corpus | None:
 
 
 def hub_title(settings: DataSettings) -> str:
-    """What a person calls the hub's data set, its configuration included."""
+    """Return what a person calls the hub's data set, its configuration included."""
     return f"{settings.hub_name}/{settings.hub_config}" if settings.hub_config else str(settings.hub_name)
 
 
 def hub_builder(settings: DataSettings) -> Any:
-    """A ``datasets.DatasetBuilder`` with its data at hand; None where the hub is out of reach and nothing is cached."""
+    """Return a ``datasets.DatasetBuilder`` with its data at hand; None without hub and cache."""
     reachable = hub_reachable()  # first: a library imported later reads what this sets
     from datasets.exceptions import DatasetsError
 
@@ -172,7 +172,7 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
 
 
 def _split_rows(splits: Any, role: str, settings: DataSettings) -> tuple[Rows, list[str] | None]:
-    """A split as it stands, and the names that it declares for its label numbers, or None.
+    """Return a split as it stands, and the names that it declares for its label numbers, or None.
 
     Several splits, see :func:`open_split`, are slices if no others are asked for.
     """
@@ -252,7 +252,7 @@ def _generated(role: str, size: int, names: tuple[str, ...]) -> Rows:
 
 
 def _signal(label: int) -> str:
-    """The word of a label: aaa, bbb ... ttt, then aaabbb and so on."""
+    """Return the word of a label: aaa, bbb ... ttt, then aaabbb and so on."""
     high, low = divmod(label, 20)
     return (_signal(high - 1) if high else "") + "abcdefghijklmnopqrst"[low] * 3
 

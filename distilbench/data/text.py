@@ -53,7 +53,7 @@ class TextSplit:
         return zip(*([_folded(text) for text in column] for column in self.columns), strict=True)
 
     def take(self, indices: np.ndarray) -> TextSplit:
-        """The examples at ``indices`` (examples,), in that order."""
+        """Return the examples at ``indices`` (examples,), in that order."""
         texts, pairs, slices = (
             None if column is None else tuple(column[i] for i in indices)
             for column in (self.texts, self.pairs, self.slices)
@@ -189,7 +189,7 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
 
 
 def _checked_texts(rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """The texts and the second ones, None where there are no pairs."""
+    """Return the texts and the second ones, None where there are no pairs."""
     for which, texts in zip(("text", "second text"), rows.texts(), strict=False):
         for i, text in enumerate(texts):
             if text is None:
@@ -203,7 +203,7 @@ def _checked_texts(rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...] | None]
 
 
 def _checked_slices(rows: Rows) -> tuple[str, ...] | None:
-    """The values by which results are reported, as strings; what is missing is a slice too."""
+    """Return the values by which results are reported, as strings; what is missing is a slice too."""
     if "slice" not in rows.values:
         return None
     slices = tuple("" if value is None else str(value).strip() for value in rows.values["slice"])
@@ -293,7 +293,7 @@ def _check_classes(train: TextSplit, names: tuple[str, ...], title: str) -> None
 def _carve(
     split: TextSplit, fraction: float, settings: DataSettings, names: tuple[str, ...], part: str, remedy: str
 ) -> tuple[TextSplit, TextSplit]:
-    """What is left of ``split``, and about ``fraction`` of each class, never none or all of one."""
+    """Return what is left of ``split``, and about ``fraction`` of each class, never none or all of one."""
     counts = np.bincount(split.labels, minlength=len(names))
     if counts.min() < 2:
         raise SettingsError(

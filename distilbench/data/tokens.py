@@ -38,7 +38,7 @@ class EncodedSplit:
         return len(self.labels)
 
     def row(self, index: int) -> np.ndarray:
-        """The tokens of one example."""
+        """Return the tokens of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
@@ -111,7 +111,7 @@ def _tokenize(text: TextSplits, tokenizer: Any, max_length: int) -> dict[str, np
 
 
 def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
-    """What decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout.
+    """Return what decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout.
 
     Of a text, its fingerprint and the number of examples trained on do: fewer are a part of more.
     """
@@ -125,7 +125,7 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache file, or None where it is not there or damaged."""
+    """Return the arrays of a cache file, or None where it is not there or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

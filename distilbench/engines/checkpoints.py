@@ -88,7 +88,7 @@ def _refuse_another(path: Path, theirs: Mapping[str, object], ours: Mapping[str,
 
 
 def _short(value: object) -> object:
-    """A fingerprint cut to what a person compares."""
+    """Return a fingerprint cut to what a person compares."""
     return value[:12] if isinstance(value, str) else value
 
 
@@ -106,7 +106,7 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
 
 
 def _read_seal(path: Path) -> dict[str, Any] | None:
-    """The seal of a whole checkpoint; None, with a log line, for one that a kill cut short."""
+    """Return the seal of a whole checkpoint; None, with a log line, for one that a kill cut short."""
     try:
         seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
         if all((path / name).stat().st_size == size for name, size in seal["sizes"].items()):

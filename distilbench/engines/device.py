@@ -124,7 +124,7 @@ def _warn_of_slow_bf16() -> None:
 
 
 def _precisions(device: torch.device) -> tuple[str, ...]:
-    """What each kind of device computes natively; emulated bf16 (before Ampere) would be slower than fp32."""
+    """Return what each kind of device computes natively; emulated bf16 (before Ampere) would be slower than fp32."""
     import torch
 
     if device.type == "cpu":

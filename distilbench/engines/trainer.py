@@ -121,7 +121,7 @@ class _Run(TrainerCallback):
     def __init__(
         self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver, began: float
     ) -> None:
-        """Set-up is counted from ``began``, as ``time.perf_counter`` has it."""
+        """Count the set-up from ``began``, as ``time.perf_counter`` has it."""
         self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
         train = settings.train
         self.schedule = BatchSchedule(len(splits.train), train.batch_size, train.epochs)
@@ -163,7 +163,7 @@ class _Run(TrainerCallback):
         self.trainer = self._trainer()
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to continue from; anything older is removed where the trial starts from scratch."""
+        """Return the checkpoint to continue from; anything older is removed where the trial starts from scratch."""
         found = checkpoints.newest(self.checkpoints, self.identity) if self.settings.train.resume else None
         if found is not None:
             path, self.progress = found
@@ -311,7 +311,7 @@ class _Run(TrainerCallback):
         self.stopwatch.lap()
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
-        """What the engine returns of a trial that ended so."""
+        """Return what the engine returns of a trial that ended so."""
         self.status = status
         settings = self.settings
         return replace(
@@ -382,7 +382,7 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
 
 
 def _share_of_batch(loss: Loss, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """What a micro-batch adds to its batch's mean loss: a mean of means would weigh the last, smaller one too much."""
+    """Return a micro-batch's part of its batch's mean loss: a mean of means would weigh a smaller one too much."""
     return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch
 
 
@@ -399,7 +399,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _copied_weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """A copy, on the CPU, of the parameters of these names."""
+    """Return a copy, on the CPU, of the parameters of these names."""
     return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if name in names}
 
 

@@ -34,7 +34,7 @@ def adapt(model: PreTrainedModel, settings: AdapterSettings, resolved: ResolvedM
 
 
 def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
+    """Return queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
     from peft import LoraConfig
 
     scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}

@@ -97,7 +97,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
 
 
 def _configuration_and_weights(resolved: ResolvedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor] | None]:
-    """The configuration to build, and the encoder's weights unless they are read from the directory as they are."""
+    """Return the configuration to build, and the encoder's weights unless the directory has them as they are."""
     from transformers import AutoConfig
 
     if resolved.directory is None:
@@ -121,7 +121,7 @@ def _saved_configuration(resolved: ResolvedModel) -> PreTrainedConfig:
 
 
 def _random_encoder(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Encoder weights that depend on the configuration and on :data:`ENCODER_SEED` alone; names of the base model."""
+    """Draw encoder weights that depend on the configuration and :data:`ENCODER_SEED` alone; the base model's names."""
     import torch
     from transformers import AutoModel
 

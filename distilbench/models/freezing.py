@@ -55,7 +55,7 @@ def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str
 
 
 def _nothing(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """A policy that moves (:mod:`.moving`) keeps nothing frozen throughout, and needs layers that it can tell apart."""
+    """Keep nothing frozen throughout: a policy that moves (:mod:`.moving`) needs only layers that it can tell apart."""
     layer_list(model)
     return set()
 

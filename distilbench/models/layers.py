@@ -63,7 +63,7 @@ def shares_layers(model: PreTrainedModel) -> bool:
 
 
 def _modules_before(base: nn.Module, path: list[str]) -> Iterator[nn.Module]:
-    """What stands before the layer list, at every level on the way down to it."""
+    """Return what stands before the layer list, at every level on the way down to it."""
     module = base
     for name in path:
         for child_name, child in module.named_children():

@@ -85,7 +85,7 @@ def resolve_model(settings: ModelSettings) -> ResolvedModel:
 
 
 def used_now(resolved: ResolvedModel) -> SourceUsed:
-    """What ``used`` would say now: a local directory's files may have changed since they were resolved."""
+    """Return what ``used`` would say now: a local directory's files may have changed since they were resolved."""
     if resolved.settings.source != "local" or resolved.directory is None:
         return resolved.used
     return replace(resolved.used, fingerprint=_fingerprint(resolved.directory))
@@ -139,7 +139,7 @@ def check_length(resolved: ResolvedModel, max_length: int) -> None:
 
 
 def _short(resolved: ResolvedModel) -> str:
-    """The model's name without its owner, and what it stands in for."""
+    """Return the model's name without its owner, and what it stands in for."""
     used = resolved.used
     instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
     return used.name.rsplit("/", 1)[-1] + instead
@@ -163,7 +163,7 @@ def _check_hub_id(checkpoint: str) -> None:
 
 
 def _download(settings: ModelSettings) -> Path | None:
-    """The snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
+    """Return the snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever httpx the hub takes
         GatedRepoError,
@@ -202,7 +202,7 @@ def _download(settings: ModelSettings) -> Path | None:
 
 
 def _cached(settings: ModelSettings) -> Path | None:
-    """The directory of a complete snapshot in the cache, whatever program put it there."""
+    """Return the directory of a complete snapshot in the cache, whatever program put it there."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(settings.checkpoint, "config.json", revision=settings.revision)
@@ -288,7 +288,7 @@ def _require_files(directory: Path, shown: str) -> None:
 
 
 def _lacking(directory: Path) -> str | None:
-    """What a checkpoint lacks to be loaded without code, pickles or guesses; None where it is complete.
+    """Return what a checkpoint lacks to be loaded without code, pickles or guesses; None where it is complete.
 
     AutoTokenizer makes up an empty vocabulary where it finds no file.
     """
@@ -304,7 +304,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "s
 
 
 def _weights(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, one or several shards; empty where any is missing."""
+    """Return the safetensors files of a checkpoint, one or several shards; empty where any is missing."""
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (directory / names[0]).is_file():
@@ -314,7 +314,7 @@ def _weights(directory: Path) -> list[Path]:
 
 
 def _fingerprint(directory: Path) -> str:
-    """The sha256 of the weights file; of the shards' hashes where there are several."""
+    """Return the sha256 of the weights file; of the shards' hashes where there are several."""
     hashes = [file_sha256(file) for file in _weights(directory)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -341,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _characters() -> dict[str, int]:
-    """A WordPiece vocabulary of single characters, by which any ASCII text becomes a row as long as the text."""
+    """Return a WordPiece vocabulary of single characters, by which any ASCII text becomes a row as long as the text."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     visible = string.ascii_lowercase + string.digits + string.punctuation
     return {token: number for number, token in enumerate([*special, *visible, *(f"##{c}" for c in visible)])}

@@ -83,12 +83,12 @@ def cost_rank(report: Report) -> CostOf:
 
 
 def _evidence(row: Row) -> Row:
-    """The row itself, or what became of it with fresh seeds."""
+    """Return the row itself, or what became of it with fresh seeds."""
     return row.again if row.again and row.again.difference else row
 
 
 def _claim(row: Row) -> str:
-    """What is claimed of a good row, with its figures."""
+    """Return what is claimed of a good row, with its figures."""
     found = _evidence(row).difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
@@ -112,7 +112,7 @@ def _savings(row: Row, report: Report) -> Iterator[str]:
 
 
 def _undecided(report: Report) -> str:
-    """The cheapest setting of which it is open whether it is good enough, and what would decide."""
+    """Return the cheapest setting of which it is open whether it is good enough, and what would decide."""
     open_rows = [row for row in report.candidates if row.claim is Verdict.UNDECIDED and row.has_learned is not False]
     hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
     if not open_rows:

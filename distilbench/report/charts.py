@@ -27,7 +27,7 @@ class Axis:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value."""
+        """Return the pixel of a value."""
         low, high = (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
         return self.start + ((math.log(value) if self.is_log else value) - low) / (high - low) * (self.end - self.start)
 
@@ -45,23 +45,23 @@ class Axis:
 
 
 def horizontal(values: Iterable[float], unit: str = "", whole: bool = False) -> Axis:
-    """The axis below a chart, which holds all values with a margin; ``unit`` follows each tick."""
+    """Return the axis below a chart, which holds all values with a margin; ``unit`` follows each tick."""
     return Axis(*_with_margin(values), LEFT, WIDTH - RIGHT, f"{{:g}}{unit}".format, whole)
 
 
 def logarithmic(values: Iterable[float]) -> Axis:
-    """The axis below a chart of counts that span powers of ten."""
+    """Return the axis below a chart of counts that span powers of ten."""
     low, high = _with_margin([math.log(value) for value in values])
     return Axis(math.exp(low), math.exp(high), LEFT, WIDTH - RIGHT, "{:,.0f}".format, is_log=True)
 
 
 def vertical(values: Iterable[float]) -> Axis:
-    """The axis at the left of a chart."""
+    """Return the axis at the left of a chart."""
     return Axis(*_with_margin(values), HEIGHT - BOTTOM, TOP)
 
 
 def _with_margin(values: Iterable[float]) -> tuple[float, float]:
-    """The range of values and some room; one value gets room on either side."""
+    """Return the range of values and some room; one value gets room on either side."""
     values = list(values)
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-6)
@@ -69,7 +69,7 @@ def _with_margin(values: Iterable[float]) -> tuple[float, float]:
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) -> str:
-    """A whole chart: grid, ticks, titles, and ``marks`` (SVG) on top; ``title`` is what a screen reader says."""
+    """Return a whole chart: grid, ticks, titles, and ``marks`` (SVG) on top; ``title`` is what a screen reader says."""
     across = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
         f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{html(y.shown(t))}</text>'
@@ -92,12 +92,12 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) 
 
 
 def bare(marks: str, title: str) -> str:
-    """A chart without axes of its own."""
+    """Return a chart without axes of its own."""
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html(title)}">{marks}</svg>'
 
 
 def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5, attributes: str = "") -> str:
-    """A point with a tooltip."""
+    """Return a point with a tooltip."""
     place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
     return f'<circle class="{kind}" {place}{attributes}><title>{html(tip)}</title></circle>'
 
@@ -108,7 +108,7 @@ def cross(x: float, y: float, tip: str) -> str:
 
 
 def line(points: Sequence[tuple[float, float]], kind: str, tip: str = "", attributes: str = "") -> str:
-    """A polyline with a tooltip."""
+    """Return a polyline with a tooltip."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<polyline class="{kind}" points="{path}"{attributes}><title>{html(tip)}</title></polyline>'
 
@@ -119,7 +119,7 @@ def whisker(x: float, low: float, high: float, kind: str = "") -> str:
 
 
 def label(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    """A short text beside a mark."""
+    """Return a short text beside a mark."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html(text)}</text>'
 
 
@@ -145,7 +145,7 @@ def forest_axis(limits: Iterable[tuple[float, float]]) -> Axis:
 
 
 def forest(scale: Axis, low: float, middle: float, high: float, kind: str, tip: str) -> str:
-    """A row's interval around zero, the line of no difference."""
+    """Return a row's interval around zero, the line of no difference."""
     zero, y = scale(0), FOREST_HEIGHT / 2
     ends = [min(max(scale(v), 0.0), FOREST_WIDTH) for v in (low, high)]
     at = min(max(scale(middle), 3.0), FOREST_WIDTH - 3)

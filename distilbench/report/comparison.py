@@ -75,14 +75,14 @@ def needed_to_confirm(rows: Sequence[Row], base: Row, read: ReadPredictions, mar
 
 
 def _beside(row: Row, base: Row) -> Row:
-    """What a row differs in and saves, tested or not."""
+    """Return what a row differs in and saves, tested or not."""
     if not base.trials:
         return replace(row, saving=NO_SAVING)
     return replace(row, points=100 * (row.accuracy - base.accuracy), saving=saving_of(row.trials, base.trials))
 
 
 def _correct(row: Row, base: Row, read: ReadPredictions) -> tuple[_Correct, _Correct] | Untested:
-    """What both sides got right, or why they can't be compared."""
+    """Return what both sides got right, or why they can't be compared."""
     if not base.trials:
         return Untested.BASELINE
     ours, theirs = ({trial.seed: read(trial) for trial in side.trials} for side in (row, base))

@@ -54,7 +54,7 @@ def _figure(title: str, chart: str, caption: str) -> str:
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
-    """The rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
+    """Return the rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
     rest = rows[MOST_POINTS // 2 :]
     step = max(1, -(-len(rest) // (MOST_POINTS // 2)))
     return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
@@ -65,7 +65,7 @@ def _tip(row: Row) -> str:
 
 
 def _dot(row: Row, x: float, y: float) -> str:
-    """A row's point, which the filter hides and whose card shows on hover, touch and focus."""
+    """Return a row's point, which the filter hides and whose card shows on hover, touch and focus."""
     linked = f' data-row="{row.rank}" tabindex="-1"'
     return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5, linked)
 
@@ -120,7 +120,7 @@ def _against_cost(report: Report, name: str, rows: Sequence[Row], cost: CostOf) 
 
 
 def _unit(kind: str, most: float) -> tuple[float, str]:
-    """The unit that tells costs apart best: hours, minutes or seconds; powers of a thousand FLOPs."""
+    """Return the unit that tells costs apart best: hours, minutes or seconds; powers of a thousand FLOPs."""
     if kind == "FLOPs":
         power = flops(most).partition(" ")[2]
         return 1000.0 ** " kMGTPE".index(power or " "), power
@@ -200,7 +200,7 @@ def _curves(report: Report) -> Iterator[str]:
 
 
 def _history(report: Report) -> Iterator[str]:
-    """What each further trial brought: the accuracy of each setting in the order of their start, the best so far."""
+    """Draw what each further trial brought: each setting's accuracy in the order of their start, the best so far."""
     told = history(report)
     if len(told) < 3:
         return
@@ -245,7 +245,7 @@ def _parallel(report: Report) -> Iterator[str]:
 
 
 def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
-    """An upright axis of values of any kind, with the words at its two ends.
+    """Return an upright axis of values of any kind, with the words at its two ends.
 
     Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
     """

@@ -178,7 +178,7 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _distribution(values: Sequence[object]) -> BaseDistribution:
-    """The range that ``values`` span, on a log scale where they span a factor of ten; else the set of them."""
+    """Return the range that ``values`` span, on a log scale where they span a factor of ten; else the set of them."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]

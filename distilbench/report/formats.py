@@ -98,7 +98,7 @@ def markdown_row(cells: Sequence[str]) -> str:
 
 
 def url_in_markdown(url: str) -> str:
-    """A URL that can't end Markdown's link early."""
+    """Return a URL that can't end Markdown's link early."""
     return url.replace("(", "%28").replace(")", "%29").replace(" ", "%20").replace("|", "%7C")
 
 

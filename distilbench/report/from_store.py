@@ -99,7 +99,7 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
 
 
 def _sources(store: MlflowStore, run_id: str) -> tuple[str, ...]:
-    """What chooses model and text as a run did; nothing where its configuration can't be read any more."""
+    """Return what chooses model and text as a run did; nothing where its configuration can't be read any more."""
     try:
         return tuple(source_overrides(store.config(run_id)))
     except (SettingsError, OmegaConfBaseException, KeyError, ValueError):
@@ -107,7 +107,7 @@ def _sources(store: MlflowStore, run_id: str) -> tuple[str, ...]:
 
 
 def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
-    """The report as these trials alone make it."""
+    """Return the report as these trials alone make it."""
     rows = rows_from(trials, request.names)
     notes: tuple[str, ...] = ()
     usual = _expected(rows, request.usual)
@@ -145,7 +145,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
-    """The baseline's treatment: the report's choices, and what the trials have in common of the rest."""
+    """Return the baseline's treatment: the report's choices, and what the trials have in common of the rest."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
     return {**usual, **without_defaults(common)}
@@ -184,7 +184,7 @@ def margin_of(sweep: RawRun | None) -> float | None:
 
 
 def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
-    """The run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
+    """Return the run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
     found = store.sweep_run(sweep)
     if found is None:
         names = store.sweep_names()
@@ -242,7 +242,7 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
 
 
 def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Row, ...]:
-    """What was trained again, in the sweep and with fresh seeds: for the report of either; nothing for any other."""
+    """Return what was trained again, in the sweep and with fresh seeds, for the report of either; else nothing."""
     if request.sweep is None:
         return ()
     first_name = request.sweep.tags.get(CONFIRMS)

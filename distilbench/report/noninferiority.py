@@ -104,7 +104,7 @@ def _bound_over_seeds(spread: SeedSpread, alpha: float) -> float:
 
 
 def _deflation(spread: SeedSpread, loss: float) -> float:
-    """Standard error as observed over that at a true ``loss``, with seeds as given; at most 1."""
+    """Return the standard error observed over that at a true ``loss``, with seeds as given; at most 1."""
     observed = float(spread.by_example.var(ddof=1)) / len(spread.by_example)
     expected = float(variance_at_loss(*effective_counts(spread.by_example), loss))
     return math.sqrt(observed / expected) if 0 < observed < expected else 1.0

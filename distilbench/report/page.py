@@ -92,7 +92,7 @@ def _depth(row: Row) -> object:
 
 
 def _command(row: Row, report: Report) -> str:
-    """The line that trains a setting again: its sources, and what it does otherwise than a plain command line."""
+    """Return the line that trains a setting again: its sources, and what a plain command line does otherwise."""
     ours = {key: value_of(row.treatment, key) for key in {*row.treatment, *report.usual} - {"train.precision"}}
     told = {key: value for key, value in ours.items() if value != value_of(report.usual, key)}
     if told.get("freeze.embeddings") == (ours.get("freeze.layers") != 0):
@@ -106,7 +106,7 @@ def _choices(values: Sequence[tuple[str, str]]) -> str:
 
 
 def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
-    """A cell with the value that sorts it; the colour of a verdict is that of its interval."""
+    """Return a cell with the value that sorts it; the colour of a verdict is that of its interval."""
     text, found = column.text(row), row.difference
     shown = _unbroken(text) if column.key == "setting" else html(text)
     shown = shown if _is_drawn(column) else shown.replace(" (", " <br>(")
@@ -127,7 +127,7 @@ def _unbroken(text: str) -> str:
 
 
 def _slices(report: Report) -> str:
-    """The best settings on each slice: a plain table, in the order in which it is made."""
+    """Return the best settings on each slice: a plain table, in the order in which it is made."""
     head = "".join(f'<th scope="col">{html(column.title)}</th>' for column in SLICES)
     rows = (
         "".join(

@@ -69,7 +69,7 @@ def _on_slice(
     row: Row, predictions: dict[int, Predictions | None], name: str, where: np.ndarray,
     baseline: dict[int, Predictions | None] | None, margin: float,
 ) -> Row:  # fmt: skip
-    """A row with the figures of the examples ``where`` (examples,) bool."""
+    """Return a row with the figures of the examples ``where`` (examples,) bool."""
     ours, theirs = (
         {seed: kept.correct[where] for seed, kept in each.items() if kept} for each in (predictions, baseline or {})
     )

@@ -181,7 +181,7 @@ def _paired_seeds(a: np.ndarray, b: np.ndarray) -> SeedSpread:
 
 
 def _independent_seeds(a: np.ndarray, b: np.ndarray) -> SeedSpread:
-    """``a`` and ``b`` are ``(seeds, examples)``, each with seeds of its own; only the examples are paired."""
+    """Compare ``a`` and ``b``, ``(seeds, examples)``, each with seeds of its own; only the examples are paired."""
     _require_same_examples(a[0], b[0])
     (seeds_a, noise_a), (seeds_b, noise_b) = _seed_variance(a), _seed_variance(b)
     parts = ((seeds_a, len(a) - 1), (seeds_b, len(b) - 1))
@@ -243,7 +243,7 @@ def p_of_difference(parts: Sequence[tuple[float, float]], difference: float) -> 
 
 
 def _normal_quantile(level: float) -> float:
-    """The two-sided critical value of the normal distribution: 1.96 for 0.95."""
+    """Return the two-sided critical value of the normal distribution: 1.96 for 0.95."""
     from scipy.special import ndtri
 
     return float(ndtri((1 + level) / 2))

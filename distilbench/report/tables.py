@@ -26,7 +26,7 @@ NOTE_ROWS = 10
 
 
 def _in_order(report: Report, layout: str) -> list[Row]:
-    """The rows in the layout's order: best first, but the paper's table begins with the baseline."""
+    """Return the rows in the layout's order: best first, but the paper's table begins with the baseline."""
     rows = list(report.table_rows)
     return sorted(rows, key=lambda row: not row.is_baseline) if layout == "paper" else rows
 

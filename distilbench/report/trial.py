@@ -100,7 +100,7 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _unlearned(comparison: Comparison) -> str:
-    """What must be said first of a comparison in which one side, or both, learned nothing."""
+    """Return what must be said first of a comparison in which one side, or both, learned nothing."""
     rows = {"baseline": comparison.baseline, "trial": comparison.row}
     idle = [(name, row) for name, row in rows.items() if row.has_learned is False]
     return "".join(
@@ -111,7 +111,7 @@ def _unlearned(comparison: Comparison) -> str:
 
 
 def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
-    """What one seed each can speak of."""
+    """Return what one seed each can speak of."""
     same_seed = trial.seed == baseline.seed
     if trial.treatment == baseline.treatment:
         if same_seed:
@@ -288,7 +288,7 @@ _FROZEN_BY = {
 
 
 def frozen_part(settings: TrialSettings) -> str:
-    """What stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
+    """Return what stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
     freeze, adapter = settings.freeze, settings.adapter
     if adapter.name != "none":
         return f"all but {adapter.name}{f' of rank {adapter.rank}' if adapter.rank else ''} and the head"
@@ -312,7 +312,7 @@ def _result(result: TrialResult, report: Evaluation) -> str:
 
 
 def _floor(predictions: Predictions, seed: int) -> str:
-    """The accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
+    """Return the accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
     learned = "above it" if has_learned({seed: predictions}) else "not shown to be above it: this trial HAS NOT LEARNED"
     return f"{percent(floor_of(predictions.labels))} by the most frequent label alone; {learned}"
 
@@ -326,7 +326,7 @@ def _time(result: TrialResult) -> str:
 
 
 def trial_line(name: str, result: TrialResult, comparison: Comparison | None) -> str:
-    """A trial of a batch on one line: how it ended, its figures, the difference to its baseline, and its time."""
+    """Tell a trial of a batch on one line: how it ended, figures, difference to its baseline, time."""
     parts = [f"{name} {result.status}"]
     if result.report is not None:
         parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")

@@ -25,7 +25,7 @@ def said(row: Row) -> str:
 
 
 def _verdict(row: Row) -> str:
-    """A verdict with its seeds; one seed speaks of two trained models only."""
+    """Return a verdict with its seeds; one seed speaks of two trained models only."""
     if row.again and row.again.verdict and row.again.difference:
         return f"{VERDICTS[row.again.verdict]} with fresh seeds (n = {row.again.difference.n})"
     if not row.verdict or not row.difference:

@@ -67,7 +67,7 @@ def _log_as_sweep(config: DictConfig, context: HydraContext) -> None:
 
 
 def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str], number: int) -> DictConfig:
-    """The job's config, as Hydra's basic launcher makes it."""
+    """Return the job's config, as Hydra's basic launcher makes it."""
     log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
     job = context.config_loader.load_sweep_config(config, list(overrides))
     with open_dict(job):
@@ -100,7 +100,7 @@ def _trained(batches: Batches, configs: Sequence[DictConfig]) -> Iterator[dict[i
 
 @contextmanager
 def _as_in_job(config: DictConfig) -> Iterator[DictConfig]:
-    """What ``run_job`` puts around a task, without directory, logging and callbacks; yields the task's config."""
+    """Do what ``run_job`` does around a task, but directory, logging and callbacks; yield the task's config."""
     hydra_config = HydraConfig.instance()
     before = hydra_config.cfg
     hydra_config.set_config(config)
@@ -125,7 +125,7 @@ def _environment(config: DictConfig) -> dict[str, str]:
 
 
 def _shared_environment(configs: Sequence[DictConfig]) -> dict[str, str]:
-    """The variables of ``hydra.job.env_set`` on which all jobs agree: they train in one process."""
+    """Return the variables of ``hydra.job.env_set`` on which all jobs agree: they train in one process."""
     return dict(set.intersection(*(set(_environment(config).items()) for config in configs))) if configs else {}
 
 

@@ -124,7 +124,7 @@ def _space_table(plan: SweepPlan) -> Table:
 
 
 def _described(distribution: object) -> str:
-    """A dimension for people: ``0, 3, 6`` or ``1e-05 to 0.0001, logarithmic``."""
+    """Return a dimension for people: ``0, 3, 6`` or ``1e-05 to 0.0001, logarithmic``."""
     choices = getattr(distribution, "choices", None)
     if choices is not None:
         return ", ".join(map(str, choices))

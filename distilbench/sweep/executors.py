@@ -111,7 +111,7 @@ def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
 
 
 def _overrides(job: SweepJob) -> list[str]:
-    """What leads a job to its trial, in absolute paths: Ray starts it in another directory, with other variables."""
+    """Return what leads a job to its trial, in absolute paths: Ray starts it elsewhere, with other variables."""
     paths = {
         "hydra.sweep.dir": job.sweep_directory,
         f"++hydra.job.env_set.{ENVIRONMENT}": job.directory / JOB,

@@ -146,7 +146,7 @@ class Leaderboard:
 
 
 def _status(trial: TrialView, has_error: bool) -> str:
-    """The status in words, with its reason if it ``has_error``."""
+    """Return the status in words, with its reason if it ``has_error``."""
     if trial.status is Status.REUSED:
         return f"REUSED from {trial.attribute('reused_from')}"
     error = trial.attribute("error") if has_error and trial.status in (*FAILURES, Status.PRUNED) else None

@@ -124,7 +124,7 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
 
 
 def _depth(setup: HydraSetup, is_grid: bool, lines: Sequence[str]) -> int:
-    """The number of encoder layers of the model, of the shallowest one where the sweep tries several."""
+    """Return the number of encoder layers of the model, of the shallowest one where the sweep tries several."""
     loader = setup.context.config_loader
     space = read_space(None, lines, loader, is_grid)
     composer, (low, _) = Composer(setup.config, loader, space), space.corners()
@@ -176,7 +176,7 @@ def _is_valid(point: Point, composer: Composer) -> bool:
 
 
 def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[Point], list[Point]]:
-    """The points of a grid, baselines first, and the baselines of others that are no points themselves."""
+    """Return the points of a grid, baselines first, and the baselines of others that are no points themselves."""
     if not composer.settings(points[0]).sweep.baseline:
         return list(points), []
     baselines: dict[str, Point] = {}
@@ -189,7 +189,7 @@ def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[P
 
 
 def _baseline(sample: Point, space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
-    """The baseline as the first trial if it lies in the space, else beside it.
+    """Return the baseline as the first trial if it lies in the space, else beside it.
 
     Where settings outside of the space are no trial by themselves, it is laid over the ``sample``.
     """

@@ -103,7 +103,7 @@ def _report(plan: SweepPlan, store: MlflowStore | None) -> Report | None:
 def _open_parent_run(
     plan: SweepPlan, studies: SweepStudies, store: MlflowStore | None, tags: Mapping[str, str]
 ) -> ParentRun:
-    """The sweep's own run: the one that it had before, if any."""
+    """Return the sweep's own run: the one that it had before, if any."""
     if store is None:
         return ParentRun()
     known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
@@ -349,7 +349,7 @@ class SweepRunner:
         self._display.show_all(self._leaderboard())
 
     def _finish(self) -> str | None:
-        """The sweep's end, for people, in its directory and in MLflow."""
+        """Return the sweep's end, for people, in its directory and in MLflow."""
         plan, leaderboard = self._plan, self._leaderboard()
         with self._guard.released():
             self._parent.catch_up(self._is_over, plan.settings.tracking.patience_seconds)
@@ -377,7 +377,7 @@ def _no_space(plan: SweepPlan) -> str:
 
 
 def _said(end: End) -> str | None:
-    """What a job ended with, in part of a line."""
+    """Return what a job ended with, in part of a line."""
     if end is None:
         return None
     said = " ".join(str(end).split())

@@ -83,7 +83,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _server_lock(self) -> Iterator[None]:
-        """A lock of the database's own, which ends with its connection (PostgreSQL); others go without.
+        """Return a lock of the database's own, which ends with its connection (PostgreSQL); others go without.
 
         One for all sweeps in a database, since the first of them makes Optuna's tables.
         """

@@ -340,7 +340,7 @@ class Study:
         return {view.number: self._workers_of(view) for view in left}
 
     def _workers_of(self, view: TrialView) -> list[Owner]:
-        """The processes that had a trial: its sweep's and its job's, as far as they signed."""
+        """Return the processes that had a trial: its sweep's and its job's, as far as they signed."""
         owner, record = view.attribute("owner"), read_record(self.directory(view.number))
         return [*([Owner(**owner)] if owner else []), *([record.owner] if record else [])]
 

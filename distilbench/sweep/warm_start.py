@@ -82,7 +82,7 @@ def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None
 
 
 def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) -> dict[str, Any] | None:
-    """The trial's point in the plan's space; None where it lies outside, or differs in what the plan holds fixed."""
+    """Return the trial's point in the plan's space; None outside of it, or of what the plan holds fixed."""
     had = {**fixed, **{key: _spelled(value) for key, value in trial.params.items()}}
     params: dict[str, Any] = {}
     for key, distribution in plan.space.dimensions.items():
@@ -110,7 +110,7 @@ def _typed(text: str, distribution: BaseDistribution) -> Any:
 def _as_own(
     trial: FrozenTrial, params: dict[str, Any], plan: SweepPlan, objectives: Sequence[str], name: str
 ) -> FrozenTrial:
-    """The trial as one of the plan's study, whose numbers and directories it has no part in."""
+    """Return the trial as one of the plan's study, whose numbers and directories it has no part in."""
     point = Point(params)
     told = {key: trial.user_attrs.get(key) for key in RESULT}
     return optuna.trial.create_trial(

@@ -50,7 +50,7 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> Any:
-    """Counts of predicted against true labels as a matplotlib Figure, with numbers up to twenty labels."""
+    """Return counts of predicted against true labels as a matplotlib Figure, with numbers up to twenty labels."""
     from matplotlib.figure import Figure
 
     size = len(label_names)

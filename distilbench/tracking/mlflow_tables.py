@@ -36,7 +36,7 @@ def make_database(file: Path, artifacts: Path) -> None:
 
 
 def search_database(address: StoreAddress, experiment_id: str, wanted: RunFilter) -> Iterator[RawRun]:
-    """Runs of a database; several queries, none of which reads more than a report needs."""
+    """Read runs of a database: several queries, none of which reads more than a report needs."""
     import sqlalchemy
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlTag
 

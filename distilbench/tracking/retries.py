@@ -30,7 +30,7 @@ _Answer = TypeVar("_Answer")
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What stands for a store in trouble; requests' errors are OSErrors, an ImportError is a database's driver."""
+    """Return what a store in trouble raises; requests' errors are OSErrors, an ImportError is a missing driver."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -59,7 +59,7 @@ def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The root of a chain of exceptions in one redacted line: ``Connection refused`` instead of the layers above."""
+    """Return a chain of exceptions' root in one redacted line: ``Connection refused``, not the layers above."""
     root = error
     while cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
         root = cause

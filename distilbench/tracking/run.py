@@ -130,7 +130,7 @@ class MlflowRun:
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
-    """What a trial amounts to; seconds, bytes / 2**20, counts, and the kept epoch's measures on the report split."""
+    """Return what a trial amounts to: seconds, MiB, counts, and the kept epoch's measures on the report split."""
     names = ("steps", "train_seconds", "train_cpu_seconds", "train_flops", "setup_seconds", "examples_per_second",
              "tokens_per_second", "trainable_parameters", "total_parameters", "micro_batch_size")  # fmt: skip
     known = {name: getattr(result, name) for name in names} | {"peak_memory_mb": result.peak_memory_bytes / 2**20}

@@ -74,13 +74,13 @@ class RawRun:
 
     @classmethod
     def of(cls, run: Run) -> RawRun:
-        """The part of a whole run."""
+        """Return the part of a whole run."""
         info = run.info
         started, data = info.start_time or 0, run.data
         return cls(info.run_id, info.run_name or "", started, data.tags, data.metrics, info.artifact_uri)
 
     def trial(self, url: str) -> StoredTrial:
-        """The run as a trial, NaN where a figure is missing.
+        """Return the run as a trial, NaN where a figure is missing.
 
         Raises :class:`SettingsError` for a run of another program, or of a version that wrote other tags.
         """
@@ -128,7 +128,7 @@ def _mapping(text: str) -> dict[str, object]:
 
 
 def search_server(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> Iterator[RawRun]:
-    """Runs of a server, a page at a time; values that hold a quote of either kind can't be asked for."""
+    """Read runs of a server, a page at a time; values that hold a quote of either kind can't be asked for."""
     if wanted.run_ids:
         asked = [client.get_run(run_id) for run_id in wanted.run_ids]
         yield from (RawRun.of(run) for run in asked if run.info.lifecycle_stage == "active")

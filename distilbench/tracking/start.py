@@ -41,7 +41,7 @@ class RunContent:
 
 
 def _dataset(start: RunStart, used: DatasetUsed) -> dict[str, str]:
-    """A split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
+    """Return a split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
     source = start.protocol.data
     kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
     origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}

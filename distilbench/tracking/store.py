@@ -112,7 +112,7 @@ class MlflowStore:
             log.warning("MLflow does not answer: the next command that trains or compares tells it of %s", directory)
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
-        """The newest finished trial of this protocol and treatment: of the same seed where there is one."""
+        """Return the newest finished trial of this protocol and treatment: of the same seed where there is one."""
         wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": short_hash(dict(treatment))}
         found = self.search(RunFilter(tags={f"distilbench.{name}": value for name, value in wanted.items()}))
         best = max(found, key=lambda trial: (trial.seed == seed, trial.started_ms), default=None)
@@ -132,7 +132,7 @@ class MlflowStore:
         self._connection.attempt("the comparison", send)
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
-        """The trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
+        """Return the trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
 
         Sweeps' own runs and runs of other programs are passed over, unless ``wanted`` names them by id.
         """
@@ -143,19 +143,19 @@ class MlflowStore:
         return [run.trial(self.run_url(run.run_id)) for run in kept]
 
     def sweep_run(self, sweep: str) -> RawRun | None:
-        """The newest run that holds the trials of this sweep, None where there is none."""
+        """Return the newest run that holds the trials of this sweep, None where there is none."""
         with self._address.asking():
             found = list(self._search(RunFilter(tags={SWEEP: sweep}, are_trials=False)))
         return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
 
     def confirmations(self, sweep: str) -> list[RawRun]:
-        """The runs that hold confirmations of this sweep, oldest first."""
+        """Return the runs that hold confirmations of this sweep, oldest first."""
         with self._address.asking():
             found = list(self._search(RunFilter(tags={CONFIRMS: sweep}, are_trials=False)))
         return sorted(filter(_is_sweep, found), key=lambda run: run.started_ms)
 
     def sweep_names(self) -> list[str]:
-        """The names of all sweeps, newest first."""
+        """Return the names of all sweeps, newest first."""
         with self._address.asking():
             held = sorted(filter(_is_sweep, self._search(RunFilter(are_trials=False))), key=lambda run: -run.started_ms)
         return list(dict.fromkeys(run.tags[SWEEP] for run in held))
@@ -166,7 +166,7 @@ class MlflowStore:
             return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
 
     def config(self, run_id: str) -> str:
-        """The resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
+        """Return the resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
         with (
             as_settings_error(
                 f"run must be a trial's, with config.yaml, got {run_id!r}", "check its id, or train it again"
@@ -241,7 +241,7 @@ class MlflowStore:
         return holds(self._client, run_id)
 
     def predictions(self, run_id: str) -> Predictions | None:
-        """The run's predictions, or None where they were never written or can't be read any more."""
+        """Return the run's predictions, or None where they were never written or can't be read any more."""
         from mlflow.exceptions import MlflowException
 
         with tempfile.TemporaryDirectory() as folder:

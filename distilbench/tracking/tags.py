@@ -63,7 +63,7 @@ class RunStart:
 
 
 def params_of(settings: TrialSettings) -> dict[str, str]:
-    """Settings flat as the command line spells them: ``freeze.layers`` -> ``3``, None -> ``null``.
+    """Return settings flat as the command line spells them: ``freeze.layers`` -> ``3``, None -> ``null``.
 
     A fallback appears by its source alone: what was really used is in the tags.
     """
@@ -119,7 +119,7 @@ def _source_tags(role: str, start: RunStart) -> dict[str, str]:
 
 
 def _note(start: RunStart) -> str:
-    """The run's description, Markdown, first thing that MLflow's page of a run shows."""
+    """Return the run's description, Markdown, first thing that MLflow's page of a run shows."""
     sizes = ", ".join(f"{used.examples:,} {used.context}" for used in start.datasets)
     return (
         f"**Model** {start.protocol.model.describe()}  \n"

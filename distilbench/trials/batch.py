@@ -121,7 +121,7 @@ class BatchRunner:
         return [self._concluded(r, outcome) for r, outcome in zip(members, outcomes, strict=True)]
 
     def _solo(self, ready: _Ready) -> float | None:
-        """The estimate for a trial of this kind alone, measured once in a sweep."""
+        """Return the estimate for a trial of this kind alone, measured once in a sweep."""
         settings = ready.job.settings
         key = preparation_key(settings), ready.fusion_key
         if key not in self._solo_seconds:

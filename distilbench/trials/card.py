@@ -35,7 +35,7 @@ def write_card(outcome: Outcome) -> None:
 
 
 def _metadata(outcome: Outcome) -> str:
-    """What the hub lists a model by, as YAML."""
+    """Return what the hub lists a model by, as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
     report = outcome.result.report
@@ -83,7 +83,7 @@ def _lines(outcome: Outcome) -> Iterator[str]:
 
 
 def _results(outcome: Outcome) -> Iterator[str]:
-    """The trial's own figures, with their interval, and what its comparison claims."""
+    """Return the trial's own figures, with their interval, and what its comparison claims."""
     report, comparison = outcome.result.report, outcome.comparison
     assert report is not None
     examples = len(outcome.prepared.splits.report)
@@ -102,12 +102,12 @@ def _source(used: SourceUsed) -> str:
 
 
 def _name(used: SourceUsed) -> str:
-    """What others may know a source by: of files, their names without the author's folders."""
+    """Return what others may know a source by: of files, their names without the author's folders."""
     return " + ".join(Path(path).name for path in used.name.split(" + ")) if used.kind in ON_DISK else used.name
 
 
 def _command(outcome: Outcome) -> str:
-    """The line that trains the same from what was really used, stand-ins by their own names."""
+    """Return the line that trains the same from what was really used, stand-ins by their own names."""
     settings = prepared_trial(outcome.settings, outcome.prepared)
     if outcome.prepared.text.used.fallback_for and settings.data.fallback:
         settings = replace(settings, data=settings.data.fallback)

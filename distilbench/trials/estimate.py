@@ -53,7 +53,7 @@ def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits)
 
 
 def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSplits, float]:
-    """Splits of a probe, and how many times its work the whole trial is."""
+    """Return splits of a probe, and how many times its work the whole trial is."""
     train, rng = settings.train, np.random.default_rng(0)
     examples = min(STEPS * train.batch_size, len(splits.train))
     scale = train.epochs * len(splits.train) / examples

@@ -148,7 +148,7 @@ def step_text(record: StepRecord, left: float | None) -> str:
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """What an evaluation found, on one line."""
+    """Return what an evaluation found, on one line."""
     return (
         f"epoch {evaluation.epoch:g} on {evaluation.split}: accuracy {100 * evaluation.accuracy:.2f} %, "
         f"loss {evaluation.loss:.4f}, F1 {evaluation.f1:.4f}, MCC {evaluation.mcc:.4f}"
@@ -156,7 +156,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 
 def say_long(predicted_seconds: float, steps: int) -> str | None:
-    """The line that warns of a long trial, None for a short one; names the quicker experiment where that is shorter."""
+    """Return a line that warns of a long trial and names a quicker experiment if that is one; else None."""
     if predicted_seconds <= LONG_SECONDS:
         return None
     remedy = "; for a first answer in minutes: experiment=quick" if steps > QUICK_STEPS else ""

@@ -110,7 +110,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
 
 def _norm_backward(ctx, gradient):  # type: ignore[no-untyped-def]
-    """The gradients of the sum, of the weight and of the bias, where they are trained."""
+    """Return the gradients of the sum, of the weight and of the bias, where they are trained."""
     values, mean, deviation, _, weight, bias = ctx.saved_tensors
     shape, trained = values.shape[-1:], ctx.grad_buffers is not None
     if mean is not None:
@@ -277,7 +277,7 @@ class _ProjectValue(torch.autograd.Function):
 
 
 def _dropped(probabilities: torch.Tensor, dropout_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """What dropout leaves of ``probabilities``, in the precision of products."""
+    """Return what dropout leaves of ``probabilities``, in the precision of products."""
     if dropout_mask is None:
         return probabilities.to(dtype)
     return probabilities.to(dtype, copy=True).mul_(dropout_mask)
@@ -286,7 +286,7 @@ def _dropped(probabilities: torch.Tensor, dropout_mask: torch.Tensor | None, dty
 def _softmax_backward(
     grad_dropped: torch.Tensor, probabilities: torch.Tensor, dropout_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The gradient of the scores from that of what dropout left of ``probabilities``, which it may overwrite."""
+    """Return the gradient of the scores from that of what dropout left of ``probabilities``, which it may overwrite."""
     if dropout_mask is not None:
         grad_dropped *= dropout_mask
     grad_scores: torch.Tensor = torch.ops.aten._softmax_backward_data(

@@ -134,7 +134,7 @@ def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Te
 
 
 def dropout_scale(rate: float) -> float:
-    """What kept values are multiplied by, so that the mean stays: one over the probability to be kept."""
+    """Return what kept values are multiplied by, so that the mean stays: one over the probability to be kept."""
     return _LEVELS / (_LEVELS - _dropped(rate))
 
 
@@ -143,5 +143,5 @@ def _dropped(rate: float) -> int:
 
 
 def key_of(seed: int, stage: str, step: int) -> int:
-    """A number of 56 bits that is a trial's own in a step."""
+    """Return a number of 56 bits that is a trial's own in a step."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {stage} {step}".encode(), digest_size=7).digest())

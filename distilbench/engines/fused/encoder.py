@@ -102,7 +102,7 @@ class Forward:
         return self._linear(self._from_first(x, i) if last else self._from_all(x, i), f"{i}.out")
 
     def _from_all(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        """The context of every token, ``(trials, tokens, width)``."""
+        """Return the context of every token, ``(trials, tokens, width)``."""
         batch, heads = self.batch, self.architecture.heads
         rows = self._linear(x, f"{i}.qkv")
         trials, width = len(rows), rows.shape[2] // 3
@@ -116,7 +116,7 @@ class Forward:
         return back(context.view(-1, width // heads)).view(trials, -1, width)
 
     def _from_first(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        """The context of [CLS], ``(trials, sentences, width)``."""
+        """Return the context of [CLS], ``(trials, sentences, width)``."""
         batch, heads, width = self.batch, self.architecture.heads, x.shape[2]
         query = self._linear(_sentence_rows(x, batch.first), f"{i}.q")
         moved = self._exchange(batch.alone, len(x), 1, 1)(x.to(query.dtype).view(-1, width))
@@ -130,7 +130,7 @@ class Forward:
         )
 
     def _attended(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
-        """The context of every token, or of [CLS] alone, by one kernel; ``(trials, rows, width)``."""
+        """Return the context of every token, or of [CLS] alone, by one kernel; ``(trials, rows, width)``."""
         batch, rate = self.batch, self._rate(i, self.architecture.attention_rate)
         assert batch.lengths is not None
         asked = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
@@ -158,7 +158,7 @@ class Forward:
         return x if dropout_mask is None else x * dropout_mask
 
     def _dropout_mask(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
-        """The mask of hidden states like ``x``, scaled so that their mean stays; None where nothing drops."""
+        """Return the mask of hidden states like ``x``, scaled so that their mean stays; None where nothing drops."""
         if self.dropout is None or rate == 0:
             return None
         shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
@@ -179,7 +179,7 @@ class Forward:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
 
     def _exchange(self, placement: Placement, trials: int, heads: int, pieces: int) -> Exchange:
-        """The move into slots, or with no ``pieces`` the one back; built once for all layers."""
+        """Return the move into slots, or with no ``pieces`` the one back; built once for all layers."""
         key = id(placement), trials, heads, pieces
         if key not in self._exchanges:
             self._exchanges[key] = (
@@ -196,14 +196,14 @@ def _rows_of(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The same as :func:`_rows_of` with one operation for all trials."""
+    """Return the same as :func:`_rows_of` with one operation for all trials."""
     if len(table) == 1:
         return F.embedding(index, table[0])
     return table.gather(1, index[:, :, None].expand(len(table), -1, table.shape[2]))
 
 
 def _sentence_rows(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """The hidden states of [CLS], ``(trials, sentences, width)``."""
+    """Return the hidden states of [CLS], ``(trials, sentences, width)``."""
     if len(first) == 1:
         return x.index_select(1, first[0])
     return x.take_along_dim(first[:, :, None], dim=1)

@@ -132,7 +132,7 @@ def shared_memory_limit(device: torch.device) -> int:
 
 
 def dropout_mask(draws: DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
+    """Return the same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
     mask = torch.empty(len(draws.keys), *whole, dtype=dtype, device=draws.keys.device)
     _dropout_mask(draws, mask).run()
     return mask
@@ -243,7 +243,7 @@ def _attention_backward(
 def _attention_arguments(
     tensors: Sequence[torch.Tensor], sentences: Sentences, draws: DropoutSite | None, heads: int
 ) -> tuple[dict[str, Any], tuple[int, int]]:
-    """What both directions take besides tensors, and how many blocks of queries and keys the longest sentence has.
+    """Return what both directions take besides tensors, and the longest sentence's blocks of queries and keys.
 
     A block is 32 tokens, and 16 where products are ordinary arithmetic, whose unrolled code and registers limit it.
     """

@@ -148,7 +148,7 @@ class TrialGroup:
             member.setup_seconds = seconds
 
     def _initial_state(self) -> list[torch.Tensor]:
-        """The losses since the last record, the last norms (trials,), the rows and the moments (trials, size)."""
+        """Return losses since the last record and last norms, (trials,), rows and moments, (trials, size)."""
         context = self.context
         initial: dict[int, torch.Tensor] = {}
         for seed in {m.seed for m in self.members if m.checkpoint is None}:

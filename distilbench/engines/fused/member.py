@@ -163,7 +163,7 @@ class Member:
         export_trial(model, load_tokenizer(context.resolved), self.settings)
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
-        """What the engine returns of a trial that ended so; checkpoints stay where it may be resumed."""
+        """Return what the engine returns of a trial that ended so; checkpoints stay where it may be resumed."""
         if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
             checkpoints.remove_all(self.folder)
         else:

@@ -67,7 +67,7 @@ class StackedOptimizer:
 
 
 def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """What clipping multiplies a gradient of this ``norm`` by, or None where it does not."""
+    """Return what clipping multiplies a gradient of this ``norm`` by, or None where it does not."""
     if not limit:
         return None
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -192,7 +192,7 @@ class StackedWeights:
         return source[:, start : start + param_slice.stop - param_slice.start].view(len(source), *param_slice.shape)
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
-        """A weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
+        """Return a weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
         return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
 
     def grad_buffers(self, layer: str) -> GradBuffers | None:

@@ -90,7 +90,7 @@ class TrainingPrefix:
         return None if depth is None else cls(weights, split, schedule, dropout, budget, depth)
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
-        """The hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
+        """Return hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
 
         ``batch`` has the size of those examples; the prefix is run over at most ``at_once``.
         """
@@ -100,7 +100,7 @@ class TrainingPrefix:
         return torch.stack([torch.cat([*states, rest]) for states, rest in zip(own, filler, strict=True)])
 
     def of_batch(self, batch: Batch) -> torch.Tensor:
-        """The hidden states of ``batch`` without dropout, as an evaluation has them, ``(1, rows, width)``."""
+        """Return the hidden states of ``batch`` without dropout, as an evaluation has them, ``(1, rows, width)``."""
         return run_prefix(self._weights, batch, self.depth, None)
 
     def empty(self, batch: Batch) -> torch.Tensor:
@@ -109,7 +109,7 @@ class TrainingPrefix:
         return self._weights.flat_params.new_zeros(*rows.shape, self._weights["word"].shape[2])
 
     def _of_order(self, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
-        """The hidden states of each example of a step, ``(rows, width)``."""
+        """Return the hidden states of each example of a step, ``(rows, width)``."""
         if self._once:
             self._all = self._all or self._run_all(at_once)
             return [self._all[i] for i in self._course.batch(seed, step)]
@@ -144,7 +144,7 @@ class TrainingPrefix:
         return hidden
 
     def _run(self, examples: np.ndarray, dropout: DropoutMasks | None) -> list[torch.Tensor]:
-        """The hidden states of each of ``examples``, ``(rows, width)``."""
+        """Return the hidden states of each of ``examples``, ``(rows, width)``."""
         device = self._weights.flat_params.device
         packed = pack(self._split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
         batch = stack_batches([packed], device)

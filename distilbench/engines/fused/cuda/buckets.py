@@ -73,11 +73,11 @@ class BucketedBatches:
         self._places = np.empty(0, dtype=np.int64)
 
     def bucket(self, step: int) -> Bucket:
-        """The size that step ``step`` (from 0) is filled up to."""
+        """Return the size that step ``step`` (from 0) is filled up to."""
         return self._buckets[step]
 
     def inputs(self, step: int) -> torch.Tensor:
-        """What describes the batch of a step, ``(orders, fields)`` int64 on the device."""
+        """Return what describes the batch of a step, ``(orders, fields)`` int64 on the device."""
         if step // WINDOW != self._window:
             self._ship(step // WINDOW)
         return self._inputs[self._buckets[step]][int(self._places[step % WINDOW])]
@@ -102,7 +102,7 @@ def _shipped(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _chosen(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
-    """The examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 where the last batch is short."""
+    """Return the examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 fills a short batch."""
     epochs, numbers = np.divmod(steps, schedule.steps_per_epoch)
     places = numbers[:, None] * schedule.batch_size + np.arange(schedule.batch_size)
     chosen = np.full(places.shape, -1)
@@ -173,7 +173,7 @@ def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.
 
 
 def fields_of(inputs, bucket: Bucket):  # type: ignore[no-untyped-def]  # arrays or tensors alike
-    """Views of ``inputs`` (..., fields): ids, positions, types and sentences of tokens; first tokens, lengths and
+    """Cut ``inputs`` (..., fields) into views: ids, positions, types and sentences of tokens; first tokens, lengths and
     labels of sentences; dropout's key; how many tokens are real.
     """
     t, s = bucket.tokens, bucket.sentences

@@ -192,5 +192,5 @@ class GraphRunner:
 
 
 def runner_for(device: torch.device) -> StepRunner:
-    """What suits the device."""
+    """Return what suits the device."""
     return GraphRunner(device) if device.type == "cuda" else EagerRunner()

@@ -70,7 +70,7 @@ def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> to
 
 
 def gradient_norms(weights: StackedWeights) -> torch.Tensor:
-    """The norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
+    """Return the norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
     parts = [weights.grad]
     if weights.compute_grad is not None:
         layout = weights.layout
@@ -81,7 +81,7 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
 
 
 def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray) -> np.ndarray:
-    """The table ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials)."""
+    """Return the table ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials)."""
     steps = np.arange(1, len(lrs) + 1)[:, None]
     decay, beta1, beta2 = (np.array([getattr(s, n) for s in settings]) for n in ("weight_decay", "beta1", "beta2"))
     step_size, root = lrs / (1 - beta1**steps), 1 / np.sqrt(1 - beta2**steps)
