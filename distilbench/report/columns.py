@@ -105,7 +105,7 @@ def _costs(row: Row) -> str:
 
 
 _ALL = (
-    Column("trial", lambda row: row.first.number, "#", lambda row: row.first.number.rpartition("/")[2]),
+    Column("trial", lambda row: row.first.number, "#", lambda row: row.first.number if row.first.number.isdigit() else ""),
     Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
     Column("slice", lambda row: row.slice),
     Column("examples", lambda row: row.examples or None),
@@ -195,7 +195,9 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
         table.add_column(_folded(column.title, is_narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
     for row in rows:
         style = "bold" if row.is_baseline else _STYLES.get(row.claim, "") if row.claim else ""
-        cells = (_folded(column.text(row), is_narrow) for column in columns)
+        cells = [_folded(column.text(row), is_narrow) for column in columns]
+        if is_narrow:  # a word that is too long breaks before its value, never within
+            cells = [" ".join(w if len(w) <= left else w.replace("=", "= ") for w in cell.split(" ")) for cell in cells]
         table.add_row(*map(Text, cells), style=style)
     return table
 

@@ -94,16 +94,17 @@ def _saved(ours: float, base: float) -> float | None:
 
 
 def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
-    """Estimate the noise of time from trials that did equal work on the same device, alone.
+    """Estimate the noise of time from trials that did equal work on the same device.
 
-    Returns its standard deviation in per cent, and from how many trials; zeros where none did equal work.
+    Returns its standard deviation in per cent, and from how many times; zeros where none did equal work.
 
-    Equal work is an equal count of FLOPs. The variances of logarithms are pooled over those groups.
+    Equal work is an equal count of FLOPs. The variances of logarithms are pooled over those groups. An estimate of what
+    a trial would take alone counts too, once for all that have it from the same probe: savings are told beside it.
     """
-    equal: dict[tuple[str, float], list[float]] = defaultdict(list)
+    equal: dict[tuple[str, float], set[float]] = defaultdict(set)
     for trial in trials:
-        if trial.alone and trial.train_seconds > 0 and trial.train_flops > 0:
-            equal[trial.measured_on, trial.train_flops].append(math.log(trial.train_seconds))
+        if seconds_of(trial) > 0 and trial.train_flops > 0:
+            equal[trial.measured_on, trial.train_flops].add(math.log(seconds_of(trial)))
     repeated = [logs for logs in equal.values() if len(logs) > 1]
     if not repeated:
         return 0.0, 0

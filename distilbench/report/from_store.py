@@ -120,6 +120,9 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
             baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
             notes = ("The baseline is not among these trials: it is the newest finished one of their protocol.",)
     rows = label_rows(rows, baseline)
+    if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
+        notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
+                 "compare with another by baseline=ID of its run.",)  # fmt: skip
     kept = cache(store.predictions)
 
     def read(trial: StoredTrial) -> Predictions | None:

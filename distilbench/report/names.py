@@ -21,10 +21,10 @@ _TELLING = (
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
-    """Sort keys, the most telling first."""
+    """Sort keys, the most telling first; a group that is chosen stands where its name does."""
 
     def rank(key: str) -> tuple[bool, int, str]:
-        return key == "seed", next(i for i, start in enumerate(_TELLING) if key.startswith(start)), key
+        return key == "seed", next(i for i, start in enumerate(_TELLING) if f"{key}.name".startswith(start)), key
 
     return sorted(keys, key=rank)
 

@@ -139,7 +139,8 @@ def needed(spread: Spread, seeds: int, examples: int, margin: float, rows: int =
     if enough is None or enough > MOST_SEEDS:
         while not decides(with_seeds, _BEYOND) and with_seeds < _BEYOND:
             with_seeds *= 2
-        more = _fewest(lambda n: decides(with_seeds, n), at_least=examples)
+        if enough is None or with_seeds < enough:  # else the examples that there are will do
+            more = _fewest(lambda n: decides(with_seeds, n), at_least=examples)
     return Needed(enough, more, with_seeds, floor, loss)
 
 

@@ -14,7 +14,6 @@ from distilbench.report.names import name_of, telling_keys
 from distilbench.report.power import Needed
 from distilbench.report.statistics import verdict
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
-from distilbench.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,11 @@ class Row:
         return self.all_trials[0]
 
     @property
+    def is_tagged(self) -> bool:
+        """Whether a sweep took it for the baseline of its trials."""
+        return any(trial.role == BASELINE_ROLE for trial in self.all_trials)
+
+    @property
     def trainable_parameters(self) -> int:
         """Parameters that were trained; 0 where unknown."""
         return max(trial.trainable_parameters for trial in self.all_trials)
@@ -186,22 +190,20 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
 def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:
     """Return the position of the baseline's row, None where there is none.
 
-    It is the row of ``run_id`` where that is given, else the one that a sweep tagged as its baseline, else the one
+    It is the row of ``run_id`` where that is given, else the one that a sweep tagged as its baseline, of several (a
+    sweep of the amount of text has one for each) the one that took most FLOPs and so left out least. Else it is the one
     whose treatment agrees with ``usual`` (the report's choices); of several, the one that agrees in most, then the
-    first trained. Raises :class:`SettingsError` where trials of several settings are tagged.
+    first trained.
     """
     if run_id is not None:
         return next((i for i, row in enumerate(rows) if any(t.run_id == run_id for t in row.all_trials)), None)
-    tagged = [i for i, row in enumerate(rows) if any(t.role == BASELINE_ROLE for t in row.all_trials)]
-    if len(tagged) > 1:
-        raise SettingsError(
-            f"baseline must be one setting, got {len(tagged)} that sweeps took for theirs; name one: "
-            f"baseline={rows[tagged[0]].first.run_id}"
-        )
-    if tagged:
-        return tagged[0]
-    fitting = [i for i, row in enumerate(rows) if _has_choices(row.treatment, usual)]
-    return min(fitting, key=lambda i: (-_agreement(rows[i].treatment, usual), rows[i].started_ms), default=None)
+
+    def rank(i: int) -> tuple[int, int]:
+        return -_agreement(rows[i].treatment, usual), rows[i].started_ms
+
+    if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
+        return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
+    return min((i for i, row in enumerate(rows) if _has_choices(row.treatment, usual)), key=rank, default=None)
 
 
 def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:

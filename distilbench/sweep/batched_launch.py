@@ -68,7 +68,8 @@ def _log_as_sweep(config: DictConfig, context: HydraContext) -> None:
 
 def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str], number: int) -> DictConfig:
     """Return the job's config, as Hydra's basic launcher makes it."""
-    log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
+    told = filter_overrides([override.lstrip("+") for override in overrides])
+    log.info("\t#%d : %s", number, " ".join(told))
     job = context.config_loader.load_sweep_config(config, list(overrides))
     with open_dict(job):
         job.hydra.job.id = str(number)

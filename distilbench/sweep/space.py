@@ -153,10 +153,11 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
         raise SettingsError(f"the search space must be in Hydra's sweep syntax: {_first_line(error)}") from None
     dimensions: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
+    last: dict[str, Override] = {}
     for override in parsed:
-        key = override.get_key_element()
-        dimensions.pop(key, None)
-        fixed.pop(key, None)
+        last.pop(override.get_key_element(), None)
+        last[override.get_key_element()] = override
+    for key, override in last.items():
         if override.is_sweep_override():
             dimensions[key] = _distribution(key, override, is_grid)
         else:
@@ -174,7 +175,8 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
         raise SettingsError(f"{key} must have a value to try, got {override.input_line!r}")
     if is_grid:
         raise SettingsError(
-            f"{key} must be a list of values in a grid, got {override.input_line!r}; add hydra/sweeper=optuna"
+            f"{key} must be a list of values in a grid, got {override.input_line!r}; add hydra/sweeper=optuna, whose "
+            "samplers take it, but for grid"
         )
     try:
         distribution = create_optuna_distribution_from_override(override)

@@ -52,6 +52,7 @@ CONFIRMS = "distilbench.confirms"
 VIEW_COLUMNS = [
     *(f"metrics.`{name}`" for name in ("accuracy", "difference_points", "train_seconds", "train_flops")),
     "params.`freeze.layers`",
+    "tags.`distilbench.trial`",
 ]
 """Columns of the table that links open, as MLflow's page calls them."""
 

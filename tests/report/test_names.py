@@ -13,6 +13,11 @@ def test_the_most_telling_comes_first_and_the_seed_last():
     )
 
 
+def test_a_group_that_a_sweep_chooses_stands_where_its_name_stands_in_a_report():
+    space, report = ("scheduler", "optim.lr", "freeze.layers"), ("scheduler.name", "optim.lr", "freeze.layers")
+    assert name_of(dict.fromkeys(space, 0)) == name_of(dict.fromkeys(report, 0)) == "layers=0 scheduler=0 lr=0"
+
+
 def test_a_way_to_freeze_is_told_as_it_is_typed_and_its_embeddings_are_not_told():
     depth, bias = treatment(), treatment() | {"freeze.policy": "bias", "freeze.embeddings": True}
     assert varying_keys([depth, bias]) == ["freeze.policy"]

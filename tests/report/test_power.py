@@ -103,6 +103,12 @@ def test_where_seeds_shift_too_much_more_examples_come_with_more_seeds():
     assert power(spread, found.with_seeds, found.examples, 0.01) >= POWER
 
 
+def test_where_seeds_alone_are_too_far_apart_no_more_examples_are_asked_for():
+    found = needed(Spread(lasting=0.0, noise=0.03, shift=0.1**2), 3, 872, 0.01)
+    assert found.seeds > MOST_SEEDS
+    assert found.examples is None
+
+
 def test_more_rows_need_more():
     alone, among = (needed(spread_assumed(), 3, 5_000, 0.01, rows=rows) for rows in (1, 10))
     assert among.seeds > alone.seeds

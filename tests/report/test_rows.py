@@ -7,7 +7,6 @@ import pytest
 
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import Status
-from distilbench.settings import SettingsError
 from tests.report.made_trials import USUAL, failed, report_of, sweep, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)
@@ -83,10 +82,15 @@ def test_a_sweeps_own_baseline_and_one_that_is_named_go_first():
     assert find_baseline(rows, USUAL, run_id="nobody") is None
 
 
-def test_two_baselines_are_refused_with_the_remedy():
-    rows = rows_from([trial(0.9, role="baseline"), trial(0.89, 1, 1, FROZEN, role="baseline")])
-    with pytest.raises(SettingsError, match=r"^baseline must be one setting, got 2 .*; name one: baseline="):
-        find_baseline(rows, USUAL)
+def test_of_several_baselines_as_in_a_sweep_of_the_amount_of_text_the_one_with_most_work_counts():
+    amounts = [(500, 1e12), (None, 9e12), (2000, 4e12)]
+    rows = rows_from([
+        trial(0.8 + i / 50, 1, i, treatment() | {"data.max_train_examples": n}, role="baseline", train_flops=flops)
+        for i, (n, flops) in enumerate(amounts)
+    ])  # fmt: skip
+    assert rows[find_baseline(rows, USUAL)].treatment["data.max_train_examples"] is None
+    unfinished = rows_from([trial(0.8, role="baseline"), replace(failed(Status.DIVERGED, 1, COSINE), role="baseline")])
+    assert unfinished[find_baseline(unfinished, USUAL)].treatment == treatment()
 
 
 def test_a_sweep_of_two_hundred_settings_keeps_every_trial():

@@ -92,6 +92,8 @@ def test_numbers_of_trials_stand_where_there_are_any(report):
     assert re.search(r"^ *# +setting", printed(numbered), re.MULTILINE)
     assert not re.search(r"^ *# +setting", printed(report), re.MULTILINE)
     assert "| # | setting |" in markdown_report(numbered)
+    beside = report_of([trial(0.9, number="baseline/0"), trial(0.89, 1, 1, FROZEN, number="0")])
+    assert re.findall(r"^\| (\d*) ?\|", markdown_report(beside), re.MULTILINE) == ["", "0"]
 
 
 def test_csv_holds_plain_numbers_of_every_row(report):

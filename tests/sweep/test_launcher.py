@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +17,7 @@ from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, Launche
 from omegaconf import OmegaConf
 
 from distilbench.results import Owner, Record, Status
+from distilbench.sweep import batched_launch
 from tests.commands import Workspace
 from tests.conftest import TINY
 
@@ -103,6 +105,14 @@ def test_a_job_is_described_in_its_own_directory_and_environment_and_trained_in_
     assert "JOB" not in os.environ
     assert "SHARED" not in os.environ
     assert "SHARED=all" in (folder / "0" / "a_module.log").read_text()
+
+
+def test_the_log_tells_what_varies_in_a_job_and_not_how_hydra_is_led_to_it(caplog):
+    loader = SimpleNamespace(load_sweep_config=lambda config, overrides: OmegaConf.create({"hydra": {"job": {}}}))
+    overrides = ["optim.lr=1", "+seed=2", "hydra.sweep.subdir=3", "++hydra.job.env_set.JOB='x'"]
+    with caplog.at_level("INFO"):
+        batched_launch._compose(OmegaConf.create(), SimpleNamespace(config_loader=loader), overrides, 3)
+    assert caplog.messages == ["\t#3 : optim.lr=1 seed=2"]
 
 
 def test_every_job_has_its_own_hydra_folder_and_the_log_of_its_training(returns):

@@ -138,6 +138,8 @@ def test_the_command_line_replaces_what_the_configuration_says_of_a_key():
     assert space.dimensions == {"optim.lr": CategoricalDistribution([1, 2]),
                                 "train.epochs": CategoricalDistribution([5, 6])}  # fmt: skip
     assert space.fixed == ["freeze.layers=2"]
+    counted = read("optim.lr=1,2", params={"optim.lr": "interval(0,1)"}, is_grid=True)
+    assert counted.dimensions == {"optim.lr": CategoricalDistribution([1, 2])}
     back = read("freeze.layers=2", "freeze.layers=0,1")
     assert (back.fixed, list(back.dimensions)) == ([], ["freeze.layers"])
 

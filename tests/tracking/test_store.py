@@ -513,7 +513,7 @@ def test_links_open_a_view_that_the_experiment_keeps_with_the_columns_that_tell_
         assert view.get("searchFilter") == (f"tags.`distilbench.sweep` = '{sweep}'" if sweep else None)
         assert view["selectedColumns"] == [
             "metrics.`accuracy`", "metrics.`difference_points`", "metrics.`train_seconds`", "metrics.`train_flops`",
-            "params.`freeze.layers`",
+            "params.`freeze.layers`", "tags.`distilbench.trial`",
         ]  # fmt: skip
         assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`accuracy`", False)
 
