@@ -105,7 +105,8 @@ def _costs(row: Row) -> str:
 
 
 _ALL = (
-    Column("trial", lambda row: row.first.number, "#", lambda row: row.first.number if row.first.number.isdigit() else ""),
+    Column("trial", lambda row: row.first.number, "#",
+           lambda row: row.first.number if row.first.number.isdigit() else ""),
     Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
     Column("slice", lambda row: row.slice),
     Column("examples", lambda row: row.examples or None),

@@ -42,8 +42,8 @@ def p_value(p: float) -> str:
 
 
 def less(saved_percent: float, few: bool = False) -> str:
-    """``35 % less``, ``12 % more`` of a cost, or ``as much``; ``few``: ``35 % fewer``, ``as many``."""
-    whole = round(saved_percent)
+    """``35 % less``, ``12 % more`` of a cost, never all of it, or ``as much``; ``few``: ``35 % fewer``, ``as many``."""
+    whole = min(round(saved_percent), 99)
     if not whole:
         return "as many" if few else "as much"
     return f"{abs(whole)} % {('fewer' if few else 'less') if whole > 0 else 'more'}"

@@ -51,6 +51,6 @@ def test_the_noise_of_time_comes_from_equal_work_done_more_than_once():
     assert found == (pytest.approx(10.0), 3)
     assert noise_of_time([trial(0.9), trial(0.9, 1, 1, FROZEN)]) == (0.0, 0)
     estimates = [trial(0.9, s, train_flops=1e15, alone=False, solo_seconds_estimate=121.0) for s in (4, 5)]
-    assert noise_of_time([one[0], *estimates]) == (pytest.approx(100 * (1.21 ** 0.5**0.5 - 1)), 2)
+    assert noise_of_time([one[0], *estimates]) == (pytest.approx(100 * (1.21**0.5**0.5 - 1)), 2)
     apart = [trial(0.9, 1, train_flops=1e15, alone=False), trial(0.9, 2, train_flops=1e15, measured_on="cuda")]
     assert noise_of_time(apart) == (0.0, 0)

@@ -329,6 +329,7 @@ def test_frozen_part_in_words(settings, overrides, words):
         (less(35.2), "35 % less"),
         (less(-12.0), "12 % more"),
         (less(-0.2), "as much"),
+        (less(99.7, few=True), "99 % fewer"),
     ],
 )
 def test_formats(text, expected):
