@@ -18,7 +18,7 @@ from distilbench.cli import errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment, experiments
 from distilbench.identity import CHOICES, has_choices_of, short_hash
 from distilbench.results import StoredTrial
-from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, root, settings_from
+from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, require, root, settings_from
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
@@ -53,7 +53,9 @@ def compare_stored(settings: CompareSettings) -> None:
 
 def report_of(settings: CompareSettings) -> Report:
     """Find the trials and report on them; needs an initialised Hydra."""
-    _check_experiments(settings.experiments)
+    known = experiments()
+    for name in settings.experiments:
+        require(name in known, "experiment", f"one of {', '.join(known)}", name)
     from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report, margin_of
     from distilbench.tracking import find_store
 
@@ -84,7 +86,9 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
     if settings.experiments:
         found: dict[str, StoredTrial] = {}
         for name in settings.experiments:
-            own = [trial for trial in store.search(RunFilter(runs, tags, _params(name))) if _is_of(trial, name)]
+            wanted = default_treatment([f"experiment={name}"])  # of which freezing, schedule and optimizer count
+            alike = store.search(RunFilter(runs, tags, _params(name)))
+            own = [trial for trial in alike if has_choices_of(trial.treatment, wanted)]
             found |= {trial.run_id: trial for trial in own}
             names |= {short_hash(trial.treatment): name for trial in own if short_hash(trial.treatment) not in names}
         trials = list(found.values())
@@ -96,13 +100,6 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
     return trials, names
 
 
-def _check_experiments(asked: Sequence[str]) -> None:
-    known = experiments()
-    for name in asked:
-        if name not in known:
-            raise SettingsError(f"experiment must be one of {', '.join(known)}, got {name!r}")
-
-
 def _params(experiment: str) -> dict[str, str]:
     """Return what an experiment changes outside the groups that it sets as a whole, as runs' parameters have it."""
     from distilbench.tracking import params_of
@@ -112,12 +109,6 @@ def _params(experiment: str) -> dict[str, str]:
         for overrides in ([], [f"experiment={experiment}"])
     )
     return {k: v for k, v in changed.items() if plain.get(k) != v and not k.startswith(CHOICES)}
-
-
-def _is_of(trial: StoredTrial, experiment: str) -> bool:
-    """Whether a trial has an experiment's freezing, schedule and optimizer."""
-    wanted = default_treatment([f"experiment={experiment}"])
-    return has_choices_of(trial.treatment, wanted)
 
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment
+from distilbench.data.formats import TEXTS
 from distilbench.settings import (
     CONF,
     DataSettings,
@@ -129,34 +130,32 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     columns = _columns(settings, classifier)
     counts: Counter[str | None] = Counter()
     parts = _parts(settings, classifier, columns)
-    try:
-        first = next(parts)  # what can't be read is told before anything is written
-    except StopIteration:
-        raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file") from None
+    first = next(parts, None)  # what can't be read is told before anything is written
+    if first is None:
+        raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file")
     with (
         open_answers(path) as write,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         bar = progress.add_task("predicting", total=1.0)
-        for part in chain([first], parts):
-            answers = classifier.answer(part.rows, settings.batch_size)
+        for rows, share in chain([first], parts):
+            answers = classifier.answer(rows, settings.batch_size)
             answers.index += counts.total()
             counts.update(answers["prediction"])
             if settings.format == "glue":
                 answers = answers["prediction"].map(_codes(path, classifier)).to_frame()
             else:
                 for place, column in enumerate(columns.values()):
-                    answers.insert(place, column, [row[place] for row in part.rows])
+                    answers.insert(place, column, [row[place] for row in rows])
             write(answers)
-            progress.update(bar, completed=part.done)
+            progress.update(bar, completed=share)
     return counts
 
 
 def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str]:
     """Return the columns to read, by the settings that name them."""
-    asked = {"data.text_column": settings.data.text_column or classifier.text_column,
-             "data.pair_column": settings.data.pair_column or classifier.pair_column}  # fmt: skip
-    columns = {setting: column for setting, column in asked.items() if column}
+    given = zip(TEXTS, (settings.data.text_column, settings.data.pair_column), strict=True)
+    columns = dict(zip(TEXTS, classifier.columns, strict=False)) | {key: column for key, column in given if column}
     require(len(set(columns.values())) == len(columns), "data.pair_column", "another column than data.text_column",
             columns.get("data.pair_column"))  # fmt: skip
     for setting, column in columns.items():

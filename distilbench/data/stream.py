@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ from distilbench.data.hub import first_line
 from distilbench.data.readers import hub_builder, open_split
 from distilbench.settings import DataSettings, SettingsError, require
 
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows in order, each the values of the columns asked for; ``done`` is the share of all that is read."""
-
-    rows: list[tuple[str | None, ...]]
-    done: float
+Part = tuple[list[tuple[str | None, ...]], float]
+"""Some rows in order, each the values of the columns asked for, and the share of all rows that is read by then."""
 
 
 def read_file(given: str, columns: Columns) -> Iterator[Part]:
@@ -42,9 +36,7 @@ def _parts(file: FileRows) -> Iterator[Part]:
     count = 0
     while taken := list(islice(file.rows, PART)):
         count += len(taken)
-        yield Part(
-            [_checked(values, f"{file.title} {file.unit} {place}") for place, values in taken], file.share(count)
-        )
+        yield [_checked(values, f"{file.title} {file.unit} {place}") for place, values in taken], file.share(count)
 
 
 def _checked(values: Sequence[Any], place: str) -> tuple[str | None, ...]:

@@ -38,19 +38,10 @@ class Classifier:
     trained_on: dict[str, str | None]
 
     @property
-    def text_column(self) -> str:
-        """The column of its texts."""
-        return self.trained_on.get("text_column") or "text"
-
-    @property
-    def pair_column(self) -> str | None:
-        """The column of the second texts, where it was trained on pairs."""
-        return self.trained_on.get("pair_column")
-
-    @property
     def columns(self) -> list[str]:
-        """The columns of a text, or of the two of a pair."""
-        return [self.text_column, *([self.pair_column] if self.pair_column else [])]
+        """The column of its texts, and of the second ones where it was trained on pairs."""
+        pair = self.trained_on.get("pair_column")
+        return [self.trained_on.get("text_column") or "text", *([pair] if pair else [])]
 
     def predict(self, model_input: pandas.DataFrame, params: object = None) -> pandas.DataFrame:
         """Return :meth:`answer` to the rows of a table that has :attr:`columns`, as MLflow asks."""

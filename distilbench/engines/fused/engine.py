@@ -106,12 +106,9 @@ class FusedEngine:
         for members in waiting.values():
             size = _trials_that_fit(context, members[0].settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                part, graph_steps = members[start : start + size], self._uses_graph_steps(context)
-                TrialGroup(part, observer, results, self.prefix_bytes, graph_steps).run(began)
+                graph_steps = context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
+                TrialGroup(members[start : start + size], observer, results, self.prefix_bytes, graph_steps).run(began)
                 began = time.perf_counter()
-
-    def _uses_graph_steps(self, context: GroupContext) -> bool:
-        return context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
 
 
 def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> GroupContext:
