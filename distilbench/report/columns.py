@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.report.costs import NO_SAVING
 from distilbench.report.formats import (
     csv_text,
     duration,
@@ -167,7 +168,7 @@ PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
     replace(CSV["train_seconds"], title="training time",
-            text=lambda row: duration(row.cost.seconds) if row.cost.seconds > 0 else row.status),
+            text=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
     replace(CSV["time_gain_percent"], title="time gain",
             text=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
 )  # fmt: skip

@@ -22,11 +22,8 @@ _TELLING = (
 
 def in_order(keys: Sequence[str]) -> list[str]:
     """Sort keys, the most telling first; a group that is chosen stands where its name does."""
-
-    def rank(key: str) -> tuple[bool, int, str]:
-        return key == "seed", next(i for i, start in enumerate(_TELLING) if f"{key}.name".startswith(start)), key
-
-    return sorted(keys, key=rank)
+    places = {key: next(i for i, start in enumerate(_TELLING) if f"{key}.name".startswith(start)) for key in keys}
+    return sorted(keys, key=lambda key: (key == "seed", places[key], key))
 
 
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:

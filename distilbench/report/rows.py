@@ -199,7 +199,7 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
         return next((i for i, row in enumerate(rows) if any(t.run_id == run_id for t in row.all_trials)), None)
 
     def rank(i: int) -> tuple[int, int]:
-        return -_agreement(rows[i].treatment, usual), rows[i].started_ms
+        return -sum(rows[i].treatment.get(key) == value for key, value in usual.items()), rows[i].started_ms
 
     if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
         return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
@@ -210,10 +210,6 @@ def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -
     """Whether freeze, scheduler and optim are the report's choices; the rest a baseline shares with its trials."""
     same_text = all(treatment.get(key) == value for key, value in usual.items() if key.startswith("data."))
     return same_text and has_choices_of(treatment, usual)
-
-
-def _agreement(treatment: Mapping[str, object], usual: Mapping[str, object]) -> int:
-    return sum(treatment.get(key) == value for key, value in usual.items())
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:

@@ -49,7 +49,8 @@ def rows_by_slice(rows: Sequence[Row], read: ReadPredictions, margin: float) -> 
     if slices is None:
         return ()
     names = Counter(slices.tolist()).most_common()
-    pairs = [(row, each) for row, each in zip(told, kept, strict=True) if _has_all(each, len(slices))]
+    pairs = [(row, each) for row, each in zip(told, kept, strict=True)
+             if all(one is not None and len(one.labels) == len(slices) for one in each.values())]  # fmt: skip
     base = next((each for row, each in pairs if row.is_baseline), None)
     found = [_on_slice(*pair, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for pair in pairs]
     differences = [row.difference for row in found if row.difference]
@@ -59,10 +60,6 @@ def rows_by_slice(rows: Sequence[Row], read: ReadPredictions, margin: float) -> 
         replace(row, difference=replace(row.difference, p_holm=next(p_holm))) if row.difference else row
         for row in found
     )
-
-
-def _has_all(predictions: dict[int, Predictions | None], examples: int) -> bool:
-    return all(kept is not None and len(kept.labels) == examples for kept in predictions.values())
 
 
 def _on_slice(

@@ -262,9 +262,11 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "schedule", f"{_schedule(settings.scheduler)}, {rates}"
     precision = result.precision or train.precision
     parts = f" ({result.micro_batch_size} at once)" if result.micro_batch_size else ""
+    seen = result.history[-1].epoch if train.patience and result.history else train.epochs
+    ended = f", ended after {seen:g} by patience" if seen < train.epochs else ""
     yield (
         "training",
-        f"{counted(train.epochs, 'epoch')}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
+        f"{counted(train.epochs, 'epoch')}{ended}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
         f"{precision}, seed {settings.seed}, engine {settings.engine.name}",
     )
     if result.report is not None:

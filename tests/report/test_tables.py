@@ -75,6 +75,8 @@ def test_the_papers_layout_has_its_columns_and_its_order(report):
     assert rows[0][1:] == ["90.71 %", "0.3255", "22 min 51 s", "-"]
     assert ["layers=3", "90.02 %", "0.3330", "14 min 48 s", "+35 %"] in rows
     assert ["scheduler=cosine lr=3e-05", "90.60 %", "0.3804", "22 min 46 s", "+0 %"] in rows
+    shared = report_of([trial(0.9), trial(0.89, 1, 1, FROZEN, alone=False, solo_seconds_estimate=700.0)])
+    assert "about 11 min 40 s" in printed(shared, width=120, layout="paper")
 
 
 def test_markdown_links_each_setting_to_its_run(report):

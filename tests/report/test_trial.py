@@ -209,6 +209,14 @@ def test_summary_tells_how_many_examples_were_taken_at_once_where_memory_was_sho
     )
 
 
+def test_summary_tells_where_patience_ended_a_trial(summary):
+    assert summary.result.report
+    trained = replace(summary.result, history=(summary.result.report,))
+    patient = replace(summary.settings, train=replace(summary.settings.train, patience=1))
+    told = [shown(replace(summary, result=trained, settings=each)) for each in (patient, summary.settings)]
+    assert ["3 epochs, ended after 2 by patience, batch 16" in text for text in told] == [True, False]
+
+
 def test_no_figure_of_the_comparison_is_cut_on_a_terminal_of_80_columns(summary):
     costly = (replace(trial, train_flops=4.22e12, train_seconds=3725.0) for trial in (stored(SAME), baseline(SAME)))
     lines = shown(replace(summary, comparison=compare(*costly, 1.0))).splitlines()
