@@ -59,6 +59,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     from rich.console import Console
 
     from distilbench.data.stream import check_output
+    from distilbench.report.formats import counted
 
     console = Console(highlight=False)
     if settings.format == "table":
@@ -70,7 +71,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     counts = _write(settings, classifier, path, console)
     named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())
     seconds = time.perf_counter() - began
-    console.print(f"{counts.total():,} texts in {seconds:.1f} s: {named}", markup=False, soft_wrap=True)
+    console.print(f"{counted(counts.total(), 'text')} in {seconds:.1f} s: {named}", markup=False, soft_wrap=True)
     console.print(f"predictions  {path}", markup=False, soft_wrap=True)
     return counts
 
@@ -128,6 +129,8 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     from distilbench.data.stream import open_answers
 
     columns = _columns(settings, classifier)
+    is_named, names = path.stem in NAMED_IN_GLUE, classifier.label_names
+    codes = {name: name if is_named else str(number) for number, name in enumerate(names)}
     counts: Counter[str | None] = Counter()
     parts = _parts(settings, classifier, columns)
     first = next(parts, None)  # what can't be read is told before anything is written
@@ -143,7 +146,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
             answers.index += counts.total()
             counts.update(answers["prediction"])
             if settings.format == "glue":
-                answers = answers["prediction"].map(_codes(path, classifier)).to_frame()
+                answers = answers["prediction"].map(codes).to_frame()
             else:
                 for place, column in enumerate(columns.values()):
                     answers.insert(place, column, [row[place] for row in rows])
@@ -188,12 +191,6 @@ def _path(settings: PredictSettings, classifier: Classifier) -> Path:
         names = ", ".join(dict.fromkeys(f"{name}.tsv" for name in GLUE.values()))
         raise SettingsError(f"output must be named after GLUE's task ({names}), got {given.name!r}")
     return (given.parent if given.suffix else given) / f"{task}.tsv"
-
-
-def _codes(path: Path, classifier: Classifier) -> dict[str, str]:
-    """Return what stands for each label in a submission file of GLUE."""
-    names = classifier.label_names
-    return {name: name if path.stem in NAMED_IN_GLUE else str(number) for number, name in enumerate(names)}
 
 
 def cli() -> None:

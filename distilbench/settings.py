@@ -113,6 +113,8 @@ class PathIf:
 
 MARGIN = within("(0, 100]")
 DEVICE = named("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
+REGISTERED = named("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
+                   r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
 
 AS_TYPED = "as typed"
 """Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
@@ -486,7 +488,7 @@ class TrackingSettings(Checked, group="tracking"):
     log_model: Annotated[str, one_of(LOG_MODEL)] = "never"
     """never | best | always: whether a finished trial's model is logged as an MLflow model, after its training; best is
     a trial on its own, and of a sweep the answer alone, at its end."""
-    register: Annotated[Optional[str], named("NAME or NAME@ALIAS", r"[^/:@]+(@[\w-]+)?", 256)] = None
+    register: Annotated[Optional[str], REGISTERED] = None
     """Name in MLflow's registry under which a logged model becomes the newest version, with an alias; null is none."""
 
     def _check(self) -> None:

@@ -64,12 +64,12 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._bar:
-            self._bar.start()
+            self._bar.drawn.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar:
-            self._bar.stop()
+            self._bar.drawn.stop()
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Move the bar, or print a line where the last one is old enough."""
@@ -115,7 +115,7 @@ class _Bar:
         from rich.table import Column
 
         whole = Column(no_wrap=True, overflow="ellipsis")
-        self._progress = Progress(
+        self.drawn = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}", markup=False, table_column=whole),
@@ -123,16 +123,10 @@ class _Bar:
             expand=True,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, status="first steps")
-
-    def start(self) -> None:
-        self._progress.start()
-
-    def stop(self) -> None:
-        self._progress.stop()
+        self._task = self.drawn.add_task("", total=None, status="first steps")
 
     def show(self, count: str, record: StepRecord, left: float | None) -> None:
-        self._progress.update(
+        self.drawn.update(
             self._task, description=count, completed=record.step, total=record.steps, status=step_text(record, left)
         )
 
