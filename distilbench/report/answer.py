@@ -23,7 +23,8 @@ def answer(report: Report) -> list[str]:
     """Return the sentence that answers what was asked, and at most one more."""
     base, candidates = report.baseline, report.candidates
     if not candidates and (base is None or not base.trials):
-        return [f"No trial finished: {_endings(report)}."]
+        ended = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
+        return [f"No trial finished: {', '.join(f'{count} {status}' for status, count in ended.items())}."]
     if base is None or not base.trials:
         finished = counted(len(candidates), "setting")
         return [f"{finished} finished, compared with nothing: there is no finished baseline."]
@@ -147,8 +148,3 @@ def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
         word = "shows only now" if survived else "was none in the sweep either"
     then, now = size_of(winner), size_of(winner.again)
     return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
-
-
-def _endings(report: Report) -> str:
-    counts = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
-    return ", ".join(f"{n} {status}" for status, n in counts.items())

@@ -88,10 +88,6 @@ def _time(row: Row) -> str:
     return f"about {told}" if row.cost.is_estimate else told
 
 
-def _loses_at_most(row: Row) -> str:
-    return f"{max(row.difference.loses_at_most, 0):.2f}" if row.difference else ""
-
-
 def _seeds(row: Row) -> str:
     """How many seeds finished, and how the others ended."""
     ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
@@ -132,7 +128,8 @@ _ALL = (
     Column("p", _of_difference("p")),
     Column("p_holm", _of_difference("p_holm"), "p (Holm)",
            lambda row: p_value(row.difference.p_holm) if row.difference else ""),
-    Column("loses_at_most_points", _of_difference("loses_at_most"), "loses at most", _loses_at_most),
+    Column("loses_at_most_points", _of_difference("loses_at_most"), "loses at most",
+           lambda row: f"{max(row.difference.loses_at_most, 0):.2f}" if row.difference else ""),
     Column("p_margin", _of_difference("p_loss")),
     Column("p_margin_holm", _of_difference("p_loss_holm")),
     Column("seeds_needed", _of_needed("seeds"), "to decide", decided_by),
