@@ -44,8 +44,9 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
     if not good:
-        none = f"{nothing} was shown to be better than the baseline, or to lose less than {margin_text(report.margin)}."
-        return none, confirmed or _undecided(report)
+        learned = "to have learned, and " if any(row.claim in GOOD for row in candidates) else ""
+        wanted = f"to be better than the baseline, or to lose less than {margin_text(report.margin)}"
+        return f"{nothing} was shown {learned}{wanted}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
     rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
     saved = ", ".join(_savings(cheapest, report))

@@ -65,6 +65,15 @@ def test_what_is_shown_to_lose_too_much_leaves_nothing_open():
     ]
 
 
+def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_says_why():
+    report = three()
+    idle = replace(report, rows=tuple(replace(row, has_learned=False) for row in report.rows))
+    assert (
+        "None of the 2 settings tried was shown to have learned, and to be better than the baseline, or"
+        in answer(idle)[0]
+    )
+
+
 def test_a_saving_of_time_within_its_noise_is_not_told_of():
     base = [trial(0.9, seed, train_flops=1e15, train_seconds=s) for seed, s in ((1, 100.0), (2, 160.0))]
     frozen = [trial(0.9, seed, 1, FROZEN, train_flops=5e14, train_seconds=s) for seed, s in ((1, 70.0), (2, 110.0))]
