@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -14,6 +16,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.settings import root
@@ -89,6 +92,16 @@ class Pool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
+class OnRay(Sequential):
+    """Hands a batch to Ray's launcher."""
+
+    def stop(self) -> None:
+        """Leave the cluster, which kills this sweep's jobs there before their trials are closed."""
+        import ray
+
+        ray.shutdown()
+
+
 def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:
     """Return what suits a launcher: ``n_jobs`` trials at once, by default one where they share one process."""
     launch = partial(_launch_through, launcher)
@@ -101,13 +114,31 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         if workers == 1:  # joblib then works in the thread that asks, which must be the main one for signals
             return Sequential(launch, 1)
         return Pool(launch, min(n_jobs or workers, workers))
+    if config._target_.endswith(".RayLauncher"):
+        return OnRay(partial(_launch_on_ray, launcher, launcher.task_function), n_jobs)  # type: ignore[attr-defined]
     return Sequential(launch, n_jobs)
+
+
+def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:
+    """Launch jobs with the variables that lead to the study and to MLflow: Ray's processes have the cluster's.
+
+    They travel with the function, which Ray keeps in memory: a setting would put a password on disk.
+    """
+    named = re.findall(r"\$\{oc\.env:(\w+)", " ".join(text for job in jobs for text in (job.storage, *job.overrides)))
+    carried = {name: value for name, value in os.environ.items() if name in named or name.startswith("MLFLOW_")}
+    launcher.task_function = partial(_with_variables, carried, task)
+    return _launch_through(launcher, jobs)
+
+
+def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictConfig) -> Any:
+    os.environ.update(variables)
+    return task(config)
 
 
 def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
     """Launch jobs as Hydra's sweepers do, each with the overrides that lead it to its directory and ``job.json``."""
     returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], jobs[0].number)
-    return [None if r.status is JobStatus.COMPLETED else _error_of(r._return_value) for r in returns]
+    return [None if r.status is JobStatus.COMPLETED else r._return_value for r in returns]
 
 
 def _overrides(job: SweepJob) -> list[str]:
@@ -121,17 +152,13 @@ def _overrides(job: SweepJob) -> list[str]:
     return [*job.overrides, f"hydra.sweep.subdir={job.trial}", *(f"{key}={path}" for key, path in quoted.items())]
 
 
-def _error_of(value: Any) -> BaseException:
-    return value if isinstance(value, BaseException) else RuntimeError("no result")
-
-
 @contextlib.contextmanager
 def quiet_launchers(config: DictConfig) -> Iterator[None]:
     """Keep launchers from a paragraph about each trial, of which the sweep says what there is to say itself.
 
     ``hydra.verbose`` lets them speak.
     """
-    logs = [logging.getLogger(name) for name in ("hydra_plugins.hydra_joblib_launcher", "hydra._internal.core_plugins")]
+    logs = [logging.getLogger(name) for name in ("hydra_plugins", "hydra._internal.core_plugins")]
     levels = [log.level for log in logs]
     for log in logs if not config.hydra.verbose else ():
         log.setLevel(logging.WARNING)

@@ -1,0 +1,120 @@
+"""Sweeps through ``hydra/launcher=ray``: a worker that dies, and Ctrl-C; on a cluster of one processor, started here.
+
+The cluster knows neither the directory nor the variables of the sweep, as one that was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.util import find_spec
+
+import psutil
+import pytest
+
+from distilbench.results import Status, read_record
+from tests.commands import ROOT
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        find_spec("ray") is None or find_spec("hydra_plugins.hydra_ray_launcher") is None, reason="needs the extra ray"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Start Ray on the loopback interface; returns its address."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: it holds sockets
+        with socket.socket() as one, socket.socket() as another:
+            ports = []
+            for free in (one, another):
+                free.bind(("127.0.0.1", 0))
+                ports.append(free.getsockname()[1])
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1",
+                   "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--temp-dir={folder}",
+                   "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000",
+                   f"--ray-client-server-port={ports[1]}", "--dashboard-agent-listen-port=0"]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_enable_metrics_collection": "0"}
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout
+            assert any("Ray runtime started" in line for line in process.stdout)
+            yield f"127.0.0.1:{ports[0]}"
+        finally:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            process.communicate(timeout=60)
+            for left in psutil.wait_procs(started, timeout=10)[1]:
+                left.kill()
+
+
+def start(workspace, cluster: str, epochs: int):
+    """Start a sweep of two trials whose study and runs stand where only its own environment says."""
+    study, workspace.uri = (f"sqlite:///{workspace.path}/{name}" for name in ("study.db", "runs/mlflow.db"))
+    return workspace.start("hydra/launcher=ray", f"hydra.launcher.ray.init.address={cluster}", "seed=1,2",
+                           "hydra.sweeper.storage=${oc.env:SWEEP_DB}", "sweep.name=rays",
+                           "sweep.baseline=false", f"train.epochs={epochs}", "output.save_model=false", real=True,
+                           MLFLOW_TRACKING_URI=workspace.uri, SWEEP_DB=study)  # fmt: skip
+
+
+def worker_of(workspace, process) -> int:
+    """Wait until a trial trains; returns the pid of the process that it trains in."""
+    deadline = time.monotonic() + 120
+    while True:
+        records = [read_record(workspace.sweep("rays") / number) for number in ("0", "1")]
+        running = [record for record in records if record and record.run_id and record.status is Status.RUNNING]
+        if running:
+            return running[0].owner.pid
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def statuses_of_trials(workspace) -> list[Counter[str]]:
+    """How the trials ended by the study, and their runs by MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(workspace.uri)
+    runs = client.search_runs([client.get_experiment_by_name("distilbench").experiment_id])
+    trials = workspace.study("rays", url=f"sqlite:///{workspace.path}/study.db")
+    return [
+        Counter(trial.user_attrs["status"] for trial in trials),
+        Counter(run.info.status for run in runs if "distilbench.trial" in run.data.tags),
+    ]
+
+
+def test_a_trial_whose_worker_is_killed_is_tried_again_and_study_records_and_runs_agree(workspace, cluster):
+    process = start(workspace, cluster, epochs=20)
+    os.kill(worker_of(workspace, process), signal.SIGKILL)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err, err
+
+    assert statuses_of_trials(workspace) == [{"FINISHED": 2}, {"FINISHED": 2, "KILLED": 1}]
+    for number in (0, 1):
+        assert workspace.record("rays", number)["status"] == "FINISHED"
+        assert (workspace.sweep("rays") / str(number) / "predictions.parquet").exists()
+    assert sorted(path.name for path in workspace.path.iterdir()) == [
+        ".study.db.lock", "outputs", "runs", "study.db"]  # fmt: skip
+
+
+def test_ctrl_c_ends_the_trials_of_the_cluster_and_leaves_no_run_running(workspace, cluster):
+    process = start(workspace, cluster, epochs=20000)
+    worker = psutil.Process(worker_of(workspace, process))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, out + err
+    worker.wait(20)
+
+    study, runs = statuses_of_trials(workspace)
+    assert study == {"INTERRUPTED": 2}
+    assert runs == {"KILLED": 1}, "of the trial that waited for a processor there is no run"
+    assert {workspace.record("rays", number)["status"] for number in (0, 1)} == {"INTERRUPTED"}
