@@ -94,7 +94,8 @@ def _short(value: object) -> object:
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
     """Declare the checkpoint at ``path`` whole, then remove those before it."""
-    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    files = [file for file in path.iterdir() if file.name != _SEAL]  # which is there where a step is kept twice
+    sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
     content = {"identity": identity, "progress": asdict(replace(progress, history=[])) | {"history": history}}
     partial = path / f"{_SEAL}.partial"
