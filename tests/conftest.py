@@ -12,6 +12,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for a hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and threads that spin cost a lot
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that tests start would inherit a SIGHUP that is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background jobs would
 
 from hydra import compose, initialize_config_dir
 

@@ -109,7 +109,10 @@ def test_an_unknown_key_is_answered_by_hydra(workspace):
 def test_help_shows_groups_and_examples_and_imports_nothing_heavy(workspace):
     done = workspace.run("--help", fresh=True, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
-    for words in ("experiment: baseline, hyperparameters, layer_freezing, quick", "--multirun freeze.layers=0,3"):
+    for words in (
+        "experiment: baseline, bias, full, head, hyperparameters, ia3, layer_freezing, lora, quick",
+        "--multirun freeze.layers=0,3",
+    ):
         assert words in done.stdout
     said, imported = split_imports(done.stderr)
     assert said == []

@@ -25,6 +25,7 @@ from distilbench.engines.fused.cuda.buckets import Bucket
 from distilbench.engines.fused.cuda.graph_step import EagerRunner, GraphSteps
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
+from distilbench.engines.loss import Loss
 from distilbench.models.freezing import frozen_names
 from distilbench.settings import FreezeSettings, OptimSettings
 
@@ -154,7 +155,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     losses = torch.empty(trials, device=META)
     step = GraphSteps(
         weights, StackedOptimizer(weights, moments, optim), prefix if layers else None, SimpleNamespace(seeds=(1,)),
-        np.ones((1, trials)), losses, losses.clone(), 0, EagerRunner(),
+        np.ones((1, trials)), losses, losses.clone(), Loss(0.0, None), 0, EagerRunner(),
     )  # fmt: skip
     step._buffers_of(BUCKET)
     with counted() as launches:
