@@ -79,7 +79,7 @@ def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -
     if len({trial.measured_on for trial in everyone}) > 1:
         return Saving(flops=flops, time_note="measured on different devices, engines, precisions or library versions")
     unknown = any(math.isnan(seconds_of(trial)) for trial in everyone)
-    shared = "trained in a batch with other trials" if any(not trial.alone for trial in everyone) else "none recorded"
+    shared = "trained beside other trials" if any(not trial.alone for trial in everyone) else "none recorded"
     return Saving(
         seconds=_saved(ours.seconds, base.seconds),
         cpu_seconds=_saved(ours.cpu_seconds, base.cpu_seconds),

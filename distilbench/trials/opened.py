@@ -16,7 +16,7 @@ from distilbench.identity import trial_identity
 from distilbench.results import PREDICTIONS, Owner, Predictions, Record, Status, TrialResult, read_record
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
-from distilbench.trials.prepared import Lease, Prepared, SweepContext, prepared_trial, run_start
+from distilbench.trials.prepared import Lease, Prepared, SweepContext, prepared_trial, run_start, shares_device
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ class OpenTrial:
     record: Record
     run: MlflowRun | None
     """None where nothing is tracked."""
+    alone: bool
+    """Whether it has the device to itself, so that its seconds are its own."""
     lease: Lease | None = None
     """Who may still close it; None for a trial by itself, which nobody else does."""
     result: TrialResult | None = None
@@ -66,10 +68,11 @@ def open_trials(
     opened: list[OpenTrial] = []
     try:
         for settings, record, context in zip(trials, records, contexts, strict=True):
-            start = run_start(settings, prepared, record.run_id, context, alone=len(trials) == 1)
+            alone = len(trials) == 1 and not (context.is_quiet and shares_device(settings))
+            start = run_start(settings, prepared, record.run_id, context, alone)
             run = store.begin(start) if store else None
             record = replace(record, run_id=run.run_id if run else None)
-            opened.append(OpenTrial(settings, prepared, start.name, record, run, context.lease))
+            opened.append(OpenTrial(settings, prepared, start.name, record, run, alone, context.lease))
             _write_first(record, opened[-1].directory)
         yield opened
     except BaseException as error:

@@ -137,6 +137,11 @@ def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
     return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
 
 
+def shares_device(settings: AppSettings) -> bool:
+    """Return whether processes side by side share what the settings train on: a CPU; GPUs are handed out."""
+    return resolve_device(settings.engine.device).type == "cpu"
+
+
 def run_start(
     settings: AppSettings, prepared: Prepared, run_id: str | None, context: SweepContext, alone: bool
 ) -> RunStart:

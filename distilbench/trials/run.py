@@ -49,6 +49,8 @@ class Outcome:
     """The run's name."""
     predictions: Predictions | None
     """What the kept epoch said of the report split."""
+    alone: bool
+    """Whether it had the device to itself, so that its seconds are its own."""
     comparison: Comparison | None = None
     """None for a baseline, and where there is none to compare with."""
 
@@ -74,7 +76,7 @@ class Outcome:
             train_seconds=self.result.train_seconds,
             trainable_parameters=self.result.trainable_parameters,
             measured_on=self.prepared.measured_on,
-            alone=self.result.alone,
+            alone=self.alone,
             predictions=self.predictions,
             train_cpu_seconds=math.nan if cpu_seconds is None else cpu_seconds,
             train_flops=self.result.train_flops,
@@ -207,7 +209,7 @@ def _share_batch(opened: Sequence[OpenTrial], seconds: float, solo_seconds: floa
 def _outcome(trial: OpenTrial) -> Outcome:
     assert trial.result is not None  # else the engine had raised
     run_id = trial.run.run_id if trial.run else None
-    return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions)
+    return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions, trial.alone)
 
 
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:

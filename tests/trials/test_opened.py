@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distilbench.results import PREDICTIONS, Evaluation, Owner, Record, Status, StepRecord, TrialResult, read_record
 from distilbench.settings import SettingsError
@@ -248,6 +249,19 @@ def _noting(results, train):
         return results[-1]
 
     return noting
+
+
+@pytest.mark.parametrize(("is_beside_others", "device", "alone"),
+                         [(False, "cpu", True), (True, "cpu", False), (True, "cuda", True)])  # fmt: skip
+def test_seconds_are_a_trials_own_unless_others_train_on_its_cpu(
+    store, prepared, trials, monkeypatch, is_beside_others, device, alone
+):
+    monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
+    monkeypatch.setattr("distilbench.trials.prepared.resolve_device", lambda name: torch.device(device))
+    outcome = run.run(trials[0], prepared, store, SweepContext(is_quiet=is_beside_others))
+    assert outcome.stored.alone == store.newest_baseline(
+        prepared.protocol.id, outcome.stored.treatment, outcome.stored.seed
+    ).alone == alone  # fmt: skip
 
 
 def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_in_its_run(
