@@ -139,7 +139,7 @@ def test_without_predictions_there_is_no_test_and_the_sentence_says_so(lacking):
     ("changes", "reason"),
     [
         ({"measured_on": "cuda; trainer"}, "different devices"),
-        ({"alone": False}, "in a batch"),
+        ({"alone": False}, "beside other trials"),
         ({"train_seconds": 0.0}, "none recorded"),
     ],
 )

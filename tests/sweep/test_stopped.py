@@ -16,7 +16,7 @@ import sqlite3
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from distilbench import cli
 from distilbench.results import Evaluation, Status, TrialResult
 from distilbench.settings import register_schema, settings_from
-from distilbench.sweep import runner
+from distilbench.sweep import heartbeat, runner
 from distilbench.sweep.executors import Sequential
 from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
@@ -108,6 +108,8 @@ class Ground:
         prepared = preparation.prepare(self.settings)
         monkeypatch.setattr(preparation, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
+        for module in (heartbeat, runner):  # a thread would make its writes whenever it comes to run
+            monkeypatch.setattr(module, "beating", _beating_once)
         monkeypatch.setattr(runner, "report_sweep", lambda *given: object())
         monkeypatch.setattr(runner, "default_treatment", dict)
         monkeypatch.setattr(tags, "_git_tags", dict)
@@ -154,6 +156,12 @@ class Ground:
         runs = self.query(self.folder / "mlflow.db", "SELECT r.status, t.value FROM runs r JOIN tags t ON r.run_uuid = "
                           "t.run_uuid AND t.key = 'distilbench.status'")  # fmt: skip
         return {"study": Counter(study), "records": Counter(records), "runs": Counter(runs)}
+
+
+@contextmanager
+def _beating_once(beat, seconds):
+    beat()
+    yield
 
 
 def _tracked_in(folder: Path, settings):
