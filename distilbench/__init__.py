@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from distilbench.version import __version__
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from pandas import DataFrame
@@ -20,9 +22,16 @@ if TYPE_CHECKING:
     from distilbench.trials.prepared import Job
     from distilbench.trials.run import Outcome
 
-__version__ = "0.1.0"
-
-__all__ = ["compose", "make_report", "predict_texts", "run_sweep", "to_table", "train_trial", "train_trials"]
+__all__ = [
+    "__version__",
+    "compose",
+    "make_report",
+    "predict_texts",
+    "run_sweep",
+    "to_table",
+    "train_trial",
+    "train_trials",
+]
 
 
 def compose(*overrides: str) -> AppSettings:

@@ -15,7 +15,7 @@ def main() -> None:
     exit_immediately()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
-        from distilbench import __version__
+        from distilbench.version import __version__
 
         print(f"distilbench {__version__}")
     elif name == "completion":

@@ -20,8 +20,8 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distilbench import __version__
 from distilbench.settings import AppSettings, SettingsError, names_of
+from distilbench.version import __version__
 
 STATUS = {getattr(signal, name): 128 + getattr(signal, name)
           for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)}  # fmt: skip
