@@ -97,7 +97,7 @@ def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
 
 
 def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a comma-separated table with the line on which each begins; empty lines hold none."""
+    """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
     reader = csv.reader(lines, strict=True)
     line, count, places = 1, 0, ""
@@ -113,8 +113,7 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
         if reader.line_num > line:
             count += 1
             places += f", {line} to {reader.line_num}" if count <= 5 else ""
-        if record:
-            yield line, record
+        yield line, record
         line = reader.line_num + 1
     if count:
         more = f" and {count - 5:,} more" if count > 5 else ""
@@ -129,7 +128,7 @@ def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
     spreadsheets write one.
     """
     numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1))
-    records = ((number, _tsv_fields(line)) for number, line in numbered if line)
+    records = ((number, _tsv_fields(line) if line else []) for number, line in numbered)
     yield from _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
 
 
@@ -141,13 +140,23 @@ def _tsv_fields(line: str) -> list[str]:
 
 
 def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
-    """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header."""
-    _, header = next(records, (0, []))
+    """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header.
+
+    An empty line is no record, unless there is but one column: there it is an empty field, if another record follows.
+    """
+    _, header = next((found for found in records if found[1]), (0, []))
     if not header:
         raise SettingsError(f"{title} must start with a header line, got an empty file; check that it is the right one")
     check_columns(header, columns, title)
     places = [header.index(column) for column in columns.values()]
+    empty: list[int] = []
     for line, record in records:
+        if not record:
+            empty.append(line)
+            continue
+        if len(header) == 1:
+            yield from ((number, ("",) * len(places)) for number in empty)
+        empty.clear()
         if len(record) != len(header):
             raise SettingsError(
                 f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; {remedy}"
@@ -156,7 +165,7 @@ def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Column
 
 
 def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """One JSON object a line; empty lines hold none."""
+    """Read one JSON object a line; empty lines hold none."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{title} line {number}"
@@ -164,7 +173,7 @@ def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[
 
 
 def _read_json(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """One JSON list of objects, which is read as a whole: JSON can't be read in parts."""
+    """Read one JSON list of objects, which is read as a whole: JSON can't be read in parts."""
     content = _json("".join(lines), title)
     if not isinstance(content, list):
         raise SettingsError(f"{title} must be a JSON list of objects, got {show(content)}; or write .jsonl, one a line")

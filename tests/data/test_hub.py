@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from distilbench.data import hub as sources
 from distilbench.data.hub import file_sha256, hub_reachable, package_file
 from distilbench.settings import SettingsError
+from tests.loopback_hub import serving_requests
 
 LATE_SECONDS = 60
 """When what keeps a probe waiting gives way: nothing but a probe that waits too long sees it."""
@@ -50,13 +51,8 @@ def serving(status: int):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving_requests(Handler) as address:
+        yield address, seen
 
 
 @contextmanager

@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from distilbench.data.hub import file_sha256
 from distilbench.models.resolve import MINILM_SHA256, check_freeze, check_length, resolve_model, used_now
 from distilbench.settings import FreezeSettings, ModelSettings, SettingsError
+from tests.loopback_hub import serving_requests
 from tests.models.made_checkpoints import MINILM, random
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -159,13 +159,8 @@ def hub(repositories):
         def log_message(self, *_) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving_requests(Handler) as address:
+        yield address, seen
 
 
 RESOLVE = """
