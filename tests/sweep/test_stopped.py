@@ -26,6 +26,7 @@ from hydra import compose, initialize_config_dir
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from sqlalchemy.engine.default import DefaultDialect
 
 from distilbench import cli
@@ -59,11 +60,13 @@ class NoTraining:
 
 
 class Stop:
-    """Ends this process after its ``at``-th write; counts them all without one."""
+    """Ends this process after its ``at``-th write, of hearts apart; counts them all without one."""
 
     def __init__(self, at: int, number: int) -> None:
         self.at, self.number, self.writes = at, number, 0
         self._changes: dict[int, int] = {}
+        self._is_beating = False
+        beat, RDBStorage.record_heartbeat = RDBStorage.record_heartbeat, lambda *given: self.beat(beat, *given)
         self._replace, os.replace = os.replace, self.replace
         self._commit, DefaultDialect.do_commit = DefaultDialect.do_commit, lambda dialect, c: self.commit(dialect, c)
 
@@ -78,7 +81,17 @@ class Stop:
             self._changes[id(connection.driver_connection)] = changes
             self._count()
 
+    def beat(self, beat, *given) -> None:
+        """Let a heart beat: of two beats in a second the latter writes nothing, so that their number is the clock's."""
+        self._is_beating = True
+        try:
+            beat(*given)
+        finally:
+            self._is_beating = False
+
     def _count(self) -> None:
+        if self._is_beating:
+            return
         self.writes += 1
         if self.writes == self.at:
             os._exit(-9) if self.number == signal.SIGKILL else signal.raise_signal(self.number)
