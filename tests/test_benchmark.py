@@ -5,41 +5,41 @@ from __future__ import annotations
 import json
 import multiprocessing
 
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from distilbench.bench.cases import ENGINE, TUNED, Case, Measured, _covered, together
-from distilbench.bench.table import Row
-from distilbench.benchmark import _precisions, _tuned, _without_slower_tuning, benchmark
+from distilbench.bench import cases
+from distilbench.bench.cases import cases_of, fastest, precisions_to_try, ways_to_tune
+from distilbench.bench.run import Measured, together
+from distilbench.benchmark import benchmark
 from distilbench.settings import BenchmarkSettings, register_schema, settings_from
 from tests.commands import FORKS
 from tests.conftest import ROOT
 
 COMMAND = "distilbench.benchmark"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
 
 
-def test_time_shared_by_trials_of_a_batch_counts_once():
-    spans = np.array([[10.0, 12.0], [0.0, 4.0], [0.1, 4.1]])[:, :, None] * [1, 2]  # (trials, start and end, clocks)
-    assert _covered(spans) == pytest.approx([6.1, 12.2])
-
-
 def measured(began=0.0, steps=4.0, cpu=8.0, evaluation=1.0):
-    return Measured(steps, cpu, evaluation, 2.0, 3.0, 100, 0.5, began)
+    return Measured(steps, cpu, evaluation, 3.0, 100, 0.5, began)
 
 
 def test_processes_at_once_take_from_the_first_start_to_the_last_end():
     both = together([measured(10.0), measured(11.0, steps=5.0, evaluation=0.5)])
-    assert both == Measured(6.0, 16.0, 0.5, 4.0, 3.0, 200, 0.5, 10.0)
+    assert both == Measured(6.0, 16.0, 0.5, 3.0, 200, 0.5, 10.0)
 
 
 def test_trainer_is_tuned_in_each_way_that_may_help(settings):
     trial = settings().trial
-    assert [name for name, _ in _tuned(trial, None, 0, on_gpu=False)] == ["HF tuned"]
-    names = [(name, case.trials, case.compiled) for name, case in _tuned(trial, None, 4, on_gpu=True)]
-    assert names == [("HF tuned", 1, False), ("HF tuned, compiled", 1, True), ("HF tuned, 4 at once", 4, False)]
+    for device, expected in (
+        (CPU, [("HF tuned", "fp32", False), ("HF tuned", "bf16", False)]),
+        (CUDA, [("HF tuned", "fp32", False), ("HF tuned, compiled", "fp32", True),
+                ("HF tuned", "bf16", False), ("HF tuned, compiled", "bf16", True)]),
+    ):  # fmt: skip
+        ways = ways_to_tune(trial, None, ["fp32", "bf16"], device)
+        assert [(case.name, case.precision, case.compiled) for case in ways] == expected
 
 
 @pytest.mark.parametrize(
@@ -48,22 +48,21 @@ def test_trainer_is_tuned_in_each_way_that_may_help(settings):
      ("cuda", False, ["fp32", "fp16"]), ("mps", False, ["fp32"])],
 )  # fmt: skip
 def test_trainer_is_tried_in_what_the_device_has_instructions_for(settings, monkeypatch, device, native, tried):
-    monkeypatch.setattr("distilbench.engines.device.resolve_device", lambda name: torch.device(device))
-    monkeypatch.setattr("distilbench.engines.device.has_native_bf16", lambda device: native)
-    assert _precisions(settings("train.precision=auto"), None) == tried
+    monkeypatch.setattr(cases, "has_native_bf16", lambda device: native)
+    assert precisions_to_try("auto", settings().trial, torch.device(device)) == tried
 
 
-@pytest.mark.parametrize(("on_gpu", "kept"), [(False, "fp32"), (True, "bf16")])
-def test_only_the_fastest_tuning_goes_on_by_wall_time_on_a_gpu(settings, on_gpu, kept):
-    rows = [Row("fused", Case(ENGINE, settings().trial, None), (measured(),))]
-    for precision, steps, cpu in (("fp32", 4.0, 6.0), ("bf16", 3.0, 7.0)):
-        for name, case in _tuned(settings(f"train.precision={precision}").trial, None, 2, on_gpu):
-            slower = 2.0 if case.compiled else 1.0
-            rows.append(Row(name, case, (measured(steps=slower * steps, cpu=cpu),)))
-    left = _without_slower_tuning(rows, on_gpu)
-    assert [(row.name, row.precision) for row in left if row.case.kind == TUNED] == [
-        ("HF tuned", kept), ("HF tuned, 2 at once", kept),
-    ]  # fmt: skip
+def test_only_the_fastest_way_to_tune_is_put_beside_the_others_and_never_compiled_several_times_at_once(
+    benchmark_settings, monkeypatch
+):
+    seconds = {("fp32", False): 5.0, ("fp32", True): 4.0, ("bf16", False): 3.0, ("bf16", True): 2.0}
+    monkeypatch.setattr(cases, "run_case", lambda case: measured(steps=seconds[case.precision, case.compiled]))
+    monkeypatch.setattr(cases, "has_native_bf16", lambda device: True)
+    given = benchmark_settings(*TINY_UNTRACKED, "bench.processes=2", "output.dir=.")
+    found = [(case.name, case.precision, case.compiled) for case in cases_of(given, given.trial, None, CUDA)[1:3]]
+    assert found == [("HF tuned, compiled", "bf16", True), ("HF tuned, 2 at once", "bf16", False)]
+    monkeypatch.setattr(cases, "run_case", None)
+    assert fastest(["the only one"]) == "the only one"
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ words that occur), so that padding, say, shows as distance from the limit.
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
+from torch.utils.benchmark import Timer
+from transformers import PreTrainedModel
+
+from distilbench.models.flops import count_flops_by_module
+from distilbench.models.layers import layer_list, levels
 
 _SIDE = 2048
 
@@ -23,9 +23,6 @@ _MEASURED_SECONDS = 1.0
 
 _ADAMW_BYTES = 28
 """AdamW reads parameter, gradient and two moments and writes all but the gradient, 4 bytes each."""
-
-_OF_INPUT = re.compile(r"\.(q_lin|k_lin|v_lin|query|key|value)\.weight$")
-"""What reads a layer's input."""
 
 
 @dataclass(frozen=True)
@@ -55,78 +52,42 @@ class StepCost:
         return max(products, self.optimizer_bytes / machine.bytes_per_second)
 
 
-def measure_machine(device: torch.device, precisions: tuple[str, ...]) -> Machine:
+def measure_machine(device: torch.device, precisions: set[str]) -> Machine:
     """Measure the best rate of square products of 2,048 and of copies of 256 MiB, each for about a second."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     rates = {}
-    for precision in precisions:
-        a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtypes[precision]) for _ in range(2))
-        out = torch.empty_like(a)
-        rates[precision] = 2 * _SIDE**3 / _best_seconds(partial(torch.mm, a, b, out=out), device)
+    for precision in sorted(precisions):
+        square = torch.randn(_SIDE, _SIDE, device=device).to(dtypes[precision])
+        rates[precision] = 2 * _SIDE**3 / _best_seconds("torch.mm(a, a, out=out)", a=square, out=square.clone())
     source = torch.ones(_COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    return Machine(rates, 2 * _COPY_BYTES / _best_seconds(partial(target.copy_, source), device))
+    return Machine(rates, 2 * _COPY_BYTES / _best_seconds("out.copy_(a)", a=source, out=source.clone()))
 
 
-def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
+def _best_seconds(statement: str, **tensors: torch.Tensor) -> float:
     """Return the shortest of many runs: others on the machine make runs longer, never shorter."""
-    best = float("inf")
-    deadline = time.perf_counter() + _MEASURED_SECONDS
-    while time.perf_counter() < deadline:
-        synchronise(device)
-        start = time.perf_counter()
-        action()
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=_MEASURED_SECONDS).times)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def step_cost_of(model: nn.Module, tokens: float, sentences: float, words: int) -> StepCost:
+def step_cost_of(model: PreTrainedModel, tokens: float, sentences: int, words: int) -> StepCost:
     """Count one step over ``tokens`` in ``sentences``, where ``words`` of the vocabulary occur in the whole text.
 
-    Forward, gradient of the input and gradient of the weight take two operations a weight and token each; layers of the
-    frozen prefix only the first, and the first products above it no gradient of the input. The last layer is computed
-    of [CLS] alone, whose query its keys' and values' weights then meet once a sentence. Attention's own products, a few
-    per cent, are left out.
+    Products are those of :mod:`distilbench.models.flops` on sentences of the mean length, but the last layer's are
+    needed of [CLS] alone.
     """
-    placed = [(name, p, _layer(name)) for name, p in model.named_parameters() if p.dim() == 2]
-    matrices = [(name, p, layer) for name, p, layer in placed if layer is not None]
-    top, bottom = max(layer for _, _, layer in matrices), _lowest_trained(model)
-    operations = shared = 0.0
-    for name, p, layer in matrices:
-        rows = sentences if layer == top else tokens
-        forward = 2.0 * p.numel() * rows
-        if layer < bottom:
-            operations, shared = operations + forward, shared + forward
-        else:
-            operations += forward * (2 if layer == bottom and _OF_INPUT.search(name) else 3)
-    trained = sum(_elements(name, p, words) for name, p in model.named_parameters() if p.requires_grad)
-    return StepCost(operations, shared, float(_ADAMW_BYTES * trained))
-
-
-def _lowest_trained(model: nn.Module) -> int:
-    """Return the lowest layer that trains, past the last one where none does; -1 for the embeddings."""
-    parameters = [(name, _layer(name), p.requires_grad) for name, p in model.named_parameters()]
-    if any(trained and layer is None and "embeddings" in name for name, layer, trained in parameters):
-        return -1
-    above = 1 + max(layer for _, layer, _ in parameters if layer is not None)
-    return min((layer for _, layer, trained in parameters if trained and layer is not None), default=above)
-
-
-def _layer(name: str) -> int | None:
-    """Return the layer that a parameter is of, None for those outside."""
-    found = re.search(r"\.layers?\.(\d+)\.", name)
-    return int(found[1]) if found else None
-
-
-def _elements(name: str, parameter: nn.Parameter, words: int) -> int:
-    is_vocabulary = name.endswith("word_embeddings.weight")
-    return words * parameter.shape[1] if is_vocabulary else parameter.numel()
+    length = max(1, round(tokens / sentences))
+    counted = count_flops_by_module(model, length)
+    path, layers = layer_list(model)
+    name = ".".join([type(model).__name__, model.base_model_prefix, *path])
+    each = [float(counted[f"{name}.{i}"]) for i in range(len(layers))]  # (layers,) of one sentence
+    spared = each[-1] * (1 - 1 / length)
+    each[-1] -= spared
+    level_of, trained = levels(model), [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    frozen_layers = max(0, min(level_of[name] for name, _ in trained) - 1)  # the embeddings are a level of their own
+    vocabulary = model.get_input_embeddings().weight
+    elements = sum(words * p.shape[1] if p is vocabulary else p.numel() for _, p in trained)
+    return StepCost(
+        operations=sentences * (counted["Global"] - spared),
+        shared_operations=sentences * sum(each[:frozen_layers]),
+        optimizer_bytes=float(_ADAMW_BYTES * elements),
+    )

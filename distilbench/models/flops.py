@@ -71,7 +71,12 @@ class TrainFlops:
 
 
 def count_train_flops(model: PreTrainedModel, length: int) -> int:
-    """Count the operations of a forward and backward pass over one sentence of ``length`` tokens.
+    """Count the operations of a forward and backward pass over one sentence of ``length`` tokens."""
+    return count_flops_by_module(model, length)["Global"]
+
+
+def count_flops_by_module(model: PreTrainedModel, length: int) -> dict[str, int]:
+    """Count them for each module, by its name under the model's class, and in all, under ``Global``.
 
     Nothing is computed, drawn or kept: tensors have no contents. Attention runs as the products that it is made of: the
     counter does not know the CPU's fused kernel, and that of a GPU computes a product twice.
@@ -87,4 +92,4 @@ def count_train_flops(model: PreTrainedModel, length: int) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         functional_call(model, weights, kwargs={"input_ids": tokens, "labels": tokens[:, 0]}).loss.backward()
     model.train(was_training)
-    return int(counter.get_total_flops())
+    return {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}

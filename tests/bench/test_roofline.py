@@ -12,7 +12,7 @@ from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
 
-TOKENS, SENTENCES, WORDS = 100.0, 10.0, 7
+TOKENS, SENTENCES, WORDS = 100.0, 10, 7
 
 
 @pytest.fixture
@@ -26,32 +26,37 @@ def frozen(model, settings, layers):
 
 
 def sizes(model):
-    config = model.config
-    return config.dim**2, config.dim * config.hidden_dim
+    """A layer's products with its matrices, per token, and within attention, per sentence; the head's, per sentence."""
+    config, length = model.config, TOKENS / SENTENCES
+    return (
+        4 * config.dim**2 + 2 * config.dim * config.hidden_dim,
+        2 * length**2 * config.dim,
+        config.dim * (config.dim + 2),
+    )
 
 
 def test_all_products_count_thrice_and_the_last_layer_only_for_cls(model, settings):
-    attention, feed_forward = sizes(model)
-    layer = 4 * attention + 2 * feed_forward
-    last = layer * SENTENCES
+    layer, attention, head = sizes(model)
+    whole = layer * TOKENS + attention * SENTENCES
+    last = whole / (TOKENS / SENTENCES)
     work = frozen(model, settings, 0)
-    assert work.operations == pytest.approx(3 * 2 * (2 * layer * TOKENS + last))
+    assert work.operations == pytest.approx(3 * 2 * (2 * whole + last + head * SENTENCES))
     assert work.shared_operations == 0
 
 
 def test_a_frozen_layer_counts_once_and_the_first_products_above_it_twice(model, settings):
-    attention, feed_forward = sizes(model)
-    layer = 4 * attention + 2 * feed_forward
-    last = layer * SENTENCES
+    layer, attention, head = sizes(model)
+    whole = layer * TOKENS + attention * SENTENCES
+    last = whole / (TOKENS / SENTENCES)
     work = frozen(model, settings, 1)
-    assert work.shared_operations == pytest.approx(2 * layer * TOKENS)
-    first_trained = 2 * TOKENS * (3 * layer - 3 * attention)
-    assert work.operations == pytest.approx(2 * layer * TOKENS + first_trained + 3 * 2 * last)
+    assert work.shared_operations == pytest.approx(2 * whole)
+    first_trained = 2 * (3 * whole - 3 * model.config.dim**2 * TOKENS)
+    assert work.operations == pytest.approx(2 * whole + first_trained + 3 * 2 * (last + head * SENTENCES))
 
 
 def test_everything_frozen_leaves_the_head_to_the_optimizer(model, settings):
     work = frozen(model, settings, 3)
-    assert work.operations == work.shared_operations > 0
+    assert work.shared_operations > 0
     head = sum(p.numel() for p in (*model.pre_classifier.parameters(), *model.classifier.parameters()))
     assert work.optimizer_bytes == 28 * head
 
@@ -73,6 +78,6 @@ def test_the_limit_is_the_longer_of_products_and_traffic_and_a_batch_shares_the_
 
 def test_a_machine_is_measured_in_every_precision_asked_for(monkeypatch):
     monkeypatch.setattr("distilbench.bench.roofline._MEASURED_SECONDS", 0.01)
-    machine = measure_machine(torch.device("cpu"), ("fp32", "bf16"))
+    machine = measure_machine(torch.device("cpu"), {"fp32", "bf16"})
     assert set(machine.operations_per_second) == {"fp32", "bf16"}
     assert all(rate > 1e8 for rate in (*machine.operations_per_second.values(), machine.bytes_per_second))

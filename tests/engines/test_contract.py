@@ -126,7 +126,7 @@ def test_flops_are_those_of_each_token_that_was_trained_on(trial, train, splits_
 
 
 def test_flops_of_a_trial_that_stops_early_are_those_of_its_steps(trial, train, recorder, splits_of):
-    together = [trial("train.eval_steps=6", f"seed={seed}") for seed in (1, 2)]
+    together = [trial("train.eval_steps=6", "train.max_length=12", f"seed={seed}") for seed in (1, 2)]
     results, _ = train(together, recorder(prune={1}))
     splits = splits_of(together[1])
     seen = [*range(37), *epoch_order(37, 2, epoch=1)[:8]]

@@ -27,7 +27,7 @@ from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
-from distilbench.models.flops import count_train_flops
+from distilbench.models.flops import TrainFlops
 from distilbench.models.layers import levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
@@ -532,28 +532,29 @@ def test_what_is_frozen_moves_at_evaluations_and_costs_the_sum_of_its_parts(
         level_of = levels(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(level_of[name] >= frozen[step // 3])
-        rows = BatchSchedule(37, 8, 2).batch(settings.seed, step)
-        expected += sum(count_train_flops(model, len(splits.train.row(i))) for i in rows)
+        lengths = np.array([len(splits.train.row(i)) for i in BatchSchedule(37, 8, 2).batch(settings.seed, step)])
+        expected += TrainFlops.of(model).total(lengths, np.ones_like(lengths))
     assert result.train_flops == expected
 
 
 @pytest.mark.parametrize("freezing", ["freeze=gradual", "freeze=scheduled freeze.layers=2", "freeze=auto"])
-@pytest.mark.parametrize("left", [{"raise_at": {8: KeyboardInterrupt()}}, {"leave_at": 4}, {"leave_at": 6}], ids=str)
-def test_a_trial_cut_after_a_boundary_continues_to_the_same_bits(
-    settings, splits_of, recorder, tmp_path, freezing, left
-):
-    given = (*freezing.split(), *SMALL, *MOVING)
-    whole, other = (settings(*given, f"output.dir={tmp_path / name}").trial for name in ("whole", "cut"))
-    splits, seen = splits_of(whole), recorder()
+def test_a_trial_cut_after_a_boundary_continues_to_the_same_bits(settings, splits_of, recorder, tmp_path, freezing):
+    def make(name: str):
+        return settings(*freezing.split(), *SMALL, *MOVING, f"output.dir={tmp_path / name}").trial
+
+    whole, seen = make("whole"), recorder()
+    splits = splits_of(whole)
     [expected] = TrainerEngine().train([whole], splits, seen)
-    with pytest.raises(KeyboardInterrupt):
-        TrainerEngine().train([other], splits, recorder(**left))
-    again = recorder()
-    [resumed] = TrainerEngine().train([replace(other, train=replace(other.train, resume=True))], splits, again)
-    assert again.losses() == seen.losses()[-len(again.losses()) :]
-    np.testing.assert_array_equal(resumed.report.logits, expected.report.logits)
-    assert (resumed.train_flops, resumed.trainable_parameters) == (
-        expected.train_flops, expected.trainable_parameters
-    )  # fmt: skip
-    weights, wanted = (load_file(f"{s.output.dir}/model/model.safetensors") for s in (other, whole))
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    wanted = load_file(tmp_path / "whole/model/model.safetensors")
+    for number, left in enumerate(({"raise_at": {8: KeyboardInterrupt()}}, {"leave_at": 4}, {"leave_at": 6})):
+        cut, again = make(str(number)), recorder()
+        with pytest.raises(KeyboardInterrupt):
+            TrainerEngine().train([cut], splits, recorder(**left))
+        resumed = resume(cut, splits, again)
+        assert again.losses() == seen.losses()[-len(again.losses()) :]
+        np.testing.assert_array_equal(resumed.report.logits, expected.report.logits)
+        assert (resumed.train_flops, resumed.trainable_parameters) == (
+            expected.train_flops, expected.trainable_parameters
+        )  # fmt: skip
+        weights = load_file(tmp_path / str(number) / "model/model.safetensors")
+        assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
