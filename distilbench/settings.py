@@ -641,7 +641,9 @@ class ConfirmSettings(Checked):
     """Name of the sweep whose best settings are trained again."""
     top: Annotated[int, at_least(1)]
     """How many of them, 1 or more."""
-    seeds: Annotated[Union[int, str], Rule("auto, or 2 or more", lambda n: n == "auto" or n in range(2, 10**9))]
+    seeds: Annotated[
+        Union[int, str], Rule("auto, or 2 or more", lambda n: n == "auto" or (isinstance(n, int) and n > 1))
+    ]
     """Fresh seeds for each, and for the baseline, 2 or more; auto is as many as show, with a chance of 80 %, that a
     setting which loses nothing loses less than the margin."""
     margin: Annotated[Optional[float], MARGIN]

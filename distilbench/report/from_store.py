@@ -26,7 +26,7 @@ from distilbench.report.slices import rows_by_slice
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore, RawRun, RunFilter
+from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore, RunFilter, SweepRun
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class ReportRequest:
     baseline: str | None = None
     shown: int = 200
     names: Mapping[str, str] = field(default_factory=dict)
-    sweep: RawRun | None = None
+    sweep: SweepRun | None = None
 
 
 def check_protocol(trials: Sequence[StoredTrial]) -> None:
@@ -180,13 +180,13 @@ LOST = (
 )
 
 
-def margin_of(sweep: RawRun | None) -> float | None:
+def margin_of(sweep: SweepRun | None) -> float | None:
     """Return the margin that a sweep was started with; None without one."""
     margin = sweep.tags.get(MARGIN) if sweep else None
     return float(margin) if margin else None
 
 
-def find_sweep(store: MlflowStore, sweep: str) -> RawRun:
+def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
     """Return the run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
     found = store.sweep_run(sweep)
     if found is None:

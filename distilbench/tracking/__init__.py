@@ -12,7 +12,7 @@ from distilbench.tracking.model import model_directory
 from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
-from distilbench.tracking.search import RawRun, RunFilter
+from distilbench.tracking.search import RunFilter, SweepRun
 from distilbench.tracking.store import CONFIRMS, MARGIN, SWEEP, MlflowStore
 from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
 
@@ -24,9 +24,9 @@ __all__ = [
     "MlflowRun",
     "MlflowStore",
     "ParentRun",
-    "RawRun",
     "RunFilter",
     "RunStart",
+    "SweepRun",
     "final_metrics",
     "find_store",
     "model_directory",

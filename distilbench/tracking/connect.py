@@ -6,27 +6,18 @@ import contextlib
 import logging
 import os
 import sqlite3
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking.mlflow_tables import make_database, store_of_database
 from distilbench.tracking.retries import wait_out
 from distilbench.tracking.store import MlflowStore
-from distilbench.tracking.uri import StoreAddress, store_address_of
+from distilbench.tracking.uri import StoreAddress, sqlite_url, store_address_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
-
-_Answer = TypeVar("_Answer")
-
-ANSWER_SECONDS = 30.0
-"""How long a server or a database may take to answer at the start: one that is busy is not gone."""
 
 LOCK_SECONDS = 4.0
 """How long another process may hold the lock of an SQLite file."""
@@ -44,8 +35,8 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
     address = store_address_of(settings)
     quieten()
     with address.asking():
-        open_it = partial(_open_database if address.artifacts else _open_server, address, settings)
-        experiment = wait_out(settings.patience_seconds if patiently else 0.0, open_it)
+        patience = settings.patience_seconds if patiently else 0.0
+        experiment = wait_out(patience, partial(_find_or_make, address, settings))
     store = MlflowStore(address, experiment, settings.patience_seconds)
     store.require_own_folder()
     if not patiently:
@@ -73,7 +64,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     with address.asking():
         if address.artifacts is not None:
             _check_database(address)
-        found = _within(60, lambda: MlflowClient(address.uri).search_experiments())
+        found = MlflowClient(address.uri).search_experiments()
     experiments = {experiment.name: experiment for experiment in found}
     if settings.experiment not in experiments:
         raise SettingsError(
@@ -87,13 +78,17 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
 
 
 def quieten() -> None:
-    """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone."""
+    """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone.
+
+    One that is busy has half a minute to answer: twice fifteen seconds, or a database's driver thirty.
+    """
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "PGCONNECT_TIMEOUT": "30",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -103,41 +98,26 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _within(seconds: float, action: Callable[[], _Answer]) -> _Answer:
-    """Return ``action()``, or raise TimeoutError; in a thread: name look-ups heed no socket's timeout."""
-    answer: Future[_Answer] = Future()
+def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:
+    """Return the experiment; in a database one process at a time makes it: racing ones break each other's migrations.
 
-    def act() -> None:
-        try:
-            answer.set_result(action())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=act, daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-
-
-def _open_server(address: StoreAddress, settings: TrackingSettings) -> Experiment:
-    """Find or make the experiment at a server, which keeps artifacts where it likes."""
-    from mlflow import MlflowClient
-
-    return _within(ANSWER_SECONDS, lambda: _experiment_of(MlflowClient(address.uri), settings))
-
-
-def _open_database(address: StoreAddress, settings: TrackingSettings) -> Experiment:
-    """Find or make the experiment in a database, one process at a time: racing ones break each other's migrations."""
+    A server keeps artifacts where it likes; of a database, new experiments keep files in ``address.artifacts``.
+    """
     from filelock import FileLock
+    from mlflow import MlflowClient
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    assert address.artifacts is not None
+    if address.artifacts is None:
+        return _experiment_of(MlflowClient(address.uri), settings)
     address.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(address.artifacts / ".lock", timeout=60):
         _check_database(address)
-        if address.file and not address.file.stat().st_size:
-            make_database(address.file, address.artifacts)
-        return _experiment_of(store_of_database(address.uri, address.artifacts), settings)
+        if address.file and not address.file.stat().st_size:  # at once: half of MLflow's tables could never be opened
+            partial_file = address.file.with_name(f".{address.file.name}.partial")
+            partial_file.unlink(missing_ok=True)
+            SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()
+            os.replace(partial_file, address.file)
+        return _experiment_of(SqlAlchemyStore(address.uri, address.artifacts.as_uri()), settings)
 
 
 def _check_database(address: StoreAddress) -> None:
@@ -148,7 +128,7 @@ def _check_database(address: StoreAddress) -> None:
         return
     import sqlalchemy
 
-    _within(ANSWER_SECONDS, lambda: sqlalchemy.create_engine(address.uri).connect().close())
+    sqlalchemy.create_engine(address.uri).connect().close()
 
 
 def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from distilbench.results import Owner, Status
@@ -13,11 +14,10 @@ from distilbench.tracking.tags import LONGEST_TAG
 from distilbench.tracking.undelivered import (
     NOTE,
     Undelivered,
+    deliver,
     deliver_below,
     end_left_runs,
-    end_run,
     has_undelivered,
-    log_metrics,
     points,
 )
 
@@ -32,28 +32,23 @@ class ParentRun:
                  directory: Path | None = None) -> None:  # fmt: skip
         self._connection, self.run_id, self._sweep = connection or Connection(), run_id, sweep
         self._directory = directory or Path()
-        self._last: tuple[Mapping[str, float], str] = {}, ""
+        self._last = Undelivered(run_id)
 
     def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
         """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
-        note = self._last[1] if note is None else redact(note)[:LONGEST_TAG]
-        is_new, self._last = note != self._last[1], (metrics, note)
-
-        def send() -> None:
-            log_metrics(self._connection.client, self.run_id or "", points(metrics))
-            if is_new:
-                self._connection.client.set_tag(self.run_id, NOTE, note)
-
-        self._connection.attempt("how the sweep stands", send)
+        tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
+        self._last = replace(self._last, metrics=points(metrics), tags=tags)
+        self._tell("how the sweep stands", self._last)
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """Give the run its true end; one that was opened again may be ended again."""
-        end = self.run_id or "", status, error
-        if not self._connection.attempt("the end of the sweep", lambda: end_run(self._connection.client, *end)):
-            metrics, note = self._last
-            kept = Undelivered(self.run_id, None, points(metrics), {NOTE: note}, status, error)
+        ended = replace(self._last, status=status, error=error)
+        if not self._tell("the end of the sweep", ended):
             with contextlib.suppress(OSError):  # no room: the next call of the sweep ends it
-                kept.write(self._directory)
+                ended.write(self._directory)
+
+    def _tell(self, what: str, lacking: Undelivered) -> bool:
+        return self._connection.attempt(what, lambda: deliver(self._connection.client, self.run_id or "", lacking))
 
     def lacks(self, directory: Path) -> bool:
         """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -11,19 +13,21 @@ from pathlib import Path
 
 from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
-from distilbench.tracking.retries import Connection
+from distilbench.tracking.retries import Connection, reason_of
 from distilbench.tracking.start import RunContent, claim_run, fill_run
 from distilbench.tracking.tags import RunStart
 from distilbench.tracking.undelivered import (
     METRICS_PER_BATCH,
     Point,
     Undelivered,
-    end_run,
+    deliver,
     forget_undelivered,
     log_metrics,
     points,
     read_undelivered,
 )
+
+log = logging.getLogger(__name__)
 
 SHARE_OF_TIME = 0.01
 """What sending metrics may take of a trial's time; a batch costs 10-40 ms (SQLite, server) on an idle machine."""
@@ -82,24 +86,37 @@ class MlflowRun:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
-        """Write final metrics, predictions and figures, then the true status: a FINISHED run is a whole one."""
+        """Write final metrics, predictions and figures, then the true status."""
         self._wait(final_metrics(result), result.steps)
+        lacking = Undelivered(None, None, self._waiting, {}, result.status, result.error)
+        with tempfile.TemporaryDirectory() as folder:
+            files = self._draw(Path(folder), result, predictions)
+            if self._connection.attempt("the end of the run", lambda: self._deliver(lacking, files)):
+                forget_undelivered(self._directory)
+                return
+            kept = self.keep(result)
+            for file in files:
+                if not (self._directory / file.name).exists():
+                    shutil.copy(file, kept)
+
+    def _deliver(self, lacking: Undelivered, files: list[Path]) -> None:
+        deliver(self._connection.client, self.open(), lacking, files)
+
+    def _draw(self, folder: Path, result: TrialResult, predictions: Predictions | None) -> list[Path]:
+        """Write predictions and figures into ``folder``; one that can't be drawn costs a line."""
         files: dict[str, Callable[[Path], object]] = {}
         if predictions is not None:
-            confusion = partial(confusion_figure, predictions, self._start.label_names)
+            names = self._start.label_names
             files[PREDICTIONS] = partial(write_predictions, predictions)
-            files["confusion_matrix.png"] = lambda path: confusion().savefig(path)
+            files["confusion_matrix.png"] = lambda path: confusion_figure(predictions, names).savefig(path)
         if result.history:
             files["learning_curve.png"] = lambda path: curve_figure(self._losses, result).savefig(path)
-        writes: list[tuple[str, Callable[[], None]]] = [("the last metrics", self._send)]
-        writes += [(f"{name} of the run", partial(self._log_file, name, write)) for name, write in files.items()]
-        writes += [("the end of the run", lambda: self._end(result))]
-        if all(self._connection.attempt(what, write) for what, write in writes):
-            return
-        folder = self.keep(result)
         for name, write in files.items():
-            if not (self._directory / name).exists():
+            try:
                 write(folder / name)
+            except Exception as error:  # whatever it is, a trained model outweighs its figures
+                log.warning("MLflow does not get %s: %s: %s", name, type(error).__name__, reason_of(error))
+        return [folder / name for name in files if (folder / name).is_file()]
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
         self._waiting += points(values, step)
@@ -119,14 +136,6 @@ class MlflowRun:
             log_metrics(self._connection.client, run_id, self._waiting[:METRICS_PER_BATCH])
             del self._waiting[:METRICS_PER_BATCH]
         forget_undelivered(self._directory)
-
-    def _log_file(self, name: str, write: Callable[[Path], object]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / name)
-            self._connection.client.log_artifact(self.open(), str(Path(folder) / name))
-
-    def _end(self, result: TrialResult) -> None:
-        end_run(self._connection.client, self.open(), result.status, result.error)
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:

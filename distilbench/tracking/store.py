@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,13 @@ from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
 from distilbench.tracking.run import MlflowRun
-from distilbench.tracking.search import RawRun, RunFilter, search_server
+from distilbench.tracking.search import MARK, RunFilter, SweepRun, search_runs, trial_of
 from distilbench.tracking.start import RunContent, claim_run, holds
 from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG, RunStart, process_tags
 from distilbench.tracking.undelivered import (
@@ -39,7 +38,7 @@ from distilbench.tracking.undelivered import (
 from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, Run
 
 log = logging.getLogger(__name__)
 
@@ -137,29 +136,30 @@ class MlflowStore:
 
         Sweeps' own runs and runs of other programs are passed over, unless ``wanted`` names them by id.
         """
-        with self._address.asking():
-            found = list(self._search(wanted))
-        kept = [run for run in found if run.is_trial or run.run_id in wanted.run_ids]
-        self._artifacts |= {run.run_id: run.artifacts for run in kept}
-        return [run.trial(self.run_url(run.run_id)) for run in kept]
+        kept = [run for run in self._search(wanted) if MARK in run.data.tags or wanted.run_ids]
+        self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
+        return [trial_of(run, self.run_url(run.info.run_id)) for run in kept]
 
-    def sweep_run(self, sweep: str) -> RawRun | None:
+    def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest run that holds the trials of this sweep, None where there is none."""
-        with self._address.asking():
-            found = list(self._search(RunFilter(tags={SWEEP: sweep}, are_trials=False)))
-        return max(filter(_is_sweep, found), key=lambda run: run.started_ms, default=None)
+        return next(reversed(self._sweeps(RunFilter(tags={SWEEP: sweep}))), None)
 
-    def confirmations(self, sweep: str) -> list[RawRun]:
+    def confirmations(self, sweep: str) -> list[SweepRun]:
         """Return the runs that hold confirmations of this sweep, oldest first."""
-        with self._address.asking():
-            found = list(self._search(RunFilter(tags={CONFIRMS: sweep}, are_trials=False)))
-        return sorted(filter(_is_sweep, found), key=lambda run: run.started_ms)
+        return self._sweeps(RunFilter(tags={CONFIRMS: sweep}))
 
     def sweep_names(self) -> list[str]:
         """Return the names of all sweeps, newest first."""
+        return list(dict.fromkeys(run.tags[SWEEP] for run in reversed(self._sweeps(RunFilter()))))
+
+    def _sweeps(self, wanted: RunFilter) -> list[SweepRun]:
+        """Return the runs, oldest first, that carry a sweep's tag, train nothing themselves, and have no parent."""
+        runs = [SweepRun(run.info.run_id, run.data.tags) for run in self._search(wanted)]
+        return [r for r in runs if SWEEP in r.tags and MARK not in r.tags and "mlflow.parentRunId" not in r.tags]
+
+    def _search(self, wanted: RunFilter) -> list[Run]:
         with self._address.asking():
-            held = sorted(filter(_is_sweep, self._search(RunFilter(are_trials=False))), key=lambda run: -run.started_ms)
-        return list(dict.fromkeys(run.tags[SWEEP] for run in held))
+            return search_runs(self._client, self._experiment_id, wanted)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
@@ -232,11 +232,6 @@ class MlflowStore:
         """One line: where the runs are and how to see them."""
         return f"experiment {self._experiment} in {self._address.describe()}"
 
-    def _search(self, wanted: RunFilter) -> Iterator[RawRun]:
-        if self._address.artifacts is None:
-            return search_server(self._client, self._experiment_id, wanted)
-        return search_database(self._address, self._experiment_id, wanted)
-
     def holds(self, run_id: str) -> bool:
         """Return whether there is such a run, and it was not deleted."""
         return holds(self._client, run_id)
@@ -255,8 +250,3 @@ class MlflowStore:
         """Return a run's file: in place if :meth:`search` saw a local one (a download takes 40 ms), else fetched."""
         seen = local_folder(self._artifacts.get(run_id, ""))
         return seen / name if seen else Path(self._client.download_artifacts(run_id, name, str(folder)))
-
-
-def _is_sweep(run: RawRun) -> bool:
-    """Whether a run holds a sweep: it carries the tag, trains nothing itself, and has no parent."""
-    return SWEEP in run.tags and not run.is_trial and "mlflow.parentRunId" not in run.tags

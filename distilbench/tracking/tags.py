@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 from distilbench.identity import ProtocolIdentity, short_hash
-from distilbench.results import Status
+from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
 
@@ -131,22 +130,29 @@ def _note(start: RunStart) -> str:
 
 def process_tags() -> dict[str, str]:
     """Who runs this. Host, pid and start time together tell whether the process of a RUNNING run still lives."""
-    import psutil
-
-    process = psutil.Process()
+    owner = Owner.of_this_process()
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         user = str(os.getuid())
     return {
-        "distilbench.host": socket.gethostname(),
-        "distilbench.pid": str(process.pid),
-        "distilbench.process_started": f"{process.create_time():.2f}",
+        "distilbench.host": owner.host,
+        "distilbench.pid": str(owner.pid),
+        "distilbench.process_started": f"{owner.started:.2f}",
         "distilbench.gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         "mlflow.user": user,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": sys.argv[0],
     }
+
+
+def owner_of(tags: Mapping[str, str]) -> Owner | None:
+    """Return the process that a run's tags name; None for a run that is not ours, or whose tags were edited."""
+    try:
+        started = float(tags["distilbench.process_started"])
+        return Owner(tags["distilbench.host"], int(tags["distilbench.pid"]), started)
+    except (KeyError, ValueError):
+        return None
 
 
 def _git_tags() -> dict[str, str]:

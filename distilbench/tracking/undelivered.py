@@ -8,6 +8,7 @@ once, and files and tags are replaced.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from distilbench.results import PREDICTIONS, Owner, Status, read_record
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import Connection
+from distilbench.tracking.retries import Connection, is_outage, reason_of
 from distilbench.tracking.start import RunContent, claim_run, fill_run
-from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG
+from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG, owner_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
 
 UNDELIVERED = "undelivered"
 """Directory beside a record: ``run.json``, and files that the run is to get."""
@@ -93,16 +96,35 @@ def has_undelivered(directory: Path) -> bool:
     return any(directory.rglob(f"{UNDELIVERED}/{RUN}"))
 
 
+def deliver(client: MlflowClient, run_id: str, kept: Undelivered, files: Sequence[Path] = ()) -> None:
+    """Tell a run what it lacks, its end last: a FINISHED run is a whole one.
+
+    What is refused for good costs a line; raises what a store that is gone raises.
+    """
+    writes: list[tuple[str, Callable[[], object]]] = [("metrics", partial(log_metrics, client, run_id, kept.metrics))]
+    writes += [(file.name, partial(client.log_artifact, run_id, str(file))) for file in files]
+    writes += [(name, partial(client.set_tag, run_id, name, value)) for name, value in kept.tags.items()]
+    if kept.status is not Status.RUNNING:
+        writes.append(("end", partial(end_run, client, run_id, kept.status, kept.error)))
+    for what, write in writes:
+        try:
+            write()
+        except Exception as error:  # whatever it is, the rest is still to be told
+            if is_outage(error):
+                raise
+            log.warning("MLflow did not take %s of the run: %s", what, reason_of(error))
+
+
 def deliver_below(connection: Connection, directory: Path, is_over: Callable[[Owner], bool]) -> None:
     """Deliver what is kept in ``directory`` and below, but for trials that a process is still at work on."""
     for file in sorted(directory.rglob(f"{UNDELIVERED}/{RUN}")):
         place = file.parents[1]
         record = read_record(place)
         if record is None or record.status is not Status.RUNNING or is_over(record.owner):
-            connection.attempt(f"what {place} keeps for it", partial(_deliver, connection, place))
+            connection.attempt(f"what {place} keeps for it", partial(_deliver_kept, connection, place))
 
 
-def _deliver(connection: Connection, directory: Path) -> None:
+def _deliver_kept(connection: Connection, directory: Path) -> None:
     from filelock import FileLock
 
     with FileLock(directory / UNDELIVERED / ".lock"):  # several workers look: none is to make the run a second time
@@ -131,22 +153,18 @@ def settle(client: MlflowClient, run_id: str, directory: Path) -> Status:
     kept, record = read_undelivered(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
-    has_end = kept.status is not Status.RUNNING
-    known = kept if has_end else replace(kept, status=Status.INTERRUPTED, error=KILLED)
+    metrics = list(kept.metrics)
+    if kept.status is Status.RUNNING:
+        kept = replace(kept, status=Status.INTERRUPTED, error=KILLED)
+        metrics += points(record.figures, int(record.figures.get("steps", 0))) if record else []
     if record and record.status is Status.RUNNING:
-        record = replace(record, status=known.status, error=known.error)
+        record = replace(record, status=kept.status, error=kept.error)
         record.write(directory)
-    if record and not has_end:
-        log_metrics(client, run_id, points(record.figures, int(record.figures.get("steps", 0))))
-    log_metrics(client, run_id, kept.metrics)
     files = [directory / PREDICTIONS] if record else []
-    for file in [*files, *sorted((directory / UNDELIVERED).glob("[!.]*"))]:
-        if file.is_file() and file.name != RUN:
-            client.log_artifact(run_id, str(file))
-    for name, value in kept.tags.items():
-        client.set_tag(run_id, name, value)
-    ended = record or known
-    end_run(client, run_id, ended.status, ended.error)
+    files += sorted((directory / UNDELIVERED).glob("[!.]*"))
+    ended = record or kept
+    lacking = replace(kept, metrics=metrics, status=ended.status, error=ended.error)
+    deliver(client, run_id, lacking, [file for file in files if file.is_file() and file.name != RUN])
     forget_undelivered(directory)
     return ended.status
 
@@ -163,27 +181,18 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     connection.attempt("a question for unfinished trials", lambda: running.extend(
         connection.client.search_runs(*asked, max_results=RUNS_PER_PAGE)))  # fmt: skip
     ended: list[str] = []
+
+    def end(run: Run, directory: Path) -> None:
+        ended.append(f"{run.info.run_name} {settle(connection.client, run.info.run_id, directory)}")
+
     for run in running:
         owner = owner_of(run.data.tags)
         if owner and is_over(owner) and run.info.run_id != but:
             directory = Path(run.data.tags.get(DIRECTORY, os.devnull))
-            connection.attempt(f"the end of {run.info.run_name}", partial(_end_left, connection, run, directory, ended))
+            connection.attempt(f"the end of {run.info.run_name}", partial(end, run, directory))
             if not sweep:
                 deliver_below(connection, directory, is_over)  # of a sweep's run: what its trials keep
     return ended
-
-
-def _end_left(connection: Connection, run: Run, directory: Path, ended: list[str]) -> None:
-    ended.append(f"{run.info.run_name} {settle(connection.client, run.info.run_id, directory)}")
-
-
-def owner_of(tags: Mapping[str, str]) -> Owner | None:
-    """Return the process that a run's tags name; None for a run that is not ours, or whose tags were edited."""
-    try:
-        started = float(tags["distilbench.process_started"])
-        return Owner(tags["distilbench.host"], int(tags["distilbench.pid"]), started)
-    except (KeyError, ValueError):
-        return None
 
 
 def points(values: Mapping[str, float], step: int = 0) -> list[Point]:
@@ -203,15 +212,12 @@ def log_metrics(client: MlflowClient, run_id: str, values: Sequence[Point]) -> N
 
 def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
     """Tag a run with its status and error, then end it in MLflow's own terms."""
-    from mlflow.entities import RunTag
-
-    tags = [RunTag("distilbench.status", status.value)]
+    client.set_tag(run_id, "distilbench.status", status.value)
     if error:
-        tags.append(RunTag("distilbench.error", redact(" ".join(error.split()))[:LONGEST_TAG]))
-    client.log_batch(run_id, tags=tags, synchronous=True)
-    if error:
-        reason = " ".join(error.split()).replace("`", "'")
-        describe_first(client, run_id, f"**{status.value}** `{reason}`")
+        reason = redact(" ".join(error.split()))
+        client.set_tag(run_id, "distilbench.error", reason[:LONGEST_TAG])
+        quoted = reason.replace("`", "'")
+        describe_first(client, run_id, f"**{status.value}** `{quoted}`")
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 

@@ -37,26 +37,6 @@ class StoreAddress:
     file: Path | None = None
     """SQLite's file; None for anything that answers over a network."""
 
-    @property
-    def is_default(self) -> bool:
-        """Whether nobody named it: the store at the project's root."""
-        return self.file == root() / "mlflow.db"
-
-    def foreign_folder(self, location: str, experiment_id: str) -> Path | None:
-        """Return the folder of an experiment's files (``location``) if it is not this store's; None if it is fine.
-
-        A store that was copied, moved or renamed with its checkout still names the folder beside the old one. One that
-        somebody chose is theirs to choose, while it is there; a server's database has no place of its own.
-        """
-        folder = local_folder(location)
-        if folder is None or self.artifacts is None:
-            return None
-        own = {self.artifacts.resolve(), (self.file.resolve().parent / "mlruns") if self.file else self.artifacts}
-        if any(folder.resolve().is_relative_to(place) for place in own):
-            return None
-        is_beside_another = self.file and folder.name == experiment_id and folder.parent.name == "mlruns"
-        return folder if is_beside_another or not folder.parent.is_dir() else None
-
     def asking(self) -> AbstractContextManager[None]:
         """Turn the store's trouble in a block into one :class:`SettingsError`, which says what to mend."""
         mend = "check the file and its folder" if self.file else "start it or correct the address"

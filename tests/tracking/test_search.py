@@ -1,4 +1,4 @@
-"""Many runs read at once: what is found, and that a database and a server tell the same."""
+"""Many runs read at once: what is found."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import SWEEP, RunFilter, find_store
+from distilbench.tracking import SWEEP, RunFilter, find_store, search
 from tests.made_store import DONE, make_store, start_of
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A store of two sweeps: ``first`` with a finished, a diverged and a nested trial, ``empty`` without any."""
+    """A store of two sweeps: ``first`` with a finished, a diverged and a deleted trial, ``empty`` without any."""
     store = make_store(tmp_path_factory.mktemp("kept"))
     parent = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
     ids = {}
@@ -30,6 +30,8 @@ def kept(tmp_path_factory):
         run.finish(result, None)
         ids[name] = run.run_id
     store.open_parent_run("empty", {SWEEP: "empty"}, Path("empty"))
+    store._client.delete_run(store.begin(start_of(name="deleted", tags={SWEEP: "first"})).run_id)
+    store._client.create_run(store._client.create_experiment("another"), tags={SWEEP: "first"})
     ids["alone"] = store.begin(start_of(name="alone")).run_id
     return store, ids, parent.run_id
 
@@ -44,6 +46,8 @@ def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept)
     assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}?workflowType=machine_learning")
     assert store.search(RunFilter(tags={SWEEP: "nowhere"})) == []
     assert store.search(RunFilter(tags={SWEEP: "' or 1=1 --"})) == []
+    both = {SWEEP: "first", "distilbench.status": "DIVERGED"}
+    assert [trial.name for trial in store.search(RunFilter(tags=both))] == ["diverged"]
 
 
 def test_costs_and_calibration_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
@@ -69,8 +73,17 @@ def test_runs_are_found_by_id_and_by_parameter(kept):
     store, ids, parent = kept
     assert [t.name for t in store.search(RunFilter(run_ids=(ids["alone"], ids["done"])))] == ["done", "alone"]
     assert len(store.search(RunFilter(params={"freeze.layers": "1"}))) == 3
+    assert [t.name for t in store.search(RunFilter((ids["alone"], ids["done"]), {SWEEP: "first"}))] == ["done"]
+    assert store.search(RunFilter(run_ids=("no id, it's a sentence",))) == []
     with pytest.raises(SettingsError, match="must be a distilbench trial"):
         store.search(RunFilter(run_ids=(parent,)))
+
+
+def test_runs_are_found_on_every_page(kept, monkeypatch):
+    store, ids, _ = kept
+    names = [trial.name for trial in store.search(RunFilter())]
+    monkeypatch.setattr(search, "PAGE", 2)
+    assert [trial.name for trial in store.search(RunFilter())] == names == [*ids]
 
 
 def test_sweeps_are_known_by_name_newest_first(kept):
@@ -116,7 +129,7 @@ def test_looking_for_a_store_makes_none(tmp_path):
 
 def test_an_unknown_experiment_names_those_that_are_there(kept):
     uri = kept[0]._address.uri
-    with pytest.raises(SettingsError, match=r"must be one of Default, distilbench, got 'other'"):
+    with pytest.raises(SettingsError, match=r"must be one of Default, another, distilbench, got 'other'"):
         find_store(TrackingSettings("mlflow", uri, "other", 0))
 
 

@@ -93,7 +93,7 @@ def test_a_run_that_can_not_be_ended_does_not_keep_the_others_from_their_end(sto
     (tmp_path / "stuck" / "predictions.parquet").write_bytes(b"kept")
 
     def refuse(*args):
-        raise PermissionError("no such folder for you")
+        raise ConnectionError("gone for a while")
 
     monkeypatch.setattr(retries, "PAUSES", ())
     monkeypatch.setattr(store._client, "log_artifact", refuse)

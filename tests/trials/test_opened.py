@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from distilbench.results import PREDICTIONS, Evaluation, Owner, Record, Status, StepRecord, TrialResult, read_record
 from distilbench.settings import SettingsError
-from distilbench.tracking import retries
+from distilbench.tracking import retries, undelivered
 from distilbench.tracking.run import MlflowRun
 from distilbench.trials import opened, run
 from distilbench.trials.prepared import Job, SweepContext, prepare
@@ -213,8 +214,8 @@ KEEPING = {
     "the predictions have been written": (opened, "write_predictions", True),
     "the record is written": (Record, "write", False),
     "the record has been written": (Record, "write", True),
-    "the last metrics are sent": (MlflowRun, "_send", False),
-    "a file is sent": (MlflowRun, "_log_file", False),
+    "the last metrics are sent": (undelivered, "log_metrics", False),
+    "a file is sent": (MlflowClient, "log_artifact", False),
     "the run has been ended": (MlflowRun, "finish", True),
 }
 
