@@ -299,6 +299,14 @@ _MEANINGS: dict[str, Callable[[re.Match[str], str], str]] = {
 """What Hydra and OmegaConf say of the commonest mistakes, and how we say it; ``key`` is OmegaConf's ``full_key``."""
 
 
+# ---- words
+
+
+def counted(number: float, noun: str) -> str:
+    """``1 epoch``, ``2,000 epochs``, ``0.5 points``: a count, or an amount, with its noun."""
+    return f"{number:{',' if isinstance(number, int) else 'g'}} {noun}" + ("" if number == 1 else "s")
+
+
 # ---- command lines
 
 

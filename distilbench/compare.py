@@ -14,7 +14,7 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig
 
-from distilbench.cli import errors_in_one_line, run_command
+from distilbench.cli import counted, errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment, experiments
 from distilbench.identity import CHOICES, has_choices_of, short_hash
 from distilbench.results import StoredTrial
@@ -139,7 +139,9 @@ def _no_baseline(trials: Sequence[StoredTrial]) -> str:
 def _title(settings: CompareSettings) -> str:
     if settings.sweep:
         return f"Sweep {settings.sweep}"
-    return f"Experiments {', '.join(settings.experiments)}" if settings.experiments else f"{len(settings.runs)} runs"
+    return (
+        f"Experiments {', '.join(settings.experiments)}" if settings.experiments else counted(len(settings.runs), "run")
+    )
 
 
 def _directory(settings: CompareSettings) -> Path:

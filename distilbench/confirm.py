@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distilbench.cli import CommandFailed, errors_in_one_line, raise_on_signal, run_command
+from distilbench.cli import CommandFailed, counted, errors_in_one_line, raise_on_signal, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
@@ -120,7 +120,6 @@ def _rows(report: Report, top: int) -> list[Row]:
 def _seeds_needed(store: MlflowStore, report: Report, top: int) -> int:
     """How many fresh seeds decide, or the line that says why none does."""
     from distilbench.report.comparison import needed_to_confirm
-    from distilbench.report.formats import margin_text
     from distilbench.report.words import what_decides
 
     base, *rows = _rows(report, top)
@@ -129,8 +128,8 @@ def _seeds_needed(store: MlflowStore, report: Report, top: int) -> int:
         return needed.seeds
     why = what_decides(needed, base.examples) if needed else "predictions to tell it by are missing"
     raise SettingsError(
-        f"seeds must be a number where auto finds none for a margin of {margin_text(report.margin)}, got auto: {why}; "
-        "add seeds=5, or a wider margin=..."
+        f"seeds must be a number where auto finds none for a margin of {counted(report.margin, 'point')}, got auto: "
+        f"{why}; add seeds=5, or a wider margin=..."
     )
 
 
@@ -240,7 +239,7 @@ def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing:
     each = [chosen[point.extra[0]].row.cost.seconds for point in missing]
     seconds = sum(one for one in each if one == one)  # NaN where none was recorded
     pace = f"about {duration(seconds)} at the sweep's pace"
-    print(f"confirming sweep {settings.sweep}: {len(missing)} trials to train, {pace}")
+    print(f"confirming sweep {settings.sweep}: {counted(len(missing), 'trial')} to train, {pace}")
     for key in dict.fromkeys(point.extra[0] for point in missing):
         seeds = ", ".join(point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key)
         print(f"  {one_line(chosen[key].row.label)}: seeds {seeds}")

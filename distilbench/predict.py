@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from distilbench.cli import errors_in_one_line, run_command
+from distilbench.cli import counted, errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.data.formats import TEXTS
 from distilbench.settings import (
@@ -59,7 +59,6 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     from rich.console import Console
 
     from distilbench.data.stream import check_output
-    from distilbench.report.formats import counted
 
     console = Console(highlight=False)
     if settings.format == "table":

@@ -162,7 +162,7 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(trials, "run", diverges)
     failure = run_confirm(folder, "sweep=first", "top=1", "seeds=2", "name=other", f"output={folder}/other")
-    assert failure == "2 trials did not finish; the same command trains them again"
+    assert failure == "2 trials did not finish; the same command trains what is missing"
     assert [read_record(folder / "other" / str(n)).status for n in range(4)].count(Status.FINISHED) == 2
 
 

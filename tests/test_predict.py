@@ -284,7 +284,7 @@ def test_a_model_of_any_origin_is_asked_by_its_own_configuration(folder, tmp_pat
     encoder = BertForSequenceClassification(config).bert
     encoder.save_pretrained(tmp_path / "theirs")
     with pytest.raises(
-        SettingsError, match=r"^dir must be a model with a trained classification head, got .*2 weights are"
+        SettingsError, match=r"^dir must be a model with a trained classification head, got .*missing are 2 weights"
     ):
         asked(folder, f"dir={tmp_path}/theirs", f"data.test={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl")
     assert re.search("maybe", (tmp_path / "out.jsonl").read_text())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distilbench.cli import counted
 from distilbench.data.hub import first_line
 from distilbench.settings import SettingsError, require
 
@@ -117,8 +118,8 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
         line = reader.line_num + 1
     if count:
         more = f" and {count - 5:,} more" if count > 5 else ""
-        log.warning("%s: %d rows run over several lines (lines %s%s); where that is not meant, a double quote is "
-                    "not closed", title, count, places[2:], more)  # fmt: skip
+        log.warning("%s: %s over several lines (lines %s%s); where that is not meant, a double quote is "
+                    "not closed", title, counted(count, "row"), places[2:], more)  # fmt: skip
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:

@@ -118,7 +118,7 @@ def load_text(settings: DataSettings) -> TextSplits:
     used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
     shared = _shared(train, report)
     if shared:
-        log.warning("%s of the %s texts that are reported on stand in the training text too: %s",
+        log.warning("texts reported on that the training text holds too: %s of %s, of %s",
                     f"{shared:,}", f"{len(report):,}", corpus.name)  # fmt: skip
     if settings.report_fraction:
         alike = _near_duplicates(train, report)

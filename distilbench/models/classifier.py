@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distilbench.cli import counted
 from distilbench.data.hub import first_line
 from distilbench.models.build import _quiet, load_tokenizer
 from distilbench.models.resolve import resolve_model
@@ -116,7 +117,7 @@ def _load(directory: Path) -> PreTrainedModel:
         ) from None
     lacking = sorted(report["missing_keys"])
     require(not lacking, "dir", "a model with a trained classification head", str(directory),
-            f"{len(lacking)} weights are missing, such as {', '.join(lacking[:1])}; fine-tune it first: "
+            f"missing are {counted(len(lacking), 'weight')}, such as {', '.join(lacking[:1])}; fine-tune it first: "
             "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     loaded: PreTrainedModel = model.eval()
     return loaded

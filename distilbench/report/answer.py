@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from distilbench.cli import counted
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import CostOf, Report, by_score, score_of
-from distilbench.report.formats import counted, interval, less, margin_text, points
-from distilbench.report.rows import Row
+from distilbench.report.formats import interval, less, percent, points
+from distilbench.report.rows import PRAISE, Row
 from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
 from distilbench.results import StoredTrial, Verdict
 
-GOOD = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
 LEAST_SAVING = 5.0
 """Per cent of time and memory below which a saving is not told: two runs of one setting differ by as much."""
 
@@ -30,10 +30,14 @@ def answer(report: Report) -> list[str]:
         return [f"{finished} finished, compared with nothing: there is no finished baseline."]
     if not candidates:
         return ["Only the baseline finished: there is nothing to compare it with."]
-    first, second = _of_candidates(report)
     if base.has_learned is False and report.floor:
-        first = f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. {first}"
-    return [sentence for sentence in (first, second) if sentence]
+        best = next((row for row in candidates if row.has_learned), None)
+        other = f"Most accurate: {best.label}, {percent(best.accuracy)}." if best else "Nor has any other setting."
+        return [
+            f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. Nothing is judged beside it.",
+            _confirmed(report.confirmation, []) or other,
+        ]
+    return [sentence for sentence in _of_candidates(report) if sentence]
 
 
 def _of_candidates(report: Report) -> tuple[str, str]:
@@ -44,8 +48,8 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
     if not good:
-        learned = "to have learned, and " if any(row.claim in GOOD for row in candidates) else ""
-        wanted = f"to be better than the baseline, or to lose less than {margin_text(report.margin)}"
+        learned = "to have learned, and " if any(row.has_learned is False for row in candidates) else ""
+        wanted = f"to be better than the baseline, or to lose less than {counted(report.margin, 'point')}"
         return f"{nothing} was shown {learned}{wanted}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
     rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
@@ -58,17 +62,19 @@ def _of_candidates(report: Report) -> tuple[str, str]:
 
 def good_rows(report: Report) -> list[Row]:
     """Return the settings that are shown to be better than the baseline, or good enough."""
-    return [row for row in report.candidates if row.claim in GOOD and row.has_learned is not False]
+    return [row for row in report.candidates if row.claim in PRAISE]
 
 
 def trial_to_use(report: Report, best: str) -> StoredTrial | None:
     """Return the trial whose model is to be used; None where no trial finished.
 
-    ``answer`` is the cheapest setting that is good, the baseline where none is; ``accuracy`` is the setting with the
-    best mean score on the split that selects. Of a setting's seeds the one with the best score there is taken.
+    ``answer`` is the cheapest setting that is good, else the baseline, if that has learned; ``accuracy`` is the
+    setting with the best mean score on the split that selects. Of a setting's seeds the one with the best score
+    there is taken.
     """
     scored = by_score(report.rows)
-    kept = [report.baseline] if report.baseline and report.baseline.trials else scored[:1]
+    base = report.baseline
+    kept = [base] if base and base.trials and base.has_learned is not False else scored[:1]
     answers = sorted(good_rows(report), key=cost_rank(report)) or kept
     row = next(iter(scored if best == "accuracy" else answers), None)
     return max(row.trials, key=lambda trial: score_of(replace(row, trials=(trial,)))) if row else None

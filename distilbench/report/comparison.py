@@ -1,4 +1,8 @@
-"""Rows against the baseline: what was seen, what of it holds for all rows of a report together, what would decide."""
+"""Rows against the baseline: what was seen, what of it holds for all rows of a report together, what would decide.
+
+And against the floor, what always answering the most frequent label scores: a setting not shown to be above it has not
+learned, and is not praised for losing little.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ import numpy as np
 from distilbench.report.costs import NO_SAVING, saving_of
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
 from distilbench.report.power import PLANNED_SEEDS, Needed, needed, spread_seen, what_it_takes
-from distilbench.report.rows import Difference, Row, Untested
-from distilbench.report.statistics import compare_over_seeds, holm
+from distilbench.report.rows import PRAISE, Difference, Row, Untested
+from distilbench.report.statistics import compare_over_seeds, holm, verdict
 from distilbench.results import Predictions, StoredTrial, Verdict
 
 ReadPredictions = Callable[[StoredTrial], Predictions | None]
@@ -21,15 +25,15 @@ _Correct = Mapping[int, np.ndarray]
 """Seed -> ``(examples,)`` bool of what was classified correctly."""
 
 
-def against_baseline(
+def judge(
     rows: Sequence[Row],
-    baseline: int,
+    baseline: int | None,
     read: ReadPredictions,
     margin: float,
     shown: int = 200,
     picked_here: bool = False,
-) -> list[Row]:
-    """Compare rows, the first ``shown``, with the baseline; the corrections count every setting that was tried.
+) -> tuple[list[Row], float | None]:
+    """Compare rows, the first ``shown``, with the baseline, and say which have learned; returns the floor too.
 
     ``margin`` is in points. ``picked_here``: the split that reports also chose among these rows, so that a lead is yet
     to be confirmed.
@@ -38,23 +42,69 @@ def against_baseline(
     own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
     away would not: what was pruned was seen to be behind, so the tests that remain were chosen by their outcome.
     """
-    base = rows[baseline]
+    result, floor = _mark_learned(rows, read, shown)
+    if baseline is None:
+        return result, floor
+    base, tried = result[baseline], len(rows) - 1
     finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
-    better = Verdict.AHEAD if picked_here and len(finished) > 1 else Verdict.BETTER
     read_once = {i: _correct(rows[i], base, read) for i in finished if i < shown or not base.trials}
     pairs = {i: pair for i, pair in read_once.items() if not isinstance(pair, Untested)}
     found = {i: difference_of(*pair, margin) for i, pair in pairs.items()}
-    differences = _corrected({i: one for i, one in found.items() if one}, tried=len(rows) - 1)
-    result = list(rows)
+    differences = _corrected({i: one for i, one in found.items() if one}, tried)
     for i in finished:
-        row = _beside(rows[i], base)
+        row = _beside(result[i], base)
         if i in differences:
-            row = _judged(row, differences[i], pairs[i], margin, tried=len(rows) - 1)
-            result[i] = replace(row, verdict=better) if row.verdict is Verdict.BETTER else row
+            result[i] = _judged(row, differences[i], pairs[i], margin, tried)
+            result[i] = _withheld(result[i], base, picked_here)
         else:
             why = read_once.get(i, Untested.ROWS)
             result[i] = replace(row, untested=why if isinstance(why, Untested) else Untested.SEEDS)
-    return result
+    return result, floor
+
+
+def _withheld(row: Row, base: Row, picked_here: bool) -> Row:
+    """Return a row without a claim that its evidence does not bear."""
+    if row.verdict in PRAISE and row.has_learned is False:
+        return replace(row, verdict=None)
+    if row.verdict in PRAISE and base.has_learned is False:
+        return replace(row, verdict=None, untested=Untested.IDLE)
+    return replace(row, verdict=Verdict.AHEAD) if picked_here and row.verdict is Verdict.BETTER else row
+
+
+def floor_of(labels: np.ndarray) -> float:
+    """Return the share of the most frequent of the ``(examples,)`` labels: what always answering it scores."""
+    return float(np.mean(_is_most_frequent(labels)))
+
+
+def _is_most_frequent(labels: np.ndarray) -> np.ndarray:
+    values, counts = np.unique(labels, return_counts=True)
+    return np.asarray(labels == values[counts.argmax()])
+
+
+def has_learned(predictions: Mapping[int, Predictions]) -> bool:
+    """Whether a setting, given as seed -> predictions of the same examples, is shown to be above the floor.
+
+    Always answering the most frequent label is one more treatment on the same examples, whose seeds all agree; the test
+    is that between treatments, one-sided at 2.5 %.
+    """
+    ours = {seed: kept.correct for seed, kept in predictions.items()}
+    always = _is_most_frequent(next(iter(predictions.values())).labels)
+    found = compare_over_seeds(ours, dict.fromkeys(ours, always))
+    return verdict(found.low, found.high, found.p) is Verdict.BETTER
+
+
+def _mark_learned(rows: Sequence[Row], read: ReadPredictions, shown: int) -> tuple[list[Row], float | None]:
+    """Say of the first ``shown`` rows and of the baseline whether they have learned; return the floor too, if known."""
+    marked, floor = [], None
+    for i, row in enumerate(rows):
+        asked = row.trials if i < shown or row.is_baseline else ()
+        found = {trial.seed: predictions for trial in asked if (predictions := read(trial))}
+        if found and len({len(kept.labels) for kept in found.values()}) == 1:
+            labels = next(iter(found.values())).labels
+            row = replace(row, has_learned=has_learned(found), examples=len(labels))
+            floor = floor or floor_of(labels)
+        marked.append(row)
+    return marked, floor
 
 
 def needed_to_confirm(rows: Sequence[Row], base: Row, read: ReadPredictions, margin: float) -> Needed | None:

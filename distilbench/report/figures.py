@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from distilbench.cli import counted
 from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.findings import (
@@ -19,7 +20,7 @@ from distilbench.report.findings import (
     importance,
     pareto_front,
 )
-from distilbench.report.formats import counted, flops, html, one_line, percent
+from distilbench.report.formats import flops, html, one_line, percent
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.words import said

@@ -29,11 +29,6 @@ def points(difference: float) -> str:
     return text if float(text) else text[1:]
 
 
-def margin_text(margin: float) -> str:
-    """``1 point``, ``0.5 points``."""
-    return f"{margin:g} point" + ("" if margin == 1 else "s")
-
-
 def p_value(p: float) -> str:
     """``0.63``, ``0.043``, ``< 0.001``."""
     if p < 0.001:
@@ -58,11 +53,6 @@ def flops(number: float) -> str:
 def memory(size: float) -> str:
     """``1.5 GiB``, ``640 MiB``."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``2,000 epochs``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def spread(mean: float, deviation: float | None) -> str:

@@ -14,11 +14,10 @@ from statistics import mode
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from distilbench.cli import command, override
+from distilbench.cli import command, counted, override
 from distilbench.identity import short_hash, value_of, without_defaults
-from distilbench.report.comparison import against_baseline
+from distilbench.report.comparison import judge
 from distilbench.report.findings import Curve, Report, by_score
-from distilbench.report.floor import mark_learned
 from distilbench.report.names import source_overrides
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
@@ -61,7 +60,7 @@ def check_protocol(trials: Sequence[StoredTrial]) -> None:
         return
     samples = {trial.protocol_id: trial for trial in trials}
     told = "; ".join(
-        f"{protocol} ({count} runs: {samples[protocol].model} on {samples[protocol].data}, "
+        f"{protocol} ({counted(count, 'run')}: {samples[protocol].model} on {samples[protocol].data}, "
         f"{samples[protocol].metric} on {samples[protocol].selection_split})"
         for protocol, count in counts.most_common(4)
     )
@@ -128,10 +127,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     def read(trial: StoredTrial) -> Predictions | None:
         return kept(trial.run_id)
 
-    if baseline is not None:
-        picked_here = _is_picked_here(request, trials[0])
-        rows = against_baseline(rows, baseline, read, request.margin, request.shown, picked_here)
-    rows, floor = mark_learned(rows, read, request.shown)
+    picked_here = len(rows) > 2 and _is_picked_here(request, trials[0])
+    rows, floor = judge(rows, baseline, read, request.margin, request.shown, picked_here)
     slices = rows_by_slice(rows, read, request.margin)
     return Report(
         title=request.title,
@@ -307,7 +304,7 @@ def report_sweep(
     kept = [trial for trial in trials if trial.protocol_id == protocol]
     report = make_report(store, kept, ReportRequest(f"Sweep {sweep}", usual, margin, sweep=parent))
     if len(kept) < len(trials):
-        left = f"{len(trials) - len(kept)} trials of other protocols are left out: they can't be compared."
+        left = f"Left out: {counted(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
         report = replace(report, notes=(left, *report.notes))
     print_report(console or Console(), report)
     paths = write_report(report, directory, FORMATS)

@@ -44,14 +44,19 @@ class Difference:
         return verdict(self.low, self.high, self.p_holm) is Verdict.WORSE
 
 
+PRAISE = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
+"""Verdicts of a setting that may be taken: only of one that has learned, beside a baseline that has."""
+
+
 class Untested(StrEnum):
-    """Why a row that has a result was not tested against the baseline."""
+    """Why a row that has a result was not tested against the baseline, or is not judged by the test."""
 
     PREDICTIONS = "predictions are missing"
     EXAMPLES = "predictions are of other examples"
     SEEDS = "the baseline lacks seeds"
     ROWS = "beyond the rows asked for"
     BASELINE = "the baseline did not finish"
+    IDLE = "the baseline has not learned"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Row:
     @property
     def claim(self) -> Verdict | None:
         """What may be claimed in the end: the verdict of fresh seeds where there are any."""
-        return self.again.verdict if self.again and self.again.verdict else self.verdict
+        return self.again.verdict if self.again and self.again.difference else self.verdict
 
     @property
     def n(self) -> int:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
+from distilbench.cli import counted
 from distilbench.report.answer import answer
 from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report
-from distilbench.report.formats import latex, margin_text, markdown, one_line, percent
+from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
@@ -52,12 +53,12 @@ def details(report: Report) -> Iterator[str]:
 def notes_of(report: Report) -> list[str]:
     """Say on what the figures rest."""
     tests = (
-        f"Good enough: shown to lose less than {margin_text(report.margin)} (one-sided, 2.5 %). Better, worse: exact "
-        "McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the number of "
-        "settings tried (Holm); each interval, and what is lost at most, is of its own comparison."
+        f"Good enough: shown to lose less than {counted(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
+        "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
+        "number of settings tried (Holm); each interval, and what is lost at most, is of its own comparison."
     )
     more = len(report.rows) - len(report.table_rows)
-    cut = [f"{more:,} more settings are not shown."] if more else []
+    cut = [f"Not shown: {counted(more, 'setting')} more."] if more else []
     slices = [SLICES_NOTE] if report.slices else []
     return [*report.notes, *_notes_on_time(report), *cut, tests, *slices]
 

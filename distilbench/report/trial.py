@@ -10,15 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.cli import counted
 from distilbench.identity import SourceUsed
 from distilbench.report.columns import CSV, markdown_table, rich_table
-from distilbench.report.comparison import against_baseline
-from distilbench.report.floor import floor_of, has_learned, mark_learned
+from distilbench.report.comparison import floor_of, has_learned, judge
 from distilbench.report.formats import (
-    counted,
     duration,
     interval,
-    margin_text,
     markdown,
     memory,
     p_value,
@@ -58,8 +56,8 @@ class Comparison:
     slices: tuple[Row, ...] = ()
 
 
-def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Comparison:
-    """Compare two finished trials, with a margin in points.
+def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_here: bool = False) -> Comparison:
+    """Compare two finished trials, with a margin in points; ``picked_here`` as in :func:`judge`.
 
     Raises :class:`SettingsError` for trials of two protocols, or with predictions of other examples.
     """
@@ -71,8 +69,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float) -> Compari
     rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
             replace(row_from([trial]), label="this trial")]  # fmt: skip
     read = attrgetter("predictions")
-    rows = against_baseline(rows, 0, read, margin, shown=2)
-    (base, row), floor = mark_learned(rows, read, shown=2)
+    (base, row), floor = judge(rows, 0, read, margin, picked_here=picked_here)
     if row.untested is Untested.EXAMPLES:
         raise SettingsError(
             f"predictions to compare must be of the same examples, got others in {trial.name} than in "
@@ -89,13 +86,16 @@ def sentence(comparison: Comparison) -> str:
     if found is None:
         size = points(comparison.row.points or 0.0)
         return f"{size} points against the baseline, not tested: predictions of the examples are missing."
-    on_these, margin = f"on these {found.examples:,} examples", margin_text(comparison.margin)
+    on_these, margin = f"on these {found.examples:,} examples", counted(comparison.margin, "point")
+    if comparison.row.verdict is None:
+        return f"{_unlearned(comparison)}Not judged {on_these}: {points(found.points)} points against the baseline."
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
+        Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
         Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {loss_of(found)}, less than {margin}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
-    }.get(comparison.row.verdict or Verdict.UNDECIDED,
-          f"Undecided {on_these}: it {loss_of(found)}, and {margin} would do.")  # fmt: skip
+        Verdict.UNDECIDED: f"Undecided {on_these}: it {loss_of(found)}, and {margin} would do.",
+    }[comparison.row.verdict]
     return f"{_unlearned(comparison)}{outcome} {_scope(trial, base)}"
 
 
@@ -118,7 +118,8 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
             return "Settings and seed are the baseline's: this repeats it."
         return f"Only the seed differs ({trial.seed}, baseline {baseline.seed}): this shows what a seed can do."
     seeds = f"One seed each ({trial.seed})" if same_seed else f"One seed each ({trial.seed}, baseline {baseline.seed})"
-    return f"{seeds}: this speaks of two trained models, not yet of their settings."
+    swept = "; the sweep's report corrects for all that was tried" if trial.number else ""
+    return f"{seeds}: this speaks of two trained models, not yet of their settings{swept}."
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -254,7 +255,7 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "examples", sizes + (f"; left out: {dropped}" if dropped else "")
     yield "labels", _label_counts(summary.labels)
     if summary.shared:
-        yield "in both", f"{summary.shared:,} of the texts reported on stand in train too"
+        yield "in both", f"{counted(summary.shared, 'text')} of train, among those reported on"
     trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
     share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
     yield "frozen", frozen_part(settings) + share

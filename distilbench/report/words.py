@@ -20,14 +20,16 @@ def said(row: Row) -> str:
     """Say what may be claimed of a row, why nothing may be, or how its trials ended; nothing without a baseline."""
     if not row.trials:
         return row.status
-    claim = "baseline" if row.is_baseline else f"not tested: {reason_untested(row)}" if row.untested else _verdict(row)
+    untested = f"not {'judged' if row.difference else 'tested'}: {reason_untested(row)}" if row.untested else ""
+    claim = "baseline" if row.is_baseline else untested or _verdict(row)
     return ", ".join(filter(None, (claim, "has not learned" if row.has_learned is False else "")))
 
 
 def _verdict(row: Row) -> str:
     """Return a verdict with its seeds; one seed speaks of two trained models only."""
-    if row.again and row.again.verdict and row.again.difference:
-        return f"{VERDICTS[row.again.verdict]} with fresh seeds (n = {row.again.difference.n})"
+    if row.again and row.again.difference:
+        said_of = VERDICTS[row.again.verdict] if row.again.verdict else reason_untested(row.again) or "has not learned"
+        return f"{said_of} with fresh seeds (n = {row.again.difference.n})"
     if not row.verdict or not row.difference:
         return ""
     n = row.difference.n

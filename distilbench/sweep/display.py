@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.cli import counted
 from distilbench.report import power
-from distilbench.report.formats import counted, duration, margin_text
+from distilbench.report.formats import duration
 from distilbench.report.words import what_decides
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.plan import SweepPlan
@@ -71,7 +72,7 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
     console.print(_grid_table(plan) if plan.is_grid else _space_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
-    what = f"{trials} trials" + (f" of {seeds} seeds each" if seeds > 1 else "")
+    what = counted(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
     prepared = prepare(plan.settings)
     seconds = estimate_alone(plan.settings, prepared)
     prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"
@@ -95,7 +96,7 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
         return None
     return (
         f"little will be shown: {counted(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
-        f"less than {margin_text(margin)} with a chance of {100 * expected:.0f} %, were it as good as the "
+        f"less than {counted(margin, 'point')} with a chance of {100 * expected:.0f} %, were it as good as the "
         f"baseline (of {counted(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
         f"{what_decides(needed, examples)}"
     )

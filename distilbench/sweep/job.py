@@ -34,7 +34,7 @@ class SweepJob:
     trial: str
     """Its directory below the sweep's, by which people call it."""
     name: str
-    """What its run is called: what varies in the sweep."""
+    """What varies in the sweep."""
     overrides: tuple[str, ...]
     """The command line that makes its settings."""
     is_baseline: bool
@@ -54,6 +54,8 @@ class SweepJob:
     """Whether the job shows nothing of its own, since others run beside it."""
     prunes: bool = False
     """Whether the trial may be stopped on the way."""
+    picks: bool = False
+    """Whether the sweep picks one of several settings."""
     continues: Path | None = None
     """Directory of the interrupted trial that this one takes up."""
 
@@ -61,6 +63,11 @@ class SweepJob:
     def number(self) -> int:
         """Its number in its study."""
         return int(self.directory.name)
+
+    @property
+    def run_name(self) -> str:
+        """What its runs are called, its number first; a baseline beside the space has none that tables show."""
+        return f"{self.trial} {self.name}" if self.trial.isdigit() else self.name
 
     @property
     def sweep_directory(self) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from distilbench.cli import counted
 from distilbench.report.formats import duration, percent
 from distilbench.results import Status
 from distilbench.sweep.study import FAILURES, TrialView
@@ -75,7 +76,7 @@ class Leaderboard:
         """Return the sweep in one line."""
         words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
                  "reused": self.counts[Status.REUSED]}  # fmt: skip
-        parts = [f"{self.done} of {self.total} trials"]
+        parts = [f"{self.done} of {counted(self.total, 'trial')}"]
         parts += [f"{count} {word}" for word, count in words.items() if count]
         if len(self.objectives) > 1:
             parts.append(f"{len(self.best)} on the Pareto front")

@@ -70,6 +70,12 @@ class SweepPlan:
         }
 
     @property
+    def picks(self) -> bool:
+        """Whether it picks one of several settings beside the baseline, as a confirmation does not."""
+        settings = {frozenset({**point.params, "seed": None}.items()) for point in self.points if not point.is_baseline}
+        return "confirms" not in self.fixed and (len(settings) > 1 or not self.is_grid)
+
+    @property
     def chosen_by(self) -> str:
         """By what, and on which split, winners are picked and trials pruned."""
         split = "validation split, which also reports"

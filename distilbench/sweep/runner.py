@@ -17,7 +17,7 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from distilbench.cli import raise_if_signalled, raise_on_signal, was_signalled
+from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
 from distilbench.data.text import load_text
 from distilbench.report.answer import trial_to_use
@@ -193,7 +193,7 @@ class SweepRunner:
         self._left |= {owner for _, (_, owners) in adopted for owner in owners}
         if dead:
             self._end_all(dead, "its process was killed")
-            self._say(f"continued: {len(dead)} trials that a killed process left were closed")
+            self._say(f"continued: closed {counted(len(dead), 'trial')} that a killed process left")
 
     def _close_runs(self) -> None:
         """End every run of the sweep that is RUNNING and has no process, as the records say."""
@@ -234,7 +234,7 @@ class SweepRunner:
         others = self._under_way_elsewhere()
         if others:
             if self._pause == POLL_SECONDS:
-                self._say(f"waiting for {others} trials that another process is at work on")
+                self._say(f"waiting for {counted(others, 'trial')} that another process is at work on")
             time.sleep(self._pause)
         self._pause = min(1.5 * self._pause, LONGEST_PAUSE) if others else POLL_SECONDS
         return others > 0
@@ -267,7 +267,7 @@ class SweepRunner:
         failed = sum(view.status in FAILURES for study in self._studies.all for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.failures_borne:
-            self._end(f"{failed} trials failed, which is more than sweep.max_failures allows", failed=True)
+            self._end(f"{counted(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
         elif self._ended is None and timeout is not None and time.monotonic() - self._began > 60 * timeout:
             self._end(f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun", failed=False)
         return self._ended is not None
@@ -298,6 +298,7 @@ class SweepRunner:
             is_quiet=isinstance(self._executor, Pool),
             continues=None if continued is None else study.directory(continued),
             prunes=plan.settings.sweep.pruner != "none" and not study.is_beside,
+            picks=plan.picks,
         )
         job.write()
         return job
@@ -357,14 +358,15 @@ class SweepRunner:
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
         self._say(f"trials are chosen by {plan.chosen_by}")
         if not plan.is_grid and plan.asked > plan.total and self._studies.main.is_exhausted():
-            self._say(f"every one of the {plan.total} points of the space has been evaluated: no more to try")
+            self._say(f"every point of the space ({plan.total}) has been evaluated: no more to try")
         elif self._ended is None and self._studies.main.has_more():
             self._say("the sampler finds no further point that was not evaluated: hydra/sweeper/sampler=random may")
         self._say(f"{plan.name}: {leaderboard.line()}; {plan.directory}")
         if not leaderboard.best and self._ended is None:
             self._end("no trial of the sweep finished", failed=True)
         elif plan.needs_all and leaderboard.failed:
-            self._end(f"{leaderboard.failed} trials did not finish; the same command trains them again", failed=True)
+            failed = counted(leaderboard.failed, "trial")
+            self._end(f"{failed} did not finish; the same command trains what is missing", failed=True)
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
         return self._ended if self._failed else None
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distilbench.cli import counted
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, TrackingSettings
 from distilbench.sweep.devices import claim_gpu
@@ -61,7 +62,7 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
         return prune(evaluation.metric(judged), count) if prune and judged else None
 
     return SweepContext(
-        name=sweep_job.name,
+        name=sweep_job.run_name,
         parent_run_id=sweep_job.parent_run_id,
         tags=sweep_job.tags,
         pruning_callback=after_evaluation,
@@ -69,6 +70,7 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
         accept=lambda prepared: pin_sources(prepared, settings, sweep_job),
         lease=lease,
         continues=sweep_job.continues or sweep_job.directory,
+        picks=sweep_job.picks,
     )
 
 
@@ -118,7 +120,7 @@ class Seeds:
         output = replace(job.settings.output, dir=str(directory))
         seed_job = replace(self._sweep_job, prunes=False)  # seeds are pruned as a whole
         context = context_of(seed_job, job.settings, self._lease)
-        name = f"{self._sweep_job.name} seed={seed}"
+        name = f"{self._sweep_job.run_name} seed={seed}"
         return replace(
             job,
             settings=replace(job.settings, seed=seed, output=output),
@@ -168,7 +170,7 @@ class Seeds:
             self._begun,
             identity={**last.identity, "seed": None},
             status=Status.PRUNED if reason else last.status,
-            error=f"pruned after {len(done)} seeds: {reason}" if reason else last.error,
+            error=f"pruned after {counted(len(done), 'seed')}: {reason}" if reason else last.error,
             scores=_means([record.scores for record in done]),
             selection=_means([record.selection for record in done]),
             figures=figures,
@@ -183,7 +185,7 @@ def _open_parent_run(sweep_job: SweepJob, store: MlflowStore | None) -> ParentRu
 
     if store is None:
         return ParentRun()
-    return store.open_parent_run(sweep_job.name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id)
+    return store.open_parent_run(sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id)
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

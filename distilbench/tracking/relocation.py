@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distilbench.cli import counted
 from distilbench.settings import SettingsError, root
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.uri import StoreAddress, local_folder
@@ -88,6 +89,8 @@ def _missing_files(run_ids: list[str], old: Path, new: Path) -> Iterator[str]:
     if there:
         new.mkdir(parents=True, exist_ok=True)
         copy = shlex.join(["cp", "-rn", f"{old}/.", str(new)])
-        yield f"  {len(there)} of its {len(run_ids)} runs have files in the old place alone; to bring them: {copy}"
+        yield (
+            f"  files of {counted(len(there), 'run')} (of {len(run_ids)}) are in the old place alone; to bring them: {copy}"
+        )
     if len(lacking) > len(there):
-        yield f"  {len(lacking) - len(there)} of its {len(run_ids)} runs have files in neither place"
+        yield f"  files of {counted(len(lacking) - len(there), 'run')} (of {len(run_ids)}) are in neither place"

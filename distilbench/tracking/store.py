@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distilbench.cli import counted
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError
@@ -102,7 +103,7 @@ class MlflowStore:
     def end_left_runs(self) -> None:
         """End runs of the experiment whose process on this host is gone, as their records say; tell which in a line."""
         if ended := end_left_runs(self._connection, Owner.is_dead):
-            log.info("closed %d runs whose process is gone: %s", len(ended), ", ".join(ended))
+            log.info("closed %s whose process is gone: %s", counted(len(ended), "run"), ", ".join(ended))
 
     def catch_up(self, directory: Path) -> None:
         """Deliver what trials in ``directory`` keep for a store that was gone, and wait for it where it still is."""

@@ -69,6 +69,8 @@ class SweepContext:
     """Whose the trial is, to be asked before anything is kept of it."""
     continues: Path | None = None
     """Directory of the interrupted trial to continue, if what it left still fits: its own, or an earlier one."""
+    picks: bool = False
+    """Whether the sweep picks one of several settings, so that a lead where it picks is yet to be confirmed."""
 
 
 @dataclass(frozen=True)

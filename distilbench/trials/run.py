@@ -51,6 +51,7 @@ class Outcome:
     """What the kept epoch said of the report split."""
     alone: bool
     """Whether it had the device to itself, so that its seconds are its own."""
+    context: SweepContext
     comparison: Comparison | None = None
     """None for a baseline, and where there is none to compare with."""
 
@@ -84,6 +85,7 @@ class Outcome:
             peak_memory_bytes=self.result.peak_memory_bytes,
             brier=report.brier,
             ece=report.ece,
+            number=self.context.tags.get("distilbench.trial", ""),
         )
 
 
@@ -142,7 +144,9 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
         baseline = find()
         if baseline is None:
             return outcome
-        comparison = compare(outcome.stored, baseline, outcome.settings.margin)
+        protocol = outcome.prepared.protocol
+        picked_here = outcome.context.picks and protocol.selection_split == protocol.report_split
+        comparison = compare(outcome.stored, baseline, outcome.settings.margin, picked_here)
         if store and outcome.run_id:
             figures = comparison_metrics(comparison)
             store.add_comparison(
@@ -179,7 +183,7 @@ def run_batch(
             _train(opened, prepared, contexts, guard)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    return [_outcome(trial) for trial in opened]
+    return [_outcome(trial, context) for trial, context in zip(opened, contexts, strict=True)]
 
 
 def _train(
@@ -206,10 +210,11 @@ def _share_batch(opened: Sequence[OpenTrial], seconds: float, solo_seconds: floa
             )
 
 
-def _outcome(trial: OpenTrial) -> Outcome:
+def _outcome(trial: OpenTrial, context: SweepContext) -> Outcome:
     assert trial.result is not None  # else the engine had raised
     run_id = trial.run.run_id if trial.run else None
-    return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions, trial.alone)
+    return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions, trial.alone,
+                   context)  # fmt: skip
 
 
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:

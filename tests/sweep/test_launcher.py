@@ -296,7 +296,7 @@ def test_the_seeds_of_trials_are_trained_at_once_and_each_trial_ends_as_its_seed
     assert first["accuracy"] == pytest.approx(sum(each) / 2)
     ends = {name: run.data.tags["distilbench.status"] for name, run in runs.items()}
     assert {name: end for name, end in ends.items() if "1e+30" in name} == dict.fromkeys(
-        ("lr=1e+30", "lr=1e+30 seed=1", "lr=1e+30 seed=2"), "DIVERGED"
+        ("1 lr=1e+30", "1 lr=1e+30 seed=1", "1 lr=1e+30 seed=2"), "DIVERGED"
     )
     assert len([end for end in ends.values() if end == "FINISHED"]) == 4
 

@@ -34,9 +34,9 @@ def grid(tmp_path_factory):
     return workspace, ended(workspace.with_store(), "freeze.layers=0,1", "sweep.name=grid")
 
 
-def test_trials_are_children_of_the_sweeps_run_and_named_by_what_varies(grid):
+def test_trials_are_children_of_the_sweeps_run_and_named_by_number_and_what_varies(grid):
     workspace, _ = grid
-    assert tree(workspace) == {"grid": None, "baseline: layers=0": "grid", "layers=1": "grid"}
+    assert tree(workspace) == {"grid": None, "0 baseline: layers=0": "grid", "1 layers=1": "grid"}
     parent, *children = workspace.runs()
     assert {run.info.status for run in workspace.runs()} == {"FINISHED"}
     assert {run.data.tags["distilbench.sweep"] for run in workspace.runs()} == {"grid"}
@@ -73,12 +73,12 @@ def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspa
           "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
     assert tree(workspace) == {
         "seeds": None,
-        "baseline: layers=0": "seeds",
-        "baseline: layers=0 seed=1": "baseline: layers=0",
-        "baseline: layers=0 seed=2": "baseline: layers=0",
-        "layers=1": "seeds",
-        "layers=1 seed=1": "layers=1",
-        "layers=1 seed=2": "layers=1",
+        "0 baseline: layers=0": "seeds",
+        "0 baseline: layers=0 seed=1": "0 baseline: layers=0",
+        "0 baseline: layers=0 seed=2": "0 baseline: layers=0",
+        "1 layers=1": "seeds",
+        "1 layers=1 seed=1": "1 layers=1",
+        "1 layers=1 seed=2": "1 layers=1",
     }
     each = [workspace.record("seeds", f"1/seed-{seed}")["selection"]["accuracy"] for seed in (1, 2)]
     assert workspace.study("seeds")[1].value == pytest.approx(sum(each) / 2)

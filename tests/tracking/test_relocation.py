@@ -114,7 +114,7 @@ def test_a_database_that_was_copied_alone_is_told_how_to_get_its_files(carried, 
         subprocess.run(shlex.split(said.partition("to bring them: ")[2]), check=True)
         assert find_store(settings_at(new)).predictions(run_id) is not None
     else:
-        assert "1 of its 1 runs have files in neither place" in said
+        assert "files of 1 run (of 1) are in neither place" in said
 
 
 def test_a_folder_that_somebody_chose_is_theirs_to_choose(template, tmp_path):
