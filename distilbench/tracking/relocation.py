@@ -90,7 +90,8 @@ def _missing_files(run_ids: list[str], old: Path, new: Path) -> Iterator[str]:
         new.mkdir(parents=True, exist_ok=True)
         copy = shlex.join(["cp", "-rn", f"{old}/.", str(new)])
         yield (
-            f"  files of {counted(len(there), 'run')} (of {len(run_ids)}) are in the old place alone; to bring them: {copy}"
+            f"  files of {counted(len(there), 'run')} (of {len(run_ids)}) are in the old place alone; "
+            f"to bring them: {copy}"
         )
     if len(lacking) > len(there):
         yield f"  files of {counted(len(lacking) - len(there), 'run')} (of {len(run_ids)}) are in neither place"
