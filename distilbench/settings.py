@@ -36,15 +36,8 @@ PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyp
 LOG_MODEL = ("never", "best", "always")
 OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "cost", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # fmt: skip
 """Names that ``transformers.get_scheduler`` takes without further arguments and that depend on the step alone."""
 
 
@@ -90,6 +83,7 @@ def multiple_of(step: int) -> Rule:
 
 
 ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
+DISTINCT = Rule("null or a list of different values", lambda values: 0 < len(set(values)) == len(values))
 
 
 def within(interval: str) -> Rule:
@@ -112,6 +106,7 @@ class PathIf:
 
 
 MARGIN = within("(0, 100]")
+LABEL_NAMES = Rule("2 or more distinct names", lambda names: 1 < len(set(names) - {None}) == len(names))
 DEVICE = named("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
 REGISTERED = named("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
                    r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
@@ -121,10 +116,10 @@ AS_TYPED = "as typed"
 
 
 @cache
-def _marks(cls: Any) -> dict[str, Any]:
+def _marks(cls: Any) -> dict[str, tuple[Any, ...]]:
     """Return what the annotations of a dataclass say of its fields beside their types, by name."""
     hints = get_type_hints(cls, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    return {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
 @dataclass(frozen=True)
@@ -137,11 +132,12 @@ class Checked:
         cls._prefix = f"{group}." if group else ""
 
     def __post_init__(self) -> None:
-        for name, rule in _marks(type(self)).items():  # type: ignore[arg-type]  # mypy takes no dataclass for Hashable
+        for name, marks in _marks(type(self)).items():  # type: ignore[arg-type]  # mypy takes no dataclass for Hashable
             value = getattr(self, name)
-            if isinstance(rule, Rule) and value is not None:
-                for one in value if rule.each else [value]:
-                    require(rule.holds(one), self._prefix + name, rule.allowed, one)
+            for rule in marks:
+                if isinstance(rule, Rule) and value is not None:
+                    for one in value if rule.each else [value]:
+                        require(rule.holds(one), self._prefix + name, rule.allowed, one)
         self._check()
 
     def _check(self) -> None:
@@ -154,7 +150,7 @@ class ModelSettings(Checked, group="model"):
 
     source: Annotated[str, one_of(MODEL_SOURCES)]
     """hub | package | local | random."""
-    checkpoint: Annotated[str, PathIf("local")]
+    checkpoint: Annotated[str, PathIf("local"), Rule("a name or a path", bool)]
     """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
@@ -164,7 +160,6 @@ class ModelSettings(Checked, group="model"):
     """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
 
     def _check(self) -> None:
-        require(bool(self.checkpoint), "model.checkpoint", "a name or a path", self.checkpoint)
         if self.source == "local":
             require(Path(self.checkpoint).is_dir(), "model.checkpoint", "an existing directory", self.checkpoint,
                     "give the folder that holds config.json and model.safetensors")  # fmt: skip
@@ -197,7 +192,7 @@ class DataSettings(Checked, group="data"):
     """Column that holds the label."""
     slice_column: Optional[str] = None
     """Column, such as source, by whose values results are also reported; null reports them as a whole."""
-    label_names: Annotated[Optional[list[str]], AS_TYPED] = None
+    label_names: Annotated[Optional[list[str]], AS_TYPED, LABEL_NAMES] = None
     """Names of the labels in the order of their numbers, as they are written; null takes them from the data."""
     validation_fraction: Annotated[float, within("(0, 1)")] = 0.1
     """Share of train used as validation where there is none, in (0, 1)."""
@@ -228,10 +223,6 @@ class DataSettings(Checked, group="data"):
                     f"null with data.source={self.source}, which has no such column", getattr(self, name))  # fmt: skip
         require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
                 "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
-        if self.label_names is not None:
-            distinct = len(set(self.label_names)) == len(self.label_names) and None not in self.label_names
-            require(distinct and len(self.label_names) >= 2, "data.label_names", "2 or more distinct names",
-                    list(self.label_names))  # fmt: skip
 
     def _check_files(self) -> None:
         require(self.train is not None, "data.train", "a file", self.train, "give data.train=path/to/train.csv")
@@ -496,8 +487,7 @@ class TrackingSettings(Checked, group="tracking"):
                 "null with tracking.log_model=never", self.register, "add tracking.log_model=best")  # fmt: skip
         require(self.name != "none" or self.log_model == "never", "tracking.log_model", "never with tracking=none",
                 self.log_model)  # fmt: skip
-        secret = self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri)
-        if secret:
+        if self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri):
             raise SettingsError(
                 "tracking.uri must not hold a password, since Hydra writes settings to disk; put the URI into "
                 "MLFLOW_TRACKING_URI, or user and password into MLFLOW_TRACKING_USERNAME and _PASSWORD"
@@ -514,30 +504,31 @@ class BaselineSettings:
     """Train the baseline first where no finished one of the same protocol is found."""
 
 
-_SWEEP_NAME = "letters, digits and ._+- without a path, 200 bytes at most"
+SWEEP_NAME = named("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)
+COUNT_OR_SHARE = Rule("a whole number or a share below 1", lambda value: value < 1 or value % 1 == 0)
 
 
 @dataclass(frozen=True)
 class SweepSettings(Checked, group="sweep"):
     """How the trials of one ``--multirun`` are chosen, counted and ended."""
 
-    name: Annotated[str, named(_SWEEP_NAME, r"\w[\w.+-]*", 200)]
+    name: Annotated[str, SWEEP_NAME]
     """Names study, MLflow parent run and directory; the same name continues the same sweep."""
     trials: Annotated[int, at_least(1)]
     """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
     baseline: bool
     """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
-    objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True)]
+    objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True), DISTINCT]
     """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, train_flops, trainable_parameters;
     cost is seconds where trials run alone, FLOPs where they share a device; null is `train.metric`. Several make a
     Pareto front."""
-    seeds: Optional[list[int]]
+    seeds: Annotated[Optional[list[int]], DISTINCT]
     """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
     pruner: Annotated[str, one_of(PRUNERS)]
     """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
     pruner_options: dict[str, Any]
     """Arguments of Optuna's pruner, such as n_startup_trials: numbers (a resource may be auto); null is its default."""
-    max_failures: Annotated[Optional[float], at_least(0.0)]
+    max_failures: Annotated[Optional[float], at_least(0.0), COUNT_OR_SHARE]
     """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
     timeout_minutes: Annotated[Optional[float], at_least(0)]
     """Minutes after which no new trial starts; null is no limit."""
@@ -545,7 +536,7 @@ class SweepSettings(Checked, group="sweep"):
     """Print what would be trained, and how long that would take, and train nothing."""
     max_grid: Annotated[int, at_least(1)]
     """Cells that a grid may have without a word: raise it to confirm a larger one."""
-    warm_start: Annotated[Optional[str], named(_SWEEP_NAME, r"\w[\w.+-]*", 200)]
+    warm_start: Annotated[Optional[str], SWEEP_NAME]
     """An earlier sweep of the same protocol whose finished trials a new study of Optuna begins with, where their points
     lie in its space; null is none."""
     on_change: Annotated[str, one_of(("refuse", "extend"))]
@@ -565,12 +556,6 @@ class SweepSettings(Checked, group="sweep"):
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             is_auto = value == "auto" and name.endswith("_resource")
             require(value is None or is_number or is_auto, f"sweep.pruner_options.{name}", takes, value)
-        for name in ("objectives", "seeds"):
-            values = getattr(self, name)
-            distinct = values is None or (bool(values) and len(set(values)) == len(values))
-            require(distinct, f"sweep.{name}", "null or a list of different values", values)
-        count_or_share = self.max_failures is None or self.max_failures < 1 or self.max_failures % 1 == 0
-        require(count_or_share, "sweep.max_failures", "a whole number or a share below 1", self.max_failures)
 
 
 @dataclass(frozen=True)
@@ -633,11 +618,14 @@ class CompareSettings(Checked):
                 "add one of them")  # fmt: skip
 
 
+WITHOUT_PATH = Rule("a name without a path in it", lambda name: not re.search(r"[/\\\0]|^\.\.?$", name))
+
+
 @dataclass(frozen=True)
 class ConfirmSettings(Checked):
     """The whole configuration of `python -m distilbench.confirm`."""
 
-    sweep: Optional[str]
+    sweep: Annotated[Optional[str], WITHOUT_PATH]
     """Name of the sweep whose best settings are trained again."""
     top: Annotated[int, at_least(1)]
     """How many of them, 1 or more."""
@@ -648,7 +636,7 @@ class ConfirmSettings(Checked):
     setting which loses nothing loses less than the margin."""
     margin: Annotated[Optional[float], MARGIN]
     """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own."""
-    name: Optional[str]
+    name: Annotated[Optional[str], WITHOUT_PATH]
     """Name of the confirmation, a sweep of its own; null is `<sweep>-confirm`."""
     output: Annotated[Optional[str], PathIf()]
     """Its folder; null is outputs/sweeps/<name>."""
@@ -658,10 +646,6 @@ class ConfirmSettings(Checked):
 
     def _check(self) -> None:
         require(bool(self.sweep), "sweep", "the name of a sweep", self.sweep, "add sweep=NAME")
-        for name in ("sweep", "name"):
-            value = getattr(self, name)
-            plain = value is None or (value not in (".", "..") and not re.search(r"[/\\\0]", value))
-            require(plain, name, "a name without a path in it", value)
 
 
 PREDICTION_FORMATS = ("table", "glue")
@@ -772,14 +756,13 @@ def _build(cls: Any, values: Any) -> Any:
     """Make the dataclass ``cls`` from nested dicts; paths become absolute."""
     hints, marks, made = get_type_hints(cls), _marks(cls), dict(values)
     for name, value in values.items():
-        mark = marks.get(name)
         if value is None:
             continue
         if nested := _dataclass_in(hints[name]):
             made[name] = _build(nested, value)
-        elif isinstance(mark, PathIf) and mark.source in (None, values.get("source")):
+        elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
             made[name] = str(_typed_in() / Path(value).expanduser())
-        elif mark == AS_TYPED:
+        elif AS_TYPED in marks.get(name, ()):
             made[name] = [spelled(one) for one in value]
     return cls(**made)
 
@@ -818,12 +801,10 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]
         nested = _dataclass_in(hint)
-        if nested in (cls, *inside):
+        if nested in (cls, *inside) or AS_TYPED in _marks(cls).get(f.name, ()):
             hint = Any
         elif nested:
             hint = _schema(nested, (cls, *inside))
-        elif _marks(cls).get(f.name) == AS_TYPED:
-            hint = Any
         default = f.default if f.default is not dataclasses.MISSING else "???"
         fields.append((f.name, hint, dataclasses.field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)

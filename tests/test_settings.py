@@ -105,6 +105,8 @@ BARE = {
 INF, NAN = math.inf, math.nan
 RANGES = {
     "data.source": (["hub", "synthetic", "tweets"], ["web", ""], "one of hub, files, tweets, synthetic"),
+    "model.checkpoint": (["a"], [""], "a name or a path"),
+    "data.label_names": ([None, ["a", "b"]], [[], ["a"], ["a", "a"]], "2 or more distinct names"),
     "data.validation_fraction": ([1e-9, 0.999], [0, 1, -0.1, NAN], "in (0, 1)"),
     "data.selection_fraction": ([0, 0.999], [1, -0.1, NAN], "in [0, 1)"),
     "data.report_fraction": ([0, 0.999], [1, -0.1, NAN], "in [0, 1)"),
@@ -156,6 +158,7 @@ RANGES = {
                          "one of accuracy, f1, mcc, loss, train_seconds, train_flops, cost, trainable_parameters"),
     "sweep.pruner": (["none", "median", "wilcoxon"], ["best"], "one of none, median, percentile, patient, "
                      "successive_halving, hyperband, threshold, wilcoxon"),
+    "sweep.seeds": ([None, [1], [1, 2]], [[], [1, 1]], "null or a list of different values"),
     "sweep.max_failures": ([0, 0.99, 1, 7, None], [-0.1, INF, NAN], "0.0 or more"),
     "sweep.timeout_minutes": ([0, 0.5, None], [-0.1, INF, NAN], "0 or more"),
     "tracking.patience_seconds": ([0, 300.5], [-0.1, INF, NAN], "0 or more"),
@@ -168,6 +171,8 @@ RANGES = {
     "compare.rows": ([1], [0], "1 or more"),
     "compare.formats": ([[], ["html", "markdown", "latex", "csv"]], [["pdf"], ["csv", "pdf"]],
                         "one of html, markdown, latex, csv"),
+    "confirm.sweep": (["a..b"], ["..", "a/b"], "a name without a path in it"),
+    "confirm.name": ([None, "c.d"], [".", "a\\b"], "a name without a path in it"),
     "confirm.top": ([1], [0], "1 or more"),
     "confirm.seeds": ([2, "auto"], [1, "many"], "auto, or 2 or more"),
     "tracking.log_model": (["never", "best", "always"], ["last"], "one of never, best, always"),
@@ -213,13 +218,14 @@ def test_a_range_has_its_ends_and_nothing_beyond(usual, key):
 def test_every_declared_range_is_tried_at_its_ends():
     groups = {"compare": CompareSettings, "confirm": ConfirmSettings, "predict": PredictSettings,
               "bench": BenchSettings, "": AppSettings}  # fmt: skip
-    groups |= {f.name: type(getattr(composed(), f.name)) for f in dataclasses.fields(AppSettings)}
+    app = composed()
+    groups |= {f.name: type(getattr(app, f.name)) for f in dataclasses.fields(AppSettings)}
     declared = {
         f"{group}.{name}".lstrip(".")
         for group, cls in groups.items()
         if dataclasses.is_dataclass(cls)
-        for name, mark in _marks(cls).items()
-        if isinstance(mark, Rule)
+        for name, marks in _marks(cls).items()
+        if any(isinstance(mark, Rule) for mark in marks)
     }
     assert declared - RANGES.keys() == {"model.source"}, "which cannot change by itself"
 
