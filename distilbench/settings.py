@@ -77,11 +77,6 @@ def at_least(low: float) -> Rule:
     return Rule(f"{low} or more", lambda value: math.isfinite(value) and value >= low)
 
 
-def multiple_of(step: int) -> Rule:
-    """Allow whole multiples of ``step`` from it on."""
-    return Rule(f"a multiple of {step}", lambda value: value > 0 and value % step == 0)
-
-
 ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 DISTINCT = Rule("null or a list of different values", lambda values: 0 < len(set(values)) == len(values))
 
@@ -712,7 +707,7 @@ class BenchSettings(Checked, group="bench"):
 
     trials: Annotated[int, at_least(2)]
     """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
-    steps: Annotated[int, multiple_of(BENCH_WINDOW)]
+    steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n: n > 0 and n % BENCH_WINDOW == 0)]
     """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
     eval_examples: Annotated[int, at_least(1)]
     """Examples of the selection split that each run evaluates, 1 or more."""

@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 def serving_requests(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Answer requests on this host until the block is left; yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

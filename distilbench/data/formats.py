@@ -101,25 +101,22 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
     """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
     reader = csv.reader(lines, strict=True)
-    line, count, places = 1, 0, ""
-    while True:
-        try:
-            record = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            raise SettingsError(
-                f"{title} line {line}: {first_line(error)}; close double quotes, and double those within a field"
-            ) from None
-        if reader.line_num > line:
-            count += 1
-            places += f", {line} to {reader.line_num}" if count <= 5 else ""
-        yield line, record
-        line = reader.line_num + 1
+    line, count, places = 1, 0, []
+    try:
+        for record in reader:
+            if reader.line_num > line:
+                count += 1
+                places += [f"{line} to {reader.line_num}"] if count <= 5 else []
+            yield line, record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SettingsError(
+            f"{title} line {line}: {first_line(error)}; close double quotes, and double those within a field"
+        ) from None
     if count:
         more = f" and {count - 5:,} more" if count > 5 else ""
         log.warning("%s: %s over several lines (lines %s%s); where that is not meant, a double quote is "
-                    "not closed", title, counted(count, "row"), places[2:], more)  # fmt: skip
+                    "not closed", title, counted(count, "row"), ", ".join(places), more)  # fmt: skip
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
@@ -206,32 +203,19 @@ def _open_parquet(path: Path, title: str, columns: Columns) -> Iterator[FileRows
         with parquet.ParquetFile(path) as file:
             check_columns(file.schema_arrow.names, columns, title)
             parts = file.iter_batches(PART, columns=list(dict.fromkeys(columns.values())))
-            rows = arrow_rows(file.schema_arrow, parts, title, columns)
+            rows = arrow_rows(parts, title, columns)
             yield FileRows(title, "row", rows, lambda count: count / file.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise SettingsError(f"{title} is not a readable Parquet file: {first_line(error)}; write it anew") from None
 
 
-def arrow_rows(schema: Any, parts: Iterable[Any], title: str, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of ``pyarrow`` tables or batches of one ``schema``, numbered from 1."""
-    for setting, column in columns.items():
-        _check_type(schema.field(column).type, setting, f"{title}: column {show(column)}")
+def arrow_rows(parts: Iterable[Any], title: str, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of ``pyarrow`` tables or batches, numbered from 1."""
     first = 1
     for part in parts:
         values = [_values(part.column(column), title, first) for column in columns.values()]
         yield from enumerate(zip(*values, strict=True), start=first)
         first += part.num_rows
-
-
-def _check_type(kind: Any, setting: str, title: str) -> None:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    strings = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    if not (strings or types.is_null(kind) or (setting not in TEXTS and types.is_integer(kind))):
-        allowed = "strings" if setting in TEXTS else "integers or strings"
-        remedy = NO_REGRESSION if setting == "data.label_column" and types.is_floating(kind) else "convert it"
-        raise SettingsError(f"{title} must hold {allowed}, got {show(str(kind))}; {remedy}")
 
 
 def _values(column: Any, title: str, first: int) -> list[Any]:

@@ -198,7 +198,7 @@ def open_split(splits: Any, setting: str, given: str, settings: DataSettings, co
     joined = datasets.concatenate_datasets([splits[part] for part in given.split("+")])
     check_columns(joined.column_names, columns, title)
     chosen = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
-    rows = arrow_rows(chosen.features.arrow_schema, chosen.iter(PART), title, columns)
+    rows = arrow_rows(chosen.iter(PART), title, columns)
     return FileRows(title, "row", rows, lambda count: count / len(chosen))
 
 

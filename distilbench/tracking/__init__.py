@@ -14,13 +14,12 @@ from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, final_metrics
 from distilbench.tracking.search import RunFilter, SweepRun
 from distilbench.tracking.store import CONFIRMS, MARGIN, SWEEP, MlflowStore
-from distilbench.tracking.tags import DatasetUsed, RunStart, params_of
+from distilbench.tracking.tags import RunStart, params_of
 
 __all__ = [
     "CONFIRMS",
     "MARGIN",
     "SWEEP",
-    "DatasetUsed",
     "MlflowRun",
     "MlflowStore",
     "ParentRun",

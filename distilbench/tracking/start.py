@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distilbench.identity import short_hash
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.tags import DatasetUsed, RunStart, params_of, tags_of
+from distilbench.tracking.tags import RunStart, params_of, tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,22 +36,22 @@ class RunContent:
     @classmethod
     def of(cls, start: RunStart) -> RunContent:
         """Return what is to be told of a trial that begins."""
-        datasets = [_dataset(start, used) for used in start.datasets]
+        datasets = [_dataset(start, context, examples) for context, examples in start.datasets.items()]
         return cls(redact(start.name), tags_of(start), params_of(start.settings), datasets, redact(start.config_yaml))
 
 
-def _dataset(start: RunStart, used: DatasetUsed) -> dict[str, str]:
+def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
     """Return a split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
     source = start.protocol.data
     kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
     origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
     return {
         "name": redact(source.name)[:LONGEST_NAME],
-        "digest": short_hash((used.fingerprint, used.context, used.examples)),
+        "digest": short_hash((source.fingerprint, context, examples)),
         "source_type": kind,
         "source": redact(json.dumps(origin)),
-        "profile": json.dumps({"num_rows": used.examples}),
-        "context": used.context,
+        "profile": json.dumps({"num_rows": examples}),
+        "context": context,
     }
 
 

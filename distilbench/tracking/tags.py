@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,15 +27,6 @@ LONGEST_TAG = 8000
 
 
 @dataclass(frozen=True)
-class DatasetUsed:
-    """A split as MLflow records inputs: ``context`` is training or validation, ``fingerprint`` a digest of it."""
-
-    context: str
-    examples: int
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class RunStart:
     """What is known of a trial before its first step."""
 
@@ -52,7 +44,8 @@ class RunStart:
     config_yaml: str
     """The resolved configuration."""
     label_names: tuple[str, ...]
-    datasets: tuple[DatasetUsed, ...] = ()
+    datasets: Mapping[str, int] = field(default_factory=dict)
+    """Examples of each part of the text, by MLflow's context of an input: training, selection, validation."""
     alone: bool = True
     """Whether the trial has the device to itself, not shared with a batch of others."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +84,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
         "distilbench.metric": start.protocol.metric,
         "distilbench.selection_split": start.protocol.selection_split,
         "distilbench.report_split": start.protocol.report_split,
-        "distilbench.train_examples": str(sum(d.examples for d in start.datasets if d.context == "training")),
+        "distilbench.train_examples": str(start.datasets.get("training", 0)),
         "distilbench.labels": json.dumps(start.label_names),
         "distilbench.device": start.device,
         "distilbench.precision": start.precision,
@@ -119,7 +112,7 @@ def _source_tags(role: str, start: RunStart) -> dict[str, str]:
 
 def _note(start: RunStart) -> str:
     """Return the run's description, Markdown, first thing that MLflow's page of a run shows."""
-    sizes = ", ".join(f"{used.examples:,} {used.context}" for used in start.datasets)
+    sizes = ", ".join(f"{examples:,} {context}" for context, examples in start.datasets.items())
     return (
         f"**Model** {start.protocol.model.describe()}  \n"
         f"**Data** {start.protocol.data.describe()}" + (f" ({sizes} examples)" if sizes else "") + "  \n"
@@ -157,22 +150,11 @@ def owner_of(tags: Mapping[str, str]) -> Owner | None:
 
 def _git_tags() -> dict[str, str]:
     """Commit and dirty flag of the checkout, under MLflow's own names; nothing without git or outside a checkout."""
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
-        return {}
-    dirty = _git("status", "--porcelain", "--untracked-files=no") != ""
-    return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": json.dumps(dirty)}
-
-
-def _git(*arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(CHECKOUT), "status", "--porcelain=2", "--branch", "-uno"]
     try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(CHECKOUT), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return {}
+    commit = re.search("^# branch.oid ([0-9a-f]+)$", told, re.MULTILINE)
+    dirty = re.search("^[^#]", told, re.MULTILINE) is not None
+    return {"mlflow.source.git.commit": commit[1], "mlflow.source.git.dirty": json.dumps(dirty)} if commit else {}

@@ -19,7 +19,7 @@ from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
 from distilbench.report.names import name_of as name_of_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
-from distilbench.tracking import DatasetUsed, RunStart
+from distilbench.tracking import RunStart
 
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
 
@@ -150,10 +150,10 @@ def run_start(
     """Return what is known of a trial before its first step; ``run_id`` is an interrupted run to continue."""
     from omegaconf import OmegaConf
 
-    splits, fingerprint = prepared.splits, prepared.protocol.data.fingerprint
-    parts = [("training", splits.train), ("validation", splits.report)]
-    if splits.selection is not splits.report:
-        parts.insert(1, ("selection", splits.selection))
+    splits = prepared.splits
+    parts = {"training": splits.train, "selection": splits.selection, "validation": splits.report}
+    if splits.selection is splits.report:
+        del parts["selection"]
     return RunStart(
         name=context.name or name_of(settings),
         settings=prepared_trial(settings, prepared),
@@ -165,7 +165,7 @@ def run_start(
         versions={library: version_of(library) for library in LIBRARIES},
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(settings)),
         label_names=splits.label_names,
-        datasets=tuple(DatasetUsed(part, len(split), fingerprint) for part, split in parts),
+        datasets={part: len(split) for part, split in parts.items()},
         alone=alone,
         tags=context.tags,
         parent_run_id=context.parent_run_id,

@@ -91,8 +91,9 @@ def answer_late(connection, over) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
 
 
-def test_a_server_that_accepts_and_does_not_answer_in_time_is_out_of_reach(probe, over):
+def test_a_server_that_accepts_and_does_not_answer_in_time_is_out_of_reach(probe, over, monkeypatch):
     assert sources.PROBE_SECONDS <= 4
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
     with listening(lambda connection: answer_late(connection, over)) as endpoint:
         assert not probe(endpoint)
     assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -189,7 +189,7 @@ def test_bytes_that_are_not_utf8_in_parquet_are_refused_with_their_row(folder):
 
 def test_a_parquet_column_of_the_wrong_type_is_refused(folder):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "types.parquet")
-    assert "column 'label' must hold integers or strings, got 'double'" in refusal(files(folder / "types.parquet"))
+    assert "row 1: the label must be an integer or a string, got 0.0" in refusal(files(folder / "types.parquet"))
 
 
 def test_a_validation_label_that_train_lacks_is_refused_with_its_line(folder):

@@ -18,10 +18,11 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import DatasetUsed, RunFilter, RunStart, open_store, params_of, redact, retries
+from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
+from tests.commands import lay_tables
 
 SECRET = "correct-horse-battery"
 PREDICTIONS = Predictions(
@@ -38,8 +39,10 @@ DONE = TrialResult(
 
 @pytest.fixture(scope="session")
 def uri(tmp_path_factory):
-    """One SQLite store for the whole module: making a database takes 1.5 s."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/runs.db"
+    """One SQLite store for the whole module."""
+    file = tmp_path_factory.mktemp("store") / "runs.db"
+    lay_tables(file)
+    return f"sqlite:///{file}"
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def start(settings):
             "versions": {"torch": "2.13.0"},
             "config_yaml": "seed: 42\n",
             "label_names": ("negative", "positive"),
-            "datasets": (DatasetUsed("training", 256, "aa"), DatasetUsed("validation", 64, "bb")),
+            "datasets": {"training": 256, "validation": 64},
         }
         return RunStart(**values | changes)
 
@@ -165,7 +168,6 @@ def test_parallel_trials_may_record_the_same_data_set_at_once(store, client, sta
     from sqlalchemy.orm import Session
 
     examples = {"training": 256, "validation": 64}
-    datasets = tuple(DatasetUsed(split, number, f"{context} {split}") for split, number in examples.items())
     added = []
 
     def add_first(session, *_):
@@ -178,7 +180,7 @@ def test_parallel_trials_may_record_the_same_data_set_at_once(store, client, sta
 
     event.listen(Session, "before_flush", add_first)
     try:
-        run_id = store.begin(start(datasets=datasets)).run_id
+        run_id = store.begin(start(datasets=examples)).run_id
     finally:
         event.remove(Session, "before_flush", add_first)
     (other,) = added
