@@ -9,24 +9,15 @@ from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
 
-def _trainer() -> Engine:
+def engine_for(settings: EngineSettings) -> Engine:
+    """Return the engine that ``engine.name`` names, auto resolved; its libraries are imported here and not before."""
+    if settings.name == "fused":
+        from distilbench.engines.fused.engine import FusedEngine
+
+        return FusedEngine()
     from distilbench.engines.trainer import TrainerEngine
 
     return TrainerEngine()
-
-
-def _fused() -> Engine:
-    from distilbench.engines.fused.engine import FusedEngine
-
-    return FusedEngine()
-
-
-_ENGINES = {"trainer": _trainer, "fused": _fused}
-
-
-def engine_for(settings: EngineSettings) -> Engine:
-    """Return the engine that ``engine.name`` names, auto resolved; its libraries are imported here and not before."""
-    return _ENGINES[settings.name]()
 
 
 def check_engine(trial: TrialSettings, model: ResolvedModel, precision: str) -> None:

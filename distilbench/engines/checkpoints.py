@@ -103,7 +103,7 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
     os.replace(partial, path / _SEAL)
     for other in _folders(path.parent):
         if other != path:
-            _remove(other)
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _read_seal(path: Path) -> dict[str, Any] | None:
@@ -129,16 +129,8 @@ def tidy(directory: Path) -> None:
 
 def remove_all(directory: Path) -> None:
     """Remove every checkpoint of a trial that has ended or starts again."""
-    for path in _folders(directory):
-        _remove(path)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def _folders(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
-
-
-def _remove(path: Path) -> None:
-    """Remove one checkpoint, its seal first, so that a kill on the way leaves nothing that looks whole."""
-    (path / _SEAL).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    return [path for path in directory.glob("*") if path.is_dir()]

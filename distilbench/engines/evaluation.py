@@ -29,6 +29,7 @@ def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int
     average = "binary" if logits.shape[1] == 2 else "macro"
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)  # (examples, labels)
     probabilities = np.exp(log_probabilities)
+    names = np.arange(logits.shape[1])
     is_finite = bool(np.isfinite(probabilities).all())  # else the loss tells that the trial diverged
     return Evaluation(
         split=name,
@@ -38,15 +39,10 @@ def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int
         accuracy=float(accuracy_score(labels, predicted)),
         f1=float(f1_score(labels, predicted, average=average, zero_division=0.0)),
         mcc=float(matthews_corrcoef(labels, predicted)),
-        brier=_brier(probabilities, labels) if is_finite else math.nan,
+        brier=float(brier_score_loss(labels, probabilities, labels=names)) if is_finite else math.nan,
         ece=expected_calibration_error(probabilities, labels) if is_finite else math.nan,
         logits=logits,
     )
-
-
-def _brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean squared error of ``probabilities`` (examples, labels), as scikit-learn has it (Brier, 1950)."""
-    return float(brier_score_loss(labels, probabilities, labels=np.arange(probabilities.shape[1])))
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -1,9 +1,15 @@
-"""Moves what is frozen at each evaluation, for the reference engine."""
+"""Moves what is frozen at each evaluation, for the reference engine.
+
+A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.layers.levels`: one
+frozen level is the embeddings, and of ``n`` encoder layers, ``n + 1`` frozen levels leave what stands above the last.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +18,39 @@ from distilbench.engines.steps import BatchSchedule
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import parameter_counts
 from distilbench.models.layers import levels
-from distilbench.models.moving import Part, frozen_levels
 from distilbench.results import Evaluation
 from distilbench.settings import TrialSettings
+
+
+def gradual_levels(part: int, top: int) -> int:
+    """Freeze all below the head, level ``top``, at first, and one level less in each part.
+
+    As Howard and Ruder (2018, arXiv 1801.06146).
+    """
+    return max(0, top - part)
+
+
+def scheduled_levels(part: int, parts: int, layers: int) -> int:
+    """Freeze nothing at first, ``layers`` with the embeddings in the last part, as many more in each between.
+
+    As in FreezeOut (Brock et al., 2017, arXiv 1706.04983) with a linear schedule, but at evaluations alone.
+    """
+    return round((layers + 1) * part / max(1, parts - 1))
+
+
+def auto_levels(gradients: Sequence[Sequence[float]], top: int) -> int:
+    """Freeze, from the bottom up, levels whose gradients change less than those of the median level below the head.
+
+    ``gradients`` holds, for each part before, the mean norm of each level's gradient; 0 where it was frozen. As in
+    AutoFreeze (Liu et al., 2021, arXiv 2102.01386) with its percentile of 50; the change from part to part is that of
+    the mean norm of the gradients, as clipped, instead of the norm of their sum.
+    """
+    frozen = 0
+    for before, now in pairwise(gradients):
+        changes = [abs(b - n) / b if b else 0.0 for b, n in zip(before, now, strict=True)][frozen:top]
+        limit = median(changes)
+        frozen += next((i for i, change in enumerate(changes) if change >= limit), 0)
+    return frozen
 
 
 class MovingFreeze:
@@ -69,8 +105,12 @@ class MovingFreeze:
             self._steps += 1
 
     def _levels_in(self, part: int) -> int:
+        if self._settings.policy == "gradual":
+            return gradual_levels(part, self._top)
+        if self._settings.policy == "scheduled":
+            return scheduled_levels(part, self._parts, self._settings.layers)
         means = [[total / steps for total in sums] for steps, *sums in self.gradients[:part] if steps]
-        return frozen_levels(self._settings, Part(part, self._parts, self._top, means))
+        return auto_levels(means, self._top)
 
     def _freeze(self, below: int) -> None:
         for level, parameters in enumerate(self._by_level):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from distilbench.models.layers import levels
 from distilbench.settings import OptimSettings, SchedulerSettings, require
 
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 _FUSED_ADAMW = ("cpu", "cuda", "mps")
 
@@ -26,12 +25,9 @@ def decay_parameter_names(model: nn.Module) -> set[str]:
 
     The rule is that of ``transformers.Trainer.get_decay_parameter_names``.
     """
-    normalisation = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if not _NO_DECAY.search(name.lower()) and not any(name.startswith(f"{prefix}.") for prefix in normalisation)
-    }
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    return set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
 
 
 def lr_scale(level: int, top: int, layer_decay: float) -> float:
@@ -61,24 +57,10 @@ def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[di
 
 def build_optimizer(model: PreTrainedModel, settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
     """Make the optimizer over the trainable parameters of a model that is on ``device`` already."""
-    return _OPTIMIZERS[settings.name](parameter_groups(model, settings), settings, device)
-
-
-def _adamw(groups: list[dict[str, Any]], settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=device.type in _FUSED_ADAMW,
-    )
-
-
-def _sgd(groups: list[dict[str, Any]], settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
-
-
-_OPTIMIZERS = {"adamw": _adamw, "sgd": _sgd}
+    groups, lr, betas = parameter_groups(model, settings), settings.lr, (settings.beta1, settings.beta2)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps, fused=device.type in _FUSED_ADAMW)
 
 
 def lr_factors(settings: SchedulerSettings, steps: int, lr: float) -> np.ndarray:

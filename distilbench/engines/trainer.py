@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
@@ -41,10 +38,10 @@ from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.adapters import adapt
-from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer
+from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
-from distilbench.models.resolve import resolve_model
+from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.results import ADAPTER, Evaluation, Status, StepRecord, TrialResult
 from distilbench.settings import TrainSettings, TrialSettings
 
@@ -72,7 +69,7 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
     """Train one trial; where memory runs out, again from its newest checkpoint with smaller micro-batches."""
     began, train = time.perf_counter(), settings.train
     while True:
-        result = _attempt(_Run(index, replace(settings, train=train), splits, observer, began))
+        result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
         smaller = _smaller(train) if result.status is Status.OUT_OF_MEMORY else None
         if smaller is None:
             return result
@@ -87,19 +84,6 @@ def _smaller(train: TrainSettings) -> TrainSettings | None:
     if micro is None and train.eval_batch_size == 1:
         return None
     return replace(train, micro_batch_size=micro or 1, eval_batch_size=max(1, train.eval_batch_size // 2), resume=True)
-
-
-def _attempt(run: _Run) -> TrialResult:
-    """Train as far as it goes; whatever goes wrong becomes the result's status and error."""
-    try:
-        run.set_up()
-        run.train()
-        run.finish()
-        return run.result(Status.FINISHED)
-    except Exception as error:  # the trial's boundary: other trials go on
-        return run.result(*outcome_of(error, run.settings))
-    finally:
-        run.close()
 
 
 class _Trainer(Trainer):
@@ -123,9 +107,8 @@ class _Run(TrainerCallback):
     ) -> None:
         """Count the set-up from ``began``, as ``time.perf_counter`` has it."""
         self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
-        train = settings.train
-        self.schedule = BatchSchedule(len(splits.train), train.batch_size, train.epochs)
-        self.steps_per_epoch, self.steps = self.schedule.steps_per_epoch, self.schedule.steps
+        self.schedule = BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs)
+        self.steps = self.schedule.steps
         self.directory = Path(settings.output.dir)
         self.checkpoints = self.directory / checkpoints.DIRECTORY
         self.progress = Progress()
@@ -137,11 +120,28 @@ class _Run(TrainerCallback):
         self.device = torch.device("cpu")  # until it is resolved
         self.device_name = self.precision = ""
         self.setup_seconds = 0.0
-        self.status: Status | None = None
         self.is_leaving = False
         self.stopwatch = Stopwatch(began)
 
-    def set_up(self) -> None:
+    def attempt(self) -> TrialResult:
+        """Train as far as it goes; whatever goes wrong becomes the result's status and error.
+
+        Nothing half-written is left, nor any checkpoint of a trial that has come to its end.
+        """
+        try:
+            self._set_up()
+            self._train()
+            self._finish()
+            result = self._result(Status.FINISHED)
+        except Exception as error:  # the trial's boundary: other trials go on
+            result = self._result(*outcome_of(error, self.settings))
+        finally:
+            checkpoints.tidy(self.checkpoints)
+        if result.status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
+            checkpoints.remove_all(self.checkpoints)
+        return result
+
+    def _set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
         settings = self.settings
         self.device = resolve_device(settings.engine.device)
@@ -149,6 +149,7 @@ class _Run(TrainerCallback):
         self.device_name = describe_device(self.device)
         reset_peak_memory(self.device)
         self.resolved = resolve_model(settings.model)
+        check_trial(self.resolved, settings)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
@@ -159,7 +160,7 @@ class _Run(TrainerCallback):
         if settings.freeze.moves:
             self.moving = MovingFreeze(self.model, settings, self.schedule, self.progress.gradients)
             self.parameters, self.flops = self.moving.count(), self.moving.flops
-        self.trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.trainer = self._trainer()
 
     def _checkpoint(self) -> Path | None:
@@ -192,37 +193,32 @@ class _Run(TrainerCallback):
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def train(self) -> None:
+    def _train(self) -> None:
         """Train to the last step, or to what ends the trial before."""
-        with _no_progress_bars():
+        with quiet():
             try:
                 self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             finally:
                 self._sample_memory()
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Go back to the best weights, evaluate them on the report split, and export them."""
         history = self.progress.history
         best = best_of(history, self.settings.train)
         if self.best_weights is not None:
-            _restore(self.model, self.best_weights)
+            self.model.load_state_dict(self.best_weights, strict=False)
         if history[best].logits is None:  # restored from a checkpoint, which keeps no logits
             history[best] = replace(history[best], logits=self._predict(self.splits.selection))
         if self.splits.selection is not self.splits.report:
             logits, labels = self._predict(self.splits.report), self.splits.report.labels
             self.report = evaluate_logits("validation", logits, labels, history[best].step, history[best].epoch)
         if self.settings.output.save_model:
-            self._export()
-
-    def _export(self) -> None:
-        """Save the model, or the adapter, and then the model that it is merged into where that is asked for."""
-        tokenizer = load_tokenizer(self.resolved)
-        if self.adapted is not None:
-            export_model(self.adapted, tokenizer, self.directory / ADAPTER)
-            if not self.settings.adapter.merge:
-                return
-            self.model = self.adapted.merge_and_unload()
-        export_trial(self.model, tokenizer, self.settings)
+            tokenizer = load_tokenizer(self.resolved)
+            if self.adapted is not None:
+                export_model(self.adapted, tokenizer, self.directory / ADAPTER)
+            if self.adapted is None or self.settings.adapter.merge:
+                model = self.model if self.adapted is None else self.adapted.merge_and_unload()
+                export_trial(model, tokenizer, self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""
@@ -231,7 +227,7 @@ class _Run(TrainerCallback):
             if stored.is_file():
                 self.best_weights = load_file(stored)
             elif self.progress.history:
-                self.best_weights = _copied_weights(self.model, self.trained)
+                self.best_weights = self._copied_weights()
         if self.moving is not None:
             self.moving.begin(self.progress.history)
         self.setup_seconds = self.stopwatch.lap().seconds
@@ -244,7 +240,7 @@ class _Run(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
         step, last = state.global_step, state.global_step == self.steps
-        every = self.settings.train.eval_steps or self.steps_per_epoch
+        every = self.settings.train.eval_steps or self.schedule.steps_per_epoch
         control.should_evaluate = last or step % every == 0
         control.should_log = control.should_evaluate or step % self.settings.train.logging_steps == 0
         if not control.should_evaluate and self.observer.wants_checkpoint():  # else the evaluation saves
@@ -267,7 +263,7 @@ class _Run(TrainerCallback):
         record = StepRecord(
             step=progress.step,
             steps=self.steps,
-            epoch=progress.step / self.steps_per_epoch,
+            epoch=progress.step / self.schedule.steps_per_epoch,
             loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
@@ -280,12 +276,12 @@ class _Run(TrainerCallback):
         """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
         progress, last = self.progress, state.global_step == self.steps
         logits, labels = self._predict(self.splits.selection), self.splits.selection.labels
-        epoch = progress.step / self.steps_per_epoch
+        epoch = progress.step / self.schedule.steps_per_epoch
         evaluation = evaluate_logits(selection_name(self.splits), logits, labels, progress.step, epoch)
         require_finite(evaluation.loss, "validation", progress.step, self.steps, self.settings)
         progress.history.append(evaluation)
         if best_of(progress.history, self.settings.train) == len(progress.history) - 1:
-            self.best_weights = None if last else _copied_weights(self.model, self.trained)
+            self.best_weights = None if last else self._copied_weights()
         progress.spend(self.stopwatch.lap())
         self._sample_memory()
         if self.observer.on_evaluation(self.index, evaluation):
@@ -299,8 +295,8 @@ class _Run(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete and seal the checkpoint that Trainer has just written."""
-        path = self.checkpoints / f"checkpoint-{state.global_step}"
-        if self.best_weights is not None and self._best.step != state.global_step:
+        path, history = self.checkpoints / f"checkpoint-{state.global_step}", self.progress.history
+        if self.best_weights is not None and history[best_of(history, self.settings.train)].step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         if self.moving is not None:
             self.moving.note()
@@ -310,31 +306,23 @@ class _Run(TrainerCallback):
             self.observer.on_checkpoint()
         self.stopwatch.lap()
 
-    def result(self, status: Status, error: str | None = None) -> TrialResult:
+    def _result(self, status: Status, error: str | None = None) -> TrialResult:
         """Return what the engine returns of a trial that ended so."""
-        self.status = status
-        settings = self.settings
         return replace(
-            result_of(self.progress, (status, error), settings, self.splits, self.report, self.flops),
+            result_of(self.progress, (status, error), self.settings, self.splits, self.report, self.flops),
             train_cpu_seconds=self.progress.train_cpu_seconds if self.device.type == "cpu" else None,
             setup_seconds=self.setup_seconds or self.stopwatch.lap().seconds,
-            micro_batch_size=settings.train.examples_at_once if self._is_accumulated else None,
+            micro_batch_size=self.settings.train.examples_at_once if self._is_accumulated else None,
             trainable_parameters=self.parameters[0],
             total_parameters=self.parameters[1],
             device=self.device_name,
             precision=self.precision,
         )
 
-    def close(self) -> None:
-        """Leave nothing half-written, and no checkpoint of a trial that has come to its end."""
-        if self.status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
-            checkpoints.remove_all(self.checkpoints)
-        else:
-            checkpoints.tidy(self.checkpoints)
-
-    @property
-    def _best(self) -> Evaluation:
-        return self.progress.history[best_of(self.progress.history, self.settings.train)]
+    def _copied_weights(self) -> dict[str, torch.Tensor]:
+        """Return a copy of what is trained, on the CPU."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name].detach().to("cpu", copy=True) for name in self.trained}
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Logits (examples, labels) float32 of ``split``, in its order, without drawing from any RNG."""
@@ -384,27 +372,3 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
 def _share_of_batch(loss: Loss, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """Return a micro-batch's part of its batch's mean loss: a mean of means would weigh a smaller one too much."""
     return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every checkpoint that it writes."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _copied_weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return a copy, on the CPU, of the parameters of these names."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if name in names}
-
-
-def _restore(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, values in weights.items():
-            parameters[name].copy_(values)

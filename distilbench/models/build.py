@@ -24,38 +24,31 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
     The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary. A random model gets one over single
     characters. Which inputs it makes follows the model: ``token_type_ids`` tell the texts of a pair apart for those
-    that have a table of them. Raises :class:`SettingsError` where the
-    checkpoint has no fast tokenizer, or one that doesn't fit its embeddings.
+    that have a table of them. Raises :class:`SettingsError` where the checkpoint has no fast tokenizer, or one that
+    doesn't fit its embeddings.
     """
-    from transformers import AutoConfig
+    from transformers import DistilBertTokenizer
 
-    with _quiet():
-        if resolved.directory is None:
-            tokenizer = _wordpiece(_characters(), resolved)
-            _follow_inputs(tokenizer, AutoConfig.for_model(**resolved.config))
-        elif resolved.settings.source == "package":
-            tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-            tokenizer = _wordpiece({token: number for number, token in enumerate(tokens)}, resolved)
-        else:
+    source, vocabulary = resolved.settings.source, None
+    if resolved.directory is None:
+        vocabulary = _characters()
+    elif source == "package":
+        tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+    with quiet():
+        if vocabulary is None:
             tokenizer = _saved_tokenizer(resolved)
-            _follow_inputs(tokenizer, _saved_configuration(resolved))
+        else:
+            tokenizer = DistilBertTokenizer(vocab=vocabulary, model_max_length=resolved.max_tokens)
+        if source != "package":  # saved with it
+            types = ["token_type_ids"] if getattr(_configuration(resolved), "type_vocab_size", 0) > 1 else []
+            inputs = ["input_ids", *types, "attention_mask"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     if resolved.max_tokens is not None:  # tokenizers that were saved without a bound say 1e30
         tokenizer.model_max_length = min(tokenizer.model_max_length, resolved.max_tokens)
     return tokenizer
-
-
-def _follow_inputs(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
-    """Have ``tokenizer`` make token types for a model that tells two of them apart, and for no other; saved with it."""
-    types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) > 1 else []
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
-
-
-def _wordpiece(vocabulary: dict[str, int], resolved: ResolvedModel) -> PreTrainedTokenizerFast:
-    from transformers import DistilBertTokenizer
-
-    return DistilBertTokenizer(vocab=vocabulary, model_max_length=resolved.max_tokens)
 
 
 def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
@@ -87,30 +80,35 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     """
     import torch
 
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        config, weights = _configuration_and_weights(resolved)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        weights = None
+        if resolved.directory is not None and resolved.settings.source == "package":
+            config, weights = _minilm_as_distilbert(resolved.directory, resolved.config)
+        else:
+            config = _configuration(resolved)
+            if resolved.directory is None:
+                weights = _random_encoder(config)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: number for number, name in enumerate(label_names)}
         config.problem_type = "single_label_classification"
         torch.default_generator.manual_seed(seed)
-        return _load(resolved, config, weights)
+        model, drawn = load_weights(resolved, config, weights)
+    # a head, or the pooler that feeds it, may be new; of the encoder nothing is left to chance
+    encoder = f"{model.base_model_prefix}."
+    lacking = sorted(name for name in drawn if name.startswith(encoder) and ".pooler." not in name)
+    if lacking:
+        raise SettingsError(
+            f"model.checkpoint must hold the weights that its config.json describes, got {resolved.used.name!r} "
+            f"without {len(lacking)} of them or in other shapes, such as {lacking[0]}; save or download it again"
+        )
+    return model
 
 
-def _configuration_and_weights(resolved: ResolvedModel) -> tuple[PreTrainedConfig, dict[str, torch.Tensor] | None]:
-    """Return the configuration to build, and the encoder's weights unless the directory has them as they are."""
+def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if resolved.directory is None:
-        config = AutoConfig.for_model(**resolved.config)
-        return config, _random_encoder(config)
-    if resolved.settings.source == "package":
-        return _minilm_as_distilbert(resolved.directory, resolved.config)
-    return _saved_configuration(resolved), None
-
-
-def _saved_configuration(resolved: ResolvedModel) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
+        return AutoConfig.for_model(**resolved.config)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(resolved.directory), trust_remote_code=False, local_files_only=True
@@ -179,20 +177,23 @@ def _distilbert_name(name: str) -> str:
     return name
 
 
-def _load(
-    resolved: ResolvedModel, config: PreTrainedConfig, weights: dict[str, torch.Tensor] | None
-) -> PreTrainedModel:
-    """Fill a classifier with ``weights``, or with those of the directory, and draw what they lack."""
+def load_weights(
+    resolved: ResolvedModel, config: PreTrainedConfig | None = None, weights: dict[str, torch.Tensor] | None = None
+) -> tuple[PreTrainedModel, set[str]]:
+    """Fill a classifier with ``weights``, or with those of the directory; return the names of what they lack, too.
+
+    Without ``config`` the directory's is taken. What is lacking, or of another shape, is drawn. Raises
+    :class:`SettingsError` where the weights can't be read, or the architecture does not classify sequences.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 
+    config = config or _configuration(resolved)
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
     try:
-        model: PreTrainedModel
-        report: dict[str, Any]
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,
             config=config,
@@ -203,21 +204,9 @@ def _load(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _unusable(resolved, error) from None
-    _check_encoder_complete(resolved, model.base_model_prefix, report)
-    return model
-
-
-def _check_encoder_complete(resolved: ResolvedModel, prefix: str, report: dict[str, Any]) -> None:
-    """Refuse weights that leave parts of the encoder to chance; a head, or the pooler that feeds it, may be new."""
-    drawn = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-    lacking = sorted(name for name in drawn if name.startswith(f"{prefix}.") and ".pooler." not in name)
-    if lacking:
-        raise SettingsError(
-            f"model.checkpoint must hold the weights that its config.json describes, got {resolved.used.name!r} "
-            f"without {len(lacking)} of them or in other shapes, such as {lacking[0]}; save or download it again"
-        )
+    return model, report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
 
 
 def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
@@ -228,7 +217,7 @@ def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
     from logging import CRITICAL
 
@@ -260,7 +249,7 @@ def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, set
 
 
 def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is either complete or as it was before.
+    """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is complete or, on failure, as before.
 
     Both load with ``from_pretrained(directory)`` of the auto classes, an adapter with peft. What stood there before is
     replaced. One process at a time may write to a directory.
@@ -270,18 +259,13 @@ def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     # peft would ask the hub whether the vocabulary has changed
     options: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
+    fresh = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # what a killed process may have left
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(str(fresh), **options)
             tokenizer.save_pretrained(fresh)
-        if directory.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            directory.rename(former)  # a directory can't be renamed over one that holds files
+        shutil.rmtree(directory, ignore_errors=True)  # a directory can't be renamed over one that holds files
         fresh.rename(directory)
     finally:
-        if former.exists() and not directory.exists():
-            former.rename(directory)
-        for leftover in (fresh, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distilbench.cli import counted
-from distilbench.data.hub import first_line
-from distilbench.models.build import _quiet, load_tokenizer
+from distilbench.models.build import load_tokenizer, load_weights, quiet
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
 
@@ -87,9 +86,13 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     try:
         resolved = resolve_model(ModelSettings("local", str(directory)))
         tokenizer = load_tokenizer(resolved)
+        with quiet():
+            model, lacking = load_weights(resolved)
     except SettingsError as error:
         raise SettingsError(str(error).replace("model.checkpoint", "dir", 1)) from None
-    model = _load(directory)
+    require(not lacking, "dir", "a model with a trained classification head", str(directory),
+            f"missing are {counted(len(lacking), 'weight')}, such as {min(lacking, default='')}; fine-tune it first: "
+            "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     config: Any = model.config
     own = getattr(config, "distilbench", {})
     bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
@@ -97,30 +100,7 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     require(single and len(set(names)) == len(names) > 1, "dir",
             "a model that gives each text one of several labels, named apart", str(directory))  # fmt: skip
-    return Classifier(model.to(device), tokenizer, names, min(bounds), own)  # type: ignore[arg-type]  # as in trainer
-
-
-def _load(directory: Path) -> PreTrainedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
-
-    try:
-        with _quiet():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="float32",
-                output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SettingsError(
-            f"dir must be a readable model that classifies sequences, got {str(directory)!r}: "
-            f"{first_line(error)}; save it again with save_pretrained"
-        ) from None
-    lacking = sorted(report["missing_keys"])
-    require(not lacking, "dir", "a model with a trained classification head", str(directory),
-            f"missing are {counted(len(lacking), 'weight')}, such as {', '.join(lacking[:1])}; fine-tune it first: "
-            "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return Classifier(model.eval().to(device), tokenizer, names, min(bounds), own)
 
 
 def _load_pyfunc(directory: str) -> Classifier:

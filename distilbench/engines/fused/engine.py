@@ -42,7 +42,7 @@ from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, frozen_names, parameter_counts
-from distilbench.models.resolve import resolve_model
+from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.results import TrialResult
 from distilbench.settings import TrialSettings
 
@@ -117,6 +117,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     precision = resolve_precision(settings.train.precision, device)
     reset_peak_memory(device)
     resolved = resolve_model(settings.model)
+    check_trial(resolved, settings)
     check_fusable(settings, resolved, precision)
     model = build_model(resolved, splits.label_names, settings.seed)
     frozen = frozen_names(model, settings.freeze)
