@@ -46,7 +46,7 @@ def train_trial(*overrides: str) -> Outcome:
     ``result`` has its figures, ``comparison`` the verdict (None without a baseline), ``predictions`` what it said.
     """
     with _hydra():
-        from distilbench.trials.run import run_and_compare
+        from distilbench.trials.batch import run_and_compare
 
         return run_and_compare(_job(overrides))
 

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     exit_immediately()  # before the imports, which take half a second
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -54,16 +53,6 @@ class Assignment:
     job: Job
     sweep_job: SweepJob | None
 
-    @property
-    def has_seeds(self) -> bool:
-        """Whether a sweep wants the mean over several seeds."""
-        return self.sweep_job is not None and bool(self.job.settings.sweep.seeds)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether the trial may be stopped on the way."""
-        return self.sweep_job is not None and self.sweep_job.prunes
-
 
 class Batches:
     """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
@@ -91,32 +80,39 @@ class Batches:
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
-        by_themselves = {index for index, own in enumerate(assignments) if own.has_seeds and own.prunes}
-        yield {index: _by_itself(assignments[index]) for index in by_themselves}
+        by_themselves = {
+            index
+            for index, own in enumerate(assignments)
+            if own.sweep_job and own.sweep_job.prunes and own.job.settings.sweep.seeds
+        }
+        yield {index: partial(_by_itself, assignments[index]) for index in by_themselves}
         with ExitStack() as closing:
-            parts = {i: _parts_of(own, closing) for i, own in enumerate(assignments) if i not in by_themselves}
+            parts = {
+                index: _parts_of(own, self._runner, closing)
+                for index, own in enumerate(assignments)
+                if index not in by_themselves
+            }
             jobs = [(index, job) for index, (own, _) in parts.items() for job in own]
-            ended: dict[int, list[Outcome | Exception]] = defaultdict(list)
+            ended: dict[int, list[Outcome | Exception]] = {index: [] for index in parts}
+            yield {i: partial(_conclude, assignments[i], seeds, []) for i, (own, seeds) in parts.items() if not own}
             for outcomes in self._runner.train([job for _, job in jobs]):
                 for position, outcome in outcomes.items():
                     ended[jobs[position][0]].append(outcome)
-                whole = [index for index, results in ended.items() if len(results) == len(parts[index][0])]
-                yield {index: _conclusion(assignments[index], parts[index][1], ended.pop(index)) for index in whole}
+                whole = [index for index, results in ended.items() if results and len(results) == len(parts[index][0])]
+                yield {i: partial(_conclude, assignments[i], parts[i][1], ended.pop(i)) for i in whole}
 
 
-def _parts_of(assignment: Assignment, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
-    """Return what is trained for an assignment: its trial, or each of that one's seeds."""
-    from distilbench.tracking import open_store
-
-    job, sweep_job = assignment.job, assignment.sweep_job
+def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
+    """Return what is trained for an assignment: its trial, or each of its seeds that has not finished before."""
+    job, sweep_job = own.job, own.sweep_job
     if not sweep_job:
         return [job], None
     lease = Lease(sweep_job)
-    if not assignment.has_seeds:
+    if not job.settings.sweep.seeds:
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
-    seeds = Seeds(job, sweep_job, open_store(job.settings.tracking, patiently=True), lease)
+    seeds = Seeds(job, sweep_job, lease, runner)
     closing.enter_context(seeds.closing())
-    return seeds.jobs, seeds
+    return [seeded for seeded in seeds.jobs if seeded.settings.seed in seeds.left], seeds
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -172,7 +168,7 @@ def _run(assignment: Assignment) -> float | tuple[float, ...]:
     raise_on_signal()
     if assignment.sweep_job:
         return run_in_sweep(assignment.job, assignment.sweep_job)
-    from distilbench.trials.run import run_and_compare
+    from distilbench.trials.batch import run_and_compare
 
     return _objective(run_and_compare(assignment.job))
 
@@ -183,31 +179,26 @@ def _objective(outcome: Outcome) -> float:
     return outcome.result.selection.metric(outcome.settings.train.metric)
 
 
-def _by_itself(assignment: Assignment) -> TaskFunction:
-    def run(config: DictConfig) -> float | tuple[float, ...]:
-        with _ending():
-            return _run(assignment)
-
-    return run
+def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[float, ...]:
+    with _ending():
+        return _run(assignment)
 
 
-def _conclusion(assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception]) -> TaskFunction:
-    """Return a task function that says in one line how a trial ended, and returns its objective or raises its error."""
-
-    def conclude(config: DictConfig) -> float | tuple[float, ...]:
-        with _ending():
-            outcomes = []
-            for outcome in ended:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                log.info(outcome.line)
-                outcomes.append(outcome)
-            if seeds:
-                records = [seeds.record_of(seeded) for seeded in seeds.jobs]
-                seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
-            return assignment.sweep_job.reached() if assignment.sweep_job else _objective(outcomes[0])
-
-    return conclude
+def _conclude(
+    assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception], config: DictConfig
+) -> float | tuple[float, ...]:
+    """Say in one line how a trial ended; return its objective or raise its error."""
+    with _ending():
+        outcomes = []
+        for outcome in ended:
+            if isinstance(outcome, Exception):
+                raise outcome
+            log.info(outcome.line)
+            outcomes.append(outcome)
+        if seeds:
+            records = [seeds.record_of(seeded) for seeded in seeds.jobs]
+            seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
+        return assignment.sweep_job.reached() if assignment.sweep_job else _objective(outcomes[0])
 
 
 def _say_how_to_continue() -> None:

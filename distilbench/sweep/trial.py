@@ -6,14 +6,14 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilbench.cli import counted
+from distilbench.identity import trial_identity
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
-from distilbench.settings import AppSettings, TrackingSettings
+from distilbench.settings import AppSettings, SettingsError
 from distilbench.sweep.devices import claim_gpu
 from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import NOBODY, SweepJob
@@ -21,33 +21,23 @@ from distilbench.sweep.pruning import judged_by, pruning_callback
 from distilbench.sweep.sources import pin_sources
 
 if TYPE_CHECKING:
-    from distilbench.results import StoredTrial
     from distilbench.tracking import MlflowStore, ParentRun
-    from distilbench.trials.prepared import Job, Prepared, SweepContext
-    from distilbench.trials.run import Outcome
+    from distilbench.trials.batch import BatchRunner
+    from distilbench.trials.prepared import Job, SweepContext
 
 
 def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
-    from distilbench.trials.prepared import prepare
+    from distilbench.trials.batch import BatchRunner
 
-    store = _store_of(job.settings.tracking)
-    lease = Lease(sweep_job)
-    train = _train_seeds if job.settings.sweep.seeds else _train_one
+    lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
     with lease.beating():
         claim_gpu(job.settings.engine.device)
-        prepared = prepare(job.settings)
-        pin_sources(prepared, job.settings, sweep_job)
-        train(job, sweep_job, prepared, store, lease)
+        if job.settings.sweep.seeds:
+            _train_seeds(job, sweep_job, lease, runner)
+        else:
+            runner.train_one(replace(job, context=context_of(sweep_job, job.settings, lease)))
     return sweep_job.reached()
-
-
-@cache
-def _store_of(settings: TrackingSettings) -> MlflowStore | None:
-    """Open a store once in a process, however many trials it trains: it may be gone as a later one begins."""
-    from distilbench.tracking import open_store
-
-    return open_store(settings, patiently=True)
 
 
 def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> SweepContext:
@@ -74,23 +64,17 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
     )
 
 
-def _train_one(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
-    from distilbench.trials.run import run
-
-    _conclude(job, run(job.settings, prepared, store, context_of(sweep_job, job.settings, lease)), store)
-
-
-def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: MlflowStore | None, lease: Lease) -> None:
+def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
-    from distilbench.trials.run import run
-
+    runner.prepare(job.settings)  # what is refused is refused before there is a run
     prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
-    seeds = Seeds(job, sweep_job, store, lease)
+    seeds = Seeds(job, sweep_job, lease, runner)
     records: list[Record] = []
     reason = None
     with seeds.closing():
         for count, seeded in enumerate(seeds.jobs, start=1):
-            _conclude(seeded, run(seeded.settings, prepared, store, seeded.context), store)
+            if seeded.settings.seed in seeds.left:
+                runner.train_one(seeded)
             records.append(seeds.record_of(seeded))
             if records[-1].status is not Status.FINISHED:
                 break
@@ -104,34 +88,38 @@ def _train_seeds(job: Job, sweep_job: SweepJob, prepared: Prepared, store: Mlflo
 class Seeds:
     """A trial of a sweep that is trained once for each seed: a run above theirs, and what they come to together.
 
-    ``jobs`` are the seeds', each in a run and a directory of its own.
+    ``jobs`` are the seeds', each in a run and a directory of its own. Those not ``left`` had finished before the trial
+    was interrupted: their records are taken.
     """
 
-    def __init__(self, job: Job, sweep_job: SweepJob, store: MlflowStore | None, lease: Lease) -> None:
-        """Open the trial's run and say in ``trial.json`` that it is under way."""
+    def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
+        """Open the trial's run, the one that it had before if any, and say in ``trial.json`` that it is under way."""
+        from distilbench.trials.batch import sweep_store
+
         self._sweep_job, self._lease = sweep_job, lease
-        self._parent = _open_parent_run(sweep_job, store)
+        before = sweep_job.continues or sweep_job.directory
+        self._parent = _open_parent_run(sweep_job, sweep_store(job.settings.tracking), read_record(before))
         self._begun = Record(NOBODY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
-        self.jobs = [self._with_seed(job, seed) for seed in job.settings.sweep.seeds or []]
+        earlier = {seed: before / f"seed-{seed}" for seed in job.settings.sweep.seeds or []}
+        self.jobs = [self._with_seed(job, seed, directory) for seed, directory in earlier.items()]
+        self.left = {
+            seed
+            for seeded, (seed, directory) in zip(self.jobs, earlier.items(), strict=True)
+            if not _take_finished(directory, seeded, runner)
+        }
 
-    def _with_seed(self, job: Job, seed: int) -> Job:
-        directory = self._sweep_job.directory / f"seed-{seed}"
-        output = replace(job.settings.output, dir=str(directory))
+    def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
+        output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
         seed_job = replace(self._sweep_job, prunes=False)  # seeds are pruned as a whole
-        context = context_of(seed_job, job.settings, self._lease)
-        name = f"{self._sweep_job.run_name} seed={seed}"
-        return replace(
-            job,
-            settings=replace(job.settings, seed=seed, output=output),
-            baseline=replace(job.baseline, seed=seed),
-            context=replace(
-                context,
-                name=name,
-                parent_run_id=self._parent.run_id,
-                continues=context.continues and context.continues / directory.name,
-            ),
+        context = replace(
+            context_of(seed_job, job.settings, self._lease),
+            name=f"{self._sweep_job.run_name} seed={seed}",
+            parent_run_id=self._parent.run_id,
+            continues=before,
         )
+        settings = replace(job.settings, seed=seed, output=output)
+        return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
     @staticmethod
     def record_of(seeded: Job) -> Record:
@@ -180,24 +168,30 @@ class Seeds:
         self._parent.finish(record.status, record.error)
 
 
-def _open_parent_run(sweep_job: SweepJob, store: MlflowStore | None) -> ParentRun:
+def _open_parent_run(sweep_job: SweepJob, store: MlflowStore | None, before: Record | None) -> ParentRun:
     from distilbench.tracking import ParentRun
 
     if store is None:
         return ParentRun()
-    return store.open_parent_run(sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id)
+    given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
+    return store.open_parent_run(*given, run_id=before.run_id if before else None)
+
+
+def _take_finished(before: Path, seeded: Job, runner: BatchRunner) -> bool:
+    """Take the record of a seed that had finished before its trial was interrupted; return whether it had."""
+    record, settings = read_record(before), seeded.settings
+    if record is None or record.status is not Status.FINISHED:
+        return False
+    try:
+        prepared = runner.prepare(settings)
+    except SettingsError:
+        return False  # its training says so
+    if record.identity != asdict(trial_identity(prepared.protocol, settings, prepared.precision)):
+        return False
+    record.write(Path(settings.output.dir))
+    return True
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     shared = [name for name in parts[0] if all(name in part for part in parts)] if parts else []
     return {name: statistics.fmean(part[name] for part in parts) for name in shared}
-
-
-def _conclude(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
-    """Compare a trial that is not a baseline itself with the sweep's, or an earlier one, and see to its model."""
-    from distilbench.trials.run import conclude, find_baseline
-
-    def find() -> StoredTrial | None:
-        return None if job.is_baseline else find_baseline(job, outcome.prepared, store, ensure=False)
-
-    conclude(outcome, store, find, is_swept=True)

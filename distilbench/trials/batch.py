@@ -1,21 +1,37 @@
-"""Several trials at once: what they share is prepared once, and those that their engine takes at once go together."""
+"""Jobs trained to their ends: what they share is prepared once, and those that an engine takes at once go together."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
-from distilbench.identity import fusion_key, preparation_key, trial_identity
+from distilbench.identity import fusion_key, preparation_key, treatment_of, trial_identity
 from distilbench.models.resolve import check_trial
 from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import Outcome, conclude, estimate_alone, find_baseline, run_batch
+from distilbench.trials.run import Outcome, conclude, estimate_alone, print_outcome, run, run_batch
 
 log = logging.getLogger(__name__)
+
+
+def run_and_compare(job: Job) -> Outcome:
+    """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
+    runner = BatchRunner(max_trials=1)
+    outcome = runner.train_one(job)
+    print_outcome(job, outcome, runner.store_of(job))
+    return outcome
+
+
+@cache
+def sweep_store(settings: TrackingSettings) -> MlflowStore | None:
+    """Open a store once in a process, however many trials of sweeps it trains: it may be gone as a later one begins."""
+    return open_store(settings, patiently=True)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,13 @@ class BatchRunner:
         self._baselines: dict[Hashable, StoredTrial] = {}
         self._told_apart = False
 
+    def train_one(self, job: Job) -> Outcome:
+        """Train one job; raises what kept it from its end."""
+        ended = [outcome for outcomes in self.train([job]) for outcome in outcomes.values()]
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        return ended[0]
+
     def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, Outcome | Exception]]:
         """Train every job; yield, batch by batch, what became of each by its index in ``jobs``.
 
@@ -66,7 +89,10 @@ class BatchRunner:
             except SettingsError as error:
                 refused[index] = error
         yield refused
-        self._tell_if_apart(ready.values())
+        apart = {r.prepared.engine.name for r in ready.values() if r.fusion_key is None}
+        if len(ready) > 1 and apart and not self._told_apart:
+            self._told_apart = True
+            log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *apart)
         trained_here = {r.identity(r.job.settings) for r in ready.values()}
         for batch in self._batches(ready):
             try:
@@ -75,32 +101,34 @@ class BatchRunner:
             except Exception as error:  # the jobs' boundary: other batches go on
                 yield dict.fromkeys(batch, error)
 
-    def _tell_if_apart(self, ready: Collection[_Ready]) -> None:
-        engines = {r.prepared.engine.name for r in ready if r.fusion_key is None}
-        if len(ready) > 1 and engines and not self._told_apart:
-            self._told_apart = True
-            log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *engines)
+    def store_of(self, job: Job) -> MlflowStore | None:
+        """Open the store that a job's settings name, once."""
+        if job.context:
+            return sweep_store(job.settings.tracking)
+        if job.settings.tracking not in self._stores:
+            self._stores[job.settings.tracking] = open_store(job.settings.tracking)
+        return self._stores[job.settings.tracking]
 
-    def _ready(self, job: Job) -> _Ready:
-        settings = job.settings
-        if settings.tracking not in self._stores:
-            self._stores[settings.tracking] = open_store(settings.tracking, patiently=job.context is not None)
+    def prepare(self, settings: AppSettings) -> Prepared:
+        """Resolve and encode what trials of such settings share, once."""
         key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
-        prepared = self._prepared[key]
-        check_trial(prepared.model, settings)
+        return self._prepared[key]
+
+    def _ready(self, job: Job) -> _Ready:
+        store, prepared = self.store_of(job), self.prepare(job.settings)
+        check_trial(prepared.model, job.settings)
         if job.context and job.context.accept:
             job.context.accept(prepared)
-        return _Ready(job, prepared, self._stores[settings.tracking])
+        return _Ready(job, prepared, store)
 
     def _batches(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
         """Return indices of jobs to train at once, at most ``max_trials``; baselines first, to compare others with."""
         together: dict[Hashable, list[int]] = defaultdict(list)
         for index, r in ready.items():
             key = r.fusion_key
-            alone = key is None
-            together[index if alone else (preparation_key(r.job.settings), key, id(r.store))].append(index)
+            together[index if key is None else (preparation_key(r.job.settings), key, id(r.store))].append(index)
         size = self._max_trials
         batches = [some[start : start + size] for some in together.values() for start in range(0, len(some), size)]
         return sorted(batches, key=lambda batch: not any(ready[index].job.is_baseline for index in batch))
@@ -108,8 +136,8 @@ class BatchRunner:
     def _train_batch(self, members: Sequence[_Ready], trained_here: set[Hashable]) -> list[Outcome]:
         for r in members:
             ensure = r.job.settings.baseline.ensure and r.job.context is None
-            if ensure and r.identity(r.job.baseline) not in trained_here:
-                self._baseline_of(r, ensure=True)
+            if ensure and r.identity(r.job.baseline) not in trained_here and not self._baseline_of(r):
+                self._train_baseline(r)
         first = members[0]
         settings = [r.job.settings for r in members]
         solo = self._solo(first) if len(members) > 1 else None
@@ -133,15 +161,30 @@ class BatchRunner:
         return self._solo_seconds[key]
 
     def _concluded(self, ready: _Ready, outcome: Outcome) -> Outcome:
-        job = ready.job
-        find = (lambda: None) if job.is_baseline else (lambda: self._baseline_of(ready, ensure=False))
-        return conclude(outcome, ready.store, find, is_swept=job.context is not None)
+        job, store = ready.job, ready.store
+        if store and not job.context:
+            store.catch_up(Path(job.settings.output.dir))
+        find = (lambda: None) if job.is_baseline else (lambda: self._baseline_of(ready))
+        return conclude(outcome, store, find, is_swept=job.context is not None)
 
-    def _baseline_of(self, ready: _Ready, ensure: bool) -> StoredTrial | None:
-        key = ready.identity(ready.job.baseline)
-        if key not in self._baselines:
-            found = find_baseline(ready.job, ready.prepared, ready.store, ensure)
-            if found is None:
-                return None
-            self._baselines[key] = found
-        return self._baselines[key]
+    def _baseline_of(self, ready: _Ready) -> StoredTrial | None:
+        """Find the newest finished baseline of a job."""
+        key, job, prepared = ready.identity(ready.job.baseline), ready.job, ready.prepared
+        if key not in self._baselines and ready.store:
+            wanted = treatment_of(job.baseline, prepared.precision)
+            found = ready.store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed)
+            if found:
+                self._baselines[key] = found
+        return self._baselines.get(key)
+
+    def _train_baseline(self, ready: _Ready) -> None:
+        log.info("no finished baseline of this protocol yet: training it first")
+        baseline = ready.job.baseline
+        directory = Path(ready.job.settings.output.dir) / "baseline"
+        settings = replace(baseline, output=replace(baseline.output, dir=str(directory)))
+        trained = run(settings, ready.prepared, ready.store)
+        outcome = conclude(trained, ready.store, lambda: None, is_swept=True)
+        if outcome.result.report is None:
+            log.warning("the baseline %s: %s", outcome.result.status.lower(), outcome.result.error)
+        else:
+            self._baselines[ready.identity(baseline)] = outcome.stored

@@ -26,12 +26,12 @@ from distilbench.report.trial import (
 )
 from distilbench.results import MODEL, Evaluation, Predictions, Status, StepRecord, StoredTrial, TrialResult
 from distilbench.settings import AppSettings
-from distilbench.tracking import MlflowStore, open_store
+from distilbench.tracking import MlflowStore
 from distilbench.trials.card import write_card
 from distilbench.trials.estimate import solo_seconds
 from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
-from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
+from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_trial
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -87,35 +87,6 @@ class Outcome:
             ece=report.ece,
             number=self.context.tags.get("distilbench.trial", ""),
         )
-
-
-def run_and_compare(job: Job) -> Outcome:
-    """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
-    store = open_store(job.settings.tracking)
-    prepared = prepare(job.settings)
-    baseline = None if job.is_baseline else find_baseline(job, prepared, store, job.settings.baseline.ensure)
-    trained = run(job.settings, prepared, store)
-    if store:
-        store.catch_up(Path(job.settings.output.dir))
-    outcome = conclude(trained, store, lambda: baseline, is_swept=False)
-    _print(job, outcome, store)
-    return outcome
-
-
-def find_baseline(job: Job, prepared: Prepared, store: MlflowStore | None, ensure: bool) -> StoredTrial | None:
-    """Find the newest finished baseline of the job; with ``ensure``, train one where there is none."""
-    wanted = treatment_of(job.baseline, prepared.precision)
-    found = store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed) if store else None
-    if found is not None or not ensure:
-        return found
-    log.info("no finished baseline of this protocol yet: training it first")
-    directory = Path(job.settings.output.dir) / "baseline"
-    settings = replace(job.baseline, output=replace(job.baseline.output, dir=str(directory)))
-    outcome = conclude(run(settings, prepared, store), store, lambda: None, is_swept=True)
-    if outcome.result.report is None:
-        log.warning("the baseline %s: %s", outcome.result.status.lower(), outcome.result.error)
-        return None
-    return outcome.stored
 
 
 def conclude(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None],
@@ -270,7 +241,8 @@ class _Observer:
         return f"{result.error}: {reason}" if reason else result.error
 
 
-def _print(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
+def print_outcome(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
+    """Print what a person asked for with one trial: its settings, text, figures and comparison."""
     text = outcome.prepared.text
     used = {"train": text.train, "validation": text.report}
     if text.selection is not text.report:

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from distilbench.models.classifier import load_classifier
+from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
-from distilbench.trials.run import run_and_compare
 from tests.conftest import TINY, compose_settings
 from tests.made_store import make_store
 

@@ -9,8 +9,8 @@ from distilbench.results import PREDICTIONS
 from distilbench.tracking import RunFilter
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.uri import sqlite_url
+from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
-from distilbench.trials.run import run_and_compare
 from tests.engines.conftest import PAIRS
 from tests.made_store import make_store
 
