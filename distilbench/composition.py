@@ -136,7 +136,7 @@ _PATHS = {
 
 def _absolute(text: str, kind: str) -> str:
     if kind == "database":
-        return re.sub(r"sqlite:///(?=[^/:])", lambda _: f"sqlite:///{quote(Path.cwd().as_posix())}/", text)
+        return re.sub(r"sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{quote(Path.cwd().as_posix())}/", text)
     path = Path.cwd() / Path(text).expanduser()
     there = path.is_dir() if kind == "model" else path.is_file() and bool(path.suffix)
     return str(path) if there else text

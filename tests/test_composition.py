@@ -89,6 +89,7 @@ def folder(tmp_path, monkeypatch):
             (same, same)
             for same in ("data.train=train", "data.train=missing.csv", "data.train=null", "data.train=a=b",
                          "data.train=/a.csv", "model.checkpoint=someone/model", "tracking.uri=sqlite:////a/b.db",
+                         "tracking.uri=sqlite:///${oc.env:X}", "hydra.sweeper.storage=sqlite:///${oc.env:X}/s.db",
                          "tracking.uri=http://host", "freeze.layers=1", "--multirun", "data.train='${oc.env:X}'")
         ),
     ],

@@ -38,8 +38,12 @@ from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, model_directory, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
+from distilbench.trials.run import compare_late
 
 log = logging.getLogger(__name__)
+
+REPORTED = "reported"
+"""Attribute of the study: which process wrote the last report, and of how many ended trials."""
 
 POLL_SECONDS = 1.0
 LONGEST_PAUSE = 10.0
@@ -83,6 +87,10 @@ def run_plan(
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
+        if not runner.has_report_to_write():
+            return failure
+        if store:
+            compare_late(store, plan.directory, plan.settings.margin)
         report = _report(plan, store)
         if report is None:
             runner.show_all()  # there is only what the study knows
@@ -139,6 +147,7 @@ class SweepRunner:
         self._failed = False
         """Whether that is a failure of the sweep."""
         self._pause = POLL_SECONDS
+        self._reported = studies.main.study.user_attrs.get(REPORTED)
         self._left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
 
@@ -167,11 +176,18 @@ class SweepRunner:
             with contextlib.suppress(*UNANSWERED, OSError):  # the next call ends them
                 mine = [(study, number) for study in self._studies.all for number in sorted(study.mine)]
                 self._end_all(mine, "interrupted with its sweep")
-            if not self._under_way_elsewhere():
-                self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
+                if not self._under_way_elsewhere():
+                    self._finish_parent()
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._leaderboard().line()}; the same command continues")
             raise
+
+    def _finish_parent(self) -> None:
+        """End the run of a sweep that this process leaves: it is complete, or to be continued."""
+        if any(study.has_more() for study in self._studies.all):
+            self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
+        else:
+            self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
 
     def _end_all(self, trials: Sequence[tuple[Study, int]], error: str) -> None:
         """End trials that have no job any more: as their records say, or as INTERRUPTED."""
@@ -348,6 +364,26 @@ class SweepRunner:
     def show_all(self) -> None:
         """Print every trial as a table."""
         self._display.show_all(self._leaderboard())
+
+    def has_report_to_write(self) -> bool:
+        """Return whether this process writes the report: of several, the first that finds the sweep at this end.
+
+        What an earlier call reported does not count: the same command again writes the report again.
+        """
+        study, ends = self._studies.main.study, self._ends()
+        with self._studies.storage.lock():
+            known = study.user_attrs.get(REPORTED)
+            if known and known != self._reported and known["ends"] == ends:
+                self._say(f"the report is written by another process: {self._plan.directory}")
+                return False
+            study.set_user_attr(REPORTED, {"ends": ends, "owner": asdict(self._owner), "at": time.time()})
+        return True
+
+    def _ends(self) -> int:
+        for study in self._studies.all:
+            study.refresh()
+        views = [view for study in self._studies.all for view in study.views()]
+        return sum(view.trial.state.is_finished() for view in views)
 
     def _finish(self) -> str | None:
         """Return the sweep's end, for people, in its directory and in MLflow."""

@@ -121,8 +121,11 @@ class MlflowStore:
 
     def add_comparison(
         self, run_id: str, text: str, metrics: Mapping[str, float] | None = None, sentence: str = ""
-    ) -> None:
-        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so."""
+    ) -> bool:
+        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so.
+
+        Returns False where the store is gone, so that it is to be tried again.
+        """
 
         def send() -> None:
             if sentence:
@@ -130,7 +133,7 @@ class MlflowStore:
             self._client.log_text(run_id, redact(text), "comparison.md")
             log_metrics(self._client, run_id, points(metrics or {}))
 
-        self._connection.attempt("the comparison", send)
+        return self._connection.attempt("the comparison", send)
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
         """Return the trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.

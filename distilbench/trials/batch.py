@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from distilbench.models.resolve import check_trial
 from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
+from distilbench.trials.opened import write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import Outcome, conclude, estimate_alone, print_outcome, run, run_batch
+from distilbench.trials.run import UNCOMPARED, Outcome, conclude, estimate_alone, print_outcome, run, run_batch
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +163,16 @@ class BatchRunner:
         return self._solo_seconds[key]
 
     def _concluded(self, ready: _Ready, outcome: Outcome) -> Outcome:
-        job, store = ready.job, ready.store
+        job, store, directory = ready.job, ready.store, Path(ready.job.settings.output.dir)
         if store and not job.context:
-            store.catch_up(Path(job.settings.output.dir))
-        find = (lambda: None) if job.is_baseline else (lambda: self._baseline_of(ready))
-        return conclude(outcome, store, find, is_swept=job.context is not None)
+            store.catch_up(directory)
+        if job.is_baseline:
+            return conclude(outcome, store, lambda: None, is_swept=job.context is not None)
+        if store and job.context and outcome.result.status is Status.FINISHED:  # until it is compared
+            treatment = treatment_of(job.baseline, ready.prepared.precision)
+            content = json.dumps({"treatment": treatment, "seed": job.baseline.seed, "picks": job.context.picks})
+            write_or_warn(UNCOMPARED, lambda: (directory / UNCOMPARED).write_text(content))
+        return conclude(outcome, store, lambda: self._baseline_of(ready), is_swept=job.context is not None)
 
     def _baseline_of(self, ready: _Ready) -> StoredTrial | None:
         """Find the newest finished baseline of a job."""

@@ -179,7 +179,7 @@ def _keep_in_store(trial: OpenTrial) -> None:
             _keep_in_directory(trial)
 
 
-def write_or_warn(what: str, write: Callable[[], None]) -> None:
+def write_or_warn(what: str, write: Callable[[], object]) -> None:
     """Write something of a trial that has its result; whatever goes wrong costs a warning."""
     try:
         write()

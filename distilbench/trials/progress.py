@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
+from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
 
 from distilbench.report.formats import duration
 from distilbench.results import Evaluation, StepRecord
@@ -25,30 +27,11 @@ SURE_STEPS, SURE_SECONDS = 10, 2.0
 """What must have been seen of a trial before its time is predicted."""
 
 
-@dataclass
-class Pace:
-    """How fast a trial goes, from its first record on: what came before is warming up."""
-
-    first_step: int
-    first_seconds: float
-    step: int
-    seconds: float
-
-    def seconds_for(self, steps: int) -> float | None:
-        """Predicted seconds of ``steps`` steps, evaluations that happened included; None before the second record."""
-        done = self.step - self.first_step
-        return steps * (self.seconds - self.first_seconds) / done if done > 0 else None
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether enough was seen to predict from."""
-        return self.step - self.first_step >= SURE_STEPS and self.seconds - self.first_seconds >= SURE_SECONDS
-
-
 class Progress:
     """Shows several trials, told apart by ``names``; a context manager and an observer that stops none of them.
 
-    ``console`` is rich's, by default a new one on standard output; ``clock`` counts seconds.
+    ``console`` is rich's, by default a new one on standard output; ``clock`` counts seconds. Of rich's bars, one a
+    trial, the one that moved last is seen, on a terminal; each knows its trial's speed from the first record on.
     """
 
     def __init__(
@@ -57,78 +40,63 @@ class Progress:
         self._names = names
         self._console = console or Console()
         self._clock = clock
-        self._paces: dict[int, Pace] = {}
-        self._last_line = float("-inf")
+        self._last_line = -math.inf
         self._told_long = False
-        self._bar = _Bar(self._console) if self._console.is_terminal else None
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=None),
+            bars.TextColumn(
+                "{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
+            console=self._console,
+            speed_estimate_period=math.inf,
+            get_time=clock,
+            disable=not self._console.is_terminal,
+            expand=True,
+            transient=True,
+        )
+        for trial in range(len(names)):  # without names, so that they fit eighty columns
+            self._bars.add_task(self._count(trial), total=None, visible=trial == 0, status="first steps")
 
     def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.drawn.start()
+        self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.drawn.stop()
+        self._bars.stop()
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Move the bar, or print a line where the last one is old enough."""
-        now = self._clock()
-        pace = self._paces.setdefault(trial, Pace(record.step, now, record.step, now))
-        pace.step, pace.seconds = record.step, now
-        self._tell_if_long(pace, record)
-        left = pace.seconds_for(record.steps - record.step)
-        if self._bar:
-            self._bar.show(self._count(trial), record, left)
-        elif now - self._last_line >= LINE_SECONDS or record.step == record.steps:
+        for other, bar in enumerate(self._bars.tasks):
+            self._bars.update(bar.id, visible=other == trial)
+        bar = self._bars.tasks[trial]
+        self._bars.update(bar.id, total=record.steps, completed=record.step)
+        self._tell_if_long(bar, record)
+        text, now = step_text(record, bar.time_remaining), self._clock()
+        self._bars.update(bar.id, status=text)
+        if self._bars.disable and (now - self._last_line >= LINE_SECONDS or record.step == record.steps):
             self._last_line = now
-            self._print(f"{self._title(trial)}: {step_text(record, left)}")
+            self._print(trial, text)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Print a line about an evaluation; returns False, since watching stops nothing."""
-        self._print(f"{self._title(trial)}: {evaluation_text(evaluation)}")
+        self._print(trial, evaluation_text(evaluation))
         return False
 
-    def _tell_if_long(self, pace: Pace, record: StepRecord) -> None:
-        if self._told_long or not pace.is_sure:
+    def _tell_if_long(self, bar: bars.Task, record: StepRecord) -> None:
+        is_sure = bar.speed and record.step > SURE_STEPS and (bar.elapsed or 0.0) >= SURE_SECONDS
+        if self._told_long or not is_sure:
             return
         self._told_long = True
-        line = say_long(pace.seconds_for(record.steps) or 0.0, record.steps)
-        if line:
-            self._print(line)
-
-    def _title(self, trial: int) -> str:
-        return f"{self._count(trial)} {self._names[trial]}".lstrip()
+        if line := say_long(record.steps / (bar.speed or math.inf), record.steps):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _count(self, trial: int) -> str:
         return f"[{trial + 1}/{len(self._names)}]" if len(self._names) > 1 else ""
 
-    def _print(self, line: str) -> None:
+    def _print(self, trial: int, text: str) -> None:
+        line = f"{self._count(trial)} {self._names[trial]}: {text}".lstrip()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Bar:
-    """One bar of rich's, for the trial that spoke last; without names, so that it fits eighty columns."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-        from rich.table import Column
-
-        whole = Column(no_wrap=True, overflow="ellipsis")
-        self.drawn = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[status]}", markup=False, table_column=whole),
-            console=console,
-            expand=True,
-            transient=True,
-        )
-        self._task = self.drawn.add_task("", total=None, status="first steps")
-
-    def show(self, count: str, record: StepRecord, left: float | None) -> None:
-        self.drawn.update(
-            self._task, description=count, completed=record.step, total=record.steps, status=step_text(record, left)
-        )
 
 
 def step_text(record: StepRecord, left: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -24,9 +25,18 @@ from distilbench.report.trial import (
     print_summary,
     trial_line,
 )
-from distilbench.results import MODEL, Evaluation, Predictions, Status, StepRecord, StoredTrial, TrialResult
-from distilbench.settings import AppSettings
-from distilbench.tracking import MlflowStore
+from distilbench.results import (
+    MODEL,
+    Evaluation,
+    Predictions,
+    Status,
+    StepRecord,
+    StoredTrial,
+    TrialResult,
+    read_record,
+)
+from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking import MlflowStore, RunFilter
 from distilbench.trials.card import write_card
 from distilbench.trials.estimate import solo_seconds
 from distilbench.trials.interruptions import SignalGuard, TakenOver
@@ -35,6 +45,9 @@ from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_tr
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
+
+UNCOMPARED = "uncompared.json"
+"""Beside the record of a sweep's trial that its run lacks a comparison of: its baseline's treatment and seed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ def conclude(outcome: Outcome, store: MlflowStore | None, find: Callable[[], Sto
 def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None]) -> Outcome:
     """Compare a trial with the baseline that ``find`` finds and attach that to its run, where both have a result.
 
-    A comparison that can't be made costs a warning: the trial has ended, and stands without it.
+    A comparison that can't be made costs a warning: the trial has ended, and stands without it. Of a sweep's trial it
+    is made at the sweep's end (:func:`compare_late`), which a file beside the record asks for.
     """
     if outcome.result.status is not Status.FINISHED or outcome.result.report is None:
         return outcome
@@ -118,15 +132,36 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
         protocol = outcome.prepared.protocol
         picked_here = outcome.context.picks and protocol.selection_split == protocol.report_split
         comparison = compare(outcome.stored, baseline, outcome.settings.margin, picked_here)
-        if store and outcome.run_id:
-            figures = comparison_metrics(comparison)
-            store.add_comparison(
-                outcome.run_id, comparison_markdown(comparison), figures, comparison_headline(comparison)
-            )
+        if store and outcome.run_id and _attach(store, outcome.run_id, comparison):
+            (Path(outcome.settings.output.dir) / UNCOMPARED).unlink(missing_ok=True)
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
         return outcome
     return replace(outcome, comparison=comparison)
+
+
+def _attach(store: MlflowStore, run_id: str, comparison: Comparison) -> bool:
+    text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
+    return store.add_comparison(run_id, text, figures, comparison_headline(comparison))
+
+
+def compare_late(store: MlflowStore, directory: Path, margin: float) -> None:
+    """Compare the trials below ``directory`` that ended before their baseline, or while the store was gone."""
+    for file in sorted(directory.rglob(UNCOMPARED)):
+        record, wanted = read_record(file.parent), json.loads(file.read_text())
+        if record is None or record.run_id is None or record.status is not Status.FINISHED:
+            continue
+        try:
+            (trial,) = store.search(RunFilter(run_ids=(record.run_id,)))
+            baseline = store.newest_baseline(trial.protocol_id, wanted["treatment"], wanted["seed"])
+            if baseline is None:
+                continue
+            trial = replace(trial, predictions=store.predictions(trial.run_id))
+            picked_here = wanted["picks"] and trial.selection_split == trial.report_split
+            if _attach(store, trial.run_id, compare(trial, baseline, margin, picked_here)):
+                file.unlink(missing_ok=True)
+        except (SettingsError, ValueError) as error:  # the store is gone again, or no longer has the run
+            log.warning("%s could not be compared with its baseline: %s", file.parent, error)
 
 
 def run(

@@ -7,6 +7,7 @@ a database or a file put in its place.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -37,12 +38,14 @@ from distilbench.sweep.executors import Sequential
 from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.resume import open_studies
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
-from distilbench.tracking import open_store, tags
+from distilbench.tracking import ParentRun, open_store, tags
 from distilbench.trials import batch
 from distilbench.trials import run as trials
+from distilbench.trials.interruptions import SignalGuard
 from distilbench.trials.prepared import Job, prepare
 from tests.conftest import ROOT, TINY
 
@@ -252,6 +255,36 @@ def test_a_sweep_stopped_after_any_write_finds_its_total(ground, seeds, changes,
         assert set(ends["records"]) <= {"FINISHED", "INTERRUPTED"}, (at, ends)
         assert set(ends["runs"]) <= {"FINISHED FINISHED", "KILLED INTERRUPTED"}, (at, ends)
         assert ends["runs"]["FINISHED FINISHED"] == whole["runs"]["FINISHED FINISHED"], (at, ends)
+
+
+def test_a_sweep_interrupted_once_nothing_is_left_to_do_has_finished(ground, monkeypatch):
+    """As where another worker has ended the last trial, and this one only looks at what came of it."""
+    plan = plan_of(ground.settings, ground.directory)
+    ground.clear()
+    assert ground.sweep(plan, ground.settings) == 0
+    monkeypatch.setattr(runner.Leaderboard, "results", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(runner, "SignalGuard", contextlib.nullcontext)
+    monkeypatch.setattr(contextlib.nullcontext, "released", contextlib.nullcontext, raising=False)
+    monkeypatch.setattr(contextlib.nullcontext, "__enter__", lambda self: self)
+    assert in_process(lambda: _run(plan, ground.settings) is None) == 70
+    assert ground.ends()["runs"] == Counter({"FINISHED FINISHED": 2})
+
+
+def test_of_several_workers_the_first_at_the_end_writes_the_report_and_the_same_command_writes_it_again(
+    ground, tmp_path
+):
+    plan = plan_of(ground.settings, tmp_path / "sweep", total=3)
+    plan, studies = open_studies(plan, storage_at(None, None, plan.directory), None)
+
+    def worker():
+        return runner.SweepRunner(plan, studies, Sequential(lambda jobs: [], 1), ParentRun(), SignalGuard())
+
+    first, second = worker(), worker()
+    assert (first.has_report_to_write(), second.has_report_to_write()) == (True, False)
+    studies.main.study.ask()
+    studies.main.study.tell(0, 0.5)
+    assert (second.has_report_to_write(), first.has_report_to_write()) == (True, False), "of one more trial"
+    assert worker().has_report_to_write()
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])

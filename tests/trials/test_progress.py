@@ -128,11 +128,11 @@ def test_a_terminal_shows_one_bar_and_evaluations_above_it():
     with watched.progress:
         watched.steps(1, 150, seconds_per_step=0.1)
         watched.progress.on_evaluation(0, EVALUATION)
-        watched.progress._bar.drawn.refresh()
+        watched.progress._bars.refresh()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", watched.file.getvalue())
     assert "epoch 1.50/3, step 150/300, loss 0.5000, 32.0 examples/s, 15.0 s left" in shown
     assert "freeze0: epoch 1 on validation: accuracy 90.71 %" in shown
-    assert len(watched.progress._bar.drawn.tasks) == 1
+    assert len(watched.progress._bars.tasks) == 1
 
 
 def test_the_bar_fits_eighty_columns_of_a_full_run():
@@ -146,7 +146,7 @@ def test_the_bar_follows_the_trial_that_spoke_last():
     with watched.progress:
         watched.steps(1, 3, 0.1)
         watched.steps(1, 2, 0.1, trial=1)
-        task = watched.progress._bar.drawn.tasks[0]
+        (task,) = [task for task in watched.progress._bars.tasks if task.visible]
     assert (task.description, task.completed, task.total) == ("[2/2]", 2, 300)
 
 
@@ -154,5 +154,5 @@ def test_the_bar_goes_away_when_a_trial_fails():
     watched = Watched(terminal=True)
     with pytest.raises(KeyboardInterrupt), watched.progress:
         raise KeyboardInterrupt
-    assert watched.progress._bar.drawn.finished is False
-    assert not watched.progress._bar.drawn.live.is_started
+    assert watched.progress._bars.finished is False
+    assert not watched.progress._bars.live.is_started
