@@ -37,8 +37,8 @@ from distilbench.results import Status, Verdict
 Value = float | int | str | bool | None
 """Plain numbers: shares, seconds, points; None or NaN where there is none."""
 
-WIDE = 200
-"""Columns of text from which on a terminal gets every column."""
+_LEAST_TEXT = 20
+"""Characters that a column of words is left in a terminal, where it is broken between words."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ class Column:
     title: str = ""
     text: Callable[[Row], str] = str
     is_text: bool = False
-    width: int = 0
-    """Characters that it takes in a narrow terminal; settings get what is left."""
 
 
 def _of_difference(name: str) -> Callable[[Row], Value]:
@@ -95,10 +93,14 @@ def _seeds(row: Row) -> str:
     return f"{row.n} ({told})" if told and row.trials else str(row.n)
 
 
-def _costs(row: Row) -> str:
-    """Time and FLOPs in one cell, each on lines of its own."""
-    number, bracket, saved = CSV["train_flops"].text(row).partition(" (")
-    return "; ".join(part for part in (_time(row), number and f"{number} FLOPs{bracket}{saved}") if part)
+def _short(name: str) -> Callable[[Row], str]:
+    """Tell what a setting takes less, or more, than the baseline in a few characters: ``-35 %``."""
+
+    def told(row: Row) -> str:
+        saved = getattr(row.saving, name)
+        return "" if saved is None else f"{-saved:+.0f} %" if round(saved) else "0 %"
+
+    return told
 
 
 _ALL = (
@@ -153,14 +155,16 @@ def _choose(*keys: str) -> tuple[Column, ...]:
     return tuple(CSV[key] for key in keys)
 
 
-_BRIEF = ("trial", "setting", "difference_points", "verdict", "accuracy")
 NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "seeds_needed", "accuracy",
                "train_flops", "train_seconds", "seeds")  # fmt: skip
 FULL = (*NOTE, *_choose("train_cpu_seconds", "peak_memory_bytes", "trainable_parameters", "p_holm", "loss"))
-NARROW = (
-    *(replace(CSV[key], width=width) for key, width in zip(_BRIEF, (3, 20, 16, 11, 8), strict=True)),
-    Column("cost", lambda row: None, "time, FLOPs", _costs, width=12),
+BRIEF = (
+    *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
+    replace(CSV["flops_gain_percent"], title="FLOPs", text=_short("flops")),
+    replace(CSV["time_gain_percent"], title="time", text=_short("seconds")),
+    *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
+"""What a terminal shows that has no room for all, as many of them as there is room for."""
 PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
@@ -172,7 +176,7 @@ PAPER = (
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}
 
-_STYLES = {Verdict.BETTER: "green", Verdict.AHEAD: "yellow", Verdict.WORSE: "red"}
+_STYLES: dict[Verdict | None, str] = {Verdict.BETTER: "green", Verdict.AHEAD: "yellow", Verdict.WORSE: "red"}
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
@@ -180,31 +184,34 @@ def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     return [column for column in columns if not column.title or any(column.text(row) for row in rows)]
 
 
+def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
+    """Return the columns that a terminal of ``width`` has room for, a line a row."""
+    if _width(FULL, rows) <= width:
+        return FULL
+    brief = filled(BRIEF, rows)
+    return next(brief[:n] for n in range(len(brief), 0, -1) if n <= 6 or _width(brief[:n], rows) <= width)
+
+
+def _width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
+    """Count the characters that a table takes at least."""
+    known = filled(columns, rows)
+    widths = [max(len(column.title), *(len(one_line(column.text(row))) for row in rows)) for column in known]
+    return sum(2 + (min(n, _LEAST_TEXT) if column.is_text else n) for column, n in zip(known, widths, strict=True))
+
+
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
-    """Lay rows out for a terminal of ``width`` columns; :data:`NARROW` has several lines a row."""
-    columns = filled(columns, rows)
-    is_narrow = any(column.width for column in columns)
-    least = min(20, max(len(row.label) for row in rows))
-    left = max(width - 3 - sum(column.width + 2 for column in columns if column.key != "setting"), least)
+    """Lay rows out for a terminal of ``width`` columns; brackets stand below their figures where there is no room."""
+    columns, is_folded = filled(columns, rows), _width(columns, rows) > width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"
-        room = (left if column.key == "setting" else column.width) if is_narrow else None
-        whole = not column.is_text and not is_narrow
-        table.add_column(_folded(column.title, is_narrow), justify=side, overflow="fold", width=room, no_wrap=whole)
+        title = column.title.replace(" (", "\n(") if is_folded else column.title
+        table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text)
     for row in rows:
-        style = "bold" if row.is_baseline else _STYLES.get(row.claim, "") if row.claim else ""
-        cells = [_folded(column.text(row), is_narrow) for column in columns]
-        if is_narrow:  # a word that is too long breaks before its value, never within
-            cells = [" ".join(w if len(w) <= left else w.replace("=", "= ") for w in cell.split(" ")) for cell in cells]
-        table.add_row(*map(Text, cells), style=style)
+        cells = [one_line(column.text(row)) for column in columns]
+        cells = [cell.replace(" (", "\n(") if is_folded else cell for cell in cells]
+        table.add_row(*map(Text, cells), style="bold" if row.is_baseline else _STYLES.get(row.claim, ""))
     return table
-
-
-def _folded(text: str, is_narrow: bool) -> str:
-    """Put an interval, a deviation, a share below its figure where there is little room."""
-    text = one_line(text)
-    return text.replace(" (", "\n(").replace(" ± ", "\n± ").replace("; ", "\n") if is_narrow else text
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

@@ -27,10 +27,10 @@ NAMELESS = "(none)"
 """The slice of examples whose column is empty."""
 
 COLUMNS = (
-    Column("slice", lambda row: row.slice, "slice", lambda row: row.slice, is_text=True, width=11),
+    Column("slice", lambda row: row.slice, "slice", lambda row: row.slice, is_text=True),
     CSV["setting"],
-    Column("examples", lambda row: row.examples, "examples", lambda row: f"{row.examples:,}", width=8),
-    *(replace(CSV[key], width=width) for key, width in (("accuracy", 9), ("difference_points", 12), ("p_holm", 7))),
+    Column("examples", lambda row: row.examples, "examples", lambda row: f"{row.examples:,}"),
+    *(CSV[key] for key in ("accuracy", "difference_points", "p_holm")),
 )
 
 NOTE = "By slice: p is corrected (Holm) for all slices of all settings tried; each interval is of its own comparison."

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from distilbench.cli import counted
 from distilbench.report.answer import answer
-from distilbench.report.columns import CSV, LAYOUTS, NARROW, NOTE, WIDE, latex_table, markdown_table, plain, rich_table
+from distilbench.report.columns import CSV, LAYOUTS, NOTE, fitting, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report
 from distilbench.report.formats import latex, markdown, one_line, percent
@@ -91,8 +91,9 @@ def failures(report: Report) -> list[str]:
 def print_report(console: Console, report: Report, layout: str = "full", most: int = 25) -> None:
     """Print the answer, the table of the best ``most`` rows (and the baseline), and what failed."""
     rows = _in_order(report, layout)
-    columns = NARROW if layout == "full" and console.width < WIDE else LAYOUTS[layout]
-    table = rich_table([row for i, row in enumerate(rows) if i < most or row.is_baseline], columns, console.width)
+    shown = [row for i, row in enumerate(rows) if i < most or row.is_baseline]
+    columns = fitting(shown, console.width) if layout == "full" else LAYOUTS[layout]
+    table = rich_table(shown, columns, console.width)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
     console.print()

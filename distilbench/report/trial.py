@@ -35,10 +35,9 @@ _WIDTH = 100
 """Columns of text that a summary takes at most, where the terminal is wider."""
 _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
-_WIDTHS = {"accuracy": 8, "difference_points": 17, "loss": 6, "train_flops": 12, "train_seconds": 14}
 _COLUMNS = (
-    replace(CSV["setting"], title=" ", width=10),
-    *(replace(CSV[key], width=width) for key, width in _WIDTHS.items()),
+    replace(CSV["setting"], title=" "),
+    *(CSV[key] for key in ("accuracy", "difference_points", "loss", "train_flops", "train_seconds")),
 )
 
 

@@ -112,7 +112,7 @@ def test_every_kind_of_table_and_the_page_have_the_slices(trials):
         line for line in stream.getvalue().splitlines() if line.strip().startswith("book") and "layers=3" in line
     ]
     assert re.search(r"250 +78.00 % +-12.00 +< 0.001", line), line
-    assert re.search(r"^ +\(-1\d\.\d\d to *$", stream.getvalue(), re.MULTILINE), "an interval stands below its figure"
+    assert re.search(r"^ +\(-1\d\.\d\d to -\d", stream.getvalue(), re.MULTILINE), "an interval stands below its figure"
     assert NOTE in " ".join(stream.getvalue().split())
     assert re.search(r"\| book \| \[layers=3\].*250.*-12.00", markdown_report(report).replace("\xa0", " "))
     assert r"book & layers=3 & 250" in latex_report(report)

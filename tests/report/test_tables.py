@@ -57,8 +57,19 @@ def test_a_narrow_or_piped_report_fits_eighty_columns_without_control_codes(repo
     text = printed(report)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "\x1b" not in text
-    for words in ("undecided", "(35 % less)", "90.02 %", "baseline"):
+    for words in ("undecided", "-35 %", "90.02 %", "baseline"):
         assert words in text
+
+
+def test_a_row_takes_two_lines_of_eighty_columns_and_one_where_there_is_more_room():
+    report = report_of([replace(one, number=str(i), train_flops=1e15) for i, one in enumerate(sweep(20))])
+    heights = {}
+    for width in (80, 120):
+        table = printed(report, width).partition("verdict")[2].partition("\n \n")[0]
+        lines = [line for line in table.splitlines()[2:] if line.strip()]
+        heights[width] = len(lines[: next(i for i, line in enumerate(lines) if line.startswith("DIVERGED"))]) / 20
+    assert heights[80] <= 2
+    assert heights[120] <= 1.7
 
 
 def test_a_long_table_keeps_the_baseline_and_says_what_it_leaves_out():

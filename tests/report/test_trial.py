@@ -243,7 +243,7 @@ def test_summary_tells_what_was_trained_and_how_it_compares(summary):
         "epoch 2, on the split validation, which also picked the epoch",
         "14 min 48 s training, 8.4 s set-up on cpu",
         "213 examples/s, 4,021 tokens/s, peak memory 1.0 GiB",
-        "this trial 90.00 % 0.00 0.3330 14 min 48 s (-2.72 to +2.72) (35 % less)",
+        "this trial 90.00 % 0.00 (-2.72 to +2.72) 0.3330 14 min 48 s (35 % less)",
         "baseline 90.00 % 0.3255 22 min 51 s",
         "exact McNemar p 1.00.",
         sentence(summary.comparison),
