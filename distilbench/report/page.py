@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from distilbench.cli import command, override
 from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.answer import answer
-from distilbench.report.columns import FULL, Column, filled, plain
+from distilbench.report.columns import CSV, FULL, Column, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
-from distilbench.report.formats import html, one_line
+from distilbench.report.formats import one_line
 from distilbench.report.names import in_order
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
@@ -30,65 +31,58 @@ _LONGEST_WORD = 40
 
 def page(report: Report) -> str:
     """Write the whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
-    confirmed = "".join(f"<li><b>{html(row.label)}</b> {html(survival(row))}</li>" for row in report.confirmation)
-    first, *more = answer(report)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html(report.title),
-        headline=html(first),
-        saving="".join(map(html, more)),
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: one_line(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        answer=answer(report),
         counts=_counts(report),
-        confirmation=f"<h2>Confirmed with fresh seeds?</h2><ul>{confirmed}</ul>" if confirmed else "",
-        kinds=_choices([(v.name.lower(), name) for v, name in VERDICTS.items()] + [("ended", "did not finish")]),
-        depths=_choices([(d, f"depth {d}") for d in sorted({str(_depth(row)) for row in report.table_rows})]),
-        columns=_choices([(str(i), column.title) for i, column in enumerate(filled(FULL, report.table_rows))]),
-        header="".join(map(_head, filled(FULL, report.table_rows))),
-        rows=_rows(report),
-        charts="".join(figures_of(report)),
-        slices=_slices(report),
-        failures=_failures(report),
-        notes="".join(f"<li>{html(line)}</li>" for line in (*protocol_lines(report), *notes_of(report))),
+        seeds=sorted({row.n for row in report.candidates}),
+        verdicts=VERDICTS,
+        depths=sorted({str(row.treatment.get("freeze.layers", "")) for row in report.table_rows}),
+        columns=filled(FULL, report.table_rows),
+        slices=SLICES,
+        charts=Markup("".join(figures_of(report))),
+        failures=failures(report),
+        notes=[*protocol_lines(report), *notes_of(report)],
+        command_of=lambda row: _command(row, report),
+        forest=_forest(report),
+        kind_of=kind_of,
+        look=_look,
+        plain=plain,
+        survival=survival,
+        unbroken=_unbroken,
     )
 
 
-def _counts(report: Report) -> str:
-    """How many settings came to which verdict, and how many seeds stand behind one."""
+def _counts(report: Report) -> list[tuple[str, str, str]]:
+    """Count the settings that came to each verdict, and those that came to none."""
     counts = Counter(row.claim for row in report.candidates)
-    items = [(counts[verdict], name, verdict.name.lower()) for verdict, name in VERDICTS.items() if counts[verdict]]
-    ended = sum(not row.trials for row in report.rows)
-    items += [(ended, "without a finished trial", "ended")] if ended else []
-    seeds = sorted({row.n for row in report.candidates})
-    shown = "".join(f'<li class="{kind}"><b>{count:,}</b> {name}</li>' for count, name, kind in items)
-    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""
-    shown += f"<li>seeds for each setting: <b>{span}</b></li>" if span else ""
-    address = report.url if report.url.startswith(("http://", "https://")) else ""
-    return shown + (f'<li><a href="{escape(address)}">runs in MLflow</a></li>' if address else "")
+    items = [(counts[verdict], name, verdict.name.lower()) for verdict, name in VERDICTS.items()]
+    items += [(counts[None], "without a verdict", "untested")]
+    items += [(sum(not row.trials for row in report.rows), "without a finished trial", "ended")]
+    return [(f"{count:,}", name, kind) for count, name, kind in items if count]
 
 
-def _is_drawn(column: Column) -> bool:
-    """Whether a column's cells hold a picture beside their number."""
-    return column.key == "difference_points"
+def _look(column: Column) -> str:
+    """Return the classes by which a column's cells are laid out."""
+    is_number = not column.is_text and column.key != "difference_points"
+    return " ".join([*(["number"] if is_number else []), *(["slim"] if column.key in _SLIM else [])])
 
 
-def _head(column: Column) -> str:
-    kind = "" if column.is_text or _is_drawn(column) else "number"
-    kind += " slim" if column.key in _SLIM else ""
-    return f'<th scope="col" class="{kind}"><button>{html(column.title)}</button></th>'
-
-
-def _rows(report: Report) -> str:
+def _forest(report: Report) -> Callable[[Row], str]:
+    """Return what draws a row's interval, on one axis for all rows."""
     found = [row.difference for row in report.table_rows if row.difference]
     scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
-    columns, lines = filled(FULL, report.table_rows), []
-    for row in report.table_rows:
-        cells = "".join(_cell(column, row, scale) for column in columns)
-        told = f'data-row="{row.rank}" data-kind="{kind_of(row)}" data-depth="{html(str(_depth(row)))}"'
-        told += f' data-command="{html(_command(row, report))}"'
-        lines.append(f"<tr{' class=base' if row.is_baseline else ''} {told}>{cells}</tr>")
-    return "".join(lines)
 
+    def draw(row: Row) -> str:
+        one, text = row.difference, CSV["difference_points"].text(row)
+        return Markup(charts.forest(scale, one.low, one.points, one.high, kind_of(row), text)) if one else ""
 
-def _depth(row: Row) -> object:
-    return row.treatment.get("freeze.layers", "")
+    return draw
 
 
 def _command(row: Row, report: Report) -> str:
@@ -101,46 +95,9 @@ def _command(row: Row, report: Report) -> str:
     return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
 
 
-def _choices(values: Sequence[tuple[str, str]]) -> str:
-    return "".join(f'<option value="{html(value)}">{html(name)}</option>' for value, name in values)
-
-
-def _cell(column: Column, row: Row, scale: charts.Axis) -> str:
-    """Return a cell with the value that sorts it; the colour of a verdict is that of its interval."""
-    text, found = column.text(row), row.difference
-    shown = _unbroken(text) if column.key == "setting" else html(text)
-    shown = shown if _is_drawn(column) else shown.replace(" (", " <br>(")
-    if column.key == "setting" and row.first.url.startswith(("http://", "https://")):
-        shown = f'<a href="{escape(row.first.url)}">{shown}</a>'
-    if _is_drawn(column) and found:
-        shown = charts.forest(scale, found.low, found.points, found.high, kind_of(row), text) + shown
-    kinds = [column.key, *(["number"] if not column.is_text and not _is_drawn(column) else [])]
-    kinds += ["slim"] if column.key in _SLIM else [kind_of(row)] if column.key == "verdict" else []
-    value = escape(str(plain(column.value(row)) if not column.is_text else text))
-    return f'<td class="{" ".join(kinds)}" data-title="{html(column.title)}" data-value="{value}">{shown}</td>'
-
-
-def _unbroken(text: str) -> str:
-    """Words that are broken between each other alone, unless one is longer than a line of a phone."""
-    words = (html(word) for word in one_line(text).split(" "))
-    return " ".join(word if len(word) > _LONGEST_WORD else f"<span>{word}</span>" for word in words)
-
-
-def _slices(report: Report) -> str:
-    """Return the best settings on each slice: a plain table, in the order in which it is made."""
-    head = "".join(f'<th scope="col">{html(column.title)}</th>' for column in SLICES)
-    rows = (
-        "".join(
-            f'<td class="{"" if c.is_text else "number"}" data-title="{html(c.title)}">{html(c.text(row))}</td>'
-            for c in SLICES
-        )
-        for row in report.slices
+def _unbroken(text: str) -> Markup:
+    """Return words that are broken between each other alone, unless one is longer than a line of a phone."""
+    words = one_line(text).split(" ")
+    return Markup(" ").join(
+        escape(word) if len(word) > _LONGEST_WORD else Markup("<span>{}</span>").format(word) for word in words
     )
-    body = "".join(f"<tr>{cells}</tr>" for cells in rows)
-    table = f'<div class="wide"><table id="slices"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h2>By slice</h2>{table}" if report.slices else ""
-
-
-def _failures(report: Report) -> str:
-    lines = "".join(f"<li>{html(line)}</li>" for line in failures(report))
-    return f"<h2>What did not finish</h2><ul>{lines}</ul>" if lines else ""
