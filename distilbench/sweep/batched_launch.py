@@ -1,19 +1,26 @@
-"""Jobs composed, trained together, and replayed one by one through Hydra's own ``run_job``."""
+"""Jobs described, trained together, and replayed one by one, each through Hydra's own ``run_job``."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, configure_log, env_override, filter_overrides, run_job, setup_globals
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import (
+    JobReturn,
+    JobStatus,
+    configure_log,
+    env_override,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +55,13 @@ def launch(
     Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     log.info("Launching %d jobs together", len(job_overrides))
     jobs = [_compose(config, context, overrides, first + i) for i, overrides in enumerate(job_overrides)]
+    run = partial(run_job, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir")
+    unheard = HydraContext(context.config_loader, Callbacks(), context.execution_whitelist)
+    described = [run(batches.describe, job, hydra_context=unheard, configure_logging=False) for job in jobs]
     returns: dict[int, JobReturn] = {}
-    for tasks in _trained(batches, jobs):
+    for tasks, said in _trained(batches, jobs, described):
         for index, task in tasks.items():
-            returns[index] = run_job(
-                hydra_context=context,
-                task_function=task,
-                config=jobs[index],
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
+            returns[index] = run(partial(_replay, task, said), jobs[index], hydra_context=context)
             _log_as_sweep(config, context)
     return [returns[index] for index in range(len(jobs))]
 
@@ -77,97 +81,37 @@ def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str]
     return job
 
 
-def _trained(batches: Batches, configs: Sequence[DictConfig]) -> Iterator[dict[int, TaskFunction]]:
-    """Yield the jobs that failed before training, then the trained ones; each replays what was logged meanwhile."""
-    described: dict[int, Any] = {}
-    failed: dict[int, TaskFunction] = {}
-    for index, config in enumerate(configs):
-        try:
-            with _as_in_job(config) as task_config:
-                described[index] = batches.describe(task_config)
-        except Exception as error:  # the job's boundary: run_job hands it to the sweeper
-            failed[index] = _raises(error)
-    yield failed
-    places = list(described)
-    training = batches.train(list(described.values()))
-    environment = _shared_environment([configs[index] for index in places])
+def _trained(
+    batches: Batches, configs: Sequence[DictConfig], described: Sequence[JobReturn]
+) -> Iterator[tuple[dict[int, TaskFunction], Sequence[logging.LogRecord]]]:
+    """Yield the jobs that were refused before training, then the trained ones, with what was logged meanwhile."""
+    ready = [index for index, one in enumerate(described) if one.status is JobStatus.COMPLETED]
+    yield {i: partial(_raise, one._return_value) for i, one in enumerate(described) if i not in ready}, []
+    training = batches.train([described[index].return_value for index in ready])
+    environments = [set(configs[i].hydra.job.env_set.items()) for i in ready]
+    shared = {str(name): str(value) for name, value in set.intersection(*environments)} if ready else {}
+    root = logging.getLogger()
     while True:
-        with env_override(environment), _kept_records() as records:
-            tasks = next(training, None)
+        kept = BufferingHandler(capacity=2**31)  # none of the jobs has its log file yet
+        root.addHandler(kept)
+        try:
+            with env_override(shared):  # they train in one process
+                tasks = next(training, None)
+        finally:
+            root.removeHandler(kept)
         if tasks is None:
             return
-        yield {places[index]: _replay(task, records) for index, task in tasks.items()}
+        yield {ready[index]: task for index, task in tasks.items()}, list(kept.buffer)
 
 
-@contextmanager
-def _as_in_job(config: DictConfig) -> Iterator[DictConfig]:
-    """Do what ``run_job`` does around a task, but directory, logging and callbacks; yield the task's config."""
-    hydra_config = HydraConfig.instance()
-    before = hydra_config.cfg
-    hydra_config.set_config(config)
-    try:
-        parts = (str(OmegaConf.select(config, f"hydra.sweep.{key}")) for key in ("dir", "subdir"))
-        with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
-            config.hydra.runtime.output_dir = os.path.abspath(os.path.join(*parts))
-        hydra_config.set_config(config)
-        task_config = copy.deepcopy(config)
-        with read_write(task_config), open_dict(task_config):
-            del task_config["hydra"]
-        with env_override(_environment(config)):
-            yield task_config
-    finally:
-        hydra_config.cfg = before
+def _replay(task: TaskFunction, said: Sequence[logging.LogRecord], config: DictConfig) -> Any:
+    """Run ``task`` after writing what was ``said`` to the files of the job's log; the console has shown it already."""
+    for handler in logging.getLogger().handlers:
+        for record in said if isinstance(handler, logging.FileHandler) else ():
+            if record.levelno >= handler.level:
+                handler.handle(record)
+    return task(config)
 
 
-def _environment(config: DictConfig) -> dict[str, str]:
-    values = OmegaConf.to_container(config.hydra.job.env_set, resolve=True)
-    assert isinstance(values, dict)
-    return {str(name): str(value) for name, value in values.items()}
-
-
-def _shared_environment(configs: Sequence[DictConfig]) -> dict[str, str]:
-    """Return the variables of ``hydra.job.env_set`` on which all jobs agree: they train in one process."""
-    return dict(set.intersection(*(set(_environment(config).items()) for config in configs))) if configs else {}
-
-
-class _Keeper(logging.Handler):
-    """Keeps what is logged while jobs train together, when none of them has its log file yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-@contextmanager
-def _kept_records() -> Iterator[list[logging.LogRecord]]:
-    keeper = _Keeper()
-    root = logging.getLogger()
-    root.addHandler(keeper)
-    try:
-        yield keeper.records
-    finally:
-        root.removeHandler(keeper)
-
-
-def _replay(task: TaskFunction, records: Sequence[logging.LogRecord]) -> TaskFunction:
-    """``task``, after writing ``records`` to the files of the job's log; the console has shown them already."""
-
-    def run(config: DictConfig) -> Any:
-        files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
-        for handler in files:
-            for record in records:
-                if record.levelno >= handler.level:
-                    handler.handle(record)
-        return task(config)
-
-    return run
-
-
-def _raises(error: Exception) -> TaskFunction:
-    def run(config: DictConfig) -> Any:
-        raise error
-
-    return run
+def _raise(error: Exception, config: DictConfig) -> NoReturn:
+    raise error

@@ -9,18 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from distilbench.identity import short_hash
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import AppSettings, DataSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
-from distilbench.sweep.options import HydraSetup, SweeperOptions
 from distilbench.sweep.pruning import check_pruning, judged_by
 from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
+
+
+@dataclass(frozen=True)
+class SweeperOptions:
+    """What ``hydra.sweeper`` says, in the words of Hydra's own sweepers; see ``conf/hydra/sweeper``."""
+
+    params: DictConfig | None
+    storage: str | None
+    study_name: str
+    is_grid: bool
+    n_jobs: int | None
+    """Trials handed to the launcher together; None leaves it to the kind of launcher."""
+    n_trials: int | None = None
+    direction: Any = None
+    max_failure_rate: float | None = None
+    sampler: DictConfig | None = None
+    custom_search_space: str | None = None
+
+
+@dataclass(frozen=True)
+class HydraSetup:
+    """What Hydra hands to a sweeper."""
+
+    config: DictConfig
+    context: HydraContext
+    launcher: Launcher
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
 from distilbench.sweep.pruning import pruner_of
+from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Space
 from distilbench.sweep.storage import Storage, open_study
 from distilbench.sweep.study import BESIDE, Study
-from distilbench.sweep.warm_start import find_warm_trials, put_in
+from distilbench.sweep.warm_start import find_warm_trials
 
 _LONGEST_SHOWN = 6
 
@@ -57,7 +58,7 @@ def open_studies(
     does not continue what is there.
     """
     _check_directory(plan, storage)
-    warm = [] if is_begun(plan) else find_warm_trials(plan, storage)
+    warm, sources = ([], None) if is_begun(plan) else find_warm_trials(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
     owner, grace = Owner.of_this_process(), plan.settings.sweep.grace_seconds
     with storage.lock():
@@ -69,7 +70,9 @@ def open_studies(
         plan = replace(plan, space=_as_known(plan.space, trials))
         _claim_directory(plan, main, has_trials=bool(trials))
         if kept is None:
-            put_in(warm, plan, main)
+            main.add_trials(warm)
+        if kept is None and sources:
+            main.set_user_attr(PINNED, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler

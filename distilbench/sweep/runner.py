@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -30,8 +31,7 @@ from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
 from distilbench.sweep.heartbeat import Orphaned, beating
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
-from distilbench.sweep.options import HydraSetup, SweeperOptions
-from distilbench.sweep.plan import SweepPlan, make_plan
+from distilbench.sweep.plan import HydraSetup, SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
@@ -63,7 +63,8 @@ def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
         for data in plan.data:
             load_text(data)  # raises what the first trial would, once there is something to clear away
     raise_on_signal()
-    storage = storage_at(options.storage, setup.unresolved("storage"), plan.directory)
+    written: Any = OmegaConf.to_container(setup.config.hydra.sweeper, resolve=False)
+    storage = storage_at(options.storage, written["storage"], plan.directory)
     executor = executor_for(setup.launcher, setup.config.hydra.launcher, options.n_jobs)
     with quiet_launchers(setup.config):
         return run_plan(plan, storage, executor)

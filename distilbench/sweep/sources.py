@@ -12,7 +12,7 @@ from distilbench.sweep.job import SweepJob
 if TYPE_CHECKING:
     from distilbench.trials.prepared import Prepared
 
-SOURCES = "sources"
+PINNED = "sources"
 """Attribute of a sweep's study: the model and the text that its first trials really used, by their settings."""
 
 
@@ -34,9 +34,9 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
         storage = storage_of(job.storage, job.grace_seconds)
         with Storage(storage.url, job.storage).lock():
             study = storage.get_study_id_from_name(job.sweep)
-            known: dict[str, Any] = storage.get_study_user_attrs(study).get(SOURCES, {})
+            known: dict[str, Any] = storage.get_study_user_attrs(study).get(PINNED, {})
             if not found.keys() <= known.keys():
-                storage.set_study_user_attr(study, SOURCES, {**found, **known})
+                storage.set_study_user_attr(study, PINNED, {**found, **known})
     except (*UNANSWERED, OmegaConfBaseException):
         return
     for key, now in found.items():

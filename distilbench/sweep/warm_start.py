@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from distilbench.identity import METRIC, SOURCES
 from distilbench.results import Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.sources import SOURCES as SOURCES_FILE
+from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Point
 from distilbench.sweep.storage import Storage, storage_at, storage_of
 from distilbench.sweep.study import RESULT
@@ -24,15 +23,16 @@ from distilbench.sweep.study import RESULT
 log = logging.getLogger(__name__)
 
 
-def find_warm_trials(plan: SweepPlan, storage: Storage) -> list[FrozenTrial]:
+def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTrial], Any]:
     """Return the finished trials of ``sweep.warm_start`` whose points lie in the plan's space, as those of a new study.
 
-    They have the status REUSED and so do not count towards the sweep's total. The others are counted, and that is said.
+    With them comes what their sources were, which the new study's are held to. They have the status REUSED and so do
+    not count towards the sweep's total. The others are counted, and that is said.
     Raises :class:`SettingsError` where there is no such sweep, or one of another protocol or other objectives.
     """
     name = plan.settings.sweep.warm_start
     if name is None:
-        return []
+        return [], None
     require(not plan.is_grid, "sweep.warm_start", "null in a grid", name, "add hydra/sweeper=optuna")
     earlier = _study(plan, storage, name)
     identity = earlier.user_attrs.get("identity", {})
@@ -42,15 +42,7 @@ def find_warm_trials(plan: SweepPlan, storage: Storage) -> list[FrozenTrial]:
     found = [_as_own(trial, params, plan, identity["objectives"], name)
              for trial in own if (params := _params_in(plan, trial, identity["fixed"])) is not None]  # fmt: skip
     log.warning("warm start: %d of the %d finished trials of %s lie in this space", len(found), len(own), name)
-    return found
-
-
-def put_in(trials: Sequence[FrozenTrial], plan: SweepPlan, study: optuna.Study) -> None:
-    """Put them into a new study, and hold its trials to the model and the text that they had."""
-    study.add_trials(trials)
-    pinned = plan.directory.parent / str(plan.settings.sweep.warm_start) / SOURCES_FILE
-    if trials and pinned.is_file():
-        shutil.copyfile(pinned, plan.directory / SOURCES_FILE)
+    return found, earlier.user_attrs.get(PINNED) if found else None
 
 
 def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
