@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -27,23 +27,6 @@ End = BaseException | None
 
 Launch = Callable[[Sequence[SweepJob]], Sequence[End]]
 """Runs jobs to their end; returns keep their order."""
-
-
-class Executor(Protocol):
-    """What launches trials."""
-
-    @property
-    def at_once(self) -> int | None:
-        """How many trials it works on at a time; None for any number."""
-        ...
-
-    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
-        """Launch trials; each one's future tells its end."""
-        ...
-
-    def stop(self) -> None:
-        """End what still runs, at once."""
-        ...
 
 
 class Sequential:
@@ -100,6 +83,10 @@ class OnRay(Sequential):
         import ray
 
         ray.shutdown()
+
+
+Executor = Sequential | Pool
+"""What launches trials: ``at_once`` is how many it works on at a time, None for any number."""
 
 
 def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -66,12 +67,6 @@ class Leaderboard:
         front = [trial for trial in finished if not any(beats(other, trial) for other in finished)]
         return front if len(self.objectives) > 1 else front[:1]
 
-    def seconds_left(self, at_once: int) -> float | None:
-        """Predict seconds until the last trial; None before the first result."""
-        seconds = [trial.seconds for trial in self.trials if trial.seconds]
-        left = self.total - self.done
-        return left * sum(seconds) / len(seconds) / at_once if seconds and left > 0 else None
-
     def line(self, at_once: int = 1) -> str:
         """Return the sweep in one line."""
         words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
@@ -82,8 +77,10 @@ class Leaderboard:
             parts.append(f"{len(self.best)} on the Pareto front")
         elif self.best:
             parts.append(f"best {self._against_baseline(self.best[0])}")
-        left = self.seconds_left(at_once)
-        return ", ".join(parts) + (f", about {duration(left)} left" if left else "")
+        seconds = [trial.seconds for trial in self.trials if trial.seconds]
+        if seconds and self.done < self.total:
+            parts.append(f"about {duration((self.total - self.done) * fmean(seconds) / at_once)} left")
+        return ", ".join(parts)
 
     def _against_baseline(self, trial: TrialView) -> str:
         objective = self.objectives[0]
@@ -96,14 +93,9 @@ class Leaderboard:
 
     def metrics(self) -> dict[str, float]:
         """Return counts, best and baseline, as metrics of the sweep's own run."""
-        values: dict[str, float] = {
-            "trials_done": self.done,
-            "trials_finished": self.counts[Status.FINISHED],
-            "trials_pruned": self.counts[Status.PRUNED],
-            "trials_failed": self.failed,
-            "trials_running": self.counts[Status.RUNNING],
-            "trials_reused": self.counts[Status.REUSED],
-        }
+        values: dict[str, float] = {"trials_done": self.done, "trials_failed": self.failed}
+        for status in (Status.FINISHED, Status.PRUNED, Status.RUNNING, Status.REUSED):
+            values[f"trials_{status.lower()}"] = self.counts[status]
         if len(self.objectives) == 1 and self.best:
             values[f"best_{self.objectives[0]}"] = self.best[0].values[0]
         if self.baseline:
@@ -120,19 +112,15 @@ class Leaderboard:
         return {"name": "optuna", "best_trial": best and best.path, "best_params": best and best.trial.params,
                 "best_value": best and best.values[0]}  # fmt: skip
 
-    @cached_property
-    def ordered(self) -> list[TrialView]:
-        """Best first by the first objective, those without a result last."""
-        sign = -1 if self.directions[0] == "maximize" else 1
-        return sorted(self.trials, key=lambda trial: sign * trial.values[0] if trial.values else math.inf)
-
     def table(self, longest: int | None = None) -> Table:
         """Show the trials that run, then the best ones; ``longest`` is for a table that changes in place.
 
         It bounds the second part, and has a narrow terminal cut the settings alone.
         """
         running = [trial for trial in self.trials if trial.status is Status.RUNNING]
-        ended = [trial for trial in self.ordered if trial.status is not Status.RUNNING]
+        ended = [trial for trial in self.trials if trial.status is not Status.RUNNING]
+        sign = -1 if self.directions[0] == "maximize" else 1
+        ended.sort(key=lambda trial: sign * trial.values[0] if trial.values else math.inf)
         is_live = longest is not None
         table = Table(box=None, pad_edge=False)
         for title in ("trial", "settings", *self.objectives, "time", "status"):

@@ -16,7 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
 from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.composition import default_treatment
@@ -26,7 +28,7 @@ from distilbench.report.findings import Report
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.sweep.display import Display, print_plan
+from distilbench.sweep.display import print_plan, say
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
 from distilbench.sweep.heartbeat import Orphaned, beating
 from distilbench.sweep.job import SweepJob
@@ -46,6 +48,9 @@ REPORTED = "reported"
 """Attribute of the study: which process wrote the last report, and of how many ended trials."""
 
 POLL_SECONDS = 1.0
+LONGEST = 8
+"""Trials of the live table beside those that run: the best ones."""
+
 LONGEST_PAUSE = 10.0
 """Seconds between two looks at the study, and at most where there is nothing to do: many may wait for the last."""
 
@@ -140,7 +145,10 @@ class SweepRunner:
                  guard: SignalGuard) -> None:  # fmt: skip
         self._plan, self._studies, self._executor = plan, studies, executor
         self._parent, self._guard = parent, guard
-        self._display = Display(Console(), is_live=isinstance(executor, Pool))
+        self._console = Console()
+        is_live = isinstance(executor, Pool) and self._console.is_terminal
+        self._live = Live(console=self._console, transient=True) if is_live else None
+        """A table that changes in place, where trials run beside each other; else each shows a bar of its own."""
         self._owner = Owner.of_this_process()
         self._began = time.monotonic()
         self._ended: str | None = None
@@ -155,7 +163,7 @@ class SweepRunner:
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
         grace = self._plan.settings.sweep.grace_seconds
-        with self._display, self._closing(), beating(self._beat, beat_seconds(grace)):
+        with self._live or contextlib.nullcontext(), self._closing(), beating(self._beat, beat_seconds(grace)):
             self._end_dead()
             self._close_runs()
             self._work()
@@ -357,14 +365,18 @@ class SweepRunner:
     def _show(self, taken: Sequence[TrialView]) -> None:
         """Show how the sweep stands, and name what is about to be trained if the table does not."""
         leaderboard = self._leaderboard()
-        self._display.show(leaderboard, self._executor.at_once or 1)
+        line = leaderboard.line(self._executor.at_once or 1)
+        if self._live:
+            self._live.update(Group(leaderboard.table(LONGEST), Text(line)))
+        else:
+            self._say(line)
         self._parent.update(leaderboard.metrics(), leaderboard.line())
-        for trial in taken if not self._display.is_live else ():
+        for trial in taken if not self._live else ():
             self._say(f"trial {trial.path}: {trial.name}")
 
     def show_all(self) -> None:
         """Print every trial as a table."""
-        self._display.show_all(self._leaderboard())
+        self._console.print(self._leaderboard().table())
 
     def has_report_to_write(self) -> bool:
         """Return whether this process writes the report: of several, the first that finds the sweep at this end.
@@ -408,7 +420,7 @@ class SweepRunner:
         return self._ended if self._failed else None
 
     def _say(self, line: str) -> None:
-        self._display.say(line)
+        say(self._console, line)
 
 
 def _no_space(plan: SweepPlan) -> str:

@@ -65,13 +65,19 @@ class Space:
     @property
     def size(self) -> int | None:
         """The number of points; None if they can't be counted."""
-        counts = [_count(distribution) for distribution in self.dimensions.values()]
-        return None if self.custom or None in counts else math.prod(c for c in counts if c is not None)
+        values = self._values()
+        return None if self.custom or values is None else math.prod(map(len, values))
 
     def points(self) -> list[Point]:
         """List every point, the last dimension running fastest; only where :attr:`size` is a number."""
-        values = [_values(distribution) for distribution in self.dimensions.values()]
+        values = self._values()
+        assert values is not None  # of a grid the command line was refused otherwise
         return [Point(dict(zip(self.dimensions, chosen, strict=True))) for chosen in itertools.product(*values)]
+
+    def _values(self) -> list[Sequence[Any]] | None:
+        values = [_values(distribution) for distribution in self.dimensions.values()]
+        known = [one for one in values if one is not None]
+        return known if len(known) == len(values) else None
 
     def corners(self) -> tuple[Point, Point]:
         """Return the points of all first choices and low ends, and of all last choices and high ends."""
@@ -104,23 +110,17 @@ def edges(distribution: BaseDistribution) -> Sequence[Any]:
     return distribution.low, distribution.high
 
 
-def _count(distribution: BaseDistribution) -> int | None:
-    if isinstance(distribution, CategoricalDistribution):
-        return len(distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    if distribution.step is None:
-        return 1 if distribution.single() else None
-    return round((distribution.high - distribution.low) / distribution.step) + 1
-
-
-def _values(distribution: BaseDistribution) -> Sequence[Any]:
+def _values(distribution: BaseDistribution) -> Sequence[Any] | None:
+    """Return every value, None for an interval."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    count, step = _count(distribution), distribution.step
-    if count is None:
-        raise SettingsError("a grid must have values that can be counted, got an interval; use hydra/sweeper=optuna")
-    return [distribution.low + i * (step or 0) for i in range(count)]
+    if isinstance(distribution, IntDistribution):
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    assert isinstance(distribution, FloatDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is None:
+        return [low] if distribution.single() else None
+    return [low + i * step for i in range(round((high - low) / step) + 1)]
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

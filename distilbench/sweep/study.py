@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, TrialState
 
 from distilbench.results import Owner, Record, Status, read_record
@@ -117,6 +116,7 @@ class Study:
     def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_beside: bool = False,
                  retry: Sequence[int] = ()) -> None:  # fmt: skip
         self.study, self.is_beside = study, is_beside
+        self._storage: Any = study._storage  # also of its methods for hearts and for trials that wait
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
         self._space = Space({}, plan.space.fixed) if is_beside else plan.space
         self.mine: dict[int, int] = {}
@@ -193,10 +193,9 @@ class Study:
 
     def _withdraw(self, trial_id: int) -> None:
         """End a trial that waits; ``Study.tell`` takes only those that run."""
-        storage = self.study._storage
-        storage.set_trial_user_attr(trial_id, "status", Status.INTERRUPTED.value)
-        storage.set_trial_user_attr(trial_id, "error", "the sweep went on with another space")
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self._storage.set_trial_user_attr(trial_id, "status", Status.INTERRUPTED.value)
+        self._storage.set_trial_user_attr(trial_id, "error", "the sweep went on with another space")
+        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
         self.refresh()
 
     def take(self) -> TrialView | None:
@@ -242,7 +241,7 @@ class Study:
 
     def _view(self, number: int) -> TrialView:
         """One of this process's trials, read by itself."""
-        return TrialView(self.study._storage.get_trial(self.mine[number]), self.path(number))
+        return TrialView(self._storage.get_trial(self.mine[number]), self.path(number))
 
     def _enqueue_untried(self) -> None:
         size = self._space.size
@@ -260,7 +259,7 @@ class Study:
             trial.set_user_attr(name, value)
         if not same.values:
             for step, value in same.trial.intermediate_values.items():
-                self.study._storage.set_trial_intermediate_value(trial._trial_id, step, value)
+                self._storage.set_trial_intermediate_value(trial._trial_id, step, value)
         state = same.trial.state if same.trial.state.is_finished() else TrialState.FAIL
         self._tell(trial.number, Status.REUSED, same.attribute("error"), same.values, state)
 
@@ -293,14 +292,14 @@ class Study:
             for name in RESULT:
                 value = getattr(record, name)
                 value = dict(value) if name != "run_id" else value
-                self.study._storage.set_trial_user_attr(self.mine[number], name, value)
+                self._storage.set_trial_user_attr(self.mine[number], name, value)
         self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
 
     def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
               state: TrialState | None = None) -> None:  # fmt: skip
         if self.holds(number):  # another process may have found it first
             for name, value in {"status": status.value, "error": error}.items():
-                self.study._storage.set_trial_user_attr(self.mine[number], name, value)
+                self._storage.set_trial_user_attr(self.mine[number], name, value)
             states = _STATES if len(self._plan.objectives) == 1 else {Status.FINISHED: TrialState.COMPLETE}
             state = state or states.get(status, TrialState.FAIL)
             given = list(values) if state == TrialState.COMPLETE else None
@@ -318,23 +317,17 @@ class Study:
     def beat(self) -> None:
         """Have the hearts of this process's trials beat; whose stand still are :meth:`adopt_dead`'s, on any host."""
         for trial_id in tuple(self.mine.values()):
-            self._hearts.record_heartbeat(trial_id)
-
-    @property
-    def _hearts(self) -> BaseHeartbeat:
-        storage = self.study._storage
-        assert isinstance(storage, BaseHeartbeat)
-        return storage
+            self._storage.record_heartbeat(trial_id)
 
     def adopt_dead(self) -> dict[int, list[Owner]]:
         """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns by number who left it."""
         self.refresh()  # a process that is gone may have told how its last trials ended
-        silent = self._hearts._get_stale_trial_ids(self.study._study_id)
+        silent = self._storage._get_stale_trial_ids(self.study._study_id)
         running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
         left = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
         for view in left:
             self.mine[view.number] = view.trial._trial_id
-            self.study._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
+            self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
         self.refresh()
         return {view.number: self._workers_of(view) for view in left}
