@@ -231,10 +231,14 @@ class SweepRunner:
         """
         if owner not in self._left:
             return owner == self._owner or owner.is_dead()
+        running = [view for _, view in self._views() if view.status is Status.RUNNING]
+        return asdict(owner) not in [view.attribute("owner") for view in running]
+
+    def _views(self) -> list[tuple[Study, TrialView]]:
+        """Read every trial anew."""
         for study in self._studies.all:
             study.refresh()
-        running = [view for study in self._studies.all for view in study.views() if view.status is Status.RUNNING]
-        return asdict(owner) not in [view.attribute("owner") for view in running]
+        return [(study, view) for study in self._studies.all for view in study.views()]
 
     def _work(self) -> None:
         """Launch and settle until there are no more trials to give: baselines first, but nobody waits for them."""
@@ -266,10 +270,7 @@ class SweepRunner:
 
     def _under_way_elsewhere(self) -> int:
         """Count the trials that other processes are at work on."""
-        for study in self._studies.all:
-            study.refresh()
-        views = [(study, view) for study in self._studies.all for view in study.views()]
-        return sum(view.status is Status.RUNNING and view.number not in study.mine for study, view in views)
+        return sum(view.status is Status.RUNNING and view.number not in study.mine for study, view in self._views())
 
     def _take(self, running: int) -> list[tuple[Study, TrialView]]:
         """Begin as many trials as the executor has room for, after ending and queueing what calls for it."""
@@ -356,10 +357,7 @@ class SweepRunner:
 
     def _leaderboard(self) -> Leaderboard:
         plan = self._plan
-        for study in self._studies.all:
-            study.refresh()
-        left_out = (Status.WAITING, Status.INTERRUPTED)
-        trials = [view for study in self._studies.all for view in study.views() if view.status not in left_out]
+        trials = [view for _, view in self._views() if view.status not in (Status.WAITING, Status.INTERRUPTED)]
         return Leaderboard(trials, plan.objectives, plan.directions, plan.total + len(plan.beside))
 
     def _show(self, taken: Sequence[TrialView]) -> None:
@@ -383,7 +381,8 @@ class SweepRunner:
 
         What an earlier call reported does not count: the same command again writes the report again.
         """
-        study, ends = self._studies.main.study, self._ends()
+        study = self._studies.main.study
+        ends = sum(view.trial.state.is_finished() for _, view in self._views())
         with self._studies.storage.lock():
             known = study.user_attrs.get(REPORTED)
             if known and known != self._reported and known["ends"] == ends:
@@ -391,12 +390,6 @@ class SweepRunner:
                 return False
             study.set_user_attr(REPORTED, {"ends": ends, "owner": asdict(self._owner), "at": time.time()})
         return True
-
-    def _ends(self) -> int:
-        for study in self._studies.all:
-            study.refresh()
-        views = [view for study in self._studies.all for view in study.views()]
-        return sum(view.trial.state.is_finished() for view in views)
 
     def _finish(self) -> str | None:
         """Return the sweep's end, for people, in its directory and in MLflow."""
