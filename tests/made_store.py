@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
@@ -64,5 +68,15 @@ def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: flo
     result = TrialResult(Status.FINISHED, selection=end, report=end, history=(end,), steps=20, train_seconds=seconds)
     run = store.begin(start_of(*overrides, **changes))
     run.on_evaluation(end)
-    run.finish(result, Predictions(LABELS, logits) if predictions else None)
+    with blank_figures():
+        run.finish(result, Predictions(LABELS, logits) if predictions else None)
     return run.run_id
+
+
+@contextmanager
+def blank_figures() -> Iterator[None]:
+    """Have small ones drawn: drawing takes most of a made trial's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("confusion_figure", "curve_figure"):
+            patch.setattr(f"distilbench.tracking.run.{name}", lambda *_: Figure(figsize=(1, 1)))
+        yield

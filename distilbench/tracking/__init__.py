@@ -9,12 +9,11 @@ where a split of its own picks epochs) per evaluation, and without a prefix what
 from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
-from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.run import MlflowRun, final_metrics
+from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics
 from distilbench.tracking.search import RunFilter, SweepRun
+from distilbench.tracking.start import RunStart, params_of
 from distilbench.tracking.store import CONFIRMS, MARGIN, SWEEP, MlflowStore
-from distilbench.tracking.tags import RunStart, params_of
 
 __all__ = [
     "CONFIRMS",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +50,7 @@ def log_model(connection: Connection, run_id: str, directory: Path, register: st
 def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-    run, began = client.get_run(run_id), time.perf_counter()
+    run = client.get_run(run_id)
     known = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs] if run.outputs else []
     if any(model.status == LoggedModelStatus.READY for model in known):
         return None
@@ -59,18 +58,18 @@ def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | No
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     try:
         with tempfile.TemporaryDirectory() as folder:
-            size = _save(directory, Path(folder) / MODEL, run_id, logged.model_id)
+            _save(directory, Path(folder) / MODEL, run_id, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(folder) / MODEL))
     except BaseException:
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     ready = client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    log.info("model logged as models:/%s: %.1f MB in %.1f s", logged.model_id, size / 1e6, time.perf_counter() - began)
+    log.info("model logged as models:/%s", logged.model_id)
     return ready
 
 
-def _save(directory: Path, path: Path, run_id: str, model_id: str) -> int:
-    """Write an MLflow model of a directory; returns its size in bytes."""
+def _save(directory: Path, path: Path, run_id: str, model_id: str) -> None:
+    """Write an MLflow model of a directory."""
     import pandas
     from mlflow import pyfunc
     from mlflow.models import Model, infer_signature
@@ -89,7 +88,6 @@ def _save(directory: Path, path: Path, run_id: str, model_id: str) -> int:
         input_example=example,
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
     )
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:

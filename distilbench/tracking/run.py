@@ -1,4 +1,4 @@
-"""One open run: what is written of a trial while it runs and when it ends."""
+"""Open runs: what is written of a trial while it runs and when it ends, and of runs that hold other runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from distilbench.results import MEASURES, PREDICTIONS, Evaluation, Predictions, Status, StepRecord, TrialResult
+from distilbench.results import (
+    MEASURES,
+    PREDICTIONS,
+    Evaluation,
+    Owner,
+    Predictions,
+    Status,
+    StepRecord,
+    TrialResult,
+)
 from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
+from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, reason_of
-from distilbench.tracking.start import RunContent, claim_run, fill_run
-from distilbench.tracking.tags import RunStart
+from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart, claim_run, fill_run
 from distilbench.tracking.undelivered import (
     METRICS_PER_BATCH,
+    NOTE,
     Point,
     Undelivered,
     deliver,
+    deliver_below,
+    end_left_runs,
     forget_undelivered,
+    has_undelivered,
     log_metrics,
     points,
     read_undelivered,
@@ -155,3 +169,43 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
     if result.report is not None:
         values |= {name: result.report.metric(name) for name in MEASURES}
     return values
+
+
+class ParentRun:
+    """An open run that others name as their parent; ``sweep`` is in its and their tag ``distilbench.sweep``.
+
+    Without arguments it stands for one where nothing is tracked. ``directory`` holds the records of all its trials.
+    """
+
+    def __init__(self, connection: Connection | None = None, run_id: str | None = None, sweep: str = "",
+                 directory: Path | None = None) -> None:  # fmt: skip
+        self._connection, self.run_id, self._sweep = connection or Connection(), run_id, sweep
+        self._directory = directory or Path()
+        self._last = Undelivered(run_id)
+
+    def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
+        """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
+        tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
+        self._last = replace(self._last, metrics=points(metrics), tags=tags)
+        self._tell("how the sweep stands", self._last)
+
+    def finish(self, status: Status, error: str | None = None) -> None:
+        """Give the run its true end; one that was opened again may be ended again."""
+        ended = replace(self._last, status=status, error=error)
+        if not self._tell("the end of the sweep", ended):
+            with contextlib.suppress(OSError):  # no room: the next call of the sweep ends it
+                ended.write(self._directory)
+
+    def _tell(self, what: str, lacking: Undelivered) -> bool:
+        return self._connection.attempt(what, lambda: deliver(self._connection.client, self.run_id or "", lacking))
+
+    def lacks(self, directory: Path) -> bool:
+        """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""
+        return self._connection.is_gone or (self._connection.client and has_undelivered(directory))
+
+    def catch_up(self, is_over: Callable[[Owner], bool], patience_seconds: float = 0.0) -> None:
+        """End and deliver what trials left, wherever their process ``is_over``; wait for a store that is gone."""
+        for wait in (0.0, patience_seconds):
+            if not wait or (self.lacks(self._directory) and self._connection.wait(wait)):
+                end_left_runs(self._connection, is_over, self._sweep, self.run_id)
+                deliver_below(self._connection, self._directory, is_over)

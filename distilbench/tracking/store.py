@@ -17,16 +17,16 @@ from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredT
 from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.model import log_model
-from distilbench.tracking.parent_run import ParentRun
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
-from distilbench.tracking.run import MlflowRun
+from distilbench.tracking.run import MlflowRun, ParentRun
 from distilbench.tracking.search import MARK, RunFilter, SweepRun, search_runs, trial_of
-from distilbench.tracking.start import RunContent, claim_run, holds
-from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG, RunStart, process_tags
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
 from distilbench.tracking.undelivered import (
     NOTE,
+    Undelivered,
+    deliver,
     deliver_below,
     describe_first,
     end_left_runs,
@@ -182,10 +182,8 @@ class MlflowStore:
 
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
         """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
-        for file in files:
-            self._connection.attempt(file.name, partial(self._client.log_artifact, run_id, str(file)))
-        text = redact(note)[:LONGEST_TAG]
-        self._connection.attempt("the description", partial(self._client.set_tag, run_id, NOTE, text))
+        described = Undelivered(run_id, tags={NOTE: redact(note)[:LONGEST_TAG]})
+        self._connection.attempt("the report", partial(deliver, self._client, run_id, described, files))
 
     def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
         """Log a saved model to a run that may have ended, and register it; no trouble of the store passes."""

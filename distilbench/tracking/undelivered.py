@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distilbench.results import PREDICTIONS, Owner, Status, read_record
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, is_outage, reason_of
-from distilbench.tracking.start import RunContent, claim_run, fill_run
-from distilbench.tracking.tags import DIRECTORY, LONGEST_TAG, owner_of
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, claim_run, fill_run, owner_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -42,7 +42,7 @@ from distilbench.sweep.resume import open_studies
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
-from distilbench.tracking import ParentRun, open_store, tags
+from distilbench.tracking import ParentRun, open_store
 from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.interruptions import SignalGuard
@@ -128,7 +128,7 @@ class Ground:
             monkeypatch.setattr(module, "beating", _beating_once)
         monkeypatch.setattr(runner, "report_sweep", lambda *given: object())
         monkeypatch.setattr(runner, "default_treatment", dict)
-        monkeypatch.setattr(tags, "_git_tags", dict)
+        monkeypatch.setattr("distilbench.tracking.start._git_tags", dict)
         latest = db_utils._get_latest_schema_revision()
         monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # reads a hundred files
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)

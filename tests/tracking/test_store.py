@@ -23,6 +23,7 @@ from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
 from tests.commands import lay_tables
+from tests.made_store import blank_figures
 
 SECRET = "correct-horse-battery"
 PREDICTIONS = Predictions(
@@ -90,7 +91,8 @@ def step(number, steps=30, loss=0.5):
 
 def finished(store, start, predictions=PREDICTIONS):
     run = store.begin(start)
-    run.finish(DONE, predictions)
+    with blank_figures():
+        run.finish(DONE, predictions)
     return run.run_id
 
 
@@ -136,14 +138,12 @@ def test_tags_tell_what_was_used_where_and_by_which_process(store, client, start
 
 
 def test_commit_and_dirty_flag_are_tagged_inside_a_checkout(store, client, start, tmp_path, monkeypatch):
-    from distilbench.tracking import tags as run_tags
-
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     (tmp_path / "new.txt").write_text("staged")
     subprocess.run(["git", "-C", tmp_path, "add", "new.txt"], check=True)
-    monkeypatch.setattr(run_tags, "CHECKOUT", tmp_path)
+    monkeypatch.setattr("distilbench.tracking.start.CHECKOUT", tmp_path)
     tags = client.get_run(store.begin(start()).run_id).data.tags
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert tags["mlflow.source.git.dirty"] == "true"
@@ -229,7 +229,9 @@ def test_a_selection_split_of_its_own_has_curves_of_its_own(store, client, start
 def test_artifacts_are_configuration_predictions_and_figures(store, client, start, uri):
     import pyarrow.parquet
 
-    run_id = finished(store, start())
+    run = store.begin(start())
+    run.finish(DONE, PREDICTIONS)
+    run_id = run.run_id
     folder = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / "1" / run_id / "artifacts"
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.yaml", "confusion_matrix.png", "learning_curve.png", "predictions.parquet",

@@ -23,7 +23,7 @@ from distilbench.trials import batch, opened, run
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.progress import Progress
 from tests.conftest import TINY, compose_settings
-from tests.made_store import make_store
+from tests.made_store import blank_figures, make_store
 
 NUMBERS = count()
 
@@ -86,12 +86,9 @@ def impatient(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def blank_figures(monkeypatch):
-    """Small ones: drawing takes most of a fake trial's time."""
-    from matplotlib.figure import Figure
-
-    for name in ("confusion_figure", "curve_figure"):
-        monkeypatch.setattr(f"distilbench.tracking.run.{name}", lambda *_: Figure(figsize=(1, 1)))
+def without_figures():
+    with blank_figures():
+        yield
 
 
 @pytest.fixture(scope="module")
