@@ -707,7 +707,7 @@ class BenchSettings(Checked, group="bench"):
 
     trials: Annotated[int, at_least(2)]
     """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
-    steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n: n > 0 and n % BENCH_WINDOW == 0)]
+    steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n, of=BENCH_WINDOW: n > 0 and n % of == 0)]
     """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
     eval_examples: Annotated[int, at_least(1)]
     """Examples of the selection split that each run evaluates, 1 or more."""

@@ -79,6 +79,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     read or don't match their configuration.
     """
     import torch
+    from transformers import AutoModel
 
     with quiet(), torch.random.fork_rng(devices=[]):
         weights = None
@@ -86,8 +87,9 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
             config, weights = _minilm_as_distilbert(resolved.directory, resolved.config)
         else:
             config = _configuration(resolved)
-            if resolved.directory is None:
-                weights = _random_encoder(config)
+            if resolved.directory is None:  # the encoder is that of one seed, whatever the trial's
+                torch.default_generator.manual_seed(ENCODER_SEED)
+                weights = AutoModel.from_config(config, dtype=torch.float32).state_dict()
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: number for number, name in enumerate(label_names)}
         config.problem_type = "single_label_classification"
@@ -116,16 +118,6 @@ def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
         return config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unusable(resolved, error) from None
-
-
-def _random_encoder(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Draw encoder weights that depend on the configuration and :data:`ENCODER_SEED` alone; the base model's names."""
-    import torch
-    from transformers import AutoModel
-
-    torch.default_generator.manual_seed(ENCODER_SEED)
-    encoder: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
-    return encoder.state_dict()
 
 
 def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:

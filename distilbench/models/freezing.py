@@ -17,7 +17,7 @@ def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[
     ``settings`` have passed :func:`~distilbench.models.resolve.check_trial`. Raises :class:`SettingsError` for a model
     whose structure can't be read.
     """
-    return frozenset(_POLICIES[settings.policy](model, settings))
+    return frozenset() if settings.moves else frozenset(_POLICIES[settings.policy](model, settings))
 
 
 def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
@@ -38,15 +38,8 @@ def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str
     return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 
-def _nothing(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Keep nothing frozen throughout: a policy that moves needs only layers that it can tell apart."""
-    layer_list(model)
-    return set()
-
-
 _POLICIES = {"depth": _to_a_depth, "head": _all_but_head, "bias": _all_but_biases}
-_POLICIES |= dict.fromkeys(("gradual", "scheduled", "auto"), _nothing)
-"""``freeze.policy`` -> what stays frozen throughout."""
+"""``freeze.policy`` -> what stays frozen; nothing does throughout with one that moves."""
 
 
 def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
