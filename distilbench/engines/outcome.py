@@ -54,7 +54,9 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
     if isinstance(error, SettingsError):
         return Status.FAILED, str(error)
     first_line = (str(error).splitlines() or [""])[0]
-    if _out_of_memory(error):
+    # CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
+    if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         train = settings.train
         return Status.OUT_OF_MEMORY, (
             f"out of memory ({first_line or type(error).__name__}); lower train.max_length (now {train.max_length}), "
@@ -96,9 +98,3 @@ def result_of(
         tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
         peak_memory_bytes=progress.peak_memory_bytes,
     )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError."""
-    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -399,28 +399,29 @@ def test_several_visible_gpus_are_never_used_together(trial, monkeypatch):
     assert not Path("unused").exists()
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_TORCH_DEVICE": "meta"},
-        {"ACCELERATE_DYNAMO_BACKEND": "inductor"},
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
-        {"LOCAL_RANK": "", "RANK": "of nothing", "FORK_LAUNCHED": "1"},
-        {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
-    ],
-    ids=["precision and device", "compilation", "deepspeed and fsdp", "a notebook's", "steps"],
-)
-def test_a_trial_is_what_its_settings_say_whatever_a_launcher_left(
-    trial, splits_of, recorder, monkeypatch, environment
-):
+LEFT = [
+    {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_TORCH_DEVICE": "meta"},
+    {"ACCELERATE_DYNAMO_BACKEND": "inductor"},
+    {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
+    {"LOCAL_RANK": "", "RANK": "of nothing", "FORK_LAUNCHED": "1"},
+    {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+]
+"""What accelerate and notebooks leave in the environment."""
+
+
+def test_a_trial_is_what_its_settings_say_whatever_a_launcher_left(trial, splits_of, recorder, monkeypatch):
     settings = trial("output.save_model=false")
-    (plain,) = TrainerEngine().train([settings], splits_of(settings), recorder())
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    (result,) = TrainerEngine().train([settings], splits_of(settings), recorder())
-    assert (result.status, result.error) == (Status.FINISHED, None)
-    assert [evaluation.loss for evaluation in result.history] == [evaluation.loss for evaluation in plain.history]
-    assert {name: os.environ[name] for name in environment} == environment
+    splits = splits_of(settings)
+    (plain,) = TrainerEngine().train([settings], splits, recorder())
+    for environment in LEFT:
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            (result,) = TrainerEngine().train([settings], splits, recorder())
+            assert {name: os.environ[name] for name in environment} == environment
+        assert (result.status, result.error) == (Status.FINISHED, None), environment
+        losses = [[evaluation.loss for evaluation in one.history] for one in (result, plain)]
+        assert losses[0] == losses[1], environment
 
 
 def test_bf16_trains_on_the_cpu(trial, splits_of, recorder):
