@@ -70,7 +70,12 @@ def report_of(settings: CompareSettings) -> Report:
     )
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
-        raise SettingsError(_no_baseline(trials))
+        sample = trials[0]
+        raise SettingsError(
+            f"a baseline must be there to compare with, got none of protocol {sample.protocol_id} ({sample.model} on "
+            f"{sample.data}); train one with the same model, data and metric, name a run with baseline=ID, or go "
+            "without: baseline=none"
+        )
     if settings.untested == "refuse":
         check_tested(report)
     return report
@@ -125,15 +130,6 @@ def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Seque
         asked += f" protocol={settings.protocol}" if settings.protocol else ""
         lost = f". {LOST}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
-
-
-def _no_baseline(trials: Sequence[StoredTrial]) -> str:
-    sample = trials[0]
-    return (
-        f"a baseline must be there to compare with, got none of protocol {sample.protocol_id} ({sample.model} on "
-        f"{sample.data}); train one with the same model, data and metric, name a run with baseline=ID, or go without: "
-        "baseline=none"
-    )
 
 
 def _title(settings: CompareSettings) -> str:

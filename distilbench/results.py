@@ -228,16 +228,11 @@ class Owner:
 
         return cls(socket.gethostname(), os.getpid(), round(psutil.Process().create_time(), 2))
 
-    @property
-    def is_local(self) -> bool:
-        """Whether it ran on this host, where one can see whether it lives."""
-        return self.host == socket.gethostname()
-
     def is_dead(self) -> bool:
         """Whether the process is known to be gone; of those on other hosts nothing is."""
         import psutil
 
-        if not self.is_local:
+        if self.host != socket.gethostname():
             return False
         try:
             process = psutil.Process(self.pid)

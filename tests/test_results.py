@@ -56,7 +56,6 @@ def test_this_process_owns_what_it_signs_and_lives():
     mine = Owner.of_this_process()
     assert (mine.host, mine.pid) == (socket.gethostname(), os.getpid())
     assert mine.started == pytest.approx(psutil.Process().create_time(), abs=0.01)
-    assert mine.is_local
     assert not mine.is_dead()
 
 
@@ -68,7 +67,6 @@ def test_a_start_time_is_the_same_within_two_seconds(seconds, dead):
 
 def test_another_hosts_process_is_dead_only_if_one_says_so():
     elsewhere = replace(Owner.of_this_process(), host="elsewhere")
-    assert not elsewhere.is_local
     assert not elsewhere.is_dead()
 
 

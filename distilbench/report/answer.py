@@ -12,7 +12,7 @@ from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import CostOf, Report, by_score, score_of
 from distilbench.report.formats import interval, less, percent, points
 from distilbench.report.rows import PRAISE, Row
-from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
+from distilbench.report.words import above_floor, loss_of, reason_untested, survival, what_decides
 from distilbench.results import StoredTrial, Verdict
 
 LEAST_SAVING = 5.0
@@ -147,11 +147,4 @@ def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
     if not confirmation:
         return ""
     named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]
-    winner = (named or confirmation)[0]
-    assert winner.again
-    survived = winner.again.verdict is Verdict.BETTER
-    word = "survived fresh seeds" if survived else "did not survive fresh seeds"
-    if (winner.points or 0) <= 0:
-        word = "shows only now" if survived else "was none in the sweep either"
-    then, now = size_of(winner), size_of(winner.again)
-    return f"The advantage of {winner.label} {word}: {then} in the sweep; {now} in the confirmation."
+    return survival((named or confirmation)[0])

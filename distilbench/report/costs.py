@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distilbench.report.statistics import mean_and_deviation
+import numpy as np
+
 from distilbench.results import StoredTrial
 
 
@@ -65,10 +66,10 @@ def cost_of(trials: Sequence[StoredTrial]) -> Cost:
 
 
 def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and standard deviation: NaN without a value, no deviation of a single one."""
+    """Return mean and sample standard deviation: NaN without a value, no deviation of a single one."""
     if len(values) < 2:  # numpy takes a second for ten thousand of these
         return (values[0] if values else math.nan), None
-    return mean_and_deviation(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> Saving:

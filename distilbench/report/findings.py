@@ -167,28 +167,24 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    step = math.ceil(len(finished) / MOST_FOR_IMPORTANCE)
-    spaces = {key: _distribution([value_of(row.treatment, key) for row in finished]) for key in keys}
+    spaces, values = {}, {}
+    for key in keys:
+        spaces[key], values[key] = _as_parameter([value_of(row.treatment, key) for row in finished])
     study = optuna.create_study(direction="maximize")
-    for row in finished[::step]:
-        params = {key: _value(value_of(row.treatment, key), spaces[key]) for key in keys}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=row.accuracy))
+    for i in range(0, len(finished), math.ceil(len(finished) / MOST_FOR_IMPORTANCE)):
+        params = {key: values[key][i] for key in keys}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=finished[i].accuracy))
     evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
-def _distribution(values: Sequence[object]) -> BaseDistribution:
-    """Return the range that ``values`` span, on a log scale where they span a factor of ten; else the set of them."""
+def _as_parameter(values: Sequence[object]) -> tuple[BaseDistribution, Sequence[object]]:
+    """Return the range that ``values`` span, logarithmic over a factor of ten, or the set of them; and them."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values):
-        return CategoricalDistribution(sorted({repr(v) for v in values}))
+        words = [repr(value) for value in values]
+        return CategoricalDistribution(sorted(set(words))), words
     low, high = min(numbers), max(numbers)
-    return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
-
-
-def _value(value: object, space: BaseDistribution) -> object:
-    from optuna.distributions import FloatDistribution
-
-    return float(str(value)) if isinstance(space, FloatDistribution) else repr(value)
+    return FloatDistribution(low, high, log=low > 0 and high >= 10 * low), numbers

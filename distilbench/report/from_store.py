@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,12 @@ log = logging.getLogger(__name__)
 CURVES = 8
 """Settings whose learning curves are drawn, beside the baseline's."""
 
-_SUFFIX = {"html": "html", "markdown": "md", "latex": "tex", "csv": "csv"}
+_FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
+    "html": ("report.html", lambda report, _: page(report)),
+    "markdown": ("report.md", markdown_report),
+    "latex": ("report.tex", latex_report),
+    "csv": ("report.csv", lambda report, _: csv_report(report)),
+}
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,15 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     def read(trial: StoredTrial) -> Predictions | None:
         return kept(trial.run_id)
 
-    picked_here = len(rows) > 2 and _is_picked_here(request, trials[0])
+    is_search, sample = request.sweep is not None and CONFIRMS not in request.sweep.tags, trials[0]
+    picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
     rows, floor = judge(rows, baseline, read, request.margin, request.shown, picked_here)
     slices = rows_by_slice(rows, read, request.margin)
     return Report(
         title=request.title,
         rows=tuple(rows),
         shown=request.shown,
-        sample=trials[0],
+        sample=sample,
         margin=request.margin,
         notes=notes,
         url=store.runs_url(request.sweep.tags[SWEEP] if request.sweep else None),
@@ -163,12 +169,6 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: Report
     expected = short_hash(_expected(rows, request.usual))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
     return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
-
-
-def _is_picked_here(request: ReportRequest, sample: StoredTrial) -> bool:
-    """Whether the report split also chose among the rows: in a search without a split of its own to select."""
-    is_search = request.sweep is not None and CONFIRMS not in request.sweep.tags
-    return is_search and sample.selection_split == sample.report_split
 
 
 LOST = (
@@ -264,19 +264,10 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
     """Write ``report.html``, ``report.md``, ``report.tex`` and ``report.csv``, those asked for; returns their paths."""
-    write = {
-        "html": lambda: page(report),
-        "markdown": lambda: markdown_report(report, layout),
-        "latex": lambda: latex_report(report, layout),
-        "csv": lambda: csv_report(report),
-    }
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in formats:
-        path = directory / f"report.{_SUFFIX[name]}"
-        path.write_text(write[name](), encoding="utf-8")
-        paths.append(path)
-    return paths
+    for file, write in (_FILES[name] for name in formats):
+        (directory / file).write_text(write(report, layout), encoding="utf-8")
+    return [directory / _FILES[name][0] for name in formats]
 
 
 def report_sweep(

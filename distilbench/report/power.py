@@ -9,6 +9,7 @@ few points of it (``docs/statistics.md``). All shares; a margin of one point is 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -148,13 +149,7 @@ def _fewest(holds: Callable[[int], bool], at_least: int) -> int | None:
     """Return the smallest number that ``holds``, given that all above it do; None where none does."""
     if not holds(_BEYOND):
         return None
-    low, high = at_least - 1, at_least
-    while not holds(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return at_least + bisect_left(range(at_least, _BEYOND), True, key=holds)
 
 
 def what_it_takes(

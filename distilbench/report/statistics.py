@@ -263,11 +263,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1 below the sum of squares); None for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def verdict(low: float, high: float, p: float) -> Verdict:
     """Decide between better, worse and undecided from the interval's ends and p, after any correction.
 

@@ -45,7 +45,7 @@ def protocol_lines(report: Report) -> list[str]:
 def details(report: Report) -> Iterator[str]:
     """Say what a reader of the table must know besides: what was confirmed, what failed, on what it all rests."""
     for row in report.confirmation:
-        yield f"{one_line(row.label)}: {survival(row)}"
+        yield one_line(survival(row))
     yield from failures(report)
     yield from notes_of(report)
 
@@ -125,7 +125,7 @@ def note(report: Report) -> str:
     """Write short Markdown for the description of a sweep's run: the answer and the first rows, with links."""
     rows = [row for i, row in enumerate(report.table_rows) if i < NOTE_ROWS or row.is_baseline]
     lines = [f"**{markdown(sentence)}**  " for sentence in answer(report)]
-    lines += [f"{markdown(one_line(c.label))}: {markdown(survival(c))}  " for c in report.confirmation]
+    lines += [f"{markdown(survival(row))}  " for row in report.confirmation]
     lines += ["", *markdown_table(rows, NOTE), ""]
     more = len(report.rows) - len(rows)
     lines += [f"{more:,} more in report.html.", ""] if more else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -65,8 +65,8 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_her
             f"trials to compare must be of one protocol, got {trial.protocol_id} ({trial.name}) and "
             f"{baseline.protocol_id} ({baseline.name}); train a baseline with this trial's model, data and metric"
         )
-    rows = [replace(row_from([baseline]), label="baseline", is_baseline=True),
-            replace(row_from([trial]), label="this trial")]  # fmt: skip
+    rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
+            replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
     read = attrgetter("predictions")
     (base, row), floor = judge(rows, 0, read, margin, picked_here=picked_here)
     if row.untested is Untested.EXAMPLES:
@@ -126,13 +126,9 @@ def comparison_markdown(comparison: Comparison) -> str:
     ours, theirs = (markdown(row.trials[0].name) for row in (comparison.row, comparison.baseline))
     names = f"This trial: {ours}. Baseline: {theirs}."
     notes = " ".join(f"{note}." for note in _notes(comparison))
-    slices = [*markdown_table(_unlinked(comparison.slices), SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
+    slices = [*markdown_table(comparison.slices, SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
     told = [f"**{sentence(comparison)}**", "", notes, "", names, ""]
-    return "\n".join([*markdown_table(_unlinked([comparison.row, comparison.baseline]), _COLUMNS), "", *told, *slices])
-
-
-def _unlinked(rows: Sequence[Row]) -> list[Row]:
-    return [replace(row, trials=tuple(replace(t, url="") for t in row.trials)) for row in rows]
+    return "\n".join([*markdown_table([comparison.row, comparison.baseline], _COLUMNS), "", *told, *slices])
 
 
 def comparison_headline(comparison: Comparison) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distilbench.report.formats import interval, p_value, percent, points
+from distilbench.report.formats import interval, percent, points
 from distilbench.report.power import Needed
 from distilbench.report.rows import Difference, Row, Untested
 from distilbench.results import Verdict
@@ -86,9 +86,9 @@ def size_of(row: Row) -> str:
 def survival(row: Row) -> str:
     """Say whether the advantage of a row that was trained again is still there, both figures side by side."""
     assert row.again
-    word = "confirmed" if row.again.verdict is Verdict.BETTER else "not confirmed"
-    return f"{word}: {_with_p(row)} in the sweep, {_with_p(row.again)} with fresh seeds"
-
-
-def _with_p(row: Row) -> str:
-    return size_of(row) + (f", corrected p {p_value(row.difference.p_holm)}" if row.difference else "")
+    survived = row.again.verdict is Verdict.BETTER
+    word = "survived fresh seeds" if survived else "did not survive fresh seeds"
+    if (row.points or 0) <= 0:
+        word = "shows only now" if survived else "was none in the sweep either"
+    then, now = size_of(row), size_of(row.again)
+    return f"The advantage of {row.label} {word}: {then} in the sweep; {now} in the confirmation."

@@ -1,8 +1,10 @@
 """What settings take and save: only what can be compared is, and what is estimated says so."""
 
+import math
+
 import pytest
 
-from distilbench.report.costs import noise_of_time
+from distilbench.report.costs import average, noise_of_time
 from tests.report.made_trials import report_of, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)
@@ -54,3 +56,9 @@ def test_the_noise_of_time_comes_from_equal_work_done_more_than_once():
     assert noise_of_time([one[0], *estimates]) == (pytest.approx(100 * (1.21**0.5**0.5 - 1)), 2)
     apart = [trial(0.9, 1, train_flops=1e15, alone=False), trial(0.9, 2, train_flops=1e15, measured_on="cuda")]
     assert noise_of_time(apart) == (0.0, 0)
+
+
+def test_an_average_has_the_deviation_of_a_sample_where_there_are_several():
+    assert average([90.71, 90.02, 90.60]) == pytest.approx((90.4433, 0.3707), abs=1e-4)
+    assert average([0.9]) == (0.9, None)
+    assert math.isnan(average([])[0])

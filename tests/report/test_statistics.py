@@ -13,7 +13,6 @@ from distilbench.report.statistics import (
     discordant,
     holm,
     mcnemar_exact,
-    mean_and_deviation,
     p_of_difference,
     paired_accuracy_interval,
     spread_over_seeds,
@@ -304,14 +303,6 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-def test_mean_and_deviation_of_the_report_s_accuracies():
-    mean, deviation = mean_and_deviation([90.71, 90.02, 90.60])
-    assert mean == pytest.approx(90.4433, abs=1e-4)
-    assert deviation == pytest.approx(0.3707, abs=1e-4)
-    assert mean_and_deviation([0.5, 0.7]) == pytest.approx((0.6, math.sqrt(0.02)))
-    assert mean_and_deviation([0.9]) == (0.9, None)
 
 
 @pytest.mark.parametrize(
