@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from distilbench.cli import counted
 from distilbench.identity import value_of
@@ -20,7 +21,7 @@ from distilbench.report.findings import (
     importance,
     pareto_front,
 )
-from distilbench.report.formats import flops, html, one_line, percent
+from distilbench.report.formats import flops, one_line, percent
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.words import said
@@ -34,13 +35,23 @@ _MOST_AXES = 4
 """Settings that lines are drawn across, the most telling ones: more would not be told apart on a phone."""
 
 
-def figures_of(report: Report) -> Iterator[str]:
-    """Yield the figures that these trials have something to show in; one that fails costs a line."""
-    for draw in (_trade_off, _data_curve, _depths, _curves, _history, _parallel, _importance):
+class Figure(NamedTuple):
+    """One way to draw a figure, of which a reader chooses by its name where there are several."""
+
+    choice: str
+    svg: str
+    caption: str
+
+
+def figures_of(report: Report) -> dict[str, list[Figure]]:
+    """Return the figures that these trials have something to show in, by title; one that fails costs a line."""
+    figures = {}
+    for title, draw in _FIGURES.items():
         try:
-            yield from draw(report)
+            figures[title] = draw(report)
         except Exception as error:  # a figure's boundary: the report goes on without it
-            log.warning("no figure of the %s: %s", draw.__name__.strip("_").replace("_", " "), error)
+            log.warning("no figure of %r: %s", title, error)
+    return {title: drawn for title, drawn in figures.items() if drawn}
 
 
 def kind_of(row: Row) -> str:
@@ -48,10 +59,6 @@ def kind_of(row: Row) -> str:
     if row.is_baseline:
         return "base"
     return row.claim.name.lower() if row.claim else "untested" if row.trials else "ended"
-
-
-def _figure(title: str, chart: str, caption: str) -> str:
-    return f"<figure><h2>{html(title)}</h2>{chart}<figcaption>{html(caption)}</figcaption></figure>"
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
@@ -71,8 +78,8 @@ def _dot(row: Row, x: float, y: float) -> str:
     return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5, linked)
 
 
-def _trade_off(report: Report) -> Iterator[str]:
-    """Accuracy against cost, one chart for each way to count it that two settings or more have, and a switch."""
+def _trade_off(report: Report) -> list[Figure]:
+    """Draw accuracy against cost, for each way to count it that two settings or more have."""
     timed = comparable_in_time(report)
     estimated = " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
     ways: tuple[tuple[str, str, Sequence[Row], CostOf], ...] = (
@@ -81,26 +88,12 @@ def _trade_off(report: Report) -> Iterator[str]:
     )
     known = [(name, note, [row for row in rows if row.trials and cost(row) > 0], cost)
              for name, note, rows, cost in ways]  # fmt: skip
-    parts = [
-        (name, _against_cost(report, name + note, rows, cost)) for name, note, rows, cost in known if len(rows) > 1
-    ]
-    if parts:
-        yield _switched("Accuracy against cost", "cost", parts)
+    return [_against_cost(report, name, note, rows, cost) for name, note, rows, cost in known if len(rows) > 1]
 
 
-def _switched(title: str, name: str, parts: Sequence[tuple[str, str]]) -> str:
-    """One figure of several charts, each with its caption, of which a reader chooses."""
-    switch = "".join(
-        f'<label><input type="radio" name="{name}" value="{i}"{" checked" if i == 0 else ""}>{html(choice)}</label>'
-        for i, (choice, _) in enumerate(parts)
-    )
-    drawn = "".join(f'<div class="choice" data-choice="{i}">{chart}</div>' for i, (_, chart) in enumerate(parts))
-    shown = f'<div class="switch">{switch}</div>' if len(parts) > 1 else ""
-    return f"<figure><h2>{html(title)}</h2>{shown}{drawn}</figure>"
-
-
-def _against_cost(report: Report, name: str, rows: Sequence[Row], cost: CostOf) -> str:
+def _against_cost(report: Report, choice: str, note: str, rows: Sequence[Row], cost: CostOf) -> Figure:
     """``rows`` are those that have this cost, by which others are stopped too."""
+    name = choice + note
     front = pareto_front(rows, cost)
     stopped = [row for row in report.rows if row.stopped and cost(row) > 0]
     unit, unit_name = _unit(name, max(cost(row) for row in (*rows, *stopped)))
@@ -116,8 +109,7 @@ def _against_cost(report: Report, name: str, rows: Sequence[Row], cost: CostOf) 
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
     caption += "Crosses are where trials were stopped. " if stopped else ""
     caption += f"{counted(left, 'setting')} left out, whose {name} can't be compared." if left > 0 else ""
-    chart = charts.frame(x, y, name, "accuracy, %", marks, f"Accuracy against {name}")
-    return f"{chart}<figcaption>{html(caption)}</figcaption>"
+    return Figure(choice, charts.frame(x, y, name, "accuracy, %", marks, f"Accuracy against {name}"), caption)
 
 
 def _unit(kind: str, most: float) -> tuple[float, str]:
@@ -128,10 +120,10 @@ def _unit(kind: str, most: float) -> tuple[float, str]:
     return next((unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if most >= 2 * unit or unit == 1)
 
 
-def _depths(report: Report) -> Iterator[str]:
+def _depths(report: Report) -> list[Figure]:
     depths = by_depth(report.rows)
     if len(depths) < 2:
-        return
+        return []
     accuracies = {depth: [100 * row.accuracy for row in rows] for depth, rows in depths.items()}
     x = charts.horizontal(depths, whole=True)
     y = charts.vertical([accuracy for found in accuracies.values() for accuracy in found])
@@ -139,30 +131,31 @@ def _depths(report: Report) -> Iterator[str]:
     marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
         _dot(row, x(depth), y(100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)
     )
-    title = "Accuracy by freeze depth"
     caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
-    yield _figure(title, charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, title), caption)
+    chart = charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, "Accuracy by freeze depth")
+    return [Figure("", chart, caption)]
 
 
-def _data_curve(report: Report) -> Iterator[str]:
-    """Accuracy, and FLOPs, against the number of training examples: a line a depth."""
+def _data_curve(report: Report) -> list[Figure]:
+    """Draw accuracy, and FLOPs, against the number of training examples: a line a depth."""
     curves = data_curve(report)
     if not curves:
-        return
+        return []
     halves = {depth: half_of_text(rows) for depth, rows in curves.items()}
     costs = [f"{cost:.2f} points at depth {depth}" for depth, cost in halves.items() if cost is not None]
     half = f"Half of the text costs about {', '.join(costs)}. " if costs else ""
     caption = "The best setting of each amount, a line a depth, with 95 % intervals. " + half
-    parts = [("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %", caption))]
+    figures = [Figure("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %", True), caption)]
     if all(row.cost.flops > 0 for rows in curves.values() for row in rows):
         unit, name = _unit("FLOPs", max(row.cost.flops for rows in curves.values() for row in rows))
-        parts.append(("FLOPs", _along_text(curves, lambda row: row.cost.flops / unit, f"FLOPs, {name}", "")))
-    yield _switched("How much text", "text", parts)
+        chart = _along_text(curves, lambda row: row.cost.flops / unit, f"FLOPs, {name}", False)
+        figures.append(Figure("FLOPs", chart, ""))
+    return figures
 
 
-def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, caption: str) -> str:
+def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, has_whiskers: bool) -> str:
     rows = [row for curve in curves.values() for row in curve]
-    halves = {id(row): 100 * row.accuracy_half_width if caption else 0.0 for row in rows}
+    halves = {id(row): 100 * row.accuracy_half_width if has_whiskers else 0.0 for row in rows}
     x = charts.logarithmic([row.first.train_examples for row in rows])
     y = charts.vertical([value(row) + sign * halves[id(row)] for row in rows for sign in (-1, 1)])
     marks = ""
@@ -176,14 +169,13 @@ def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, 
             marks += charts.whisker(at, y(value(row) - half), y(value(row) + half), kind) + _dot(row, at, y(value(row)))
         below = 20 if i % 2 else -10  # two lines end close to each other
         marks += charts.label(x(curve[0].first.train_examples) + 8, y(value(curve[0])) + below, f"depth {depth}")
-    chart = charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
-    return f"{chart}<figcaption>{html(caption)}</figcaption>"
+    return charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
 
 
-def _curves(report: Report) -> Iterator[str]:
+def _curves(report: Report) -> list[Figure]:
     drawn = [curve for curve in report.curves if len(curve.points) > 1]
     if not drawn:
-        return
+        return []
     x = charts.horizontal([step for curve in drawn for step, _ in curve.points], whole=True)
     y = charts.vertical([100 * value for curve in drawn for _, value in curve.points])
     marks = ""
@@ -192,19 +184,18 @@ def _curves(report: Report) -> Iterator[str]:
         points = [(x(step), y(100 * value)) for step, value in curve.points]
         marks += charts.line(points, kind, one_line(curve.label))
         marks += "".join(charts.dot(*point, one_line(curve.label), kind, 3) for point in points)
-    title = "Learning curves"
     best = next((curve.label for curve in drawn if not curve.is_baseline), "")
     caption = f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best. "
     caption += f"Solid: {best}. " if best else ""
     caption += "Dashed: the baseline." if any(curve.is_baseline for curve in drawn) else ""
-    yield _figure(title, charts.frame(x, y, "step", "accuracy, %", marks, title), caption)
+    return [Figure("", charts.frame(x, y, "step", "accuracy, %", marks, "Learning curves"), caption)]
 
 
-def _history(report: Report) -> Iterator[str]:
+def _history(report: Report) -> list[Figure]:
     """Draw what each further trial brought: each setting's accuracy in the order of their start, the best so far."""
     told = history(report)
     if len(told) < 3:
-        return
+        return []
     x = charts.horizontal(range(1, len(told) + 1), whole=True)
     y = charts.vertical([100 * row.accuracy_so_far for row, _ in told])
     steps = [(x(i), y(100 * best)) for i, (_, best) in enumerate(told, start=1) if not math.isnan(best)]
@@ -212,17 +203,16 @@ def _history(report: Report) -> Iterator[str]:
     for i, (row, _) in list(enumerate(told, start=1))[:: -(-len(told) // MOST_POINTS)]:
         place = x(i), y(100 * row.accuracy_so_far)
         marks += _dot(row, *place) if row.trials else charts.cross(*place, f"{row.label}: {row.status}")
-    title = "The sweep as it went"
     caption = "Settings in the order in which they were tried; the line is the best so far, an optimistic figure."
-    yield _figure(title, charts.frame(x, y, "settings tried", "accuracy, %", marks, title), caption)
+    return [Figure("", charts.frame(x, y, "settings tried", "accuracy, %", marks, "The sweep as it went"), caption)]
 
 
-def _parallel(report: Report) -> Iterator[str]:
-    """Every finished setting as a line across what varied, and its accuracy."""
+def _parallel(report: Report) -> list[Figure]:
+    """Draw every finished setting as a line across what varied, and its accuracy."""
     rows = [row for row in _thinned(report.rows) if row.trials]
     keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
     if len(rows) < 5 or len(keys) < 2:
-        return
+        return []
     scales = [_scale([value_of(row.treatment, key) for row in rows]) for key in keys]
     scales.append(_scale([100 * row.accuracy for row in rows]))
     across = charts.Axis(0, len(keys), charts.LEFT, charts.WIDTH - charts.LEFT)
@@ -239,10 +229,8 @@ def _parallel(report: Report) -> Iterator[str]:
         marks += "".join(charts.label(across(i), y, text, anchor="middle") for y, text in ends)
         shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
         marks += charts.label(across(i), charts.TOP, shown, "axis", "middle")
-    title = "Every setting"
-    yield _figure(
-        title, charts.bare(marks, title), "A line a setting, coloured by its verdict, from what varied to accuracy."
-    )
+    caption = "A line a setting, coloured by its verdict, from what varied to accuracy."
+    return [Figure("", charts.bare(marks, "Every setting"), caption)]
 
 
 def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
@@ -262,14 +250,23 @@ def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, st
     return lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}"
 
 
-def _importance(report: Report) -> Iterator[str]:
+def _importance(report: Report) -> list[Figure]:
     shares = importance(report.rows)
-    if shares:
-        shown = {one_line(name): share for name, share in list(shares.items())[:7]}
-        finished = sum(bool(row.trials) for row in report.rows)
-        caption = (
-            f"Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna): a hint from "
-            f"{counted(finished, 'setting')}, not a test; a sampler that looks at results tries some values more often."
-        )
-        title = "What mattered"
-        yield _figure(title, charts.bars(shown, title), caption)
+    shown = {one_line(name): share for name, share in list(shares.items())[:7]}
+    caption = (
+        "Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna): a hint from "
+        f"{counted(sum(bool(row.trials) for row in report.rows), 'setting')}, not a test; a sampler that looks at "
+        "results tries some values more often."
+    )
+    return [Figure("", charts.bars(shown, "What mattered"), caption)] if shares else []
+
+
+_FIGURES: dict[str, Callable[[Report], list[Figure]]] = {
+    "Accuracy against cost": _trade_off,
+    "How much text": _data_curve,
+    "Accuracy by freeze depth": _depths,
+    "Learning curves": _curves,
+    "The sweep as it went": _history,
+    "Every setting": _parallel,
+    "What mattered": _importance,
+}

@@ -45,7 +45,7 @@ def page(report: Report) -> str:
         depths=sorted({str(row.treatment.get("freeze.layers", "")) for row in report.table_rows}),
         columns=filled(FULL, report.table_rows),
         slices=SLICES,
-        charts=Markup("".join(figures_of(report))),
+        figures=figures_of(report),
         failures=failures(report),
         notes=[*protocol_lines(report), *notes_of(report)],
         command_of=lambda row: _command(row, report),
@@ -54,6 +54,7 @@ def page(report: Report) -> str:
         look=_look,
         plain=plain,
         survival=survival,
+        svg=Markup,
         unbroken=_unbroken,
     )
 
