@@ -65,9 +65,9 @@ def report_of(settings: CompareSettings) -> Report:
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
     margin = settings.margin or margin_of(parent) or default_margin()
-    request = ReportRequest(
-        _title(settings), default_treatment(), margin, settings.baseline, settings.rows, names, parent
-    )
+    title = f"Experiments {', '.join(settings.experiments)}" if settings.experiments else None
+    title = f"Sweep {settings.sweep}" if settings.sweep else title or counted(len(settings.runs), "run")
+    request = ReportRequest(title, default_treatment(), margin, settings.baseline, settings.rows, names, parent)
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
         sample = trials[0]
@@ -130,14 +130,6 @@ def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Seque
         asked += f" protocol={settings.protocol}" if settings.protocol else ""
         lost = f". {LOST}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
-
-
-def _title(settings: CompareSettings) -> str:
-    if settings.sweep:
-        return f"Sweep {settings.sweep}"
-    return (
-        f"Experiments {', '.join(settings.experiments)}" if settings.experiments else counted(len(settings.runs), "run")
-    )
 
 
 def _directory(settings: CompareSettings) -> Path:

@@ -85,15 +85,12 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str, marks: str, title: str) 
         f'<text class="axis" x="13" y="{HEIGHT / 2 - 20}" text-anchor="middle" '
         f'transform="rotate(-90 13 {HEIGHT / 2 - 20})">{html(y_title)}</text>'
     )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html(title)}">'
-        f"{across}{along}{titles}{marks}</svg>"
-    )
+    return bare(f"{across}{along}{titles}{marks}", title)
 
 
-def bare(marks: str, title: str) -> str:
+def bare(marks: str, title: str, height: int = HEIGHT) -> str:
     """Return a chart without axes of its own."""
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html(title)}">{marks}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html(title)}">{marks}</svg>'
 
 
 def dot(x: float, y: float, tip: str, kind: str = "", radius: float = 4.5, attributes: str = "") -> str:
@@ -131,7 +128,7 @@ def bars(shares: Mapping[str, float], title: str) -> str:
         f'<rect class="bar" x="0" y="{i * gap + 20}" width="{max(share * WIDTH, 1):.1f}" height="{height}" rx="2"/>'
         for i, (name, share) in enumerate(shares.items())
     )
-    return f'<svg viewBox="0 0 {WIDTH} {max(len(shares) * gap, 1)}" role="img" aria-label="{html(title)}">{marks}</svg>'
+    return bare(marks, title, max(len(shares) * gap, 1))
 
 
 FOREST_WIDTH, FOREST_HEIGHT = 100, 22

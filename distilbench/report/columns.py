@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, cast
 
 from rich import box
 from rich.table import Table
@@ -14,7 +14,6 @@ from rich.text import Text
 
 from distilbench.report.costs import NO_SAVING
 from distilbench.report.formats import (
-    csv_text,
     duration,
     flops,
     interval,
@@ -52,12 +51,16 @@ class Column:
     is_text: bool = False
 
 
-def _of_difference(name: str) -> Callable[[Row], Value]:
-    return lambda row: getattr(row.difference, name) if row.difference else None
+def _of(path: str) -> Callable[[Row], Value]:
+    """Return what reads an attribute of a row, such as ``difference.low``; None where there is none."""
 
+    def value(row: Row) -> Value:
+        found: Any = row
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        return cast(Value, found)
 
-def _of_needed(name: str) -> Callable[[Row], Value]:
-    return lambda row: getattr(row.difference.needed, name) if row.difference and row.difference.needed else None
+    return value
 
 
 def _of_treatment(key: str) -> Column:
@@ -124,18 +127,18 @@ _ALL = (
            _cost("flops", flops, few=True)),
     Column("peak_memory_bytes", lambda row: row.cost.memory, "memory",
            _cost("memory", memory)),
-    Column("difference_points", _of_difference("points"), "difference (95 %)", _difference),
-    Column("difference_low_points", _of_difference("low")),
-    Column("difference_high_points", _of_difference("high")),
-    Column("p", _of_difference("p")),
-    Column("p_holm", _of_difference("p_holm"), "p (Holm)",
+    Column("difference_points", _of("difference.points"), "difference (95 %)", _difference),
+    Column("difference_low_points", _of("difference.low")),
+    Column("difference_high_points", _of("difference.high")),
+    Column("p", _of("difference.p")),
+    Column("p_holm", _of("difference.p_holm"), "p (Holm)",
            lambda row: p_value(row.difference.p_holm) if row.difference else ""),
-    Column("loses_at_most_points", _of_difference("loses_at_most"), "loses at most",
+    Column("loses_at_most_points", _of("difference.loses_at_most"), "loses at most",
            lambda row: f"{max(row.difference.loses_at_most, 0):.2f}" if row.difference else ""),
-    Column("p_margin", _of_difference("p_loss")),
-    Column("p_margin_holm", _of_difference("p_loss_holm")),
-    Column("seeds_needed", _of_needed("seeds"), "to decide", decided_by),
-    Column("examples_needed", _of_needed("examples")),
+    Column("p_margin", _of("difference.p_loss")),
+    Column("p_margin_holm", _of("difference.p_loss_holm")),
+    Column("seeds_needed", _of("difference.needed.seeds"), "to decide", decided_by),
+    Column("examples_needed", _of("difference.needed.examples")),
     Column("has_learned", lambda row: row.has_learned),
     Column("time_gain_percent", lambda row: row.saving.seconds),
     Column("flops_gain_percent", lambda row: row.saving.flops),
@@ -244,7 +247,11 @@ def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 def plain(value: Value) -> float | int | str | bool:
-    """Return a value that nobody takes for a formula, nothing for what there is not."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return csv_text(value) if isinstance(value, str) else value
+    """Return a value for a spreadsheet: nothing for what there is not, and no text that it takes for a formula.
+
+    OWASP, CSV Injection: a quote before ``= + - @``.
+    """
+    if isinstance(value, str):
+        shown = one_line(value)
+        return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
+    return "" if value is None or math.isnan(value) else value

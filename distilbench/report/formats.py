@@ -107,9 +107,3 @@ _LATEX = {
 def latex(text: str) -> str:
     """Text that LaTeX shows as it is, on one line; ``±`` becomes a command."""
     return "".join(_LATEX.get(c, c) for c in one_line(text))
-
-
-def csv_text(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula (OWASP, CSV Injection: a quote before ``= + - @``)."""
-    shown = one_line(text)
-    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown

@@ -301,16 +301,9 @@ def report_sweep(
     paths = write_report(report, directory, FORMATS)
     if parent is not None:
         store.attach(parent.run_id, paths, note(report))
-        _report_confirmed(store, parent.tags.get(CONFIRMS), directory.parent, usual, margin)
+        if first := parent.tags.get(CONFIRMS):  # where it lies and on its run, it carries the outcome from now on
+            with tempfile.TemporaryDirectory() as elsewhere:
+                beside = directory.parent / first
+                place = beside if beside.is_dir() else Path(elsewhere)
+                report_sweep(store, first, place, usual, margin, Console(quiet=True))
     return report
-
-
-def _report_confirmed(
-    store: MlflowStore, sweep: str | None, sweeps: Path, usual: Mapping[str, object], margin: float
-) -> None:
-    """Report the sweep again that a confirmation is of, where it lies and on its run: it carries the outcome."""
-    if sweep is None:
-        return
-    with tempfile.TemporaryDirectory() as elsewhere:
-        directory = sweeps / sweep if (sweeps / sweep).is_dir() else Path(elsewhere)
-        report_sweep(store, sweep, directory, usual, margin, Console(quiet=True))

@@ -86,8 +86,13 @@ def sentence(comparison: Comparison) -> str:
         size = points(comparison.row.points or 0.0)
         return f"{size} points against the baseline, not tested: predictions of the examples are missing."
     on_these, margin = f"on these {found.examples:,} examples", counted(comparison.margin, "point")
+    idle = "".join(
+        f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
+        for name, row in (("baseline", comparison.baseline), ("trial", comparison.row))
+        if row.has_learned is False and comparison.floor
+    )
     if comparison.row.verdict is None:
-        return f"{_unlearned(comparison)}Not judged {on_these}: {points(found.points)} points against the baseline."
+        return f"{idle}Not judged {on_these}: {points(found.points)} points against the baseline."
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
         Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
@@ -95,18 +100,7 @@ def sentence(comparison: Comparison) -> str:
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
         Verdict.UNDECIDED: f"Undecided {on_these}: it {loss_of(found)}, and {margin} would do.",
     }[comparison.row.verdict]
-    return f"{_unlearned(comparison)}{outcome} {_scope(trial, base)}"
-
-
-def _unlearned(comparison: Comparison) -> str:
-    """Return what must be said first of a comparison in which one side, or both, learned nothing."""
-    rows = {"baseline": comparison.baseline, "trial": comparison.row}
-    idle = [(name, row) for name, row in rows.items() if row.has_learned is False]
-    return "".join(
-        f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
-        for name, row in idle
-        if comparison.floor
-    )
+    return f"{idle}{outcome} {_scope(trial, base)}"
 
 
 def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
