@@ -14,6 +14,7 @@ from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
+from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
 from tests.conftest import ROOT, TINY
@@ -76,15 +77,15 @@ def test_seeds_auto_is_as_many_as_decide_or_the_line_that_says_why_none_does(fol
 
 
 def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figures(folder, monkeypatch, capsys):
-    real, trained = trials.run, []
+    real, trained = batch.run_batch, []
 
     def interrupted_at_the_third(settings, *arguments):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append((settings.optim.lr, settings.seed))
+        trained.append((settings[0].optim.lr, settings[0].seed))
         return real(settings, *arguments)
 
-    monkeypatch.setattr(trials, "run", interrupted_at_the_third)
+    monkeypatch.setattr(batch, "run_batch", interrupted_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_confirm(folder, "sweep=first", "top=1", "seeds=2")
     store = make_store(folder)
@@ -95,7 +96,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     assert len({rate for rate, _ in trained}) == 2, "the baseline and the best, with the same seed"
     assert {seed for _, seed in trained} == {2}
 
-    monkeypatch.setattr(trials, "run", real)
+    monkeypatch.setattr(batch, "run_batch", real)
     capsys.readouterr()
     assert run_confirm(folder, "sweep=first", "top=1", "seeds=2") is None
     found = confirmed(folder)
@@ -129,13 +130,13 @@ def test_the_sweeps_own_report_carries_its_confirmation(folder):
 
 def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
     trained = []
-    real = trials.run
+    real = batch.run_batch
 
     def counted(settings, *arguments):
-        trained.append(settings.seed)
+        trained.append(settings[0].seed)
         return real(settings, *arguments)
 
-    monkeypatch.setattr(trials, "run", counted)
+    monkeypatch.setattr(batch, "run_batch", counted)
     before = len(confirmed(folder))
     assert run_confirm(folder, "sweep=first", "top=1", "seeds=3") is None
     assert trained == [4, 4]
@@ -151,16 +152,16 @@ def test_trials_keep_their_directories_apart_from_each_other(folder):
 
 
 def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
-    real = trials.run
+    real = batch.run_batch
 
     def diverges(settings, *arguments):
-        outcome = real(settings, *arguments)
-        if settings.optim.lr != 2e-5:
-            directory = Path(settings.output.dir)
+        outcomes = real(settings, *arguments)
+        if settings[0].optim.lr != 2e-5:
+            directory = Path(settings[0].output.dir)
             replace(read_record(directory), status=Status.DIVERGED, error="nan").write(directory)
-        return outcome
+        return outcomes
 
-    monkeypatch.setattr(trials, "run", diverges)
+    monkeypatch.setattr(batch, "run_batch", diverges)
     failure = run_confirm(folder, "sweep=first", "top=1", "seeds=2", "name=other", f"output={folder}/other")
     assert failure == "2 trials did not finish; the same command trains what is missing"
     assert [read_record(folder / "other" / str(n)).status for n in range(4)].count(Status.FINISHED) == 2
