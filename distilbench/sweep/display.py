@@ -11,8 +11,8 @@ from distilbench.report import power
 from distilbench.report.formats import duration
 from distilbench.report.words import what_decides
 from distilbench.sweep.plan import SweepPlan
+from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.prepared import prepare
-from distilbench.trials.run import estimate_alone
 
 LONGEST_GRID = 40
 """Points of a grid that a dry run lists."""

@@ -87,13 +87,14 @@ def run_plan(
                 parent = _open_parent_run(plan, studies, store, tags or {})
                 runner = SweepRunner(plan, studies, executor, parent, guard)
                 failure = runner.run()
+                is_reporting = runner.has_report_to_write()
         except (*UNANSWERED, OSError) as error:
             if is_disk_full(error):
                 return _no_space(plan)
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
-        if not runner.has_report_to_write():
+        if not is_reporting:
             return failure
         if store:
             compare_late(store, plan.directory, plan.settings.margin)

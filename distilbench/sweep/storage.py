@@ -65,10 +65,14 @@ class Storage:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep every other process from taking or settling trials; the system lets go of a lock whose holder dies."""
-        if self.file:
-            lock = FileLock(self.file.with_name(f".{self.file.name}.lock"), timeout=LOCK_SECONDS)
-            with contextlib.ExitStack() as held:
+        """Keep every other process from taking or settling trials; the system lets go of a lock whose holder dies.
+
+        A file has one beside it, PostgreSQL one of its own, which ends with its connection: for all sweeps in a
+        database, since the first of them makes Optuna's tables. Others go without.
+        """
+        with contextlib.ExitStack() as held:
+            if self.file:
+                lock = FileLock(self.file.with_name(f".{self.file.name}.lock"), timeout=LOCK_SECONDS)
                 try:
                     held.enter_context(lock)
                 except Timeout:
@@ -76,22 +80,12 @@ class Storage:
                         f"hydra.sweeper.storage must be free, got {self.file}, which another process has held for "
                         f"{LOCK_SECONDS:g} s; end that one, or wait for it"
                     ) from None
-                yield
-            return
-        with self._server_lock():
-            yield
-
-    @contextlib.contextmanager
-    def _server_lock(self) -> Iterator[None]:
-        """Return a lock of the database's own, which ends with its connection (PostgreSQL); others go without.
-
-        One for all sweeps in a database, since the first of them makes Optuna's tables.
-        """
-        engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            if engine.dialect.name == "postgresql":
-                connection.execute(sqlalchemy.text(f"SET lock_timeout = '{LOCK_SECONDS:g}s'"))
-                connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK_NUMBER})"))
+            else:
+                engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+                connection = held.enter_context(engine.connect())
+                if engine.dialect.name == "postgresql":
+                    connection.execute(sqlalchemy.text(f"SET lock_timeout = '{LOCK_SECONDS:g}s'"))
+                    connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK_NUMBER})"))
             yield
 
 

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
+from distilbench.sweep.job import NOBODY
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
 
@@ -269,8 +270,7 @@ class Study:
         A result that Optuna can't take, an objective that is not finite, makes the trial FAILED.
         """
         directory = self.directory(number)
-        nobody = {"protocol": None, "treatment": None, "seed": None}
-        record = read_record(directory) or Record(nobody, Status.RUNNING, self._owner)
+        record = read_record(directory) or Record(NOBODY, Status.RUNNING, self._owner)
         values = {name: record.objective(name) for name in self._plan.objectives}
         if record.status is Status.FINISHED and not all(map(math.isfinite, values.values())):
             record = replace(record, status=Status.FAILED, error=f"{values} is not finite")

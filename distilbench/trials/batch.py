@@ -15,9 +15,10 @@ from distilbench.models.resolve import check_trial
 from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
+from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.opened import write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import UNCOMPARED, Outcome, conclude, estimate_alone, print_outcome, run, run_batch
+from distilbench.trials.run import UNCOMPARED, Outcome, conclude, print_outcome, run, run_batch
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.data.tokens import EncodedSplits, random_part
+from distilbench.engines import engine_for
 from distilbench.engines.base import Engine
 from distilbench.results import Evaluation, Status, StepRecord
-from distilbench.settings import SettingsError, TrialSettings
+from distilbench.settings import AppSettings, SettingsError, TrialSettings
+from distilbench.trials.prepared import Prepared, prepared_trial
 
 STEPS = 8
 """Optimisation steps of a probe; on two cores a step of MiniLM takes 0.1-0.3 s."""
@@ -32,6 +34,14 @@ class _StopAtEvaluation:
 
     def on_checkpoint(self) -> None:
         """Do nothing."""
+
+
+def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
+    """Predict ``train_seconds`` of a trial that has the device to itself.
+
+    Raises :class:`SettingsError` where a trial of these settings fails within its first steps.
+    """
+    return solo_seconds(engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits)
 
 
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:

@@ -16,7 +16,7 @@ from distilbench.identity import trial_identity
 from distilbench.results import PREDICTIONS, Owner, Predictions, Record, Status, TrialResult, read_record
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
-from distilbench.trials.prepared import Lease, Prepared, SweepContext, prepared_trial, run_start, shares_device
+from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial, run_start, shares_device
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,7 @@ class OpenTrial:
     """None where nothing is tracked."""
     alone: bool
     """Whether it has the device to itself, so that its seconds are its own."""
-    lease: Lease | None = None
-    """Who may still close it; None for a trial by itself, which nobody else does."""
+    context: SweepContext
     result: TrialResult | None = None
 
     @property
@@ -72,7 +71,7 @@ def open_trials(
             start = run_start(settings, prepared, record.run_id, context, alone)
             run = store.begin(start) if store else None
             record = replace(record, run_id=run.run_id if run else None)
-            opened.append(OpenTrial(settings, prepared, start.name, record, run, alone, context.lease))
+            opened.append(OpenTrial(settings, prepared, start.name, record, run, alone, context))
             _write_first(record, opened[-1].directory)
         yield opened
     except BaseException as error:
@@ -87,7 +86,7 @@ def open_trials(
 
 
 def _is_held(trial: OpenTrial) -> bool:
-    if trial.lease is None or trial.lease.holds():
+    if trial.context.lease is None or trial.context.lease.holds():
         return True
     log.warning("%s was taken over by another process: nothing that came of it here is kept", trial.name)
     return False

@@ -38,7 +38,6 @@ from distilbench.results import (
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowStore, RunFilter
 from distilbench.trials.card import write_card
-from distilbench.trials.estimate import solo_seconds
 from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_trial
@@ -147,18 +146,21 @@ def _attach(store: MlflowStore, run_id: str, comparison: Comparison) -> bool:
 
 def compare_late(store: MlflowStore, directory: Path, margin: float) -> None:
     """Compare the trials below ``directory`` that ended before their baseline, or while the store was gone."""
+    known: dict[tuple[str, str], StoredTrial | None] = {}
     for file in sorted(directory.rglob(UNCOMPARED)):
-        record, wanted = read_record(file.parent), json.loads(file.read_text())
+        record = read_record(file.parent)
         if record is None or record.run_id is None or record.status is not Status.FINISHED:
             continue
         try:
+            wanted = json.loads(file.read_text())
             (trial,) = store.search(RunFilter(run_ids=(record.run_id,)))
-            baseline = store.newest_baseline(trial.protocol_id, wanted["treatment"], wanted["seed"])
-            if baseline is None:
-                continue
+            key = trial.protocol_id, file.read_text()
+            if key not in known:
+                known[key] = store.newest_baseline(trial.protocol_id, wanted["treatment"], wanted["seed"])
+            baseline = known[key]
             trial = replace(trial, predictions=store.predictions(trial.run_id))
             picked_here = wanted["picks"] and trial.selection_split == trial.report_split
-            if _attach(store, trial.run_id, compare(trial, baseline, margin, picked_here)):
+            if baseline is None or _attach(store, trial.run_id, compare(trial, baseline, margin, picked_here)):
                 file.unlink(missing_ok=True)
         except (SettingsError, ValueError) as error:  # the store is gone again, or no longer has the run
             log.warning("%s could not be compared with its baseline: %s", file.parent, error)
@@ -186,21 +188,19 @@ def run_batch(
     with SignalGuard() as guard, open_trials(trials, prepared, store, contexts) as opened:
         began = time.perf_counter()
         with guard.released_at_steps():
-            _train(opened, prepared, contexts, guard)
+            _train(opened, prepared, guard)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    return [_outcome(trial, context) for trial, context in zip(opened, contexts, strict=True)]
+    return [_outcome(trial) for trial in opened]
 
 
-def _train(
-    opened: Sequence[OpenTrial], prepared: Prepared, contexts: Sequence[SweepContext], guard: SignalGuard
-) -> None:
+def _train(opened: Sequence[OpenTrial], prepared: Prepared, guard: SignalGuard) -> None:
     """Give every trial its result."""
-    console = Console(quiet=any(context.is_quiet for context in contexts))
+    console = Console(quiet=any(trial.context.is_quiet for trial in opened))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(trial.settings, prepared) for trial in opened]
     with Progress([trial.name for trial in opened], console) as progress:
-        observer = _Observer(opened, progress, contexts, guard)
+        observer = _Observer(opened, progress, guard)
         for trial, result in enumerate(engine.train(used, prepared.splits, observer)):
             seconds = result.setup_seconds + prepared.seconds
             opened[trial].result = replace(result, error=observer.explain(trial, result), setup_seconds=seconds)
@@ -216,27 +216,18 @@ def _share_batch(opened: Sequence[OpenTrial], seconds: float, solo_seconds: floa
             )
 
 
-def _outcome(trial: OpenTrial, context: SweepContext) -> Outcome:
+def _outcome(trial: OpenTrial) -> Outcome:
     assert trial.result is not None  # else the engine had raised
     run_id = trial.run.run_id if trial.run else None
     return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions, trial.alone,
-                   context)  # fmt: skip
-
-
-def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
-    """Predict ``train_seconds`` of a trial that has the device to itself.
-
-    Raises :class:`SettingsError` where a trial of these settings fails within its first steps.
-    """
-    return solo_seconds(engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits)
+                   trial.context)  # fmt: skip
 
 
 class _Observer:
     """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
 
-    def __init__(self, opened: Sequence[OpenTrial], progress: Progress, contexts: Sequence[SweepContext],
-                 guard: SignalGuard) -> None:  # fmt: skip
-        self._opened, self._progress, self._contexts, self._guard = opened, progress, contexts, guard
+    def __init__(self, opened: Sequence[OpenTrial], progress: Progress, guard: SignalGuard) -> None:
+        self._opened, self._progress, self._guard = opened, progress, guard
         self._reasons: dict[int, str] = {}
 
     def on_step(self, trial: int, record: StepRecord) -> None:
@@ -247,13 +238,13 @@ class _Observer:
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Log and show an evaluation; return whether the trial is to stop, as its pruning callback says."""
-        lease = self._contexts[trial].lease
+        lease = self._opened[trial].context.lease
         if lease and not lease.holds():
             return True
         if run := self._opened[trial].run:
             run.on_evaluation(evaluation)
         self._progress.on_evaluation(trial, evaluation)
-        prune = self._contexts[trial].pruning_callback
+        prune = self._opened[trial].context.pruning_callback
         reason = prune(evaluation) if prune else None
         if reason:
             self._reasons[trial] = reason
@@ -261,7 +252,7 @@ class _Observer:
 
     def wants_checkpoint(self) -> bool:
         """Return whether a signal waits for one; raises :class:`TakenOver` where every trial here is another's now."""
-        leases = [context.lease for context in self._contexts]
+        leases = [trial.context.lease for trial in self._opened]
         if all(lease and lease.is_lost for lease in leases):
             raise TakenOver("taken over by another process")
         return self._guard.is_waiting
