@@ -172,22 +172,19 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except CommandFailed as error:
-        _fail(error, 1)
+        say(error)
+        sys.exit(1)
     except Exception as error:
         mistake = as_settings_error(error)
         if mistake is None:
             raise
-        _fail(mistake, 2)
+        say(mistake)
+        sys.exit(2)
 
 
 def say(line: object) -> None:
     """Print one line for people to stderr."""
     print("distilbench:", " ".join(str(line).splitlines()), file=sys.stderr, flush=True)
-
-
-def _fail(line: object, status: int) -> NoReturn:
-    say(line)
-    sys.exit(status)
 
 
 @contextmanager

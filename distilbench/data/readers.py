@@ -119,10 +119,15 @@ def hub_title(settings: DataSettings) -> str:
 def hub_builder(settings: DataSettings) -> Any:
     """Return a ``datasets.DatasetBuilder`` with its data at hand; None without hub and cache."""
     reachable = hub_reachable()  # first: a library imported later reads what this sets
+    import datasets
     from datasets.exceptions import DatasetsError
 
+    address = f"hf://datasets/{settings.hub_name}"  # which keeps a local folder of that name from being taken for it
     try:
-        builder = _prepared_builder(settings)
+        builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
+        if builder.repo_id is None:  # such as csv: names that the library keeps for its own readers
+            raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
+        builder.download_and_prepare()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         if not reachable and isinstance(error, (ConnectionError, FileNotFoundError, ValueError)):
             return None
@@ -133,22 +138,6 @@ def hub_builder(settings: DataSettings) -> Any:
     # Out of reach, the library gives the newest commit in its cache, whatever commit was asked for.
     pinned = re.fullmatch("[0-9a-f]{40}", settings.revision or "")
     return None if pinned and not reachable and builder.hash != settings.revision else builder
-
-
-def _prepared_builder(settings: DataSettings) -> Any:
-    """Load the data set into the library's cache.
-
-    The address keeps a local folder of the same name from being taken for it; names such as csv, which the library
-    keeps for its own file readers, are refused.
-    """
-    import datasets
-
-    address = f"hf://datasets/{settings.hub_name}"
-    builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
-    if builder.repo_id is None:
-        raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
-    builder.download_and_prepare()
-    return builder
 
 
 def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> tuple[Rows, list[str] | None]:

@@ -105,25 +105,20 @@ class Connection:
         for pause in (None,) if self.is_gone else (*(PAUSES if pauses is None else pauses), None):
             try:
                 action()
-            except store_errors() as error:
-                if pause is None:
-                    return self._told(what, error)
-                time.sleep(pause)
-            except Exception as error:
-                log.warning("MLflow did not get %s: %s: %s", what, type(error).__name__, reason_of(error))
-                return True
-            else:
-                self._answered()
-                return True
-        return False
-
-    def _told(self, what: str, error: Exception) -> bool:
-        if not is_outage(error):
-            log.warning("MLflow did not take %s: %s", what, reason_of(error))
+            except Exception as error:  # a store's, or a figure that can't be drawn
+                if pause is not None and isinstance(error, store_errors()):
+                    time.sleep(pause)
+                    continue
+                if not is_outage(error):
+                    log.warning("MLflow did not get %s: %s", what, reason_of(error))
+                    return True
+                if not self.is_gone:
+                    self.is_gone = True
+                    log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back",
+                                reason_of(error))  # fmt: skip
+                return False
+            self._answered()
             return True
-        if not self.is_gone:
-            self.is_gone = True
-            log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back", reason_of(error))
         return False
 
     def _answered(self) -> None:
