@@ -88,17 +88,17 @@ def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
 
 
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Return a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180.
+    """Read a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180."""
+    remedy = "put fields that hold a comma or quotes into double quotes"
+    return _table(_csv_records(lines, title), title, columns, remedy)
+
+
+def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines.
 
     An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every row
     that runs over several lines is told.
     """
-    remedy = "put fields that hold a comma or quotes into double quotes"
-    yield from _table(_csv_records(lines, title), title, columns, remedy)
-
-
-def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
     reader = csv.reader(lines, strict=True)
     line, count, places = 1, 0, []
@@ -127,7 +127,7 @@ def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
     """
     numbered = ((number, line.rstrip("\r\n")) for number, line in enumerate(lines, start=1))
     records = ((number, _tsv_fields(line) if line else []) for number, line in numbered)
-    yield from _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
+    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
 
 
 def _tsv_fields(line: str) -> list[str]:

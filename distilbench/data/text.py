@@ -116,7 +116,8 @@ def load_text(settings: DataSettings) -> TextSplits:
     fingerprint = _fingerprint(names, (train, selection, report))
     train = _cap(train, settings, "max_train_examples", "train")
     used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
-    shared = _shared(train, report)
+    known = set(train.folded())
+    shared = sum(example in known for example in report.folded())
     if shared:
         log.warning("texts reported on that the training text holds too: %s of %s, of %s",
                     f"{shared:,}", f"{len(report):,}", corpus.name)  # fmt: skip
@@ -126,12 +127,6 @@ def load_text(settings: DataSettings) -> TextSplits:
                     "trained on; the more do, the more the figures flatter new text",
                     f"{alike:,}", f"{len(report):,}", RUN_OF_WORDS)  # fmt: skip
     return TextSplits(train, selection, report, names, used, corpus.dropped, shared)
-
-
-def _shared(train: TextSplit, report: TextSplit) -> int:
-    """How many examples of ``report`` have a text, or a pair, that ``train`` has, but for case and spacing."""
-    seen = set(train.folded())
-    return sum(example in seen for example in report.folded())
 
 
 def _near_duplicates(train: TextSplit, report: TextSplit) -> int:

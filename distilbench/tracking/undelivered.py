@@ -40,8 +40,6 @@ NOTE = "mlflow.note.content"
 METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
 
-RUNS_PER_PAGE = 1000
-
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
 
 KILLED = "its process was killed"
@@ -175,10 +173,9 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     ``but`` is a run to leave as it is. Returns each one's name and how it ended.
     """
     query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
-    asked = [connection.experiment_id], query
     running: list[Run] = []
     connection.attempt("a question for unfinished trials", lambda: running.extend(
-        connection.client.search_runs(*asked, max_results=RUNS_PER_PAGE)))  # fmt: skip
+        connection.client.search_runs([connection.experiment_id], query)))  # fmt: skip
     ended: list[str] = []
 
     def end(run: Run, directory: Path) -> None:

@@ -15,14 +15,8 @@ from distilbench.settings import SettingsError, TrackingSettings, root
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import as_settings_error
 
-DATABASES = ("postgresql", "mysql", "mssql")
-"""Schemes that mlflow opens through SQLAlchemy, beside sqlite."""
-
 _WORKFLOW = "workflowType=machine_learning"
 """Without it a link opens MLflow's pages for language models' traces."""
-
-_EVERYWHERE = ("0.0.0.0", "::", "")
-"""Hosts to listen at that are none to ask."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +68,9 @@ class StoreAddress:
         """Where MLflow's pages are, without a password; ``mlflow ui`` reads the same two variables."""
         if self.artifacts is None:
             return re.sub(r"//[^/]*@", "//", self.uri).rstrip("/")
-        host = os.environ.get("MLFLOW_HOST", "127.0.0.1")
-        return f"http://{'127.0.0.1' if host in _EVERYWHERE else host}:{os.environ.get('MLFLOW_PORT', '5000')}"
+        host = os.environ.get("MLFLOW_HOST", "")
+        host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # what listens everywhere is asked here
+        return f"http://{host}:{os.environ.get('MLFLOW_PORT', '5000')}"
 
 
 def store_address_of(settings: TrackingSettings) -> StoreAddress:
@@ -90,7 +85,7 @@ def store_address_of(settings: TrackingSettings) -> StoreAddress:
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme in ("http", "https"):
         return StoreAddress(setting, uri)
-    if scheme in DATABASES:
+    if scheme in ("postgresql", "mysql", "mssql"):
         return StoreAddress(setting, uri, artifacts=root() / "mlruns")
     file = _sqlite_file(uri)
     if file is None:
