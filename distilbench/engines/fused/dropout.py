@@ -41,7 +41,7 @@ def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch
 
 
 class Dropout:
-    """The masks of one forward pass, drawn in the order in which the layers ask for them."""
+    """Masks of numpy's generators."""
 
     def __init__(self, seeds: Sequence[int], stage: str, step: int, device: torch.device) -> None:
         """Key one generator for each order of examples by its trial's seed, ``stage`` and ``step``."""
@@ -61,16 +61,11 @@ class Dropout:
         for mask, shape, generator in zip(masks, shapes, self._generators, strict=True):
             if tuple(shape) != tuple(whole):
                 mask.zero_()
-            bits = _bits(shape, generator).to(self._device)
+            size = math.prod(shape)
+            words = torch.from_numpy(generator.random_raw(-(-size // 4)))  # 64 bits each
+            bits = words.view(torch.int16)[:size].view(tuple(shape)).to(self._device)
             torch.ge(bits, least, out=mask[tuple(slice(size) for size in shape)])
         return masks
-
-
-def _bits(shape: Sequence[int], generator: SFC64) -> torch.Tensor:
-    """Draw 16 bits for each place of ``shape``, as int16."""
-    size = math.prod(shape)
-    words = torch.from_numpy(generator.random_raw(-(-size // 4)))
-    return words.view(torch.int16)[:size].view(tuple(shape))
 
 
 class CounterDropout:
@@ -119,12 +114,8 @@ def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.d
 def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Tensor]:
     """Return four words of 32 bits for ``counter`` (its low 32) under ``site`` and ``key`` (64 bits), all int64."""
     word = 0xFFFFFFFF
-    c0, c1, c2, c3 = (
-        counter & word,
-        torch.full_like(counter, site),
-        torch.zeros_like(counter),
-        torch.zeros_like(counter),
-    )
+    c0, c1 = counter & word, torch.full_like(counter, site)
+    c2 = c3 = torch.zeros_like(counter)
     k0, k1 = key & word, (key >> 32) & word
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # overflow wraps, and the mask takes the bits of the sign away

@@ -1,7 +1,7 @@
 """The fused engine: trials that share a :func:`~distilbench.identity.fusion_key` train in one forward pass.
 
 Compared with Hugging Face Trainer it leaves out what does not change the result: padding, vocabulary rows that never
-occur, all but [CLS] in the last layer, and repeated passes through a frozen part (:mod:`.packing`, :mod:`.stacked`,
+occur, all but [CLS] in the last layer, and repeated passes through a frozen part (:mod:`.packing`, :mod:`.encoder`,
 :mod:`.prefix`). Results are Trainer's up to rounding and, with dropout on, up to the draw: masks are keyed by seed and
 step (:mod:`.dropout`), so that a trial's result does not depend on who else is in its group.
 """
@@ -30,11 +30,10 @@ from distilbench.engines.device import (
     resolve_precision,
 )
 from distilbench.engines.fused.compatibility import check_fusable
-from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.fused.member import GroupContext, Member
-from distilbench.engines.fused.packing import pack, stack_batches
-from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
+from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
+from distilbench.engines.fused.prefix import prefix_depth
 from distilbench.engines.loss import Loss
 from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
@@ -96,6 +95,7 @@ class FusedEngine:
         except Exception as error:  # the trials' boundary: other groups go on
             results.update({i: TrialResult(*outcome_of(error, settings)) for i, settings in trials.items()})
             return
+        graph_steps = context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
             try:
@@ -106,7 +106,6 @@ class FusedEngine:
         for members in waiting.values():
             size = _trials_that_fit(context, members[0].settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                graph_steps = context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
                 TrialGroup(members[start : start + size], observer, results, self.prefix_bytes, graph_steps).run(began)
                 began = time.perf_counter()
 
@@ -149,15 +148,10 @@ def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
     positions = max(int(np.diff(s.offsets).max()) for s in parts.values())
     compact = {key: replace(s, tokens=np.searchsorted(words, s.tokens)) for key, s in parts.items()}
     padding = np.flatnonzero(words == splits.pad_token_id)
-    return (
-        replace(
-            splits,
-            train=compact[id(splits.train)],
-            selection=compact[id(splits.selection)],
-            report=compact[id(splits.report)],
-        ),
-        Vocabulary(words, positions, int(padding[0]) if len(padding) else None, 1 if splits.train.types is None else 2),
-    )
+    types = 1 if splits.train.types is None else 2
+    vocabulary = Vocabulary(words, positions, int(padding[0]) if len(padding) else None, types)
+    train, selection, report = (compact[id(s)] for s in (splits.train, splits.selection, splits.report))
+    return replace(splits, train=train, selection=selection, report=report), vocabulary
 
 
 def _trials_that_fit(context: GroupContext, settings: TrialSettings) -> int:
@@ -173,36 +167,14 @@ def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     Its row is there five times (weights, gradient, two moments, best weights), and twice more in bf16 where products
     use that: a copy, and the gradient, whose room among the others a CPU then never touches. Added to it is what the
     forward pass of a batch of the longest examples keeps for the backward, twice, for the backward makes as much again
-    on its way. The pass is that of the engine, on tensors without contents.
+    on its way: in a trained layer 17 values a token and unit of width, and 2.5 a head and pair of tokens (Korthikanti
+    et al., 2022, arXiv 2205.05198, section 4.1).
     """
-    meta = torch.device("meta")
-    frozen = {leaf: weight.to(meta) for leaf, weight in context.frozen.items()}
-    flat_params = torch.empty(1, context.layout.size, dtype=context.dtype, device=meta)
-    weights = StackedWeights(context.layout, frozen, context.compute_dtype, flat_params)
-    longest = next(batches_by_length(context.splits.train, settings.train.examples_at_once))
-    forward = Forward(weights, stack_batches([pack(context.splits.train, longest)], meta), _NoMasks())
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    own = {weights[leaf].untyped_storage()._cdata for leaf in context.layout.leaves}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward.logits(forward.layers(forward.embed(forward.embedded()), 0, context.layout.architecture.depth))
-    activations = sum(size for place, size in kept.items() if place not in own)
-    copies = 5 * context.dtype.itemsize + (
-        2 * context.compute_dtype.itemsize if context.compute_dtype != context.dtype else 0
-    )
-    return context.layout.size * copies + 2 * activations
-
-
-class _NoMasks:
-    """Masks of dropout that nobody looks into."""
-
-    def draw(
-        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return a mask ``(1, *whole)`` without contents."""
-        return torch.empty(1, *whole, dtype=dtype, device="meta")
+    layout, train = context.layout, context.splits.train
+    lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_at_once))]
+    model = layout.architecture
+    layers = model.depth - (prefix_depth(layout) or 0)
+    values = layers * lengths.sum() * model.heads * (17 * model.head_size + 2.5 * lengths.max())
+    compute = context.compute_dtype.itemsize
+    copies = 5 * context.dtype.itemsize + (2 * compute if context.compute_dtype != context.dtype else 0)
+    return int(layout.size * copies + 2 * values * compute)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.device import peak_memory, release_memory
 from distilbench.engines.evaluation import evaluate_logits, selection_name
@@ -23,7 +24,7 @@ from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prediction import Predictor
-from distilbench.engines.fused.prefix import Budget, TrainingPrefix
+from distilbench.engines.fused.prefix import Budget, TrainingPrefix, prefix_depth
 from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model
@@ -126,7 +127,7 @@ class TrialGroup:
         except BaseException as error:
             members = [*self.members, *(member for state in self.waiting for member in state.members)]
             for member in members:
-                member.tidy()
+                checkpoints.tidy(member.folder)
             if not isinstance(error, Exception):
                 raise
             outcome = outcome_of(error, self.settings)
@@ -136,12 +137,9 @@ class TrialGroup:
         context, architecture = self.context, self.context.layout.architecture
         kernels.prepare(context.device, context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
-        no_params = torch.empty(0, context.layout.size, dtype=context.dtype, device=context.device)
-        frozen = StackedWeights(context.layout, context.frozen, context.compute_dtype, no_params)
-        budget = Budget(self.prefix_bytes)
-        self.prefix = TrainingPrefix.of(
-            frozen, context.splits.train, self.schedule, self.settings.freeze.dropout, budget
-        )
+        frozen, budget = self._weights(self.flat_params[:0]), Budget(self.prefix_bytes)
+        split, dropout, depth = context.splits.train, self.settings.freeze.dropout, prefix_depth(context.layout)
+        self.prefix = depth if depth is None else TrainingPrefix(frozen, split, self.schedule, dropout, budget, depth)
         self.predictor = Predictor(self.prefix, budget, context.device)
         seconds = self.stopwatch.lap().seconds
         for member in self.members:
@@ -151,47 +149,36 @@ class TrialGroup:
         """Return losses since the last record and last norms, (trials,), rows and moments, (trials, size)."""
         context = self.context
         initial: dict[int, torch.Tensor] = {}
-        for seed in {m.seed for m in self.members if m.checkpoint is None}:
+        for seed in {m.settings.seed for m in self.members if m.checkpoint is None}:
             model = build_model(context.resolved, context.splits.label_names, seed)
             initial[seed] = context.layout.flat_params(dict(model.named_parameters()), context.dtype)
         count, moments = len(self.members), num_moments([m.settings.optim for m in self.members])
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=context.dtype, device=context.device)
-
-        state = [zeros(count, context.layout.size) for _ in range(1 + moments)]
+        losses, norms = torch.zeros(2, count, dtype=context.dtype, device=context.device)
+        state = [losses.new_zeros(count, context.layout.size) for _ in range(1 + moments)]
         for t, member in enumerate(self.members):
-            for part, values in zip(state, member.start(initial.get(member.seed)), strict=False):
+            for part, values in zip(state, member.start(initial.get(member.settings.seed)), strict=False):
                 part[t] = values
-        return [zeros(count), zeros(count), *state]
+        return [losses, norms, *state]
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
-        """Go on from ``state``, whose leading size is that of the members as they are now."""
+        """Go on from ``state``, (members, ...) each; the first stack lends the others its room for gradients."""
         self.graph_steps = None  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         self.stacks: list[Stack] = []
         for start in range(0, len(self.members), self.stacked):
-            self.stacks.append(self._stack(slice(start, start + self.stacked)))
+            own = slice(start, start + self.stacked)
+            weights = self._weights(self.flat_params[own], self.stacks[0].weights if self.stacks else None)
+            settings = [m.settings.optim for m in self.members[own]]
+            optimizer = StackedOptimizer(weights, [moment[own] for moment in self.moments], settings)
+            seeds = [m.settings.seed for m in self.members[own]]
+            self.stacks.append(Stack(own, weights, optimizer, seeds[:1] if len(set(seeds)) == 1 else seeds))
 
-    def _stack(self, trial_slice: slice) -> Stack:
-        """Make the stack of the members at ``trial_slice``; the first lends the others its room for gradients."""
-        context, members = self.context, self.members[trial_slice]
-        grad_owner = self.stacks[0].weights if self.stacks else None
-        weights = StackedWeights(
-            context.layout, context.frozen, context.compute_dtype, self.flat_params[trial_slice], grad_owner
-        )
-        moments = [moment[trial_slice] for moment in self.moments]
-        seeds = [m.seed for m in members]
-        orders = seeds[:1] if len(set(seeds)) == 1 else seeds
-        return Stack(
-            trial_slice, weights, StackedOptimizer(weights, moments, [m.settings.optim for m in members]), orders
-        )
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [self.losses, self.norms, self.flat_params, *self.moments]
+    def _weights(self, flat_params: torch.Tensor, grad_owner: StackedWeights | None = None) -> StackedWeights:
+        context = self.context
+        return StackedWeights(context.layout, context.frozen, context.compute_dtype, flat_params, grad_owner)
 
     def _state(self) -> GroupState:
-        tensors = [tensor.cpu() for tensor in self._tensors()]
+        tensors = [tensor.cpu() for tensor in (self.losses, self.norms, self.flat_params, *self.moments)]
         return GroupState(self.members, tensors, self.step, self.recorded, self.evaluation_due, self.taken)
 
     def _restore(self, state: GroupState) -> None:
@@ -226,9 +213,9 @@ class TrialGroup:
 
     def _goes_on(self) -> bool:
         """Whether there is a step or an evaluation to come; members that are out of patience stand in a group alone."""
-        if not self.members or (not self.evaluation_due and self.members[0].is_out_of_patience):
-            return False
-        return self.step < self.schedule.steps or self.evaluation_due
+        if not self.members or self.evaluation_due:
+            return bool(self.members)
+        return self.step < self.schedule.steps and not self.members[0].is_out_of_patience
 
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
@@ -248,6 +235,7 @@ class TrialGroup:
         if self.use_graphs and self._takes_whole_batch():
             self._graph_step()
         else:
+            self.graph_steps = None  # where memory has run out: its recordings hold some
             for stack in self.stacks:
                 if stack.trial_slice.start >= self.taken:
                     self._step(stack)
@@ -265,9 +253,6 @@ class TrialGroup:
 
     def _step(self, stack: Stack) -> None:
         """Have a stack take the step."""
-        if not self._takes_whole_batch():
-            self.graph_steps = None
-            stack.weights.accumulate_in_float32()
         losses = self._differentiate(stack)
         lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
         self.norms[stack.trial_slice] = stack.optimizer.step(self.step + 1, lrs)
@@ -308,15 +293,16 @@ class TrialGroup:
         )
         stage = f"step+{part.start}" if part.start else "step"
         dropout = dropout_masks_for(stack.orders, stage, self.step, self.context.device)
-        forward = Forward(stack.weights, batch, dropout, self._deterministic_layers())
+        number = None if self._takes_whole_batch() else part.start
+        forward = Forward(stack.weights, batch, dropout, self._deterministic_layers(), number)
         hidden, start = None, 0
         if self.prefix is not None:
             start = self.prefix.depth
             at_once = self.prefix.window * self.members[0].micro_batch
             hidden = self.prefix.hidden(stack.orders, self.step, part, batch, at_once)
-        each, embedded = forward.losses(self.context.loss, hidden, start)
+        each = forward.losses(self.context.loss, hidden, start)
         losses = each.mean(1) * (each.shape[1] / size)
-        stack.weights.backward(losses.sum(), embedded, batch, add=part.start > 0)
+        forward.backward(losses.sum())
         return losses.detach()
 
     def _record(self) -> None:
@@ -388,13 +374,11 @@ class TrialGroup:
 
     def _part_with_those_out_of_patience(self) -> None:
         """Have members that are out of patience finish first, in a group of their own, and the others wait."""
-        places: dict[bool, list[int]] = {True: [], False: []}
-        for t, member in enumerate(self.members):
-            places[member.is_out_of_patience].append(t)
-        if places[True] and places[False]:
+        ends = np.array([member.is_out_of_patience for member in self.members], dtype=bool)
+        if ends.any() and not ends.all():
             state = self._state()
-            self.waiting.append(state.part(places[False]))
-            self._restore(state.part(places[True]))
+            self.waiting.append(state.part(np.flatnonzero(~ends).tolist()))
+            self._restore(state.part(np.flatnonzero(ends).tolist()))
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
@@ -437,4 +421,4 @@ class TrialGroup:
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if self.members:
-            self._load([tensor[staying] for tensor in self._tensors()])
+            self._load([part[staying] for part in (self.losses, self.norms, self.flat_params, *self.moments)])

@@ -80,18 +80,20 @@ class Member:
     @classmethod
     def of(cls, index: int, settings: TrialSettings, context: GroupContext, original: EncodedSplits) -> Member:
         """Prepare a trial, from its newest checkpoint where it is to resume; ``original`` are the splits as given."""
-        factors = lr_factors(settings.scheduler, context.schedule.steps, settings.optim.lr)
-        identity = checkpoints.identity_of(settings, original, context.resolved.used.fingerprint, context.precision)
-        train = settings.train
-        member = cls(index, settings, context, factors * settings.optim.lr, identity,
+        train, lr, fingerprint = settings.train, settings.optim.lr, context.resolved.used.fingerprint
+        lrs = lr * lr_factors(settings.scheduler, context.schedule.steps, lr)
+        identity = checkpoints.identity_of(settings, original, fingerprint, context.precision)
+        member = cls(index, settings, context, lrs, identity,
                      micro_batch=train.examples_at_once, eval_batch=train.eval_batch_size)  # fmt: skip
-        member._find_checkpoint()
+        found = checkpoints.newest(member.folder, identity) if train.resume else None
+        if found is not None:
+            member.checkpoint, member.progress = found
+            log.info("continuing after step %d of %d", member.progress.step, context.schedule.steps)
+            return member
+        if train.resume:
+            log.info("nothing to resume in %s: starting from scratch", settings.output.dir)
+        checkpoints.remove_all(member.folder)
         return member
-
-    @property
-    def seed(self) -> int:
-        """Seeds head, dropout and order."""
-        return self.settings.seed
 
     @property
     def folder(self) -> Path:
@@ -107,16 +109,6 @@ class Member:
     def is_out_of_patience(self) -> bool:
         """Whether it ends here, for its evaluations have not improved for long."""
         return is_out_of_patience(self.progress.history, self.settings.train)
-
-    def _find_checkpoint(self) -> None:
-        found = checkpoints.newest(self.folder, self.identity) if self.settings.train.resume else None
-        if found is not None:
-            self.checkpoint, self.progress = found
-            log.info("continuing after step %d of %d", self.progress.step, self.context.schedule.steps)
-            return
-        if self.settings.train.resume:
-            log.info("nothing to resume in %s: starting from scratch", self.settings.output.dir)
-        checkpoints.remove_all(self.folder)
 
     def start(self, initial: torch.Tensor | None) -> list[torch.Tensor]:
         """Return the row (size,) and the moments like it to begin with: a checkpoint's, or ``initial`` and no more."""
@@ -156,7 +148,7 @@ class Member:
     def export(self, flat_params: torch.Tensor) -> None:
         """Write the model of ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""
         context = self.context
-        model = build_model(context.resolved, context.splits.label_names, self.seed)
+        model = build_model(context.resolved, context.splits.label_names, self.settings.seed)
         scale = lr_scale(0, context.layout.top, self.settings.optim.layer_decay)
         untouched = untouched_factor(self.settings.optim, (scale * self.lrs[: self.best.step]).tolist())
         context.layout.write(flat_params, untouched, dict(model.named_parameters()))
@@ -167,7 +159,7 @@ class Member:
         if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
             checkpoints.remove_all(self.folder)
         else:
-            self.tidy()
+            checkpoints.tidy(self.folder)
         context, train = self.context, self.settings.train
         return replace(
             result_of(self.progress, (status, error), self.settings, context.splits, self.report, {0: context.flops}),
@@ -179,10 +171,6 @@ class Member:
             device=context.device_name,
             precision=context.precision,
         )
-
-    def tidy(self) -> None:
-        """Remove checkpoints that were cut short."""
-        checkpoints.tidy(self.folder)
 
     def restore_logits(self, logits: np.ndarray) -> None:
         """Give the best evaluation its logits back, which a checkpoint does not keep."""

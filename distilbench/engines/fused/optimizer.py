@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
@@ -37,18 +38,16 @@ class StackedOptimizer:
         for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
             norms.append(self._norm(trial))
             factor = _clipped(norms[-1], settings.max_grad_norm)
-            update = _adamw if settings.name == "adamw" else _sgd
             for part, scale in self._scaled_parts(settings):
                 grad, divisor = self.weights.grad_of(trial, part), None
                 if factor is not None and grad.dtype == torch.float32:
-                    divisor = 1 / factor  # torch's kernel divides on its way, in this precision alone
+                    divisor = 1 / factor  # torch takes one in this precision alone
                 elif factor is not None:
                     grad.mul_(factor)
                 decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
                 moments = [moment[trial, part] for moment in self.moments]
-                update(
-                    self.weights.flat_params[trial, part], grad, moments, settings, number, lr * scale, decay, divisor
-                )
+                row = self.weights.flat_params[trial, part]
+                _update(row, grad, moments, settings, number, lr * scale, decay, divisor)
                 self.weights.updated(trial, part)
         return torch.stack(norms)
 
@@ -81,47 +80,22 @@ def num_moments(settings: Sequence[OptimSettings]) -> int:
     return 2 if settings[0].name == "adamw" else int(any(s.momentum for s in settings))
 
 
-def _adamw(
+def _update(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings,
     number: int, lr: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
+    """Take step ``number`` (from 1) with ``grad``, which torch's kernel divides by ``divisor`` on its way."""
+    common: dict[str, Any] = {
+        "fused": True, "grad_scale": divisor, "lr": lr, "weight_decay": decay, "maximize": False,
+    }  # fmt: skip
+    if settings.name == "sgd":
+        velocity = moments[0] if settings.momentum else None
+        sgd([flat_params], [grad], [velocity], momentum=settings.momentum, dampening=0.0, nesterov=False, **common)
+        return
+    common |= {"beta1": settings.beta1, "beta2": settings.beta2, "eps": settings.eps, "amsgrad": False}
     mean, square = moments
-    adamw(
-        [flat_params],
-        [grad],
-        [mean],
-        [square],
-        [],
-        [torch.tensor(number - 1.0, device=flat_params.device)],
-        fused=True,
-        grad_scale=divisor,
-        amsgrad=False,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        lr=lr,
-        weight_decay=decay,
-        eps=settings.eps,
-        maximize=False,
-    )
-
-
-def _sgd(
-    flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings,
-    number: int, lr: float, decay: float, divisor: torch.Tensor | None,
-) -> None:  # fmt: skip
-    sgd(
-        [flat_params],
-        [grad],
-        [moments[0] if settings.momentum else None],
-        fused=True,
-        grad_scale=divisor,
-        weight_decay=decay,
-        momentum=settings.momentum,
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-    )
+    taken = torch.tensor(number - 1.0, device=flat_params.device)
+    adamw([flat_params], [grad], [mean], [square], [], [taken], **common)
 
 
 def untouched_factor(settings: OptimSettings, lrs: Sequence[float]) -> float:

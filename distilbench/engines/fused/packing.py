@@ -7,8 +7,9 @@ depends on that trial alone; batches of several orders are stacked by filling up
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -88,91 +89,80 @@ def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]
     return places[0], places[1]
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Moves rows between the order of tokens and the order of slots, in both directions.
+class _Move(torch.autograd.Function):
+    """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up.
 
     ``index`` (written,) names the row that is read for each row written; ``inverse`` (read,) names, for each row read,
-    where it went; ``read`` (read,) is false of rows that nobody read on purpose, whose gradient is zero.
+    where it went. ``unread`` (read, 1) is true of filler, whose gradient is zero.
     """
 
-    index: torch.Tensor
-    inverse: torch.Tensor
-    read: torch.Tensor | None
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Move ``rows`` (read, size) into their new order (written, size)."""
-        moved: torch.Tensor = _Move.apply(rows, self.index, self.inverse, self.read)
-        return moved
-
-
-class _Move(torch.autograd.Function):
-    """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up."""
-
     @staticmethod
-    def forward(ctx, rows, index, inverse, read):  # type: ignore[no-untyped-def]
-        ctx.grad_buffers = inverse, read
+    def forward(ctx, rows, index, inverse, unread):  # type: ignore[no-untyped-def]
+        ctx.inverse, ctx.unread = inverse, unread
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        inverse, read = ctx.grad_buffers
-        back = gradient.index_select(0, inverse)
-        if read is not None:  # the inverse of the others is their own trial's row 0: a number, wherever that is one
-            back.mul_(read.to(back.dtype)[:, None])
+        back = gradient.index_select(0, ctx.inverse)
+        if ctx.unread is not None:  # the inverse of these is some slot of their own trial
+            back.masked_fill_(ctx.unread, 0.0)
         return back, None, None, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
     """Where tokens, a row each, stand in the bins. The leading size is 1 or the trials'.
 
-    ``bin``, ``column`` (orders, rows): the slot of each row. ``row`` (orders, bins, columns): the row of each slot, 0
-    where there is none. ``owner`` (orders, bins, columns): the sentence of each slot, or FILLER. ``empty`` (orders,
-    rows) marks rows that are filler; None where there are none.
+    ``slot`` (orders, rows): that of each row, of the ``bins * columns`` there are. ``row`` (orders, bins, columns): the
+    row of each slot, 0 where there is none. ``owner`` (orders, bins, columns): the sentence of each slot, or FILLER.
+    ``empty`` (orders, rows) marks rows that are filler; None where there are none.
     """
 
-    bin: torch.Tensor
-    column: torch.Tensor
+    slot: torch.Tensor
     row: torch.Tensor
     owner: torch.Tensor
     empty: torch.Tensor | None
+    _moves: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def to_slots(self, trials: int, heads: int, pieces: int) -> Exchange:
-        """Move ``(trials, rows, pieces, heads)`` to ``(pieces, trials, bins, heads, columns)``, vectors of a head."""
-        read = None
+    def to_slots(self, rows: torch.Tensor, pieces: int, heads: int) -> torch.Tensor:
+        """Move ``(trials, rows, pieces * heads * size)`` to ``(pieces, trials, bins, heads, columns, size)``."""
+        trials, count, width = rows.shape
+        sources, targets = self._between(trials, pieces, heads)
+        unread = None
         if self.empty is not None:
-            read = ~self.empty[:, :, None].expand(trials, self.empty.shape[1], pieces * heads).reshape(-1)
-        return Exchange(self._sources(trials, heads, pieces), self._targets(trials, heads, pieces), read)
+            unread = self.empty[:, :, None].expand(trials, count, pieces * heads).reshape(-1, 1)
+        moved: torch.Tensor = _Move.apply(rows.view(-1, width // (pieces * heads)), sources, targets, unread)
+        _, bins, columns = self.row.shape
+        return moved.view(pieces, trials, bins, heads, columns, -1)
 
-    def to_rows(self, trials: int, heads: int) -> Exchange:
-        """Move ``(trials, bins, heads, columns)`` to ``(trials, rows, heads)``, vectors of a head."""
-        orders, bins, columns = self.owner.shape
-        read = (self.owner != FILLER).view(orders, bins, 1, columns).expand(trials, bins, heads, columns)
-        return Exchange(self._targets(trials, heads, 1), self._sources(trials, heads, 1), read.reshape(-1))
+    def to_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        """Move ``(trials, bins, heads, columns, size)`` to ``(trials, rows, heads * size)``.
 
-    def _sources(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
-        """Where each slot's vectors are among those of the rows, ``(pieces * trials * bins * heads * columns,)``."""
-        row = self.row[:, :, None] * (pieces * heads)
-        if trials > 1:
-            row = row + self._steps(trials, self.bin.shape[1] * pieces * heads).view(-1, 1, 1, 1)
-        return (row + self._steps(pieces * heads, 1).view(pieces, 1, 1, heads, 1)).reshape(-1)
+        The gradient of an empty slot is some row's of its trial: no number comes from there, for nobody attends to it.
+        """
+        trials, _, heads, _, size = slots.shape
+        sources, targets = self._between(trials, 1, heads)
+        moved: torch.Tensor = _Move.apply(slots.reshape(-1, size), targets, sources, None)
+        return moved.view(trials, self.slot.shape[1], heads * size)
 
-    def _targets(self, trials: int, heads: int, pieces: int) -> torch.Tensor:
-        """Where each row's vectors are among those of the slots, ``(trials * rows * pieces * heads,)``."""
-        bins, columns = self.row.shape[1:]
-        slot = torch.add(self.column, self.bin, alpha=heads * columns)
-        if trials > 1:
-            slot = slot + self._steps(trials, bins * heads * columns).view(-1, 1)
-        vectors = self._steps(pieces, trials * bins * heads * columns).view(-1, 1) + self._steps(heads, columns)
-        return (slot[:, :, None, None] + vectors).reshape(-1)
+    def _between(self, trials: int, pieces: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the rows' vectors each slot reads, and in which slot each of them is, ``(vectors,)`` each."""
+        key = trials, pieces, heads
+        if key not in self._moves:
+            _, bins, columns = self.row.shape
+            shape = pieces, trials, bins, heads, columns
+            of_slots = torch.arange(math.prod(shape), device=self.slot.device).view(shape).permute(1, 2, 4, 0, 3)
+            of_slots = of_slots.reshape(trials, bins * columns, pieces * heads)
+            count = self.slot.shape[1]
+            of_rows = torch.arange(trials * count * pieces * heads, device=self.slot.device).view(trials, count, -1)
+            sources = of_rows.take_along_dim(self.row.flatten(1)[:, :, None], dim=1)
+            sources = sources.view(trials, bins, columns, pieces, heads).permute(3, 0, 1, 4, 2)
+            targets = of_slots.take_along_dim(self.slot[:, :, None], dim=1)
+            self._moves[key] = sources.reshape(-1), targets.reshape(-1)
+        return self._moves[key]
 
-    def _steps(self, count: int, size: int) -> torch.Tensor:
-        """``count`` multiples of ``size`` from 0."""
-        return torch.arange(0, count * size, size, device=self.bin.device)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
 
@@ -201,17 +191,18 @@ class Batch:
     @cached_property
     def token_mask(self) -> torch.Tensor:
         """What is added to the scores of a token for every other of its bin, ``(orders, bins, 1, width, width)``."""
-        return _mask(self.shared.owner, self.shared.owner)
+        owner = self.shared.owner[:, :, None]
+        return _mask(owner[..., None], owner[..., None, :])
 
     @cached_property
     def first_mask(self) -> torch.Tensor:
-        """What is added to the scores of [CLS] for every token of its own, ``(orders, sentences, 1, 1, width)``."""
-        return _mask(self.alone.owner[:, :, :1], self.alone.owner)
+        """What is added to the scores of [CLS] for every token of its own, ``(orders, sentences, 1, width)``."""
+        owner = self.alone.owner[:, :, None]
+        return _mask(owner[..., :1], owner)
 
 
 def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """0 within a sentence, ``APART`` elsewhere."""
-    queries, keys = queries[:, :, None, :, None], keys[:, :, None, None, :]
     shape = torch.broadcast_shapes(queries.shape, keys.shape)
     return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
 
@@ -219,21 +210,24 @@ def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
     """Stack the batches of several orders; they hold the same number of sentences each."""
 
-    def on_device(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
+    def stacked(arrays: Sequence[np.ndarray], size: int) -> torch.Tensor:
+        filled_up = np.zeros((len(arrays), size), dtype=np.int64)
+        for row, array in zip(filled_up, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(filled_up).to(device)
 
-    size = round_up(max(len(p.ids) for p in packs), PAD_MULTIPLE)
+    tokens = round_up(max(len(p.ids) for p in packs), PAD_MULTIPLE)
     bins = round_up(max(p.bins for p in packs), 1)
     sentences = len(packs[0].first)
     return Batch(
         packs=tuple(packs),
-        ids=on_device(_filled([p.ids for p in packs], 0, size)),
-        positions=on_device(_filled([p.positions for p in packs], 0, size)),
-        types=on_device(_filled([p.types for p in packs], 0, size)),
-        first=on_device(np.stack([p.first for p in packs])),
-        labels=on_device(np.stack([p.labels for p in packs])),
-        shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, size, device),
-        alone=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, size, device),
+        ids=stacked([p.ids for p in packs], tokens),
+        positions=stacked([p.positions for p in packs], tokens),
+        types=stacked([p.types for p in packs], tokens),
+        first=stacked([p.first for p in packs], sentences),
+        labels=stacked([p.labels for p in packs], sentences),
+        shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, tokens, device),
+        alone=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, tokens, device),
     )
 
 
@@ -243,20 +237,19 @@ def _placement(
 ) -> Placement:  # fmt: skip
     """Lay ``rows`` into ``bins``; each sentence ``starts`` in a bin (sentences,) at a column (sentences,)."""
     columns = max(p.width for p in packs)
-    row = np.zeros((len(packs), bins, columns), dtype=np.int64)
-    owner = np.full((len(packs), bins, columns), FILLER, dtype=np.int64)
-    bin_, column = [], []
-    for i, (p, start) in enumerate(zip(packs, starts, strict=True)):
-        bin_.append(start[0][p.sentence])
-        column.append(start[1][p.sentence] + p.positions)
-        row[i, bin_[i], column[i]] = np.arange(len(p.sentence))
-        owner[i, bin_[i], column[i]] = p.sentence
-    empty = _filled([np.zeros(len(p.sentence), dtype=bool) for p in packs], True, rows)
+    slot = np.zeros((len(packs), rows), dtype=np.int64)
+    row = np.zeros((len(packs), bins * columns), dtype=np.int64)
+    owner = np.full_like(row, FILLER)
+    empty = np.ones((len(packs), rows), dtype=bool)
+    for i, (p, (bin_, column)) in enumerate(zip(packs, starts, strict=True)):
+        count = len(p.sentence)
+        own = bin_[p.sentence] * columns + column[p.sentence] + p.positions
+        slot[i, :count], row[i, own], owner[i, own], empty[i, :count] = own, np.arange(count), p.sentence, False
+    shape = len(packs), bins, columns
     return Placement(
-        bin=torch.from_numpy(_filled(bin_, 0, rows)).to(device),
-        column=torch.from_numpy(_filled(column, 0, rows)).to(device),
-        row=torch.from_numpy(row).to(device),
-        owner=torch.from_numpy(owner).to(device),
+        slot=torch.from_numpy(slot).to(device),
+        row=torch.from_numpy(row.reshape(shape)).to(device),
+        owner=torch.from_numpy(owner.reshape(shape)).to(device),
         empty=torch.from_numpy(empty).to(device) if empty.any() else None,
     )
 
@@ -270,11 +263,3 @@ def round_up(size: int, multiple: int) -> int:
     """Return the next multiple of ``multiple``, or of the largest power of two below ``size / 16`` if that is more."""
     multiple = max(multiple, 1 << (size // 16).bit_length() - 1) if size >= 16 else multiple
     return -(-size // multiple) * multiple
-
-
-def _filled(arrays: Sequence[np.ndarray], value: object, size: int) -> np.ndarray:
-    """Stack vectors, ``(arrays, size)``, filled up with ``value``."""
-    stacked = np.full((len(arrays), size), value, dtype=arrays[0].dtype)
-    for row, array in zip(stacked, arrays, strict=True):
-        row[: len(array)] = array
-    return stacked

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from distilbench.engines.fused.architecture import TABLES, Architecture
-from distilbench.engines.fused.autograd import GradBuffers
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.layers import levels
@@ -146,12 +145,12 @@ class StackedWeights:
         """``frozen`` weights are those of :meth:`FlatParamLayout.frozen_weights`; ``flat_params`` are trained in place.
 
         What is multiplied in low precision has its gradient in ``compute_grad`` (trials, low - tables), as it comes,
-        and the rest in ``grad`` (trials, size), whose other columns are never touched. A ``grad_owner`` of as many
-        trials or more, whose gradient is not needed meanwhile, lends the room for both.
+        and the rest in ``grad`` (trials, size), whose other columns are never touched, but for batches in parts. A
+        ``grad_owner`` of as many trials or more, whose gradient is not needed meanwhile, lends the room for both.
         """
         self.layout, self.compute_dtype, self.flat_params, self._frozen = layout, compute_dtype, flat_params, frozen
         self._most = CACHED if flat_params.device.type == "cpu" else max(1, layout.size)
-        self._leaves: dict[str, torch.Tensor] = {}
+        self._in_parts = False
         self.compute_params: torch.Tensor | None = None  # (trials, low - tables)
         self.grad: torch.Tensor = (
             torch.empty_like(flat_params) if grad_owner is None else grad_owner.grad[: len(flat_params)]
@@ -163,26 +162,11 @@ class StackedWeights:
             self.compute_grad = torch.empty_like(self.compute_params) if lent is None else lent[: len(flat_params)]
             widest = min(self._most, self.compute_params.shape[1])
             self._wide: torch.Tensor = flat_params.new_empty(widest) if grad_owner is None else grad_owner._wide
-        for param_slice in self.layout.param_slices:
-            leaf = self._cut(param_slice, self.flat_params, self.compute_params)
-            self._leaves[param_slice.leaf] = leaf.detach().requires_grad_(param_slice.leaf not in TABLES)
-        self._find_grad_buffers()
-
-    def accumulate_in_float32(self) -> None:
-        """Have all of the gradient in ``grad``, where parts of a batch add up without rounding."""
-        if self.compute_grad is not None:
-            self.compute_grad = None
-            self._find_grad_buffers()
-
-    def _find_grad_buffers(self) -> None:
-        where = {
-            param_slice.leaf: self._cut(param_slice, self.grad, self.compute_grad)
-            for param_slice in self.layout.param_slices
-        }
-        layers = {leaf.rpartition(".")[0] for leaf in where if leaf not in TABLES}
-        self._grad_buffers = {
-            layer: GradBuffers(where.get(f"{layer}.weight"), where[f"{layer}.bias"]) for layer in layers
-        }
+        self._leaves: dict[str, torch.Tensor] = {}
+        for param_slice in layout.param_slices:
+            leaf = self._leaves[param_slice.leaf] = self._cut(param_slice, flat_params, self.compute_params).detach()
+            if param_slice.leaf not in TABLES:
+                leaf.requires_grad_().grad = self._cut(param_slice, self.grad, self.compute_grad)
 
     def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
@@ -194,10 +178,6 @@ class StackedWeights:
     def __getitem__(self, leaf: str) -> torch.Tensor:
         """Return a weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
         return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
-
-    def grad_buffers(self, layer: str) -> GradBuffers | None:
-        """Where the gradients of a layer's weight and bias go; None where it is frozen."""
-        return self._grad_buffers.get(layer)
 
     def parts(self, by_leaf: bool = False) -> Iterator[slice]:
         """Cut a flat vector into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache.
@@ -215,7 +195,7 @@ class StackedWeights:
 
         It is good until the next call, and what is done to it may change the gradient itself.
         """
-        if self.compute_grad is None or not self._is_compute(part):
+        if self.compute_grad is None or self._in_parts or not self._is_compute(part):
             return self.grad[trial, part]
         start = self.layout.tables_end
         return self._wide[: part.stop - part.start].copy_(
@@ -232,36 +212,45 @@ class StackedWeights:
     def _is_compute(self, part: slice) -> bool:
         return bool(self.layout.tables_end <= part.start < self.layout.compute_end)
 
-    def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, add: bool = False) -> None:
-        """Fill the gradient from ``loss``, or ``add`` to it.
+    def backward(
+        self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, part: int | None = None
+    ) -> None:
+        """Fill the gradient from ``loss``, and from that of ``embedded``, the summed embeddings, where they train.
 
-        ``embedded`` is the summed embeddings, where they train.
+        Where it is that of one ``part`` of a batch, from 0, all of the gradient adds up in ``grad``, without rounding.
+        Matrices are seen to by :func:`~distilbench.engines.fused.autograd.linear`.
         """
-        for grad_buffers in self._grad_buffers.values():
-            grad_buffers.add = add
-        loss.backward()
-        if embedded is not None and embedded.requires_grad:
-            assert embedded.grad is not None
-            if not add:
-                self.grad[:, : self.layout.tables_end].zero_()
-            self._add_up_tables(embedded.grad, batch)
+        layout, self._in_parts = self.layout, part is not None
+        vectors = [leaf for leaf in self._leaves.values() if leaf.dim() == 2]  # biases and norms: (trials, size) each
+        trained = [] if embedded is None or "word" in layout.frozen else [embedded]
+        gradients = torch.autograd.grad(loss, [*vectors, *trained])
+        for leaf, gradient in zip(vectors, gradients, strict=False):
+            assert leaf.grad is not None
+            (leaf.grad.add_ if self.adds(leaf, part) else leaf.grad.copy_)(gradient)
+        if self.compute_grad is not None and self._in_parts:
+            total = self.grad[:, layout.tables_end : layout.compute_end]
+            (total.add_ if part else total.copy_)(self.compute_grad)
+        if trained:
+            if not part:
+                self.grad[:, : layout.tables_end].zero_()
+            self._add_up_tables(gradients[-1], batch)
+
+    def adds(self, weight: torch.Tensor, part: int | None) -> bool:
+        """Whether the gradient of ``weight`` is added to that of earlier parts; in low precision, only afterwards."""
+        return bool(part) and weight.dtype == self.flat_params.dtype
 
     def _add_up_tables(self, grad: torch.Tensor, batch: Batch) -> None:
         """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
-        grad_buffers = {"word": batch.ids, "position": batch.positions, "type": batch.types}
-        for param_slice in self.layout.param_slices:
-            if param_slice.leaf in TABLES:
-                table = self.grad[:, param_slice.start : param_slice.stop].view(
-                    len(self.flat_params), *param_slice.shape
-                )
-                if batch.fixed:
-                    _add_rows(table, grad_buffers[param_slice.leaf], grad)
-                else:
-                    index = grad_buffers[param_slice.leaf].expand(len(self.flat_params), -1)
-                    for trial in range(len(self.flat_params)):
-                        table[trial].index_add_(0, index[trial], grad[trial])
-                if param_slice.leaf == "word" and self.layout.vocabulary.padding is not None:
-                    table[:, self.layout.vocabulary.padding].zero_()
+        index_of = {"word": batch.ids, "position": batch.positions, "type": batch.types}
+        for param_slice in (p for p in self.layout.param_slices if p.leaf in TABLES):
+            table, index = self._cut(param_slice, self.grad, None), index_of[param_slice.leaf]
+            if batch.fixed:
+                _add_rows(table, index, grad)
+            else:
+                for trial, rows in enumerate(index.expand(len(table), -1)):
+                    table[trial].index_add_(0, rows, grad[trial])
+            if param_slice.leaf == "word" and self.layout.vocabulary.padding is not None:
+                table[:, self.layout.vocabulary.padding].zero_()
 
 
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

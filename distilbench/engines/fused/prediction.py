@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,59 +15,46 @@ from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Budget, TrainingPrefix
 
 
-@dataclass
-class EvaluationBatch:
-    """Examples of a split, and the ``hidden`` states under the trained part where the budget holds them."""
-
-    examples: np.ndarray
-    batch: Batch
-    hidden: torch.Tensor | None = None
-
-
 class Predictor:
     """Predicts without dropout; hidden states of a frozen ``prefix`` are kept as far as the ``budget`` goes."""
 
     def __init__(self, prefix: TrainingPrefix | None, budget: Budget, device: torch.device) -> None:
         self._prefix, self._budget, self._device = prefix, budget, device
-        self._batches: dict[tuple[int, int], list[EvaluationBatch]] = {}
+        self._batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
+        self._hidden: dict[Batch, torch.Tensor] = {}
 
     @torch.no_grad()
     def predict(
         self, stacks: Iterable[tuple[slice, StackedWeights]], split: EncodedSplit, batch_size: int, logits: np.ndarray
     ) -> np.ndarray:
         """Fill ``logits`` (trials, examples, labels) float32, in the order of ``split``, from stacks of trials."""
-        for part in self._batches_of(split, batch_size):
-            hidden = self._under_trained(part)
+        key = id(split), batch_size
+        if key not in self._batches:
+            self._batches[key] = [
+                (examples, stack_batches([pack(split, examples)], self._device))
+                for examples in batches_by_length(split, batch_size)
+            ]
+        for examples, batch in self._batches[key]:
+            hidden, start = self._under_trained(batch)
             for trials, weights in stacks:
-                forward = Forward(weights, part.batch, None)
-                x, start = (forward.embed(forward.embedded()), 0) if hidden is None else hidden
-                own = forward.logits(forward.layers(x, start, weights.layout.architecture.depth))
-                logits[trials, part.examples] = own.float().cpu().numpy()
+                forward = Forward(weights, batch, None)
+                own = forward.logits(forward.layers(forward.embed() if hidden is None else hidden, start))
+                logits[trials, examples] = own.float().cpu().numpy()
         return logits
 
     def forget(self) -> None:
         """Let go of batches and hidden states, and give the budget back what they took."""
-        kept = [part.hidden for parts in self._batches.values() for part in parts if part.hidden is not None]
-        self._budget.left += sum(hidden.nbytes for hidden in kept)
+        self._budget.left += sum(hidden.nbytes for hidden in self._hidden.values())
         self._batches.clear()
+        self._hidden.clear()
 
-    def _batches_of(self, split: EncodedSplit, batch_size: int) -> list[EvaluationBatch]:
-        """Return the batches of ``split``, the longest examples first."""
-        key = id(split), batch_size
-        if key not in self._batches:
-            self._batches[key] = [
-                EvaluationBatch(examples, stack_batches([pack(split, examples)], self._device))
-                for examples in batches_by_length(split, batch_size)
-            ]
-        return self._batches[key]
-
-    def _under_trained(self, part: EvaluationBatch) -> tuple[torch.Tensor, int] | None:
-        """Return the hidden states under the first layer that trains, and its number; None where embeddings train."""
+    def _under_trained(self, batch: Batch) -> tuple[torch.Tensor | None, int]:
+        """Return the hidden states under the first layer that trains, None where embeddings train; and its number."""
         if self._prefix is None:
-            return None
-        hidden = part.hidden
+            return None, 0
+        hidden = self._hidden.get(batch)
         if hidden is None:
-            hidden = self._prefix.of_batch(part.batch)
+            hidden = self._prefix.of_batch(batch)
             if self._budget.take(hidden.nbytes):
-                part.hidden = hidden
+                self._hidden[batch] = hidden
         return hidden, self._prefix.depth

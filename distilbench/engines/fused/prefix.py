@@ -14,7 +14,7 @@ from distilbench.engines.batches import batches_by_length
 from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
-from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
 from distilbench.engines.steps import BatchSchedule
 
 WINDOW = 8
@@ -24,12 +24,12 @@ GPU_WINDOW = 64
 """The same on a GPU, where a pass of 8 batches would be bound by its launches; 40 MB of states at 768 wide."""
 
 
-def prefix_depth(weights: StackedWeights) -> int | None:
+def prefix_depth(layout: FlatParamLayout) -> int | None:
     """Return how many layers follow frozen embeddings without a trained one between; None where embeddings train.
 
     A layer's bias is the last of it to be frozen, for BitFit trains it without the weight.
     """
-    frozen, depth = weights.layout.frozen, weights.layout.architecture.depth
+    frozen, depth = layout.frozen, layout.architecture.depth
     if not {"word", "embedding_norm.bias"} <= frozen:
         return None
     return next((i for i in range(depth) if f"{i}.out.bias" not in frozen), depth)
@@ -39,7 +39,7 @@ def prefix_depth(weights: StackedWeights) -> int | None:
 def run_prefix(weights: StackedWeights, batch: Batch, depth: int, dropout: DropoutMasks | None) -> torch.Tensor:
     """Hidden states of ``batch`` under layer ``depth``: ``(orders, tokens, width)``, of [CLS] where that is the top."""
     forward = Forward(weights, batch, dropout)
-    return forward.layers(forward.embed(forward.embedded()), 0, depth)
+    return forward.layers(forward.embed(), 0, depth)
 
 
 @dataclass
@@ -64,40 +64,28 @@ class TrainingPrefix:
     """
 
     def __init__(
-        self,
-        weights: StackedWeights,
-        split: EncodedSplit,
-        schedule: BatchSchedule,
-        dropout: bool,
-        budget: Budget,
+        self, weights: StackedWeights, split: EncodedSplit, schedule: BatchSchedule, dropout: bool, budget: Budget,
         depth: int,
-    ) -> None:
-        self.depth = depth
-        self._weights, self._split, self._course, self._dropout = weights, split, schedule, dropout
-        self.window = WINDOW if weights.flat_params.device.type == "cpu" else GPU_WINDOW
+    ) -> None:  # fmt: skip
+        """``depth`` is how many layers are frozen, as :func:`prefix_depth` says."""
+        self.depth, self.window = depth, WINDOW if weights.flat_params.device.type == "cpu" else GPU_WINDOW
+        self._weights, self._split, self._schedule, self._dropout = weights, split, schedule, dropout
         self._sentences_only = depth == weights.layout.architecture.depth
         self._windows: dict[int, tuple[int, list[list[torch.Tensor]]]] = {}
         self._all: list[torch.Tensor] = []
         rows = len(split) if self._sentences_only else len(split.tokens)
         self._once = not dropout and budget.take(rows * weights["word"].shape[2] * weights.flat_params.element_size())
 
-    @classmethod
-    def of(
-        cls, weights: StackedWeights, split: EncodedSplit, schedule: BatchSchedule, dropout: bool, budget: Budget
-    ) -> TrainingPrefix | None:
-        """Make one for the depth that ``weights`` freezes; None where the embeddings train."""
-        depth = prefix_depth(weights)
-        return None if depth is None else cls(weights, split, schedule, dropout, budget, depth)
-
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
         """Return hidden states of a ``part`` of step ``step`` in the orders of these seeds, ``(orders, rows, width)``.
 
         ``batch`` has the size of those examples; the prefix is run over at most ``at_once``.
         """
-        rows = (batch.first if self._sentences_only else batch.ids).shape[1]
-        own = [self._of_order(seed, step, at_once)[part] for seed in orders]
-        filler = [states[0].new_zeros(rows - sum(map(len, states)), states[0].shape[1]) for states in own]
-        return torch.stack([torch.cat([*states, rest]) for states, rest in zip(own, filler, strict=True)])
+        hidden = self.empty(batch)
+        for row, seed in zip(hidden, orders, strict=True):
+            states = torch.cat(self._of_order(seed, step, at_once)[part])
+            row[: len(states)] = states
+        return hidden
 
     def of_batch(self, batch: Batch) -> torch.Tensor:
         """Return the hidden states of ``batch`` without dropout, as an evaluation has them, ``(1, rows, width)``."""
@@ -112,7 +100,7 @@ class TrainingPrefix:
         """Return the hidden states of each example of a step, ``(rows, width)``."""
         if self._once:
             self._all = self._all or self._run_all(at_once)
-            return [self._all[i] for i in self._course.batch(seed, step)]
+            return [self._all[i] for i in self._schedule.batch(seed, step)]
         number, kept = self._windows.get(seed, (-1, []))
         if step // self.window != number:
             number = step // self.window
@@ -122,8 +110,8 @@ class TrainingPrefix:
 
     def _run_window(self, seed: int, number: int, at_once: int) -> list[list[torch.Tensor]]:
         """Run the prefix for the steps of a window, whole even where a run is resumed within it."""
-        steps = range(number * self.window, min((number + 1) * self.window, self._course.steps))
-        batches = [self._course.batch(seed, step) for step in steps]
+        steps = range(number * self.window, min((number + 1) * self.window, self._schedule.steps))
+        batches = [self._schedule.batch(seed, step) for step in steps]
         examples = np.concatenate(batches)
         states: list[torch.Tensor] = []
         for start in range(0, len(examples), at_once):

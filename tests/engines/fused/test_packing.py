@@ -49,16 +49,15 @@ def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
 def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders):
     batch = stack_batches([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
     trials, tokens, heads = len(orders), batch.ids.shape[1], 2
-    rows = torch.rand(trials * tokens * heads, 4, requires_grad=True)
-    there = batch.shared.to_slots(trials, heads, 1)(rows)
-    back = batch.shared.to_rows(trials, heads)(there)
+    rows = torch.rand(trials, tokens, heads * 4, requires_grad=True)
+    [there] = batch.shared.to_slots(rows, 1, heads)
+    back = batch.shared.to_rows(there)
     real = torch.zeros(trials, tokens, dtype=torch.bool)
     for place, order in zip(real, orders, strict=True):
         place[: sum(order)] = True
-    real = real[:, :, None].expand(trials, tokens, heads).reshape(-1)
     torch.testing.assert_close(back[real], rows[real], rtol=0, atol=0)
     [gradient] = torch.autograd.grad((back[real] * 3).sum(), rows)
-    torch.testing.assert_close(gradient, 3.0 * real[:, None].expand_as(gradient), rtol=0, atol=0)
+    torch.testing.assert_close(gradient, 3.0 * real[:, :, None].expand_as(gradient), rtol=0, atol=0)
 
 
 def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
@@ -68,7 +67,7 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
     assert set(batch.token_mask.unique().tolist()) == {0.0, float(torch.tensor(APART))}
     place = batch.shared
     for token in range(sum(lengths)):
-        seen = allowed[place.bin[0, token], place.column[0, token]].sum()
+        seen = allowed.flatten(0, 1)[place.slot[0, token]].sum()
         assert seen == lengths[int(batch.packs[0].sentence[token])]
 
 

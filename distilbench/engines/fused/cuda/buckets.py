@@ -193,8 +193,7 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
     number = torch.arange(bucket.sentences, device=device)
     owner = number[:, None].expand(orders, -1, bucket.width)
     tokens = Placement(
-        bin=sentence,
-        column=positions,
+        slot=sentence * bucket.width + positions,
         row=(first[:, :, None] + column).clamp(max=bucket.tokens - 1),
         owner=owner.masked_fill(column >= length[:, :, None], FILLER),
         empty=torch.arange(bucket.tokens, device=device) >= count,

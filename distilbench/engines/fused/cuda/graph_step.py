@@ -30,6 +30,8 @@ from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import TrainingPrefix
 from distilbench.engines.loss import Loss
 
+log = logging.getLogger(__name__)
+
 MIN_REPLAYS = 8
 """Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
 
@@ -74,9 +76,8 @@ class GraphSteps:
         if self._recorded:
             return 0.0
         self._recorded = True
-        ahead = Counter(
-            self.bucketed_batches.bucket(later) for later in range(step + 1, self.bucketed_batches.schedule.steps)
-        )
+        later = range(step + 1, self.bucketed_batches.schedule.steps)
+        ahead = Counter(self.bucketed_batches.bucket(number) for number in later)
         worth = sorted((b for b, steps in ahead.items() if steps >= MIN_REPLAYS), reverse=True)
         return sum(self._record(bucket) for bucket in worth)
 
@@ -113,13 +114,10 @@ class GraphSteps:
         batch, keys = batch_of(buffers.inputs, bucket)
         forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
         start = 0 if self.prefix is None else self.prefix.depth
-        losses, embedded = forward.losses(self._loss, buffers.hidden, start)
+        losses = forward.losses(self._loss, buffers.hidden, start)
         mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
-        self.weights.backward(mean.sum(), embedded, batch)
+        forward.backward(mean.sum())
         return mean.detach()
-
-
-log = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):

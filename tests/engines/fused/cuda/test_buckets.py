@@ -42,7 +42,8 @@ def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
             np.testing.assert_array_equal(batch.first[order, :sentences], packed.first)
             np.testing.assert_array_equal(batch.labels[order, :sentences], packed.labels)
             assert (batch.labels[order, sentences:] == IGNORED).all()
-            np.testing.assert_array_equal(batch.alone.bin[order, :tokens], packed.sentence)
+            bins = batch.alone.slot[order, :tokens] // bucket.width
+            np.testing.assert_array_equal(bins, packed.sentence)
             assert batch.alone.empty[order].tolist() == [False] * tokens + [True] * (bucket.tokens - tokens)
             owner, row = batch.alone.owner[order], batch.alone.row[order]
             for sentence in range(size):
