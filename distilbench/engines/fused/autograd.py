@@ -72,13 +72,31 @@ def dropout_add_layer_norm(
     ``weight`` and ``bias`` are ``(trials, width)``; ``dropout_mask`` (orders, rows, width) is scaled.
     """
     if branch is not None:
-        x = x + branch if dropout_mask is None else torch.addcmul(x, branch, dropout_mask)
+        x = x + branch if dropout_mask is None else _AddProduct.apply(x, branch, dropout_mask)
     shape = x.shape[-1:]
     if len(weight) > 1:
-        return torch.addcmul(bias[:, None], F.layer_norm(x, shape, eps=eps), weight[:, None])
+        scaled: torch.Tensor = _AddProduct.apply(bias[:, None], F.layer_norm(x, shape, eps=eps), weight[:, None])
+        return scaled
     if len(bias) > 1:
         return F.layer_norm(x, shape, weight.flatten(), eps=eps) + bias[:, None]
     return F.layer_norm(x, shape, weight.flatten(), bias.flatten(), eps)
+
+
+class _AddProduct(torch.autograd.Function):
+    """``torch.addcmul``, whose own gradient multiplies by one on its way, which took 2 % of a step of four trials."""
+
+    @staticmethod
+    def forward(ctx, x, a, b):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(a if ctx.needs_input_grad[2] else None, b)
+        ctx.shapes, ctx.dtype = (x.shape, b.shape), a.dtype
+        return torch.addcmul(x, a, b)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        a, b = ctx.saved_tensors
+        grad_a = torch.mul(gradient, b, out=torch.empty_like(gradient, dtype=ctx.dtype))
+        grad_b = None if a is None else (gradient * a).sum_to_size(ctx.shapes[1])
+        return gradient.sum_to_size(ctx.shapes[0]), grad_a, grad_b
 
 
 def attend(slots: torch.Tensor, mask: torch.Tensor, dropout_mask: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -82,8 +82,9 @@ class Forward:
 
     def _layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
         last, model = i == self.architecture.depth - 1, self.architecture
-        attended = self._linear(self._attention(x, i, last), f"{i}.out")
-        x = _sentence_rows(x, self.batch.first) if last else x
+        first = _sentence_rows(x, self.batch.first) if last else None
+        attended = self._linear(self._attention(x, i, first), f"{i}.out")
+        x = x if first is None else first
         rate = self._rate(i, model.attention_output_rate)
         x = self._dropout_add_layer_norm(x, attended, rate, f"{i}.attention_norm", last)
         expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
@@ -93,13 +94,13 @@ class Forward:
         """Return the dropout rate of layer ``i``: none in a deterministic one."""
         return rate if i >= self._deterministic_layers else 0.0
 
-    def _attention(self, x: torch.Tensor, i: int, last: bool) -> torch.Tensor:
-        """Attend within sentences; in the last layer, from [CLS] alone. Returns contexts, ``(trials, rows, width)``."""
+    def _attention(self, x: torch.Tensor, i: int, first: torch.Tensor | None) -> torch.Tensor:
+        """Return the contexts ``(trials, rows, width)`` of all tokens, or of ``first``, [CLS] of each sentence."""
         batch, rate = self.batch, self._rate(i, self.architecture.attention_rate)
         heads, size = self.architecture.heads, self.architecture.head_size
-        query = self._linear(_sentence_rows(x, batch.first), f"{i}.q") if last else None
+        query = None if first is None else self._linear(first, f"{i}.q")
         if batch.lengths is not None and kernels.runs("attention", x.device, self.weights.compute_dtype, heads, size):
-            rows = self._linear(x, f"{i}.kv" if last else f"{i}.qkv")
+            rows = self._linear(x, f"{i}.qkv" if query is None else f"{i}.kv")
             draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
             sentences = kernels.Sentences(batch.first, batch.lengths, batch.alone.row.shape[2])
             return kernels.attention(rows, query, sentences, draws, heads)

@@ -224,9 +224,10 @@ class StackedWeights:
         vectors = [leaf for leaf in self._leaves.values() if leaf.dim() == 2]  # biases and norms: (trials, size) each
         trained = [] if embedded is None or "word" in layout.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
-        for leaf, gradient in zip(vectors, gradients, strict=False):
-            assert leaf.grad is not None
-            (leaf.grad.add_ if self.adds(leaf, part) else leaf.grad.copy_)(gradient)
+        for dtype in dict.fromkeys(leaf.dtype for leaf in vectors):  # a GPU copies all of one precision in one launch
+            own = [(v.grad, g) for v, g in zip(vectors, gradients, strict=False) if v.dtype == dtype]
+            places, values = zip(*own, strict=True)
+            (torch._foreach_add_ if part and dtype == self.flat_params.dtype else torch._foreach_copy_)(places, values)
         if self.compute_grad is not None and self._in_parts:
             total = self.grad[:, layout.tables_end : layout.compute_end]
             (total.add_ if part else total.copy_)(self.compute_grad)

@@ -109,7 +109,10 @@ class LaunchCounter(TorchDispatchMode):
             operations = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
             *batch, rows, columns = made[0].shape
             tiles = math.prod(batch) * -(-rows // TILE) * -(-columns // TILE)
-        self.launches.append(Launched(name, moved, operations, tiles, given[0].dtype if given else torch.float32))
+        dtype, count = given[0].dtype if given else torch.float32, 1
+        if name.startswith("_foreach") and not all(t.is_contiguous() for t in given):
+            count = len(args[0])  # one after the other, where trials lie apart
+        self.launches += [Launched(name, moved / count, operations, tiles, dtype)] * count
         return out
 
 
