@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from distilbench.engines.fused.packing import pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prediction import Predictor
 from distilbench.engines.fused.prefix import Budget, TrainingPrefix, prefix_depth
-from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite
+from distilbench.engines.outcome import SMALLER, outcome_of, require_finite
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model
 from distilbench.results import Status, StepRecord, TrialResult
@@ -137,7 +137,8 @@ class TrialGroup:
         context, architecture = self.context, self.context.layout.architecture
         kernels.prepare(context.device, context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
-        frozen, budget = self._weights(self.flat_params[:0]), Budget(self.prefix_bytes)
+        frozen = self._weights(self.flat_params.new_empty(0, context.layout.size))
+        budget = Budget(self.prefix_bytes)
         split, dropout, depth = context.splits.train, self.settings.freeze.dropout, prefix_depth(context.layout)
         self.prefix = depth if depth is None else TrainingPrefix(frozen, split, self.schedule, dropout, budget, depth)
         self.predictor = Predictor(self.prefix, budget, context.device)
@@ -237,9 +238,12 @@ class TrialGroup:
         else:
             self.graph_steps = None  # where memory has run out: its recordings hold some
             for stack in self.stacks:
-                if stack.trial_slice.start >= self.taken:
-                    self._step(stack)
-                    self.taken = stack.trial_slice.stop
+                own = stack.trial_slice
+                if own.start >= self.taken:
+                    losses, lrs = self._differentiate(stack), [member.lrs[self.step] for member in self.members[own]]
+                    self.norms[own] = stack.optimizer.step(self.step + 1, lrs)
+                    self.losses[own] += losses
+                    self.taken = own.stop
         self.step, self.taken = self.step + 1, 0
         train = self.settings.train
         every = train.eval_steps or self.schedule.steps_per_epoch
@@ -250,13 +254,6 @@ class TrialGroup:
     def _takes_whole_batch(self) -> bool:
         """Whether a batch is taken at once."""
         return self.members[0].micro_batch >= self.settings.train.batch_size
-
-    def _step(self, stack: Stack) -> None:
-        """Have a stack take the step."""
-        losses = self._differentiate(stack)
-        lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
-        self.norms[stack.trial_slice] = stack.optimizer.step(self.step + 1, lrs)
-        self.losses[stack.trial_slice] += losses
 
     def _graph_step(self) -> None:
         """Take a step through static buffers; what recording takes belongs to the set-up."""
@@ -311,26 +308,24 @@ class TrialGroup:
         losses, norms = (self.losses / steps).tolist(), self.norms.tolist()  # waits for the device: before the clock
         lap, memory = self.stopwatch.lap(), peak_memory(self.context.device)
         examples = self.schedule.seen(self.step) - self.schedule.seen(self.recorded)
-        outcomes: dict[int, Outcome] = {}
-        for t, (member, loss, norm) in enumerate(zip(self.members, losses, norms, strict=True)):
+        self.losses.zero_()
+        self.recorded = self.step
+
+        def tell(t: int, member: Member) -> None:
             member.stepped(self.step, lap, memory)
             record = StepRecord(
                 step=self.step,
                 steps=self.schedule.steps,
                 epoch=self.step / self.schedule.steps_per_epoch,
-                loss=loss,
+                loss=losses[t],
                 learning_rate=float(member.lrs[self.step - 1]),
-                gradient_norm=norm,
+                gradient_norm=norms[t],
                 examples_per_second=examples / lap.seconds,
             )
-            try:
-                require_finite(loss, "training", self.step, self.schedule.steps, member.settings)
-                self.observer.on_step(member.index, record)
-            except Exception as error:  # the trial's boundary: its neighbours go on
-                outcomes[t] = outcome_of(error, member.settings)
-        self.losses.zero_()
-        self.recorded = self.step
-        self._leave(outcomes)
+            require_finite(record.loss, "training", self.step, self.schedule.steps, member.settings)
+            self.observer.on_step(member.index, record)
+
+        self._each(tell)
         self.stopwatch.lap()
 
     def _evaluate(self) -> None:
@@ -339,20 +334,19 @@ class TrialGroup:
         logits = self._predict(splits.selection)
         self.evaluation_due = False
         lap, last = self.stopwatch.lap(), self.step == self.schedule.steps
-        outcomes: dict[int, Outcome] = {}
-        for t, member in enumerate(self.members):
+
+        def judge(t: int, member: Member) -> Outcome | None:
             member.progress.spend(lap)
             epoch = self.step / self.schedule.steps_per_epoch
-            name = selection_name(splits)
-            try:
-                evaluation = evaluate_logits(name, logits[t], splits.selection.labels, self.step, epoch)
-                require_finite(evaluation.loss, "validation", self.step, self.schedule.steps, member.settings)
-                member.evaluated(evaluation, None if last else self.flat_params[t])
-                if self.observer.on_evaluation(member.index, evaluation):
-                    raise TrialEnded(Status.PRUNED, f"pruned after step {self.step} of {self.schedule.steps}")
-            except Exception as error:  # the trial's boundary: its neighbours go on
-                outcomes[t] = outcome_of(error, member.settings)
-        self._leave(outcomes)
+            name, labels = selection_name(splits), splits.selection.labels
+            evaluation = evaluate_logits(name, logits[t], labels, self.step, epoch)
+            require_finite(evaluation.loss, "validation", self.step, self.schedule.steps, member.settings)
+            member.evaluated(evaluation, None if last else self.flat_params[t])
+            if self.observer.on_evaluation(member.index, evaluation):
+                return Status.PRUNED, f"pruned after step {self.step} of {self.schedule.steps}"
+            return None
+
+        self._each(judge)
         if self.settings.train.checkpoints and not last:
             self._save()
         self._part_with_those_out_of_patience()
@@ -402,23 +396,31 @@ class TrialGroup:
             for member, logits in zip(self.members, self._predict(splits.report), strict=True):
                 at = member.best
                 member.report = evaluate_logits("validation", logits, splits.report.labels, at.step, at.epoch)
+
+        def finish(t: int, member: Member) -> Outcome:
+            if member.settings.output.save_model:
+                member.export(flat_params[t])
+            return Status.FINISHED, None
+
+        self._each(finish)
+
+    def _each(self, act: Callable[[int, Member], Outcome | None]) -> None:
+        """Call ``act`` with each member and its place; whom it gives an outcome, or fails for, leaves the group."""
         outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
             try:
-                if member.settings.output.save_model:
-                    member.export(flat_params[t])
-                outcomes[t] = Status.FINISHED, None
+                outcome = act(t, member)
             except Exception as error:  # the trial's boundary: its neighbours go on
-                outcomes[t] = outcome_of(error, member.settings)
+                outcome = outcome_of(error, member.settings)
+            if outcome is not None:
+                outcomes[t] = outcome
         self._leave(outcomes)
 
     def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
         """Give the results of members at these places, and go on with the others."""
-        if not outcomes:
-            return
         for t, outcome in outcomes.items():
             self.results[self.members[t].index] = self.members[t].result(*outcome)
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
-        if self.members:
+        if outcomes and staying:
             self._load([part[staying] for part in (self.losses, self.norms, self.flat_params, *self.moments)])

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ class GraphSteps:
     def __init__(
         self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: TrainingPrefix | None,
         bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
-        loss: Loss, deterministic_layers: int, runner: StepRunner,
+        loss: Loss, deterministic_layers: int, runner: GraphRunner | None,
     ) -> None:  # fmt: skip
         """``lrs`` (steps, trials) are those of the whole course; see :class:`Forward` for ``deterministic_layers``."""
         self.weights, self.prefix, self.bucketed_batches = weights, prefix, bucketed_batches
@@ -72,6 +71,9 @@ class GraphSteps:
         """
         bucket = self.bucketed_batches.bucket(step)
         self._fill(step, self._buffers_of(bucket))
+        if self._runner is None:
+            self._step(bucket)
+            return 0.0
         self._runner.run(bucket, lambda: self._step(bucket))
         if self._recorded:
             return 0.0
@@ -79,11 +81,11 @@ class GraphSteps:
         later = range(step + 1, self.bucketed_batches.schedule.steps)
         ahead = Counter(self.bucketed_batches.bucket(number) for number in later)
         worth = sorted((b for b, steps in ahead.items() if steps >= MIN_REPLAYS), reverse=True)
-        return sum(self._record(bucket) for bucket in worth)
+        return sum(self._record(bucket, self._runner) for bucket in worth)
 
-    def _record(self, bucket: Bucket) -> float:
+    def _record(self, bucket: Bucket, runner: GraphRunner) -> float:
         self._buffers_of(bucket)
-        return self._runner.record(bucket, lambda: self._differentiate(bucket), lambda: self._step(bucket))
+        return runner.record(bucket, lambda: self._differentiate(bucket), lambda: self._step(bucket))
 
     def _buffers_of(self, bucket: Bucket) -> Buffers:
         if bucket not in self._buffers:
@@ -118,30 +120,6 @@ class GraphSteps:
         mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
         forward.backward(mean.sum())
         return mean.detach()
-
-
-class StepRunner(Protocol):
-    """Runs functions that read and write fixed tensors alone, and may record them first."""
-
-    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
-        """Record ``step`` under ``key`` without taking it, after a ``rehearsal``; return the seconds that it took."""
-        ...
-
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Take ``step``, from its recording where there is one."""
-        ...
-
-
-class EagerRunner:
-    """Records nothing: what a CPU does."""
-
-    def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
-        """Do nothing."""
-        return 0.0
-
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Take ``step``."""
-        step()
 
 
 class GraphRunner:
@@ -189,6 +167,6 @@ class GraphRunner:
             graph.replay()
 
 
-def runner_for(device: torch.device) -> StepRunner:
-    """Return what suits the device."""
-    return GraphRunner(device) if device.type == "cuda" else EagerRunner()
+def runner_for(device: torch.device) -> GraphRunner | None:
+    """Return what records steps; None on a CPU."""
+    return GraphRunner(device) if device.type == "cuda" else None

@@ -22,7 +22,7 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from distilbench.bench.roofline import Machine
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import Bucket
-from distilbench.engines.fused.cuda.graph_step import EagerRunner, GraphSteps
+from distilbench.engines.fused.cuda.graph_step import GraphSteps
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
 from distilbench.engines.loss import Loss
@@ -158,7 +158,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     losses = torch.empty(trials, device=META)
     step = GraphSteps(
         weights, StackedOptimizer(weights, moments, optim), prefix if layers else None, SimpleNamespace(seeds=(1,)),
-        np.ones((1, trials)), losses, losses.clone(), Loss(0.0, None), 0, EagerRunner(),
+        np.ones((1, trials)), losses, losses.clone(), Loss(0.0, None), 0, None,
     )  # fmt: skip
     step._buffers_of(BUCKET)
     with counted() as launches:
