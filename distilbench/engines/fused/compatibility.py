@@ -23,13 +23,9 @@ def check_fusable(trial: TrialSettings, resolved: ResolvedModel, precision: str)
             f"engine.name=fused needs an encoder of type {' or '.join(ARCHITECTURES)}, got {kind!r} "
             f"({resolved.used.name}); {_REMEDY}"
         )
-    unusual = {
-        "is_decoder": config.get("is_decoder") is True,
-        "add_cross_attention": config.get("add_cross_attention") is True,
-        "position_embedding_type": config.get("position_embedding_type") not in (None, "absolute"),
-    }
-    for name, present in unusual.items():
-        if present:
+    usual = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+    for name, value in usual.items():
+        if config.get(name) not in (None, value):
             raise SettingsError(
                 f"engine.name=fused needs a plain encoder, got {name}={config[name]!r} ({resolved.used.name}); "
                 + _REMEDY

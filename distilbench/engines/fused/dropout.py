@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from numpy.random import SFC64
@@ -21,23 +20,6 @@ from distilbench.engines.fused.kernels import EXTENT, LANES
 
 _LEVELS = 1 << 16
 """A draw is 16 bits, a quarter of what the generator yields at once: dropping 0.1 becomes dropping 0.100006."""
-
-
-class DropoutMasks(Protocol):
-    """The masks of one forward pass, drawn in the order in which the layers ask for them."""
-
-    def draw(
-        self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; ``shapes`` is what is real."""
-        ...
-
-
-def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> DropoutMasks:
-    """Return the way to draw that suits the device, keyed for each order of examples."""
-    if device.type != "cuda":
-        return Dropout(seeds, stage, step, device)
-    return CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds], device=device))
 
 
 class Dropout:
@@ -90,6 +72,17 @@ class CounterDropout:
         """Go to the next site."""
         self._site += 1
         return kernels.DropoutSite(self._keys, self._site, _dropped(rate))
+
+
+DropoutMasks = Dropout | CounterDropout
+"""The masks of one forward pass, drawn in the order in which the layers ask for them."""
+
+
+def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> DropoutMasks:
+    """Return the way to draw that suits the device, keyed for each order of examples."""
+    if device.type != "cuda":
+        return Dropout(seeds, stage, step, device)
+    return CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds], device=device))
 
 
 def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

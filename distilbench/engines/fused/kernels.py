@@ -52,19 +52,16 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Start it."""
-        getattr(_triton(), self.kernel)[self.grid](**self.arguments, enable_fp_fusion=True)
+        self._program()[self.grid](**self.arguments, enable_fp_fusion=True)
 
     def compile(self) -> Any:
         """Compile it for the current device; tensors need no contents. None where Triton only interprets."""
-        return getattr(_triton(), self.kernel).warmup(grid=self.grid, **self.arguments, enable_fp_fusion=True)
+        return self._program().warmup(grid=self.grid, **self.arguments, enable_fp_fusion=True)
 
+    def _program(self) -> Any:
+        from distilbench.engines.fused import _triton  # which needs Triton
 
-@cache
-def _triton() -> Any:
-    """Import the kernels, which needs Triton."""
-    from distilbench.engines.fused import _triton
-
-    return _triton
+        return getattr(_triton, self.kernel)
 
 
 def runs(work: str, device: torch.device, *details: Any) -> bool:
