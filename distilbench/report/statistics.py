@@ -151,9 +151,17 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
     """Measure how a difference varies over seeds and examples; as :func:`compare_over_seeds`, which says how."""
     shared = sorted(set(correct_a) & set(correct_b))
     if len(shared) >= 2:
-        return _paired_seeds(_stack(correct_a, shared), _stack(correct_b, shared))
+        a, b = _stack(correct_a, shared), _stack(correct_b, shared)
+        _require_same_examples(a[0], b[0])
+        variance, noise = _seed_variance(a - b)
+        return SeedSpread((a - b).mean(axis=0), ((variance, len(a) - 1),), noise, n=len(a), paired=True)
     if not shared and min(len(correct_a), len(correct_b)) >= 2:
-        return _independent_seeds(_stack(correct_a, sorted(correct_a)), _stack(correct_b, sorted(correct_b)))
+        a, b = _stack(correct_a, sorted(correct_a)), _stack(correct_b, sorted(correct_b))
+        _require_same_examples(a[0], b[0])  # only the examples are paired
+        (variance_a, noise_a), (variance_b, noise_b) = _seed_variance(a), _seed_variance(b)
+        parts = ((variance_a, len(a) - 1), (variance_b, len(b) - 1))
+        by_example = a.mean(axis=0) - b.mean(axis=0)
+        return SeedSpread(by_example, parts, noise_a + noise_b, n=min(len(a), len(b)), paired=False)
     raise ValueError(
         f"seeds must be shared, or two or more on each side, got {sorted(correct_a)} and {sorted(correct_b)}"
     )
@@ -170,23 +178,6 @@ def _require_same_examples(*correct: np.ndarray) -> None:
     lengths = sorted({len(c) for c in correct})
     if len(lengths) != 1 or lengths[0] == 0:
         raise ValueError(f"trials must be compared on the same examples, got {lengths} of them")
-
-
-def _paired_seeds(a: np.ndarray, b: np.ndarray) -> SeedSpread:
-    """Row s of ``a`` and of ``b``, both ``(seeds, examples)``, come from the same seed."""
-    _require_same_examples(a[0], b[0])
-    difference = a - b
-    seeds, noise = _seed_variance(difference)
-    return SeedSpread(difference.mean(axis=0), ((seeds, len(a) - 1),), noise, n=len(a), paired=True)
-
-
-def _independent_seeds(a: np.ndarray, b: np.ndarray) -> SeedSpread:
-    """Compare ``a`` and ``b``, ``(seeds, examples)``, each with seeds of its own; only the examples are paired."""
-    _require_same_examples(a[0], b[0])
-    (seeds_a, noise_a), (seeds_b, noise_b) = _seed_variance(a), _seed_variance(b)
-    parts = ((seeds_a, len(a) - 1), (seeds_b, len(b) - 1))
-    by_example = a.mean(axis=0) - b.mean(axis=0)
-    return SeedSpread(by_example, parts, noise_a + noise_b, n=min(len(a), len(b)), paired=False)
 
 
 def _seed_variance(values: np.ndarray) -> tuple[float, float]:

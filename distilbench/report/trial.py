@@ -215,17 +215,11 @@ def _facts(summary: Summary) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True, min_width=7)
     grid.add_column(overflow="fold")
-    grid.add_row("model", _source(summary.model))
-    grid.add_row("data", _source(summary.data))
-    for label, text in _fact_texts(summary):
-        grid.add_row(label, Text(text))
+    for label, told in _fact_texts(summary):
+        text = Text(told)
+        text.highlight_words(["FALLBACK"], "bold black on yellow")
+        grid.add_row(label, text)
     return grid
-
-
-def _source(source: SourceUsed) -> Text:
-    text = Text(source.describe())
-    text.highlight_words(["FALLBACK"], "bold black on yellow")
-    return text
 
 
 def _label_counts(labels: Mapping[str, Mapping[str, int]]) -> str:
@@ -241,6 +235,8 @@ def _fact_texts(summary: Summary) -> Iterator[tuple[str, str]]:
     train, optim = settings.train, settings.optim
     sizes = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in summary.labels.items())
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in summary.dropped.items() if count)
+    yield "model", summary.model.describe()
+    yield "data", summary.data.describe()
     yield "examples", sizes + (f"; left out: {dropped}" if dropped else "")
     yield "labels", _label_counts(summary.labels)
     if summary.shared:
