@@ -29,10 +29,10 @@ class CapturableOptimizer:
         weights, settings = optimizer.weights, optimizer.settings
         self.weights, self.moments, self.adaptive = weights, optimizer.moments, settings[0].name == "adamw"
         self.scales = None if all(s.layer_decay == 1 for s in settings) else _lr_scales(weights, settings)
-        self.table = torch.from_numpy(step_scalars_of(settings, lrs)).to(weights.flat_params)
-        self.constants = torch.tensor([_constants(s) for s in settings], dtype=torch.float64).to(weights.flat_params)
-        self.limits = torch.tensor([s.max_grad_norm or torch.inf for s in settings], dtype=torch.float64).to(
-            weights.flat_params
+        limits = [s.max_grad_norm or np.inf for s in settings]
+        self.table, self.constants, self.limits = (
+            torch.as_tensor(numbers, dtype=torch.float64).to(weights.flat_params)
+            for numbers in (step_scalars_of(settings, lrs), [_constants(s) for s in settings], limits)
         )
 
     @torch.no_grad()
@@ -42,19 +42,16 @@ class CapturableOptimizer:
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        compute_part = weights.compute_grad, weights.compute_params
-        compute_dtype = (weights.flat_params if weights.compute_params is None else weights.compute_params).dtype
-        if self.adaptive and self.scales is None and kernels.runs("adamw", norms.device, compute_dtype):
-            numbers = step_scalars, self.constants, factors
+        rule = step_scalars, self.constants, factors
+        if self.adaptive and self.scales is None and kernels.runs("adamw", norms.device, weights.compute_dtype):
+            compute_part = weights.compute_grad, weights.compute_params
             state = weights.flat_params, weights.grad, compute_part, self.moments
-            kernels.adamw(*state, numbers, (decayed, compute)).run()
+            kernels.adamw(*state, rule, (decayed, compute)).run()
             return
         if weights.compute_grad is not None:
             weights.grad[:, compute] = weights.compute_grad
-        rule = adamw if self.adaptive else sgd
-        rule(
-            weights.flat_params, weights.grad, self.moments, step_scalars, self.constants, factors, decayed, self.scales
-        )
+        update = adamw if self.adaptive else sgd
+        update(weights.flat_params, weights.grad, self.moments, *rule, decayed, self.scales)
         weights.updated()
 
 
