@@ -48,9 +48,11 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
     if not good:
-        learned = "to have learned, and " if any(row.has_learned is False for row in candidates) else ""
+        unlearned = sum(row.has_learned is False for row in candidates)
+        verb = "has" if unlearned == 1 else "have"
+        beside = f"; {counted(unlearned, 'setting')} {verb} not learned" if unlearned else ""
         wanted = f"to be better than the baseline, or to lose less than {counted(report.margin, 'point')}"
-        return f"{nothing} was shown {learned}{wanted}.", confirmed or _undecided(report)
+        return f"{nothing} was shown {wanted}{beside}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
     rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
     saved = ", ".join(_savings(cheapest, report))

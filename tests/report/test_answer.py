@@ -71,7 +71,10 @@ def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_
     assert [(row.claim, row.has_learned, said(row)) for row in report.candidates] == [
         (None, False, "has not learned")
     ] * 2
-    assert answer(report)[0].startswith("None of the 2 settings tried was shown to have learned, and to be better than")
+    assert answer(report)[0] == (
+        "None of the 2 settings tried was shown to be better than the baseline, or to lose less than 20 points; "
+        "2 settings have not learned."
+    )
 
 
 def test_beside_a_baseline_that_has_not_learned_nothing_is_praised():
