@@ -16,6 +16,7 @@ from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
@@ -163,7 +164,9 @@ class MlflowStore:
 
     def _search(self, wanted: RunFilter) -> list[Run]:
         with self._address.asking():
-            return search_runs(self._client, self._experiment_id, wanted)
+            if self._address.artifacts is None:
+                return search_runs(self._client, self._experiment_id, wanted)
+            return search_database(self._address.uri, self._experiment_id, wanted)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
