@@ -55,7 +55,7 @@ def test_a_killed_trial_is_closed_by_the_next_command(workspace):
     assert workspace.runs()[0].info.status == "RUNNING"
     done = workspace.run(*SHORT)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "closed 1 runs" in line]
+    (line,) = [line for line in done.stdout.splitlines() if "closed 1 run whose" in line]
     killed, _ = workspace.runs()
     assert f"{killed.info.run_name} INTERRUPTED" in line
     assert (killed.info.status, killed.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")

@@ -319,9 +319,9 @@ def test_seconds_are_read_once_the_device_has_done_what_they_are_of(
 def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, splits_of, recorder, monkeypatch):
     settings = trial("train.epochs=1", "output.save_model=false")
     splits, events = splits_of(settings), []
-    step = TrialGroup._step
+    step = TrialGroup._advance
     monkeypatch.setattr(kernels, "prepare", lambda *what: events.append(what))
-    monkeypatch.setattr(TrialGroup, "_step", lambda group, stack: events.append("step") or step(group, stack))
+    monkeypatch.setattr(TrialGroup, "_advance", lambda group: events.append("step") or step(group))
     FusedEngine().train([settings], splits, recorder())
     config = resolve_model(settings.model).config
     heads, size = config["n_heads"], config["dim"] // config["n_heads"]
