@@ -104,6 +104,22 @@ def test_a_run_that_can_not_be_ended_does_not_keep_the_others_from_their_end(sto
     assert status_of(store, stuck) == ("FINISHED", "FINISHED")
 
 
+def test_a_file_that_the_store_refuses_for_good_costs_a_line_and_not_the_end_of_its_run(
+    store, dead, tmp_path, monkeypatch, caplog
+):
+    run_id = begun_by(store, dead, tmp_path).run_id
+    Record(IDENTITY, Status.FINISHED, dead, run_id).write(tmp_path)
+    (tmp_path / "predictions.parquet").write_bytes(b"too large")
+
+    def refuse(*args):
+        raise ValueError("larger than 500 MB")
+
+    monkeypatch.setattr(store._client, "log_artifact", refuse)
+    store.end_left_runs()
+    assert status_of(store, run_id) == ("FINISHED", "FINISHED")
+    assert "MLflow did not take predictions.parquet of the run: larger than 500 MB" in caplog.text
+
+
 def test_a_directory_that_another_trial_has_used_since_says_nothing_of_a_run(store, dead, tmp_path):
     run_id = begun_by(store, dead, tmp_path).run_id
     Record(IDENTITY, Status.FINISHED, dead, "another run").write(tmp_path)
