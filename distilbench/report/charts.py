@@ -33,10 +33,14 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Four to nine round numbers within the axis; 1, 2 and 5 of each power of ten on a logarithmic one."""
+        """Four to nine round numbers within the axis; at most five on a logarithmic one."""
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            return [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
+            for factors in ((1, 2, 5), (1, 3), (1,)):  # whose labels do not touch
+                ticks = [m * 10.0**p for p in powers for m in factors if self.low <= m * 10.0**p <= self.high]
+                if len(ticks) <= 5:
+                    break
+            return ticks
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 8)
         step = max(step, 1) if self.whole else step

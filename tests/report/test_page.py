@@ -214,6 +214,18 @@ def test_text_has_a_contrast_of_4_5_and_a_mark_of_3_on_each_ground(scheme):
             assert contrast(colour, ground, min(OPACITIES)) >= 3, (name, ground)
 
 
+@pytest.mark.parametrize(
+    ("amounts", "ticks"),
+    [
+        ((500, 4000), [500, 1000, 2000]),
+        ((500, 67_349), [1000, 3000, 10_000, 30_000]),
+        ((100, 2_000_000), [100, 1000, 10_000, 100_000, 1_000_000]),
+    ],
+)
+def test_a_long_range_of_examples_has_few_labels_which_do_not_touch(amounts, ticks):
+    assert [tick for tick in charts.logarithmic(amounts).ticks if amounts[0] <= tick <= amounts[1]] == ticks
+
+
 def test_text_of_charts_has_11_pixels_on_a_phone_of_390():
     """A chart is as wide as the page without the paddings of the body and the figure, whatever its own unit."""
     size = float(re.search(r"svg {.*?font: ([\d.]+)px", STYLE).group(1))
