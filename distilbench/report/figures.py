@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from distilbench.cli import counted
 from distilbench.identity import value_of
-from distilbench.report import charts
+from distilbench.report.charts import Axis, Chart, Mark
 from distilbench.report.findings import (
     CostOf,
     Report,
@@ -36,10 +36,10 @@ _MOST_AXES = 4
 
 
 class Figure(NamedTuple):
-    """One way to draw a figure, of which a reader chooses by its name where there are several."""
+    """One way to draw a figure, of which a reader chooses by its name where there are several; shares become bars."""
 
     choice: str
-    svg: str
+    chart: Chart | Mapping[str, float]
     caption: str
 
 
@@ -48,7 +48,7 @@ def figures_of(report: Report) -> dict[str, list[Figure]]:
     figures = {}
     for title, draw in _FIGURES.items():
         try:
-            figures[title] = draw(report)
+            figures[title] = list(draw(report))
         except Exception as error:  # a figure's boundary: the report goes on without it
             log.warning("no figure of %r: %s", title, error)
     return {title: drawn for title, drawn in figures.items() if drawn}
@@ -68,200 +68,168 @@ def _thinned(rows: Sequence[Row]) -> list[Row]:
     return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
 
 
-def _tip(row: Row) -> str:
-    return one_line(f"{row.label}: {percent(row.accuracy)}, {said(row)}")
+def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
+    """Return a row's dot, its line across several points, or a cross where it was stopped."""
+    if not row.trials:
+        return Mark("cross", points, tip=f"{row.label}: {row.status}")
+    tip = f"{row.label}: {percent(row.accuracy)}, {said(row)}"
+    if len(points) > 1:
+        return Mark("line", points, f"setting {kind_of(row)}", tip, row.rank)
+    return Mark("dot", points, kind_of(row), tip, row.rank)
 
 
-def _dot(row: Row, x: float, y: float) -> str:
-    """Return a row's point, which the filter hides and whose card shows on hover, touch and focus."""
-    linked = f' data-row="{row.rank}" tabindex="-1"'
-    return charts.dot(x, y, _tip(row), kind_of(row), 6 if row.is_baseline else 4.5, linked)
-
-
-def _trade_off(report: Report) -> list[Figure]:
+def _trade_off(report: Report) -> Iterator[Figure]:
     """Draw accuracy against cost, for each way to count it that two settings or more have."""
-    timed = comparable_in_time(report)
-    estimated = " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
-    ways: tuple[tuple[str, str, Sequence[Row], CostOf], ...] = (
-        ("FLOPs", "", report.rows, lambda row: row.cost.flops),
-        ("training time", estimated, timed, lambda row: row.cost.seconds),
+    rows = [row for row in report.rows if row.cost.flops > 0]
+    yield from _against_cost(report, rows, "FLOPs", lambda row: row.cost.flops, flops)
+    timed = [row for row in comparable_in_time(report) if row.cost.seconds > 0]
+    longest = max((row.cost.seconds for row in timed), default=0.0)
+    unit, name = next(
+        (unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 2 * unit or unit == 1
     )
-    known = [(name, note, [row for row in rows if row.trials and cost(row) > 0], cost)
-             for name, note, rows, cost in ways]  # fmt: skip
-    return [_against_cost(report, name, note, rows, cost) for name, note, rows, cost in known if len(rows) > 1]
+    title = "training time"
+    title += " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
+    yield from _against_cost(report, timed, title, lambda row: row.cost.seconds / unit, f"{{:g}} {name}".format)
 
 
-def _against_cost(report: Report, choice: str, note: str, rows: Sequence[Row], cost: CostOf) -> Figure:
-    """``rows`` are those that have this cost, by which others are stopped too."""
-    name = choice + note
-    front = pareto_front(rows, cost)
+def _against_cost(
+    report: Report, rows: Sequence[Row], name: str, cost: CostOf, text: Callable[[float], str]
+) -> Iterator[Figure]:
+    """``rows`` are those that have this cost."""
+    finished = [row for row in rows if row.trials]
+    if len(finished) < 2:
+        return
     stopped = [row for row in report.rows if row.stopped and cost(row) > 0]
-    unit, unit_name = _unit(name, max(cost(row) for row in (*rows, *stopped)))
-    x = charts.horizontal([cost(row) / unit for row in (*rows, *stopped)], f" {unit_name}")
-    y = charts.vertical([100 * row.accuracy_so_far for row in (*rows, *stopped)])
-    marks = charts.line([(x(cost(row) / unit), y(100 * row.accuracy)) for row in front], "front", "Pareto front")
-    for row in stopped:
-        marks += charts.cross(x(cost(row) / unit), y(100 * row.accuracy_so_far), f"{row.label}: {row.status}")
-    for row in sorted(_thinned(rows), key=lambda row: row.is_baseline):
-        marks += _dot(row, x(cost(row) / unit), y(100 * row.accuracy))
-    left = sum(bool(row.trials) for row in report.rows) - len(rows)
+    front = pareto_front(finished, cost)
+    marks = [Mark("line", [(cost(row), 100 * row.accuracy) for row in front], "front", "Pareto front")]
+    drawn = [*stopped, *sorted(_thinned(finished), key=lambda row: row.is_baseline)]
+    marks += [_mark_of(row, (cost(row), 100 * row.accuracy_so_far)) for row in drawn]
+    left = sum(bool(row.trials) for row in report.rows) - len(finished)
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
     caption += "Crosses are where trials were stopped. " if stopped else ""
     caption += f"{counted(left, 'setting')} left out, whose {name} can't be compared." if left > 0 else ""
-    return Figure(choice, charts.frame(x, y, name, "accuracy, %", marks, f"Accuracy against {name}"), caption)
+    yield Figure(name.partition(" (")[0], Chart(f"Accuracy against {name}", marks, name, x_text=text), caption)
 
 
-def _unit(kind: str, most: float) -> tuple[float, str]:
-    """Return the unit that tells costs apart best: hours, minutes or seconds; powers of a thousand FLOPs."""
-    if kind == "FLOPs":
-        power = flops(most).partition(" ")[2]
-        return 1000.0 ** " kMGTPE".index(power or " "), power
-    return next((unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if most >= 2 * unit or unit == 1)
-
-
-def _depths(report: Report) -> list[Figure]:
+def _depths(report: Report) -> Iterator[Figure]:
     depths = by_depth(report.rows)
     if len(depths) < 2:
-        return []
-    accuracies = {depth: [100 * row.accuracy for row in rows] for depth, rows in depths.items()}
-    x = charts.horizontal(depths, whole=True)
-    y = charts.vertical([accuracy for found in accuracies.values() for accuracy in found])
-    means = [(x(depth), y(sum(found) / len(found))) for depth, found in accuracies.items()]
-    marks = charts.line(means, "", "mean of the settings of a depth") + "".join(
-        _dot(row, x(depth), y(100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)
-    )
+        return
+    means = [(depth, 100 * sum(row.accuracy for row in rows) / len(rows)) for depth, rows in depths.items()]
+    marks = [Mark("line", means, tip="mean of the settings of a depth")]
+    marks += [_mark_of(row, (depth, 100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)]
     caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
-    chart = charts.frame(x, y, "frozen encoder layers", "accuracy, %", marks, "Accuracy by freeze depth")
-    return [Figure("", chart, caption)]
+    yield Figure("", Chart("Accuracy by freeze depth", marks, "frozen encoder layers", is_whole=True), caption)
 
 
-def _data_curve(report: Report) -> list[Figure]:
+def _data_curve(report: Report) -> Iterator[Figure]:
     """Draw accuracy, and FLOPs, against the number of training examples: a line a depth."""
     curves = data_curve(report)
     if not curves:
-        return []
+        return
     halves = {depth: half_of_text(rows) for depth, rows in curves.items()}
     costs = [f"{cost:.2f} points at depth {depth}" for depth, cost in halves.items() if cost is not None]
     half = f"Half of the text costs about {', '.join(costs)}. " if costs else ""
     caption = "The best setting of each amount, a line a depth, with 95 % intervals. " + half
-    figures = [Figure("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %", True), caption)]
+    yield Figure("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %"), caption)
     if all(row.cost.flops > 0 for rows in curves.values() for row in rows):
-        unit, name = _unit("FLOPs", max(row.cost.flops for rows in curves.values() for row in rows))
-        chart = _along_text(curves, lambda row: row.cost.flops / unit, f"FLOPs, {name}", False)
-        figures.append(Figure("FLOPs", chart, ""))
-    return figures
+        yield Figure("FLOPs", _along_text(curves, lambda row: row.cost.flops, "FLOPs", flops), "")
 
 
-def _along_text(curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, has_whiskers: bool) -> str:
-    rows = [row for curve in curves.values() for row in curve]
-    halves = {id(row): 100 * row.accuracy_half_width if has_whiskers else 0.0 for row in rows}
-    x = charts.logarithmic([row.first.train_examples for row in rows])
-    y = charts.vertical([value(row) + sign * halves[id(row)] for row in rows for sign in (-1, 1)])
-    marks = ""
+def _along_text(
+    curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, text: Callable[[float], str] = "{:g}".format
+) -> Chart:
+    """Accuracies get whiskers: FLOPs are counted, and have no interval."""
+    marks = []
     for i, (depth, curve) in enumerate(curves.items()):
-        kind = f"hue{i % 4}"
-        marks += charts.line(
-            [(x(row.first.train_examples), y(value(row))) for row in curve], kind, f"{depth} layers frozen"
-        )
-        for row in curve:
-            at, half = x(row.first.train_examples), halves[id(row)]
-            marks += charts.whisker(at, y(value(row) - half), y(value(row) + half), kind) + _dot(row, at, y(value(row)))
-        below = 20 if i % 2 else -10  # two lines end close to each other
-        marks += charts.label(x(curve[0].first.train_examples) + 8, y(value(curve[0])) + below, f"depth {depth}")
-    return charts.frame(x, y, "training examples", title, marks, f"{title} against training examples")
+        kind, points = f"hue{i % 4}", [(row.first.train_examples, value(row)) for row in curve]
+        marks.append(Mark("line", points, kind, f"{depth} layers frozen", label=f"depth {depth}"))
+        for row, (examples, height) in zip(curve, points, strict=True):
+            half = 0 if title == "FLOPs" else 100 * row.accuracy_half_width
+            marks.append(Mark("whisker", [(examples, height - half), (examples, height + half)], kind))
+            marks.append(_mark_of(row, (examples, height)))
+    name = f"{title} against training examples"
+    return Chart(name, marks, "training examples", title, "{:,.0f}".format, text, is_log=True)
 
 
-def _curves(report: Report) -> list[Figure]:
+def _curves(report: Report) -> Iterator[Figure]:
     drawn = [curve for curve in report.curves if len(curve.points) > 1]
     if not drawn:
-        return []
-    x = charts.horizontal([step for curve in drawn for step, _ in curve.points], whole=True)
-    y = charts.vertical([100 * value for curve in drawn for _, value in curve.points])
-    marks = ""
+        return
+    marks = []
     for i, curve in reversed(list(enumerate(drawn))):
         kind = "base" if curve.is_baseline else "" if i == 0 else "faint"
-        points = [(x(step), y(100 * value)) for step, value in curve.points]
-        marks += charts.line(points, kind, one_line(curve.label))
-        marks += "".join(charts.dot(*point, one_line(curve.label), kind, 3) for point in points)
+        points = [(step, 100 * value) for step, value in curve.points]
+        marks.append(Mark("line", points, kind, curve.label))
+        marks += [Mark("point", [point], kind, curve.label) for point in points]
     best = next((curve.label for curve in drawn if not curve.is_baseline), "")
     caption = f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best. "
     caption += f"Solid: {best}. " if best else ""
     caption += "Dashed: the baseline." if any(curve.is_baseline for curve in drawn) else ""
-    return [Figure("", charts.frame(x, y, "step", "accuracy, %", marks, "Learning curves"), caption)]
+    yield Figure("", Chart("Learning curves", marks, "step", is_whole=True), caption)
 
 
-def _history(report: Report) -> list[Figure]:
+def _history(report: Report) -> Iterator[Figure]:
     """Draw what each further trial brought: each setting's accuracy in the order of their start, the best so far."""
-    told = history(report)
+    told = list(enumerate(history(report), start=1))
     if len(told) < 3:
-        return []
-    x = charts.horizontal(range(1, len(told) + 1), whole=True)
-    y = charts.vertical([100 * row.accuracy_so_far for row, _ in told])
-    steps = [(x(i), y(100 * best)) for i, (_, best) in enumerate(told, start=1) if not math.isnan(best)]
-    marks = charts.line(steps, "", "best so far")
-    for i, (row, _) in list(enumerate(told, start=1))[:: -(-len(told) // MOST_POINTS)]:
-        place = x(i), y(100 * row.accuracy_so_far)
-        marks += _dot(row, *place) if row.trials else charts.cross(*place, f"{row.label}: {row.status}")
+        return
+    best = [(place, 100 * accuracy) for place, (_, accuracy) in told if not math.isnan(accuracy)]
+    marks = [Mark("line", best, tip="best so far")] if best else []
+    shown = told[:: -(-len(told) // MOST_POINTS)]
+    marks += [_mark_of(row, (place, 100 * row.accuracy_so_far)) for place, (row, _) in shown]
     caption = "Settings in the order in which they were tried; the line is the best so far, an optimistic figure."
-    return [Figure("", charts.frame(x, y, "settings tried", "accuracy, %", marks, "The sweep as it went"), caption)]
+    yield Figure("", Chart("The sweep as it went", marks, "settings tried", is_whole=True), caption)
 
 
-def _parallel(report: Report) -> list[Figure]:
+def _parallel(report: Report) -> Iterator[Figure]:
     """Draw every finished setting as a line across what varied, and its accuracy."""
     rows = [row for row in _thinned(report.rows) if row.trials]
     keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
     if len(rows) < 5 or len(keys) < 2:
-        return []
-    scales = [_scale([value_of(row.treatment, key) for row in rows]) for key in keys]
-    scales.append(_scale([100 * row.accuracy for row in rows]))
-    across = charts.Axis(0, len(keys), charts.LEFT, charts.WIDTH - charts.LEFT)
-    marks = ""
-    for row in reversed(rows):
-        values = [*(value_of(row.treatment, key) for key in keys), 100 * row.accuracy]
-        points = [(across(i), at(value)) for i, ((at, *_), value) in enumerate(zip(scales, values, strict=True))]
-        kind = f"setting {kind_of(row)}"
-        marks += charts.line(points, kind, _tip(row), f' data-row="{row.rank}"')
-    names = [*(key.removesuffix(".name").rpartition(".")[2] for key in keys), "accuracy"]
-    for i, (name, (_, low, high)) in enumerate(zip(names, scales, strict=True)):
-        marks += charts.whisker(across(i), charts.TOP + 18, charts.HEIGHT - 18)
-        ends = ((charts.HEIGHT - 4, low), (charts.TOP + 13, high))
-        marks += "".join(charts.label(across(i), y, text, anchor="middle") for y, text in ends)
-        shown = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}"
-        marks += charts.label(across(i), charts.TOP, shown, "axis", "middle")
+        return
+    values = {
+        key.removesuffix(".name").rpartition(".")[2]: [value_of(row.treatment, key) for row in rows] for key in keys
+    }
+    values["accuracy"] = [100 * row.accuracy for row in rows]
+    scales = {name: _scale(of_rows) for name, of_rows in values.items()}
+    heights = [[scales[name][0](value) for value in of_rows] for name, of_rows in values.items()]
+    marks = [_mark_of(row, *enumerate(along)) for row, along in zip(rows, zip(*heights, strict=True), strict=True)]
+    uprights = [
+        (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}", low, high)
+        for name, (_, low, high) in scales.items()
+    ]
     caption = "A line a setting, coloured by its verdict, from what varied to accuracy."
-    return [Figure("", charts.bare(marks, "Every setting"), caption)]
+    yield Figure("", Chart("Every setting", marks[::-1], uprights=uprights), caption)
 
 
 def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
-    """Return an upright axis of values of any kind, with the words at its two ends.
+    """Return what places values of any kind in [0, 1], with the words at its two ends.
 
     Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
     """
-    bottom, top = charts.HEIGHT - 20.0, charts.TOP + 20.0
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values):
         words = sorted({str(value) for value in values})
-        step = (top - bottom) / max(len(words) - 1, 1)
-        return lambda value: bottom + step * words.index(str(value)), one_line(words[0]), one_line(words[-1])
+        return lambda value: words.index(str(value)) / max(len(words) - 1, 1), words[0], words[-1]
     low, high = min(numbers), max(numbers)
-    high = high if high > low else low + 1
-    axis = charts.Axis(low, high, bottom, top, is_log=low > 0 and high >= 10 * low)
+    axis = Axis(low, high if high > low else low + 1, 0, 1, is_log=low > 0 and high >= 10 * low)
     return lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}"
 
 
-def _importance(report: Report) -> list[Figure]:
+def _importance(report: Report) -> Iterator[Figure]:
     shares = importance(report.rows)
-    shown = {one_line(name): share for name, share in list(shares.items())[:7]}
     caption = (
         "Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna): a hint from "
         f"{counted(sum(bool(row.trials) for row in report.rows), 'setting')}, not a test; a sampler that looks at "
         "results tries some values more often."
     )
-    return [Figure("", charts.bars(shown, "What mattered"), caption)] if shares else []
+    if shares:
+        yield Figure("", {one_line(name): share for name, share in list(shares.items())[:7]}, caption)
 
 
-_FIGURES: dict[str, Callable[[Report], list[Figure]]] = {
+_FIGURES: dict[str, Callable[[Report], Iterator[Figure]]] = {
     "Accuracy against cost": _trade_off,
     "How much text": _data_curve,
     "Accuracy by freeze depth": _depths,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from distilbench.cli import command, override
@@ -32,11 +31,15 @@ _LONGEST_WORD = 40
 def page(report: Report) -> str:
     """Write the whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: one_line(value) if type(value) is str else value,
     )  # fmt: skip
+    environment.globals["size"] = charts
+    environment.filters["px"] = "{:.1f}".format
     environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    found = [row.difference for row in report.table_rows if row.difference]
+    return environment.get_template(TEMPLATE.name).render(
         report=report,
         answer=answer(report),
         counts=_counts(report),
@@ -49,12 +52,11 @@ def page(report: Report) -> str:
         failures=failures(report),
         notes=[*protocol_lines(report), *notes_of(report)],
         command_of=lambda row: _command(row, report),
-        forest=_forest(report),
+        scale=charts.forest_axis([(difference.low, difference.high) for difference in found]),
         kind_of=kind_of,
         look=_look,
         plain=plain,
         survival=survival,
-        svg=Markup,
         unbroken=_unbroken,
     )
 
@@ -72,18 +74,6 @@ def _look(column: Column) -> str:
     """Return the classes by which a column's cells are laid out."""
     is_number = not column.is_text and column.key != "difference_points"
     return " ".join([*(["number"] if is_number else []), *(["slim"] if column.key in _SLIM else [])])
-
-
-def _forest(report: Report) -> Callable[[Row], str]:
-    """Return what draws a row's interval, on one axis for all rows."""
-    found = [row.difference for row in report.table_rows if row.difference]
-    scale = charts.forest_axis([(difference.low, difference.high) for difference in found])
-
-    def draw(row: Row) -> str:
-        one, text = row.difference, CSV["difference_points"].text(row)
-        return Markup(charts.forest(scale, one.low, one.points, one.high, kind_of(row), text)) if one else ""
-
-    return draw
 
 
 def _command(row: Row, report: Report) -> str:
