@@ -242,7 +242,7 @@ def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing:
     print(f"confirming sweep {settings.sweep}: {counted(len(missing), 'trial')} to train, {pace}")
     for key in dict.fromkeys(point.extra[0] for point in missing):
         seeds = ", ".join(point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key)
-        print(f"  {one_line(chosen[key].row.label)}: seeds {seeds}")
+        print(f"  {one_line(chosen[key].row.name)}: seeds {seeds}")
 
 
 def cli() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from distilbench.compare import compare_stored, spelled_for_hydra
 from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
-from distilbench.results import Status, TrialResult
+from distilbench.results import Status, TrialResult, Verdict
 from distilbench.settings import CompareSettings, SettingsError, settings_from
 from distilbench.tracking import MARGIN, SWEEP
 from tests.commands import HEAVY, Workspace, split_imports
@@ -249,3 +249,27 @@ def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, t
     assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
     assert f"the store holds no trial of the sweep empty, {tmp_path} does. A store that was deleted" in caplog.text
     assert "trains them again with sweep.retry_lost=true" in caplog.text
+
+
+def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_alone(tmp_path):
+    """A loss of half a point, shown to be below 3 points alone, but not beside nine others."""
+    store = make_store(tmp_path)
+    parent = store.open_parent_run("many", {SWEEP: "many"}, tmp_path)
+    ids = []
+    for number in range(11):
+        tags = {SWEEP: "many", "distilbench.trial": str(number)}
+        ids.append(add_trial(store, *([f"optim.lr={number}e-3"] if number else []), wrong=20 + (number > 0), tags=tags,
+                             parent_run_id=parent.run_id))  # fmt: skip
+        store.add_comparison(ids[-1], "alone", sentence="-0.50 points against the baseline. Good enough")
+    for _ in range(2):  # a report made again adds nothing
+        with initialize_config_dir(str(ROOT / "conf")):
+            report = report_sweep(store, "many", tmp_path, default_treatment(), 3.0, Console(quiet=True))
+    assert {(row.number, row.claim) for row in report.candidates} == {(str(n), Verdict.UNDECIDED) for n in range(1, 11)}
+    described = [store._client.get_run(run_id).data.tags["mlflow.note.content"] for run_id in ids]
+    assert described[0].startswith("-0.50 points"), "of the baseline nothing is claimed"
+    told = r"-0.50 points \(.*, n = 1\) against the baseline. Sweep many: undecided \(n = 1\), corrected for the 10 settings tried.\n\n\*\*Model\*\* "
+    assert re.match(told, described[3])
+    text = Path(store._client.download_artifacts(ids[3], "comparison.md")).read_text()
+    assert "lr=0.003" in text
+    assert "undecided" in text
+    assert "good enough" not in text.lower()

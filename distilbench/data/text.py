@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from distilbench.cli import counted
 from distilbench.data.formats import NO_REGRESSION, show, show_all
 from distilbench.data.readers import Corpus, Rows, hub_title, read_corpus
 from distilbench.identity import SourceUsed
@@ -123,9 +124,9 @@ def load_text(settings: DataSettings) -> TextSplits:
                     f"{shared:,}", f"{len(report):,}", corpus.name)  # fmt: skip
     if settings.report_fraction:
         alike = _near_duplicates(train, report)
-        log.warning("%s of the %s texts held out of train to report on share a run of %d words with one that is "
-                    "trained on; the more do, the more the figures flatter new text",
-                    f"{alike:,}", f"{len(report):,}", RUN_OF_WORDS)  # fmt: skip
+        log.warning("%s held out of train to report on, %s with a run of %d words that is trained on too; the more "
+                    "of these, the more the figures flatter new text",
+                    counted(len(report), "text"), f"{alike:,}", RUN_OF_WORDS)  # fmt: skip
     return TextSplits(train, selection, report, names, used, corpus.dropped, shared)
 
 

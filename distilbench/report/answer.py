@@ -32,7 +32,7 @@ def answer(report: Report) -> list[str]:
         return ["Only the baseline finished: there is nothing to compare it with."]
     if base.has_learned is False and report.floor:
         best = next((row for row in candidates if row.has_learned), None)
-        other = f"Most accurate: {best.label}, {percent(best.accuracy)}." if best else "Nor has any other setting."
+        other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else "Nor has any other setting."
         return [
             f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. Nothing is judged beside it.",
             _confirmed(report.confirmation, []) or other,
@@ -56,10 +56,10 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     cheapest = min(good, key=cost_rank(report))
     rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
     saved = ", ".join(_savings(cheapest, report))
-    first = f"{cheapest.label} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
+    first = f"{cheapest.name} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
     first += f"; {rank} {tried}." if rank else "."
     best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
-    return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.label} {_claim(best)}.")
+    return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.name} {_claim(best)}.")
 
 
 def good_rows(report: Report) -> list[Row]:
@@ -131,7 +131,7 @@ def _undecided(report: Report) -> str:
     found = _evidence(row).difference
     assert found is not None
     saved = ", ".join(_savings(row, report))
-    told = f"{row.label}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
+    told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
     return f"Undecided: {told}; {what_decides(found.needed, found.examples)}."
 
 

@@ -107,8 +107,7 @@ def _short(name: str) -> Callable[[Row], str]:
 
 
 _ALL = (
-    Column("trial", lambda row: row.first.number, "#",
-           lambda row: row.first.number if row.first.number.isdigit() else ""),
+    Column("trial", lambda row: row.number, "#", lambda row: row.number),
     Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
     Column("slice", lambda row: row.slice),
     Column("examples", lambda row: row.examples or None),

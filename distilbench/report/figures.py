@@ -71,8 +71,8 @@ def _thinned(rows: Sequence[Row]) -> list[Row]:
 def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
     """Return a row's dot, its line across several points, or a cross where it was stopped."""
     if not row.trials:
-        return Mark("cross", points, tip=f"{row.label}: {row.status}")
-    tip = f"{row.label}: {percent(row.accuracy)}, {said(row)}"
+        return Mark("cross", points, tip=f"{row.name}: {row.status}")
+    tip = f"{row.name}: {percent(row.accuracy)}, {said(row)}"
     if len(points) > 1:
         return Mark("line", points, f"setting {kind_of(row)}", tip, row.rank)
     return Mark("dot", points, kind_of(row), tip, row.rank)

@@ -22,7 +22,16 @@ from distilbench.report.names import source_overrides
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
+from distilbench.report.noninferiority import verdict_with_margin
+from distilbench.report.tables import (
+    csv_report,
+    latex_report,
+    markdown_report,
+    note,
+    print_report,
+    trial_headline,
+    trial_note,
+)
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore, RunFilter, SweepRun
@@ -80,8 +89,8 @@ def check_tested(report: Report) -> None:
     lacking = [row for row in report.table_rows if row.untested is Untested.PREDICTIONS]
     if lacking:
         raise SettingsError(
-            f"finished runs must have their predictions, got none for {len(lacking)} of {len(report.candidates)} "
-            f"settings ({lacking[0].label}) or for the baseline; train them again, or show them untested: untested=show"
+            f"finished runs must have their predictions, got none for {len(lacking)} of "
+            f"{counted(len(report.candidates), 'setting')} ({lacking[0].name}) or for the baseline; train them again, or show them untested: untested=show"
         )
 
 
@@ -236,7 +245,7 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
     base = [report.baseline] if report.baseline and report.baseline.trials else []
     drawn = [*report.candidates[:CURVES], *base]
     return tuple(
-        Curve(row.label, tuple(store.history(row.trials[0].run_id, f"{part}/accuracy")), row.is_baseline)
+        Curve(row.name, tuple(store.history(row.trials[0].run_id, f"{part}/accuracy")), row.is_baseline)
         for row in drawn
     )
 
@@ -260,6 +269,21 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
         for row in by_score(before.candidates)
         if (key := short_hash(row.treatment)) in again
     )
+
+
+def _tell_trials(store: MlflowStore, report: Report) -> None:
+    """Have trials say what the report says of their settings, where that is something else than they say alone.
+
+    Its verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
+    """
+    for row in report.candidates:
+        found = row.difference
+        if found is None or row.verdict is None:
+            continue
+        alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss)
+        if row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD):
+            for trial in row.trials:
+                store.add_comparison(trial.run_id, trial_note(report, row), sentence=trial_headline(report, row))
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
@@ -301,6 +325,7 @@ def report_sweep(
     paths = write_report(report, directory, FORMATS)
     if parent is not None:
         store.attach(parent.run_id, paths, note(report))
+        _tell_trials(store, report)
         if first := parent.tags.get(CONFIRMS):  # where it lies and on its run, it carries the outcome from now on
             with tempfile.TemporaryDirectory() as elsewhere:
                 beside = directory.parent / first

@@ -70,7 +70,8 @@ class Row:
     ``untested``. ``has_learned``: its accuracy is shown to be above that of the most frequent label alone; None where
     that was not asked. ``examples`` are those that it is reported on, 0 where unknown. ``again`` is the same setting
     in a confirmation, with fresh seeds. ``slice`` is the part of the examples that the figures are of,
-    where that is not all of them.
+    where that is not all of them. ``number`` is that of its first trial in its sweep, with the sweep's name where
+    another row has the same.
     """
 
     label: str
@@ -92,6 +93,12 @@ class Row:
     examples: int = 0
     again: Row | None = None
     slice: str = ""
+    number: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called in sentences and charts, as its first run is: the number first."""
+        return f"{self.number} {self.label}".strip()
 
     @property
     def accuracy_half_width(self) -> float:
@@ -218,8 +225,9 @@ def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
-    """Give each row a name by what tells it from the baseline, and the baseline one by all that varies."""
+    """Name each row by its number and what tells it from the baseline, and the baseline by all that varies."""
     varying = telling_keys([row.treatment for row in rows])
+    numbers = Counter(row.first.number for row in rows)
     reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
     labelled = []
     for i, row in enumerate(rows):
@@ -227,5 +235,7 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
         text = name_of({key: value_of(row.treatment, key) for key in told}, varying)
         parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
         shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
-        labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i))
+        number = row.first.number if row.first.number.isdigit() else ""
+        number = f"{row.first.sweep}/{number}" if number and numbers[number] > 1 else number
+        labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i, number=number))
     return labelled

@@ -28,6 +28,7 @@ NAMELESS = "(none)"
 
 COLUMNS = (
     Column("slice", lambda row: row.slice, "slice", lambda row: row.slice, is_text=True),
+    CSV["trial"],
     CSV["setting"],
     Column("examples", lambda row: row.examples, "examples", lambda row: f"{row.examples:,}"),
     *(CSV[key] for key in ("accuracy", "difference_points", "p_holm")),

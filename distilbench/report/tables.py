@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distilbench.cli import counted
-from distilbench.report.answer import answer
+from distilbench.report.answer import answer, tried_settings
 from distilbench.report.columns import CSV, LAYOUTS, NOTE, fitting, latex_table, markdown_table, plain, rich_table
 from distilbench.report.costs import noise_of_time
 from distilbench.report.findings import Report
@@ -18,7 +18,7 @@ from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
-from distilbench.report.words import survival
+from distilbench.report.words import said, size_of, survival
 from distilbench.results import Status
 
 ERRORS_TOLD = 5
@@ -80,7 +80,7 @@ def failures(report: Report) -> list[str]:
     """Return one line for each of the first trials that did not finish, and how many more there are."""
     ended = [(row, trial) for row in report.rows for trial in row.other_trials if trial.status is not Status.FINISHED]
     lines = [
-        f"{trial.status.value} {trial.number} {one_line(row.label)} (seed {trial.seed})".replace("  ", " ")
+        f"{trial.status.value} {one_line(row.name)} (seed {trial.seed})"
         + (f": {one_line(trial.error)[:_LONGEST_ERROR]}" if trial.error else "")
         for row, trial in ended[:ERRORS_TOLD]
     ]
@@ -130,6 +130,18 @@ def note(report: Report) -> str:
     more = len(report.rows) - len(rows)
     lines += [f"{more:,} more in report.html.", ""] if more else []
     return "\n".join([*lines, *(f"{markdown(line)}  " for line in protocol_lines(report))])
+
+
+def trial_headline(report: Report, row: Row) -> str:
+    """Say in a line of Markdown what a sweep's report says of a setting: what the runs of its trials begin with."""
+    corrected = f"corrected for {tried_settings(report)}"
+    return markdown(f"{size_of(row)} against the baseline. {report.title}: {said(row)}, {corrected}.")
+
+
+def trial_note(report: Report, row: Row) -> str:
+    """Write the same with the row and its baseline as a table, in Markdown."""
+    rows = [row, *([report.baseline] if report.baseline else [])]
+    return "\n".join([*markdown_table(rows, NOTE), "", f"**{trial_headline(report, row)}**", ""])
 
 
 def latex_report(report: Report, layout: str = "full") -> str:

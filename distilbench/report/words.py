@@ -91,4 +91,4 @@ def survival(row: Row) -> str:
     if (row.points or 0) <= 0:
         word = "shows only now" if survived else "was none in the sweep either"
     then, now = size_of(row), size_of(row.again)
-    return f"The advantage of {row.label} {word}: {then} in the sweep; {now} in the confirmation."
+    return f"The advantage of {row.name} {word}: {then} in the sweep; {now} in the confirmation."

@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from distilbench.cli import counted
 from distilbench.identity import METRIC, SOURCES
 from distilbench.results import Status
 from distilbench.settings import SettingsError, require
@@ -41,7 +42,7 @@ def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTria
            and not t.user_attrs.get("baseline")]  # fmt: skip
     found = [_as_own(trial, params, plan, identity["objectives"], name)
              for trial in own if (params := _params_in(plan, trial, identity["fixed"])) is not None]  # fmt: skip
-    log.warning("warm start: %d of the %d finished trials of %s lie in this space", len(found), len(own), name)
+    log.warning("warm start: of %s of %s in this space: %d", counted(len(own), "finished trial"), name, len(found))
     return found, earlier.user_attrs.get(PINNED) if found else None
 
 

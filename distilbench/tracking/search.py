@@ -106,6 +106,7 @@ def _trial_of(run: Run, url: str) -> StoredTrial:
         started_ms=run.info.start_time or 0,
         url=url,
         peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
+        sweep=tags.get("distilbench.sweep", ""),
         number=tags.get("distilbench.trial", ""),
         train_examples=int(tags.get("distilbench.train_examples", 0)),
         **same,

@@ -37,6 +37,9 @@ RUN = "run.json"
 NOTE = "mlflow.note.content"
 """Tag that MLflow shows as a run's description."""
 
+HEADLINE = "distilbench.headline"
+"""Tag with the sentence that the description begins with, until a later one takes its place."""
+
 METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
 
@@ -218,8 +221,10 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
 
 
 def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
-    """Have a run's description begin with what matters most, a sentence in Markdown."""
-    known = client.get_run(run_id).data.tags.get(NOTE, "")
-    head = redact(sentence) + "\n\n"
+    """Have a run's description begin with what matters most, a sentence in Markdown, in place of an earlier one."""
+    tags = client.get_run(run_id).data.tags
+    known, head = tags.get(NOTE, ""), redact(sentence)
     if not known.startswith(head):
-        client.set_tag(run_id, NOTE, (head + known)[:LONGEST_TAG])
+        rest = known.removeprefix(tags.get(HEADLINE, "")).lstrip("\n")
+        client.set_tag(run_id, NOTE, f"{head}\n\n{rest}"[:LONGEST_TAG])
+        client.set_tag(run_id, HEADLINE, head[:LONGEST_TAG])

@@ -97,6 +97,7 @@ class Outcome:
             peak_memory_bytes=self.result.peak_memory_bytes,
             brier=report.brier,
             ece=report.ece,
+            sweep=self.context.tags.get("distilbench.sweep", ""),
             number=self.context.tags.get("distilbench.trial", ""),
         )
 

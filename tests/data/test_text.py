@@ -120,14 +120,14 @@ def test_a_part_of_train_only_reports_and_validation_then_selects(folder, caplog
     assert all(text.startswith("other") for text in splits.selection.texts)
     assert not set(splits.train.texts) & set(splits.report.texts)
     assert np.bincount(splits.report.labels).tolist() == [50, 50]
-    assert "0 of the 100 texts held out of train to report on share a run of 5 words" in caplog.text
+    assert "100 texts held out of train to report on, 0 with a run of 5 words" in caplog.text
 
 
 def test_near_duplicates_across_the_cut_are_counted(folder, caplog):
     rows = [(f"{word} the same five words here {i}", i % 2) for i, word in enumerate("abcdefgh")]
     path = write(folder / "near.csv", rows)
     load_text(files(path, path, report_fraction=0.5))
-    assert "4 of the 4 texts held out of train to report on share a run of 5 words" in caplog.text
+    assert "4 texts held out of train to report on, 4 with a run of 5 words" in caplog.text
 
 
 def test_two_splits_carved_to_judge_are_refused(folder):

@@ -97,3 +97,12 @@ def test_a_sweep_of_two_hundred_settings_keeps_every_trial():
     trials = sweep(200, seeds=2)
     report = report_of(trials)
     assert sum(len(row.all_trials) for row in report.rows) == len(trials)
+
+
+def test_rows_are_called_by_their_number_and_by_their_sweep_too_where_two_have_the_same():
+    def made(number: str, sweep: str, rate: float):
+        return trial(0.9, 1, int(rate * 1e5), treatment(optim_lr=rate), number=number, sweep=sweep)
+
+    rows = label_rows(rows_from([trial(0.95), made("3", "a", 1e-3), made("3", "b", 1e-2), made("4", "b", 1e-1)]), 0)
+    assert sorted(row.name for row in rows[1:]) == ["4 lr=0.1", "a/3 lr=0.001", "b/3 lr=0.01"]
+    assert rows[0].name == "baseline: lr=2e-05", "trained outside of a sweep"

@@ -77,7 +77,7 @@ def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing
     inside = [
         n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
     ]
-    assert f"warm start: {len(inside)} of the 5 finished trials of old lie in this space" in ended.stdout + ended.stderr
+    assert f"warm start: of 5 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
     trials = workspace.study("new")
     reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
     assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]
