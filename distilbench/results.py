@@ -165,8 +165,8 @@ class StoredTrial:
     and both were trained ``alone`` (not in a batch), ``train_flops`` always; ``solo_seconds_estimate`` is what one of a
     batch would have taken alone. ``model`` and ``data`` describe what was really used, ``metric`` and the two splits
     belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep meant the trial
-    for, ``number`` is its place in the ``sweep`` of that name, ``url`` opens its run. ``train_cpu_seconds`` is NaN unless it trained on
-    a CPU.
+    for, ``number`` is its place in the ``sweep`` of that name, ``url`` opens its run. ``train_cpu_seconds`` is NaN
+    unless it trained on a CPU.
     """
 
     run_id: str

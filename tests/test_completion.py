@@ -43,7 +43,7 @@ def test_a_command_is_offered_no_group_that_it_has_not():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_the_tab_key_completes_in_a_terminal(shell, tmp_path):
-    """Typed into the shell itself, which is a child of a pseudo-terminal; the command is a stub that answers at once."""
+    """Typed into the shell itself, on a pseudo-terminal; the command is a stub that answers at once."""
     if not shutil.which(shell):
         pytest.skip(f"needs {shell}")
     stub = tmp_path / "distilbench"

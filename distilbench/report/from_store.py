@@ -19,10 +19,10 @@ from distilbench.identity import short_hash, value_of, without_defaults
 from distilbench.report.comparison import judge
 from distilbench.report.findings import Curve, Report, by_score
 from distilbench.report.names import source_overrides
+from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.tables import (
     csv_report,
     latex_report,
@@ -90,7 +90,8 @@ def check_tested(report: Report) -> None:
     if lacking:
         raise SettingsError(
             f"finished runs must have their predictions, got none for {len(lacking)} of "
-            f"{counted(len(report.candidates), 'setting')} ({lacking[0].name}) or for the baseline; train them again, or show them untested: untested=show"
+            f"{counted(len(report.candidates), 'setting')} ({lacking[0].name}) or for the baseline; train them again, "
+            "or show them untested: untested=show"
         )
 
 

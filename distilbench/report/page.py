@@ -12,7 +12,7 @@ from distilbench.cli import command, override
 from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.answer import answer
-from distilbench.report.columns import CSV, FULL, Column, filled, plain
+from distilbench.report.columns import FULL, Column, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
 from distilbench.report.formats import one_line
