@@ -323,6 +323,8 @@ def override(key: str, value: Any) -> str:
 
 def spell(value: Any) -> str:
     """Return a value as Hydra's grammar takes it."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -332,12 +334,7 @@ def spell(value: Any) -> str:
     if not isinstance(value, str):
         return str(value)
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)
-    return value if is_plain else "'" + re.sub(r"(\\*)('|\Z)", _escape, value) + "'"
+    return value if is_plain else QuotedString(value, Quote.single).with_quotes()
 
 
 _OTHER_TYPE = re.compile(r"null|true|false|nan|inf|[.\d][\w.+-]*", re.IGNORECASE)
-
-
-def _escape(quote: re.Match[str]) -> str:
-    r"""Double the backslashes before a quote, or the end, which would escape it; write a quote as ``\'``."""
-    return quote[1] * 2 + (r"\'" if quote[2] else "")

@@ -59,7 +59,7 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     Of a pair, the longer text is cut first. Token types are kept where ``tokenizer`` gives them to its model.
 
     ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
-    of everything that decides them; a file there that is damaged is written anew, and None keeps nothing. Raises
+    of everything that decides them; a file there that is not whole is written anew, and None keeps nothing. Raises
     :class:`SettingsError` for a tokenizer that is not fast or has no padding token.
     """
     fast, padded = getattr(tokenizer, "is_fast", False), tokenizer.pad_token_id is not None
@@ -68,32 +68,29 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     if text.report.pairs is not None:
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require(max_length >= special + 2, "train.max_length", f"{special + 2} or more for pairs", max_length)
+    splits = {"train": text.train, "report": text.report}
+    if text.selection is not text.report:
+        splits["selection"] = text.selection
     path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else None
     arrays = _load_arrays(path) if path else None
     if arrays is None:
-        arrays = _tokenize(text, tokenizer, max_length)
+        arrays = _tokenize(splits, tokenizer, max_length)
         if path:
             _store_arrays(path, arrays)
     with_types = "token_type_ids" in tokenizer.model_input_names
+    encoded = {
+        name: EncodedSplit(arrays[f"{name}.tokens"], arrays[f"{name}.offsets"], split.labels,
+                           arrays.get(f"{name}.types") if with_types else None)
+        for name, split in splits.items()
+    }  # fmt: skip
+    selection = encoded.get("selection", encoded["report"])
+    return EncodedSplits(encoded["train"], selection, encoded["report"], text.label_names, tokenizer.pad_token_id)
 
-    def encoded(name: str, split: TextSplit) -> EncodedSplit:
-        types = arrays.get(f"{name}.types") if with_types else None
-        return EncodedSplit(arrays[f"{name}.tokens"], arrays[f"{name}.offsets"], split.labels, types)
 
-    train, report = encoded("train", text.train), encoded("report", text.report)
-    selection = report if text.selection is text.report else encoded("selection", text.selection)
-    return EncodedSplits(train, selection, report, text.label_names, tokenizer.pad_token_id)
-
-
-def _tokenize(text: TextSplits, tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-    """``<split>.tokens`` and ``<split>.offsets`` of every split, of pairs also ``<split>.types``.
-
-    There is a selection only where it is one of its own.
-    """
-    names = ("train", "report") if text.selection is text.report else ("train", "selection", "report")
+def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
+    """``<split>.tokens`` and ``<split>.offsets`` of every split, of pairs also ``<split>.types``."""
     arrays = {}
-    for name in names:
-        split: TextSplit = getattr(text, name)
+    for name, split in splits.items():
         rows = tokenizer(
             *map(list, split.columns),
             truncation="longest_first",
@@ -125,16 +122,14 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Return the arrays of a cache file, or None where it is not there or damaged."""
-    from safetensors import SafetensorError, safe_open
+    """Return the arrays of a cache file, or None where it is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
 
     try:
-        with safe_open(path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            intact = (file.metadata() or {}).get("sha256") == _digest(arrays)
-    except (SafetensorError, OSError, TypeError):  # TypeError: a damaged header that names a type unknown to numpy
+        return load_file(path)
+    except (SafetensorError, OSError):
         return None
-    return arrays if intact else None
 
 
 def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -144,20 +139,12 @@ def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(arrays, metadata={"sha256": _digest(arrays)}))
+        temporary.write_bytes(save(arrays))
         os.replace(temporary, path)
     except OSError as error:
         log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
         with suppress(OSError):
             temporary.unlink()
-
-
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(arrays):
-        sha.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode())
-        sha.update(arrays[name].tobytes())
-    return sha.hexdigest()
 
 
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:

@@ -19,7 +19,7 @@ from typing import Any
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.stopwatch import Lap
 from distilbench.identity import checkpoint_identity
-from distilbench.results import Evaluation
+from distilbench.results import Evaluation, Status
 from distilbench.settings import SettingsError, TrialSettings
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,13 @@ class Progress:
         self.train_seconds += lap.seconds
         self.train_cpu_seconds += lap.cpu_seconds
 
+    def advance(self, step: int, lap: Lap, memory: int) -> None:
+        """Note that the trial has come to ``step`` in a ``lap`` more, holding ``memory`` bytes at most."""
+        self.step = step
+        self.spend(lap)
+        self.step_seconds += lap.seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
+
 
 def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
     """Return :func:`~distilbench.identity.checkpoint_identity` with the text that ``splits`` hold.
@@ -62,6 +69,21 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
     return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
 
 
+def take_up(directory: Path, identity: Mapping[str, object], resume: bool, steps: int) -> tuple[Path | None, Progress]:
+    """Return the checkpoint that a trial of ``steps`` continues from and what had been done by then; raises as newest.
+
+    What an earlier trial left is removed where this one starts from scratch.
+    """
+    found = newest(directory, identity) if resume else None
+    if found is not None:
+        log.info("continuing after step %d of %d", found[1].step, steps)
+        return found
+    if resume:
+        log.info("nothing to resume in %s: starting from scratch", directory.parent)
+    remove_all(directory)
+    return None, Progress()
+
+
 def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
     """Return the newest whole checkpoint in ``directory`` and what had been done by then; None where there is none.
 
@@ -71,25 +93,17 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
     if not whole:
         return None
     _, path, seal = max(whole, key=lambda item: item[0])
-    _refuse_another(path, seal["identity"], json.loads(json.dumps(identity)))
+    theirs, ours = seal["identity"], json.loads(json.dumps(identity))
+    changed = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    if changed:
+        its, own = (f"{changed[0]}={given.get(changed[0])!s:.12}" for given in (theirs, ours))
+        raise SettingsError(
+            f"train.resume must continue with the settings of {path}, which has {its}, got {own}; "
+            "use the same settings, another output.dir, or train.resume=false"
+        )
     known = {field.name for field in fields(Progress)}  # earlier versions counted more
     stored = {name: value for name, value in seal["progress"].items() if name in known}
     return path, Progress(**stored | {"history": [Evaluation(**values) for values in stored["history"]]})
-
-
-def _refuse_another(path: Path, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
-    changed = [key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)]
-    if changed:
-        key = min(changed)
-        raise SettingsError(
-            f"train.resume must continue with the settings of {path}, which has {key}={_short(theirs.get(key))}, "
-            f"got {key}={_short(ours.get(key))}; use the same settings, another output.dir, or train.resume=false"
-        )
-
-
-def _short(value: object) -> object:
-    """Return a fingerprint cut to what a person compares."""
-    return value[:12] if isinstance(value, str) else value
 
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
@@ -118,8 +132,10 @@ def _read_seal(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def tidy(directory: Path) -> None:
-    """Remove what was cut short, and ``directory`` itself where nothing is left in it."""
+def tidy(directory: Path, status: Status) -> None:
+    """Remove what was cut short, all of a trial that ended for good, and ``directory`` where nothing is left in it."""
+    if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
+        remove_all(directory)
     for path in _folders(directory):
         if not (path / _SEAL).is_file():
             shutil.rmtree(path, ignore_errors=True)

@@ -114,11 +114,10 @@ class _Run(TrainerCallback):
         self.progress = Progress()
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.report: Evaluation | None = None
-        self.parameters = (0, 0)
+        self.about: dict[str, Any] = {}  # the device, and what is trained on it
         self.flops: dict[int, TrainFlops] = {}
         self.moving: MovingFreeze | None = None
         self.device = torch.device("cpu")  # until it is resolved
-        self.device_name = self.precision = ""
         self.setup_seconds = 0.0
         self.is_leaving = False
         self.stopwatch = Stopwatch(began)
@@ -130,52 +129,43 @@ class _Run(TrainerCallback):
         """
         try:
             self._set_up()
-            self._train()
+            with quiet():
+                self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             self._finish()
             result = self._result(Status.FINISHED)
         except Exception as error:  # the trial's boundary: other trials go on
             result = self._result(*outcome_of(error, self.settings))
-        finally:
-            checkpoints.tidy(self.checkpoints)
-        if result.status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
-            checkpoints.remove_all(self.checkpoints)
+        except BaseException:
+            checkpoints.tidy(self.checkpoints, Status.INTERRUPTED)
+            raise
+        checkpoints.tidy(self.checkpoints, result.status)
         return result
 
     def _set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
         settings = self.settings
         self.device = resolve_device(settings.engine.device)
-        self.precision = resolve_precision(settings.train.precision, self.device)
-        self.device_name = describe_device(self.device)
+        precision = resolve_precision(settings.train.precision, self.device)
+        self.about = {"device": describe_device(self.device), "precision": precision}
         reset_peak_memory(self.device)
         self.resolved = resolve_model(settings.model)
         check_trial(self.resolved, settings)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
-        self.parameters, self.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
+        counts, self.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
-        self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, self.precision)
-        self.checkpoint = self._checkpoint()
+        self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, precision)
+        resume = settings.train.resume
+        self.checkpoint, self.progress = checkpoints.take_up(self.checkpoints, self.identity, resume, self.steps)
         if settings.freeze.moves:
             self.moving = MovingFreeze(self.model, settings, self.schedule, self.progress.gradients)
-            self.parameters, self.flops = self.moving.count(), self.moving.flops
+            counts, self.flops = self.moving.count(), self.moving.flops
+        self.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.trainer = self._trainer()
+        self.trainer = self._trainer(precision)
 
-    def _checkpoint(self) -> Path | None:
-        """Return the checkpoint to continue from; anything older is removed where the trial starts from scratch."""
-        found = checkpoints.newest(self.checkpoints, self.identity) if self.settings.train.resume else None
-        if found is not None:
-            path, self.progress = found
-            log.info("continuing after step %d of %d", self.progress.step, self.steps)
-            return path
-        if self.settings.train.resume:
-            log.info("nothing to resume in %s: starting from scratch", self.directory)
-        checkpoints.remove_all(self.checkpoints)
-        return None
-
-    def _trainer(self) -> Trainer:
+    def _trainer(self, precision: str) -> Trainer:
         optimizer = build_optimizer(self.model, self.settings.optim, self.device)
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
         last = self.steps - 1  # the scheduler asks for one step more than there are
@@ -183,7 +173,7 @@ class _Run(TrainerCallback):
         loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names), self.device)
         trainer = _Trainer(
             model=self.model,
-            args=_arguments(self.settings, self.device, self.precision, self.checkpoints),
+            args=_arguments(self.settings, self.device, precision, self.checkpoints),
             train_dataset=range(len(self.splits.train)),
             data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
             optimizers=(optimizer, schedule),
@@ -192,14 +182,6 @@ class _Run(TrainerCallback):
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def _train(self) -> None:
-        """Train to the last step, or to what ends the trial before."""
-        with quiet():
-            try:
-                self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-            finally:
-                self._sample_memory()
 
     def _finish(self) -> None:
         """Go back to the best weights, evaluate them on the report split, and export them."""
@@ -255,10 +237,7 @@ class _Run(TrainerCallback):
         if "loss" not in logs:  # Trainer's own summary at the end
             return
         lap, before, progress = self.stopwatch.lap(), self.progress.step, self.progress
-        progress.step = state.global_step
-        progress.spend(lap)
-        progress.step_seconds += lap.seconds
-        self._sample_memory()
+        progress.advance(state.global_step, lap, peak_memory(self.device))
         require_finite(logs["loss"], "training", progress.step, self.steps, self.settings)
         record = StepRecord(
             step=progress.step,
@@ -308,15 +287,13 @@ class _Run(TrainerCallback):
 
     def _result(self, status: Status, error: str | None = None) -> TrialResult:
         """Return what the engine returns of a trial that ended so."""
+        self._sample_memory()
         return replace(
             result_of(self.progress, (status, error), self.settings, self.splits, self.report, self.flops),
             train_cpu_seconds=self.progress.train_cpu_seconds if self.device.type == "cpu" else None,
             setup_seconds=self.setup_seconds or self.stopwatch.lap().seconds,
             micro_batch_size=self.settings.train.examples_at_once if self._is_accumulated else None,
-            trainable_parameters=self.parameters[0],
-            total_parameters=self.parameters[1],
-            device=self.device_name,
-            precision=self.precision,
+            **self.about,
         )
 
     def _copied_weights(self) -> dict[str, torch.Tensor]:

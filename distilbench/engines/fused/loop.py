@@ -126,9 +126,9 @@ class TrialGroup:
                 self._restore(self.waiting.pop())
         except BaseException as error:
             members = [*self.members, *(member for state in self.waiting for member in state.members)]
-            for member in members:
-                checkpoints.tidy(member.folder)
             if not isinstance(error, Exception):
+                for member in members:
+                    checkpoints.tidy(member.folder, Status.INTERRUPTED)
                 raise
             outcome = outcome_of(error, self.settings)
             self.results.update({member.index: member.result(*outcome) for member in members})
@@ -312,7 +312,7 @@ class TrialGroup:
         self.recorded = self.step
 
         def tell(t: int, member: Member) -> None:
-            member.stepped(self.step, lap, memory)
+            member.progress.advance(self.step, lap, memory)
             record = StepRecord(
                 step=self.step,
                 steps=self.schedule.steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,14 +20,11 @@ from distilbench.engines.loss import Loss
 from distilbench.engines.optimization import lr_factors, lr_scale
 from distilbench.engines.outcome import result_of
 from distilbench.engines.steps import BatchSchedule
-from distilbench.engines.stopwatch import Lap
 from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
 from distilbench.results import Evaluation, Status, TrialResult
 from distilbench.settings import TrialSettings
-
-log = logging.getLogger(__name__)
 
 _STATE = "state.safetensors"
 
@@ -83,17 +79,10 @@ class Member:
         train, lr, fingerprint = settings.train, settings.optim.lr, context.resolved.used.fingerprint
         lrs = lr * lr_factors(settings.scheduler, context.schedule.steps, lr)
         identity = checkpoints.identity_of(settings, original, fingerprint, context.precision)
-        member = cls(index, settings, context, lrs, identity,
-                     micro_batch=train.examples_at_once, eval_batch=train.eval_batch_size)  # fmt: skip
-        found = checkpoints.newest(member.folder, identity) if train.resume else None
-        if found is not None:
-            member.checkpoint, member.progress = found
-            log.info("continuing after step %d of %d", member.progress.step, context.schedule.steps)
-            return member
-        if train.resume:
-            log.info("nothing to resume in %s: starting from scratch", settings.output.dir)
-        checkpoints.remove_all(member.folder)
-        return member
+        folder = Path(settings.output.dir) / checkpoints.DIRECTORY
+        checkpoint, progress = checkpoints.take_up(folder, identity, train.resume, context.schedule.steps)
+        return cls(index, settings, context, lrs, identity, progress, checkpoint,
+                   micro_batch=train.examples_at_once, eval_batch=train.eval_batch_size)  # fmt: skip
 
     @property
     def folder(self) -> Path:
@@ -119,14 +108,6 @@ class Member:
         if self.progress.history:
             self.best_params = state.get("best", state["row"])
         return [state["row"], *(state[name] for name in sorted(state) if name.startswith("moment"))]
-
-    def stepped(self, step: int, lap: Lap, memory: int) -> None:
-        """Note that the trial has come to ``step`` in a ``lap`` more."""
-        progress = self.progress
-        progress.step = step
-        progress.spend(lap)
-        progress.step_seconds += lap.seconds
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, memory)
 
     def evaluated(self, evaluation: Evaluation, flat_params: torch.Tensor | None) -> None:
         """Note an evaluation, and keep a copy of its ``flat_params`` (size,) if it is the best; None at the end."""
@@ -156,10 +137,7 @@ class Member:
 
     def result(self, status: Status, error: str | None = None) -> TrialResult:
         """Return what the engine returns of a trial that ended so; checkpoints stay where it may be resumed."""
-        if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
-            checkpoints.remove_all(self.folder)
-        else:
-            checkpoints.tidy(self.folder)
+        checkpoints.tidy(self.folder, status)
         context, train = self.context, self.settings.train
         return replace(
             result_of(self.progress, (status, error), self.settings, context.splits, self.report, {0: context.flops}),
