@@ -15,8 +15,8 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-GRID = ("freeze.layers=0,1,2", "optim.lr=range(0.001,0.009,0.001)", "seed=1,2", "sweep.name=killed")
-CELLS = 3 * 8 * 2
+GRID = ("freeze.layers=0,1,2", "optim.lr=range(0.001,0.005,0.001)", "seed=1,2", "sweep.name=killed")
+CELLS = 3 * 4 * 2
 BASELINES = 2
 """The baseline's learning rate lies outside of the grid: one beside it for each seed."""
 OPTUNA = ("hydra/sweeper=optuna", "freeze.layers=range(0,3)", "optim.lr=tag(log,interval(1e-5,1e-2))",

@@ -70,20 +70,17 @@ def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
 
 
 def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspace):
-    ended(workspace.with_store(), "freeze.layers=0,1", "sweep.seeds=[1,2]", "sweep.name=seeds",
+    ended(workspace.with_store(), "freeze.layers=1", "sweep.seeds=[1,2]", "sweep.name=seeds", "sweep.baseline=false",
           "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
     assert tree(workspace) == {
         "seeds": None,
-        "0 baseline: layers=0": "seeds",
-        "0 baseline: layers=0 seed=1": "0 baseline: layers=0",
-        "0 baseline: layers=0 seed=2": "0 baseline: layers=0",
-        "1 layers=1": "seeds",
-        "1 layers=1 seed=1": "1 layers=1",
-        "1 layers=1 seed=2": "1 layers=1",
+        "0 layers=1": "seeds",
+        "0 layers=1 seed=1": "0 layers=1",
+        "0 layers=1 seed=2": "0 layers=1",
     }
-    each = [workspace.record("seeds", f"1/seed-{seed}")["selection"]["accuracy"] for seed in (1, 2)]
-    assert workspace.study("seeds")[1].value == pytest.approx(sum(each) / 2)
-    figures = workspace.record("seeds", 1)["figures"]
+    each = [workspace.record("seeds", f"0/seed-{seed}")["selection"]["accuracy"] for seed in (1, 2)]
+    assert workspace.study("seeds")[0].value == pytest.approx(sum(each) / 2)
+    figures = workspace.record("seeds", 0)["figures"]
     assert figures["accuracy_std"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
     assert {run.info.status for run in workspace.runs()} == {"FINISHED"}
 
