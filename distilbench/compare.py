@@ -56,7 +56,7 @@ def report_of(settings: CompareSettings) -> Report:
     known = experiments()
     for name in settings.experiments:
         require(name in known, "experiment", f"one of {', '.join(known)}", name)
-    from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report, margin_of
+    from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report
     from distilbench.tracking import find_store
 
     store = find_store(settings.tracking)
@@ -64,7 +64,7 @@ def report_of(settings: CompareSettings) -> Report:
     trials, names = _asked_for(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
-    margin = settings.margin or margin_of(parent) or default_margin()
+    margin = settings.margin or (parent and parent.margin) or default_margin()
     title = f"Experiments {', '.join(settings.experiments)}" if settings.experiments else None
     title = f"Sweep {settings.sweep}" if settings.sweep else title or counted(len(settings.runs), "run")
     request = ReportRequest(title, default_treatment(), margin, settings.baseline, settings.rows, names, parent)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from distilbench.sweep.job import SweepJob
     from distilbench.sweep.plan import SweepPlan
     from distilbench.sweep.space import Point
-    from distilbench.tracking import MlflowStore
+    from distilbench.tracking import MlflowStore, SweepRun
 
 register_schema()
 
@@ -61,15 +61,13 @@ def confirm(settings: ConfirmSettings) -> str | None:
     store = find_store(settings.tracking)
     name = settings.name or f"{settings.sweep}-confirm"
     own = store.sweep_run(name)
-    if own is not None and own.tags.get(CONFIRMS) != settings.sweep:
+    if own and own.confirms != settings.sweep:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
-    report = _first_report(store, settings.sweep, settings.margin)
-    chosen = {
-        short_hash(row.treatment): _Chosen(row, _settings_of(row, store, settings))
-        for row in _rows(report, settings.top)
-    }
-    seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, settings.top)
+    first, report = _first_report(store, settings)
+    rows = _rows(report, settings.top)
+    chosen = {short_hash(row.treatment): _Chosen(row, _settings_of(row, store, settings)) for row in rows}
+    seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, rows)
     points = _points(chosen, fresh_seeds(report, seeds))
     missing = _missing(store, name, points)
     _announce(settings, chosen, missing)
@@ -81,26 +79,25 @@ def confirm(settings: ConfirmSettings) -> str | None:
         points = missing or points
     plan = _plan(name, directory, settings.sweep, chosen, points)
     _check_protocol(plan.settings, report.sample.protocol_id)
-    first = store.sweep_run(settings.sweep)
-    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": first.run_id if first else ""}
     executor = Sequential(lambda jobs: [_train(job, chosen) for job in jobs], at_once=1)
+    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": first.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
 
-def _first_report(store: MlflowStore, sweep: str, margin: float | None) -> Report:
-    """Return the sweep's own report; refuses one that has nothing to confirm, or nothing to compare it with."""
+def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepRun, Report]:
+    """Return the sweep and its own report; refuses one that has nothing to confirm, or nothing to compare it with."""
     from distilbench.report.from_store import find_sweep, report_of_sweep
-    from distilbench.tracking import CONFIRMS
 
-    parent = find_sweep(store, sweep)
-    if CONFIRMS in parent.tags:
-        raise SettingsError(f"sweep must be a search, got {sweep!r}, itself a confirmation of {parent.tags[CONFIRMS]}; "
-                            f"for more seeds: sweep={parent.tags[CONFIRMS]} seeds=...")  # fmt: skip
-    report = report_of_sweep(store, sweep, default_treatment(), margin, default_margin())
-    if report.baseline is None or not report.candidates:
-        lacking = "baseline" if report.baseline is None else "finished setting beside its baseline"
-        raise SettingsError(f"sweep must have a {lacking}, got {sweep!r} without one; run it again to add one")
-    return report
+    first = find_sweep(store, settings.sweep or "")
+    if first.confirms:
+        raise SettingsError(f"sweep must be a search, got {first.name!r}, itself a confirmation of {first.confirms}; "
+                            f"for more seeds: sweep={first.confirms} seeds=...")  # fmt: skip
+    margin = settings.margin or first.margin or default_margin()
+    report = report_of_sweep(store, first, default_treatment(), margin)
+    if report is None or report.baseline is None or not report.candidates:
+        lacking = "finished setting beside its baseline" if report and report.baseline else "baseline"
+        raise SettingsError(f"sweep must have a {lacking}, got {first.name!r} without one; run it again to add one")
+    return first, report
 
 
 class _Chosen(NamedTuple):
@@ -111,19 +108,20 @@ class _Chosen(NamedTuple):
 
 
 def _rows(report: Report, top: int) -> list[Row]:
+    """Return the baseline, then the best ``top`` settings, as a sweep picks them."""
     from distilbench.report.findings import by_score
 
     assert report.baseline is not None
     return [report.baseline, *by_score(report.candidates)[:top]]
 
 
-def _seeds_needed(store: MlflowStore, report: Report, top: int) -> int:
+def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> int:
     """How many fresh seeds decide, or the line that says why none does."""
     from distilbench.report.comparison import needed_to_confirm
     from distilbench.report.words import what_decides
 
-    base, *rows = _rows(report, top)
-    needed = needed_to_confirm(rows, base, lambda trial: store.predictions(trial.run_id), report.margin)
+    base, *best = rows
+    needed = needed_to_confirm(best, base, lambda trial: store.predictions(trial.run_id), report.margin)
     if needed and needed.seeds:
         return needed.seeds
     why = what_decides(needed, base.examples) if needed else "predictions to tell it by are missing"

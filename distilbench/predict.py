@@ -111,12 +111,13 @@ def _find_model(settings: PredictSettings) -> Path:
     if settings.run:
         return model_directory(store, settings.run)
     from distilbench.report.answer import answer, trial_to_use
-    from distilbench.report.from_store import report_of_sweep
+    from distilbench.report.from_store import find_sweep, report_of_sweep
 
     assert settings.sweep is not None  # PredictSettings requires one of three
-    report = report_of_sweep(store, settings.sweep, default_treatment(), None, default_margin())
-    trial = trial_to_use(report, settings.best)
-    if trial is None:
+    sweep = find_sweep(store, settings.sweep)
+    report = report_of_sweep(store, sweep, default_treatment(), sweep.margin or default_margin())
+    trial = report and trial_to_use(report, settings.best)
+    if not report or not trial:
         raise SettingsError(f"sweep must have a finished trial, got {settings.sweep!r} with none; run it again")
     print(f"{' '.join(answer(report))} The model is that of {trial.name} (run={trial.run_id}).")
     return model_directory(store, trial.run_id)

@@ -188,12 +188,14 @@ def _conclude(
     assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception], config: DictConfig
 ) -> float | tuple[float, ...]:
     """Say in one line how a trial ended; return its objective or raise its error."""
+    from distilbench.trials.summary import trial_line
+
     with _ending():
         outcomes = []
         for outcome in ended:
             if isinstance(outcome, Exception):
                 raise outcome
-            log.info(outcome.line)
+            log.info(trial_line(outcome))
             outcomes.append(outcome)
         if seeds:
             records = [seeds.record_of(seeded) for seeded in seeds.jobs]

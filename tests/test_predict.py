@@ -125,7 +125,7 @@ def test_a_sweep_answers_by_its_answer_or_by_its_best(folder, tmp_path, capsys):
 def test_of_a_sweep_the_answer_alone_is_logged_as_a_model(folder):
     store = make_store(folder)
     with initialize_config_dir(str(ROOT / "conf")):
-        report = report_of_sweep(store, "first", default_treatment(), None, 1.0)
+        report = report_of_sweep(store, store.sweep_run("first"), default_treatment(), 1.0)
     tracking = TrackingSettings("mlflow", None, "distilbench", 0, log_model="best", register="first")
     for _ in range(2):  # as a sweep does that is continued
         _log_answer(report, store, tracking)

@@ -34,7 +34,7 @@ from distilbench.report.tables import (
 )
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore, RunFilter, SweepRun
+from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
     """
     report = _compare(store, trials, request)
     confirmation = _confirmation(store, report, request)
-    if request.sweep and CONFIRMS not in request.sweep.tags:
+    if request.sweep and not request.sweep.confirms:
         again = {short_hash(row.treatment): row.again for row in confirmation}
         rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
         report = replace(report, rows=tuple(rows))
@@ -142,7 +142,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     def read(trial: StoredTrial) -> Predictions | None:
         return kept(trial.run_id)
 
-    is_search, sample = request.sweep is not None and CONFIRMS not in request.sweep.tags, trials[0]
+    is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
     rows, floor = judge(rows, baseline, read, request.margin, request.shown, picked_here)
     slices = rows_by_slice(rows, read, request.margin)
@@ -153,7 +153,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         sample=sample,
         margin=request.margin,
         notes=notes,
-        url=store.runs_url(request.sweep.tags[SWEEP] if request.sweep else None),
+        url=store.runs_url(request.sweep.name if request.sweep else None),
         ui_command=store.ui_command,
         floor=floor,
         slices=slices,
@@ -187,12 +187,6 @@ LOST = (
 )
 
 
-def margin_of(sweep: SweepRun | None) -> float | None:
-    """Return the margin that a sweep was started with; None without one."""
-    margin = sweep.tags.get(MARGIN) if sweep else None
-    return float(margin) if margin else None
-
-
 def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
     """Return the run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
     found = store.sweep_run(sweep)
@@ -203,19 +197,22 @@ def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
     return found
 
 
-def report_of_sweep(store: MlflowStore, sweep: str, usual: Mapping[str, object], margin: float | None,
-                    default_margin: float) -> Report:  # fmt: skip
-    """Return a sweep's own report; raises :class:`SettingsError` for one without trials, or with several protocols.
+def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, object], margin: float) -> Report | None:
+    """Return a sweep's own report; None where it has no trials yet.
 
-    ``margin`` in points goes before the sweep's own, that before ``default_margin``.
+    ``usual`` is the baseline's treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in
+    points. Trials of another protocol than most have are left out, which is said.
     """
-    parent = find_sweep(store, sweep)
-    trials = store.search(RunFilter(tags={SWEEP: sweep}))
+    trials = store.search(RunFilter(tags={SWEEP: sweep.name}))
     if not trials:
-        raise SettingsError(f"sweep must have trials, got {sweep!r}, which has none; run it first")
-    check_protocol(trials)
-    margin = margin or margin_of(parent) or default_margin
-    return make_report(store, trials, ReportRequest(f"Sweep {sweep}", usual, margin, sweep=parent))
+        return None
+    protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
+    kept = [trial for trial in trials if trial.protocol_id == protocol]
+    report = make_report(store, kept, ReportRequest(f"Sweep {sweep.name}", usual, margin, sweep=sweep))
+    if len(kept) == len(trials):
+        return report
+    left = f"Left out: {counted(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
+    return replace(report, notes=(left, *report.notes))
 
 
 def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
@@ -225,13 +222,13 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
         return []
     if sample.selection_split != sample.report_split:
         return [f"The split {sample.selection_split} picked epochs and winners; {sample.report_split} only reports."]
-    if CONFIRMS in request.sweep.tags:
+    if request.sweep.confirms:
         return [
             f"Fresh seeds take away the luck of a seed, not that of the sentences: the split {sample.report_split} "
             "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
         ]
     if any(row.claim is Verdict.AHEAD for row in report.rows):
-        confirm = command("confirm", [override("sweep", request.sweep.tags[SWEEP])])
+        confirm = command("confirm", [override("sweep", request.sweep.name)])
         return [
             f"The split {sample.report_split} picked the winners and reports them, so a lead is optimistic; confirm it "
             f"with fresh seeds ({confirm}), or sweep with data.selection_fraction=0.1."
@@ -253,17 +250,17 @@ def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
 
 def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Row, ...]:
     """Return what was trained again, in the sweep and with fresh seeds, for the report of either; else nothing."""
-    if request.sweep is None:
+    sweep = request.sweep
+    if sweep is None:
         return ()
-    first_name = request.sweep.tags.get(CONFIRMS)
-    known = [store.sweep_run(first_name)] if first_name else store.confirmations(request.sweep.tags[SWEEP])
+    known = [store.sweep_run(sweep.confirms)] if sweep.confirms else store.confirmations(sweep.name)
     runs = [run for run in known if run is not None]
-    found = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.tags[SWEEP]}))]
+    found = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.name}))]
     trials = [trial for trial in found if trial.protocol_id == report.sample.protocol_id]
     if not trials:
         return ()
     other = _compare(store, trials, replace(request, sweep=runs[-1]))
-    before, after = (other, report) if first_name else (report, other)
+    before, after = (other, report) if sweep.confirms else (report, other)
     again = {short_hash(row.treatment): row for row in after.candidates}
     return tuple(
         replace(row, again=again[key])
@@ -295,41 +292,26 @@ def write_report(report: Report, directory: Path, formats: Sequence[str], layout
     return [directory / _FILES[name][0] for name in formats]
 
 
-def report_sweep(
-    store: MlflowStore | None,
-    sweep: str,
-    directory: Path,
-    usual: Mapping[str, object],
-    margin: float,
-    console: Console | None = None,
-) -> Report | None:
-    """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and in its description.
+def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[str, object], margin: float,
+                 console: Console | None = None) -> Report | None:  # fmt: skip
+    """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and told to its trials.
 
-    Every ending of its trials gets a report; None where it has none yet, or nothing is tracked. ``usual`` is the
-    baseline's treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in points.
+    Every ending of its trials gets a report; None where it has none yet.
     """
-    if store is None:
-        return None
-    parent = store.sweep_run(sweep)
-    trials = store.search(RunFilter(tags={SWEEP: sweep}))
-    if not trials:
+    sweep = find_sweep(store, name)
+    report = report_of_sweep(store, sweep, usual, margin)
+    if report is None:
         if next(directory.rglob(RECORD), None):
-            log.warning("the store holds no trial of the sweep %s, %s does. %s", sweep, directory, LOST)
+            log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, LOST)
         return None
-    protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
-    kept = [trial for trial in trials if trial.protocol_id == protocol]
-    report = make_report(store, kept, ReportRequest(f"Sweep {sweep}", usual, margin, sweep=parent))
-    if len(kept) < len(trials):
-        left = f"Left out: {counted(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
-        report = replace(report, notes=(left, *report.notes))
     print_report(console or Console(), report)
-    paths = write_report(report, directory, FORMATS)
-    if parent is not None:
-        store.attach(parent.run_id, paths, note(report))
-        _tell_trials(store, report)
-        if first := parent.tags.get(CONFIRMS):  # where it lies and on its run, it carries the outcome from now on
-            with tempfile.TemporaryDirectory() as elsewhere:
-                beside = directory.parent / first
-                place = beside if beside.is_dir() else Path(elsewhere)
-                report_sweep(store, first, place, usual, margin, Console(quiet=True))
+    store.attach(sweep.run_id, write_report(report, directory, FORMATS), note(report))
+    _tell_trials(store, report)
+    if sweep.confirms and store.sweep_run(
+        sweep.confirms
+    ):  # where it lies and on its run, the first sweep carries the outcome from now on
+        with tempfile.TemporaryDirectory() as elsewhere:
+            beside = directory.parent / sweep.confirms
+            place = beside if beside.is_dir() else Path(elsewhere)
+            report_sweep(store, sweep.confirms, place, usual, margin, Console(quiet=True))
     return report

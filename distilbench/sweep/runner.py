@@ -109,10 +109,11 @@ def run_plan(
 def _report(plan: SweepPlan, store: MlflowStore | None) -> Report | None:
     """Return the report, None without one: what can't be made costs the ended sweep no more than that."""
     try:
-        return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
+        if store:
+            return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
     except Exception as error:  # the report's boundary
         log.warning("no report of %s: %s", plan.name, error)
-        return None
+    return None
 
 
 def _open_parent_run(

@@ -11,9 +11,9 @@ from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics
-from distilbench.tracking.search import RunFilter, SweepRun
+from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, RunFilter, SweepRun
 from distilbench.tracking.start import RunStart, params_of
-from distilbench.tracking.store import CONFIRMS, MARGIN, SWEEP, MlflowStore
+from distilbench.tracking.store import MlflowStore
 
 __all__ = [
     "CONFIRMS",

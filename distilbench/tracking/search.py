@@ -20,6 +20,15 @@ PAGE = 1000
 MARK = "distilbench.treatment_settings"
 """The tag that makes a run a trial."""
 
+SWEEP = "distilbench.sweep"
+"""The tag that a sweep's own run and all of its trials carry: its name."""
+
+CONFIRMS = "distilbench.confirms"
+"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
+
+MARGIN = "distilbench.margin"
+"""Tag of a sweep's run: the margin in points that its report holds settings to."""
+
 _TEXTS = ("measured_on", "model", "data", "metric", "selection_split", "report_split")
 _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seconds", "train_flops",
             "solo_seconds_estimate")  # fmt: skip
@@ -41,6 +50,21 @@ class SweepRun:
 
     run_id: str
     tags: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What the sweep is called."""
+        return self.tags[SWEEP]
+
+    @property
+    def confirms(self) -> str | None:
+        """The sweep whose best settings it trains again; None for a search."""
+        return self.tags.get(CONFIRMS)
+
+    @property
+    def margin(self) -> float | None:
+        """The margin in points that it was started with."""
+        return float(self.tags[MARGIN]) if MARGIN in self.tags else None
 
 
 def search_runs(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> list[Run]:
@@ -106,7 +130,7 @@ def _trial_of(run: Run, url: str) -> StoredTrial:
         started_ms=run.info.start_time or 0,
         url=url,
         peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
-        sweep=tags.get("distilbench.sweep", ""),
+        sweep=tags.get(SWEEP, ""),
         number=tags.get("distilbench.trial", ""),
         train_examples=int(tags.get("distilbench.train_examples", 0)),
         **same,

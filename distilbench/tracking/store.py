@@ -22,7 +22,7 @@ from distilbench.tracking.redaction import redact
 from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
 from distilbench.tracking.run import MlflowRun, ParentRun
-from distilbench.tracking.search import MARK, RunFilter, SweepRun, search_runs, trial_of
+from distilbench.tracking.search import CONFIRMS, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
 from distilbench.tracking.undelivered import (
     NOTE,
@@ -44,21 +44,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SWEEP = "distilbench.sweep"
-"""The tag that a sweep's own run and all of its trials carry: its name."""
-
-CONFIRMS = "distilbench.confirms"
-"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
-
 VIEW_COLUMNS = [
     *(f"metrics.`{name}`" for name in ("accuracy", "difference_points", "train_seconds", "train_flops")),
     "params.`freeze.layers`",
     "tags.`distilbench.trial`",
 ]
 """Columns of the table that links open, as MLflow's page calls them."""
-
-MARGIN = "distilbench.margin"
-"""Tag of a sweep's run: the margin in points that its report holds settings to."""
 
 
 class MlflowStore:

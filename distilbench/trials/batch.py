@@ -18,7 +18,8 @@ from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.opened import write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import UNCOMPARED, Outcome, conclude, print_outcome, run, run_batch
+from distilbench.trials.run import UNCOMPARED, Outcome, conclude, run, run_batch
+from distilbench.trials.summary import print_outcome
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,10 @@ from distilbench.engines import engine_for
 from distilbench.identity import treatment_of
 from distilbench.report.trial import (
     Comparison,
-    Summary,
     compare,
     comparison_headline,
     comparison_markdown,
     comparison_metrics,
-    print_summary,
-    trial_line,
 )
 from distilbench.results import (
     MODEL,
@@ -40,7 +37,7 @@ from distilbench.tracking import MlflowStore, RunFilter
 from distilbench.trials.card import write_card
 from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
-from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_trial
+from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -66,11 +63,6 @@ class Outcome:
     context: SweepContext
     comparison: Comparison | None = None
     """None for a baseline, and where there is none to compare with."""
-
-    @property
-    def line(self) -> str:
-        """The trial on one line."""
-        return trial_line(self.name, self.result, self.comparison)
 
     @property
     def stored(self) -> StoredTrial:
@@ -266,28 +258,3 @@ class _Observer:
         """Return the result's error, with the callback's reason where that stopped the trial."""
         reason = self._reasons.get(trial) if result.status is Status.PRUNED else None
         return f"{result.error}: {reason}" if reason else result.error
-
-
-def print_outcome(job: Job, outcome: Outcome, store: MlflowStore | None) -> None:
-    """Print what a person asked for with one trial: its settings, text, figures and comparison."""
-    text = outcome.prepared.text
-    used = {"train": text.train, "validation": text.report}
-    if text.selection is not text.report:
-        used["selection"] = text.selection
-    summary = Summary(
-        name=outcome.name,
-        settings=prepared_trial(outcome.settings, outcome.prepared),
-        model=outcome.prepared.model.used,
-        data=text.used,
-        labels={name: text.label_counts(split) for name, split in used.items()},
-        dropped=text.dropped,
-        shared=text.shared,
-        result=outcome.result,
-        predictions=outcome.predictions,
-        comparison=outcome.comparison,
-        baseline_command=None if job.is_baseline or outcome.comparison else job.baseline_command(),
-        run_url=store.runs_url() if store else None,
-        ui_command=store.ui_command if store else None,
-        output_dir=outcome.settings.output.dir,
-    )
-    print_summary(Console(), summary)

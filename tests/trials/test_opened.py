@@ -19,7 +19,7 @@ from distilbench.results import PREDICTIONS, Evaluation, Owner, Record, Status, 
 from distilbench.settings import SettingsError
 from distilbench.tracking import retries, undelivered
 from distilbench.tracking.run import MlflowRun
-from distilbench.trials import batch, opened, run
+from distilbench.trials import batch, opened, run, summary
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.progress import Progress
 from tests.conftest import TINY, compose_settings
@@ -423,7 +423,7 @@ def test_what_happens_while_the_summary_is_printed_changes_nothing_of_the_trial(
     monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
     monkeypatch.setattr(batch, "open_store", lambda settings: store)
     monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
-    monkeypatch.setattr(run, "print_summary", lambda *_: ENDS[end]())
+    monkeypatch.setattr(summary, "_heading", lambda *_: ENDS[end]())
     with pytest.raises((KeyboardInterrupt, SystemExit, RuntimeError, OSError)):  # as it is
         batch.run_and_compare(Job(trials[0], trials[0], lambda: ""))
     assert ends_of(store, trials) == [("FINISHED", "FINISHED", "FINISHED")]

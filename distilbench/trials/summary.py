@@ -1,0 +1,208 @@
+"""What people read at a trial's end: what was trained, on what, with what result, and how it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distilbench.cli import counted
+from distilbench.report.columns import rich_table
+from distilbench.report.comparison import floor_of, has_learned
+from distilbench.report.formats import duration, memory, p_value, percent, points
+from distilbench.report.slices import COLUMNS as SLICES
+from distilbench.report.slices import NOTE as SLICES_NOTE
+from distilbench.report.slices import by_slice
+from distilbench.report.trial import COLUMNS, notes_of, sentence
+from distilbench.results import Evaluation, Predictions, Status, TrialResult
+from distilbench.settings import SchedulerSettings, TrialSettings
+from distilbench.tracking import MlflowStore
+from distilbench.trials.prepared import Job, prepared_trial
+from distilbench.trials.run import Outcome
+
+_WIDTH = 100
+"""Columns of text that a summary takes at most, where the terminal is wider."""
+_MOST_LABELS = 8
+"""Labels whose examples a summary counts."""
+
+
+def print_outcome(job: Job, outcome: Outcome, store: MlflowStore | None, console: Console | None = None) -> None:
+    """Print what a person asked for with one trial; readable without a terminal too."""
+    console = console or Console()
+    width = min(console.width, _WIDTH)
+    console.print()
+    console.print(_heading(outcome), width=width)
+    console.print(_facts(outcome), width=width)
+    for line in _comparison_lines(job, outcome, width):
+        console.print(line, width=width)
+    lines = {
+        "baseline": None if job.is_baseline or outcome.comparison else job.baseline_command(),
+        "output": outcome.settings.output.dir,
+        "first": store.ui_command if store else None,
+        "runs": store.runs_url() if store else None,
+    }
+    for label, text in lines.items():
+        if text:  # never wrapped, so that it can be clicked or copied
+            console.print(Text.assemble((f"{label:<10}", "dim"), text), soft_wrap=True)
+
+
+def trial_line(outcome: Outcome) -> str:
+    """Tell a trial of a batch on one line: how it ended, figures, difference to its baseline, time."""
+    result, comparison = outcome.result, outcome.comparison
+    parts = [f"{outcome.name} {result.status}"]
+    if result.report is not None:
+        parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
+    base = comparison.baseline.trials[0] if comparison else None
+    if comparison and base and comparison.row.trials[0].run_id != base.run_id:
+        found = comparison.row.difference
+        test = f" (McNemar p {p_value(found.p)})" if found else ""
+        parts.append(f"{points(comparison.row.points or 0.0)} points against {base.name}{test}")
+    if result.error is not None:
+        parts.append(result.error)
+    if result.alone:
+        return "; ".join([*parts, f"{duration(result.train_seconds)} training"])
+    estimate = result.solo_seconds_estimate
+    solo = f", one alone about {duration(estimate)} (estimate)" if estimate is not None else ""
+    others = counted(result.num_trials_in_batch - 1, "other")
+    return "; ".join([*parts, f"{duration(result.train_seconds)} training at once with {others}{solo}"])
+
+
+def _heading(outcome: Outcome) -> Text:
+    status = outcome.result.status
+    heading = Text.assemble(
+        (outcome.name, "bold"), "  ", (status.value, "bold green" if status is Status.FINISHED else "bold red")
+    )
+    used = (outcome.prepared.model.used, outcome.prepared.text.used)
+    if asked := " and ".join(source.fallback_for for source in used if source.fallback_for):
+        warning = f"FALLBACK: {asked} could not be reached; these figures come from stand-ins."
+        heading.append(f"\n{warning}", "bold yellow")
+    return heading
+
+
+def _facts(outcome: Outcome) -> Table:
+    """Two columns, label and text, without lines."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True, min_width=7)
+    grid.add_column(overflow="fold")
+    for label, told in _fact_texts(outcome):
+        text = Text(told)
+        text.highlight_words(["FALLBACK"], "bold black on yellow")
+        grid.add_row(label, text)
+    return grid
+
+
+def _fact_texts(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    settings, result = prepared_trial(outcome.settings, outcome.prepared), outcome.result
+    yield "model", outcome.prepared.model.used.describe()
+    yield from _facts_of_text(outcome)
+    trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
+    share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
+    yield "frozen", frozen_part(settings) + share
+    optim = settings.optim
+    rates = f"{optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}"
+    yield "schedule", f"{_schedule(settings.scheduler)}, {rates}"
+    yield "training", _training(settings, result)
+    if result.report is not None:
+        yield "result", _result(result, result.report)
+        if outcome.predictions is not None:
+            yield "floor", _floor(outcome.predictions, settings.seed)
+            if slices := by_slice(outcome.predictions):
+                yield "slices", slices
+        yield "time", _time(result)
+    if result.error:
+        yield "error", result.error
+
+
+def _facts_of_text(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    text = outcome.prepared.text
+    used = {"train": text.train, "validation": text.report}
+    if text.selection is not text.report:
+        used["selection"] = text.selection
+    labels = {name: text.label_counts(split) for name, split in used.items()}
+    sizes = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in labels.items())
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in text.dropped.items() if count)
+    yield "data", text.used.describe()
+    yield "examples", sizes + (f"; left out: {dropped}" if dropped else "")
+    names = list(labels["train"])
+    each = [f"{name} " + " / ".join(f"{counts[name]:,}" for counts in labels.values()) for name in names[:_MOST_LABELS]]
+    more = f" and {len(names) - _MOST_LABELS} more" if len(names) > _MOST_LABELS else ""
+    yield "labels", f"{', '.join(each)}{more} ({' / '.join(labels)})"
+    if text.shared:
+        yield "in both", f"{counted(text.shared, 'text')} of train, among those reported on"
+
+
+def _training(settings: TrialSettings, result: TrialResult) -> str:
+    train = settings.train
+    parts = f" ({result.micro_batch_size} at once)" if result.micro_batch_size else ""
+    seen = result.history[-1].epoch if train.patience and result.history else train.epochs
+    ended = f", ended after {seen:g} by patience" if seen < train.epochs else ""
+    return (
+        f"{counted(train.epochs, 'epoch')}{ended}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
+        f"{result.precision or train.precision}, seed {settings.seed}, engine {settings.engine.name}"
+    )
+
+
+_FROZEN_BY = {
+    "head": "all but the head",
+    "bias": "all but biases and the head",
+    "gradual": "all but the head at first, then a layer less from the top after each evaluation",
+    "scheduled": "nothing at first, then more from the bottom after each evaluation",
+    "auto": "nothing at first, then from the bottom what the gradients leave",
+}
+
+
+def frozen_part(settings: TrialSettings) -> str:
+    """Return what stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
+    freeze, adapter = settings.freeze, settings.adapter
+    if adapter.name != "none":
+        return f"all but {adapter.name}{f' of rank {adapter.rank}' if adapter.rank else ''} and the head"
+    if freeze.policy != "depth":
+        return _FROZEN_BY[freeze.policy]
+    layers = {0: "", 1: "layer 0"}.get(freeze.layers, f"layers 0-{freeze.layers - 1}")
+    parts = [part for part in ("embeddings" if freeze.freezes_embeddings else "", layers) if part]
+    return " and ".join(parts) + ("" if freeze.dropout else ", without dropout") if parts else "nothing"
+
+
+def _schedule(scheduler: SchedulerSettings) -> str:
+    if scheduler.warmup_steps:
+        return f"{scheduler.name} after {counted(scheduler.warmup_steps, 'warm-up step')}"
+    return scheduler.name + (f" after warm-up ratio {scheduler.warmup_ratio:g}" if scheduler.warmup_ratio else "")
+
+
+def _result(result: TrialResult, report: Evaluation) -> str:
+    figures = f"accuracy {percent(report.accuracy)}, loss {report.loss:.4f}, F1 {report.f1:.4f}, MCC {report.mcc:.4f}"
+    picked = "which also picked the epoch" if result.selection is report else "which did not pick the epoch"
+    return f"{figures}\nepoch {report.epoch:g}, on the split {report.split}, {picked}"
+
+
+def _floor(predictions: Predictions, seed: int) -> str:
+    """Return the accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
+    learned = "above it" if has_learned({seed: predictions}) else "not shown to be above it: this trial HAS NOT LEARNED"
+    return f"{percent(floor_of(predictions.labels))} by the most frequent label alone; {learned}"
+
+
+def _time(result: TrialResult) -> str:
+    peak = f", peak memory {memory(result.peak_memory_bytes)}" if result.peak_memory_bytes else ""
+    return (
+        f"{duration(result.train_seconds)} training, {duration(result.setup_seconds)} set-up on {result.device}\n"
+        f"{result.examples_per_second:,.0f} examples/s, {result.tokens_per_second:,.0f} tokens/s{peak}"
+    )
+
+
+def _comparison_lines(job: Job, outcome: Outcome, width: int) -> Iterator[Table | Text]:
+    comparison = outcome.comparison
+    if comparison is not None:
+        yield rich_table([comparison.row, comparison.baseline], COLUMNS, width)
+        yield Text(sentence(comparison), "bold")
+        yield from (Text(f"{note}.") for note in notes_of(comparison))
+        if comparison.slices:
+            yield rich_table(comparison.slices, SLICES, width)
+            yield Text(SLICES_NOTE)
+    elif not job.is_baseline:
+        told = "Not compared: there is no finished baseline of this protocol yet. The next line trains one."
+        yield Text(f"\n{told}", "bold")
+    elif outcome.result.report is not None:
+        yield Text("\nThis is a baseline: what other trials of its protocol are compared with.", "bold")
+    yield Text()
