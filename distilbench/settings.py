@@ -456,7 +456,7 @@ class TrialSettings(Checked):
     @property
     def needs_trainer(self) -> bool:
         """Whether only the reference engine trains this, whatever the model."""
-        return self.adapter.name != "none" or self.freeze.moves
+        return self.adapter.name != "none" or self.freeze.policy == "auto"
 
 
 @dataclass(frozen=True)

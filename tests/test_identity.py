@@ -110,7 +110,7 @@ def test_keys_take_lists_in_the_settings(settings):
     [
         ("freeze.layers=1", True), ("optim.lr=1e-3", True), ("seed=7", True), ("train.epochs=1", True),
         ("train.max_length=9", False), ("train.precision=bf16", False), ("train.metric=loss", False),
-        ("freeze=head", True), ("adapter=lora", False), ("freeze=gradual", False),
+        ("freeze=head", True), ("adapter=lora", False), ("freeze=gradual", True), ("freeze=auto", False),
         ("engine=trainer", False), ("data.max_train_examples=9", False), ("model.layers=3", False),
     ],
 )  # fmt: skip

@@ -339,7 +339,7 @@ def test_a_policy_that_moves_needs_evaluations_to_move_at():
         "train.epochs must be 2 or more with freeze.policy=gradual, which moves at evaluations, got 1; or set "
         "train.eval_steps"
     )
-    assert composed("freeze=gradual", "train.epochs=1", "train.eval_steps=9").needs_trainer
+    assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").needs_trainer
 
 
 @pytest.mark.parametrize(

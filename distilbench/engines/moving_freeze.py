@@ -1,4 +1,4 @@
-"""Moves what is frozen at each evaluation, for the reference engine.
+"""Moves what is frozen at each evaluation.
 
 A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.layers.levels`: one
 frozen level is the embeddings, and of ``n`` encoder layers, ``n + 1`` frozen levels leave what stands above the last.
@@ -6,8 +6,7 @@ frozen level is the embeddings, and of ``n`` encoder layers, ``n + 1`` frozen le
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -16,26 +15,37 @@ from transformers import PreTrainedModel
 
 from distilbench.engines.steps import BatchSchedule
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import parameter_counts
+from distilbench.models.freezing import freeze_levels, parameter_counts
 from distilbench.models.layers import levels
 from distilbench.results import Evaluation
 from distilbench.settings import TrialSettings
 
 
-def gradual_levels(part: int, top: int) -> int:
-    """Freeze all below the head, level ``top``, at first, and one level less in each part.
+def planned_levels(settings: TrialSettings, schedule: BatchSchedule, top: int) -> dict[int, int]:
+    """Return how many levels below the head, level ``top``, are frozen from which step on, as far as the settings say.
 
-    As Howard and Ruder (2018, arXiv 1801.06146).
+    ``gradual`` freezes all of them at first, and one less in each part (Howard and Ruder, 2018, arXiv 1801.06146);
+    ``scheduled`` nothing at first, the embeddings and ``freeze.layers`` in the last part, and as many more in each
+    between (FreezeOut: Brock et al., 2017, arXiv 1706.04983, with a linear schedule, but at evaluations alone). Others
+    are ``{0: 0}``.
     """
-    return max(0, top - part)
+    starts = range(0, schedule.steps, settings.train.eval_steps or schedule.steps_per_epoch)
+    if settings.freeze.policy == "gradual":
+        return {start: max(0, top - part) for part, start in enumerate(starts)}
+    if settings.freeze.policy == "scheduled":
+        most, last = settings.freeze.layers + 1, max(1, len(starts) - 1)
+        return {start: round(most * part / last) for part, start in enumerate(starts)}
+    return {0: 0}
 
 
-def scheduled_levels(part: int, parts: int, layers: int) -> int:
-    """Freeze nothing at first, ``layers`` with the embeddings in the last part, as many more in each between.
-
-    As in FreezeOut (Brock et al., 2017, arXiv 1706.04983) with a linear schedule, but at evaluations alone.
-    """
-    return round((layers + 1) * part / max(1, parts - 1))
+def planned_flops(model: PreTrainedModel, planned: Mapping[int, int]) -> dict[int, TrainFlops]:
+    """Return what an example costs from which step on, and leave of ``model`` frozen what never trains."""
+    flops = {}
+    for step, count in planned.items():
+        freeze_levels(model, count)
+        flops[step] = TrainFlops.of(model)
+    freeze_levels(model, min(planned.values()))
+    return flops
 
 
 def auto_levels(gradients: Sequence[Sequence[float]], top: int) -> int:
@@ -64,28 +74,26 @@ class MovingFreeze:
     def __init__(
         self, model: PreTrainedModel, settings: TrialSettings, schedule: BatchSchedule, gradients: list[list[float]]
     ) -> None:
-        self.gradients, self._settings, self._model = gradients, settings.freeze, model
-        self._parts = math.ceil(schedule.steps / (settings.train.eval_steps or schedule.steps_per_epoch))
-        named = dict(model.named_parameters())
-        level_of = levels(model)
+        self.gradients, self._model, self._by_gradients = gradients, model, settings.freeze.policy == "auto"
+        named, level_of = dict(model.named_parameters()), levels(model)
         self._top = max(level_of.values())
         self._by_level = [[named[n] for n in named if level_of[n] == level] for level in range(self._top + 1)]
         self._part, self._steps = 0, 0
         self._sums = torch.zeros(self._top + 1, device=model.device)
-        self.flops: dict[int, TrainFlops] = {}
+        self._frozen = planned_levels(settings, schedule, self._top)
+        self.flops = planned_flops(model, self._frozen)
         """What an example costs from this step on."""
-
-    def count(self) -> tuple[int, int]:
-        """Return how many parameters are trained in one part or another, and how many there are."""
-        given = [] if self._settings.policy == "auto" else range(self._parts)
-        self._freeze(min((self._levels_in(part) for part in given), default=0))
-        return parameter_counts(self._model)
+        self.parameters = parameter_counts(model)
+        """How many parameters are trained in one part or another, and how many there are."""
 
     def begin(self, history: Sequence[Evaluation]) -> None:
         """Begin the part that follows ``history``, going through those before it, or continue it."""
         for part, step in enumerate([0, *(evaluation.step for evaluation in history)]):
+            if step not in self._frozen:
+                means = [[total / steps for total in sums] for steps, *sums in self.gradients[:part] if steps]
+                self._frozen[step] = auto_levels(means, self._top)
+            freeze_levels(self._model, self._frozen[step])
             if step not in self.flops:
-                self._freeze(self._levels_in(part))
                 self.flops[step] = TrainFlops.of(self._model)
         self._part = len(history)
         noted = self.gradients[self._part] if self._part < len(self.gradients) else [0.0] * (self._top + 2)
@@ -98,21 +106,8 @@ class MovingFreeze:
     @torch.no_grad()
     def look_at_gradients(self) -> None:
         """Add up the norms of each level's gradient, on the device, before a step is taken."""
-        if self._settings.policy == "auto":
+        if self._by_gradients:
             nothing = self._sums.new_zeros(())
             grads = [[p.grad for p in own if p.grad is not None] for own in self._by_level]
             self._sums += torch.stack([torch.nn.utils.get_total_norm(own) if own else nothing for own in grads])
             self._steps += 1
-
-    def _levels_in(self, part: int) -> int:
-        if self._settings.policy == "gradual":
-            return gradual_levels(part, self._top)
-        if self._settings.policy == "scheduled":
-            return scheduled_levels(part, self._parts, self._settings.layers)
-        means = [[total / steps for total in sums] for steps, *sums in self.gradients[:part] if steps]
-        return auto_levels(means, self._top)
-
-    def _freeze(self, below: int) -> None:
-        for level, parameters in enumerate(self._by_level):
-            for parameter in parameters:
-                parameter.requires_grad_(level >= below)

@@ -160,7 +160,7 @@ class _Run(TrainerCallback):
         self.checkpoint, self.progress = checkpoints.take_up(self.checkpoints, self.identity, resume, self.steps)
         if settings.freeze.moves:
             self.moving = MovingFreeze(self.model, settings, self.schedule, self.progress.gradients)
-            counts, self.flops = self.moving.count(), self.moving.flops
+            counts, self.flops = self.moving.parameters, self.moving.flops
         self.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.trainer = self._trainer(precision)

@@ -73,6 +73,13 @@ def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
 
 
+def freeze_levels(model: PreTrainedModel, count: int) -> None:
+    """Freeze the lowest ``count`` levels of :func:`~distilbench.models.layers.levels`, in place, and thaw the rest."""
+    level_of = levels(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(level_of[name] >= count)
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters are trained, and how many there are; an adapter's copy of the head counts once."""
     sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if ".original_module." not in name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 from distilbench.data.tokens import EncodedSplits, random_part
 from distilbench.engines import engine_for
 from distilbench.engines.base import Engine
+from distilbench.engines.moving_freeze import planned_levels
+from distilbench.engines.steps import BatchSchedule
 from distilbench.results import Evaluation, Status, StepRecord
-from distilbench.settings import AppSettings, SettingsError, TrialSettings
+from distilbench.settings import AppSettings, FreezeSettings, SettingsError, TrialSettings
 from distilbench.trials.prepared import Prepared, prepared_trial
 
 STEPS = 8
@@ -39,9 +42,26 @@ class _StopAtEvaluation:
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     """Predict ``train_seconds`` of a trial that has the device to itself.
 
-    Raises :class:`SettingsError` where a trial of these settings fails within its first steps.
+    What is frozen by turns is probed for each turn; where gradients say what, nothing is taken to be. Raises
+    :class:`SettingsError` where a trial of these settings fails within its first steps.
     """
-    return solo_seconds(engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits)
+    engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
+    if not trial.freeze.moves:
+        return solo_seconds(engine, trial, splits)
+    schedule = BatchSchedule(len(splits.train), trial.train.batch_size, trial.train.epochs)
+    planned = planned_levels(trial, schedule, top=prepared.model.depth + 1)
+    steps: Counter[int] = Counter()
+    for (start, levels), stop in zip(planned.items(), [*planned, schedule.steps][1:], strict=True):
+        steps[levels] += stop - start
+    return sum(
+        share / schedule.steps * solo_seconds(engine, replace(trial, freeze=_frozen(levels)), splits)
+        for levels, share in steps.items()
+    )
+
+
+def _frozen(levels: int) -> FreezeSettings:
+    """Return what freezes so many :func:`~distilbench.models.layers.levels` throughout."""
+    return FreezeSettings(max(0, levels - 1), levels > 0, dropout=True, policy="depth")
 
 
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:

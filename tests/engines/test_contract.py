@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distilbench.data.text import load_text
 from distilbench.engines import engine_for
-from distilbench.engines.steps import epoch_order
+from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.models.build import build_model
-from distilbench.models.flops import count_train_flops
-from distilbench.models.freezing import freeze
+from distilbench.models.flops import TrainFlops, count_train_flops
+from distilbench.models.freezing import freeze, freeze_levels
+from distilbench.models.layers import levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import MEASURES, Status
 from tests.engines.conftest import PAIRS
@@ -288,6 +289,80 @@ def test_what_a_policy_freezes_stays_as_it_was_and_the_rest_is_trained(trial, tr
         changed = not np.array_equal(trained[name], parameter.detach().numpy())
         assert changed == parameter.requires_grad or key_bias, name
     assert result.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# Freezing that moves: embeddings, two layers and the head are levels 0 to 3, and there is a boundary every four steps
+MOVING = {"freeze=gradual": [3, 2, 1, 0], "freeze=scheduled freeze.layers=2": [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("freezing", MOVING)
+def test_freezing_that_moves_costs_the_sum_of_its_parts_and_trains_what_any_of_them_trains(
+    trial, train, splits_of, freezing
+):
+    settings = trial(*freezing.split(), "train.eval_steps=4", "train.max_length=12")
+    splits = splits_of(settings)
+    [result], _ = train([settings])
+    schedule, expected = BatchSchedule(37, 8, 3), 0
+    model = build_model(resolve_model(settings.model), splits.label_names, settings.seed)
+    for step in range(STEPS):
+        freeze_levels(model, MOVING[freezing][step // 4])
+        lengths = np.array([len(splits.train.row(i)) for i in schedule.batch(settings.seed, step)])
+        expected += TrainFlops.of(model).total(lengths, np.ones_like(lengths))
+    assert (result.status, result.error, result.steps) == (Status.FINISHED, None, STEPS)
+    assert result.train_flops == expected
+    assert result.trainable_parameters == result.total_parameters == 39_170
+
+
+def test_what_gradual_has_not_come_to_stays_as_it_was(trial, train, splits_of):
+    settings = trial(
+        "freeze=gradual", "train.eval_steps=8", "train.metric=loss", "output.save_model=true", "optim.lr=3e-3"
+    )
+    [result], _ = train([settings])
+    assert result.selection.step == STEPS, "the last part must be the best for this test to tell anything"
+    model = build_model(resolve_model(settings.model), splits_of(settings).label_names, settings.seed)
+    level_of, trained = levels(model), load_file(f"{settings.output.dir}/model/model.safetensors")
+    changed = {level_of[name] for name, p in model.named_parameters()
+               if not np.array_equal(trained[name], p.detach().numpy())}  # fmt: skip
+    assert changed == {2, 3}
+    sizes = [p.numel() for name, p in model.named_parameters() if level_of[name] >= 2]
+    assert result.trainable_parameters == sum(sizes) < result.total_parameters
+
+
+@pytest.mark.parametrize("freezing", MOVING)
+def test_a_trial_whose_freezing_moves_is_the_same_beside_others_and_after_one_has_left(
+    trial, train, recorder, freezing
+):
+    common = (*freezing.split(), "train.eval_steps=4")
+    trials = [trial(*common, f"seed={seed}", f"optim.lr={seed}e-3") for seed in (1, 2, 3)]
+    together, _ = train(trials, recorder(prune={1}))
+    assert [r.status for r in together] == [Status.FINISHED, Status.PRUNED, Status.FINISHED]
+    for t in (0, 2):
+        [alone], _ = train([trials[t]])
+        assert [e.step for e in together[t].history] == [4, 8, 12, 15]
+        np.testing.assert_allclose([e.loss for e in together[t].history], [e.loss for e in alone.history], rtol=1e-5)
+        np.testing.assert_allclose(together[t].report.logits, alone.report.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("freezing", MOVING)
+def test_a_trial_cut_beside_a_boundary_continues_to_the_same_bits(trial, train, recorder, splits_of, freezing):
+    """After the first step of a part, before an evaluation, and between two of them."""
+    given = (*freezing.split(), "train.eval_steps=4", "train.checkpoints=true", "train.metric=loss",
+             "train.logging_steps=1", "output.save_model=true", "optim.lr=3e-3")  # fmt: skip
+    settings = trial(*given, dropout=True)
+    [whole], seen = train([settings])
+    wanted = load_file(f"{settings.output.dir}/model/model.safetensors")
+    for left in ({"raise_at": {10: KeyboardInterrupt()}}, {"leave_at": 5}, {"leave_at": 8}):
+        other = trial(*given, dropout=True)
+        with pytest.raises(KeyboardInterrupt):
+            train([other], recorder(**left))
+        [resumed], again = train([replace(other, train=replace(other.train, resume=True))])
+        assert again.losses() == seen.losses()[-len(again.losses()) :]
+        np.testing.assert_array_equal(resumed.report.logits, whole.report.logits)
+        assert resumed.train_flops == whole.train_flops
+        assert resumed.trainable_parameters == whole.trainable_parameters
+        weights = load_file(f"{other.output.dir}/model/model.safetensors")
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(weights[name], values, err_msg=name)
 
 
 OBJECTIVE = ("train.label_smoothing=0.2", "train.class_weights=balanced", "optim.layer_decay=0.7", "optim.lr=3e-3")

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from distilbench.engines.moving_freeze import auto_levels, gradual_levels, scheduled_levels
+from distilbench.engines.moving_freeze import auto_levels, planned_levels
+from distilbench.engines.steps import BatchSchedule
 
 TOP = 4
 
 
-def test_gradual_thaws_a_level_a_part_from_the_top_down_to_the_embeddings():
-    assert [gradual_levels(part, TOP) for part in range(7)] == [4, 3, 2, 1, 0, 0, 0]
+def test_gradual_thaws_a_level_a_part_from_the_top_down_to_the_embeddings(settings):
+    levels = planned_levels(settings("freeze=gradual").trial, BatchSchedule(10, 2, epochs=7), TOP)
+    assert levels == {0: 4, 5: 3, 10: 2, 15: 1, 20: 0, 25: 0, 30: 0}
+    uneven = settings("freeze=gradual", "train.eval_steps=4").trial
+    assert planned_levels(uneven, BatchSchedule(10, 2, epochs=2), TOP) == {0: 4, 4: 3, 8: 2}
 
 
 @pytest.mark.parametrize(
     ("parts", "layers", "levels"), [(3, 1, [0, 1, 2]), (3, 3, [0, 2, 4]), (2, 2, [0, 3]), (5, 3, [0, 1, 2, 3, 4])]
 )
-def test_scheduled_freezes_from_nothing_to_its_layers_and_the_embeddings(parts, layers, levels):
-    assert [scheduled_levels(part, parts, layers) for part in range(parts)] == levels
+def test_scheduled_freezes_from_nothing_to_its_layers_and_the_embeddings(settings, parts, layers, levels):
+    trial = settings("freeze=scheduled", f"freeze.layers={layers}").trial
+    planned = planned_levels(trial, BatchSchedule(10, 2, epochs=parts), TOP)
+    assert planned == dict(zip(range(0, 5 * parts, 5), levels, strict=True))
+
+
+@pytest.mark.parametrize("choice", ["freeze=auto", "freeze.layers=2", "freeze=bias"])
+def test_nothing_is_planned_for_other_policies(settings, choice):
+    assert planned_levels(settings(choice).trial, BatchSchedule(10, 2, epochs=3), TOP) == {0: 0}
 
 
 def test_auto_freezes_from_the_bottom_what_changes_less_than_the_median():

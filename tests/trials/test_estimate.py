@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError
-from distilbench.trials.estimate import STEPS, solo_seconds
+from distilbench.trials.estimate import STEPS, estimate_alone, solo_seconds
 
 
 @pytest.fixture
@@ -64,3 +65,17 @@ def test_random_parts_keep_rows_whole_and_in_order(splits):
     rows = [splits.train.row(i).tolist() for i in range(len(splits.train))]
     places = [rows.index(part.row(i).tolist()) for i in range(5)]
     assert places == sorted(places)
+
+
+def test_what_moves_is_probed_part_by_part(settings, splits, monkeypatch):
+    """In four parts nothing is frozen, the embeddings (twice), and a layer too: three probes."""
+    engine = Recording()
+    monkeypatch.setattr("distilbench.trials.estimate.engine_for", lambda settings: engine)
+    trial = settings("freeze=scheduled", "freeze.layers=1", "train.epochs=4", "train.batch_size=4")
+    prepared = SimpleNamespace(engine=trial.engine, splits=splits, model=SimpleNamespace(depth=2, settings=trial.model))
+    estimate = estimate_alone(trial, prepared)
+    given = [settings.freeze for settings, _ in engine.given[::2]]
+    assert [(f.policy, f.layers, f.freezes_embeddings) for f in given] == [
+        ("depth", 0, False), ("depth", 0, True), ("depth", 1, True)
+    ]  # fmt: skip
+    assert estimate == pytest.approx(4 * (len(splits.train) + len(splits.selection)), rel=0.02)

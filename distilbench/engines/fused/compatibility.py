@@ -13,8 +13,8 @@ _REMEDY = "use engine=trainer"
 
 def check_fusable(trial: TrialSettings, resolved: ResolvedModel, precision: str) -> None:
     """Raise :class:`SettingsError` for a trial, a model or a precision that only the reference engine trains."""
-    adapter, freeze = trial.adapter.name, trial.freeze
-    require(not freeze.moves, "freeze.policy", "depth, head or bias with engine.name=fused", freeze.policy, _REMEDY)
+    adapter, policy = trial.adapter.name, trial.freeze.policy
+    require(policy != "auto", "freeze.policy", "any but auto with engine.name=fused", policy, _REMEDY)
     require(adapter == "none", "adapter.name", "none with engine.name=fused", adapter, _REMEDY)
     config = resolved.config
     kind = config["model_type"]

@@ -49,7 +49,7 @@ class Forward:
         if "type" in self.architecture.names:
             types = weights["type"]  # (trials, 1 for single texts or 2 for pairs, width)
             total += types if types.shape[1] == 1 else _rows(types, batch.types)
-        self._embedded = total.requires_grad_("word" not in weights.layout.frozen)  # a leaf: tables have no gradient
+        self._embedded = total.requires_grad_("word" not in weights.frozen)  # a leaf: tables have no gradient
         normal = self._dropout_add_layer_norm(total, None, 0, "embedding_norm", last=False)
         dropout_mask = self._dropout_mask(normal, self.architecture.hidden_rate, last=False)
         return normal if dropout_mask is None else normal * dropout_mask

@@ -35,12 +35,13 @@ from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
 from distilbench.engines.fused.prefix import prefix_depth
 from distilbench.engines.loss import Loss
+from distilbench.engines.moving_freeze import planned_flops, planned_levels
 from distilbench.engines.outcome import outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import freeze, frozen_names, parameter_counts
+from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.results import TrialResult
 from distilbench.settings import TrialSettings
@@ -119,19 +120,24 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     check_trial(resolved, settings)
     check_fusable(settings, resolved, precision)
     model = build_model(resolved, splits.label_names, settings.seed)
-    frozen = frozen_names(model, settings.freeze)
-    compact, vocabulary = _compact(splits)
-    layout = FlatParamLayout(model, frozen, vocabulary)
+    schedule = BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs)
     freeze(model, settings.freeze)
+    frozen_levels, flops = {0: 0}, {0: TrainFlops.of(model)}
+    if settings.freeze.moves:
+        frozen_levels = planned_levels(settings, schedule, top=resolved.depth + 1)
+        flops = planned_flops(model, frozen_levels)
+    compact, vocabulary = _compact(splits)
+    layout = FlatParamLayout(model, vocabulary)
     compute_dtype = torch.bfloat16 if precision == "bf16" else dtype
     return GroupContext(
         splits=compact,
         resolved=resolved,
         layout=layout,
-        frozen=layout.frozen_weights(dict(model.named_parameters()), device, dtype, compute_dtype),
-        schedule=BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs),
+        frozen=layout.frozen_weights(dict(model.named_parameters()), device, dtype, compute_dtype, frozen_levels[0]),
+        schedule=schedule,
         parameters=parameter_counts(model),
-        flops=TrainFlops.of(model),
+        frozen_levels=frozen_levels,
+        flops=flops,
         loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names), device),
         device=device,
         device_name=describe_device(device),
@@ -173,7 +179,7 @@ def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     layout, train = context.layout, context.splits.train
     lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_at_once))]
     model = layout.architecture
-    layers = model.depth - (prefix_depth(layout) or 0)
+    layers = model.depth - (prefix_depth(layout.frozen, model.depth) or 0)
     values = layers * lengths.sum() * model.heads * (17 * model.head_size + 2.5 * lengths.max())
     compute = context.compute_dtype.itemsize
     copies = 5 * context.dtype.itemsize + (2 * compute if context.compute_dtype != context.dtype else 0)

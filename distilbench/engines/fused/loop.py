@@ -47,7 +47,7 @@ Outcome = tuple[Status, str | None]
 
 @dataclass
 class Stack:
-    """Members that take a step together: which of the group, their weights and their optimizer.
+    """Members that take a step together: which of the group, their weights, optimizer and hidden states under those.
 
     ``orders`` are the seeds of their orders of examples, or the one that all have.
     """
@@ -56,6 +56,7 @@ class Stack:
     weights: StackedWeights
     optimizer: StackedOptimizer
     orders: list[int]
+    prefix: TrainingPrefix | None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class TrialGroup:
         self.use_graphs = use_graphs
         self.graph_steps: GraphSteps | None = None
         self.prefix_bytes = prefix_bytes
+        self.trained_from = -1  # not begun
         self.waiting: list[GroupState] = []
 
     def run(self, began: float) -> None:
@@ -137,11 +139,6 @@ class TrialGroup:
         context, architecture = self.context, self.context.layout.architecture
         kernels.prepare(context.device, context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
-        frozen = self._weights(self.flat_params.new_empty(0, context.layout.size))
-        budget = Budget(self.prefix_bytes)
-        split, dropout, depth = context.splits.train, self.settings.freeze.dropout, prefix_depth(context.layout)
-        self.prefix = depth if depth is None else TrainingPrefix(frozen, split, self.schedule, dropout, budget, depth)
-        self.predictor = Predictor(self.prefix, budget, context.device)
         seconds = self.stopwatch.lap().seconds
         for member in self.members:
             member.setup_seconds = seconds
@@ -166,17 +163,36 @@ class TrialGroup:
         self.graph_steps = None  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         self.stacks: list[Stack] = []
+        if self.trained_from != self.context.trained_from(self.step):
+            self._begin_part()
         for start in range(0, len(self.members), self.stacked):
             own = slice(start, start + self.stacked)
             weights = self._weights(self.flat_params[own], self.stacks[0].weights if self.stacks else None)
             settings = [m.settings.optim for m in self.members[own]]
-            optimizer = StackedOptimizer(weights, [moment[own] for moment in self.moments], settings)
+            moments = [moment[own] for moment in self.moments]
+            optimizer = StackedOptimizer(weights, moments, settings, self.context.first_steps)
             seeds = [m.settings.seed for m in self.members[own]]
-            self.stacks.append(Stack(own, weights, optimizer, seeds[:1] if len(set(seeds)) == 1 else seeds))
+            orders = seeds[:1] if len(set(seeds)) == 1 else seeds
+            prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
+            self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
+
+    def _begin_part(self) -> None:
+        """Run what is frozen from now on once for all trials, unless each has trained it."""
+        context = self.context
+        self.trained_from, self.budget = context.trained_from(self.step), Budget(self.prefix_bytes)
+        frozen = self._weights(self.flat_params.new_empty(0, context.layout.size))
+        self.prefix = self._prefix_of([frozen]) if "word" in context.frozen else None
+        self.predictor = Predictor(self.prefix, self.budget, context.device)
+
+    def _prefix_of(self, weights: Sequence[StackedWeights]) -> TrainingPrefix | None:
+        """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
+        context, depth = self.context, prefix_depth(weights[0].frozen, self.context.layout.architecture.depth)
+        split, dropout = context.splits.train, self.settings.freeze.dropout
+        return depth if depth is None else TrainingPrefix(weights, split, self.schedule, dropout, self.budget, depth)
 
     def _weights(self, flat_params: torch.Tensor, grad_owner: StackedWeights | None = None) -> StackedWeights:
-        context = self.context
-        return StackedWeights(context.layout, context.frozen, context.compute_dtype, flat_params, grad_owner)
+        layout, frozen, dtype = self.context.layout, self.context.frozen, self.context.compute_dtype
+        return StackedWeights(layout, frozen, dtype, flat_params, grad_owner, self.trained_from)
 
     def _state(self) -> GroupState:
         tensors = [tensor.cpu() for tensor in (self.losses, self.norms, self.flat_params, *self.moments)]
@@ -262,7 +278,7 @@ class TrialGroup:
             bucketed_batches = BucketedBatches(self.context.splits.train, self.schedule, stack.orders, device)
             lrs = np.stack([member.lrs for member in self.members], axis=1)
             self.graph_steps = GraphSteps(
-                stack.weights, stack.optimizer, self.prefix, bucketed_batches, lrs, self.losses, self.norms,
+                stack.weights, stack.optimizer, stack.prefix, bucketed_batches, lrs, self.losses, self.norms,
                 self.context.loss, self._deterministic_layers(), runner_for(device),
             )  # fmt: skip
         seconds = self.graph_steps.take(self.step)
@@ -293,10 +309,10 @@ class TrialGroup:
         number = None if self._takes_whole_batch() else part.start
         forward = Forward(stack.weights, batch, dropout, self._deterministic_layers(), number)
         hidden, start = None, 0
-        if self.prefix is not None:
-            start = self.prefix.depth
-            at_once = self.prefix.window * self.members[0].micro_batch
-            hidden = self.prefix.hidden(stack.orders, self.step, part, batch, at_once)
+        if stack.prefix is not None:
+            start = stack.prefix.depth
+            at_once = stack.prefix.window * self.members[0].micro_batch
+            hidden = stack.prefix.hidden(stack.orders, self.step, part, batch, at_once)
         each = forward.losses(self.context.loss, hidden, start)
         losses = each.mean(1) * (each.shape[1] / size)
         forward.backward(losses.sum())
@@ -350,6 +366,8 @@ class TrialGroup:
         if self.settings.train.checkpoints and not last:
             self._save()
         self._part_with_those_out_of_patience()
+        if self.members and self.step in self.context.frozen_levels:
+            self._load([self.losses, self.norms, self.flat_params, *self.moments])
         self.stopwatch.lap()
 
     def _save(self) -> None:

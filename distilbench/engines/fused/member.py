@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ class GroupContext:
     """What all trials of a group stand on.
 
     ``frozen`` are the weights that stay as they are, of :meth:`FlatParamLayout.frozen_weights`; ``dtype`` is the
-    precision of the others, ``compute_dtype`` that of products.
+    precision of the others, ``compute_dtype`` that of products. ``frozen_levels`` are as many of the lowest as are
+    frozen from which step on, and ``flops`` what an example costs from there.
     """
 
     splits: EncodedSplits
@@ -43,13 +45,25 @@ class GroupContext:
     frozen: dict[str, torch.Tensor]
     schedule: BatchSchedule
     parameters: tuple[int, int]
-    flops: TrainFlops
+    frozen_levels: Mapping[int, int]
+    flops: Mapping[int, TrainFlops]
     loss: Loss
     device: torch.device
     device_name: str
     precision: str
     dtype: torch.dtype
     compute_dtype: torch.dtype
+
+    def trained_from(self, step: int) -> int:
+        """Return the lowest level that step ``step`` trains."""
+        return self.frozen_levels[max(start for start in self.frozen_levels if start <= step)]
+
+    @cached_property
+    def first_steps(self) -> list[int]:
+        """The first step that trains each level; empty where that is one step for all."""
+        levels = range(self.layout.top + 1)
+        first = [next((step for step, count in self.frozen_levels.items() if level >= count), 0) for level in levels]
+        return first if any(first) else []
 
 
 @dataclass
@@ -131,7 +145,8 @@ class Member:
         context = self.context
         model = build_model(context.resolved, context.splits.label_names, self.settings.seed)
         scale = lr_scale(0, context.layout.top, self.settings.optim.layer_decay)
-        untouched = untouched_factor(self.settings.optim, (scale * self.lrs[: self.best.step]).tolist())
+        lrs = [scale * lr for step, lr in enumerate(self.lrs[: self.best.step]) if not context.trained_from(step)]
+        untouched = untouched_factor(self.settings.optim, lrs)
         context.layout.write(flat_params, untouched, dict(model.named_parameters()))
         export_trial(model, load_tokenizer(context.resolved), self.settings)
 
@@ -140,7 +155,7 @@ class Member:
         checkpoints.tidy(self.folder, status)
         context, train = self.context, self.settings.train
         return replace(
-            result_of(self.progress, (status, error), self.settings, context.splits, self.report, {0: context.flops}),
+            result_of(self.progress, (status, error), self.settings, context.splits, self.report, context.flops),
             train_cpu_seconds=self.progress.train_cpu_seconds if context.device.type == "cpu" else None,
             setup_seconds=self.setup_seconds,
             micro_batch_size=self.micro_batch if self.micro_batch < train.batch_size else None,

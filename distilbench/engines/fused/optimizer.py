@@ -24,9 +24,11 @@ class StackedOptimizer:
     """
 
     def __init__(
-        self, weights: StackedWeights, moments: Sequence[torch.Tensor], settings: Sequence[OptimSettings]
-    ) -> None:
-        self.weights, self.moments, self.settings = weights, moments, settings
+        self, weights: StackedWeights, moments: Sequence[torch.Tensor], settings: Sequence[OptimSettings],
+        first_steps: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """``first_steps`` are those from which on each level is trained, where that is not 0 for all."""
+        self.weights, self.moments, self.settings, self.first_steps = weights, moments, settings, first_steps
 
     @torch.no_grad()
     def step(self, number: int, lrs: Sequence[float]) -> torch.Tensor:
@@ -38,7 +40,7 @@ class StackedOptimizer:
         for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
             norms.append(self._norm(trial))
             factor = _clipped(norms[-1], settings.max_grad_norm)
-            for part, scale in self._scaled_parts(settings):
+            for part, scale, before in self._parts(settings):
                 grad, divisor = self.weights.grad_of(trial, part), None
                 if factor is not None and grad.dtype == torch.float32:
                     divisor = 1 / factor  # torch takes one in this precision alone
@@ -47,21 +49,19 @@ class StackedOptimizer:
                 decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
                 moments = [moment[trial, part] for moment in self.moments]
                 row = self.weights.flat_params[trial, part]
-                _update(row, grad, moments, settings, number, lr * scale, decay, divisor)
+                _update(row, grad, moments, settings, number - before, lr * scale, decay, divisor)
                 self.weights.updated(trial, part)
         return torch.stack(norms)
 
-    def _scaled_parts(self, settings: OptimSettings) -> Iterator[tuple[slice, float]]:
-        """Yield parts of a flat vector with the factor on their learning rate."""
-        layout, scale = self.weights.layout, 1.0
+    def _parts(self, settings: OptimSettings) -> Iterator[tuple[slice, float, int]]:
+        """Yield parts of a flat vector, each with the factor on its learning rate and the steps before its first."""
         layered = settings.layer_decay != 1
-        for part in self.weights.parts(by_leaf=layered):
-            if layered and part.start in layout.level_at:
-                scale = lr_scale(layout.level_at[part.start], layout.top, settings.layer_decay)
-            yield part, scale
+        for part, level in self.weights.parts(by_level=layered or bool(self.first_steps)):
+            scale = lr_scale(level, self.weights.layout.top, settings.layer_decay) if layered else 1.0
+            yield part, scale, self.first_steps[level] if self.first_steps else 0
 
     def _norm(self, trial: int) -> torch.Tensor:
-        gradients = (self.weights.grad_of(trial, part) for part in self.weights.parts())
+        gradients = (self.weights.grad_of(trial, part) for part, _ in self.weights.parts())
         return torch.stack([grad.dot(grad) for grad in gradients]).sum().sqrt()
 
 

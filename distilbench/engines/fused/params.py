@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,28 +61,36 @@ class FlatParamLayout:
     multiplied in the compute precision end; the latter is ``[tables_end, compute_end)``.
     """
 
-    def __init__(self, model: PreTrainedModel, frozen: frozenset[str], vocabulary: Vocabulary) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+        """Leave out the parameters of ``model`` that ask for no gradient."""
         self.architecture = Architecture.of(model.config)
         self.vocabulary = vocabulary
         self.leaves = self.architecture.leaves()
-        self.frozen = {leaf for leaf, names in self.leaves.items() if set(names) <= frozen}
+        parameters, level_of = dict(model.named_parameters()), levels(model)
+        self.frozen = {leaf for leaf, names in self.leaves.items() if not parameters[names[0]].requires_grad}
         decayed = decay_parameter_names(model)
         ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
-        parameters, level_of = dict(model.named_parameters()), levels(model)
 
         self.param_slices: list[ParamSlice] = []
         self.top = max(level_of.values())
+        self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
+        """The level of each weight: :func:`~distilbench.models.layers.levels`."""
         self.level_at: dict[int, int] = {}
-        """Where parameters of another level begin, and which: :func:`~distilbench.models.layers.levels`."""
+        """Where weights of another level begin, and which."""
         ends = [0, 0, 0, 0]
         start = 0
         for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
             param_slice = ParamSlice(leaf, start, tuple(self.read(leaf, parameters).shape))
+            if not self.param_slices or self.level_of[leaf] != self.level_of[self.param_slices[-1].leaf]:
+                self.level_at[start] = self.level_of[leaf]
             self.param_slices.append(param_slice)
-            self.level_at[start] = level_of[self.leaves[leaf][0]]
             start = param_slice.stop
             ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
+
+    def frozen_below(self, level: int) -> set[str]:
+        """Name the weights that are frozen where all below ``level`` are, beside those that always are."""
+        return self.frozen | {leaf for leaf, own in self.level_of.items() if own < level}
 
     @torch.no_grad()
     def read(self, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -100,10 +109,15 @@ class FlatParamLayout:
         )
 
     def frozen_weights(
-        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]:
-        """Take what never changes from ``weights``, ``(1, ...)`` each, in ``compute_dtype`` where products use that."""
-        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else compute_dtype for leaf in self.frozen}
+        self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype,
+        trained_from: int = 0,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Take from ``weights`` what is frozen where training begins at a level, ``(1, ...)`` each.
+
+        What products use is in ``compute_dtype``.
+        """
+        frozen = self.frozen_below(trained_from)
+        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else compute_dtype for leaf in frozen}
         return {leaf: self.read(leaf, weights)[None].to(device, dtype) for leaf, dtype in precisions.items()}
 
     @torch.no_grad()
@@ -140,15 +154,17 @@ class StackedWeights:
 
     def __init__(
         self, layout: FlatParamLayout, frozen: Mapping[str, torch.Tensor], compute_dtype: torch.dtype,
-        flat_params: torch.Tensor, grad_owner: StackedWeights | None = None,
+        flat_params: torch.Tensor, grad_owner: StackedWeights | None = None, trained_from: int = 0,
     ) -> None:  # fmt: skip
-        """``frozen`` weights are those of :meth:`FlatParamLayout.frozen_weights`; ``flat_params`` are trained in place.
+        """``flat_params`` are trained in place from a level on; below it, trials share what is in ``frozen``.
 
+        That is what :meth:`FlatParamLayout.frozen_weights` returned.
         What is multiplied in low precision has its gradient in ``compute_grad`` (trials, low - tables), as it comes,
         and the rest in ``grad`` (trials, size), whose other columns are never touched, but for batches in parts. A
         ``grad_owner`` of as many trials or more, whose gradient is not needed meanwhile, lends the room for both.
         """
-        self.layout, self.compute_dtype, self.flat_params, self._frozen = layout, compute_dtype, flat_params, frozen
+        self.layout, self.compute_dtype, self.flat_params = layout, compute_dtype, flat_params
+        self.trained_from, self.frozen = trained_from, layout.frozen_below(trained_from)
         self._most = CACHED if flat_params.device.type == "cpu" else max(1, layout.size)
         self._in_parts = False
         self.compute_params: torch.Tensor | None = None  # (trials, low - tables)
@@ -165,8 +181,9 @@ class StackedWeights:
         self._leaves: dict[str, torch.Tensor] = {}
         for param_slice in layout.param_slices:
             leaf = self._leaves[param_slice.leaf] = self._cut(param_slice, flat_params, self.compute_params).detach()
-            if param_slice.leaf not in TABLES:
+            if param_slice.leaf not in self.frozen and param_slice.leaf not in TABLES:
                 leaf.requires_grad_().grad = self._cut(param_slice, self.grad, self.compute_grad)
+        self._leaves |= {leaf: weight for leaf, weight in frozen.items() if leaf in self.frozen}
 
     def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
@@ -176,19 +193,27 @@ class StackedWeights:
         return source[:, start : start + param_slice.stop - param_slice.start].view(len(source), *param_slice.shape)
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
-        """Return a weight, ``(trials, ...)`` where it is trained and ``(1, ...)`` where it is frozen."""
-        return self._frozen[leaf] if leaf in self._frozen else self._leaves[leaf]
+        """Return a weight: ``(trials, ...)``, or ``(1, ...)`` where trials share it, for none has trained it."""
+        return self._leaves[leaf]
 
-    def parts(self, by_leaf: bool = False) -> Iterator[slice]:
-        """Cut a flat vector into parts that decay throughout or nowhere, have one precision, and fit a CPU's cache.
+    def of_trial(self, trial: int) -> StackedWeights:
+        """Return a view of one trial's weights, to be read."""
+        one = copy(self)
+        one.flat_params = self.flat_params[trial : trial + 1]
+        one._leaves = {leaf: w if len(w) == 1 else w.detach()[trial : trial + 1] for leaf, w in self._leaves.items()}
+        return one
 
-        ``by_leaf`` also cuts it where a weight begins.
+    def parts(self, by_level: bool = False) -> Iterator[tuple[slice, int]]:
+        """Cut what is trained of a flat vector into parts that decay throughout or nowhere, of one precision.
+
+        They fit a CPU's cache. With each comes its level, where they are cut ``by_level`` too.
         """
-        layout = self.layout
+        layout, level = self.layout, 0
         ends = {0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size}
-        for start, stop in pairwise(sorted(ends | layout.level_at.keys() if by_leaf else ends)):
-            for first in range(start, stop, self._most):
-                yield slice(first, min(first + self._most, stop))
+        for start, stop in pairwise(sorted(ends | layout.level_at.keys() if by_level or self.trained_from else ends)):
+            level = layout.level_at.get(start, level)
+            for first in range(start, stop, self._most) if level >= self.trained_from else ():
+                yield slice(first, min(first + self._most, stop)), level
 
     def grad_of(self, trial: int, part: slice) -> torch.Tensor:
         """One of the :meth:`parts` of the gradient of a trial, ``(elements,)`` in the precision of ``flat_params``.
@@ -221,8 +246,10 @@ class StackedWeights:
         Matrices are seen to by :func:`~distilbench.engines.fused.autograd.linear`.
         """
         layout, self._in_parts = self.layout, part is not None
-        vectors = [leaf for leaf in self._leaves.values() if leaf.dim() == 2]  # biases and norms: (trials, size) each
-        trained = [] if embedded is None or "word" in layout.frozen else [embedded]
+        vectors = [
+            w for w in self._leaves.values() if w.requires_grad and w.dim() == 2
+        ]  # biases and norms: (trials, size)
+        trained = [] if embedded is None or "word" in self.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
         for dtype in dict.fromkeys(leaf.dtype for leaf in vectors):  # a GPU copies all of one precision in one launch
             own = [(v.grad, g) for v, g in zip(vectors, gradients, strict=False) if v.dtype == dtype]

@@ -24,15 +24,18 @@ def test_half_precision_that_needs_loss_scaling_is_refused(settings):
     check_fusable(settings().trial, resolved, "bf16")
 
 
-def test_adapters_are_refused_and_auto_takes_the_trainer(settings):
+def test_adapters_and_freezing_by_gradients_are_refused_and_auto_takes_the_trainer(settings):
     lora = settings("adapter=lora").trial
     resolved = resolve_model(lora.model)
     with pytest.raises(
         SettingsError, match=r"^adapter.name must be none with engine.name=fused, got 'lora'; use engine=trainer$"
     ):
         check_fusable(lora, resolved, "fp32")
-    moving = settings("freeze=gradual").trial
-    with pytest.raises(SettingsError, match=r"^freeze.policy must be depth, head or bias with engine.name=fused, got"):
-        check_fusable(moving, resolved, "fp32")
-    chosen = [resolve_engine(trial, resolved, "fp32", "cpu").name for trial in (lora, moving, settings().trial)]
-    assert chosen == ["trainer", "trainer", "fused"]
+    auto, gradual = settings("freeze=auto").trial, settings("freeze=gradual").trial
+    with pytest.raises(
+        SettingsError,
+        match=r"^freeze.policy must be any but auto with engine.name=fused, got 'auto'; use engine=trainer$",
+    ):
+        check_fusable(auto, resolved, "fp32")
+    chosen = [resolve_engine(trial, resolved, "fp32", "cpu").name for trial in (lora, auto, gradual, settings().trial)]
+    assert chosen == ["trainer", "trainer", "fused", "fused"]

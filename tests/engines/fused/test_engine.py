@@ -26,7 +26,7 @@ from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import freeze
+from distilbench.models.freezing import freeze, freeze_levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 from distilbench.settings import ModelSettings
@@ -80,8 +80,11 @@ def initial_model(settings, splits, dtype):
     return model.train()
 
 
-def reference(settings, splits, dtype=torch.float64, around_step=lambda step, packed: None):
-    """Train as a textbook would: the model, and the loss and the gradient norm of every step."""
+def reference(settings, splits, dtype=torch.float64, around_step=lambda step, packed: None, frozen=(0,), until=10**9):
+    """Train as a textbook would: the model, and the loss and the gradient norm of every step ``until`` one.
+
+    So many levels are ``frozen`` in each part of training.
+    """
     model = initial_model(settings, splits, dtype)
     size, examples = settings.train.batch_size, len(splits.train)
     steps = settings.train.epochs * -(-examples // size)
@@ -97,7 +100,11 @@ def reference(settings, splits, dtype=torch.float64, around_step=lambda step, pa
         order = epoch_order(examples, settings.seed, epoch)
         for start in range(0, examples, size):
             rows = order[start : start + size]
+            if step == until:
+                return model.eval(), losses, norms
             around_step(step, rows)
+            if settings.freeze.moves:
+                freeze_levels(model, frozen[step // settings.train.eval_steps])
             inputs = padded_batch(splits.train, rows, splits.pad_token_id)
             labels = torch.from_numpy(splits.train.labels[rows])
             each = torch.nn.functional.cross_entropy(
@@ -163,6 +170,39 @@ def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, cas
     assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), model.state_dict()[name].float().double(), rtol=0, atol=1e-7)
+
+
+SGD = ("optim=sgd", "optim.lr=0.05", "optim.momentum=0.9", "optim.weight_decay=0.1")
+MOVING = {
+    "gradual": ([3, 2, 1, 0], ("freeze=gradual", "optim.weight_decay=0.3")),
+    "gradual, sgd": ([3, 2, 1, 0], ("freeze=gradual", *SGD)),
+    "gradual, layer decay, clipping hard": (
+        [3, 2, 1, 0], ("freeze=gradual", "optim.layer_decay=0.5", "optim.max_grad_norm=0.05")),
+    "gradual, never all": ([3, 2], ("freeze=gradual", "train.eval_steps=5")),
+    "gradual, pairs": ([3, 2, 1, 0, 0], ("freeze=gradual", *PAIRS)),
+    "scheduled": ([0, 1, 2, 3], ("freeze=scheduled", "freeze.layers=2", "optim.weight_decay=0.3")),
+    "scheduled, sgd": ([0, 1, 2, 3], ("freeze=scheduled", "freeze.layers=2", *SGD)),
+    "scheduled, layer decay": ([0, 1, 1, 2], ("freeze=scheduled", "freeze.layers=1", "optim.layer_decay=0.5")),
+    "scheduled in parts": ([0, 1, 2, 3], ("freeze=scheduled", "freeze.layers=2", "train.micro_batch_size=2")),
+}  # fmt: skip
+"""How many of the levels (embeddings, two layers, the head) are frozen in each part; a boundary every three steps."""
+
+
+@pytest.mark.parametrize("graph_steps", [False, True])
+@pytest.mark.parametrize("kind", ["distilbert", "bert"])
+@pytest.mark.parametrize("case", MOVING)
+def test_freezing_that_moves_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case, graph_steps):
+    frozen, overrides = MOVING[case]
+    settings = trial("train.eval_steps=3", *overrides, kind=kind)
+    splits, seen = splits_of(settings), recorder()
+    _, losses, norms = reference(settings, splits, frozen=frozen)
+    [result] = FusedEngine(torch.float64, graph_steps=graph_steps).train([settings], splits, seen)
+    assert result.status is Status.FINISHED, result.error
+    assert seen.losses() == pytest.approx(losses, rel=1e-11)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    best, _, _ = reference(settings, splits, frozen=frozen, until=result.selection.step)
+    for name, values in exported(settings).items():
+        torch.testing.assert_close(values.double(), best.state_dict()[name].float().double(), rtol=0, atol=1e-7)
 
 
 def test_the_ladder_clips_where_it_says_so(trial, splits_of):
@@ -336,10 +376,12 @@ def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, split
         ("bert", "freeze.layers=2"),
         ("distilbert", "freeze=head"),
         ("bert", "freeze=bias"),
+        ("bert", "freeze=gradual train.eval_steps=2"),
+        ("distilbert", "freeze=scheduled freeze.layers=2 train.eval_steps=2"),
     ],
 )
 def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, recorder, kind, freezing):
-    trials = [trial(freezing, *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
+    trials = [trial(*freezing.split(), *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
     splits, engine = splits_of(trials[0]), FusedEngine(torch.float64)
     together, all_results = losses_of(engine, trials, splits, recorder)
     weights = exported(trials[1])
@@ -386,11 +428,14 @@ def test_trials_of_one_seed_share_one_batch_to_the_same_bits(trial, splits_of, r
     np.testing.assert_allclose(together[1], alone[0], rtol=2e-5)
 
 
-def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder):
+@pytest.mark.parametrize("freezing", ["freeze=none", "freeze=gradual", "freeze=scheduled freeze.layers=2"])
+def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder, freezing):
     """Same order of examples, same schedule, same records, on the way that users take."""
     from distilbench.engines.trainer import TrainerEngine
 
-    settings = trial("scheduler=cosine", "scheduler.warmup_ratio=0.2", "train.epochs=3", "output.save_model=false")
+    settings = trial(
+        *freezing.split(), "scheduler=cosine", "scheduler.warmup_ratio=0.2", "train.epochs=3", "output.save_model=false"
+    )
     splits, ours, theirs = splits_of(settings), recorder(), recorder()
     [fused] = FusedEngine().train([settings], splits, ours)
     [trainer] = TrainerEngine().train([settings], splits, theirs)
@@ -400,6 +445,7 @@ def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder):
         assert own.learning_rate == pytest.approx(other.learning_rate, rel=1e-12)
         assert own.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-3)
     np.testing.assert_allclose(fused.report.logits, trainer.report.logits, atol=1e-5)
+    assert (fused.train_flops, fused.selection.step) == (trainer.train_flops, trainer.selection.step)
     assert fused.trainable_parameters == trainer.trainable_parameters
     assert fused.total_parameters == trainer.total_parameters
 
@@ -426,14 +472,20 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
 
 
 @pytest.mark.parametrize(
+    "freezing",
+    ["freeze=none", "freeze=gradual train.eval_steps=3", "freeze=scheduled freeze.layers=2 train.eval_steps=3"],
+)
+@pytest.mark.parametrize(
     ("count", "short"),
     [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.trial_slice.start > 0)],
     ids=["within a stack", "between two stacks"],
 )
 def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
-    trial, splits_of, recorder, monkeypatch, count, short
+    trial, splits_of, recorder, monkeypatch, count, short, freezing
 ):
-    trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", still=False) for seed in range(1, count + 1)]
+    """Those that wait go on from that step, whatever is frozen by then in those before."""
+    own = [(f"optim.lr={seed}e-3", f"seed={seed}") for seed in range(1, count + 1)]
+    trials = [trial(*freezing.split(), *overrides, still=False) for overrides in own]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
     run, refused = TrialGroup._differentiate, []
@@ -516,13 +568,15 @@ def test_trials_interrupted_at_different_steps_resume_together(trial, splits_of,
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole batches", "in parts"])
-@pytest.mark.parametrize("freezing", ["freeze.layers=0", "freeze.layers=1", "freeze=bias"])
+@pytest.mark.parametrize(
+    "freezing", ["freeze.layers=0", "freeze.layers=1", "freeze=bias", "freeze=scheduled freeze.layers=2"]
+)
 def test_bf16_follows_autocast(trial, splits_of, recorder, freezing, whole):
     """With clipping that bites in most steps, and beside a neighbour: parts of a batch add up in float32."""
     from distilbench.engines.trainer import TrainerEngine
 
-    common = ("train.precision=bf16", "train.epochs=4", "optim.max_grad_norm=0.1", freezing, "output.save_model=false",
-              *(() if whole else ("train.micro_batch_size=2",)))  # fmt: skip
+    common = ("train.precision=bf16", "train.epochs=4", "optim.max_grad_norm=0.1", *freezing.split(),
+              "output.save_model=false", *(() if whole else ("train.micro_batch_size=2",)))  # fmt: skip
     trials = [trial(f"optim.lr={rate}", *common) for rate in (1e-3, 3e-3)]
     splits, ours, theirs = splits_of(trials[0]), recorder(), recorder()
     fused = FusedEngine().train(trials, splits, ours)

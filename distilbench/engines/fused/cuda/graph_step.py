@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, BucketedBatches, batch_of
-from distilbench.engines.fused.cuda.optimizer import NUM_STEP_SCALARS, CapturableOptimizer
+from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.optimizer import StackedOptimizer
@@ -60,7 +60,7 @@ class GraphSteps:
         self.losses, self.norms, self._loss = losses, norms, loss
         self._deterministic_layers, self._runner = deterministic_layers, runner
         self._optimizer = CapturableOptimizer(optimizer, lrs)
-        self._step_scalars = losses.new_zeros(len(losses), NUM_STEP_SCALARS)
+        self._step_scalars = torch.zeros_like(self._optimizer.table[0])
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
 

@@ -30,39 +30,48 @@ class CapturableOptimizer:
         self.weights, self.moments, self.adaptive = weights, optimizer.moments, settings[0].name == "adamw"
         self.scales = None if all(s.layer_decay == 1 for s in settings) else _lr_scales(weights, settings)
         limits = [s.max_grad_norm or np.inf for s in settings]
+        table = np.stack([step_scalars_of(settings, lrs, first) for first in optimizer.first_steps or [0]], axis=1)
         self.table, self.constants, self.limits = (
             torch.as_tensor(numbers, dtype=torch.float64).to(weights.flat_params)
-            for numbers in (step_scalars_of(settings, lrs), [_constants(s) for s in settings], limits)
+            for numbers in (table, [_constants(s) for s in settings], limits)
         )
+        self.is_whole = not weights.trained_from and not optimizer.first_steps
+        self.parts = [(slice(0, weights.layout.size), 0)] if self.is_whole else [*weights.parts(by_level=True)]
+        for grad in (weights.grad, weights.compute_grad):
+            if weights.trained_from and grad is not None:
+                grad.zero_()  # what is frozen adds nothing to the norm
 
     @torch.no_grad()
     def step(self, step_scalars: torch.Tensor, norms: torch.Tensor) -> None:
-        """Clip each gradient, take a step with ``step_scalars`` (trials, NUMBERS), and write the norms (trials,)."""
+        """Clip each gradient, take a step with ``step_scalars`` (1 or levels, trials, NUMBERS), and write the norms."""
         weights = self.weights
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        rule = step_scalars, self.constants, factors
-        if self.adaptive and self.scales is None and kernels.runs("adamw", norms.device, weights.compute_dtype):
+        is_plain = self.adaptive and self.scales is None and self.is_whole
+        if is_plain and kernels.runs("adamw", norms.device, weights.compute_dtype):
             compute_part = weights.compute_grad, weights.compute_params
             state = weights.flat_params, weights.grad, compute_part, self.moments
-            kernels.adamw(*state, rule, (decayed, compute)).run()
+            kernels.adamw(*state, (step_scalars[0], self.constants, factors), (decayed, compute)).run()
             return
         if weights.compute_grad is not None:
             weights.grad[:, compute] = weights.compute_grad
         update = adamw if self.adaptive else sgd
-        update(weights.flat_params, weights.grad, self.moments, *rule, decayed, self.scales)
+        for part, level in self.parts:
+            moments = [moment[:, part] for moment in self.moments]
+            rule = step_scalars[min(level, len(step_scalars) - 1)], self.constants, factors
+            scales = None if self.scales is None else self.scales[:, part]
+            params, grad = weights.flat_params[:, part], weights.grad[:, part]
+            update(params, grad, moments, *rule, max(0, decayed - part.start), scales)
         weights.updated()
 
 
 def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> torch.Tensor:
     """Return the factor on the learning rate of each parameter, ``(trials, size)``."""
-    layout = weights.layout
     scales = torch.ones_like(weights.flat_params)
     for trial, own in enumerate(settings):
-        for param_slice in layout.param_slices:
-            level = layout.level_at[param_slice.start]
-            scales[trial, param_slice.start : param_slice.stop] = lr_scale(level, layout.top, own.layer_decay)
+        for part, level in weights.parts(by_level=True):
+            scales[trial, part] = lr_scale(level, weights.layout.top, own.layer_decay)
     return scales
 
 
@@ -77,9 +86,12 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
     return norms
 
 
-def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray) -> np.ndarray:
-    """Return the table ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials)."""
-    steps = np.arange(1, len(lrs) + 1)[:, None]
+def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray, first: int = 0) -> np.ndarray:
+    """Return the table ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials).
+
+    It is for what is trained from step ``first`` on.
+    """
+    steps = np.arange(1 - first, len(lrs) + 1 - first).clip(1)[:, None]
     decay, beta1, beta2 = (np.array([getattr(s, n) for s in settings]) for n in ("weight_decay", "beta1", "beta2"))
     step_size, root = lrs / (1 - beta1**steps), 1 / np.sqrt(1 - beta2**steps)
     return np.stack([lrs, lrs * decay, step_size, root], axis=2)

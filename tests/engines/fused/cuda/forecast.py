@@ -26,7 +26,7 @@ from distilbench.engines.fused.cuda.graph_step import GraphSteps
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
 from distilbench.engines.loss import Loss
-from distilbench.models.freezing import frozen_names
+from distilbench.models.freezing import freeze
 from distilbench.settings import FreezeSettings, OptimSettings
 
 META = torch.device("meta")
@@ -147,7 +147,8 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     with META:
         model = DistilBertForSequenceClassification(DistilBertConfig())
     freezing = FreezeSettings(layers, "auto", True, "depth")
-    layout = FlatParamLayout(model, frozen_names(model, freezing), Vocabulary(np.arange(WORDS), POSITIONS))
+    freeze(model, freezing)
+    layout = FlatParamLayout(model, Vocabulary(np.arange(WORDS), POSITIONS))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = layout.frozen_weights(dict(model.named_parameters()), META, torch.float32, dtype)
     flat_params = torch.empty(trials, layout.size, device=META)

@@ -142,6 +142,18 @@ def test_replayed_steps_are_the_steps_bit_for_bit(
         np.testing.assert_array_equal(one.report.logits, other.report.logits)
 
 
+@pytest.mark.parametrize("freezing", ["freeze=gradual", "freeze=scheduled freeze.layers=2"])
+def test_steps_are_recorded_anew_where_what_is_frozen_moves(trial, splits_of, recorder, graphs, monkeypatch, freezing):
+    common = (*freezing.split(), "train.eval_steps=5", "train.epochs=3", "train.precision=bf16")
+    trials = [trial(f"seed={seed}", *common, still=False) for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    replayed, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
+    assert [made.replays > 0 for made in graphs] == [True] * 3
+    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: None)
+    taken, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
+    np.testing.assert_array_equal(replayed, taken)
+
+
 @pytest.mark.parametrize(("kind", "overrides"), RECORDED)
 def test_two_steps_of_a_bucket_issue_the_same_operations_on_the_same_buffers(
     trial, splits_of, recorder, steps_taken, kind, overrides

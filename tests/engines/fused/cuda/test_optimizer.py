@@ -33,7 +33,7 @@ class Weights:
     def __init__(self, rows):
         self.flat_params, self.grad = rows, torch.empty_like(rows)
         self.compute_params = self.compute_grad = None
-        self.compute_dtype = rows.dtype
+        self.compute_dtype, self.trained_from = rows.dtype, 0
         self.layout = SimpleNamespace(decayed_end=DECAYED, size=SIZE, tables_end=0, compute_end=0)
 
     def updated(self):
