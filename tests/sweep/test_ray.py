@@ -1,10 +1,11 @@
-"""Sweeps through ``hydra/launcher=ray``: a worker that dies, and Ctrl-C; on a cluster of one processor, started here.
+"""Sweeps through ``hydra/launcher=ray``: a node that dies, and Ctrl-C; on a cluster that is started here.
 
 The cluster knows neither the directory nor the variables of the sweep, as one that was there before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -29,38 +30,77 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Start Ray on the loopback interface; returns its address."""
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: it holds sockets
+QUICK_TO_NOTICE = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Cluster:
+    """Ray on the loopback interface: a head that trains nothing, and nodes of one processor, each with its address."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._nodes = folder, []
         with socket.socket() as one, socket.socket() as another:
             ports = []
             for free in (one, another):
                 free.bind(("127.0.0.1", 0))
                 ports.append(free.getsockname()[1])
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1",
-                   "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--temp-dir={folder}",
-                   "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000",
-                   f"--ray-client-server-port={ports[1]}", "--dashboard-agent-listen-port=0"]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_enable_metrics_collection": "0"}
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+        self.address = f"127.0.0.1:{ports[0]}"
+        self._start("127.0.0.1", "--head", "--num-cpus=0", f"--port={ports[0]}", f"--temp-dir={folder}",
+                    f"--ray-client-server-port={ports[1]}", "--include-dashboard=false")  # fmt: skip
+        self.add_node()
+
+    def add_node(self) -> None:
+        self._start(f"127.0.0.{len(self._nodes) + 1}", "--num-cpus=1", f"--address={self.address}")
+
+    def _start(self, host: str, *options: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}",
+                   *options, "--disable-usage-stats", "--object-store-memory=100000000",
+                   "--dashboard-agent-listen-port=0"]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | QUICK_TO_NOTICE
+        process = subprocess.Popen(command, cwd=self._folder, env=environment, stdout=subprocess.PIPE, text=True)
+        self._nodes.append(process)
+        assert process.stdout
+        assert any("Ray runtime started" in line for line in process.stdout)
+
+    def kill_node(self) -> None:
+        """Kill the newest node, all of its processes at once, as a host that loses its power."""
+        self._kill(self._nodes[-1])
+        self._nodes[-1].communicate(timeout=60)
+
+    @staticmethod
+    def _kill(process: subprocess.Popen) -> None:
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+    def end(self) -> None:
+        for process in reversed(self._nodes):
+            if process.poll() is None:
+                self._kill(process)
+                process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Start a cluster that all tests here share; whoever kills its node adds another."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: it holds sockets
+        cluster = Cluster(folder)
         try:
-            assert process.stdout
-            assert any("Ray runtime started" in line for line in process.stdout)
-            yield f"127.0.0.1:{ports[0]}"
+            yield cluster
         finally:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            process.communicate(timeout=60)
-            for left in psutil.wait_procs(started, timeout=10)[1]:
-                left.kill()
+            cluster.end()
 
 
-def start(workspace, cluster: str, epochs: int):
+def start(workspace, cluster: Cluster, epochs: int):
     """Start a sweep of two trials whose study and runs stand where only its own environment says."""
     study, workspace.uri = (f"sqlite:///{workspace.path}/{name}" for name in ("study.db", "runs/mlflow.db"))
-    return workspace.start("hydra/launcher=ray", f"hydra.launcher.ray.init.address={cluster}", "seed=1,2",
-                           "hydra.sweeper.storage=${oc.env:SWEEP_DB}", "sweep.name=rays",
+    return workspace.start("hydra/launcher=ray", f"hydra.launcher.ray.init.address={cluster.address}",
+                           "seed=1,2", "hydra.sweeper.storage=${oc.env:SWEEP_DB}", "sweep.name=rays",
                            "sweep.baseline=false", f"train.epochs={epochs}", "output.save_model=false", real=True,
                            MLFLOW_TRACKING_URI=workspace.uri, SWEEP_DB=study)  # fmt: skip
 
@@ -91,9 +131,11 @@ def statuses_of_trials(workspace) -> list[Counter[str]]:
     ]
 
 
-def test_a_trial_whose_worker_is_killed_is_tried_again_and_study_records_and_runs_agree(workspace, cluster):
+def test_a_trial_whose_node_is_killed_is_tried_again_and_study_records_and_runs_agree(workspace, cluster):
     process = start(workspace, cluster, epochs=20)
-    os.kill(worker_of(workspace, process), signal.SIGKILL)
+    worker_of(workspace, process)
+    cluster.kill_node()
+    cluster.add_node()
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, out + err
     assert "Traceback" not in err, err
