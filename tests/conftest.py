@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with the files that run commands: they take longest, and what is short fills the workers' last minute."""
     asked = str(config.getoption("markexpr"))
     for item in items:
-        if item.get_closest_marker("scale") and "scale" not in asked:
-            item.add_marker(pytest.mark.skip(reason="takes minutes: asked for by -m scale"))
+        for mark in ("scale", "slurm"):
+            if item.get_closest_marker(mark) and mark not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"takes minutes: asked for by -m {mark}"))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: item.path not in long)
 

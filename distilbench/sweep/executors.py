@@ -85,6 +85,35 @@ class OnRay(Sequential):
         ray.shutdown()
 
 
+class OnSubmitit(Sequential):
+    """Hands a batch to submitit's launchers, which tell nobody what jobs they have handed in."""
+
+    def __init__(self, launch: Launch, at_once: int | None) -> None:
+        super().__init__(launch, at_once)
+        self._submitted: list[Any] = []
+
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
+        """Run a batch to its end, and keep what it is to Slurm meanwhile."""
+        from submitit import AutoExecutor
+
+        submit = AutoExecutor.map_array
+
+        def map_array(*given: Any) -> list[Any]:
+            self._submitted = submit(*given)
+            return self._submitted
+
+        AutoExecutor.map_array = map_array  # type: ignore[method-assign, assignment]
+        try:
+            return super().start(jobs)
+        finally:
+            AutoExecutor.map_array = submit  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        """Cancel the batch, with those of its jobs that still wait."""
+        for job in self._submitted:
+            job.cancel(check=False)
+
+
 Executor = Sequential | Pool
 """What launches trials: ``at_once`` is how many it works on at a time, None for any number."""
 
@@ -103,7 +132,8 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         return Pool(launch, min(n_jobs or workers, workers))
     if config._target_.endswith(".RayLauncher"):
         return OnRay(partial(_launch_on_ray, launcher, launcher.task_function), n_jobs)  # type: ignore[attr-defined]
-    return Sequential(launch, n_jobs)
+    is_submitit = config._target_.startswith("hydra_plugins.hydra_submitit_launcher.")
+    return (OnSubmitit if is_submitit else Sequential)(launch, n_jobs)
 
 
 def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:

@@ -21,31 +21,24 @@ from rich.live import Live
 from rich.text import Text
 
 from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_signalled
-from distilbench.composition import default_treatment
 from distilbench.data.text import load_text
-from distilbench.report.answer import trial_to_use
-from distilbench.report.findings import Report
-from distilbench.report.from_store import report_sweep
 from distilbench.results import Owner, Record, Status
-from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.settings import SettingsError
 from distilbench.sweep.display import print_plan, say
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
 from distilbench.sweep.heartbeat import Orphaned, beating
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.plan import HydraSetup, SweeperOptions, SweepPlan, make_plan
+from distilbench.sweep.reporting import ReportClaim, write_report
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
-from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, model_directory, open_store
+from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
-from distilbench.trials.run import compare_late
 
 log = logging.getLogger(__name__)
-
-REPORTED = "reported"
-"""Attribute of the study: which process wrote the last report, and of how many ended trials."""
 
 POLL_SECONDS = 1.0
 LONGEST = 8
@@ -87,33 +80,16 @@ def run_plan(
                 parent = _open_parent_run(plan, studies, store, tags or {})
                 runner = SweepRunner(plan, studies, executor, parent, guard)
                 failure = runner.run()
-                is_reporting = runner.has_report_to_write()
+                is_reporter = runner.is_reporter()
         except (*UNANSWERED, OSError) as error:
             if is_disk_full(error):
                 return _no_space(plan)
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
-        if not is_reporting:
-            return failure
-        if store:
-            compare_late(store, plan.directory, plan.settings.margin)
-        report = _report(plan, store)
-        if report is None:
-            runner.show_all()  # there is only what the study knows
-        elif store and plan.settings.tracking.log_model == "best":
-            _log_answer(report, store, plan.settings.tracking)
+        if is_reporter:
+            runner.report(store)
         return failure
-
-
-def _report(plan: SweepPlan, store: MlflowStore | None) -> Report | None:
-    """Return the report, None without one: what can't be made costs the ended sweep no more than that."""
-    try:
-        if store:
-            return report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
-    except Exception as error:  # the report's boundary
-        log.warning("no report of %s: %s", plan.name, error)
-    return None
 
 
 def _open_parent_run(
@@ -128,16 +104,6 @@ def _open_parent_run(
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
         study.set_user_attr("run_id", parent.run_id)
     return parent
-
-
-def _log_answer(report: Report, store: MlflowStore, tracking: TrackingSettings) -> None:
-    """Log the model of the sweep's answer, which may have been trained by an earlier call."""
-    trial = trial_to_use(report, "answer")
-    try:
-        if trial:
-            store.log_model(trial.run_id, model_directory(store, trial.run_id), tracking.register)
-    except SettingsError as error:  # its directory is gone, or another's by now
-        log.warning("the sweep's answer is not logged as a model: %s", error)
 
 
 class SweepRunner:
@@ -158,7 +124,7 @@ class SweepRunner:
         self._failed = False
         """Whether that is a failure of the sweep."""
         self._pause = POLL_SECONDS
-        self._reported = studies.main.study.user_attrs.get(REPORTED)
+        self._claim = ReportClaim(studies.main.study, studies.storage, plan.settings.sweep.grace_seconds)
         self._left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
 
@@ -374,24 +340,22 @@ class SweepRunner:
         for trial in taken if not self._live else ():
             self._say(f"trial {trial.path}: {trial.name}")
 
-    def show_all(self) -> None:
-        """Print every trial as a table."""
-        self._console.print(self._leaderboard().table())
+    def is_reporter(self) -> bool:
+        """Return whether this process writes the report, once it is known who does: of several workers one."""
+        with self._guard.released():
+            is_reporter = self._claim.take(sum(view.trial.state.is_finished() for _, view in self._views()))
+        if is_reporter:
+            for study in self._studies.all:
+                self._parent.put_right(study.put_right())
+        else:
+            self._say(f"the report was written by another process: {self._plan.directory}")
+        return is_reporter
 
-    def has_report_to_write(self) -> bool:
-        """Return whether this process writes the report: of several, the first that finds the sweep at this end.
-
-        What an earlier call reported does not count: the same command again writes the report again.
-        """
-        study = self._studies.main.study
-        ends = sum(view.trial.state.is_finished() for _, view in self._views())
-        with self._studies.storage.lock():
-            known = study.user_attrs.get(REPORTED)
-            if known and known != self._reported and known["ends"] == ends:
-                self._say(f"the report is written by another process: {self._plan.directory}")
-                return False
-            study.set_user_attr(REPORTED, {"ends": ends, "owner": asdict(self._owner), "at": time.time()})
-        return True
+    def report(self, store: MlflowStore | None) -> None:
+        """Write the report; where there is none, show what the study knows."""
+        with self._claim.writing():
+            if not write_report(self._plan, store):
+                self._console.print(self._leaderboard().table())
 
     def _finish(self) -> str | None:
         """Return the sweep's end, for people, in its directory and in MLflow."""

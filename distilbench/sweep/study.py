@@ -217,7 +217,7 @@ class Study:
         """Ask Optuna for one point: its trial, or none and whether the same point is under way elsewhere."""
         self.refresh()
         others = self.counted()
-        trial = self.study.ask()
+        trial = self._ask()
         self.mine[trial.number] = trial._trial_id
         self.beat()
         trial.set_user_attr("owner", asdict(self._owner))
@@ -239,6 +239,14 @@ class Study:
             self._reuse(trial, same)
             return None, same.status is Status.RUNNING
         return self._view(trial.number), False
+
+    def _ask(self) -> optuna.Trial:
+        """Begin an interrupted trial first, which has a checkpoint, or is the baseline; else Optuna's next."""
+        for view in self.views():
+            if view.status is Status.WAITING and view.attribute("continues") is not None:
+                self._storage.set_trial_state_values(view.trial._trial_id, TrialState.RUNNING)
+                return optuna.Trial(self.study, view.trial._trial_id)
+        return self.study.ask()
 
     def _view(self, number: int) -> TrialView:
         """One of this process's trials, read by itself."""
@@ -294,6 +302,25 @@ class Study:
                 value = dict(value) if name != "run_id" else value
                 self._storage.set_trial_user_attr(self.mine[number], name, value)
         self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
+
+    def put_right(self) -> dict[str, tuple[Status, str | None]]:
+        """Give interrupted trials their ends back, which a process may have written over that had lost them.
+
+        It was frozen, for long, between making sure that a trial is its own and writing its end. Returns how the runs
+        of such trials, which others may have continued, ended.
+        """
+        self.refresh()
+        trained = [view for view in self.views() if view.status is not Status.REUSED]
+        ends = {view.attribute("run_id"): (view.status, view.attribute("error")) for view in trained}
+        runs = set()
+        for view in trained:
+            directory, record = self.directory(view.number), read_record(self.directory(view.number))
+            if view.status is Status.INTERRUPTED:
+                runs.add(view.attribute("run_id"))
+            if view.status is Status.INTERRUPTED and record and record.is_over:
+                kept = record.identity, view.status, record.owner, record.run_id, view.attribute("error")
+                Record(*kept).write(directory)
+        return {run_id: ends[run_id] for run_id in runs if run_id}
 
     def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
               state: TrialState | None = None) -> None:  # fmt: skip

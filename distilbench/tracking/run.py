@@ -38,6 +38,7 @@ from distilbench.tracking.undelivered import (
     has_undelivered,
     log_metrics,
     points,
+    put_right,
     read_undelivered,
 )
 
@@ -198,6 +199,12 @@ class ParentRun:
 
     def _tell(self, what: str, lacking: Undelivered) -> bool:
         return self._connection.attempt(what, lambda: deliver(self._connection.client, self.run_id or "", lacking))
+
+    def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
+        """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""
+        for run_id, (status, error) in ends.items():
+            write = partial(put_right, self._connection.client, run_id, status, error)
+            self._connection.attempt("the end of a trial", write)
 
     def lacks(self, directory: Path) -> bool:
         """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""

@@ -69,7 +69,7 @@ class SignalGuard:
 
     @contextmanager
     def released_at_steps(self) -> Iterator[None]:
-        """Let Ctrl-C through in this block, and the first of other signals only by :meth:`deliver`.
+        """Let Ctrl-C through in this block, and other signals only by :meth:`deliver`, however many: Slurm sends two.
 
         That is called between two steps, once there is a checkpoint; after :data:`STEP_SECONDS` by an alarm.
         """
@@ -104,9 +104,10 @@ class SignalGuard:
             self._waiting.append(number)
             if self._waiting.count(signal.SIGINT) > _PATIENCE:
                 os._exit(128 + signal.SIGINT)
-        elif self._waits_for_step and number != signal.SIGINT and not self._waiting:
+        elif self._waits_for_step and number != signal.SIGINT:
+            if not self._waiting:
+                signal.alarm(STEP_SECONDS)
             self._waiting.append(number)
-            signal.alarm(STEP_SECONDS)
         else:
             self._handle(number, frame)
 

@@ -26,6 +26,20 @@ if host := os.environ.get("TASK_HOST"):  # a name of its own, as another host ha
     assert ctypes.CDLL(None).unshare(0x04000000) == 0  # CLONE_NEWUTS
     socket.sethostname(host)
 SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
+LOG = Path(os.environ["FINISHED_LOG"])
+MEET = int(os.environ.get("TASK_MEET", "0"))
+"""So many trials are under way at once before the first of them ends."""
+LAST = int(os.environ.get("TASK_LAST", "0"))
+"""Trial 0 takes as long as so many others together."""
+
+
+def take_time(job: SweepJob) -> None:
+    """Train nothing, for as long as a trial would."""
+    time.sleep(SECONDS)
+    while len(list(job.sweep_directory.glob("*/trial.json"))) < MEET:
+        time.sleep(0.05)
+    while job.number == 0 and LAST and len(LOG.read_text().splitlines() if LOG.exists() else ()) < LAST:
+        time.sleep(0.05)
 
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
@@ -41,7 +55,7 @@ def main(config: DictConfig) -> float:
     record = Record(identity, Status.RUNNING, Owner.of_this_process())
     try:
         with lease.beating():
-            time.sleep(SECONDS)
+            take_time(job)
         if not lease.holds():
             return accuracy
         status = Status.DIVERGED if settings.optim.lr > 1 else Status.FINISHED
@@ -52,7 +66,7 @@ def main(config: DictConfig) -> float:
     except KeyboardInterrupt:
         Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(job.directory)
         raise
-    with Path(os.environ["FINISHED_LOG"]).open("a") as log:
+    with LOG.open("a") as log:
         log.write(f"{job.trial} {treatment}/{settings.seed}\n")
     return accuracy
 

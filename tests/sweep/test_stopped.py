@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from hydra import compose, initialize_config_dir
+from mlflow import MlflowClient
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError
@@ -31,21 +32,20 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine.default import DefaultDialect
 
 from distilbench import cli
-from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.results import Evaluation, Status, TrialResult, read_record
 from distilbench.settings import register_schema, settings_from
-from distilbench.sweep import heartbeat, runner
+from distilbench.sweep import heartbeat, reporting, runner
 from distilbench.sweep.executors import Sequential
 from distilbench.sweep.heartbeat import Lease
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.resume import open_studies
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
-from distilbench.tracking import ParentRun, open_store
+from distilbench.tracking import open_store
+from distilbench.tracking.undelivered import end_run
 from distilbench.trials import batch
 from distilbench.trials import run as trials
-from distilbench.trials.interruptions import SignalGuard
 from distilbench.trials.prepared import Job, prepare
 from tests.conftest import ROOT, TINY
 
@@ -124,10 +124,10 @@ class Ground:
         prepared = prepare(self.settings)
         monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
-        for module in (heartbeat, runner):  # a thread would make its writes whenever it comes to run
+        for module in (heartbeat, reporting, runner):  # a thread would make its writes whenever it comes to run
             monkeypatch.setattr(module, "beating", _beating_once)
-        monkeypatch.setattr(runner, "report_sweep", lambda *given: object())
-        monkeypatch.setattr(runner, "default_treatment", dict)
+        monkeypatch.setattr(reporting, "report_sweep", lambda *given: object())
+        monkeypatch.setattr(reporting, "default_treatment", dict)
         monkeypatch.setattr("distilbench.tracking.start._git_tags", dict)
         latest = db_utils._get_latest_schema_revision()
         monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # reads a hundred files
@@ -270,21 +270,33 @@ def test_a_sweep_interrupted_once_nothing_is_left_to_do_has_finished(ground, mon
     assert ground.ends()["runs"] == Counter({"FINISHED FINISHED": 2})
 
 
-def test_of_several_workers_the_first_at_the_end_writes_the_report_and_the_same_command_writes_it_again(
-    ground, tmp_path
-):
-    plan = plan_of(ground.settings, tmp_path / "sweep", total=3)
-    plan, studies = open_studies(plan, storage_at(None, None, plan.directory), None)
+def test_what_a_process_writes_late_that_had_lost_its_trial_is_put_right_at_the_sweeps_end(ground, monkeypatch):
+    """It was frozen between making sure that the trial was its own, and writing how that ended."""
+    plan = plan_of(ground.settings, ground.directory)
 
-    def worker():
-        return runner.SweepRunner(plan, studies, Sequential(lambda jobs: [], 1), ParentRun(), SignalGuard())
+    def cut_short(jobs: list[SweepJob]):
+        monkeypatch.setattr(trials, "engine_for", lambda settings: signal.raise_signal(signal.SIGINT))
+        return train_in(ground.settings)(jobs)
 
-    first, second = worker(), worker()
-    assert (first.has_report_to_write(), second.has_report_to_write()) == (True, False)
-    studies.main.study.ask()
-    studies.main.study.tell(0, 0.5)
-    assert (second.has_report_to_write(), first.has_report_to_write()) == (True, False), "of one more trial"
-    assert worker().has_report_to_write()
+    ground.clear()
+    assert ground.sweep(plan, ground.settings, train=cut_short) == 70
+    assert ground.sweep(plan, ground.settings) == 0
+    before = ground.ends()
+    assert before["records"] == {"INTERRUPTED": 1, "FINISHED": 1}
+    assert before["runs"] == {"FINISHED FINISHED": 2, "KILLED INTERRUPTED": 1}
+    first, last = (read_record(ground.directory / number) for number in "01")
+    replace(last, run_id=first.run_id).write(ground.directory / "0")
+
+    def write_late() -> int:
+        end_run(MlflowClient(ground.settings.tracking.uri), first.run_id, Status.FINISHED, None)
+        return 0
+
+    assert in_process(write_late) == 0
+    assert ground.ends() != before
+    assert ground.sweep(plan, ground.settings) == 0
+    assert ground.ends() == before
+    again = read_record(ground.directory / "0")
+    assert (again.status, again.error, again.scores) == (first.status, first.error, {})
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])

@@ -181,6 +181,20 @@ def test_an_interrupted_point_is_queued_as_what_continues_it(make):
     assert study.take().attribute("continues") is None
 
 
+def test_an_interrupted_baseline_comes_before_the_points_that_wait(make):
+    points = [Point({"freeze.layers": layers, "scheduler": "linear"}, is_baseline=layers == 0) for layers in range(4)]
+    study = make(ME, points=points, is_grid=True)
+    study.queue()
+    baseline = study.take()
+    assert baseline.is_baseline
+    finish(study, baseline.number, Status.RUNNING)
+    end(study, baseline.number)
+    study.queue()
+    again = study.take()
+    assert (again.is_baseline, again.attribute("continues"), again.number) == (True, baseline.number, 4)
+    assert study.take().point.params["freeze.layers"] == 1
+
+
 def test_a_process_with_a_reused_pid_is_dead(make):
     assert not ME.is_dead()
     assert Owner(ME.host, ME.pid, ME.started - 3600).is_dead()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
+from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Space
 from distilbench.sweep.warm_start import _check_same, _params_in
 
@@ -62,6 +64,10 @@ def test_another_protocol_or_other_objectives_are_refused():
         _check_same(plan({}), identity | {"fixed": FIXED}, "old")
 
 
+def opened(workspace, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{workspace.sweep(name)}/study.db")
+
+
 @pytest.mark.e2e
 def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing_else(workspace):
     space = (
@@ -72,12 +78,15 @@ def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing
     )
     workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=6")
     before = {t.number: t for t in workspace.study("old")}
+    used = {"model 0123456789abcdef": {"fingerprint": "f", "is": "what the first trials used"}}
+    opened(workspace, "old").set_user_attr(PINNED, used)
     new = (*space, "freeze.layers=0,2,3", "sweep.name=new", "sweep.trials=3", "sweep.warm_start=old")
     ended = workspace.run(*new)
     inside = [
         n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
     ]
     assert f"warm start: of 5 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
+    assert opened(workspace, "new").user_attrs[PINNED] == used, "its trials are held to the earlier ones' sources"
     trials = workspace.study("new")
     reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
     assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]

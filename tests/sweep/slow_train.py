@@ -1,0 +1,26 @@
+"""The real command, whose steps are written down and take half a second for as long as a file ``slow`` is there."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from distilbench.results import StepRecord
+from distilbench.train import cli
+from distilbench.trials import run
+
+STEPS = Path(os.environ["FINISHED_LOG"])
+_log = run._Observer.on_step
+
+
+def on_step(self: run._Observer, trial: int, record: StepRecord) -> None:
+    _log(self, trial, record)
+    with STEPS.open("a") as log:
+        log.write(f"{os.getpid()} {record.step}\n")
+    if STEPS.with_name("slow").exists():
+        time.sleep(0.5)
+
+
+run._Observer.on_step = on_step
+cli()
