@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,14 @@ TINY = ("model=tiny", "data=synthetic", "tracking=none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files that run commands: they take longest, and what is short fills the workers' last minute."""
+    """Begin with the files that take longest, which run processes: what is short fills the workers' last minute."""
     asked = str(config.getoption("markexpr"))
     for item in items:
         for mark in ("scale", "slurm"):
             if item.get_closest_marker(mark) and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes: asked for by -m {mark}"))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path.name != "test_stopped.py", item.path not in long))
 
 
 def compose_settings(*overrides: str) -> AppSettings:
@@ -44,7 +46,17 @@ def compose_settings(*overrides: str) -> AppSettings:
 @pytest.fixture
 def settings(tmp_path):
     """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes below tmp_path."""
-    return lambda *overrides: compose_settings(*TINY, f"output.dir={tmp_path}", *overrides)
+
+    def composed(*overrides: str) -> AppSettings:
+        tiny = _tiny(overrides)
+        return tiny if "output.dir" in str(overrides) else replace(tiny, output=replace(tiny.output, dir=str(tmp_path)))
+
+    return composed
+
+
+@cache  # 0.1 s each
+def _tiny(overrides: tuple[str, ...]) -> AppSettings:
+    return compose_settings(*TINY, "output.dir=.", *overrides)
 
 
 @pytest.fixture

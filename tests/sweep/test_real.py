@@ -74,9 +74,9 @@ def test_seeds_are_children_of_their_trial_whose_objective_is_their_mean(workspa
           "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # fmt: skip
     assert tree(workspace) == {
         "seeds": None,
-        "0 layers=1": "seeds",
-        "0 layers=1 seed=1": "0 layers=1",
-        "0 layers=1 seed=2": "0 layers=1",
+        "0 trial": "seeds",
+        "0 trial seed=1": "0 trial",
+        "0 trial seed=2": "0 trial",
     }
     each = [workspace.record("seeds", f"0/seed-{seed}")["selection"]["accuracy"] for seed in (1, 2)]
     assert workspace.study("seeds")[0].value == pytest.approx(sum(each) / 2)

@@ -1,8 +1,9 @@
 """A sweep stopped after any one of its writes finds its total again: killed, or ended by SIGTERM, at each in turn.
 
 The runner, the study, the records and MLflow are the real ones, an engine that learns nothing in no time stands for
-training. Each call of the sweep is a process of its own, forked, which ends itself after its k-th write: a commit to
-a database or a file put in its place.
+training. Each call of the sweep is a process of its own, forked. SIGTERM comes after its k-th write: a commit to a
+database or a file put in its place. What a kill leaves there is what stands in the folder at that moment, so one sweep
+leaves it for all of its writes.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class NoTraining:
         return [TrialResult(Status.FINISHED, selection=DONE, report=DONE, steps=4, train_seconds=1.0) for _ in asked]
 
 
-class Stop:
-    """Ends this process after its ``at``-th write, of hearts apart; counts them all without one."""
+class Writes:
+    """Counts the writes of this process, those of hearts apart, and calls ``then`` after each with its number."""
 
-    def __init__(self, at: int, number: int) -> None:
-        self.at, self.number, self.writes = at, number, 0
+    def __init__(self, then: Callable[[int], object]) -> None:
+        self.then, self.count = then, 0
         self._changes: dict[int, int] = {}
         self._is_beating = False
         beat, RDBStorage.record_heartbeat = RDBStorage.record_heartbeat, lambda *given: self.beat(beat, *given)
@@ -95,9 +96,8 @@ class Stop:
     def _count(self) -> None:
         if self._is_beating:
             return
-        self.writes += 1
-        if self.writes == self.at:
-            os._exit(-9) if self.number == signal.SIGKILL else signal.raise_signal(self.number)
+        self.count += 1
+        self.then(self.count)
 
 
 def in_process(action: Callable[[], int]) -> int:
@@ -135,23 +135,36 @@ class Ground:
         warm = _tracked_in(folder / "warm", settings)  # what is imported here need not be by every process
         _run(plan_of(warm, folder / "warm" / "sweep"), warm)
         assert in_process(lambda: int(open_store(self.settings.tracking) is None)) == 0
-        shutil.copy(folder / "mlflow.db", folder / "empty.db")
+        (folder / "mlruns").mkdir(exist_ok=True)
+        self.keep("empty")
+
+    def _written(self) -> list[Path]:
+        return [path for name in ("sweep", "mlruns", "mlflow.db*") for path in self.folder.glob(name)]
+
+    def keep(self, state: object) -> None:
+        """Copy what sweeps have written, as a kill at this moment would leave it."""
+        kept = self.folder / "kept" / str(state)
+        kept.mkdir(parents=True, exist_ok=True)
+        for path in self._written():
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, kept / path.name)
+
+    def restore(self, state: object) -> None:
+        for path in self._written():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(self.folder / "kept" / str(state), self.folder, dirs_exist_ok=True)
 
     def clear(self) -> None:
-        for left in (self.directory, self.folder / "mlruns"):
-            shutil.rmtree(left, ignore_errors=True)
-        (self.folder / "mlruns").mkdir()
-        shutil.copy(self.folder / "empty.db", self.folder / "mlflow.db")
+        self.restore("empty")
 
-    def sweep(self, plan: SweepPlan, settings, stop_at: int = 0, number: int = signal.SIGTERM, train=None) -> int:
-        """Run the sweep in a process of its own; its exit status, 0 with its total."""
+    def sweep(self, plan: SweepPlan, settings, then: Callable[[int], object] = int, train=None) -> int:
+        """Run the sweep in a process of its own, with ``then`` after each write; its exit status, 0 with its total."""
 
         def run() -> int:
-            stop = Stop(stop_at, number)
+            writes = Writes(then)
             signal.signal(signal.SIGTERM, cli._exit)
             cli.raise_on_signal()
             failure = _run(plan, settings, train)
-            (self.folder / "writes").write_text(str(stop.writes))
+            (self.folder / "writes").write_text(str(writes.count))
             return 1 if failure else 0
 
         return in_process(run)
@@ -231,21 +244,26 @@ CONFIRMATION = {"space": Space({}, []), "is_grid": True, "needs_all": True,
                 "points": [Point({}, ("treatment", "seed=1"), is_baseline=True)]}  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+@pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "term"])
 @pytest.mark.parametrize(("seeds", "changes"), [(None, {}), ([1, 2], {}), (None, CONFIRMATION)],
                          ids=["trial", "seeds", "confirmation"])  # fmt: skip
-def test_a_sweep_stopped_after_any_write_finds_its_total(ground, seeds, changes, number):
+def test_a_sweep_stopped_after_any_write_finds_its_total(ground, seeds, changes, is_killed):
     settings = replace(ground.settings, sweep=replace(ground.settings.sweep, seeds=seeds))
     plan = plan_of(settings, ground.directory, **changes)
     ground.clear()
-    assert ground.sweep(plan, settings) == 0
+    kept = f"{plan.is_grid} {seeds}"
+    keep = (lambda count: ground.keep(f"{kept} {count}")) if is_killed else int
+    assert ground.sweep(plan, settings, keep) == 0
     whole = ground.ends()
     writes = int((ground.folder / "writes").read_text())
     assert writes > 30
     for at in range(1, writes + 1):
-        ground.clear()
-        assert ground.sweep(plan, settings, at, number) == {signal.SIGKILL: 247, signal.SIGTERM: 143}[number], at
-        if number != signal.SIGKILL:
+        if is_killed:
+            ground.restore(f"{kept} {at}")
+        else:
+            ground.clear()
+            terminate = lambda count, at=at: signal.raise_signal(signal.SIGTERM) if count == at else None  # noqa: E731
+            assert ground.sweep(plan, settings, terminate) == 143, at
             left = ground.ends()
             assert not [end for ends in left.values() for end in ends if "RUNNING" in end], (at, left)
         assert ground.sweep(plan, settings) == 0, at
