@@ -1,7 +1,8 @@
 """The real command line and sweeper over a task of milliseconds that keeps the real one's promises.
 
 It announces itself, takes a while, and replaces ``trial.json`` at its end, as a trial does; nothing is learnt. What it
-finished is appended to ``finished.log``, one line at once, so that a test knows it apart from study and records.
+finished is appended to ``finished.log``, one line at once, so that a test knows it apart from study and records; the
+line's last word is the CPU time that the process has had.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(config: DictConfig) -> float:
         Record(identity, Status.INTERRUPTED, record.owner, None, "interrupted").write(job.directory)
         raise
     with LOG.open("a") as log:
-        log.write(f"{job.trial} {treatment}/{settings.seed}\n")
+        log.write(f"{job.trial} {treatment}/{settings.seed} {time.process_time():.3f}\n")
     return accuracy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections import Counter
@@ -18,6 +19,10 @@ LACKING = real.missing()
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.skipif(LACKING is not None, reason=LACKING or "")]
 TINY = "model=tiny data=synthetic sweep.baseline=false sweep.grace_seconds=6"
 GRID = "freeze.layers=0,1,2 seed=1,2,3,4"
+GUIDE = re.search(
+    r"^#!/bin/bash\n(#SBATCH .*\n)(#SBATCH .*\n)", (ROOT / "docs/many-machines.md").read_text(), re.MULTILINE
+)
+"""What ``worker.sbatch`` asks for, in the guide: resources, and how it is stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +38,21 @@ def worker(workspace, program: str, arguments: str, **variables: object) -> Path
              "FINISHED_LOG": workspace.log, "OMP_NUM_THREADS": 1, "COLUMNS": 160}  # fmt: skip
     lines = [f"export {name}='{value}'" for name, value in {**known, **variables}.items()]
     script = workspace.path / "worker.sbatch"
-    options = f"--requeue --open-mode=append --chdir={workspace.path} --output={workspace.path}/%x-%a.out"
+    places = f"#SBATCH --chdir={workspace.path} --output={workspace.path}/%x-%a.out"
     command = f"srun {sys.executable} {HERE / program} --multirun {TINY} {arguments}\n"
-    lines = ["#!/bin/bash", f"#SBATCH {options}", *lines, "export TASK_HOST=$SLURMD_NODENAME", command]
+    lines = ["#!/bin/bash", GUIDE[2], places, *lines, "export TASK_HOST=$SLURMD_NODENAME", command]
     script.write_text("\n".join(lines))
     return script
 
 
 def statuses(workspace, name: str) -> Counter[str]:
     return Counter(trial.user_attrs.get("status") for trial in workspace.study(name))
+
+
+def test_the_resources_that_the_guides_worker_asks_for_are_such_as_slurm_knows(workspace, slurm):
+    script = workspace.path / "worker.sbatch"
+    script.write_text(f"#!/bin/bash\n{GUIDE[1]}{GUIDE[2]}")
+    slurm.submit(script, "--test-only", "--gres=none", "--cpus-per-task=2", "--time=10")
 
 
 def test_four_workers_of_an_array_are_busy_for_as_long_as_there_are_points(workspace, slurm):
@@ -100,12 +111,13 @@ def test_each_way_to_stop_a_job_leaves_a_trial_that_goes_on_at_its_step_in_its_r
     slurm.wait_for_end(job)
     assert statuses(workspace, "stops") == {"INTERRUPTED": 2}
 
-    for options in ([], ["--time=1"]):
-        job = slurm.submit(script, *options)
-        takes_steps(workspace, slurm)
-        if not options:
-            slurm.ask("scancel", job, check=True)
-        slurm.wait_for_end(job)
+    job = slurm.submit(script)
+    takes_steps(workspace, slurm)
+    slurm.ask("scancel", job, check=True)
+    slurm.wait_for_end(job)
+    script.write_text(script.read_text().replace("--signal=USR1@60", ""))  # of a minute it would leave nothing
+    job = slurm.submit(script, "--time=1")
+    slurm.wait_for_end(job)
     assert slurm.states(job) == {"TIMEOUT"}
     assert statuses(workspace, "stops") == {"INTERRUPTED": 4}
     (workspace.path / "slow").unlink()
