@@ -1,6 +1,6 @@
-"""The report at a sweep's end: of its workers one writes it, and the others stay until it has been written.
+"""The report at a sweep's end: of its workers one writes it, under a lock that the others wait for.
 
-Where that one dies, or stands still for longer than ``sweep.grace_seconds``, the next of them takes over.
+The system lets go of a lock whose holder dies, so that the next of them writes it then.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import optuna
 
@@ -20,68 +21,34 @@ from distilbench.report.findings import Report
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Owner
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.sweep.heartbeat import beating
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds
+from distilbench.sweep.storage import UNANSWERED, Storage
 from distilbench.tracking import MlflowStore, model_directory
 from distilbench.trials.run import compare_late
 
 log = logging.getLogger(__name__)
 
-CLAIM, BEAT, WRITTEN = "report", "report.beat", "report.written"
-"""Attributes of the study: who writes a report, of how many ended trials; a beat of its heart; who last wrote one."""
-
-POLL_SECONDS, LONGEST_PAUSE = 1.0, 10.0
-"""Between two looks at the study, at first and at most."""
+REPORTED = "reported"
+"""Attribute of the study: which process last wrote a report, and of how many ended trials."""
 
 
-class ReportClaim:
-    """Whose the report is, as one worker sees it; what was written before this worker began does not count.
+@contextmanager
+def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, grace_seconds: float) -> Iterator[bool]:
+    """Wait until nobody else writes a report; yields whether there is none yet of ``ends`` trials.
 
-    So the same command, typed again, writes the report again.
+    What was known ``before`` this process worked on the sweep does not count: the same command, typed again, writes
+    the report again.
     """
-
-    def __init__(self, study: optuna.Study, storage: Storage, grace_seconds: int) -> None:
-        self._study, self._storage, self._grace = study, storage, grace_seconds
-        self._before = study.user_attrs.get(WRITTEN)
-        self._claim: dict[str, object] = {}
-
-    def take(self, ends: int) -> bool:
-        """Return whether this process writes the report of ``ends`` trials, at once or after another that died of it.
-
-        Returns False once another has written it.
-        """
-        seen: object = None
-        since, pause = time.monotonic(), POLL_SECONDS
-        while True:
-            with self._storage.lock():
-                known = self._study.user_attrs
-                claim, written = known.get(CLAIM), known.get(WRITTEN)
-                if written and written != self._before and written["ends"] == ends:
-                    return False
-                if (claim, known.get(BEAT)) != seen:
-                    seen, since = (claim, known.get(BEAT)), time.monotonic()
-                is_free = (
-                    claim is None or claim == written or claim["ends"] != ends or Owner(**claim["owner"]).is_dead()
-                )
-                if is_free or time.monotonic() - since > self._grace:
-                    self._claim = {"ends": ends, "owner": asdict(Owner.of_this_process()), "at": time.time()}
-                    self._study.set_user_attr(CLAIM, self._claim)
-                    return True
-            time.sleep(pause)
-            pause = min(1.5 * pause, LONGEST_PAUSE)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Have the heart of the report beat while it is written, then say that it is."""
-        with beating(self._beat, beat_seconds(self._grace)):
-            yield
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(SettingsError, *UNANSWERED):  # whoever takes so long stands still
+            held.enter_context(storage.lock(grace_seconds, of_report=True))
+        known = study.user_attrs.get(REPORTED)
+        is_due = known is None or known == before or known["ends"] != ends
+        yield is_due
         with contextlib.suppress(*UNANSWERED):
-            self._study.set_user_attr(WRITTEN, self._claim)
-
-    def _beat(self) -> None:
-        with contextlib.suppress(*UNANSWERED):
-            self._study.set_user_attr(BEAT, time.time())
+            if is_due:
+                told = {"ends": ends, "owner": asdict(Owner.of_this_process()), "at": time.time()}
+                study.set_user_attr(REPORTED, told)
 
 
 def write_report(plan: SweepPlan, store: MlflowStore | None) -> bool:

@@ -30,7 +30,7 @@ from distilbench.sweep.heartbeat import Orphaned, beating
 from distilbench.sweep.job import SweepJob
 from distilbench.sweep.leaderboard import Leaderboard
 from distilbench.sweep.plan import HydraSetup, SweeperOptions, SweepPlan, make_plan
-from distilbench.sweep.reporting import ReportClaim, write_report
+from distilbench.sweep.reporting import REPORTED, reporting, write_report
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
@@ -80,16 +80,14 @@ def run_plan(
                 parent = _open_parent_run(plan, studies, store, tags or {})
                 runner = SweepRunner(plan, studies, executor, parent, guard)
                 failure = runner.run()
-                is_reporter = runner.is_reporter()
+            runner.report(store)
+            return failure
         except (*UNANSWERED, OSError) as error:
             if is_disk_full(error):
                 return _no_space(plan)
             if isinstance(error, OSError):
                 raise
             return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
-        if is_reporter:
-            runner.report(store)
-        return failure
 
 
 def _open_parent_run(
@@ -124,7 +122,7 @@ class SweepRunner:
         self._failed = False
         """Whether that is a failure of the sweep."""
         self._pause = POLL_SECONDS
-        self._claim = ReportClaim(studies.main.study, studies.storage, plan.settings.sweep.grace_seconds)
+        self._reported = studies.main.study.user_attrs.get(REPORTED)
         self._left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
 
@@ -340,20 +338,15 @@ class SweepRunner:
         for trial in taken if not self._live else ():
             self._say(f"trial {trial.path}: {trial.name}")
 
-    def is_reporter(self) -> bool:
-        """Return whether this process writes the report, once it is known who does: of several workers one."""
-        with self._guard.released():
-            is_reporter = self._claim.take(sum(view.trial.state.is_finished() for _, view in self._views()))
-        if is_reporter:
+    def report(self, store: MlflowStore | None) -> None:
+        """Write the report, if no other worker has done so; where there is none, show what the study knows."""
+        ends = sum(view.trial.state.is_finished() for _, view in self._views())
+        grace = self._plan.settings.sweep.grace_seconds
+        with reporting(self._studies.main.study, self._studies.storage, ends, self._reported, grace) as is_due:
+            if not is_due:
+                return self._say(f"the report was written by another process: {self._plan.directory}")
             for study in self._studies.all:
                 self._parent.put_right(study.put_right())
-        else:
-            self._say(f"the report was written by another process: {self._plan.directory}")
-        return is_reporter
-
-    def report(self, store: MlflowStore | None) -> None:
-        """Write the report; where there is none, show what the study knows."""
-        with self._claim.writing():
             if not write_report(self._plan, store):
                 self._console.print(self._leaderboard().table())
 

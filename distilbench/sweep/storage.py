@@ -64,28 +64,29 @@ class Storage:
         return self.file is not None and not self.file.exists()
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, seconds: float = LOCK_SECONDS, of_report: bool = False) -> Iterator[None]:
         """Keep every other process from taking or settling trials; the system lets go of a lock whose holder dies.
 
-        A file has one beside it, PostgreSQL one of its own, which ends with its connection: for all sweeps in a
-        database, since the first of them makes Optuna's tables. Others go without.
+        Another lock, ``of_report``, keeps others from writing a report. A file has them beside it, PostgreSQL ones of
+        its own, which end with their connection: for all sweeps in a database, since the first of them makes Optuna's
+        tables. Others go without. Raises :class:`SettingsError`, or one of :data:`UNANSWERED`, after ``seconds``.
         """
         with contextlib.ExitStack() as held:
             if self.file:
-                lock = FileLock(self.file.with_name(f".{self.file.name}.lock"), timeout=LOCK_SECONDS)
+                name = f".{self.file.name}.report.lock" if of_report else f".{self.file.name}.lock"
                 try:
-                    held.enter_context(lock)
+                    held.enter_context(FileLock(self.file.with_name(name), timeout=seconds))
                 except Timeout:
                     raise SettingsError(
                         f"hydra.sweeper.storage must be free, got {self.file}, which another process has held for "
-                        f"{LOCK_SECONDS:g} s; end that one, or wait for it"
+                        f"{seconds:g} s; end that one, or wait for it"
                     ) from None
             else:
                 engine = sqlalchemy.create_engine(self.url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
                 connection = held.enter_context(engine.connect())
                 if engine.dialect.name == "postgresql":
-                    connection.execute(sqlalchemy.text(f"SET lock_timeout = '{LOCK_SECONDS:g}s'"))
-                    connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK_NUMBER})"))
+                    connection.execute(sqlalchemy.text(f"SET lock_timeout = '{seconds:g}s'"))
+                    connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_LOCK_NUMBER + of_report})"))
             yield
 
 

@@ -145,7 +145,7 @@ def test_a_trial_whose_node_is_killed_is_tried_again_and_study_records_and_runs_
         assert workspace.record("rays", number)["status"] == "FINISHED"
         assert (workspace.sweep("rays") / str(number) / "predictions.parquet").exists()
     assert sorted(path.name for path in workspace.path.iterdir()) == [
-        ".study.db.lock", "outputs", "runs", "study.db"]  # fmt: skip
+        ".study.db.lock", ".study.db.report.lock", "outputs", "runs", "study.db"]  # fmt: skip
 
 
 def test_ctrl_c_ends_the_trials_of_the_cluster_and_leaves_no_run_running(workspace, cluster):

@@ -124,7 +124,7 @@ class Ground:
         prepared = prepare(self.settings)
         monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
-        for module in (heartbeat, reporting, runner):  # a thread would make its writes whenever it comes to run
+        for module in (heartbeat, runner):  # a thread would make its writes whenever it comes to run
             monkeypatch.setattr(module, "beating", _beating_once)
         monkeypatch.setattr(reporting, "report_sweep", lambda *given: object())
         monkeypatch.setattr(reporting, "default_treatment", dict)
