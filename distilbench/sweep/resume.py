@@ -68,7 +68,7 @@ def open_studies(
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_as_known(plan.space, trials))
-        _claim_directory(plan, main, has_trials=bool(trials))
+        _claim_directory(plan, main)
         if kept is None:
             main.add_trials(warm)
         if kept is None and sources:
@@ -91,11 +91,10 @@ def _check_directory(plan: SweepPlan, storage: Storage) -> None:
     _require_ours(plan, is_ours and (not marker or not _has_records(plan) or not storage.is_missing))
 
 
-def _claim_directory(plan: SweepPlan, study: optuna.Study, has_trials: bool) -> None:
+def _claim_directory(plan: SweepPlan, study: optuna.Study) -> None:
     """Write into the directory whose it is: trials are known by their numbers, which another study would give again."""
     marker, known = _marker(plan), study.user_attrs.get("id")
-    is_older = has_trials and not marker and known is None  # than these marks
-    _require_ours(plan, marker["id"] == known if marker and known else is_older or not _has_records(plan))
+    _require_ours(plan, marker["id"] == known if marker and known else not _has_records(plan))
     if known is None or not marker:
         known = known or marker.get("id") or uuid.uuid4().hex
         (plan.directory / MARKER).write_text(json.dumps({"sweep": plan.name, "id": known}) + "\n")
