@@ -30,7 +30,7 @@ from distilbench.engines.device import (
     resolve_precision,
 )
 from distilbench.engines.fused.compatibility import check_fusable
-from distilbench.engines.fused.loop import TrialGroup
+from distilbench.engines.fused.loop import train_group
 from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
 from distilbench.engines.fused.prefix import prefix_depth
@@ -107,7 +107,8 @@ class FusedEngine:
         for members in waiting.values():
             size = _trials_that_fit(context, members[0].settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                TrialGroup(members[start : start + size], observer, results, self.prefix_bytes, graph_steps).run(began)
+                together = members[start : start + size]
+                train_group(together, observer, results, self.prefix_bytes, graph_steps, began)
                 began = time.perf_counter()
 
 

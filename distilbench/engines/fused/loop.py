@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -59,29 +60,23 @@ class Stack:
     prefix: TrainingPrefix | None
 
 
-@dataclass(frozen=True)
-class GroupState:
-    """All that a group needs to go on from where it stands, on the host: ``tensors`` are (trials, ...) each.
-
-    ``taken`` counts the members, from the first, that have taken the current step.
-    """
-
-    members: list[Member]
-    tensors: list[torch.Tensor]
-    step: int
-    recorded: int
-    evaluation_due: bool
-    taken: int
-
-    def split(self) -> tuple[GroupState, GroupState]:
-        """Halve the group; where memory ran out between two stacks, those that have taken the step go on first."""
-        cut, count = self.taken or len(self.members) // 2, len(self.members)
-        return self.part(range(cut)), replace(self.part(range(cut, count)), taken=0)
-
-    def part(self, places: Sequence[int]) -> GroupState:
-        """Return the state of the members at these places alone."""
-        members = [self.members[t] for t in places]
-        return replace(self, members=members, tensors=[tensor[list(places)] for tensor in self.tensors])
+def train_group(
+    members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
+    use_graphs: bool, began: float,
+) -> None:  # fmt: skip
+    """Train ``members``, whose set-up ``began``, to their ends; their results go to ``results`` by their indices."""
+    try:
+        waiting = [TrialGroup(members, observer, results, prefix_bytes, use_graphs, Stopwatch(began))]
+        while waiting:
+            waiting += reversed(waiting.pop().train())
+    except BaseException as error:
+        left = [member for member in members if member.index not in results]
+        if not isinstance(error, Exception):
+            for member in left:
+                checkpoints.tidy(member.folder, Status.INTERRUPTED)
+            raise
+        outcome = outcome_of(error, members[0].settings)
+        results.update({member.index: member.result(*outcome) for member in left})
 
 
 class TrialGroup:
@@ -92,11 +87,11 @@ class TrialGroup:
     """
 
     def __init__(
-        self, members: list[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
-        use_graphs: bool = False,
+        self, members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
+        use_graphs: bool, stopwatch: Stopwatch,
     ) -> None:  # fmt: skip
         """With ``use_graphs``, steps go through fixed buffers and are recorded (:mod:`.cuda.graph_step`)."""
-        self.members, self.observer, self.results = members, observer, results
+        self.members, self.observer, self.results, self.stopwatch = members, observer, results, stopwatch
         self.context, self.settings = members[0].context, members[0].settings
         self.schedule = self.context.schedule
         self.step = self.recorded = members[0].progress.step
@@ -108,39 +103,13 @@ class TrialGroup:
         together = min(self.stacked, len(members))
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
         self.use_graphs = use_graphs
-        self.graph_steps: GraphSteps | None = None
         self.prefix_bytes = prefix_bytes
         self.trained_from = -1  # not begun
-        self.waiting: list[GroupState] = []
-
-    def run(self, began: float) -> None:
-        """Train every member to its end; ``began`` is when their set-up did. Where memory runs out, part after part."""
-        self.stopwatch = Stopwatch(began)
-        try:
-            self._set_up()
-            while True:
-                if self._train():
-                    self._finish()
-                    if not self.waiting:
-                        return
-                else:
-                    self.waiting += reversed(self._state().split())
-                self._restore(self.waiting.pop())
-        except BaseException as error:
-            members = [*self.members, *(member for state in self.waiting for member in state.members)]
-            if not isinstance(error, Exception):
-                for member in members:
-                    checkpoints.tidy(member.folder, Status.INTERRUPTED)
-                raise
-            outcome = outcome_of(error, self.settings)
-            self.results.update({member.index: member.result(*outcome) for member in members})
-
-    def _set_up(self) -> None:
-        context, architecture = self.context, self.context.layout.architecture
-        kernels.prepare(context.device, context.compute_dtype, architecture.heads, architecture.head_size)
+        architecture = self.context.layout.architecture
+        kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
-        seconds = self.stopwatch.lap().seconds
-        for member in self.members:
+        seconds = stopwatch.lap().seconds
+        for member in members:
             member.setup_seconds = seconds
 
     def _initial_state(self) -> list[torch.Tensor]:
@@ -160,7 +129,7 @@ class TrialGroup:
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from ``state``, (members, ...) each; the first stack lends the others its room for gradients."""
-        self.graph_steps = None  # first of all, for its recordings hold memory
+        self.graph_steps: GraphSteps | None = None  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         self.stacks: list[Stack] = []
         if self.trained_from != self.context.trained_from(self.step):
@@ -194,20 +163,28 @@ class TrialGroup:
         layout, frozen, dtype = self.context.layout, self.context.frozen, self.context.compute_dtype
         return StackedWeights(layout, frozen, dtype, flat_params, grad_owner, self.trained_from)
 
-    def _state(self) -> GroupState:
-        tensors = [tensor.cpu() for tensor in (self.losses, self.norms, self.flat_params, *self.moments)]
-        return GroupState(self.members, tensors, self.step, self.recorded, self.evaluation_due, self.taken)
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return all that belongs to the members one by one, ``(members, ...)`` each."""
+        return [self.losses, self.norms, self.flat_params, *self.moments]
 
-    def _restore(self, state: GroupState) -> None:
-        self.members, self.taken = state.members, state.taken
-        self.step, self.recorded, self.evaluation_due = state.step, state.recorded, state.evaluation_due
-        self._load(state.tensors)
+    def _split(self, *parts: Sequence[int]) -> list[TrialGroup]:
+        """Return groups of the members at these places, on the host, to go on from here one after the other."""
+        groups = []
+        for places in parts:
+            group = copy(self)
+            group.members, group.stacks, group.graph_steps = [self.members[t] for t in places], [], None
+            host = (tensor.cpu()[list(places)] for tensor in self._tensors())
+            group.losses, group.norms, group.flat_params, *group.moments = host
+            groups.append(group)
+        return groups
 
-    def _train(self) -> bool:
-        """Train to the last step; False where memory ran out and there is a group to halve.
+    def train(self) -> list[TrialGroup]:
+        """Train to the end; or return parts that are to go on instead, since memory or some members' patience ran out.
 
         A single trial that ran out of memory takes the same step again with half as many rows at once.
         """
+        if not self.stacks:
+            self._load(self._tensors())
         while self._goes_on():
             try:
                 if self.evaluation_due:
@@ -222,17 +199,29 @@ class TrialGroup:
             if outcome[0] is Status.OUT_OF_MEMORY:
                 release_memory()  # not before: the error's own frames hold the step's tensors
                 if len(self.members) > 1:
-                    return False
+                    return self._halves()
                 if self._halve_micro_batch(self.members[0]):
                     continue
             self._leave(dict.fromkeys(range(len(self.members)), outcome))
-        return True
+        ends = [t for t, member in enumerate(self.members) if member.is_out_of_patience]
+        go_on = [t for t in range(len(self.members)) if t not in ends]
+        if ends and go_on and self.step < self.schedule.steps:
+            return self._split(ends, go_on)
+        self._finish()
+        return []
+
+    def _halves(self) -> list[TrialGroup]:
+        """Halve the group; where memory ran out between two stacks, those that have taken the step go on first."""
+        cut, count = self.taken or len(self.members) // 2, len(self.members)
+        first, second = self._split(range(cut), range(cut, count))
+        second.taken = 0
+        return [first, second]
 
     def _goes_on(self) -> bool:
-        """Whether there is a step or an evaluation to come; members that are out of patience stand in a group alone."""
+        """Whether there is a step or an evaluation to come for all members."""
         if not self.members or self.evaluation_due:
             return bool(self.members)
-        return self.step < self.schedule.steps and not self.members[0].is_out_of_patience
+        return self.step < self.schedule.steps and not any(member.is_out_of_patience for member in self.members)
 
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
@@ -365,9 +354,8 @@ class TrialGroup:
         self._each(judge)
         if self.settings.train.checkpoints and not last:
             self._save()
-        self._part_with_those_out_of_patience()
         if self.members and self.step in self.context.frozen_levels:
-            self._load([self.losses, self.norms, self.flat_params, *self.moments])
+            self._load(self._tensors())
         self.stopwatch.lap()
 
     def _save(self) -> None:
@@ -383,14 +371,6 @@ class TrialGroup:
         if self.settings.train.checkpoints and self.step < self.schedule.steps:
             self._save()
         self.observer.on_checkpoint()
-
-    def _part_with_those_out_of_patience(self) -> None:
-        """Have members that are out of patience finish first, in a group of their own, and the others wait."""
-        ends = np.array([member.is_out_of_patience for member in self.members], dtype=bool)
-        if ends.any() and not ends.all():
-            state = self._state()
-            self.waiting.append(state.part(np.flatnonzero(~ends).tolist()))
-            self._restore(state.part(np.flatnonzero(ends).tolist()))
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
@@ -441,4 +421,4 @@ class TrialGroup:
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if outcomes and staying:
-            self._load([part[staying] for part in (self.losses, self.norms, self.flat_params, *self.moments)])
+            self._load([part[staying] for part in self._tensors()])

@@ -18,7 +18,7 @@ from distilbench.engines.batches import padded_batch
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
-from distilbench.engines.fused.loop import TrialGroup
+from distilbench.engines.fused.loop import TrialGroup, train_group
 from distilbench.engines.fused.packing import pack
 from distilbench.engines.fused.prefix import WINDOW
 from distilbench.engines.optimization import build_optimizer, lr_factors
@@ -542,8 +542,7 @@ def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorde
     assert needed > 5 * 4 * context.layout.size
     free = namedtuple("free", "available")(int(2.5 * needed / fused.MEMORY_SHARE))
     monkeypatch.setattr(fused.psutil, "virtual_memory", lambda: free)
-    run = TrialGroup.run
-    monkeypatch.setattr(TrialGroup, "run", lambda group, began: sizes.append(len(group.members)) or run(group, began))
+    monkeypatch.setattr(fused, "train_group", lambda *given: sizes.append(len(given[0])) or train_group(*given))
     results = FusedEngine().train(trials, splits, recorder())
     assert [r.status for r in results] == [Status.FINISHED] * 5
     assert sizes == [2, 2, 1]
