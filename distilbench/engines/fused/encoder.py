@@ -55,11 +55,8 @@ class Forward:
         return normal if dropout_mask is None else normal * dropout_mask
 
     def losses(self, loss: Loss, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
-        """Return losses ``(trials, sentences)`` from the states under layer ``start``.
-
-        Without ``hidden`` states the pass begins with the embeddings.
-        """
-        logits = self.logits(self.layers(self.embed() if hidden is None else hidden, start))
+        """Return losses ``(trials, sentences)``; see :meth:`logits`."""
+        logits = self.logits(hidden, start)
         labels = self.batch.labels.expand(len(logits), -1)
         return loss.of_each(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
 
@@ -73,8 +70,12 @@ class Forward:
             x = self._layer(x, i)
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Classify the last hidden states of [CLS]: ``(trials, sentences, labels)`` in the rows' precision."""
+    def logits(self, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
+        """Return the logits ``(trials, sentences, labels)``, in the rows' precision.
+
+        The pass goes on from the ``hidden`` states under layer ``start``, or begins with the embeddings.
+        """
+        x = self.layers(self.embed() if hidden is None else hidden, start)  # of [CLS]
         x = get_activation(self.architecture.head_activation)(self._linear(x, "dense"))
         dropout_mask = self._dropout_mask(x, self.architecture.head_rate, last=True)
         x = x if dropout_mask is None else x * dropout_mask

@@ -13,6 +13,7 @@ import torch
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
+from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import peak_memory, release_memory
 from distilbench.engines.evaluation import evaluate_logits, selection_name
 from distilbench.engines.fused import kernels
@@ -22,10 +23,9 @@ from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.member import Member
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
-from distilbench.engines.fused.packing import pack, stack_batches
+from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.fused.prediction import Predictor
-from distilbench.engines.fused.prefix import Budget, TrainingPrefix, prefix_depth
+from distilbench.engines.fused.prefix import Prefix, prefix_depth
 from distilbench.engines.outcome import SMALLER, outcome_of, require_finite
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model
@@ -57,7 +57,7 @@ class Stack:
     weights: StackedWeights
     optimizer: StackedOptimizer
     orders: list[int]
-    prefix: TrainingPrefix | None
+    prefix: Prefix | None
 
 
 def train_group(
@@ -105,6 +105,7 @@ class TrialGroup:
         self.use_graphs = use_graphs
         self.prefix_bytes = prefix_bytes
         self.trained_from = -1  # not begun
+        self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
         kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
@@ -148,16 +149,15 @@ class TrialGroup:
     def _begin_part(self) -> None:
         """Run what is frozen from now on once for all trials, unless each has trained it."""
         context = self.context
-        self.trained_from, self.budget = context.trained_from(self.step), Budget(self.prefix_bytes)
+        self.trained_from = context.trained_from(self.step)
         frozen = self._weights(self.flat_params.new_empty(0, context.layout.size))
         self.prefix = self._prefix_of([frozen]) if "word" in context.frozen else None
-        self.predictor = Predictor(self.prefix, self.budget, context.device)
 
-    def _prefix_of(self, weights: Sequence[StackedWeights]) -> TrainingPrefix | None:
+    def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
         context, depth = self.context, prefix_depth(weights[0].frozen, self.context.layout.architecture.depth)
         split, dropout = context.splits.train, self.settings.freeze.dropout
-        return depth if depth is None else TrainingPrefix(weights, split, self.schedule, dropout, self.budget, depth)
+        return depth if depth is None else Prefix(weights, split, self.schedule, dropout, self.prefix_bytes, depth)
 
     def _weights(self, flat_params: torch.Tensor, grad_owner: StackedWeights | None = None) -> StackedWeights:
         layout, frozen, dtype = self.context.layout, self.context.frozen, self.context.compute_dtype
@@ -226,7 +226,9 @@ class TrialGroup:
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
         if self.evaluation_due:
-            self.predictor.forget()
+            self.eval_batches.clear()
+            if self.prefix is not None:
+                self.prefix.forget()
             member.eval_batch, before = max(1, member.eval_batch // 2), member.eval_batch
             return before > 1
         smaller = member.settings.train.smaller_micro_batch(member.micro_batch)
@@ -372,11 +374,24 @@ class TrialGroup:
             self._save()
         self.observer.on_checkpoint()
 
+    @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
         logits = np.empty((len(self.members), len(split), len(self.context.splits.label_names)), dtype=np.float32)
-        stacks = [(stack.trial_slice, stack.weights) for stack in self.stacks]
-        return self.predictor.predict(stacks, split, min(self.members[0].eval_batch, self.eval_share), logits)
+        size = min(self.members[0].eval_batch, self.eval_share)
+        if (id(split), size) not in self.eval_batches:
+            self.eval_batches[id(split), size] = [
+                (examples, stack_batches([pack(split, examples)], self.context.device))
+                for examples in batches_by_length(split, size)
+            ]
+        for examples, batch in self.eval_batches[id(split), size]:
+            hidden, start = None, 0
+            if self.prefix is not None:
+                hidden, start = self.prefix.hidden_without_dropout(split, examples, batch), self.prefix.depth
+            for stack in self.stacks:
+                own = Forward(stack.weights, batch, None).logits(hidden, start)
+                logits[stack.trial_slice, examples] = own.float().cpu().numpy()
+        return logits
 
     def _finish(self) -> None:
         """Go back to the best weights, evaluate them on the report split, and export them."""

@@ -460,11 +460,11 @@ def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder,
 
 
 def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recorder, monkeypatch):
-    from distilbench.engines.fused.prefix import TrainingPrefix
+    from distilbench.engines.fused.prefix import Prefix
 
     seen = []
-    original = TrainingPrefix.hidden
-    monkeypatch.setattr(TrainingPrefix, "hidden", lambda *args: seen.append(original(*args)) or seen[-1])
+    original = Prefix.hidden
+    monkeypatch.setattr(Prefix, "hidden", lambda *args: seen.append(original(*args)) or seen[-1])
     settings = trial("freeze.layers=1", "train.batch_size=37", "seed=3", "train.epochs=3", still=False)
     FusedEngine().train([settings], splits_of(settings), recorder())
     sums = [states.pow(3).sum().item() for states in seen]  # the same examples each time, in another order

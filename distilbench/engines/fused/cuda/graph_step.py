@@ -26,7 +26,7 @@ from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.fused.prefix import TrainingPrefix
+from distilbench.engines.fused.prefix import Prefix
 from distilbench.engines.loss import Loss
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class GraphSteps:
     """
 
     def __init__(
-        self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: TrainingPrefix | None,
+        self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: Prefix | None,
         bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
         loss: Loss, deterministic_layers: int, runner: GraphRunner | None,
     ) -> None:  # fmt: skip
