@@ -195,8 +195,6 @@ class StoredTrial:
     train_cpu_seconds: float = math.nan
     train_flops: float = math.nan
     peak_memory_bytes: float = math.nan
-    brier: float = math.nan
-    ece: float = math.nan
     sweep: str = ""
     number: str = ""
     train_examples: int = 0

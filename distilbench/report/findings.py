@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from distilbench.identity import value_of
 from distilbench.report.costs import average
@@ -135,14 +136,11 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
 
 def half_of_text(curve: Sequence[Row]) -> float | None:
     """Return the points that half of the most text costs, interpolated on a logarithmic axis; None beyond the curve."""
-    half = curve[-1].first.train_examples / 2
-    for less, more in itertools.pairwise(curve):
-        if less.first.train_examples <= half <= more.first.train_examples:
-            share = math.log(half / less.first.train_examples) / math.log(
-                more.first.train_examples / less.first.train_examples
-            )
-            return 100 * (curve[-1].accuracy - less.accuracy - share * (more.accuracy - less.accuracy))
-    return None
+    amounts = [row.first.train_examples for row in curve]
+    if amounts[-1] / 2 < amounts[0]:
+        return None
+    at_half = np.interp(math.log(amounts[-1] / 2), np.log(amounts), [row.accuracy for row in curve])
+    return 100 * (curve[-1].accuracy - float(at_half))
 
 
 def history(report: Report) -> list[tuple[Row, float]]:

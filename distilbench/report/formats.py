@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 
 def duration(seconds: float) -> str:
@@ -90,11 +89,6 @@ def markdown_row(cells: Sequence[str]) -> str:
 def url_in_markdown(url: str) -> str:
     """Return a URL that can't end Markdown's link early."""
     return url.replace("(", "%28").replace(")", "%29").replace(" ", "%20").replace("|", "%7C")
-
-
-def html(text: str) -> str:
-    """Text that HTML shows as it is, on one line."""
-    return escape(one_line(text))
 
 
 _LATEX = {

@@ -32,6 +32,7 @@ import numpy as np
 
 from distilbench.report.statistics import (
     SeedSpread,
+    Z,
     critical_difference,
     discordant,
     only_pair,
@@ -45,8 +46,6 @@ ALPHA = 0.025
 """One-sided level of a claim that a loss is below the margin, and of every bound of a loss."""
 BETA = 1e-6
 """Probability that the discordance lies outside the interval to which it is confined; the smallest p there is."""
-_Z = 1.959963984540054
-"""The normal distribution's upper 2.5 % point, at which outcomes are ordered whatever level is tested."""
 _STEP = 0.25
 """Distance of the discordances that are tried first, in standard errors."""
 _REACH = 7
@@ -143,15 +142,14 @@ def noninferiority_exact(
 class _Region:
     """The outcomes that speak at least as clearly for a small loss as the observed one does.
 
-    Those whose upper limit of the loss, by Tango's score, is ``limit`` or less. ``low`` and ``high`` confine the
-    discordance.
+    Those whose upper limit of the loss, by Tango's score, is ``limit`` or less (at ``Z``, whatever level is tested).
+    ``low`` and ``high`` confine the discordance.
     """
 
     examples: int
     limit: float
     low: float
     high: float
-    quantile: float = _Z
 
     def p(self, loss: float) -> float:
         """Return the largest probability of the region where the true loss is ``loss`` or more.
@@ -199,7 +197,7 @@ class _Region:
         outside, inside = np.full_like(losses, -1.0), self.examples - losses + 1
         for _ in range(self.examples.bit_length() + 1):
             middle = np.floor((outside + inside) / 2)
-            within = _tango_score(np.maximum(middle, 0), losses, self.examples, self.limit) <= -self.quantile
+            within = _tango_score(np.maximum(middle, 0), losses, self.examples, self.limit) <= -Z
             open_ = inside - outside > 1
             inside, outside = np.where(open_ & within, middle, inside), np.where(open_ & ~within, middle, outside)
         return inside
@@ -230,7 +228,7 @@ def _region(only_a: int, only_b: int, examples: int) -> _Region:
     below, limit = (only_b - only_a) / examples, 1.0
     while limit - below > 1e-14:
         middle = (below + limit) / 2
-        if _tango_score(only_a, only_b, examples, middle) <= -_Z:
+        if _tango_score(only_a, only_b, examples, middle) <= -Z:
             limit = middle
         else:
             below = middle

@@ -6,13 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from distilbench.cli import command, override
 from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.answer import answer
-from distilbench.report.columns import FULL, Column, filled, plain
+from distilbench.report.columns import FULL, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report
 from distilbench.report.formats import one_line
@@ -25,7 +24,6 @@ from distilbench.report.words import VERDICTS, survival
 TEMPLATE = Path(__file__).with_name("page.html")
 _SLIM = ("loss", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
 """Columns that are shown once all are asked for."""
-_LONGEST_WORD = 40
 
 
 def page(report: Report) -> str:
@@ -54,10 +52,10 @@ def page(report: Report) -> str:
         command_of=lambda row: _command(row, report),
         scale=charts.forest_axis([(difference.low, difference.high) for difference in found]),
         kind_of=kind_of,
-        look=_look,
+        slim=_SLIM,
         plain=plain,
         survival=survival,
-        unbroken=_unbroken,
+        one_line=one_line,
     )
 
 
@@ -70,12 +68,6 @@ def _counts(report: Report) -> list[tuple[str, str, str]]:
     return [(f"{count:,}", name, kind) for count, name, kind in items if count]
 
 
-def _look(column: Column) -> str:
-    """Return the classes by which a column's cells are laid out."""
-    is_number = not column.is_text and column.key != "difference_points"
-    return " ".join([*(["number"] if is_number else []), *(["slim"] if column.key in _SLIM else [])])
-
-
 def _command(row: Row, report: Report) -> str:
     """Return the line that trains a setting again: its sources, and what a plain command line does otherwise."""
     ours = {key: value_of(row.treatment, key) for key in {*row.treatment, *report.usual} - {"train.precision"}}
@@ -84,11 +76,3 @@ def _command(row: Row, report: Report) -> str:
         del told["freeze.embeddings"]  # it follows the layers
     changed = (override(key.removesuffix(".name"), told[key]) for key in in_order([*told]))
     return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
-
-
-def _unbroken(text: str) -> Markup:
-    """Return words that are broken between each other alone, unless one is longer than a line of a phone."""
-    words = one_line(text).split(" ")
-    return Markup(" ").join(
-        escape(word) if len(word) > _LONGEST_WORD else Markup("<span>{}</span>").format(word) for word in words
-    )

@@ -20,6 +20,8 @@ from distilbench.results import Verdict
 
 LEVEL = 0.95
 """Confidence level of every interval; a difference is called one where p is below ``1 - LEVEL``."""
+Z = 1.959963984540054
+"""The two-sided critical value of the normal distribution at that level."""
 
 
 def discordant(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int]:
@@ -39,9 +41,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def paired_accuracy_interval(
-    only_a: int, only_b: int, examples: int, level: float = LEVEL
-) -> tuple[float, float, float]:
+def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[float, float, float]:
     """Difference in accuracy A - B on shared examples, and its confidence limits: ``(difference, low, high)``.
 
     Wald's interval after one example was added to either discordant count (Bonett and Price 2012, J. Educ. Behav.
@@ -51,7 +51,7 @@ def paired_accuracy_interval(
     if examples < 1 or only_a + only_b > examples:
         raise ValueError(f"discordant counts {only_a} and {only_b} do not fit {examples} examples")
     centre = (only_a - only_b) / (examples + 2)
-    half = _normal_quantile(level) * math.sqrt(_laplace_variance(only_a + only_b, only_a - only_b, examples))
+    half = Z * math.sqrt(_laplace_variance(only_a + only_b, only_a - only_b, examples))
     return (only_a - only_b) / examples, max(centre - half, -1.0), min(centre + half, 1.0)
 
 
@@ -70,9 +70,7 @@ class SeedComparison:
     paired: bool
 
 
-def compare_over_seeds(
-    correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray], level: float = LEVEL
-) -> SeedComparison:
+def compare_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedComparison:
     """Compare two treatments, each given as seed -> ``(examples,)`` bool of what was classified correctly.
 
     With two or more seeds in common those are paired and others are left aside. With none in common (and two or more
@@ -89,10 +87,10 @@ def compare_over_seeds(
     """
     pair = only_pair(correct_a, correct_b)
     if pair is None:
-        return _combine(spread_over_seeds(correct_a, correct_b), level)
+        return _combine(spread_over_seeds(correct_a, correct_b))
     counts = discordant(*pair)
     return SeedComparison(
-        *paired_accuracy_interval(*counts, len(pair[0]), level),
+        *paired_accuracy_interval(*counts, len(pair[0])),
         mcnemar_exact(*counts),
         n=1,
         paired=not set(correct_a).isdisjoint(correct_b),
@@ -192,11 +190,11 @@ def _seed_variance(values: np.ndarray) -> tuple[float, float]:
     return float(by_seed.var(ddof=1) / seeds), float(noise)
 
 
-def _combine(spread: SeedSpread, level: float) -> SeedComparison:
+def _combine(spread: SeedSpread) -> SeedComparison:
     """Join the parts of the variance; never surer than with the seeds taken as given."""
     by_example, difference, parts = spread.by_example, spread.difference, spread.parts
     given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
-    half = max(critical_difference(parts, 1 - level), _normal_quantile(level) * given)
+    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
     p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
     low, high = max(difference - half, -1.0), min(difference + half, 1.0)
     return SeedComparison(difference, low, high, p, spread.n, spread.paired)
@@ -231,13 +229,6 @@ def p_of_difference(parts: Sequence[tuple[float, float]], difference: float) -> 
         return 0.0
     log_p = brentq(lambda x: critical_difference(parts, math.exp(x)) - difference, math.log(smallest), 0.0, xtol=1e-10)
     return math.exp(log_p)
-
-
-def _normal_quantile(level: float) -> float:
-    """Return the two-sided critical value of the normal distribution: 1.96 for 0.95."""
-    from scipy.special import ndtri
-
-    return float(ndtri((1 + level) / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

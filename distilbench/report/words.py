@@ -7,13 +7,7 @@ from distilbench.report.power import Needed
 from distilbench.report.rows import Difference, Row, Untested
 from distilbench.results import Verdict
 
-VERDICTS = {
-    Verdict.BETTER: "better",
-    Verdict.AHEAD: "ahead, to be confirmed",
-    Verdict.GOOD_ENOUGH: "good enough",
-    Verdict.WORSE: "worse",
-    Verdict.UNDECIDED: "undecided",
-}
+VERDICTS = {verdict: verdict.value for verdict in Verdict} | {Verdict.AHEAD: "ahead, to be confirmed"}
 
 
 def said(row: Row) -> str:
