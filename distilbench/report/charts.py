@@ -28,6 +28,8 @@ class Axis:
     is_whole: bool = False
     """Whether only whole numbers get a tick."""
     is_log: bool = False
+    most: int = 9
+    """Ticks at most, so that their labels do not touch; five on a logarithmic axis."""
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
@@ -36,7 +38,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Four to nine round numbers within the axis; at most five on a logarithmic one."""
+        """Round numbers within the axis."""
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for factors in ((1, 2, 5), (1, 3), (1,)):  # whose labels do not touch
@@ -45,7 +47,7 @@ class Axis:
                     break
             return ticks
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
-        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 8)
+        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= self.most - 1)
         step = max(step, 1) if self.is_whole else step
         first = math.ceil(self.low / step - 1e-9)
         return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -91,7 +93,7 @@ class Chart:
             low, high = map(math.exp, _with_margin([math.log(value) for value in values]))
         else:
             low, high = _with_margin(values)
-        return Axis(low, high, LEFT, WIDTH - RIGHT, self.x_text, self.is_whole, self.is_log)
+        return Axis(low, high, LEFT, WIDTH - RIGHT, self.x_text, self.is_whole, self.is_log, 9 if self.is_whole else 6)
 
     @cached_property
     def y(self) -> Axis:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from distilbench.cli import command, override
 from distilbench.identity import value_of
@@ -34,7 +36,7 @@ def page(report: Report) -> str:
         finalize=lambda value: one_line(value) if type(value) is str else value,
     )  # fmt: skip
     environment.globals["size"] = charts
-    environment.filters["px"] = "{:.1f}".format
+    environment.filters |= {"px": "{:.1f}".format, "whole": _whole}
     environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
     found = [row.difference for row in report.table_rows if row.difference]
     return environment.get_template(TEMPLATE.name).render(
@@ -76,3 +78,9 @@ def _command(row: Row, report: Report) -> str:
         del told["freeze.embeddings"]  # it follows the layers
     changed = (override(key.removesuffix(".name"), told[key]) for key in in_order([*told]))
     return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
+
+
+def _whole(text: str) -> Markup:
+    """Return text whose numbers stay with their units where lines are broken."""
+    unit = r"(?<=\d) (?=%|(points?|[kMGTPE]|s|min|h)\b)"
+    return escape(re.sub(unit, "\N{NO-BREAK SPACE}", one_line(text)))

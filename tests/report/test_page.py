@@ -245,3 +245,10 @@ def test_a_cards_line_names_sources_and_all_that_is_not_as_usual():
     lines = {row["data-command"] for row in rows}
     start = "python -m distilbench.train model=minilm data=files "
     assert lines == {f"{start}seed=1", f"{start}freeze.layers=3 scheduler=cosine train.epochs=1 seed=1"}
+
+
+def test_labels_with_units_are_few_and_numbers_stay_with_them():
+    costs = [trial(0.9 - n / 50, 1, n, treatment(freeze_layers=n), train_flops=1.03e12 - n * 1.14e11) for n in range(7)]
+    drawn = page(report_of(costs)).partition("Accuracy against FLOPs")[2].partition("</svg>")[0]
+    assert re.findall(r">([\d.]+ [GT])<", drawn) == ["400 G", "600 G", "800 G", "1 T"]
+    assert "11\N{NO-BREAK SPACE}% fewer FLOPs" in page(report_of(costs, is_picked_here=False, margin=5.0))
