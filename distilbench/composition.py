@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -150,12 +150,15 @@ class CheckFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the one job of a plain run."""
-        _exit_on_mistake([config], ask_hub=False)
+        with errors_in_one_line():
+            check(config, ask_hub=False)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check each job of a grid; other sweepers check their own."""
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            _exit_on_mistake(_grid(config), ask_hub=True)
+            with errors_in_one_line():
+                for job in _grid(config):
+                    check(job, ask_hub=True)
 
 
 def _grid(config: DictConfig) -> Iterator[DictConfig]:
@@ -166,12 +169,6 @@ def _grid(config: DictConfig) -> Iterator[DictConfig]:
     overrides = parser.parse_overrides(params + list(config.hydra.overrides.task))
     (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return (loader.load_sweep_config(config, job) for job in jobs)
-
-
-def _exit_on_mistake(configs: Iterable[DictConfig], ask_hub: bool) -> None:
-    with errors_in_one_line():
-        for config in configs:
-            check(config, ask_hub)
 
 
 def check(config: DictConfig, ask_hub: bool) -> AppSettings:

@@ -27,6 +27,7 @@ from transformers import (
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import engine_for
 from distilbench.engines.device import peak_memory, reset_peak_memory, resolve_device, single_process
+from distilbench.engines.trainer import training_arguments
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
@@ -242,36 +243,26 @@ def _train_stock(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
 
 def _stock_arguments(case: Case, device: torch.device, directory: str) -> TrainingArguments:
     """Trainer's defaults with the report's numbers; tuned, what makes it faster without changing the result."""
-    settings, on_gpu = case.settings, device.type == "cuda"
-    optim, train = settings.optim, settings.train
-    faster: dict[str, Any] = {"optim": "adamw_torch"}
+    settings = case.settings
+    stock: dict[str, Any] = {"remove_unused_columns": True, "logging_strategy": "steps"}
     if case.kind == TUNED:
-        # on a CPU, workers of the loader would take cores from the training
-        workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True} if on_gpu else {}
-        faster = {"optim": "adamw_torch_fused", "logging_nan_inf_filter": False, "torch_compile": case.compiled}
-        faster |= workers
-    arguments = TrainingArguments(
-        output_dir=directory,
-        num_train_epochs=1,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=train.eval_batch_size,
-        learning_rate=optim.lr,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
+        stock |= {"optim": "adamw_torch_fused", "torch_compile": case.compiled}
+        if device.type == "cuda":  # on a CPU, workers of the loader would take cores from the training
+            stock |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    else:
+        stock |= {"optim": "adamw_torch", "logging_nan_inf_filter": True}
+    return training_arguments(
+        replace(settings, train=replace(settings.train, epochs=1, micro_batch_size=None)),
+        device,
+        case.precision,
+        Path(directory),
+        per_device_eval_batch_size=settings.train.eval_batch_size,
+        learning_rate=settings.optim.lr,
+        weight_decay=settings.optim.weight_decay,
         lr_scheduler_type=settings.scheduler.name,
         warmup_steps=settings.scheduler.warmup(case.steps),
-        seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        bf16=case.precision == "bf16",
-        fp16=case.precision == "fp16",
-        dataloader_pin_memory=on_gpu,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **faster,
+        **stock,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
-    return arguments
 
 
 def _rows(split: EncodedSplit, pad_token_id: int, length: int | None) -> list[dict[str, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -82,13 +85,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     allowed = _precisions(device)
     if name == "auto":
         return "bf16" if device.type == "cuda" and "bf16" in allowed else "fp32"
-    require(
-        name in allowed,
-        "train.precision",
-        f"one of auto, {', '.join(allowed)} on this device ({device.type})",
-        name,
-        "use train.precision=auto",
-    )
+    require(name in allowed, "train.precision", f"one of auto, {', '.join(allowed)} on this device ({device.type})",
+            name, "use train.precision=auto")  # fmt: skip
     if name == "bf16" and not has_native_bf16(device):
         _warn_of_slow_bf16()
     return name
@@ -143,9 +141,6 @@ def describe_device(device: torch.device) -> str:
 
 def driver_version(device: torch.device) -> str | None:
     """Return the version of a GPU's driver as ``nvidia-smi`` tells it; None where there is nothing to ask."""
-    import shutil
-    import subprocess
-
     command = shutil.which("nvidia-smi") if device.type == "cuda" else None
     if command is None:
         return None
@@ -197,23 +192,21 @@ def single_process() -> Iterator[None]:
 
     Also hidden is what would change a trial behind its settings (``ACCELERATE_MIXED_PRECISION``, ``..._TORCH_DEVICE``).
     """
-    hidden = _take_away_launcher()
+
+    def take_away() -> dict[str, str]:
+        return {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHER.fullmatch(name)}
+
+    hidden = take_away()
     try:
         yield
     finally:
-        _take_away_launcher()  # what accelerate set in the meantime
+        take_away()  # what accelerate set in the meantime
         os.environ.update(hidden)
-
-
-def _take_away_launcher() -> dict[str, str]:
-    return {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHER.fullmatch(name)}
 
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
     """Leave what was there before out of garbage collections: 0.25-0.5 s each for the libraries' objects alone."""
-    import gc
-
     gc.freeze()
     try:
         yield
@@ -223,8 +216,6 @@ def gc_frozen() -> Iterator[None]:
 
 def release_memory() -> None:
     """Give back what a finished or failed trial held, so that the next one finds it free."""
-    import gc
-
     import torch
 
     gc.collect()

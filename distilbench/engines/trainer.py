@@ -173,7 +173,7 @@ class _Run(TrainerCallback):
         loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names), self.device)
         trainer = _Trainer(
             model=self.model,
-            args=_arguments(self.settings, self.device, precision, self.checkpoints),
+            args=training_arguments(self.settings, self.device, precision, self.checkpoints),
             train_dataset=range(len(self.splits.train)),
             data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
             optimizers=(optimizer, schedule),
@@ -320,9 +320,23 @@ class _Run(TrainerCallback):
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
 
 
-def _arguments(settings: TrialSettings, device: torch.device, precision: str, directory: Path) -> TrainingArguments:
-    """Trainer's arguments: the protocol's numbers, and everything that Trainer does unasked turned off."""
+def training_arguments(
+    settings: TrialSettings, device: torch.device, precision: str, directory: Path, **stock: Any
+) -> TrainingArguments:
+    """Return Trainer's arguments: the protocol's numbers, and everything that Trainer does unasked turned off.
+
+    ``stock`` turns some of it back, for a Trainer that is to be as it comes.
+    """
     train = settings.train
+    ours: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # it would look at the loss on the host in every step
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=train.epochs,
@@ -334,13 +348,7 @@ def _arguments(settings: TrialSettings, device: torch.device, precision: str, di
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,  # it would look at the loss on the host in every step
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **ours | stock,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
     return arguments

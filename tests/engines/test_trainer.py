@@ -394,7 +394,7 @@ def test_several_visible_gpus_are_never_used_together(trial, monkeypatch):
     from distilbench.engines import trainer
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    arguments = trainer._arguments(trial(), torch.device("cuda", 0), "fp32", Path("unused"))
+    arguments = trainer.training_arguments(trial(), torch.device("cuda", 0), "fp32", Path("unused"))
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
     assert not Path("unused").exists()
 
