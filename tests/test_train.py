@@ -153,6 +153,7 @@ def wait_for_handlers(process) -> None:
         assert process.poll() is None
         status = Path(f"/proc/{process.pid}/status").read_text()
         caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        time.sleep(0.005)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells when the command has come up")

@@ -101,21 +101,18 @@ def load_text(settings: DataSettings) -> TextSplits:
         return _fall_back(settings)
     train, report, names = _labelled(corpus)
     if report is None:
-        remedy = "add examples or give data.validation"
-        train, report = _carve(train, settings.validation_fraction, settings, names, "validation", remedy)
+        train, report = _carve(train, "validation", settings, names)
     selection = None
     if settings.report_fraction:
-        remedy = "add examples or set data.report_fraction=0"
-        selection = _cap(report, settings, "max_validation_examples", "selection")
-        train, report = _carve(train, settings.report_fraction, settings, names, "report", remedy)
-    report = _cap(report, settings, "max_validation_examples", "report")
+        selection = _cap(report, "selection", settings)
+        train, report = _carve(train, "report", settings, names)
+    report = _cap(report, "report", settings)
     if settings.selection_fraction:
-        remedy = "add examples or set data.selection_fraction=0"
-        train, selection = _carve(train, settings.selection_fraction, settings, names, "selection", remedy)
-        selection = _cap(selection, settings, "max_validation_examples", "selection")
+        train, selection = _carve(train, "selection", settings, names)
+        selection = _cap(selection, "selection", settings)
     selection = report if selection is None else selection
     fingerprint = _fingerprint(names, (train, selection, report))
-    train = _cap(train, settings, "max_train_examples", "train")
+    train = _cap(train, "train", settings)
     used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
     known = set(train.folded())
     shared = sum(example in known for example in report.folded())
@@ -286,12 +283,11 @@ def _check_classes(train: TextSplit, names: tuple[str, ...], title: str) -> None
         )
 
 
-def _carve(
-    split: TextSplit, fraction: float, settings: DataSettings, names: tuple[str, ...], part: str, remedy: str
-) -> tuple[TextSplit, TextSplit]:
-    """Return what is left of ``split``, and about ``fraction`` of each class, never none or all of one."""
-    counts = np.bincount(split.labels, minlength=len(names))
+def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]) -> tuple[TextSplit, TextSplit]:
+    """Return what is left of ``split``, and about ``<part>_fraction`` of each class, never none or all of one."""
+    fraction, counts = getattr(settings, f"{part}_fraction"), np.bincount(split.labels, minlength=len(names))
     if counts.min() < 2:
+        remedy = f"add examples or {'give data.validation' if part == 'validation' else f'set data.{part}_fraction=0'}"
         raise SettingsError(
             f"data.{part}_fraction={fraction:g} needs 2 examples or more of each class, "
             f"got {counts.min()} of {show(names[counts.argmin()])}; {remedy}"
@@ -315,8 +311,9 @@ def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
     return share
 
 
-def _cap(split: TextSplit, settings: DataSettings, setting: str, part: str) -> TextSplit:
-    """At most as many examples as ``setting`` says, one of each class among them; fewer are a part of more."""
+def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
+    """At most as many examples as the settings say, one of each class among them; fewer are a part of more."""
+    setting = "max_train_examples" if part == "train" else "max_validation_examples"
     most = getattr(settings, setting)
     if most is None or most >= len(split):
         return split
