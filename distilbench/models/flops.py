@@ -58,7 +58,7 @@ class TrainFlops:
     def _counted(cls, model: PreTrainedModel) -> TrainFlops:
         """Fit the polynomial to what is counted on single sentences of three lengths: exact where it is one."""
         step = _COUNTED_LENGTHS[0]
-        one, two, three = (count_train_flops(model, length) for length in _COUNTED_LENGTHS)
+        one, two, three = (count_flops_by_module(model, length)["Global"] for length in _COUNTED_LENGTHS)
         per_token_pair = (one - 2 * two + three) // (2 * step**2)
         per_token = (two - one) // step - 3 * step * per_token_pair
         return cls(one - per_token * step - per_token_pair * step**2, per_token, per_token_pair)
@@ -70,16 +70,12 @@ class TrainFlops:
         return float(self.per_example * int(times.sum()) + self.per_token * tokens + self.per_token_pair * pairs)
 
 
-def count_train_flops(model: PreTrainedModel, length: int) -> int:
-    """Count the operations of a forward and backward pass over one sentence of ``length`` tokens."""
-    return count_flops_by_module(model, length)["Global"]
-
-
 def count_flops_by_module(model: PreTrainedModel, length: int) -> dict[str, int]:
-    """Count them for each module, by its name under the model's class, and in all, under ``Global``.
+    """Count the operations of a forward and backward pass over one sentence of ``length`` tokens.
 
-    Nothing is computed, drawn or kept: tensors have no contents. Attention runs as the products that it is made of: the
-    counter does not know the CPU's fused kernel, and that of a GPU computes a product twice.
+    They are those of each module, by its name under the model's class, and in all, under ``Global``. Nothing is
+    computed, drawn or kept: tensors have no contents. Attention runs as the products that it is made of: the counter
+    does not know the CPU's fused kernel, and that of a GPU computes a product twice.
     """
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from distilbench.data.text import load_text
 from distilbench.engines import engine_for
 from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.models.build import build_model
-from distilbench.models.flops import TrainFlops, count_train_flops
+from distilbench.models.flops import TrainFlops, count_flops_by_module
 from distilbench.models.freezing import freeze, freeze_levels
 from distilbench.models.layers import levels
 from distilbench.models.resolve import resolve_model
@@ -112,7 +112,7 @@ def flops_of(settings, splits, examples) -> int:
     model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
     freeze(model, settings.freeze)
     counts = Counter(len(splits.train.row(i)) for i in examples)
-    return sum(times * count_train_flops(model, length) for length, times in counts.items())
+    return sum(times * count_flops_by_module(model, length)["Global"] for length, times in counts.items())
 
 
 @pytest.mark.parametrize(

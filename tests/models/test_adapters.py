@@ -8,7 +8,7 @@ from torch import nn
 
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model
-from distilbench.models.flops import TrainFlops, count_train_flops
+from distilbench.models.flops import TrainFlops, count_flops_by_module
 from distilbench.models.freezing import parameter_counts
 from distilbench.models.layers import is_head
 from distilbench.models.resolve import resolve_model
@@ -62,7 +62,7 @@ def test_its_flops_are_counted_and_hold_for_any_length(settings):
     flops = TrainFlops.of(model)
     for length in (2, 37):
         expected = flops.per_example + flops.per_token * length + flops.per_token_pair * length**2
-        assert count_train_flops(model, length) == expected
+        assert count_flops_by_module(model, length)["Global"] == expected
 
 
 def test_no_adapter_leaves_the_model_alone():
