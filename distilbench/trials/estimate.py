@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -42,26 +41,19 @@ class _StopAtEvaluation:
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     """Predict ``train_seconds`` of a trial that has the device to itself.
 
-    What is frozen by turns is probed for each turn; where gradients say what, nothing is taken to be. Raises
-    :class:`SettingsError` where a trial of these settings fails within its first steps.
+    Where what is frozen moves, the most and the fewest levels are probed, and the mean stands between them; where
+    gradients say what is frozen, nothing is taken to be. Raises :class:`SettingsError` where a trial of these settings
+    fails within its first steps.
     """
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
     if not trial.freeze.moves:
         return solo_seconds(engine, trial, splits)
     schedule = BatchSchedule(len(splits.train), trial.train.batch_size, trial.train.epochs)
     planned = planned_levels(trial, schedule, top=prepared.model.depth + 1)
-    steps: Counter[int] = Counter()
-    for (start, levels), stop in zip(planned.items(), [*planned, schedule.steps][1:], strict=True):
-        steps[levels] += stop - start
-    return sum(
-        share / schedule.steps * solo_seconds(engine, replace(trial, freeze=_frozen(levels)), splits)
-        for levels, share in steps.items()
-    )
-
-
-def _frozen(levels: int) -> FreezeSettings:
-    """Return what freezes so many :func:`~distilbench.models.layers.levels` throughout."""
-    return FreezeSettings(max(0, levels - 1), levels > 0, dropout=True, policy="depth")
+    mean = sum(np.diff([*planned, schedule.steps]) * [*planned.values()]) / schedule.steps
+    ends = [min(planned.values()), max(planned.values())]
+    still = [FreezeSettings(max(0, levels - 1), levels > 0, dropout=True, policy="depth") for levels in ends]
+    return float(np.interp(mean, ends, [solo_seconds(engine, replace(trial, freeze=f), splits) for f in still]))
 
 
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:
