@@ -107,6 +107,7 @@ class TrialGroup:
         self.trained_from = -1  # not begun
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
+        self.deterministic_layers = self.settings.freeze.deterministic_layers(architecture.depth)
         kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self._load(self._initial_state())
         seconds = stopwatch.lap().seconds
@@ -270,16 +271,12 @@ class TrialGroup:
             lrs = np.stack([member.lrs for member in self.members], axis=1)
             self.graph_steps = GraphSteps(
                 stack.weights, stack.optimizer, stack.prefix, bucketed_batches, lrs, self.losses, self.norms,
-                self.context.loss, self._deterministic_layers(), runner_for(device),
+                self.context.loss, self.deterministic_layers, runner_for(device),
             )  # fmt: skip
         seconds = self.graph_steps.take(self.step)
         self.stopwatch.leave_out(seconds)
         for member in self.members:
             member.setup_seconds += seconds
-
-    def _deterministic_layers(self) -> int:
-        """Layers without dropout, from the bottom."""
-        return self.settings.freeze.deterministic_layers(self.context.layout.architecture.depth)
 
     def _differentiate(self, stack: Stack) -> torch.Tensor:
         """Fill the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
@@ -298,7 +295,7 @@ class TrialGroup:
         stage = f"step+{part.start}" if part.start else "step"
         dropout = dropout_masks_for(stack.orders, stage, self.step, self.context.device)
         number = None if self._takes_whole_batch() else part.start
-        forward = Forward(stack.weights, batch, dropout, self._deterministic_layers(), number)
+        forward = Forward(stack.weights, batch, dropout, self.deterministic_layers, number)
         hidden, start = None, 0
         if stack.prefix is not None:
             start = stack.prefix.depth

@@ -102,11 +102,7 @@ class FlatParamLayout:
 
     def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the flat vector of a trial that starts from ``weights``, ``(size,)``."""
-        if not self.param_slices:
-            return torch.empty(0, dtype=dtype)
-        return torch.cat(
-            [self.read(param_slice.leaf, weights).to(dtype).reshape(-1) for param_slice in self.param_slices]
-        )
+        return torch.cat([self.read(p.leaf, weights).to(dtype).reshape(-1) for p in self.param_slices])
 
     def frozen_weights(
         self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype,

@@ -15,7 +15,7 @@ from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED
-from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, losses_of, models, reference, trial
+from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, MOVING, losses_of, models, reference, trial
 from tests.engines.fused.test_kernels import (
     on_device,
     test_adamw_is_the_same_up_to_rounding,
@@ -73,6 +73,18 @@ def test_recorded_steps_equal_a_plain_loop(trial, splits_of, recorder, replays, 
     assert any(replays)
     assert seen.losses() == pytest.approx(losses, rel=close)
     assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=100 * close)
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_recorded_steps_of_freezing_that_moves_equal_a_plain_loop(trial, splits_of, recorder, case):
+    frozen, overrides = MOVING[case]
+    settings = trial("train.eval_steps=3", *overrides, ON_GPU, "train.precision=fp32", "output.save_model=false")
+    splits, seen = splits_of(settings), recorder()
+    _, losses, norms = reference(settings, splits, frozen=frozen)
+    [result] = FusedEngine(torch.float64).train([settings], splits, seen)
+    assert result.status is Status.FINISHED, result.error
+    assert seen.losses() == pytest.approx(losses, rel=1e-9)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-7)
 
 
 @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["one order", "two orders"])
