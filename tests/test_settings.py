@@ -299,6 +299,22 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("confirm", {"name": "a/b"}, "name must be a name without a path in it, got 'a/b'"),
         ("confirm", {"name": "a\\b"}, "name must be a name without a path in it, got 'a\\\\b'"),
         ("confirm", {"name": "."}, "name must be a name without a path in it, got '.'"),
+        ("predict", {"run": "a"}, "what predicts must be one of run=ID, dir=PATH and sweep=NAME, got 'run and sweep'; "
+         "name one model"),
+        ("predict", {"sweep": None}, "what predicts must be one of run=ID, dir=PATH and sweep=NAME, got 'none'; name "
+         "one model"),
+        ("predict", {"sweep": None, "dir": "/no/such"}, "dir must be an existing directory, got '/no/such'; give the "
+         "folder that holds config.json and model.safetensors"),
+        ("predict", {"sweep": None, "run": "a", "best": "accuracy"}, "best must be answer without sweep=NAME, got "
+         "'accuracy'"),
+        ("data", {"pair_column": "label"}, "data.text_column, data.pair_column and data.label_column must be columns "
+         "of their own, got 'sentence, label, label'"),
+        ("data", {"source": "tweets", "slice_column": "day"}, "data.slice_column must be null with data.source=tweets, "
+         "which has no such column, got 'day'"),
+        ("tracking", {"register": "a"}, "tracking.register must be null with tracking.log_model=never, got 'a'; add "
+         "tracking.log_model=best"),
+        ("tracking", {"name": "none", "log_model": "best"}, "tracking.log_model must be never with tracking=none, got "
+         "'best'"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key, changes, line):
@@ -325,6 +341,10 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
         ("compare", {"sweep": None, "runs": ["a"]}),
         ("compare", {"sweep": None, "experiments": ["a"]}),
         ("confirm", {"sweep": "a..b", "name": "c.d"}),
+        ("predict", {"sweep": None, "run": "a"}),
+        ("predict", {"best": "accuracy"}),
+        ("data", {"pair_column": "other", "slice_column": "day"}),
+        ("tracking", {"register": "a", "log_model": "best"}),
     ],
 )
 def test_settings_that_only_look_contradictory_are_taken(usual, key, changes):
@@ -363,7 +383,7 @@ def test_an_adapter_and_a_frozen_part_are_two_ways_of_which_one_is_taken(overrid
 def test_micro_batches_that_memory_asks_for_are_divisors_of_the_batch(usual):
     train = dataclasses.replace(usual.train, batch_size=12)
     assert (train.examples_at_once, dataclasses.replace(train, micro_batch_size=4).examples_at_once) == (12, 4)
-    assert [train.smaller_micro_batch(size) for size in (12, 6, 5, 4, 3, 2, 1)] == [6, 3, 2, 2, 1, 1, None]
+    assert [train.smaller_micro_batch(size) for size in (12, 10, 6, 5, 4, 3, 2, 1)] == [6, 4, 3, 2, 2, 1, 1, None]
 
 
 def test_only_the_loss_is_better_when_it_is_smaller(usual):

@@ -164,6 +164,7 @@ def test_one_seed_on_each_side_and_seeds_that_agree_are_the_exact_test():
     a, b = pair(6, 3, 400)
     expected = noninferiority_exact(6, 3, 400, 0.02)
     assert noninferiority_over_seeds({1: a}, {2: b}, 0.02) == expected
+    assert noninferiority_over_seeds({1: a}, {2: b}, 0.02, alpha=0.005).bound > expected.bound
     found = noninferiority_over_seeds({1: a, 2: a, 3: a}, {1: b, 2: b, 3: b}, 0.02)
     assert found.p == expected.p
     assert found.bound == expected.bound

@@ -54,6 +54,7 @@ def test_points_run_through_the_last_dimension_fastest():
     ]  # fmt: skip
     assert list(SPACE.points()[0].params) == ["freeze.layers", "scheduler"]
     assert [point.params["a"] for point in Space({"a": FloatDistribution(2, 2)}, []).points()] == [2]
+    assert [point.params["a"] for point in Space({"a": FloatDistribution(1, 2, step=0.5)}, []).points()] == [1, 1.5, 2]
 
 
 def test_a_space_with_an_interval_cannot_be_counted():
@@ -142,6 +143,15 @@ def test_the_command_line_replaces_what_the_configuration_says_of_a_key():
     assert (back.fixed, list(back.dimensions)) == ([], ["freeze.layers"])
 
 
+def test_the_word_depth_is_asked_for_only_where_layers_vary_to_it():
+    asked = []
+    depth_of = lambda lines: asked.append(lines) or 6  # noqa: E731
+    space = read_space(None, ["freeze.layers=range(0,depth)", "model=tiny"], None, False, None, depth_of)  # type: ignore[arg-type]
+    assert space.dimensions == {"freeze.layers": IntDistribution(0, 5)}
+    read_space(None, ["freeze.layers=0,1", "model=tiny"], None, False, None, depth_of)  # type: ignore[arg-type]
+    assert asked == [["model=tiny"]]
+
+
 @pytest.mark.parametrize("is_grid", [True, False])
 def test_a_grid_lists_ranges_and_optuna_keeps_them(is_grid):
     dimension = read("freeze.layers=range(1,4)", is_grid=is_grid).dimensions["freeze.layers"]
@@ -155,7 +165,7 @@ def test_a_value_given_twice_is_tried_once():
 @pytest.mark.parametrize(
     ("line", "is_grid", "refused"),
     [
-        ("freeze.layers=0,,", False, r"the search space must be in Hydra's sweep syntax: [^\n]+$"),
+        ("freeze.layers=0,,", False, r"the search space must be in Hydra's sweep syntax: Error when parsing [^\n]+$"),
         ("seed=range(3,3)", True, r"seed must have a value to try, got 'seed=range\(3,3\)'$"),
         (
             "seed=interval(0,1)",
@@ -174,7 +184,7 @@ def test_a_custom_space_is_a_function_by_its_path():
     assert read().custom is None
     assert read(custom="tests.sweep.test_space.read").custom is read
     line = (r"^hydra.sweeper.custom_search_space must be the dotted path of a function \(config, trial\), "
-            r"got 'no.such.function': [^\n]+$")  # fmt: skip
+            r"got 'no.such.function': Error loading [^\n]+$")  # fmt: skip
     with pytest.raises(SettingsError, match=line):
         read(custom="no.such.function")
 
@@ -233,6 +243,13 @@ def test_a_point_that_is_no_trial_is_refused_in_one_line(composer, params, refus
     assert "\n" not in str(caught.value)
 
 
+def test_only_what_is_added_with_a_plus_need_not_be_there(composer):
+    made = composer(SPACE)
+    assert made.settings(Point({"+sweep.pruner_options.lower": 0.5})).sweep.pruner_options["lower"] == 0.5
+    with pytest.raises(SettingsError, match="the search space must name settings"):
+        made.settings(Point({"sweep.pruner_options.lower2": 0.5}))
+
+
 def test_a_points_baseline_keeps_what_is_no_treatment(composer):
     made = composer(SPACE)
     baseline = made.baseline_of(Point({"freeze.layers": 2, "scheduler": "cosine"}, ("seed=3",)))
@@ -253,6 +270,10 @@ def test_the_baseline_has_a_value_or_a_choice_for_each_dimension(composer):
     }  # fmt: skip
     own = composer(Space({"scheduler": SCHEDULER}, []), "scheduler=cosine", "baseline.overrides=['freeze=none']")
     assert own.baseline_params() == {"scheduler": "cosine"}
+    named = composer(
+        Space({"scheduler": SCHEDULER}, []), "scheduler=cosine", "baseline.overrides=['scheduler=constant']"
+    )
+    assert named.baseline_params() == {"scheduler": "constant"}
 
 
 def test_a_sweep_fixes_what_it_does_not_vary_and_what_all_its_trials_share(composer):
@@ -261,6 +282,8 @@ def test_a_sweep_fixes_what_it_does_not_vary_and_what_all_its_trials_share(compo
     fixed = fixed_of(two, SPACE)
     assert fixed["train.epochs"] == "1"
     assert fixed["sweep.seeds"] == "None"
+    several = made.settings(Point({}, ("sweep.seeds=[1,2]",)))
+    assert fixed_of([several], SPACE)["sweep.seeds"] == "[1, 2]"
     assert fixed["freeze.dropout"] == "true"
     assert not {"freeze.layers", "seed", "scheduler.name", "output.dir", "engine.name", "train.logging_steps"} & set(
         fixed
