@@ -1,21 +1,13 @@
-"""How a trial ends, in the same words and figures from every engine."""
+"""How a trial ends, in the same words from every engine."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from itertools import pairwise
 
-import numpy as np
 import torch
 
-from distilbench.data.tokens import EncodedSplits
-from distilbench.engines.checkpoints import Progress
-from distilbench.engines.evaluation import best_of
-from distilbench.engines.steps import BatchSchedule
-from distilbench.models.flops import TrainFlops
-from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.results import Status
 from distilbench.settings import SettingsError, TrialSettings
 
 log = logging.getLogger(__name__)
@@ -64,37 +56,3 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
         )
     log.error("the trial failed", exc_info=error)
     return Status.FAILED, f"{type(error).__name__}: {first_line}"
-
-
-def result_of(
-    progress: Progress,
-    outcome: tuple[Status, str | None],
-    settings: TrialSettings,
-    splits: EncodedSplits,
-    report: Evaluation | None,
-    flops: Mapping[int, TrainFlops],
-) -> TrialResult:
-    """Return what a trial's ``progress`` amounts to, but for what belongs to the device, which the engine adds.
-
-    ``report`` is the kept weights' evaluation on a report split of its own, ``flops`` what an example costs from a step
-    on, nothing for a trial that ended before its model was there.
-    """
-    train, lengths = settings.train, np.diff(splits.train.offsets)
-    best = progress.history[best_of(progress.history, train)] if progress.history else None
-    schedule = BatchSchedule(len(lengths), train.batch_size, train.epochs)
-    ends = sorted({progress.step, *(step for step in flops if step < progress.step)})
-    seen = {step: schedule.times_seen(settings.seed, step) for step in ends}
-    times = seen[progress.step]
-    seconds = progress.step_seconds
-    return TrialResult(
-        *outcome,
-        selection=best,
-        report=best if splits.selection is splits.report else report,
-        history=tuple(progress.history),
-        steps=progress.step,
-        train_seconds=progress.train_seconds,
-        train_flops=sum(flops[start].total(lengths, seen[stop] - seen[start]) for start, stop in pairwise(ends)),
-        examples_per_second=float(times.sum()) / seconds if seconds else 0.0,
-        tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
-        peak_memory_bytes=progress.peak_memory_bytes,
-    )

@@ -19,30 +19,27 @@ from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length, padded_batch, training_batch
-from distilbench.engines.checkpoints import Progress
 from distilbench.engines.device import (
     describe_device,
     gc_frozen,
-    peak_memory,
     release_memory,
     reset_peak_memory,
     resolve_device,
     resolve_precision,
     single_process,
 )
-from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
 from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import build_optimizer, lr_factors
-from distilbench.engines.outcome import SMALLER, TrialEnded, outcome_of, require_finite, result_of
-from distilbench.engines.steps import BatchSchedule
+from distilbench.engines.outcome import SMALLER, outcome_of
+from distilbench.engines.running import RunningTrial
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import check_trial, resolve_model
-from distilbench.results import ADAPTER, Evaluation, Status, StepRecord, TrialResult
+from distilbench.results import ADAPTER, Status, TrialResult
 from distilbench.settings import TrainSettings, TrialSettings
 
 log = logging.getLogger(__name__)
@@ -106,19 +103,11 @@ class _Run(TrainerCallback):
         self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver, began: float
     ) -> None:
         """Count the set-up from ``began``, as ``time.perf_counter`` has it."""
-        self.index, self.settings, self.splits, self.observer = index, settings, splits, observer
-        self.schedule = BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs)
-        self.steps = self.schedule.steps
-        self.directory = Path(settings.output.dir)
-        self.checkpoints = self.directory / checkpoints.DIRECTORY
-        self.progress = Progress()
+        self.trial = RunningTrial(index, settings, splits, observer)
+        self.settings, self.splits, self.observer = settings, splits, observer
+        self.schedule, self.steps = self.trial.schedule, self.trial.schedule.steps
         self.best_weights: dict[str, torch.Tensor] | None = None
-        self.report: Evaluation | None = None
-        self.about: dict[str, Any] = {}  # the device, and what is trained on it
-        self.flops: dict[int, TrainFlops] = {}
         self.moving: MovingFreeze | None = None
-        self.device = torch.device("cpu")  # until it is resolved
-        self.setup_seconds = 0.0
         self.is_leaving = False
         self.stopwatch = Stopwatch(began)
 
@@ -132,36 +121,34 @@ class _Run(TrainerCallback):
             with quiet():
                 self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             self._finish()
-            result = self._result(Status.FINISHED)
+            result = self._result(Status.FINISHED, None)
         except Exception as error:  # the trial's boundary: other trials go on
             result = self._result(*outcome_of(error, self.settings))
         except BaseException:
-            checkpoints.tidy(self.checkpoints, Status.INTERRUPTED)
+            checkpoints.tidy(self.trial.folder, Status.INTERRUPTED)
             raise
-        checkpoints.tidy(self.checkpoints, result.status)
+        checkpoints.tidy(self.trial.folder, result.status)
         return result
 
     def _set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
-        settings = self.settings
-        self.device = resolve_device(settings.engine.device)
+        settings, trial = self.settings, self.trial
+        self.device = trial.device = resolve_device(settings.engine.device)
         precision = resolve_precision(settings.train.precision, self.device)
-        self.about = {"device": describe_device(self.device), "precision": precision}
+        trial.about = {"device": describe_device(self.device), "precision": precision}
         reset_peak_memory(self.device)
         self.resolved = resolve_model(settings.model)
         check_trial(self.resolved, settings)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
-        counts, self.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
+        counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
-        self.identity = checkpoints.identity_of(settings, self.splits, self.resolved.used.fingerprint, precision)
-        resume = settings.train.resume
-        self.checkpoint, self.progress = checkpoints.take_up(self.checkpoints, self.identity, resume, self.steps)
+        self.checkpoint = trial.take_up(self.resolved.used.fingerprint, self.splits)
         if settings.freeze.moves:
-            self.moving = MovingFreeze(self.model, settings, self.schedule, self.progress.gradients)
-            counts, self.flops = self.moving.parameters, self.moving.flops
-        self.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
+            self.moving = MovingFreeze(self.model, settings, self.schedule, trial.progress.gradients)
+            counts, trial.flops = self.moving.parameters, self.moving.flops
+        trial.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.trainer = self._trainer(precision)
 
@@ -173,7 +160,7 @@ class _Run(TrainerCallback):
         loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names), self.device)
         trainer = _Trainer(
             model=self.model,
-            args=training_arguments(self.settings, self.device, precision, self.checkpoints),
+            args=training_arguments(self.settings, self.device, precision, self.trial.folder),
             train_dataset=range(len(self.splits.train)),
             data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
             optimizers=(optimizer, schedule),
@@ -185,19 +172,15 @@ class _Run(TrainerCallback):
 
     def _finish(self) -> None:
         """Go back to the best weights, evaluate them on the report split, and export them."""
-        history = self.progress.history
-        best = best_of(history, self.settings.train)
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights, strict=False)
-        if history[best].logits is None:  # restored from a checkpoint, which keeps no logits
-            history[best] = replace(history[best], logits=self._predict(self.splits.selection))
-        if self.splits.selection is not self.splits.report:
-            logits, labels = self._predict(self.splits.report), self.splits.report.labels
-            self.report = evaluate_logits("validation", logits, labels, history[best].step, history[best].epoch)
+        selection = self._predict(self.splits.selection) if self.trial.best.logits is None else None
+        has_own = self.splits.selection is not self.splits.report
+        self.trial.note_best(selection, self._predict(self.splits.report) if has_own else None)
         if self.settings.output.save_model:
             tokenizer = load_tokenizer(self.resolved)
             if self.adapted is not None:
-                export_model(self.adapted, tokenizer, self.directory / ADAPTER)
+                export_model(self.adapted, tokenizer, Path(self.settings.output.dir) / ADAPTER)
             if self.adapted is None or self.settings.adapter.merge:
                 model = self.model if self.adapted is None else self.adapted.merge_and_unload()
                 export_trial(model, tokenizer, self.settings)
@@ -208,11 +191,11 @@ class _Run(TrainerCallback):
             stored = self.checkpoint / _BEST_WEIGHTS
             if stored.is_file():
                 self.best_weights = load_file(stored)
-            elif self.progress.history:
+            elif self.trial.progress.history:
                 self.best_weights = self._copied_weights()
         if self.moving is not None:
-            self.moving.begin(self.progress.history)
-        self.setup_seconds = self.stopwatch.lap().seconds
+            self.moving.begin(self.trial.progress.history)
+        self.trial.setup_seconds = self.stopwatch.lap().seconds
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let a policy that moves by gradients look at them."""
@@ -236,65 +219,42 @@ class _Run(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" not in logs:  # Trainer's own summary at the end
             return
-        lap, before, progress = self.stopwatch.lap(), self.progress.step, self.progress
-        progress.advance(state.global_step, lap, peak_memory(self.device))
-        require_finite(logs["loss"], "training", progress.step, self.steps, self.settings)
-        record = StepRecord(
-            step=progress.step,
-            steps=self.steps,
-            epoch=progress.step / self.schedule.steps_per_epoch,
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            gradient_norm=logs["grad_norm"],
-            examples_per_second=(self.schedule.seen(progress.step) - self.schedule.seen(before)) / lap.seconds,
-        )
-        self.observer.on_step(self.index, record)
+        told = logs["loss"], logs["learning_rate"], logs["grad_norm"]
+        self.trial.record(state.global_step, self.stopwatch.lap(), *told)
         self.stopwatch.lap()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
-        progress, last = self.progress, state.global_step == self.steps
-        logits, labels = self._predict(self.splits.selection), self.splits.selection.labels
-        epoch = progress.step / self.schedule.steps_per_epoch
-        evaluation = evaluate_logits(selection_name(self.splits), logits, labels, progress.step, epoch)
-        require_finite(evaluation.loss, "validation", progress.step, self.steps, self.settings)
-        progress.history.append(evaluation)
-        if best_of(progress.history, self.settings.train) == len(progress.history) - 1:
+        last = state.global_step == self.steps
+        logits = self._predict(self.splits.selection)
+        if self.trial.evaluate(logits, self.stopwatch.lap()):
             self.best_weights = None if last else self._copied_weights()
-        progress.spend(self.stopwatch.lap())
-        self._sample_memory()
-        if self.observer.on_evaluation(self.index, evaluation):
-            raise TrialEnded(Status.PRUNED, f"pruned after step {progress.step} of {self.steps}")
-        control.should_training_stop = last or is_out_of_patience(progress.history, self.settings.train)
+        self.trial.ask_to_go_on()
+        control.should_training_stop = last or self.trial.is_out_of_patience
         control.should_save = self.settings.train.checkpoints and not control.should_training_stop
         if self.moving is not None and not control.should_training_stop:
             self.moving.note()
-            self.moving.begin(progress.history)
+            self.moving.begin(self.trial.progress.history)
         self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete and seal the checkpoint that Trainer has just written."""
-        path, history = self.checkpoints / f"checkpoint-{state.global_step}", self.progress.history
-        if self.best_weights is not None and history[best_of(history, self.settings.train)].step != state.global_step:
+        path = self.trial.folder / f"checkpoint-{state.global_step}"
+        if self.best_weights is not None and self.trial.best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         if self.moving is not None:
             self.moving.note()
-        checkpoints.seal(path, self.identity, self.progress)
+        checkpoints.seal(path, self.trial.identity, self.trial.progress)
         if self.is_leaving:
             self.is_leaving = False
             self.observer.on_checkpoint()
         self.stopwatch.lap()
 
-    def _result(self, status: Status, error: str | None = None) -> TrialResult:
+    def _result(self, status: Status, error: str | None) -> TrialResult:
         """Return what the engine returns of a trial that ended so."""
-        self._sample_memory()
-        return replace(
-            result_of(self.progress, (status, error), self.settings, self.splits, self.report, self.flops),
-            train_cpu_seconds=self.progress.train_cpu_seconds if self.device.type == "cpu" else None,
-            setup_seconds=self.setup_seconds or self.stopwatch.lap().seconds,
-            micro_batch_size=self.settings.train.examples_at_once if self._is_accumulated else None,
-            **self.about,
-        )
+        self.trial.sample_memory()
+        self.trial.setup_seconds = self.trial.setup_seconds or self.stopwatch.lap().seconds
+        return self.trial.result(status, error, self.settings.train.examples_at_once)
 
     def _copied_weights(self) -> dict[str, torch.Tensor]:
         """Return a copy of what is trained, on the CPU."""
@@ -315,9 +275,6 @@ class _Run(TrainerCallback):
     @property
     def _is_accumulated(self) -> bool:
         return self.settings.train.examples_at_once < self.settings.train.batch_size
-
-    def _sample_memory(self) -> None:
-        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
 
 
 def training_arguments(

@@ -37,6 +37,7 @@ from distilbench.engines.fused.prefix import prefix_depth
 from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import planned_flops, planned_levels
 from distilbench.engines.outcome import outcome_of
+from distilbench.engines.running import RunningTrial
 from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
@@ -100,12 +101,13 @@ class FusedEngine:
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
             try:
-                member = Member.of(index, settings, context, splits)
-                waiting[member.progress.step].append(member)
+                given = context.splits, observer, context.device, {**context.about}, context.flops
+                member = Member.of(RunningTrial(index, settings, *given), context, splits)
+                waiting[member.trial.progress.step].append(member)
             except Exception as error:  # the trial's boundary: its neighbours go on
                 results[index] = TrialResult(*outcome_of(error, settings))
         for members in waiting.values():
-            size = _trials_that_fit(context, members[0].settings) if len(members) > 1 else 1
+            size = _trials_that_fit(context, members[0].trial.settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
                 together = members[start : start + size]
                 train_group(together, observer, results, self.prefix_bytes, graph_steps, began)
@@ -127,6 +129,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     if settings.freeze.moves:
         frozen_levels = planned_levels(settings, schedule, top=resolved.depth + 1)
         flops = planned_flops(model, frozen_levels)
+    trained, total = parameter_counts(model)
     compact, vocabulary = _compact(splits)
     layout = FlatParamLayout(model, vocabulary)
     compute_dtype = torch.bfloat16 if precision == "bf16" else dtype
@@ -136,13 +139,16 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         layout=layout,
         frozen=layout.frozen_weights(dict(model.named_parameters()), device, dtype, compute_dtype, frozen_levels[0]),
         schedule=schedule,
-        parameters=parameter_counts(model),
         frozen_levels=frozen_levels,
         flops=flops,
         loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names), device),
         device=device,
-        device_name=describe_device(device),
-        precision=precision,
+        about={
+            "device": describe_device(device),
+            "precision": precision,
+            "trainable_parameters": trained,
+            "total_parameters": total,
+        },
         dtype=dtype,
         compute_dtype=compute_dtype,
     )

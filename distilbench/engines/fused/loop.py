@@ -14,8 +14,7 @@ from distilbench.data.tokens import EncodedSplit
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
-from distilbench.engines.device import peak_memory, release_memory
-from distilbench.engines.evaluation import evaluate_logits, selection_name
+from distilbench.engines.device import release_memory
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import BucketedBatches
 from distilbench.engines.fused.cuda.graph_step import GraphSteps, runner_for
@@ -26,10 +25,10 @@ from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix, prefix_depth
-from distilbench.engines.outcome import SMALLER, outcome_of, require_finite
+from distilbench.engines.outcome import SMALLER, outcome_of
 from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model
-from distilbench.results import Status, StepRecord, TrialResult
+from distilbench.results import Status, TrialResult
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +69,13 @@ def train_group(
         while waiting:
             waiting += reversed(waiting.pop().train())
     except BaseException as error:
-        left = [member for member in members if member.index not in results]
+        left = [member for member in members if member.trial.index not in results]
         if not isinstance(error, Exception):
             for member in left:
-                checkpoints.tidy(member.folder, Status.INTERRUPTED)
+                checkpoints.tidy(member.trial.folder, Status.INTERRUPTED)
             raise
-        outcome = outcome_of(error, members[0].settings)
-        results.update({member.index: member.result(*outcome) for member in left})
+        outcome = outcome_of(error, members[0].trial.settings)
+        results.update({member.trial.index: member.result(*outcome) for member in left})
 
 
 class TrialGroup:
@@ -92,9 +91,9 @@ class TrialGroup:
     ) -> None:  # fmt: skip
         """With ``use_graphs``, steps go through fixed buffers and are recorded (:mod:`.cuda.graph_step`)."""
         self.members, self.observer, self.results, self.stopwatch = members, observer, results, stopwatch
-        self.context, self.settings = members[0].context, members[0].settings
+        self.context, self.settings = members[0].context, members[0].trial.settings
         self.schedule = self.context.schedule
-        self.step = self.recorded = members[0].progress.step
+        self.step = self.recorded = members[0].trial.progress.step
         self.evaluation_due = False
         self.taken = 0
         in_turn = not use_graphs and self.context.device.type == "cpu"
@@ -112,20 +111,20 @@ class TrialGroup:
         self._load(self._initial_state())
         seconds = stopwatch.lap().seconds
         for member in members:
-            member.setup_seconds = seconds
+            member.trial.setup_seconds = seconds
 
     def _initial_state(self) -> list[torch.Tensor]:
         """Return losses since the last record and last norms, (trials,), rows and moments, (trials, size)."""
         context = self.context
         initial: dict[int, torch.Tensor] = {}
-        for seed in {m.settings.seed for m in self.members if m.checkpoint is None}:
+        for seed in {m.trial.settings.seed for m in self.members if m.checkpoint is None}:
             model = build_model(context.resolved, context.splits.label_names, seed)
             initial[seed] = context.layout.flat_params(dict(model.named_parameters()), context.dtype)
-        count, moments = len(self.members), num_moments([m.settings.optim for m in self.members])
+        count, moments = len(self.members), num_moments([m.trial.settings.optim for m in self.members])
         losses, norms = torch.zeros(2, count, dtype=context.dtype, device=context.device)
         state = [losses.new_zeros(count, context.layout.size) for _ in range(1 + moments)]
         for t, member in enumerate(self.members):
-            for part, values in zip(state, member.start(initial.get(member.settings.seed)), strict=False):
+            for part, values in zip(state, member.start(initial.get(member.trial.settings.seed)), strict=False):
                 part[t] = values
         return [losses, norms, *state]
 
@@ -139,10 +138,10 @@ class TrialGroup:
         for start in range(0, len(self.members), self.stacked):
             own = slice(start, start + self.stacked)
             weights = self._weights(self.flat_params[own], self.stacks[0].weights if self.stacks else None)
-            settings = [m.settings.optim for m in self.members[own]]
+            settings = [m.trial.settings.optim for m in self.members[own]]
             moments = [moment[own] for moment in self.moments]
             optimizer = StackedOptimizer(weights, moments, settings, self.context.first_steps)
-            seeds = [m.settings.seed for m in self.members[own]]
+            seeds = [m.trial.settings.seed for m in self.members[own]]
             orders = seeds[:1] if len(set(seeds)) == 1 else seeds
             prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
             self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
@@ -204,7 +203,7 @@ class TrialGroup:
                 if self._halve_micro_batch(self.members[0]):
                     continue
             self._leave(dict.fromkeys(range(len(self.members)), outcome))
-        ends = [t for t, member in enumerate(self.members) if member.is_out_of_patience]
+        ends = [t for t, member in enumerate(self.members) if member.trial.is_out_of_patience]
         go_on = [t for t in range(len(self.members)) if t not in ends]
         if ends and go_on and self.step < self.schedule.steps:
             return self._split(ends, go_on)
@@ -222,7 +221,7 @@ class TrialGroup:
         """Whether there is a step or an evaluation to come for all members."""
         if not self.members or self.evaluation_due:
             return bool(self.members)
-        return self.step < self.schedule.steps and not any(member.is_out_of_patience for member in self.members)
+        return self.step < self.schedule.steps and not any(member.trial.is_out_of_patience for member in self.members)
 
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch of what has just run out of memory; False where it is a single example."""
@@ -232,7 +231,7 @@ class TrialGroup:
                 self.prefix.forget()
             member.eval_batch, before = max(1, member.eval_batch // 2), member.eval_batch
             return before > 1
-        smaller = member.settings.train.smaller_micro_batch(member.micro_batch)
+        smaller = member.trial.settings.train.smaller_micro_batch(member.micro_batch)
         if smaller is None:
             return False
         member.micro_batch = smaller
@@ -276,7 +275,7 @@ class TrialGroup:
         seconds = self.graph_steps.take(self.step)
         self.stopwatch.leave_out(seconds)
         for member in self.members:
-            member.setup_seconds += seconds
+            member.trial.setup_seconds += seconds
 
     def _differentiate(self, stack: Stack) -> torch.Tensor:
         """Fill the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
@@ -310,24 +309,12 @@ class TrialGroup:
         """Tell each observer of the steps since the last record."""
         steps = self.step - self.recorded
         losses, norms = (self.losses / steps).tolist(), self.norms.tolist()  # waits for the device: before the clock
-        lap, memory = self.stopwatch.lap(), peak_memory(self.context.device)
-        examples = self.schedule.seen(self.step) - self.schedule.seen(self.recorded)
+        lap = self.stopwatch.lap()
         self.losses.zero_()
         self.recorded = self.step
 
         def tell(t: int, member: Member) -> None:
-            member.progress.advance(self.step, lap, memory)
-            record = StepRecord(
-                step=self.step,
-                steps=self.schedule.steps,
-                epoch=self.step / self.schedule.steps_per_epoch,
-                loss=losses[t],
-                learning_rate=float(member.lrs[self.step - 1]),
-                gradient_norm=norms[t],
-                examples_per_second=examples / lap.seconds,
-            )
-            require_finite(record.loss, "training", self.step, self.schedule.steps, member.settings)
-            self.observer.on_step(member.index, record)
+            member.trial.record(self.step, lap, losses[t], float(member.lrs[self.step - 1]), norms[t])
 
         self._each(tell)
         self.stopwatch.lap()
@@ -339,16 +326,10 @@ class TrialGroup:
         self.evaluation_due = False
         lap, last = self.stopwatch.lap(), self.step == self.schedule.steps
 
-        def judge(t: int, member: Member) -> Outcome | None:
-            member.progress.spend(lap)
-            epoch = self.step / self.schedule.steps_per_epoch
-            name, labels = selection_name(splits), splits.selection.labels
-            evaluation = evaluate_logits(name, logits[t], labels, self.step, epoch)
-            require_finite(evaluation.loss, "validation", self.step, self.schedule.steps, member.settings)
-            member.evaluated(evaluation, None if last else self.flat_params[t])
-            if self.observer.on_evaluation(member.index, evaluation):
-                return Status.PRUNED, f"pruned after step {self.step} of {self.schedule.steps}"
-            return None
+        def judge(t: int, member: Member) -> None:
+            if member.trial.evaluate(logits[t], lap):
+                member.best_params = None if last else self.flat_params[t].to("cpu", copy=True)
+            member.trial.ask_to_go_on()
 
         self._each(judge)
         if self.settings.train.checkpoints and not last:
@@ -360,7 +341,7 @@ class TrialGroup:
     def _save(self) -> None:
         """Leave a checkpoint of each member that goes on."""
         for t, member in enumerate(self.members):
-            if not member.is_out_of_patience:
+            if not member.trial.is_out_of_patience:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
 
     def _leave_checkpoints(self) -> None:
@@ -399,16 +380,14 @@ class TrialGroup:
         flat_params = torch.stack([row.to(self.context.device) for row in best])
         self._load([self.losses, self.norms, flat_params])
         splits = self.context.splits
-        if any(m.best.logits is None for m in self.members):
-            for member, logits in zip(self.members, self._predict(splits.selection), strict=True):
-                member.restore_logits(logits)
-        if splits.selection is not splits.report:
-            for member, logits in zip(self.members, self._predict(splits.report), strict=True):
-                at = member.best
-                member.report = evaluate_logits("validation", logits, splits.report.labels, at.step, at.epoch)
+        is_resumed = any(m.trial.best.logits is None for m in self.members)
+        selection = self._predict(splits.selection) if is_resumed else None
+        report = self._predict(splits.report) if splits.selection is not splits.report else None
+        for t, member in enumerate(self.members):
+            member.trial.note_best(None if selection is None else selection[t], None if report is None else report[t])
 
         def finish(t: int, member: Member) -> Outcome:
-            if member.settings.output.save_model:
+            if member.trial.settings.output.save_model:
                 member.export(flat_params[t])
             return Status.FINISHED, None
 
@@ -421,7 +400,7 @@ class TrialGroup:
             try:
                 outcome = act(t, member)
             except Exception as error:  # the trial's boundary: its neighbours go on
-                outcome = outcome_of(error, member.settings)
+                outcome = outcome_of(error, member.trial.settings)
             if outcome is not None:
                 outcomes[t] = outcome
         self._leave(outcomes)
@@ -429,7 +408,7 @@ class TrialGroup:
     def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
         """Give the results of members at these places, and go on with the others."""
         for t, outcome in outcomes.items():
-            self.results[self.members[t].index] = self.members[t].result(*outcome)
+            self.results[self.members[t].trial.index] = self.members[t].result(*outcome)
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if outcomes and staying:

@@ -513,12 +513,14 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     run, predict = TrialGroup._differentiate_part, TrialGroup._predict
 
     def short_of_memory(group, stack, examples, part):
-        if group.step >= 4 and (len(group.members) > 1 or (group.members[0].index == 0 and part.stop - part.start > 2)):
+        if group.step >= 4 and (
+            len(group.members) > 1 or (group.members[0].trial.index == 0 and part.stop - part.start > 2)
+        ):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(group, stack, examples, part)
 
     def short_of_memory_too(group, split):
-        if len(group.members) == 1 and group.members[0].index == 0 and group.members[0].eval_batch > 7:
+        if len(group.members) == 1 and group.members[0].trial.index == 0 and group.members[0].eval_batch > 7:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return predict(group, split)
 
