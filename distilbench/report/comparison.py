@@ -162,7 +162,6 @@ def difference_of(ours: _Correct, theirs: _Correct, margin: float) -> Difference
         p_loss=loss.p,
         p_loss_holm=loss.p,
         n=seen.n,
-        paired=seen.paired,
         examples=len(next(iter(theirs.values()))),
     )
 

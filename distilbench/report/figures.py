@@ -19,6 +19,7 @@ from distilbench.report.findings import (
     half_of_text,
     history,
     importance,
+    numbers_of,
     pareto_front,
 )
 from distilbench.report.formats import flops, one_line, percent
@@ -209,8 +210,8 @@ def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, st
 
     Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
     """
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) < len(values):
+    numbers = numbers_of(values)
+    if numbers is None:
         words = sorted({str(value) for value in values})
         return lambda value: words.index(str(value)) / max(len(words) - 1, 1), words[0], words[-1]
     low, high = min(numbers), max(numbers)

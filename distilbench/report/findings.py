@@ -180,9 +180,15 @@ def _as_parameter(values: Sequence[object]) -> tuple[BaseDistribution, Sequence[
     """Return the range that ``values`` span, logarithmic over a factor of ten, or the set of them; and them."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) < len(values):
+    numbers = numbers_of(values)
+    if numbers is None:
         words = [repr(value) for value in values]
         return CategoricalDistribution(sorted(set(words))), words
     low, high = min(numbers), max(numbers)
     return FloatDistribution(low, high, log=low > 0 and high >= 10 * low), numbers
+
+
+def numbers_of(values: Sequence[object]) -> list[float] | None:
+    """Return values as numbers; None where one is none."""
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return numbers if len(numbers) == len(values) else None

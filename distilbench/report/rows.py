@@ -21,7 +21,7 @@ class Difference:
     """A setting minus the baseline in points of accuracy: 95 % interval, p as tested and after Holm's correction.
 
     ``loses_at_most`` bounds the loss, one-sided at 97.5 %; ``p_loss`` is that of a loss of the margin or more. ``n``
-    counts seeds, pairs of them where ``paired``; ``examples`` are those that both were asked. ``needed`` is what would
+    counts seeds, or pairs of them; ``examples`` are those that both were asked. ``needed`` is what would
     decide, where nothing is decided.
     """
 
@@ -34,7 +34,6 @@ class Difference:
     p_loss: float
     p_loss_holm: float
     n: int
-    paired: bool
     examples: int
     needed: Needed | None = None
 

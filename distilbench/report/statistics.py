@@ -59,7 +59,7 @@ def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[f
 class SeedComparison:
     """Accuracy of A minus that of B as a share, its interval, the p of no difference, and the seeds behind it.
 
-    ``n`` counts seeds: pairs of them, or the smaller side where ``paired`` is False (no seed in common).
+    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
     """
 
     difference: float
@@ -67,7 +67,6 @@ class SeedComparison:
     high: float
     p: float
     n: int
-    paired: bool
 
 
 def compare_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedComparison:
@@ -89,12 +88,7 @@ def compare_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[i
     if pair is None:
         return _combine(spread_over_seeds(correct_a, correct_b))
     counts = discordant(*pair)
-    return SeedComparison(
-        *paired_accuracy_interval(*counts, len(pair[0])),
-        mcnemar_exact(*counts),
-        n=1,
-        paired=not set(correct_a).isdisjoint(correct_b),
-    )
+    return SeedComparison(*paired_accuracy_interval(*counts, len(pair[0])), mcnemar_exact(*counts), n=1)
 
 
 def only_pair(
@@ -114,15 +108,14 @@ class SeedSpread:
     """The mean difference of two treatments example by example, and the variance of its mean in independent parts.
 
     ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_parts`` are ``(variance, degrees of freedom)``
-    of the grand mean over seeds; ``noise`` is what of that variance comes from seed x example noise. ``n`` and
-    ``paired`` as in :class:`SeedComparison`.
+    of the grand mean over seeds; ``noise`` is what of that variance comes from seed x example noise. ``n`` as
+    in :class:`SeedComparison`.
     """
 
     by_example: np.ndarray
     seed_parts: tuple[tuple[float, int], ...]
     noise: float
     n: int
-    paired: bool
 
     @property
     def difference(self) -> float:
@@ -152,14 +145,14 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
         a, b = _stack(correct_a, shared), _stack(correct_b, shared)
         _require_same_examples(a[0], b[0])
         variance, noise = _seed_variance(a - b)
-        return SeedSpread((a - b).mean(axis=0), ((variance, len(a) - 1),), noise, n=len(a), paired=True)
+        return SeedSpread((a - b).mean(axis=0), ((variance, len(a) - 1),), noise, n=len(a))
     if not shared and min(len(correct_a), len(correct_b)) >= 2:
         a, b = _stack(correct_a, sorted(correct_a)), _stack(correct_b, sorted(correct_b))
         _require_same_examples(a[0], b[0])  # only the examples are paired
         (variance_a, noise_a), (variance_b, noise_b) = _seed_variance(a), _seed_variance(b)
         parts = ((variance_a, len(a) - 1), (variance_b, len(b) - 1))
         by_example = a.mean(axis=0) - b.mean(axis=0)
-        return SeedSpread(by_example, parts, noise_a + noise_b, n=min(len(a), len(b)), paired=False)
+        return SeedSpread(by_example, parts, noise_a + noise_b, n=min(len(a), len(b)))
     raise ValueError(
         f"seeds must be shared, or two or more on each side, got {sorted(correct_a)} and {sorted(correct_b)}"
     )
@@ -197,7 +190,7 @@ def _combine(spread: SeedSpread) -> SeedComparison:
     half = max(critical_difference(parts, 1 - LEVEL), Z * given)
     p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
     low, high = max(difference - half, -1.0), min(difference + half, 1.0)
-    return SeedComparison(difference, low, high, p, spread.n, spread.paired)
+    return SeedComparison(difference, low, high, p, spread.n)
 
 
 def _laplace_variance(squares: float, total: float, examples: int) -> float:
