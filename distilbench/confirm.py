@@ -236,8 +236,8 @@ def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing:
 
     each = [chosen[point.extra[0]].row.cost.seconds for point in missing]
     seconds = sum(one for one in each if one == one)  # NaN where none was recorded
-    pace = f"about {duration(seconds)} at the sweep's pace"
-    print(f"confirming sweep {settings.sweep}: {counted(len(missing), 'trial')} to train, {pace}")
+    pace = f", about {duration(seconds)} at the sweep's pace" if seconds else ""
+    print(f"confirming sweep {settings.sweep}: {counted(len(missing), 'trial')} to train{pace}")
     for key in dict.fromkeys(point.extra[0] for point in missing):
         seeds = ", ".join(point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key)
         print(f"  {one_line(chosen[key].row.name)}: seeds {seeds}")

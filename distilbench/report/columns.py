@@ -36,8 +36,8 @@ from distilbench.results import Status, Verdict
 Value = float | int | str | bool | None
 """Plain numbers: shares, seconds, points; None or NaN where there is none."""
 
-_LEAST_TEXT = 20
-"""Characters that a column of words is left in a terminal, where it is broken between words."""
+_LEAST_TEXT, _MOST_KEPT = 20, 40
+"""Characters that a column of words is left in a terminal, where it is broken between words, and of the longest one."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,10 @@ def _width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
     return sum(2 + (min(n, _LEAST_TEXT) if column.is_text else n) for column, n in zip(known, widths, strict=True))
 
 
+def _longest_word(column: Column, rows: Sequence[Row]) -> int:
+    return max((len(word) for row in rows for word in one_line(column.text(row)).split()), default=0)
+
+
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
     """Lay rows out for a terminal of ``width`` columns; brackets stand below their figures where there is no room."""
     columns, is_folded = filled(columns, rows), _width(columns, rows) > width
@@ -211,7 +215,8 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
     for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         title = column.title.replace(" (", "\n(") if is_folded else column.title
-        table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text)
+        least = min(_longest_word(column, rows), _MOST_KEPT) if column.key == "setting" else None
+        table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, min_width=least)
     for row in rows:
         cells = [one_line(column.text(row)) for column in columns]
         cells = [cell.replace(" (", "\n(") if is_folded else cell for cell in cells]
