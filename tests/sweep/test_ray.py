@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -118,13 +119,13 @@ def worker_of(workspace, process) -> int:
         time.sleep(0.05)
 
 
-def statuses_of_trials(workspace) -> list[Counter[str]]:
+def statuses_of_trials(workspace, name: str = "rays") -> list[Counter[str]]:
     """How the trials ended by the study, and their runs by MLflow."""
     from mlflow import MlflowClient
 
     client = MlflowClient(workspace.uri)
     runs = client.search_runs([client.get_experiment_by_name("distilbench").experiment_id])
-    trials = workspace.study("rays", url=f"sqlite:///{workspace.path}/study.db")
+    trials = workspace.study(name, url=f"sqlite:///{workspace.path}/study.db")
     return [
         Counter(trial.user_attrs["status"] for trial in trials),
         Counter(run.info.status for run in runs if "distilbench.trial" in run.data.tags),
@@ -160,3 +161,16 @@ def test_ctrl_c_ends_the_trials_of_the_cluster_and_leaves_no_run_running(workspa
     assert study == {"INTERRUPTED": 2}
     assert runs == {"KILLED": 1}, "of the trial that waited for a processor there is no run"
     assert {workspace.record("rays", number)["status"] for number in (0, 1)} == {"INTERRUPTED"}
+
+
+def test_the_guides_worker_is_a_task_of_the_cluster(workspace, cluster):
+    guide = (ROOT / "docs" / "many-machines.md").read_text()
+    script = re.search(r"```text\n(import os, ray.*?)```", guide, re.DOTALL)[1]
+    for typed, here in {"127.0.0.1:6379": cluster.address, "seed=1,2,3,4": "seed=1", "range(2)": "range(1)"}.items():
+        assert typed in script
+        script = script.replace(typed, here)
+    (workspace.path / "tasks.py").write_text(script)
+    study, workspace.uri = (f"sqlite:///{workspace.path}/{name}" for name in ("study.db", "runs/mlflow.db"))
+    ended = workspace.run(program=workspace.path / "tasks.py", MLFLOW_TRACKING_URI=workspace.uri, SWEEP_DB=study)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert statuses_of_trials(workspace, "big") == [{"FINISHED": 1}, {"FINISHED": 1}]
