@@ -14,8 +14,6 @@ from distilbench.settings import OptimSettings, SchedulerSettings, require
 
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
-_FUSED_ADAMW = ("cpu", "cuda", "mps")
-
 POLYNOMIAL_END_LR = 1e-7
 """Where ``transformers.get_polynomial_decay_schedule_with_warmup`` ends unless told otherwise."""
 
@@ -55,12 +53,12 @@ def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[di
     return groups
 
 
-def build_optimizer(model: PreTrainedModel, settings: OptimSettings, device: torch.device) -> torch.optim.Optimizer:
-    """Make the optimizer over the trainable parameters of a model that is on ``device`` already."""
+def build_optimizer(model: PreTrainedModel, settings: OptimSettings) -> torch.optim.Optimizer:
+    """Make the optimizer over the trainable parameters of a model that is on its device already."""
     groups, lr, betas = parameter_groups(model, settings), settings.lr, (settings.beta1, settings.beta2)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps, fused=device.type in _FUSED_ADAMW)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps, fused=True)
 
 
 def lr_factors(settings: SchedulerSettings, steps: int, lr: float) -> np.ndarray:

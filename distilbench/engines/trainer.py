@@ -153,7 +153,7 @@ class _Run(TrainerCallback):
         self.trainer = self._trainer(precision)
 
     def _trainer(self, precision: str) -> Trainer:
-        optimizer = build_optimizer(self.model, self.settings.optim, self.device)
+        optimizer = build_optimizer(self.model, self.settings.optim)
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
         last = self.steps - 1  # the scheduler asks for one step more than there are
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])

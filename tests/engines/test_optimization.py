@@ -29,7 +29,6 @@ from distilbench.settings import (
 from tests.conftest import compose_settings
 
 ADAMW = OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)
-CPU = torch.device("cpu")
 
 
 def tiny(architecture="distilbert", frozen=0):
@@ -67,7 +66,7 @@ def test_groups_hold_every_trainable_parameter_once():
 
 
 def test_adamw_gets_its_settings():
-    optimizer = build_optimizer(tiny(), ADAMW, CPU)
+    optimizer = build_optimizer(tiny(), ADAMW)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     wanted = {"lr": 2e-5, "betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -75,7 +74,7 @@ def test_adamw_gets_its_settings():
 
 
 def test_sgd_gets_its_settings():
-    optimizer = build_optimizer(tiny(), OptimSettings("sgd", 0.1, 0.02, 1.0, 0.9, 0.999, 1e-8, 0.5, 1.0), CPU)
+    optimizer = build_optimizer(tiny(), OptimSettings("sgd", 0.1, 0.02, 1.0, 0.9, 0.999, 1e-8, 0.5, 1.0))
     assert isinstance(optimizer, torch.optim.SGD)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.0]
     assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.1, 0.5)

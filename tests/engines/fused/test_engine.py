@@ -88,7 +88,7 @@ def reference(settings, splits, dtype=torch.float64, around_step=lambda step, pa
     model = initial_model(settings, splits, dtype)
     size, examples = settings.train.batch_size, len(splits.train)
     steps = settings.train.epochs * -(-examples // size)
-    optimizer = build_optimizer(model, settings.optim, torch.device("cpu"))
+    optimizer = build_optimizer(model, settings.optim)
     factors = lr_factors(settings.scheduler, steps, settings.optim.lr)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

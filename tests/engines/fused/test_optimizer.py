@@ -27,7 +27,7 @@ def test_an_untouched_weight_ends_where_torchs_optimizer_takes_it(settings, over
     optim = settings(*overrides).optim
     table = torch.nn.Embedding(3, 2, dtype=torch.float64)
     before = table.weight.detach().clone()
-    optimizer = build_optimizer(table, replace(optim, lr=1.0), torch.device("cpu"))
+    optimizer = build_optimizer(table, replace(optim, lr=1.0))
     for rate in RATES:
         optimizer.param_groups[0]["lr"] = rate
         table.weight.grad = torch.zeros_like(table.weight)
