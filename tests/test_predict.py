@@ -18,7 +18,7 @@ from distilbench.predict import predict
 from distilbench.report.from_store import report_of_sweep
 from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
-from distilbench.sweep.runner import _log_answer
+from distilbench.sweep.reporting import _log_answer
 from distilbench.tracking import SWEEP
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.trials import run as trials
