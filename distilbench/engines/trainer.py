@@ -84,20 +84,16 @@ def _smaller(train: TrainSettings) -> TrainSettings | None:
 
 
 class _Trainer(Trainer):
-    """Stock Trainer with evaluation left to the callback: no second data loader, no draw from the training's RNG."""
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Call ``on_evaluate``, which evaluates."""
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics={})
-        return {}
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Skip a count that walks over all modules in every step and that nobody reads."""
         return 0
 
 
 class _Run(TrainerCallback):
-    """One trial: what Trainer calls on the way, and what is kept of it."""
+    """One trial: what Trainer calls on the way, and what is kept of it.
+
+    Evaluations are its own: they take no second data loader, and draw nothing from the training's RNG.
+    """
 
     def __init__(
         self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver, began: float
@@ -108,7 +104,7 @@ class _Run(TrainerCallback):
         self.schedule, self.steps = self.trial.schedule, self.trial.schedule.steps
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.moving: MovingFreeze | None = None
-        self.is_leaving = False
+        self.evaluation_due = self.is_leaving = False
         self.stopwatch = Stopwatch(began)
 
     def attempt(self) -> TrialResult:
@@ -204,12 +200,11 @@ class _Run(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
-        step, last = state.global_step, state.global_step == self.steps
-        every = self.settings.train.eval_steps or self.schedule.steps_per_epoch
-        control.should_evaluate = last or step % every == 0
-        control.should_log = control.should_evaluate or step % self.settings.train.logging_steps == 0
-        if not control.should_evaluate and self.observer.wants_checkpoint():  # else the evaluation saves
-            if not self.settings.train.checkpoints:
+        step, train = state.global_step, self.settings.train
+        self.evaluation_due = step == self.steps or step % (train.eval_steps or self.schedule.steps_per_epoch) == 0
+        control.should_log = self.evaluation_due or step % train.logging_steps == 0
+        if not self.evaluation_due and self.observer.wants_checkpoint():  # else the evaluation saves
+            if not train.checkpoints:
                 self.observer.on_checkpoint()
             else:
                 self.is_leaving = control.should_log = control.should_save = True
@@ -222,10 +217,12 @@ class _Run(TrainerCallback):
         told = logs["loss"], logs["learning_rate"], logs["grad_norm"]
         self.trial.record(state.global_step, self.stopwatch.lap(), *told)
         self.stopwatch.lap()
+        if self.evaluation_due:
+            self._evaluate(control)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _evaluate(self, control: Any) -> None:
         """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
-        last = state.global_step == self.steps
+        last = self.trial.progress.step == self.steps
         logits = self._predict(self.splits.selection)
         if self.trial.evaluate(logits, self.stopwatch.lap()):
             self.best_weights = None if last else self._copied_weights()
