@@ -30,10 +30,13 @@ Launch = Callable[[Sequence[SweepJob]], Sequence[End]]
 
 
 class Sequential:
-    """Launches a batch in this thread and answers when all of it is done; ``at_once`` is its size, None for all."""
+    """Launches a batch in this thread and answers when all of it is done; ``at_once`` is its size, None for all.
 
-    def __init__(self, launch: Launch, at_once: int | None) -> None:
-        self._launch, self.at_once = launch, at_once
+    ``stop`` ends what the batch has under way elsewhere; what ran here has ended with what ends the sweep.
+    """
+
+    def __init__(self, launch: Launch, at_once: int | None, stop: Callable[[], object] = lambda: None) -> None:
+        self._launch, self.at_once, self.stop = launch, at_once, stop
 
     def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
         """Run a batch to its end."""
@@ -45,9 +48,6 @@ class Sequential:
         for future, end in zip(futures, ends, strict=True):
             future.set_result(end)
         return futures
-
-    def stop(self) -> None:
-        """Do nothing: what ran here has ended with the exception that ends the sweep."""
 
 
 class Pool:
@@ -75,45 +75,6 @@ class Pool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-class OnRay(Sequential):
-    """Hands a batch to Ray's launcher."""
-
-    def stop(self) -> None:
-        """Leave the cluster, which kills this sweep's jobs there before their trials are closed."""
-        import ray
-
-        ray.shutdown()
-
-
-class OnSubmitit(Sequential):
-    """Hands a batch to submitit's launchers, which tell nobody what jobs they have handed in."""
-
-    def __init__(self, launch: Launch, at_once: int | None) -> None:
-        super().__init__(launch, at_once)
-        self._submitted: list[Any] = []
-
-    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
-        """Run a batch to its end, and keep what it is to Slurm meanwhile."""
-        from submitit import AutoExecutor
-
-        submit = AutoExecutor.map_array
-
-        def map_array(*given: Any) -> list[Any]:
-            self._submitted = submit(*given)
-            return self._submitted
-
-        AutoExecutor.map_array = map_array  # type: ignore[method-assign, assignment]
-        try:
-            return super().start(jobs)
-        finally:
-            AutoExecutor.map_array = submit  # type: ignore[method-assign]
-
-    def stop(self) -> None:
-        """Cancel the batch, with those of its jobs that still wait."""
-        for job in self._submitted:
-            job.cancel(check=False)
-
-
 Executor = Sequential | Pool
 """What launches trials: ``at_once`` is how many it works on at a time, None for any number."""
 
@@ -131,9 +92,42 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
             return Sequential(launch, 1)
         return Pool(launch, min(n_jobs or workers, workers))
     if config._target_.endswith(".RayLauncher"):
-        return OnRay(partial(_launch_on_ray, launcher, launcher.task_function), n_jobs)  # type: ignore[attr-defined]
-    is_submitit = config._target_.startswith("hydra_plugins.hydra_submitit_launcher.")
-    return (OnSubmitit if is_submitit else Sequential)(launch, n_jobs)
+        on_ray = partial(_launch_on_ray, launcher, launcher.task_function)  # type: ignore[attr-defined]
+        return Sequential(on_ray, n_jobs, _leave_ray)
+    if config._target_.startswith("hydra_plugins.hydra_submitit_launcher."):
+        submitted: list[Any] = []
+        return Sequential(partial(_launch_by_submitit, launcher, submitted), n_jobs, partial(_cancel, submitted))
+    return Sequential(launch, n_jobs)
+
+
+def _leave_ray() -> None:
+    """Leave the cluster, which kills this sweep's jobs there before their trials are closed."""
+    import ray
+
+    ray.shutdown()
+
+
+def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[End]:
+    """Launch jobs, and keep what they are to Slurm in ``submitted``: Hydra's launcher tells nobody."""
+    from submitit import AutoExecutor
+
+    submit: Any = AutoExecutor.map_array
+
+    def map_array(*given: Any) -> list[Any]:
+        submitted[:] = submit(*given)
+        return list(submitted)
+
+    AutoExecutor.map_array = map_array  # type: ignore[method-assign, assignment]
+    try:
+        return _launch_through(launcher, jobs)
+    finally:
+        AutoExecutor.map_array = submit  # type: ignore[method-assign]
+
+
+def _cancel(submitted: Sequence[Any]) -> None:
+    """Cancel a batch, with those of its jobs that still wait."""
+    for job in submitted:
+        job.cancel(check=False)
 
 
 def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:

@@ -21,7 +21,6 @@ from distilbench.sweep.pruning import judged_by, pruning_callback
 from distilbench.sweep.sources import pin_sources
 
 if TYPE_CHECKING:
-    from distilbench.tracking import MlflowStore, ParentRun
     from distilbench.trials.batch import BatchRunner
     from distilbench.trials.prepared import Job, SweepContext
 
@@ -94,11 +93,15 @@ class Seeds:
 
     def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
         """Open the trial's run, the one that it had before if any, and say in ``trial.json`` that it is under way."""
+        from distilbench.tracking import ParentRun
         from distilbench.trials.batch import sweep_store
 
         self._sweep_job, self._lease = sweep_job, lease
         before = sweep_job.continues or sweep_job.directory
-        self._parent = _open_parent_run(sweep_job, sweep_store(job.settings.tracking), read_record(before))
+        store, record = sweep_store(job.settings.tracking), read_record(before)
+        run_id = record.run_id if record else None
+        given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
+        self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()
         self._begun = Record(NOBODY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
         earlier = {seed: before / f"seed-{seed}" for seed in job.settings.sweep.seeds or []}
@@ -166,15 +169,6 @@ class Seeds:
         record.write(self._sweep_job.directory)
         self._parent.update({**record.figures, **{k: v for k, v in record.scores.items() if k in MEASURES}})
         self._parent.finish(record.status, record.error)
-
-
-def _open_parent_run(sweep_job: SweepJob, store: MlflowStore | None, before: Record | None) -> ParentRun:
-    from distilbench.tracking import ParentRun
-
-    if store is None:
-        return ParentRun()
-    given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
-    return store.open_parent_run(*given, run_id=before.run_id if before else None)
 
 
 def _take_finished(before: Path, seeded: Job, runner: BatchRunner) -> bool:
