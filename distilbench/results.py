@@ -165,7 +165,8 @@ class StoredTrial:
     and both were trained ``alone`` (not in a batch), ``train_flops`` always; ``solo_seconds_estimate`` is what one of a
     batch would have taken alone. ``model`` and ``data`` describe what was really used, ``metric`` and the two splits
     belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep meant the trial
-    for, ``number`` is its place in the ``sweep`` of that name, ``url`` opens its run. ``train_cpu_seconds`` is NaN
+    for, ``number`` is its place in the ``sweep`` of that name, ``url`` opens its run, which ``is_compared`` if
+    it tells the difference to its baseline. ``train_cpu_seconds`` is NaN
     unless it trained on a CPU.
     """
 
@@ -197,6 +198,7 @@ class StoredTrial:
     peak_memory_bytes: float = math.nan
     sweep: str = ""
     number: str = ""
+    is_compared: bool = False
     train_examples: int = 0
     solo_seconds_estimate: float = math.nan
 

@@ -260,7 +260,8 @@ def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_al
         tags = {SWEEP: "many", "distilbench.trial": str(number)}
         ids.append(add_trial(store, *([f"optim.lr={number}e-3"] if number else []), wrong=20 + (number > 0), tags=tags,
                              parent_run_id=parent.run_id))  # fmt: skip
-        store.add_comparison(ids[-1], "alone", sentence="-0.50 points against the baseline. Good enough")
+        told = {"difference_points": -0.5}
+        store.add_comparison(ids[-1], "alone", told, "-0.50 points against the baseline. Good enough")
     for _ in range(2):  # a report made again adds nothing
         with initialize_config_dir(str(ROOT / "conf")):
             report = report_sweep(store, "many", tmp_path, default_treatment(), 3.0, Console(quiet=True))
@@ -274,3 +275,19 @@ def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_al
     assert "lr=0.003" in text
     assert "undecided" in text
     assert "good enough" not in text.lower()
+
+
+def test_at_a_sweeps_end_trials_are_compared_that_were_not_yet(tmp_path):
+    """Such as those that ended before their baseline, or while the store was gone."""
+    store = make_store(tmp_path)
+    inside = {"parent_run_id": store.open_parent_run("late", {SWEEP: "late"}, tmp_path).run_id}
+    ids = [add_trial(store, *overrides, wrong=wrong, tags={SWEEP: "late", "distilbench.trial": str(wrong)}, **inside)
+           for overrides, wrong in (((), 20), (("freeze.layers=1",), 60))]  # fmt: skip
+    with initialize_config_dir(str(ROOT / "conf")):
+        report_sweep(store, "late", tmp_path, default_treatment(), 1.0, Console(quiet=True))
+    base, frozen = (store._client.get_run(run_id).data for run_id in ids)
+    assert frozen.metrics["difference_points"] == pytest.approx(-20)
+    assert frozen.metrics["mcnemar_p"] < 0.001
+    assert "against the baseline. Sweep late: worse with this seed (n = 1)" in frozen.tags["mlflow.note.content"]
+    assert "comparison.md" in [file.path for file in store._client.list_artifacts(ids[1])]
+    assert "difference_points" not in base.metrics

@@ -32,6 +32,7 @@ from distilbench.report.tables import (
     trial_headline,
     trial_note,
 )
+from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
@@ -270,18 +271,31 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
 
 
 def _tell_trials(store: MlflowStore, report: Report) -> None:
-    """Have trials say what the report says of their settings, where that is something else than they say alone.
+    """Have trials say what the report says of their settings, where they say something else alone, or nothing yet.
 
-    Its verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
+    The report's verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
+    Trials say nothing yet that ended before their baseline did, or while the store was gone.
     """
-    for row in report.candidates:
+    for row in report.candidates if report.baseline and report.baseline.trials else ():
         found = row.difference
-        if found is None or row.verdict is None:
-            continue
-        alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss)
-        if row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD):
-            for trial in row.trials:
-                store.add_comparison(trial.run_id, trial_note(report, row), sentence=trial_headline(report, row))
+        alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
+        differs = row.verdict and (row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD))
+        for trial in row.trials:
+            if differs or not trial.is_compared:
+                metrics = {} if trial.is_compared else _own_metrics(store, trial, report)
+                text, headline = trial_note(report, row), trial_headline(report, row)
+                store.add_comparison(trial.run_id, text, metrics, headline)
+
+
+def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict[str, float]:
+    """Compare a trial with the baseline's of its seed, or of another; nothing where that can't be done."""
+    assert report.baseline
+    base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
+    ours, theirs = (replace(one, predictions=store.predictions(one.run_id)) for one in (trial, base))
+    try:
+        return comparison_metrics(compare(ours, theirs, report.margin))
+    except SettingsError:
+        return {}
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
@@ -307,9 +321,7 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[
     print_report(console or Console(), report)
     store.attach(sweep.run_id, write_report(report, directory, FORMATS), note(report))
     _tell_trials(store, report)
-    if sweep.confirms and store.sweep_run(
-        sweep.confirms
-    ):  # where it lies and on its run, the first sweep carries the outcome from now on
+    if sweep.confirms and store.sweep_run(sweep.confirms):  # which carries the outcome from now on
         with tempfile.TemporaryDirectory() as elsewhere:
             beside = directory.parent / sweep.confirms
             place = beside if beside.is_dir() else Path(elsewhere)

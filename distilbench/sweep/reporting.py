@@ -24,7 +24,6 @@ from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.storage import UNANSWERED, Storage
 from distilbench.tracking import MlflowStore, model_directory
-from distilbench.trials.run import compare_late
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,6 @@ def write_report(plan: SweepPlan, store: MlflowStore | None) -> bool:
     """
     if store is None:
         return False
-    compare_late(store, plan.directory, plan.settings.margin)
     try:
         report = report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
     except Exception as error:  # the report's boundary

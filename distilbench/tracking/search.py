@@ -132,6 +132,7 @@ def _trial_of(run: Run, url: str) -> StoredTrial:
         peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
         sweep=tags.get(SWEEP, ""),
         number=tags.get("distilbench.trial", ""),
+        is_compared="difference_points" in metrics,
         train_examples=int(tags.get("distilbench.train_examples", 0)),
         **same,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -16,9 +15,8 @@ from distilbench.results import Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
 from distilbench.trials.estimate import estimate_alone
-from distilbench.trials.opened import write_or_warn
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import UNCOMPARED, Outcome, conclude, run, run_batch
+from distilbench.trials.run import Outcome, conclude, run, run_batch
 from distilbench.trials.summary import print_outcome
 
 log = logging.getLogger(__name__)
@@ -170,10 +168,6 @@ class BatchRunner:
             store.catch_up(directory)
         if job.is_baseline:
             return conclude(outcome, store, lambda: None, is_swept=job.context is not None)
-        if store and job.context and outcome.result.status is Status.FINISHED:  # until it is compared
-            treatment = treatment_of(job.baseline, ready.prepared.precision)
-            content = json.dumps({"treatment": treatment, "seed": job.baseline.seed, "picks": job.context.picks})
-            write_or_warn(UNCOMPARED, lambda: (directory / UNCOMPARED).write_text(content))
         return conclude(outcome, store, lambda: self._baseline_of(ready), is_swept=job.context is not None)
 
     def _baseline_of(self, ready: _Ready) -> StoredTrial | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -30,10 +29,9 @@ from distilbench.results import (
     StepRecord,
     StoredTrial,
     TrialResult,
-    read_record,
 )
-from distilbench.settings import AppSettings, SettingsError
-from distilbench.tracking import MlflowStore, RunFilter
+from distilbench.settings import AppSettings
+from distilbench.tracking import MlflowStore
 from distilbench.trials.card import write_card
 from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
@@ -41,9 +39,6 @@ from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
-
-UNCOMPARED = "uncompared.json"
-"""Beside the record of a sweep's trial that its run lacks a comparison of: its baseline's treatment and seed."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,8 @@ def conclude(outcome: Outcome, store: MlflowStore | None, find: Callable[[], Sto
 def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None]) -> Outcome:
     """Compare a trial with the baseline that ``find`` finds and attach that to its run, where both have a result.
 
-    A comparison that can't be made costs a warning: the trial has ended, and stands without it. Of a sweep's trial it
-    is made at the sweep's end (:func:`compare_late`), which a file beside the record asks for.
+    A comparison that can't be made costs a warning: the trial has ended, and stands without it, a sweep's until the
+    sweep's report.
     """
     if outcome.result.status is not Status.FINISHED or outcome.result.report is None:
         return outcome
@@ -122,39 +117,13 @@ def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[
         protocol = outcome.prepared.protocol
         picked_here = outcome.context.picks and protocol.selection_split == protocol.report_split
         comparison = compare(outcome.stored, baseline, outcome.settings.margin, picked_here)
-        if store and outcome.run_id and _attach(store, outcome.run_id, comparison):
-            (Path(outcome.settings.output.dir) / UNCOMPARED).unlink(missing_ok=True)
+        if store and outcome.run_id:
+            text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
+            store.add_comparison(outcome.run_id, text, figures, comparison_headline(comparison))
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
         return outcome
     return replace(outcome, comparison=comparison)
-
-
-def _attach(store: MlflowStore, run_id: str, comparison: Comparison) -> bool:
-    text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
-    return store.add_comparison(run_id, text, figures, comparison_headline(comparison))
-
-
-def compare_late(store: MlflowStore, directory: Path, margin: float) -> None:
-    """Compare the trials below ``directory`` that ended before their baseline, or while the store was gone."""
-    known: dict[tuple[str, str], StoredTrial | None] = {}
-    for file in sorted(directory.rglob(UNCOMPARED)):
-        record = read_record(file.parent)
-        if record is None or record.run_id is None or record.status is not Status.FINISHED:
-            continue
-        try:
-            wanted = json.loads(file.read_text())
-            (trial,) = store.search(RunFilter(run_ids=(record.run_id,)))
-            key = trial.protocol_id, file.read_text()
-            if key not in known:
-                known[key] = store.newest_baseline(trial.protocol_id, wanted["treatment"], wanted["seed"])
-            baseline = known[key]
-            trial = replace(trial, predictions=store.predictions(trial.run_id))
-            picked_here = wanted["picks"] and trial.selection_split == trial.report_split
-            if baseline is None or _attach(store, trial.run_id, compare(trial, baseline, margin, picked_here)):
-                file.unlink(missing_ok=True)
-        except (SettingsError, ValueError) as error:  # the store is gone again, or no longer has the run
-            log.warning("%s could not be compared with its baseline: %s", file.parent, error)
 
 
 def run(

@@ -390,32 +390,6 @@ def test_a_store_that_is_gone_after_the_trial_leaves_it_without_a_comparison(sto
     assert "tracking.uri must be a store that answers" in caplog.text
 
 
-@pytest.mark.parametrize("gone", ["newest_baseline", "add_comparison"])
-def test_a_comparison_that_an_outage_kept_from_a_sweeps_trial_is_made_later(
-    store, prepared, settings, tmp_path, monkeypatch, gone
-):
-    def outage(*given):
-        if gone == "newest_baseline":
-            raise SettingsError("tracking.uri must be a store that answers")
-        return False
-
-    monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
-    monkeypatch.setattr(batch, "sweep_store", lambda settings: store)
-    monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
-    base = settings("seed=11", f"output.dir={tmp_path / '0'}")
-    frozen = settings("seed=11", "freeze.layers=1", f"output.dir={tmp_path / '1'}")
-    context = SweepContext(name=f"late {next(NUMBERS)}", is_quiet=True)
-    batch.BatchRunner(1).train_one(Job(base, base, str, context))
-    with monkeypatch.context() as during:
-        during.setattr(store, gone, outage)
-        run_id = batch.BatchRunner(1).train_one(Job(frozen, base, str, context)).run_id
-    assert "difference_points" not in store._client.get_run(run_id).data.metrics
-    run.compare_late(store, tmp_path, margin=1.0)
-    assert store._client.get_run(run_id).data.metrics["difference_points"] == 0.0
-    assert "comparison.md" in [file.path for file in store._client.list_artifacts(run_id)]
-    assert list(tmp_path.rglob(run.UNCOMPARED)) == []
-
-
 @pytest.mark.parametrize("end", SAMPLE)
 def test_what_happens_while_the_summary_is_printed_changes_nothing_of_the_trial(
     store, prepared, trials, monkeypatch, end
