@@ -115,7 +115,8 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     assert (folder / "confirm" / "report.html").is_file()
     assert [trial.role for trial in found if trial.treatment["optim.lr"] == 2e-5] == ["baseline"] * 2
     first = store._client.get_run(store.sweep_run("first").run_id).data.tags["mlflow.note.content"]
-    assert "with fresh seeds (n = 2)" in first.replace("\N{NO-BREAK SPACE}", " "), "the sweep's own run carries the outcome"
+    told = first.replace("\N{NO-BREAK SPACE}", " ")
+    assert "with fresh seeds (n = 2)" in told, "the sweep's own run carries the outcome"
 
 
 def test_the_sweeps_own_report_carries_its_confirmation(folder):
