@@ -12,7 +12,8 @@ import triton.language as tl
 
 # Triton compiles anew for an argument that is 1 or a multiple of 16; of these it would know nothing useful.
 _MASK = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
-_ADAMW = ["size", "decayed", "low_start", "low_stop", "scalars_stride", "constants_stride"]
+_ADAMW = ["scalars_stride", "constants_stride"]
+_NORM = ["rows", "blocks", "shared_x", "shared_branch", "orders", "site", "dropped"]
 _ATTENTION = ["order_stride", "query_rows", "key_rows", "one_query", "site", "dropped", "query_blocks"]
 _BATCH = ["first", "lengths"]
 """Parts of a batch's numbers, which start wherever those before them end."""
@@ -84,6 +85,100 @@ def adamw(
     tl.store(square + at, v, mask=there)
     if compute_copy is not None:
         tl.store(compute_copy + low_at, p.to(compute_copy.dtype.element_ty), mask=low)
+
+
+@triton.jit
+def _find_rows(rows, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Return this program's trial, its rows and columns, where they lie in a trial's (rows, WIDTH), which are there."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
+    there = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    return tl.program_id(1).to(tl.int64), row, column, row[:, None] * WIDTH + column[None, :], there
+
+
+@triton.jit
+def _kept_scale(keys, trial, orders, site, dropped, row, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """Return what dropout multiplies these rows by, (ROWS, SIZE), numbered as :func:`dropout_mask` does."""
+    order = tl.where(orders > 1, trial, 0)
+    counter = row[:, None] * ((WIDTH + 7) // 8) + tl.arange(0, SIZE // 8)[None, :]
+    return tl.where(_draw(tl.load(keys + order), site, counter) >= dropped, 65536.0 / (65536 - dropped), 0.0)
+
+
+@triton.jit
+def _standardize(total, there, eps, WIDTH: tl.constexpr):
+    """Return ``total`` (ROWS, SIZE) less each row's mean over its standard deviation, and one over the latter."""
+    centred = tl.where(there, total - (tl.sum(total, 1) / WIDTH)[:, None], 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)[:, None]
+    return centred * scale, scale
+
+
+@triton.jit(do_not_specialize=_NORM)
+def add_norm_forward(
+    x, branch, branch_bias, weight, bias, keys, total, normal, compute_copy, rows, shared_x, shared_branch, orders,
+    branch_bias_stride, norm_stride, site, dropped, eps, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add a branch and its bias, less what dropout takes, to rows of the residual stream, and normalise each row."""
+    trial, row, column, at, there = _find_rows(rows, WIDTH, SIZE, ROWS)
+    own = trial * rows * WIDTH
+    added = tl.load(branch + tl.where(shared_branch > 0, 0, own) + at, mask=there, other=0.0).to(tl.float32)
+    added += tl.load(branch_bias + trial * branch_bias_stride + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if keys is not None:
+        added *= _kept_scale(keys, trial, orders, site, dropped, row, WIDTH, SIZE)
+    summed = tl.where(there, tl.load(x + tl.where(shared_x > 0, 0, own) + at, mask=there, other=0.0) + added, 0.0)
+    tl.store(total + own + at, summed, mask=there)
+    standard, _ = _standardize(summed, there, eps, WIDTH)
+    gain = tl.load(weight + trial * norm_stride + column, mask=column < WIDTH, other=0.0)
+    shift = tl.load(bias + trial * norm_stride + column, mask=column < WIDTH, other=0.0)
+    result = standard * gain[None, :] + shift[None, :]
+    tl.store(normal + own + at, result, mask=there)
+    if compute_copy is not None:
+        tl.store(compute_copy + own + at, result.to(compute_copy.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=_NORM)
+def add_norm_backward(
+    grad_normal, grad_copy, total, weight, keys, grad_total, grad_branch, parts, rows, blocks, orders, norm_stride,
+    site, dropped, eps, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of the residual stream and the branch, and this block's part of those of three vectors."""
+    trial, row, column, at, there = _find_rows(rows, WIDTH, SIZE, ROWS)
+    own = trial * rows * WIDTH
+    grad = tl.load(grad_normal + own + at, mask=there, other=0.0)
+    if grad_copy is not None:
+        grad += tl.load(grad_copy + own + at, mask=there, other=0.0).to(tl.float32)
+    standard, scale = _standardize(tl.load(total + own + at, mask=there, other=0.0), there, eps, WIDTH)
+    gain = tl.load(weight + trial * norm_stride + column, mask=column < WIDTH, other=0.0)
+    scaled = grad * gain[None, :]
+    along, mean = tl.sum(scaled * standard, 1) / WIDTH, tl.sum(scaled, 1) / WIDTH
+    grad_sum = tl.where(there, (scaled - mean[:, None] - standard * along[:, None]) * scale, 0.0)
+    tl.store(grad_total + own + at, grad_sum, mask=there)
+    grad_added = grad_sum
+    if keys is not None:
+        grad_added *= _kept_scale(keys, trial, orders, site, dropped, row, WIDTH, SIZE)
+    tl.store(grad_branch + own + at, grad_added.to(grad_branch.dtype.element_ty), mask=there)
+    part = parts + ((trial * blocks + tl.program_id(0)) * (3 * WIDTH) + column)
+    tl.store(part, tl.sum(grad * standard, 0), mask=column < WIDTH)
+    tl.store(part + WIDTH, tl.sum(grad, 0), mask=column < WIDTH)
+    tl.store(part + 2 * WIDTH, tl.sum(grad_added, 0), mask=column < WIDTH)
+
+
+@triton.jit(do_not_specialize=_NORM)
+def add_norm_sum(
+    parts, grad_weight, grad_bias, grad_branch_bias, blocks, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of all blocks, for some columns of the three vectors of a trial, always in the same order."""
+    trial, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < 3 * WIDTH
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, blocks, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = (trial * blocks + row[:, None]) * (3 * WIDTH) + column[None, :]
+        total += tl.sum(tl.load(parts + at, mask=(row < blocks)[:, None] & there[None, :], other=0.0), 0)
+    place, own = column % WIDTH, trial * WIDTH
+    tl.store(grad_weight + own + place, total, mask=column < WIDTH)
+    tl.store(grad_bias + own + place, total, mask=(column >= WIDTH) & (column < 2 * WIDTH))
+    branch = total.to(grad_branch_bias.dtype.element_ty)
+    tl.store(grad_branch_bias + own + place, branch, mask=there & (column >= 2 * WIDTH))
 
 
 @triton.jit

@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from distilbench.engines.fused.cuda.side_stream import beside
+
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_grad: torch.Tensor | None, add: bool
 ) -> torch.Tensor:
     """Return ``x @ weight + bias`` in the precision of ``weight``.
 
-    With a ``bias`` (trials, outputs), ``x`` is ``(trials, rows, inputs)`` and ``weight`` ``(trials, inputs, outputs)``,
-    the leading size of each 1 or that of the others; without one, they are stacks of matrices. The gradient of
+    ``x`` is ``(trials, rows, inputs)``, ``weight`` ``(trials, inputs, outputs)`` and ``bias`` (trials, outputs), the
+    leading size of each 1 or that of the others; without a bias they may be larger stacks. The gradient of
     ``weight`` is written to ``weight_grad``, or ``add``-ed to what is there; None where it is frozen.
     """
     product: torch.Tensor = _Linear.apply(x, weight, bias, weight_grad, add)
@@ -29,20 +31,24 @@ class _Linear(torch.autograd.Function):
         x_compute = x.to(weight.dtype)
         ctx.save_for_backward(None if weight_grad is None else x_compute, weight)
         ctx.weight_grad, ctx.add, ctx.dtype = weight_grad, add, x.dtype
+        if bias is not None and len(bias) == 1:
+            return torch.addmm(bias[0], x_compute.flatten(0, 1), weight[0]).view(*x.shape[:2], -1)
+        if len(weight) == 1 and weight.dim() == 3:
+            product = (x_compute.flatten(0, 1) @ weight[0]).view(*x.shape[:2], -1)
+            return product if bias is None else product + bias[:, None]
         if bias is None:
             return x_compute @ weight
-        if len(bias) == 1:
-            return torch.addmm(bias[0], x_compute.flatten(0, 1), weight[0]).view(*x.shape[:2], -1)
-        if len(weight) == 1:
-            return (x_compute.flatten(0, 1) @ weight[0]).view(*x.shape[:2], -1) + bias[:, None]
         return torch.baddbmm(bias[:, None], x_compute.expand(len(weight), -1, -1), weight)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x_compute, weight = ctx.saved_tensors
-        if x_compute is not None:
-            _multiply(x_compute.expand(len(weight), *x_compute.shape[1:]).mT, gradient, ctx.weight_grad, ctx.add)
-        grad_x, grad_bias = None, gradient.sum(1) if ctx.needs_input_grad[2] else None
+        grad_x = grad_bias = None
+        with beside(x_compute, gradient):  # nothing before the optimizer waits for these
+            if x_compute is not None:
+                _multiply(x_compute.expand(len(weight), *x_compute.shape[1:]).mT, gradient, ctx.weight_grad, ctx.add)
+            if ctx.needs_input_grad[2]:
+                grad_bias = gradient.sum(1)
         if ctx.needs_input_grad[0]:
             if len(weight) == 1 and weight.dim() == 3:
                 grad_x = (gradient.flatten(0, 1) @ weight[0].mT).view(*gradient.shape[:2], -1).to(ctx.dtype)

@@ -66,8 +66,9 @@ class Forward:
 
     def layers(self, x: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
         """Run layers ``start`` to ``stop - 1``, or to the last."""
+        multiplied = x
         for i in range(start, self.architecture.depth if stop is None else stop):
-            x = self._layer(x, i)
+            x, multiplied = self._layer(x, multiplied, i)
         return x
 
     def logits(self, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
@@ -81,15 +82,36 @@ class Forward:
         x = x if dropout_mask is None else x * dropout_mask
         return self._linear(x, "classifier").to(self.weights.flat_params.dtype)
 
-    def _layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+    def _layer(self, x: torch.Tensor, multiplied: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a layer over ``x``; ``multiplied`` is what products read of it: a copy in their precision, or ``x``."""
         last, model = i == self.architecture.depth - 1, self.architecture
-        first = _sentence_rows(x, self.batch.first) if last else None
-        attended = self._linear(self._attention(x, i, first), f"{i}.out")
-        x = x if first is None else first
+        first = _sentence_rows(multiplied, self.batch.first) if last else None
+        attended = self._attention(multiplied, i, first)
+        if first is not None:
+            x = first if multiplied is x else _sentence_rows(x, self.batch.first)
         rate = self._rate(i, model.attention_output_rate)
-        x = self._dropout_add_layer_norm(x, attended, rate, f"{i}.attention_norm", last)
-        expanded = self._linear(self._activation(self._linear(x, f"{i}.up")), f"{i}.down")
-        return self._dropout_add_layer_norm(x, expanded, self._rate(i, model.hidden_rate), f"{i}.output_norm", last)
+        x, multiplied = self._add_norm(x, attended, f"{i}.out", rate, f"{i}.attention_norm", last)
+        expanded = self._activation(self._linear(multiplied, f"{i}.up"))
+        return self._add_norm(x, expanded, f"{i}.down", self._rate(i, model.hidden_rate), f"{i}.output_norm", last)
+
+    def _add_norm(
+        self, x: torch.Tensor, branch: torch.Tensor, layer: str, rate: float, norm: str, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the linear ``layer`` of a ``branch`` to ``x``, less what dropout takes, and normalise."""
+        weights, width = self.weights, self.architecture.heads * self.architecture.head_size
+        by_kernel = self.dropout is None or isinstance(self.dropout, CounterDropout)
+        if by_kernel and kernels.runs("norm", x.device, weights.compute_dtype, width):
+            weight, bias = self._layer_weights(layer)
+            product = linear(branch, weight, None, weight.grad, weights.adds(weight, self._part))
+            vectors = bias, *self._layer_weights(norm)
+            if _is_simple(x, product, *vectors):
+                draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
+                return kernels.add_norm(x, product, bias, vectors[1:], draws, self.architecture.eps)
+            product = product + bias[:, None]
+        else:
+            product = self._linear(branch, layer)
+        x = self._dropout_add_layer_norm(x, product, rate, norm, last)
+        return x, x
 
     def _rate(self, i: int, rate: float) -> float:
         """Return the dropout rate of layer ``i``: none in a deterministic one."""
@@ -147,6 +169,12 @@ class Forward:
 
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
+
+
+def _is_simple(*tensors: torch.Tensor) -> bool:
+    """Whether what trials share among ``tensors`` has no gradient, and the last two, of a norm, lie alike."""
+    trials = max(map(len, tensors))
+    return len(tensors[-2]) == len(tensors[-1]) and not any(len(t) < trials and t.requires_grad for t in tensors)
 
 
 def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

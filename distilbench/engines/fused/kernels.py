@@ -82,6 +82,7 @@ def prepare(device: torch.device, dtype: torch.dtype, heads: int, head_size: int
         runs("dropout", device)
         runs("adamw", device, dtype)
         runs("attention", device, dtype, heads, head_size)
+        runs("norm", device, dtype, heads * head_size)
     finally:
         notice.cancel()
 
@@ -169,6 +170,102 @@ def adamw(
         "scalars_stride": step_scalars.stride(0), "constants_stride": constants.stride(0), "BLOCK": block,
     }  # fmt: skip
     return Launch("adamw", (-(-size // block), trials), arguments)
+
+
+def add_norm(
+    x: torch.Tensor, branch: torch.Tensor, branch_bias: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor],
+    draws: DropoutSite | None, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the layer norm of ``x`` plus what dropout leaves of ``branch + branch_bias``, ``(trials, rows, width)``.
+
+    It comes in the precision of ``x`` and in that of ``branch``. ``branch_bias`` and the two vectors of ``norm`` are
+    ``(trials, width)``. The leading size of each may be 1 where it has no gradient. Draws are those of
+    :func:`distilbench.engines.fused.dropout.philox_mask`.
+    """
+    normal, compute_copy = _AddNorm.apply(x, branch, branch_bias, *norm, draws, eps)
+    return normal, normal if compute_copy is None else compute_copy
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, branch, branch_bias, weight, bias, draws, eps):  # type: ignore[no-untyped-def]
+        trials = max(map(len, (x, branch, branch_bias, weight)))
+        total = x.new_empty(trials, *x.shape[1:])
+        normal = torch.empty_like(total)
+        compute_copy = None if branch.dtype == x.dtype else torch.empty_like(total, dtype=branch.dtype)
+        ctx.save_for_backward(total, weight)
+        ctx.draws, ctx.eps, ctx.dtype = draws, eps, branch.dtype
+        _add_norm_forward((x, branch, branch_bias, weight, bias), (total, normal, compute_copy), draws, eps).run()
+        return normal, compute_copy
+
+    @staticmethod
+    def backward(ctx, grad_normal, grad_copy):  # type: ignore[no-untyped-def]
+        total, weight = ctx.saved_tensors
+        grad_copy = None if grad_copy is None else grad_copy.contiguous()
+        grad_total, grad_branch = torch.empty_like(total), torch.empty_like(total, dtype=ctx.dtype)
+        read = grad_normal.contiguous(), grad_copy, total, weight
+        backward, parts = _add_norm_backward(read, (grad_total, grad_branch), ctx.draws, ctx.eps)
+        backward.run()
+        grad_weight, grad_bias = total.new_empty(2, len(total), total.shape[2])
+        vectors = grad_weight, grad_bias, torch.empty_like(grad_bias, dtype=ctx.dtype)
+        if any(ctx.needs_input_grad[2:5]):
+            _add_norm_sum(parts, vectors).run()
+        gradients = (grad_total, grad_branch, vectors[2], grad_weight, grad_bias)
+        own = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
+        return *own, None, None
+
+
+def _norm_arguments(total: torch.Tensor, weight: torch.Tensor, draws: DropoutSite | None, eps: float) -> dict[str, Any]:
+    """Return what both directions of :func:`add_norm` take besides tensors; a program has a tile of 4,096 values."""
+    _, rows, width = total.shape
+    size = max(16, 1 << (width - 1).bit_length())
+    return {
+        "keys": None if draws is None else draws.keys, "orders": 1 if draws is None else len(draws.keys),
+        "site": 0 if draws is None else draws.site, "dropped": 0 if draws is None else draws.dropped,
+        "rows": rows, "norm_stride": weight.stride(0) if len(weight) > 1 else 0, "eps": eps,
+        "WIDTH": width, "SIZE": size, "ROWS": max(1, min(8, 4096 // size)), "num_warps": 8,
+    }  # fmt: skip
+
+
+def _add_norm_forward(
+    read: Sequence[torch.Tensor], written: Sequence[Any], draws: DropoutSite | None, eps: float
+) -> Launch:
+    """``read`` are the stream, branch, its bias, the norm's vectors; ``written`` their sum, its norm, maybe a copy."""
+    x, branch, branch_bias, weight, _ = read
+    total = written[0]
+    shared = _norm_arguments(total, weight, draws, eps) | {
+        "shared_x": int(len(x) < len(total)), "shared_branch": int(len(branch) < len(total)),
+        "branch_bias_stride": branch_bias.stride(0) if len(branch_bias) > 1 else 0,
+    }  # fmt: skip
+    names = ("x", "branch", "branch_bias", "weight", "bias", "total", "normal", "compute_copy")
+    grid = -(-total.shape[1] // shared["ROWS"]), len(total)
+    return Launch("add_norm_forward", grid, dict(zip(names, (*read, *written), strict=True)) | shared)
+
+
+def _add_norm_backward(
+    read: Sequence[Any], written: Sequence[torch.Tensor], draws: DropoutSite | None, eps: float
+) -> tuple[Launch, torch.Tensor]:
+    """``read`` are gradients of norm and maybe copy, the sum, the norm's weight; ``written`` of the sum and the branch.
+
+    Also returns what each block will have of the gradients of the norm's vectors and the branch's bias, ``(trials,
+    blocks, 3, width)``.
+    """
+    total, weight = read[2:]
+    shared = _norm_arguments(total, weight, draws, eps)
+    blocks = -(-total.shape[1] // shared["ROWS"])
+    parts = total.new_empty(len(total), blocks, 3, total.shape[2])
+    names = ("grad_normal", "grad_copy", "total", "weight", "grad_total", "grad_branch", "parts")
+    tensors = dict(zip(names, (*read, *written, parts), strict=True))
+    return Launch("add_norm_backward", (blocks, len(total)), tensors | shared | {"blocks": blocks}), parts
+
+
+def _add_norm_sum(parts: torch.Tensor, vectors: Sequence[torch.Tensor]) -> Launch:
+    """Launch what adds up ``parts`` into the ``vectors`` (trials, width)."""
+    trials, blocks, _, width = parts.shape
+    names = ("grad_weight", "grad_bias", "grad_branch_bias")
+    sizes = {"blocks": blocks, "WIDTH": width, "ROWS": 16, "COLUMNS": 64}
+    tensors = {"parts": parts} | dict(zip(names, vectors, strict=True))
+    return Launch("add_norm_sum", (-(-3 * width // 64), trials), tensors | sizes)
 
 
 def attention(
@@ -288,9 +385,25 @@ def _attention_launches(device: torch.device, dtype: torch.dtype, heads: int, he
     ]
 
 
+def _norm_launches(device: torch.device, dtype: torch.dtype, width: int) -> list[Launch]:
+    """Both directions with dropout and without, over one row."""
+    full, compute = torch.zeros(4, 1, 1, width, device=device), torch.zeros(4, 1, 1, width, dtype=dtype, device=device)
+    vectors = torch.zeros(3, 1, width, device=device)
+    copy = None if dtype == torch.float32 else compute[1]
+    keys = torch.ones(1, dtype=torch.int64, device=device)
+    launches = []
+    for draws in (None, DropoutSite(keys, 1, 6554)):
+        read = full[0], compute[0], compute[2, 0], vectors[0], vectors[1]
+        launches.append(_add_norm_forward(read, (full[1], full[2], copy), draws, 1e-12))
+        backward, parts = _add_norm_backward((full[0], copy, full[1], vectors[0]), (full[2], compute[3]), draws, 1e-12)
+        launches.append(backward)
+    return [*launches, _add_norm_sum(parts, (vectors[0], vectors[1], compute[2, 0]))]
+
+
 LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
     "dropout": _mask_launches,
     "adamw": _adamw_launches,
     "attention": _attention_launches,
+    "norm": _norm_launches,
 }
 """What each kind of work launches in a training, on next to nothing: by device, and for some by precision and heads."""

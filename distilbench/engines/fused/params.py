@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from distilbench.engines.fused.architecture import TABLES, Architecture
+from distilbench.engines.fused.cuda.side_stream import join
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.layers import levels
@@ -19,6 +21,12 @@ from distilbench.models.layers import levels
 CACHED = 1 << 20
 """Elements of a row that a CPU's optimizer takes at once: several passes over all would each wait for memory, and take
 8 % more time for 5.5 million on two threads.
+"""
+
+
+ALIGNED = 16
+"""Each weight begins at a multiple of so many elements, trials too: a GPU then loads 16 bytes at once, and its library
+of products takes the kernels of its generation. What lies between is zero, and stays so.
 """
 
 
@@ -72,6 +80,7 @@ class FlatParamLayout:
         ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
 
         self.param_slices: list[ParamSlice] = []
+        self.gaps: list[slice] = []
         self.top = max(level_of.values())
         self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
         """The level of each weight: :func:`~distilbench.models.layers.levels`."""
@@ -84,7 +93,8 @@ class FlatParamLayout:
             if not self.param_slices or self.level_of[leaf] != self.level_of[self.param_slices[-1].leaf]:
                 self.level_at[start] = self.level_of[leaf]
             self.param_slices.append(param_slice)
-            start = param_slice.stop
+            start = -(-param_slice.stop // ALIGNED) * ALIGNED
+            self.gaps += [slice(param_slice.stop, start)] if start > param_slice.stop else []
             ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
 
@@ -102,7 +112,10 @@ class FlatParamLayout:
 
     def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the flat vector of a trial that starts from ``weights``, ``(size,)``."""
-        return torch.cat([self.read(p.leaf, weights).to(dtype).reshape(-1) for p in self.param_slices])
+        row = torch.zeros(self.size, dtype=dtype)
+        for param_slice in self.param_slices:
+            row[param_slice.start : param_slice.stop] = self.read(param_slice.leaf, weights).reshape(-1)
+        return row
 
     def frozen_weights(
         self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype,
@@ -174,6 +187,8 @@ class StackedWeights:
             self.compute_grad = torch.empty_like(self.compute_params) if lent is None else lent[: len(flat_params)]
             widest = min(self._most, self.compute_params.shape[1])
             self._wide: torch.Tensor = flat_params.new_empty(widest) if grad_owner is None else grad_owner._wide
+        for gap in layout.gaps:
+            self._columns(gap, self.grad, self.compute_grad).zero_()
         self._leaves: dict[str, torch.Tensor] = {}
         for param_slice in layout.param_slices:
             leaf = self._leaves[param_slice.leaf] = self._cut(param_slice, flat_params, self.compute_params).detach()
@@ -183,10 +198,15 @@ class StackedWeights:
 
     def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
-        source, start = full, param_slice.start
-        if compute is not None and self.layout.tables_end <= start < self.layout.compute_end:
-            source, start = compute, start - self.layout.tables_end
-        return source[:, start : start + param_slice.stop - param_slice.start].view(len(source), *param_slice.shape)
+        flat = self._columns(slice(param_slice.start, param_slice.stop), full, compute)
+        return flat.view(len(flat), *param_slice.shape)
+
+    def _columns(self, part: slice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
+        """Return these columns of ``full``, or of ``compute`` where products use that, ``(trials, columns)``."""
+        if compute is None or not self._is_compute(part):
+            return full[:, part]
+        start = self.layout.tables_end
+        return compute[:, part.start - start : part.stop - start]
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
         """Return a weight: ``(trials, ...)``, or ``(1, ...)`` where trials share it, for none has trained it."""
@@ -247,10 +267,8 @@ class StackedWeights:
         ]  # biases and norms: (trials, size)
         trained = [] if embedded is None or "word" in self.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
-        for dtype in dict.fromkeys(leaf.dtype for leaf in vectors):  # a GPU copies all of one precision in one launch
-            own = [(v.grad, g) for v, g in zip(vectors, gradients, strict=False) if v.dtype == dtype]
-            places, values = zip(*own, strict=True)
-            (torch._foreach_add_ if part and dtype == self.flat_params.dtype else torch._foreach_copy_)(places, values)
+        join(loss.device)
+        self._fill_vectors(gradients[: len(vectors)], bool(part))
         if self.compute_grad is not None and self._in_parts:
             total = self.grad[:, layout.tables_end : layout.compute_end]
             (total.add_ if part else total.copy_)(self.compute_grad)
@@ -258,6 +276,23 @@ class StackedWeights:
             if not part:
                 self.grad[:, : layout.tables_end].zero_()
             self._add_up_tables(gradients[-1], batch)
+
+    def _fill_vectors(self, gradients: Sequence[torch.Tensor], add: bool) -> None:
+        """Bring the ``gradients`` of biases and norms, ``(trials, size)`` each, to their place, side by side.
+
+        What is in low precision is not yet to ``add`` to that of earlier parts of a batch.
+        """
+        layout, left = self.layout, iter(gradients)
+        ends = [layout.decayed_end, layout.size]
+        for start, stop in pairwise(ends if self.compute_grad is None else sorted({*ends, layout.compute_end})):
+            own = [p for p in layout.param_slices if start <= p.start < stop and p.leaf not in self.frozen]
+            if not own:
+                continue
+            place = self._columns(slice(own[0].start, stop), self.grad, self.compute_grad)  # what is frozen lies below
+            padded = [
+                F.pad(g, (0, -g.shape[1] % ALIGNED)) if g.shape[1] % ALIGNED else g for g in islice(left, len(own))
+            ]
+            (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(torch.cat(padded, dim=1))
 
     def adds(self, weight: torch.Tensor, part: int | None) -> bool:
         """Whether the gradient of ``weight`` is added to that of earlier parts; in low precision, only afterwards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -129,7 +130,11 @@ class Prefix:
         """Return the hidden states of each of ``examples``, ``(rows, width)``, of [CLS] where all layers are frozen."""
         device = self._empty.device
         packed = pack(split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
-        forward = Forward(weights, stack_batches([packed], device), dropout)
+        batch = stack_batches([packed], device)
+        if device.type != "cpu":
+            lengths = torch.from_numpy(np.diff(split.offsets)[examples])[None]
+            batch = replace(batch, lengths=lengths.to(device))  # attention's kernel then reads the rows as they are
+        forward = Forward(weights, batch, dropout)
         states = forward.layers(forward.embed(), 0, self.depth)[0]
         rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
         return list(states[: rows.sum()].split(rows.tolist()))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distilbench.engines.fused import kernels
+from distilbench.engines.fused.autograd import dropout_add_layer_norm
 from distilbench.engines.fused.cuda import optimizer
 from distilbench.engines.fused.dropout import dropout_scale, philox_mask
 from distilbench.engines.fused.engine import FusedEngine
@@ -80,6 +81,51 @@ def test_adamw_is_the_same_up_to_rounding(on_device, with_copy):
     if with_copy:
         # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(compute[1].float(), params[:, low], rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(24, 5), (384, 21)])
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("shares", [False, True])
+def test_adding_and_normalising_is_the_same_up_to_rounding(on_device, width, rows, drops, shares):
+    """With an order for each trial, or with a stream and vectors of the norm that all share, which have no gradient."""
+    torch.manual_seed(0)
+    trials, shared = 3, 1 if shares else 3
+    x = torch.randn(shared, rows, width, requires_grad=not shares)
+    weight, bias = torch.randn(2, shared, width)
+    leaves = [torch.randn(trials, rows, width), torch.randn(trials, 40)[:, :width] if width < 40 else
+              torch.randn(trials, width)]  # fmt: skip
+    leaves += [] if shares else [weight, bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    leaves += [] if shares else [x]
+    branch, branch_bias = leaves[:2]
+    draws = DropoutSite(torch.tensor([12345, 1 << 50, 7])[:shared], 3, 6554) if drops else None
+    keep = philox_mask(draws, (rows, width), torch.float32) * dropout_scale(0.1) if drops else None
+    added = branch + branch_bias[:, None]
+    plain = dropout_add_layer_norm(x.expand(trials, -1, -1), added, keep, weight, bias, 1e-12)
+    ours, copy = kernels.add_norm(x, branch, branch_bias, (weight, bias), draws, 1e-12)
+    assert copy is ours
+    assert error(ours, plain, leaves, leaves) < 1e-5
+
+
+def test_a_copy_in_low_precision_has_its_own_gradient(on_device):
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 7, 768), torch.randn(2, 7, 768).bfloat16(), torch.randn(2, 768).bfloat16(),
+              torch.randn(2, 768), torch.randn(2, 768)]  # fmt: skip
+    for leaf in leaves:
+        leaf.requires_grad_()
+    x, branch, branch_bias, weight, bias = leaves
+    ours, copy = kernels.add_norm(x, branch, branch_bias, (weight, bias), None, 1e-12)
+    plain = dropout_add_layer_norm(x, branch.float() + branch_bias.float()[:, None], None, weight, bias, 1e-12)
+    torch.testing.assert_close(copy.float(), ours, rtol=2**-7, atol=0)  # the interpreter cuts off where a GPU rounds
+    weights = torch.randn_like(plain), torch.randn_like(plain).bfloat16()
+    grads = torch.autograd.grad([ours, copy], leaves, list(weights))
+    expected = torch.autograd.grad([plain, plain.bfloat16()], leaves, list(weights))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert grad.dtype == wanted.dtype
+        scale = 2.0**-6 if grad.dtype == torch.bfloat16 else 1e-5
+        assert float((grad.float() - wanted.float()).abs().max() / wanted.float().abs().max()) < scale
 
 
 def attention_by_the_book(rows, query, sentences, draws, heads):
@@ -177,5 +223,5 @@ def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch
     used = []
     monkeypatch.setattr(kernels, "runs", lambda work, *details: used.append(work) or True)
     ours, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
-    assert set(used) == {"dropout", "adamw", "attention"}
+    assert set(used) == {"dropout", "adamw", "attention", "norm"}
     np.testing.assert_allclose(ours, plain, rtol=2e-5)

@@ -108,7 +108,7 @@ def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_pa
     keys = torch.empty(2, dtype=torch.int64, device="meta")
     for site, shape in ((1, (208, 768)), (16, (432, 384)), (3, (16, 12, 48, 48))):
         kernels.dropout_mask(DropoutSite(keys, site, 6554), shape, FP32)
-    for trials, size, low in ((1, 1024, slice(0, 512)), (32, 22_713_986, slice(4_443_648, 22_000_000))):
+    for trials, size, low in ((1, 1024, slice(0, 512)), (32, 22_713_984, slice(4_443_648, 22_000_000))):
         params, grad, mean, square = torch.empty(4, trials, size, device="meta")
         compute = torch.empty(2, trials, low.stop - low.start, dtype=dtype, device="meta")
         rule = [torch.empty(trials, n, device="meta") for n in (4, 6)]
@@ -119,6 +119,27 @@ def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_pa
               for launch in kernels.LAUNCHES[work[0]](*work[1:])]  # fmt: skip
     assert {program.hash for program in judged} == {program.hash for program in launched}
     assert len(judged) == 2
+    for program in judged:
+        assert kernels.shared_memory(program) <= 16 * KIB
+        assert spilled(program, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, FP32), (90, BF16)])
+@pytest.mark.parametrize("width", [384, 768, 1024])
+def test_adding_and_normalising_are_five_programs_for_all_batches(gpu, tmp_path, capability, dtype, width):
+    """With and without dropout each way, and the sum; for trials that share the stream, too, and those that do not."""
+    launched = gpu(capability)
+    for trials, rows, shared in ((1, 208, 1), (32, 432, 1), (3, 16, 3)):
+        for draws in (None, DropoutSite(torch.empty(shared, dtype=torch.int64, device="meta"), 16, 6554)):
+            x = torch.empty(shared, rows, width, device="meta", requires_grad=shared == trials)
+            branch = torch.empty(trials, rows, width, dtype=dtype, device="meta", requires_grad=True)
+            vectors = torch.empty(3, trials, 40_000, device="meta")[..., :width]
+            branch_bias = vectors[0].to(dtype).requires_grad_()
+            each = kernels.add_norm(x, branch, branch_bias, (vectors[1], vectors[2]), draws, 1e-12)
+            torch.autograd.backward(each[: 1 + (dtype != FP32)], [torch.empty_like(out) for out in dict.fromkeys(each)])
+    judged = [launch.compile() for launch in kernels.LAUNCHES["norm"](torch.device("meta"), dtype, width)]
+    assert {program.hash for program in judged} == {program.hash for program in launched}
+    assert len(judged) == 5
     for program in judged:
         assert kernels.shared_memory(program) <= 16 * KIB
         assert spilled(program, tmp_path) == 0
@@ -172,8 +193,8 @@ def test_a_training_that_waits_for_the_compiler_says_so_and_one_that_does_not_is
     monkeypatch.setattr(kernels.log, "info", lambda *message: said.set() or asked.append(message[0] % message[1:]))
     monkeypatch.setattr(kernels, "runs", lambda work, *details: asked.append(work))
     kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
-    assert asked == ["dropout", "adamw", "attention"]
+    assert asked == ["dropout", "adamw", "attention", "norm"]
     monkeypatch.setattr(kernels, "SLOW_SECONDS", 0.0)
     monkeypatch.setattr(kernels, "runs", lambda work, *details: said.wait(60))
     kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
-    assert asked[3:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]
+    assert asked[4:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]

@@ -14,11 +14,13 @@ from distilbench.engines.fused.cuda.graph_step import GraphRunner
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
-from tests.engines.fused.cuda.test_graph_step import RECORDED
+from tests.engines.fused.cuda.test_graph_step import RECORDED, poison
 from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, MOVING, losses_of, models, reference, trial
 from tests.engines.fused.test_kernels import (
     on_device,
+    test_a_copy_in_low_precision_has_its_own_gradient,
     test_adamw_is_the_same_up_to_rounding,
+    test_adding_and_normalising_is_the_same_up_to_rounding,
     test_attention_and_its_gradient_are_the_same_up_to_rounding,
     test_attention_takes_sentences_of_any_length,
     test_masks_are_the_same_bit_for_bit,
@@ -30,7 +32,9 @@ __all__ = [
     "deterministic_minilm",
     "models",
     "on_device",
+    "test_a_copy_in_low_precision_has_its_own_gradient",
     "test_adamw_is_the_same_up_to_rounding",
+    "test_adding_and_normalising_is_the_same_up_to_rounding",
     "test_attention_and_its_gradient_are_the_same_up_to_rounding",
     "test_attention_takes_sentences_of_any_length",
     "test_masks_are_the_same_bit_for_bit",
@@ -115,15 +119,10 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
     fill = graph_step.GraphSteps._fill
 
     def poisoned(steps, step, buffers):
-        for tensor in (
-            steps._step_scalars,
-            steps.norms,
-            steps.weights.grad,
-            steps.weights.compute_grad,
-            buffers.hidden,
-        ):
+        for tensor in (steps._step_scalars, steps.norms, buffers.hidden):
             if tensor is not None:
                 tensor.fill_(torch.nan)
+        poison(steps.weights)
         fill(steps, step, buffers)
 
     monkeypatch.setattr(graph_step.GraphSteps, "_fill", poisoned)
@@ -180,6 +179,7 @@ def test_no_kernel_is_left_out(caplog, dtype, head_size):
         pytest.skip("needs a GPU with bfloat16")
     kernels.prepare(torch.device("cuda", 0), dtype, 12, head_size)
     assert kernels.runs("attention", torch.device("cuda", 0), dtype, 12, head_size)
+    assert kernels.runs("norm", torch.device("cuda", 0), dtype, 12 * head_size)
     assert caplog.records == []
 
 
