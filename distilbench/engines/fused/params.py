@@ -283,16 +283,12 @@ class StackedWeights:
         What is in low precision is not yet to ``add`` to that of earlier parts of a batch.
         """
         layout, left = self.layout, iter(gradients)
-        ends = [layout.decayed_end, layout.size]
-        for start, stop in pairwise(ends if self.compute_grad is None else sorted({*ends, layout.compute_end})):
+        for start, stop in pairwise((layout.decayed_end, layout.compute_end, layout.size)):  # biases, then norms
             own = [p for p in layout.param_slices if start <= p.start < stop and p.leaf not in self.frozen]
-            if not own:
-                continue
-            place = self._columns(slice(own[0].start, stop), self.grad, self.compute_grad)  # what is frozen lies below
-            padded = [
-                F.pad(g, (0, -g.shape[1] % ALIGNED)) if g.shape[1] % ALIGNED else g for g in islice(left, len(own))
-            ]
-            (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(torch.cat(padded, dim=1))
+            if own:  # what is frozen lies below the first
+                place = self._columns(slice(own[0].start, stop), self.grad, self.compute_grad)
+                row = torch.cat([_padded(gradient) for gradient in islice(left, len(own))], dim=1)
+                (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(row)
 
     def adds(self, weight: torch.Tensor, part: int | None) -> bool:
         """Whether the gradient of ``weight`` is added to that of earlier parts; in low precision, only afterwards."""
@@ -310,6 +306,12 @@ class StackedWeights:
                     table[trial].index_add_(0, rows, grad[trial])
             if param_slice.leaf == "word" and self.layout.vocabulary.padding is not None:
                 table[:, self.layout.vocabulary.padding].zero_()
+
+
+def _padded(vectors: torch.Tensor) -> torch.Tensor:
+    """Fill ``vectors`` (trials, size) up to where the next weight begins."""
+    missing = -vectors.shape[1] % ALIGNED
+    return F.pad(vectors, (0, missing)) if missing else vectors
 
 
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

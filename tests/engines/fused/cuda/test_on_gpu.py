@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 import distilbench.engines.fused.cuda.graph_step as graph_step
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.graph_step import GraphRunner
 from distilbench.engines.fused.engine import FusedEngine
+from distilbench.engines.fused.loop import GroupState
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED, poison
@@ -164,6 +168,55 @@ def test_what_cannot_be_recorded_is_run_as_it_is_and_said_once(trial, splits_of,
     np.testing.assert_array_equal(losses, expected)
     assert [r.message for r in caplog.records if "not recorded" in r.message] != []
     assert len([r for r in caplog.records if "not recorded" in r.message]) == 1
+
+
+@pytest.mark.parametrize("freezing", ["gradual", "scheduled"])
+def test_steps_are_recorded_anew_where_freezing_moves(trial, splits_of, recorder, replays, freezing):
+    settings = trial(f"freeze={freezing}", "train.eval_steps=3", ON_GPU, "train.precision=fp32")
+    splits = splits_of(settings)
+    ours, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
+    assert any(replays)
+    on_cpu = replace(settings, engine=replace(settings.engine, device="cpu"))
+    theirs, _ = losses_of(FusedEngine(torch.float64), [on_cpu], splits, recorder)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+@pytest.fixture
+def of_distilberts_shape(tmp_path, models):
+    """The directory of a model as large as DistilBERT, with the tiny one's words and weights of chance."""
+    folder = tmp_path / "large"
+    shutil.copytree(models["distilbert", True], folder)
+    config = DistilBertConfig.from_pretrained(folder)
+    whole = DistilBertConfig(vocab_size=config.vocab_size, pad_token_id=config.pad_token_id)
+    DistilBertForSequenceClassification(whole).save_pretrained(folder)
+    return folder
+
+
+def test_a_group_that_the_device_does_not_hold_is_halved(trial, splits_of, recorder, of_distilberts_shape, monkeypatch):
+    """With the allocator held to what two of four trials take, each trains to the same result."""
+    given = (f"model.checkpoint={of_distilberts_shape}", ON_GPU, "train.precision=fp32", "output.save_model=false",
+             "train.epochs=1", "train.checkpoints=false")  # fmt: skip
+    trials = [trial(*given, f"optim.lr={rate}e-5") for rate in (1, 2, 3, 4)]
+    splits = splits_of(trials[0])
+    torch.cuda.reset_peak_memory_stats()
+    expected, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    all_there = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.7 * torch.cuda.max_memory_reserved() / all_there)
+    torch.cuda.empty_cache()
+    split, halvings = GroupState.split, []
+    monkeypatch.setattr(GroupState, "split", lambda state: halvings.append(len(state.members)) or split(state))
+    try:
+        halved, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert halvings[0] == 4
+    np.testing.assert_allclose(halved, expected, rtol=1e-4)
+
+
+def test_trainer_computes_in_fp16(trial, splits_of, recorder):
+    settings = trial("engine=trainer", ON_GPU, "train.precision=fp16", "output.save_model=false")
+    [result] = TrainerEngine().train([settings], splits_of(settings), recorder())
+    assert (result.status, result.error, result.precision) == (Status.FINISHED, None, "fp16")
 
 
 @pytest.fixture
