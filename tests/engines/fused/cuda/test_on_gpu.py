@@ -15,7 +15,7 @@ import distilbench.engines.fused.cuda.graph_step as graph_step
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.graph_step import GraphRunner
 from distilbench.engines.fused.engine import FusedEngine
-from distilbench.engines.fused.loop import GroupState
+from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED, poison
@@ -203,8 +203,8 @@ def test_a_group_that_the_device_does_not_hold_is_halved(trial, splits_of, recor
     all_there = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.7 * torch.cuda.max_memory_reserved() / all_there)
     torch.cuda.empty_cache()
-    split, halvings = GroupState.split, []
-    monkeypatch.setattr(GroupState, "split", lambda state: halvings.append(len(state.members)) or split(state))
+    halves, halvings = TrialGroup._halves, []
+    monkeypatch.setattr(TrialGroup, "_halves", lambda group: halvings.append(len(group.members)) or halves(group))
     try:
         halved, _ = losses_of(FusedEngine(), trials, splits, recorder)
     finally:
