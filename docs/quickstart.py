@@ -13,10 +13,9 @@
 #
 #     !pip install "torch>=2.11,<2.14" --index-url https://download.pytorch.org/whl/cu130
 #
-# After installing, restart the session. What is different there: on a GPU `engine=auto` takes Hugging Face Trainer
-# (`engine=fused` trains several trials at once), `train.precision=auto` is bf16 where the GPU has it (a T4 trains in
-# fp32), and everything under the checkout is gone with the session: set `DISTILBENCH_ROOT` to a folder of a mounted
-# drive before the import to keep it.
+# After installing, restart the session. What is different there: `train.precision=auto` is bf16 where the GPU has it
+# (a T4 trains in fp32), and everything under the checkout is gone with the session: set `DISTILBENCH_ROOT` to a folder
+# of a mounted drive before the import to keep it.
 
 # %%
 import distilbench

@@ -108,10 +108,10 @@ class TrialGroup:
         architecture = self.context.layout.architecture
         self.deterministic_layers = self.settings.freeze.deterministic_layers(architecture.depth)
         kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
-        self._load(self._initial_state())
-        seconds = stopwatch.lap().seconds
-        for member in members:
-            member.trial.setup_seconds = seconds
+        self.graph_steps: GraphSteps | None = None
+        self.stacks: list[Stack] = []
+        self.losses = self.norms = self.flat_params = torch.empty(0)  # not begun: the device may not hold all trials
+        self.moments: list[torch.Tensor] = []
 
     def _initial_state(self) -> list[torch.Tensor]:
         """Return losses since the last record and last norms, (trials,), rows and moments, (trials, size)."""
@@ -130,9 +130,8 @@ class TrialGroup:
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from ``state``, (members, ...) each; the first stack lends the others its room for gradients."""
-        self.graph_steps: GraphSteps | None = None  # first of all, for its recordings hold memory
+        self.graph_steps, self.stacks = None, []  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
-        self.stacks: list[Stack] = []
         if self.trained_from != self.context.trained_from(self.step):
             self._begin_part()
         for start in range(0, len(self.members), self.stacked):
@@ -173,20 +172,28 @@ class TrialGroup:
         for places in parts:
             group = copy(self)
             group.members, group.stacks, group.graph_steps = [self.members[t] for t in places], [], None
-            host = (tensor.cpu()[list(places)] for tensor in self._tensors())
-            group.losses, group.norms, group.flat_params, *group.moments = host
+            if len(self.losses):
+                host = (tensor.cpu()[list(places)] for tensor in self._tensors())
+                group.losses, group.norms, group.flat_params, *group.moments = host
             groups.append(group)
         return groups
+
+    def _set_up(self) -> None:
+        """Bring all to the device, which none of the trials' own seconds count."""
+        self._load(self._tensors() if len(self.losses) else self._initial_state())
+        seconds = self.stopwatch.lap().seconds
+        for member in self.members:
+            member.trial.setup_seconds += seconds
 
     def train(self) -> list[TrialGroup]:
         """Train to the end; or return parts that are to go on instead, since memory or some members' patience ran out.
 
         A single trial that ran out of memory takes the same step again with half as many rows at once.
         """
-        if not self.stacks:
-            self._load(self._tensors())
         while self._goes_on():
             try:
+                if not self.stacks:
+                    self._set_up()
                 if self.evaluation_due:
                     self._evaluate()
                 else:
@@ -375,6 +382,8 @@ class TrialGroup:
         """Go back to the best weights, evaluate them on the report split, and export them."""
         if not self.members:
             return
+        if not len(self.losses):  # continued where nothing was left to train
+            self._set_up()
         best = [self.flat_params[t] if m.best_params is None else m.best_params for t, m in enumerate(self.members)]
         self.graph_steps, self.stacks, self.moments = None, [], []  # before more is made: their memory will do
         flat_params = torch.stack([row.to(self.context.device) for row in best])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distilbench.data.tokens import EncodedSplits
@@ -24,6 +25,7 @@ from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
 from distilbench.results import Status, TrialResult
+from distilbench.settings import require
 
 _STATE = "state.safetensors"
 
@@ -84,6 +86,11 @@ class Member:
         train, lr = trial.settings.train, trial.settings.optim.lr
         lrs = lr * lr_factors(trial.settings.scheduler, context.schedule.steps, lr)
         checkpoint = trial.take_up(context.resolved.used.fingerprint, given)
+        if checkpoint is not None:
+            with safe_open(checkpoint / _STATE, "pt") as state:
+                alike = state.get_slice("row").get_shape() == [context.layout.size]
+            require(alike, "train.resume", "false where another version of distilbench left the checkpoint", checkpoint,
+                    "use train.resume=false, or another output.dir")  # fmt: skip
         return cls(trial, context, lrs, checkpoint, train.examples_at_once, train.eval_batch_size)
 
     def start(self, initial: torch.Tensor | None) -> list[torch.Tensor]:

@@ -39,3 +39,5 @@ def test_adapters_and_freezing_by_gradients_are_refused_and_auto_takes_the_train
         check_fusable(auto, resolved, "fp32")
     chosen = [resolve_engine(trial, resolved, "fp32", "cpu").name for trial in (lora, auto, gradual, settings().trial)]
     assert chosen == ["trainer", "trainer", "fused", "fused"]
+    devices = [resolve_engine(settings().trial, resolved, "bf16", device).name for device in ("cpu", "cuda", "mps")]
+    assert devices == ["fused", "fused", "trainer"]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from distilbench.engines.batches import padded_batch
-from distilbench.engines.fused import kernels
+from distilbench.engines.fused import kernels, params
 from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.loop import TrialGroup, train_group
@@ -506,6 +506,25 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)
 
 
+def test_a_group_that_the_device_does_not_even_hold_is_halved(trial, splits_of, recorder, monkeypatch):
+    trials = [trial(f"optim.lr={seed}e-3") for seed in (1, 2, 3)]
+    splits = splits_of(trials[0])
+    fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
+    load, refused = TrialGroup._load, []
+
+    def short_of_memory(group, state):
+        if len(group.members) > 1:
+            refused.append(len(group.members))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        load(group, state)
+
+    monkeypatch.setattr(TrialGroup, "_load", short_of_memory)
+    halved, results = losses_of(FusedEngine(), trials, splits, recorder)
+    assert refused == [3, 2]
+    np.testing.assert_allclose(halved, fitting, rtol=2e-5)
+    assert all(result.setup_seconds > 0 for result in results)
+
+
 def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, splits_of, recorder, monkeypatch):
     trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", "freeze.layers=1") for seed in (1, 2)]
     splits = splits_of(trials[0])
@@ -548,6 +567,20 @@ def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorde
     results = FusedEngine().train(trials, splits, recorder())
     assert [r.status for r in results] == [Status.FINISHED] * 5
     assert sizes == [2, 2, 1]
+
+
+def test_a_checkpoint_of_another_layout_is_refused_in_one_line(trial, splits_of, recorder, monkeypatch):
+    settings = trial("train.checkpoints=true", "train.eval_steps=3", "output.save_model=false")
+    splits = splits_of(settings)
+    with pytest.raises(KeyboardInterrupt):
+        FusedEngine().train([settings], splits, recorder(raise_at={4: KeyboardInterrupt()}))
+    monkeypatch.setattr(params, "ALIGNED", 1)
+    again = replace(settings, train=replace(settings.train, resume=True))
+    [result] = FusedEngine().train([again], splits, recorder())
+    assert result.status is Status.FAILED
+    assert result.error.startswith(
+        "train.resume must be false where another version of distilbench left the checkpoint"
+    )
 
 
 def test_trials_interrupted_at_different_steps_resume_together(trial, splits_of, recorder):
