@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.costs import NO_SAVING, saving_of
+from distilbench.report.costs import saving_of
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
 from distilbench.report.power import PLANNED_SEEDS, Needed, needed, spread_seen, what_it_takes
 from distilbench.report.rows import PRAISE, Difference, Row, Untested
@@ -46,19 +46,20 @@ def judge(
     if baseline is None:
         return result, floor
     base, tried = result[baseline], len(rows) - 1
-    finished = [i for i, row in enumerate(rows) if row.trials and i != baseline]
-    read_once = {i: _correct(rows[i], base, read) for i in finished if i < shown or not base.trials}
-    pairs = {i: pair for i, pair in read_once.items() if not isinstance(pair, Untested)}
-    found = {i: difference_of(*pair, margin) for i, pair in pairs.items()}
-    differences = _corrected({i: one for i, one in found.items() if one}, tried)
-    for i in finished:
-        row = _beside(result[i], base)
-        if i in differences:
-            result[i] = _judged(row, differences[i], pairs[i], margin, tried)
-            result[i] = _withheld(result[i], base, picked_here)
-        else:
-            why = read_once.get(i, Untested.ROWS)
-            result[i] = replace(row, untested=why if isinstance(why, Untested) else Untested.SEEDS)
+    pairs: dict[int, tuple[_Correct, _Correct]] = {}
+    found: dict[int, Difference] = {}
+    for i, row in enumerate(result):
+        if i == baseline or not row.trials:
+            continue
+        pair = _correct(row, base, read) if i < shown or not base.trials else Untested.ROWS
+        difference = None if isinstance(pair, Untested) else difference_of(*pair, margin)
+        points = 100 * (row.accuracy - base.accuracy) if base.trials else None
+        why = pair if isinstance(pair, Untested) else None if difference else Untested.SEEDS
+        result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials), untested=why)
+        if difference and not isinstance(pair, Untested):
+            pairs[i], found[i] = pair, difference
+    for i, difference in _corrected(found, tried).items():
+        result[i] = _withheld(_judged(result[i], difference, pairs[i], margin, tried), base, picked_here)
     return result, floor
 
 
@@ -122,13 +123,6 @@ def needed_to_confirm(rows: Sequence[Row], base: Row, read: ReadPredictions, mar
             return None
         found.append(needed(spread, PLANNED_SEEDS, examples, margin / 100, rows=len(rows)))
     return max(found, key=lambda one: (one.seeds is None, one.seeds or one.examples or 0))
-
-
-def _beside(row: Row, base: Row) -> Row:
-    """Return what a row differs in and saves, tested or not."""
-    if not base.trials:
-        return replace(row, saving=NO_SAVING)
-    return replace(row, points=100 * (row.accuracy - base.accuracy), saving=saving_of(row.trials, base.trials))
 
 
 def _correct(row: Row, base: Row, read: ReadPredictions) -> tuple[_Correct, _Correct] | Untested:

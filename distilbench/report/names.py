@@ -27,25 +27,19 @@ def in_order(keys: Sequence[str]) -> list[str]:
 
 
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the keys that differ among treatments; ``freeze.embeddings`` only where it does not follow the layers."""
-    keys = {key for treatment in treatments for key in treatment}
-    varying = [key for key in in_order(list(keys)) if len({repr(value_of(t, key)) for t in treatments}) > 1]
-    follows = all(
-        "freeze.policy" in t or t.get("freeze.embeddings") == (t.get("freeze.layers") != 0) for t in treatments
-    )
-    return [key for key in varying if not (key == "freeze.embeddings" and follows)]
+    """Return the keys that differ, the most telling first, without what follows from another in all of ``treatments``.
 
+    ``freeze.embeddings`` may follow the layers, an adapter's settings its name.
+    """
 
-def telling_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the keys that differ, without what follows from an adapter's name in all of ``treatments``."""
-
-    def is_told(key: str) -> bool:
+    def follows(key: str) -> bool:
+        if key == "freeze.embeddings":
+            return all("freeze.policy" in t or t.get(key) == (t.get("freeze.layers") != 0) for t in treatments)
         values = {(value_of(t, "adapter.name"), repr(t.get(key))) for t in treatments}
-        return (
-            key == "adapter.name" or not key.startswith("adapter.") or len(values) > len({name for name, _ in values})
-        )
+        return key.startswith("adapter.") and key != "adapter.name" and len(values) == len({name for name, _ in values})
 
-    return [key for key in varying_keys(treatments) if is_told(key)]
+    keys = in_order(list({key for treatment in treatments for key in treatment}))
+    return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
 
 
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of
-from distilbench.report.names import name_of, telling_keys
+from distilbench.report.names import name_of, varying_keys
 from distilbench.report.power import Needed
 from distilbench.report.statistics import verdict
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
@@ -225,7 +225,7 @@ def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     """Name each row by its number and what tells it from the baseline, and the baseline by all that varies."""
-    varying = telling_keys([row.treatment for row in rows])
+    varying = varying_keys([row.treatment for row in rows])
     numbers = Counter(row.first.number for row in rows)
     reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
     labelled = []

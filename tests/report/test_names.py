@@ -1,7 +1,7 @@
 """What a setting is called: what varies, the most telling first, and short."""
 
 from distilbench.identity import value_of
-from distilbench.report.names import name_of, telling_keys, varying_keys
+from distilbench.report.names import name_of, varying_keys
 from tests.report.made_trials import treatment
 
 
@@ -29,9 +29,8 @@ def test_a_way_to_freeze_is_told_as_it_is_typed_and_its_embeddings_are_not_told(
 def test_what_an_adapters_name_tells_already_is_not_told():
     plain, lora = treatment(), treatment() | {"adapter.name": "lora", "adapter.rank": 8, "adapter.alpha": 16.0}
     wider = lora | {"adapter.rank": 16}
-    assert varying_keys([plain, lora]) == ["adapter.name", "adapter.alpha", "adapter.rank"]
-    assert telling_keys([plain, lora]) == ["adapter.name"]
-    assert telling_keys([plain, lora, wider]) == ["adapter.name", "adapter.rank"]
+    assert varying_keys([plain, lora]) == ["adapter.name"]
+    assert varying_keys([plain, lora, wider]) == ["adapter.name", "adapter.rank"]
 
 
 def test_keys_that_end_alike_are_told_whole():
