@@ -23,11 +23,11 @@ import pytest
 from distilbench.results import Status, read_record
 from tests.commands import ROOT
 
+LACKING = find_spec("ray") is None or find_spec("hydra_plugins.hydra_ray_launcher") is None
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(
-        find_spec("ray") is None or find_spec("hydra_plugins.hydra_ray_launcher") is None, reason="needs the extra ray"
-    ),
+    pytest.mark.skipif(LACKING, reason="needs the extra ray"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs several addresses of the loopback interface"),
 ]
 
 
