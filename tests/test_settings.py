@@ -360,6 +360,14 @@ def test_a_policy_that_moves_needs_evaluations_to_move_at():
         "train.eval_steps"
     )
     assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").needs_trainer
+    assert composed("freeze=gradual", "train.epochs=2").freeze.moves
+
+
+def test_a_model_that_is_not_saved_is_not_logged():
+    with pytest.raises(SettingsError) as caught:
+        composed("output.save_model=false", "tracking.log_model=best")
+    assert str(caught.value) == "tracking.log_model must be never with output.save_model=false, got 'best'"
+    assert not composed("output.save_model=false").output.save_model
 
 
 @pytest.mark.parametrize(
@@ -369,9 +377,18 @@ def test_a_policy_that_moves_needs_evaluations_to_move_at():
             "freeze.layers=6",
             "freeze.layers must be 0 with adapter.name=lora, which leaves the encoder as it was, got 6",
         ),
-        ("freeze=head", "freeze.policy must be depth with adapter.name=lora, which leaves the encoder as it was, got"),
-        ("freeze=embeddings", "freeze.embeddings must be auto with adapter.name=lora, which leaves the encoder as"),
-        ("freeze.dropout=false", "freeze.dropout must be true with adapter.name=lora, which leaves the encoder as it"),
+        (
+            "freeze=head",
+            "freeze.policy must be depth with adapter.name=lora, which leaves the encoder as it was, got 'head'",
+        ),
+        (
+            "freeze=embeddings",
+            "freeze.embeddings must be auto with adapter.name=lora, which leaves the encoder as it was, got 'true'",
+        ),
+        (
+            "freeze.dropout=false",
+            "freeze.dropout must be true with adapter.name=lora, which leaves the encoder as it was, got 'false'",
+        ),
     ],
 )
 def test_an_adapter_and_a_frozen_part_are_two_ways_of_which_one_is_taken(override, line):
