@@ -10,8 +10,6 @@ import numpy as np
 from distilbench.data.tokens import EncodedSplits, random_part
 from distilbench.engines import engine_for
 from distilbench.engines.base import Engine
-from distilbench.engines.moving_freeze import planned_levels
-from distilbench.engines.steps import BatchSchedule
 from distilbench.results import Evaluation, Status, StepRecord
 from distilbench.settings import AppSettings, FreezeSettings, SettingsError, TrialSettings
 from distilbench.trials.prepared import Prepared, prepared_trial
@@ -48,6 +46,9 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
     if not trial.freeze.moves:
         return solo_seconds(engine, trial, splits)
+    from distilbench.engines.moving_freeze import planned_levels  # torch, which a sweep is checked without
+    from distilbench.engines.steps import BatchSchedule
+
     schedule = BatchSchedule(len(splits.train), trial.train.batch_size, trial.train.epochs)
     planned = planned_levels(trial, schedule, top=prepared.model.depth + 1)
     mean = sum(np.diff([*planned, schedule.steps]) * [*planned.values()]) / schedule.steps
