@@ -50,16 +50,15 @@ def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept)
     assert [trial.name for trial in store.search(RunFilter(tags=both))] == ["diverged"]
 
 
-def test_costs_and_calibration_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
+def test_costs_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
     store = make_store(tmp_path)
-    report = replace(DONE.report, brier=0.12, ece=0.03)
-    full = replace(DONE, report=report, train_flops=6.9e14, train_cpu_seconds=20.5, peak_memory_bytes=3 * 2**20)
+    full = replace(DONE, train_flops=6.9e14, train_cpu_seconds=20.5, peak_memory_bytes=3 * 2**20)
     run = store.begin(start_of())
     run.finish(full, None)
     older = store.begin(start_of())  # and no figure at all
     found = {trial.run_id: trial for trial in store.search(RunFilter())}
-    names = ("train_flops", "train_cpu_seconds", "peak_memory_bytes", "brier", "ece")
-    assert [getattr(found[run.run_id], name) for name in names] == [6.9e14, 20.5, 3 * 2**20, 0.12, 0.03]
+    names = ("train_flops", "train_cpu_seconds", "peak_memory_bytes")
+    assert [getattr(found[run.run_id], name) for name in names] == [6.9e14, 20.5, 3 * 2**20]
     assert all(math.isnan(getattr(found[older.run_id], name)) for name in names)
 
 
