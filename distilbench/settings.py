@@ -261,6 +261,11 @@ class FreezeSettings(Checked, group="freeze"):
         return self.policy in ("gradual", "scheduled", "auto")
 
     @property
+    def fewest_parts(self) -> int:
+        """In how many parts evaluations must cut a trial for anything to move; auto compares two before it does."""
+        return 3 if self.policy == "auto" else 2
+
+    @property
     def freezes_embeddings(self) -> bool:
         """`embeddings` with auto decided."""
         frozen = self.layers > 0 or self.policy in ("head", "bias")
@@ -449,9 +454,10 @@ class TrialSettings(Checked):
             require(freeze.dropout, "freeze.dropout", f"true {given}", spelled(freeze.dropout))
 
         if self.freeze.moves:
-            has_parts = self.train.epochs > 1 or self.train.eval_steps is not None
-            require(has_parts, "train.epochs", f"2 or more with freeze.policy={self.freeze.policy}, which moves at "
-                    "evaluations", self.train.epochs, "or set train.eval_steps")  # fmt: skip
+            fewest = self.freeze.fewest_parts
+            has_parts = self.train.epochs >= fewest or self.train.eval_steps is not None
+            require(has_parts, "train.epochs", f"{fewest} or more with freeze.policy={self.freeze.policy}, which moves "
+                    "at evaluations", self.train.epochs, "or set train.eval_steps")  # fmt: skip
 
     @property
     def needs_trainer(self) -> bool:

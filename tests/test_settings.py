@@ -353,12 +353,14 @@ def test_settings_that_only_look_contradictory_are_taken(usual, key, changes):
 
 
 def test_a_policy_that_moves_needs_evaluations_to_move_at():
-    with pytest.raises(SettingsError) as caught:
-        composed("freeze=gradual", "train.epochs=1")
-    assert str(caught.value) == (
-        "train.epochs must be 2 or more with freeze.policy=gradual, which moves at evaluations, got 1; or set "
-        "train.eval_steps"
-    )
+    for policy, epochs, fewest in (("gradual", 1, 2), ("auto", 2, 3)):
+        with pytest.raises(SettingsError) as caught:
+            composed(f"freeze={policy}", f"train.epochs={epochs}")
+        assert str(caught.value) == (
+            f"train.epochs must be {fewest} or more with freeze.policy={policy}, which moves at evaluations, got "
+            f"{epochs}; or set train.eval_steps"
+        )
+    assert composed("freeze=gradual", "train.epochs=2").freeze.moves
     assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").needs_trainer
     assert composed("freeze=gradual", "train.epochs=2").freeze.moves
 

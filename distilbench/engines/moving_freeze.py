@@ -18,7 +18,15 @@ from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze_levels, parameter_counts
 from distilbench.models.layers import levels
 from distilbench.results import Evaluation
-from distilbench.settings import TrialSettings
+from distilbench.settings import TrialSettings, require
+
+
+def require_parts(settings: TrialSettings, schedule: BatchSchedule) -> None:
+    """Raise :class:`SettingsError` where what is frozen is to move, but too few evaluations come before the end."""
+    if settings.freeze.moves:
+        every, most = settings.train.eval_steps, (schedule.steps - 1) // (settings.freeze.fewest_parts - 1)
+        allowed = f"at most {most} for {schedule.steps} steps with freeze.policy={settings.freeze.policy}, which moves "
+        require(not every or every <= most, "train.eval_steps", allowed + "at evaluations", every)
 
 
 def planned_levels(settings: TrialSettings, schedule: BatchSchedule, top: int) -> dict[int, int]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from distilbench.engines.moving_freeze import require_parts
+from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key, preparation_key, treatment_of, trial_identity
 from distilbench.models.resolve import check_trial
 from distilbench.results import Status, StoredTrial
@@ -112,15 +114,17 @@ class BatchRunner:
         return self._stores[job.settings.tracking]
 
     def prepare(self, settings: AppSettings) -> Prepared:
-        """Resolve and encode what trials of such settings share, once."""
+        """Resolve and encode what trials of such settings share, once; raises where one of these can't be trained."""
         key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
-        return self._prepared[key]
+        prepared, train = self._prepared[key], settings.train
+        check_trial(prepared.model, settings)
+        require_parts(settings, BatchSchedule(len(prepared.splits.train), train.batch_size, train.epochs))
+        return prepared
 
     def _ready(self, job: Job) -> _Ready:
         store, prepared = self.store_of(job), self.prepare(job.settings)
-        check_trial(prepared.model, job.settings)
         if job.context and job.context.accept:
             job.context.accept(prepared)
         return _Ready(job, prepared, store)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distilbench.engines.moving_freeze import auto_levels, planned_levels
+from distilbench.engines.moving_freeze import auto_levels, planned_levels, require_parts
 from distilbench.engines.steps import BatchSchedule
+from distilbench.settings import SettingsError
 
 TOP = 4
 
@@ -24,6 +25,19 @@ def test_scheduled_freezes_from_nothing_to_its_layers_and_the_embeddings(setting
     trial = settings("freeze=scheduled", f"freeze.layers={layers}").trial
     planned = planned_levels(trial, BatchSchedule(10, 2, epochs=parts), TOP)
     assert planned == dict(zip(range(0, 5 * parts, 5), levels, strict=True))
+
+
+@pytest.mark.parametrize(("choice", "most"), [("gradual", 14), ("scheduled freeze.layers=1", 14), ("auto", 7)])
+def test_evaluations_too_few_for_anything_to_move_are_refused(settings, choice, most):
+    """``auto`` compares the gradients of two parts before it freezes in a third."""
+    given, schedule = f"freeze={choice}".split(), BatchSchedule(10, 2, epochs=3)
+    require_parts(settings(*given).trial, schedule)
+    require_parts(settings(*given, f"train.eval_steps={most}").trial, schedule)
+    require_parts(settings("train.eval_steps=99").trial, schedule)
+    with pytest.raises(
+        SettingsError, match=f"^train.eval_steps must be at most {most} for 15 steps with freeze.policy"
+    ):
+        require_parts(settings(*given, f"train.eval_steps={most + 1}").trial, schedule)
 
 
 @pytest.mark.parametrize("choice", ["freeze=auto", "freeze.layers=2", "freeze=bias"])

@@ -97,6 +97,12 @@ class FusedEngine:
         except Exception as error:  # the trials' boundary: other groups go on
             results.update({i: TrialResult(*outcome_of(error, settings)) for i, settings in trials.items()})
             return
+        seeds = sorted({settings.seed for settings in trials.values()})
+        if len(seeds) > 1 and _differs_by_seed(context, splits, seeds):
+            for seed in seeds:
+                own = {index: settings for index, settings in trials.items() if settings.seed == seed}
+                self._train_group(own, splits, observer, results)
+            return
         graph_steps = context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
@@ -152,6 +158,15 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         dtype=dtype,
         compute_dtype=compute_dtype,
     )
+
+
+def _differs_by_seed(context: GroupContext, splits: EncodedSplits, seeds: Sequence[int]) -> bool:
+    """Whether what is frozen is not the same for all: a pooler that the checkpoint lacks is drawn from each seed."""
+    if "dense.weight" not in context.frozen:
+        return False
+    models = [build_model(context.resolved, splits.label_names, seed) for seed in seeds[:2]]
+    one, other = (context.layout.read("dense.weight", dict(model.named_parameters())) for model in models)
+    return not torch.equal(one, other)
 
 
 def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -203,6 +204,22 @@ def test_freezing_that_moves_equals_a_plain_loop_in_float64(trial, splits_of, re
     best, _, _ = reference(settings, splits, frozen=frozen, until=result.selection.step)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), best.state_dict()[name].float().double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("freezing", ["head", "bias"])
+def test_a_frozen_pooler_that_the_checkpoint_lacks_is_that_of_each_trials_own_seed(
+    trial, splits_of, recorder, models, tmp_path, freezing
+):
+    lacking = tmp_path / "lacking"
+    shutil.copytree(models["bert", True], lacking)
+    weights = load_file(lacking / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "pooler" not in name and "classifier" not in name}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+    trials = [trial(f"freeze={freezing}", f"model.checkpoint={lacking}", f"seed={seed}") for seed in (1, 2)]
+    results = FusedEngine().train(trials, splits_of(trials[0]), recorder())
+    for settings, result in zip(trials, results, strict=True):
+        [alone] = FusedEngine().train([settings], splits_of(settings), recorder())
+        np.testing.assert_allclose(result.report.logits, alone.report.logits, atol=1e-6)
 
 
 def test_the_ladder_clips_where_it_says_so(trial, splits_of):
