@@ -11,6 +11,7 @@ from rich.console import Console
 from distilbench.identity import SourceUsed
 from distilbench.report.trial import sentence
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
+from distilbench.settings import FREEZE_POLICIES
 from distilbench.trials.prepared import SweepContext
 from distilbench.trials.run import Outcome
 from distilbench.trials.summary import frozen_part, print_outcome
@@ -184,6 +185,13 @@ def test_a_separate_selection_split_is_told(outcome):
 )
 def test_frozen_part_in_words(settings, overrides, words):
     assert frozen_part(settings(*overrides.split())) == words
+
+
+def test_every_policy_has_words_of_its_own(settings):
+    given = {
+        policy: (f"freeze.policy={policy}", f"freeze.layers={int(policy == 'scheduled')}") for policy in FREEZE_POLICIES
+    }
+    assert len({frozen_part(settings(*overrides)) for overrides in given.values()}) == len(FREEZE_POLICIES)
 
 
 def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(outcome):

@@ -201,7 +201,7 @@ def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     layout, train = context.layout, context.splits.train
     lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_at_once))]
     model = layout.architecture
-    layers = model.depth - (prefix_depth(layout.frozen, model.depth) or 0)
+    layers = model.depth - (prefix_depth(layout, layout.frozen) or 0)
     values = layers * lengths.sum() * model.heads * (17 * model.head_size + 2.5 * lengths.max())
     compute = context.compute_dtype.itemsize
     copies = 5 * context.dtype.itemsize + (2 * compute if context.compute_dtype != context.dtype else 0)

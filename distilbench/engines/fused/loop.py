@@ -154,7 +154,7 @@ class TrialGroup:
 
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
-        context, depth = self.context, prefix_depth(weights[0].frozen, self.context.layout.architecture.depth)
+        context, depth = self.context, prefix_depth(self.context.layout, weights[0].frozen)
         split, dropout = context.splits.train, self.settings.freeze.dropout
         return depth if depth is None else Prefix(weights, split, self.schedule, dropout, self.prefix_bytes, depth)
 

@@ -14,7 +14,7 @@ from distilbench.engines.batches import batches_by_length
 from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
-from distilbench.engines.fused.params import StackedWeights
+from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
 from distilbench.engines.steps import BatchSchedule
 
 WINDOW = 8
@@ -24,14 +24,10 @@ GPU_WINDOW = 64
 """The same on a GPU, where a pass of 8 batches would be bound by its launches; 40 MB of states at 768 wide."""
 
 
-def prefix_depth(frozen: Set[str], depth: int) -> int | None:
-    """Return how many layers of ``depth`` follow frozen embeddings up to a trained one; None where embeddings train.
-
-    A layer's bias is the last of it to be frozen, for BitFit trains it without the weight.
-    """
-    if not {"word", "embedding_norm.bias"} <= frozen:
-        return None
-    return next((i for i in range(depth) if f"{i}.out.bias" not in frozen), depth)
+def prefix_depth(layout: FlatParamLayout, frozen: Set[str]) -> int | None:
+    """Return how many layers follow ``frozen`` embeddings up to one that trains a weight; None where those train."""
+    lowest = min(layout.level_of[leaf] for leaf in layout.leaves.keys() - frozen)
+    return lowest - 1 if lowest else None
 
 
 class Prefix:

@@ -21,7 +21,7 @@ from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.loop import TrialGroup, train_group
 from distilbench.engines.fused.packing import pack
-from distilbench.engines.fused.prefix import WINDOW
+from distilbench.engines.fused.prefix import WINDOW, prefix_depth
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.engines.stopwatch import Stopwatch
@@ -204,6 +204,26 @@ def test_freezing_that_moves_equals_a_plain_loop_in_float64(trial, splits_of, re
     best, _, _ = reference(settings, splits, frozen=frozen, until=result.selection.step)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), best.state_dict()[name].float().double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("trained", "depth"),
+    [
+        ("", None),
+        ("LayerNorm.weight", None),
+        ("layer.0", 0),
+        ("layer.1.sa_layer_norm", 1),
+        ("layer.1.ffn", 1),
+        ("pre", 2),
+    ],
+)
+def test_the_frozen_part_that_is_run_ahead_ends_below_whatever_trains(trial, trained, depth):
+    """Whichever weight of a layer it is: a policy of one's own may train norms alone."""
+    model = build_model(resolve_model(trial().model), NAMES, seed=1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name or "classifier" in name)
+    layout = params.FlatParamLayout(model, params.Vocabulary(np.arange(9), positions=4))
+    assert prefix_depth(layout, layout.frozen) == depth
 
 
 @pytest.mark.parametrize("freezing", ["head", "bias"])
