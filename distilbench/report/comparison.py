@@ -65,10 +65,11 @@ def judge(
 
 def _withheld(row: Row, base: Row, picked_here: bool) -> Row:
     """Return a row without a claim that its evidence does not bear."""
+    if base.has_learned is False and row.difference:
+        why = None if row.has_learned is False else Untested.IDLE
+        return replace(row, verdict=None, untested=why, difference=replace(row.difference, needed=None))
     if row.verdict in PRAISE and row.has_learned is False:
         return replace(row, verdict=None)
-    if row.verdict in PRAISE and base.has_learned is False:
-        return replace(row, verdict=None, untested=Untested.IDLE)
     return replace(row, verdict=Verdict.AHEAD) if picked_here and row.verdict is Verdict.BETTER else row
 
 

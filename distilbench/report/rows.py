@@ -44,7 +44,7 @@ class Difference:
 
 
 PRAISE = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
-"""Verdicts of a setting that may be taken: only of one that has learned, beside a baseline that has."""
+"""Verdicts of a setting that may be taken: only of one that has learned."""
 
 
 class Untested(StrEnum):

@@ -14,7 +14,7 @@ from distilbench.report.rows import Row, Untested, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.words import above_floor, loss_of, size_of
+from distilbench.report.words import above_floor, loss_of, size_of, what_decides
 from distilbench.results import StoredTrial, Verdict
 from distilbench.settings import SettingsError
 
@@ -81,7 +81,9 @@ def sentence(comparison: Comparison) -> str:
         Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
         Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {loss_of(found)}, less than {margin}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
-        Verdict.UNDECIDED: f"Undecided {on_these}: it {loss_of(found)}, and {margin} would do.",
+        Verdict.UNDECIDED: f"Undecided {on_these}: it may lose up to {found.loses_at_most:.2f} points, "
+        f"and the margin is {margin}; "
+        f"{what_decides(found.needed, found.examples)}.",
     }[comparison.row.verdict]
     return f"{idle}{outcome} {_scope(trial, base)}"
 
@@ -110,6 +112,8 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 def comparison_headline(comparison: Comparison) -> str:
     """Say in a line or two, as Markdown, how far a trial is from its baseline, and what may be claimed."""
+    if comparison.baseline.has_learned is False:  # which is said first, and with the points
+        return markdown(sentence(comparison))
     return markdown(f"{size_of(comparison.row)} against the baseline. {sentence(comparison)}")
 
 

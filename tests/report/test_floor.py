@@ -9,6 +9,7 @@ from rich.console import Console
 from distilbench.report.answer import answer
 from distilbench.report.comparison import floor_of, has_learned
 from distilbench.report.tables import latex_report, markdown_report, note, print_report
+from distilbench.report.trial import compare, comparison_headline
 from distilbench.report.words import said
 from distilbench.results import Predictions
 from tests.report.made_trials import report_of, treatment, trial
@@ -60,6 +61,17 @@ def test_a_baseline_that_has_not_learned_is_told_of_first_and_everywhere():
     for text in texts:
         assert "has not learned" in text
         assert "the most frequent label alone scores 51.03" in text
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"), [(LEARNED, "not judged: the baseline has not learned"), (ALWAYS, "has not learned")]
+)
+def test_nothing_is_judged_beside_a_baseline_that_has_not_learned_nor_said_to_need_more(right, expected):
+    base, ours = made(ALWAYS), made(right, place=1, settings=FROZEN)
+    (row,) = report_of([base, ours], is_picked_here=False).candidates
+    assert (row.verdict, row.difference.needed) == (None, None)
+    assert said(row) == expected
+    assert comparison_headline(compare(ours, base, 1.0)).startswith("The baseline has not learned: 51.03 %")
 
 
 def test_a_setting_that_has_not_learned_is_called_so_beside_its_verdict():
