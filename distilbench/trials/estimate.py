@@ -10,12 +10,15 @@ import numpy as np
 from distilbench.data.tokens import EncodedSplits, random_part
 from distilbench.engines import engine_for
 from distilbench.engines.base import Engine
+from distilbench.engines.device import resolve_device
 from distilbench.results import Evaluation, Status, StepRecord
 from distilbench.settings import AppSettings, FreezeSettings, SettingsError, TrialSettings
 from distilbench.trials.prepared import Prepared, prepared_trial
 
-STEPS = 8
-"""Optimisation steps of a probe; on two cores a step of MiniLM takes 0.1-0.3 s."""
+STEPS, GPU_STEPS = 8, 512
+"""Optimisation steps of a probe. On two cores a step of MiniLM takes 0.1-0.3 s. A GPU's takes milliseconds once it is
+recorded, which it is where many are to come: eight steps told fifteen times too much.
+"""
 
 
 class _StopAtEvaluation:
@@ -60,7 +63,7 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:
     """Estimate ``train_seconds`` of a trial that ``engine`` trains alone.
 
-    The probe trains on :data:`STEPS` random batches and evaluates a like share of the selection split. It runs twice,
+    The probe trains on a few random batches and evaluates a like share of the selection split. It runs twice,
     and the second run counts: the first warms libraries and caches. Raises :class:`SettingsError` where it fails.
     """
     probed, scale = _share_of(splits, settings)
@@ -78,7 +81,8 @@ def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits)
 def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSplits, float]:
     """Return splits of a probe, and how many times its work the whole trial is."""
     train, rng = settings.train, np.random.default_rng(0)
-    examples = min(STEPS * train.batch_size, len(splits.train))
+    most = GPU_STEPS if resolve_device(settings.engine.device).type == "cuda" else STEPS
+    examples = min(most * train.batch_size, len(splits.train))
     scale = train.epochs * len(splits.train) / examples
     steps = train.epochs * -(-len(splits.train) // train.batch_size)
     evaluations = -(-steps // train.eval_steps) if train.eval_steps else train.epochs

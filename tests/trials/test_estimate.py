@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from distilbench.data.text import load_text
 from distilbench.data.tokens import encode, random_part
@@ -15,6 +16,7 @@ from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError
+from distilbench.trials import estimate
 from distilbench.trials.estimate import STEPS, estimate_alone, solo_seconds
 
 
@@ -39,11 +41,20 @@ class Recording:
 def test_the_estimate_scales_a_share_of_training_and_evaluation_to_the_whole(settings, splits):
     engine = Recording()
     trial = settings("train.epochs=4", "train.batch_size=4").trial
-    estimate = solo_seconds(engine, trial, splits)
+    seconds = solo_seconds(engine, trial, splits)
     whole = 4 * (len(splits.train) + len(splits.selection))
-    assert estimate == pytest.approx(whole, rel=0.02)
+    assert seconds == pytest.approx(whole, rel=0.02)
     assert len(engine.given) == 2, "the first run only warms up"
     assert len(engine.given[1][1].train) == STEPS * 4
+
+
+def test_a_gpu_is_probed_for_as_many_steps_as_it_takes_to_record_them(settings, splits, monkeypatch):
+    monkeypatch.setattr(estimate, "resolve_device", lambda name: torch.device("cuda", 0))
+    engine, trial = Recording(), settings("train.batch_size=1", "train.epochs=20").trial
+    assert solo_seconds(engine, trial, splits) == pytest.approx(
+        20 * (len(splits.train) + len(splits.selection)), rel=0.02
+    )
+    assert len(engine.given[1][1].train) == min(estimate.GPU_STEPS, len(splits.train))
 
 
 def test_a_probe_keeps_the_vocabulary_and_touches_no_directory_of_the_trial(settings, splits):
