@@ -204,6 +204,22 @@ def _width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
     return sum(2 + (min(n, _LEAST_TEXT) if column.is_text else n) for column, n in zip(known, widths, strict=True))
 
 
+def _setting_width(setting: Column, columns: Sequence[Column], rows: Sequence[Row], width: int) -> int:
+    """Return what settings get of a terminal's ``width``: what others leave, and their words whole before a verdict is.
+
+    Rich would narrow both alike, keep the words whole all the same, and cut what then has no room.
+    """
+    room = tight = width - 2
+    for column in columns:
+        if column is not setting:
+            cells = [column.title, *(one_line(column.text(row)) for row in rows)]
+            longest = max(len(line) for cell in cells for line in cell.replace(" (", "\n(").split("\n"))
+            room -= 2 + (min(longest, _LEAST_TEXT) if column.is_text else longest)
+            tight -= 2 + (_longest_word(column, rows) if column.is_text else longest)
+    whole = max(len(one_line(setting.text(row))) for row in rows)
+    return min(whole, max(room, min(_longest_word(setting, rows), _MOST_KEPT, tight), 1))
+
+
 def _longest_word(column: Column, rows: Sequence[Row]) -> int:
     return max((len(word) for row in rows for word in one_line(column.text(row)).split()), default=0)
 
@@ -215,8 +231,8 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
     for column in columns:
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         title = column.title.replace(" (", "\n(") if is_folded else column.title
-        least = min(_longest_word(column, rows), _MOST_KEPT) if column.key == "setting" else None
-        table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, min_width=least)
+        kept = _setting_width(column, columns, rows, width) if is_folded and column.key == "setting" else None
+        table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
     for row in rows:
         cells = [one_line(column.text(row)) for column in columns]
         cells = [cell.replace(" (", "\n(") if is_folded else cell for cell in cells]

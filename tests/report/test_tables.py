@@ -61,6 +61,15 @@ def test_a_narrow_or_piped_report_fits_eighty_columns_without_control_codes(repo
         assert words in text
 
 
+def test_long_names_of_settings_cut_no_figure_off_at_eighty_columns():
+    named = treatment() | {"a_setting_with_a_name_of_its_own": 128}
+    base, ours = trial(0.9, train_flops=4e12), trial(0.9, 1, 1, named, train_flops=2e12)
+    text = printed(report_of([base, ours, trial(0.5, 1, 2, FROZEN, train_flops=1e12)]))
+    assert "FLOPs" in text
+    assert "-50 %" in text
+    assert "-75 %" in text
+
+
 def test_a_row_takes_two_lines_of_eighty_columns_and_one_where_there_is_more_room():
     report = report_of([replace(one, number=str(i), train_flops=1e15) for i, one in enumerate(sweep(20))])
     heights = {}
