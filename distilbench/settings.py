@@ -760,6 +760,8 @@ def _build(cls: Any, values: Any) -> Any:
         if value is None:
             continue
         if nested := _dataclass_in(hints[name]):
+            require(isinstance(value, dict), getattr(cls, "_prefix", "") + name, "null or settings of its own", value,
+                    "conf/ shows one")  # fmt: skip
             made[name] = _build(nested, value)
         elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
             made[name] = str(_typed_in() / Path(value).expanduser())

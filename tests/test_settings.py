@@ -427,6 +427,14 @@ def test_a_message_is_made_only_where_a_rule_is_broken():
         assert str(caught.value) == line
 
 
+@pytest.mark.parametrize(("given", "shown"), [("model.fallback=fail", "'fail'"), ("data.fallback=[a]", "['a']")])
+def test_a_fallback_that_is_no_group_is_refused_in_one_line(given, shown):
+    with pytest.raises(SettingsError) as caught:
+        composed("model=tiny", "data=synthetic", given)
+    name = given.partition("=")[0]
+    assert str(caught.value) == f"{name} must be null or settings of its own, got {shown}; conf/ shows one"
+
+
 def test_settings_are_named_flat_and_a_fallback_counts_as_one():
     assert names_of(ModelSettings) == ["source", "checkpoint", "revision", "layers", "fallback"]
     names = names_of(AppSettings)
