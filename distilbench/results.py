@@ -196,6 +196,8 @@ class StoredTrial:
     train_cpu_seconds: float = math.nan
     train_flops: float = math.nan
     peak_memory_bytes: float = math.nan
+    brier: float = math.nan
+    ece: float = math.nan
     sweep: str = ""
     number: str = ""
     is_compared: bool = False

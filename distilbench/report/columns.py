@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report.costs import NO_SAVING
+from distilbench.report.costs import NO_SAVING, average
 from distilbench.report.formats import (
     duration,
     flops,
@@ -84,6 +84,16 @@ def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callabl
     return told
 
 
+def _measure(name: str) -> Callable[[Row], str]:
+    """Tell the mean of a measure over a setting's trials."""
+
+    def told(row: Row) -> str:
+        value = average([getattr(trial, name) for trial in row.trials])[0]
+        return "" if math.isnan(value) else f"{value:.4f}"
+
+    return told
+
+
 def _time(row: Row) -> str:
     told = _cost("seconds", duration)(row)
     return f"about {told}" if row.cost.is_estimate else told
@@ -117,6 +127,8 @@ _ALL = (
            lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
     Column("accuracy_deviation", lambda row: row.accuracy_deviation),
     Column("loss", lambda row: row.loss, "loss", lambda row: f"{row.loss:.4f}" if row.trials else ""),
+    Column("brier", lambda row: average([trial.brier for trial in row.trials])[0], "Brier", _measure("brier")),
+    Column("ece", lambda row: average([trial.ece for trial in row.trials])[0], "ECE", _measure("ece")),
     Column("train_seconds", lambda row: row.cost.seconds, "time", _time),
     Column("train_seconds_deviation", lambda row: row.cost.seconds_deviation),
     Column("is_time_estimate", lambda row: row.cost.is_estimate),
@@ -162,7 +174,7 @@ NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", 
 """What has room in half of MLflow's page."""
 FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "seeds_needed", "accuracy",
                "train_flops", "train_seconds", "seeds", "train_cpu_seconds", "peak_memory_bytes",
-               "trainable_parameters", "p_holm", "loss")  # fmt: skip
+               "trainable_parameters", "p_holm", "loss", "brier", "ece")  # fmt: skip
 BRIEF = (
     *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
     replace(CSV["flops_gain_percent"], title="FLOPs", text=_short("flops")),

@@ -30,7 +30,7 @@ MARGIN = "distilbench.margin"
 """Tag of a sweep's run: the margin in points that its report holds settings to."""
 
 _TEXTS = ("measured_on", "model", "data", "metric", "selection_split", "report_split")
-_FIGURES = ("accuracy", "loss", "train_seconds", "train_cpu_seconds", "train_flops",
+_FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seconds", "train_flops",
             "solo_seconds_estimate")  # fmt: skip
 """Tags and metrics that a :class:`StoredTrial` has under the same name."""
 

@@ -82,6 +82,8 @@ class Outcome:
             train_flops=self.result.train_flops,
             solo_seconds_estimate=self.result.solo_seconds_estimate or math.nan,
             peak_memory_bytes=self.result.peak_memory_bytes,
+            brier=report.brier,
+            ece=report.ece,
             sweep=self.context.tags.get("distilbench.sweep", ""),
             number=self.context.tags.get("distilbench.trial", ""),
         )

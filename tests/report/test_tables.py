@@ -70,6 +70,11 @@ def test_long_names_of_settings_cut_no_figure_off_at_eighty_columns():
     assert "-75 %" in text
 
 
+def test_how_well_probabilities_are_calibrated_stands_in_the_full_table():
+    lines = markdown_report(report_of([trial(0.9, brier=0.07, ece=0.021), trial(0.9, 2, brier=0.09, ece=0.023)]))
+    assert re.search(r"\| Brier \| ECE \|\n.*\n.*\| 0\.0800 \| 0\.0220 \|", lines)
+
+
 def test_a_row_takes_two_lines_of_eighty_columns_and_one_where_there_is_more_room():
     report = report_of([replace(one, number=str(i), train_flops=1e15) for i, one in enumerate(sweep(20))])
     heights = {}

@@ -52,13 +52,14 @@ def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept)
 
 def test_costs_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
     store = make_store(tmp_path)
-    full = replace(DONE, train_flops=6.9e14, train_cpu_seconds=20.5, peak_memory_bytes=3 * 2**20)
+    calibrated = replace(DONE.report, brier=0.08, ece=0.02)
+    full = replace(DONE, report=calibrated, train_flops=6.9e14, train_cpu_seconds=20.5, peak_memory_bytes=3 * 2**20)
     run = store.begin(start_of())
     run.finish(full, None)
     older = store.begin(start_of())  # and no figure at all
     found = {trial.run_id: trial for trial in store.search(RunFilter())}
-    names = ("train_flops", "train_cpu_seconds", "peak_memory_bytes")
-    assert [getattr(found[run.run_id], name) for name in names] == [6.9e14, 20.5, 3 * 2**20]
+    names = ("train_flops", "train_cpu_seconds", "peak_memory_bytes", "brier", "ece")
+    assert [getattr(found[run.run_id], name) for name in names] == [6.9e14, 20.5, 3 * 2**20, 0.08, 0.02]
     assert all(math.isnan(getattr(found[older.run_id], name)) for name in names)
 
 
