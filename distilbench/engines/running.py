@@ -120,6 +120,8 @@ class RunningTrial:
         ends = sorted({progress.step, *(step for step in self.flops if step < progress.step)})
         seen = {step: self.schedule.times_seen(self.settings.seed, step) for step in ends}
         flops = sum(self.flops[start].total(lengths, seen[stop] - seen[start]) for start, stop in pairwise(ends))
+        trained = max((self.flops[start].trained for start in ends[:-1]), default=0)
+        about = self.about | ({"trainable_parameters": trained} if trained else {})
         times, seconds = seen[progress.step], progress.step_seconds
         return TrialResult(
             status,
@@ -136,5 +138,5 @@ class RunningTrial:
             tokens_per_second=float(times @ lengths) / seconds if seconds else 0.0,
             peak_memory_bytes=progress.peak_memory_bytes,
             micro_batch_size=micro_batch if micro_batch < train.batch_size else None,
-            **self.about,
+            **about,
         )

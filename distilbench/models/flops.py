@@ -21,7 +21,7 @@ often a trial is looked at is not what it costs to train.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+
+from distilbench.models.freezing import parameter_counts
 
 _COUNTED_LENGTHS = (8, 16, 24)
 """Tokens of the sentences on which operations are counted: as many as a parabola has coefficients."""
@@ -39,11 +41,15 @@ _known: dict[object, TrainFlops] = {}
 
 @dataclass(frozen=True)
 class TrainFlops:
-    """FLOPs of one forward and backward pass over one example of ``l`` tokens, as a polynomial in ``l``."""
+    """FLOPs of one forward and backward pass over one example of ``l`` tokens, as a polynomial in ``l``.
+
+    ``trained`` is how many parameters it trains.
+    """
 
     per_example: int
     per_token: int
     per_token_pair: int
+    trained: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TrainFlops:
@@ -61,7 +67,8 @@ class TrainFlops:
         one, two, three = (count_flops_by_module(model, length)["Global"] for length in _COUNTED_LENGTHS)
         per_token_pair = (one - 2 * two + three) // (2 * step**2)
         per_token = (two - one) // step - 3 * step * per_token_pair
-        return cls(one - per_token * step - per_token_pair * step**2, per_token, per_token_pair)
+        trained, _ = parameter_counts(model)
+        return cls(one - per_token * step - per_token_pair * step**2, per_token, per_token_pair, trained)
 
     def total(self, lengths: np.ndarray, times: np.ndarray) -> float:
         """Return the FLOPs of examples of ``lengths`` (examples,) tokens, each trained on so many ``times``."""

@@ -324,8 +324,19 @@ def test_what_gradual_has_not_come_to_stays_as_it_was(trial, train, splits_of):
     changed = {level_of[name] for name, p in model.named_parameters()
                if not np.array_equal(trained[name], p.detach().numpy())}  # fmt: skip
     assert changed == {2, 3}
-    sizes = [p.numel() for name, p in model.named_parameters() if level_of[name] >= 2]
-    assert result.trainable_parameters == sum(sizes) < result.total_parameters
+    assert result.trainable_parameters == _parameters_from(model, 2) < result.total_parameters
+
+
+def _parameters_from(model, level):
+    return sum(p.numel() for name, p in model.named_parameters() if levels(model)[name] >= level)
+
+
+def test_a_trial_that_ends_early_has_trained_what_its_parts_so_far_did(trial, train, splits_of, recorder):
+    settings = trial("freeze=gradual", "train.eval_steps=4")
+    [result], _ = train([settings], recorder(prune={0}))
+    model = build_model(resolve_model(settings.model), splits_of(settings).label_names, settings.seed)
+    assert (result.status, result.steps) == (Status.PRUNED, 4)
+    assert result.trainable_parameters == _parameters_from(model, 3) < result.total_parameters
 
 
 @pytest.mark.parametrize("freezing", MOVING)
