@@ -102,11 +102,12 @@ def _claim(row: Row) -> str:
     found = _evidence(row).difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
+    this_seed = " with this seed" if found.n == 1 else ""
     if row.claim is Verdict.BETTER:
-        return f"is better, {size}"
+        return f"is better{this_seed}, {size}"
     if row.claim is Verdict.AHEAD:
         return f"is ahead, yet to be confirmed, {size}"
-    return f"is good enough: it {loss_of(found)}"
+    return f"is good enough{this_seed}: it {loss_of(found)}"
 
 
 def _savings(row: Row, report: Report) -> Iterator[str]:

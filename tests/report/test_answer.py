@@ -37,6 +37,12 @@ def test_the_cheapest_good_enough_setting_is_named_with_what_it_saves_and_costs_
     )
 
 
+def test_one_seed_speaks_of_itself_alone():
+    first, second = answer(three(seeds=(1,), margin=5.0, best=0.95))
+    assert first.startswith("layers=3 is good enough with this seed: it loses")
+    assert second.startswith("Most accurate: scheduler=cosine is better with this seed, +")
+
+
 def test_a_more_accurate_one_is_named_second():
     first, second = answer(three(best=0.95))
     assert first.startswith("layers=3 is good enough")
