@@ -75,7 +75,8 @@ def sentence(comparison: Comparison) -> str:
         if row.has_learned is False and comparison.floor
     )
     if comparison.row.verdict is None:
-        return f"{idle}Not judged {on_these}: {points(found.points)} points against the baseline."
+        size = points(found.points)
+        return f"{idle}Not judged {on_these}: {size} points against the baseline. {_scope(trial, base)}"
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
         Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
