@@ -24,7 +24,7 @@ from distilbench.report.tables import failures, notes_of, protocol_lines
 from distilbench.report.words import VERDICTS, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
-_SLIM = ("loss", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
+_SLIM = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
 """Columns that are shown once all are asked for."""
 
 
