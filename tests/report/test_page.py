@@ -252,3 +252,12 @@ def test_labels_with_units_are_few_and_numbers_stay_with_them():
     drawn = page(report_of(costs)).partition("Accuracy against FLOPs")[2].partition("</svg>")[0]
     assert re.findall(r">([\d.]+ [GT])<", drawn) == ["400 G", "600 G", "800 G", "1 T"]
     assert "11\N{NO-BREAK SPACE}% fewer FLOPs" in page(report_of(costs, is_picked_here=False, margin=5.0))
+
+
+def test_a_sweep_whose_trials_all_score_the_same_has_its_page():
+    """What mattered is then not told: a forest has no variance to share out."""
+    equal = [
+        trial(0.8, 1, i, treatment(optim_lr=10**-i, scheduler_name=("linear", "cosine")[i % 2])) for i in range(30)
+    ]
+    assert "What mattered" in page(report_of(sweep(40)))
+    assert "What mattered" not in page(report_of(equal))
