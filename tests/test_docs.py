@@ -32,7 +32,6 @@ from distilbench.settings import (
     register_schema,
     settings_from,
 )
-from distilbench.tracking.__main__ import make_parser as store_parser
 from tests.conftest import ROOT
 from tests.test_project import PROJECT, PYPROJECT
 
@@ -192,9 +191,7 @@ def check_python(arguments: Sequence[str]) -> None:
     dash_m, module, *rest = arguments
     assert dash_m == "-m"
     package, _, command = module.partition(".")
-    if command == "tracking":
-        store_parser().parse_args(rest)
-    elif package == "distilbench":
+    if package == "distilbench":
         check_composition(command, rest)
     else:
         CHECKS[module](rest)

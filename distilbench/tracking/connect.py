@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking.retries import wait_out
 from distilbench.tracking.store import MlflowStore
-from distilbench.tracking.uri import StoreAddress, sqlite_url, store_address_of
+from distilbench.tracking.uri import StoreAddress, local_folder, sqlite_url, store_address_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
@@ -38,7 +38,6 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
         patience = settings.patience_seconds if patiently else 0.0
         experiment = wait_out(patience, partial(_find_or_make, address, settings))
     store = MlflowStore(address, experiment, settings.patience_seconds)
-    store.require_own_folder()
     if not patiently:
         store.end_left_runs()
     return store
@@ -64,6 +63,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     with address.asking():
         if address.artifacts is not None:
             _check_database(address)
+            _keep_files_beside(address)
         found = MlflowClient(address.uri).search_experiments()
     experiments = {experiment.name: experiment for experiment in found}
     if settings.experiment not in experiments:
@@ -71,10 +71,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
             f"tracking.experiment must be one of {', '.join(sorted(experiments))}, got {settings.experiment!r}; "
             "train a trial in it first"
         )
-    store = MlflowStore(address, experiments[settings.experiment], settings.patience_seconds)
-    if store.foreign_folder:
-        log.warning("%s", store.foreign_folder)
-    return store
+    return MlflowStore(address, experiments[settings.experiment], settings.patience_seconds)
 
 
 def quieten() -> None:
@@ -117,6 +114,7 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
             partial_file.unlink(missing_ok=True)
             SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()
             os.replace(partial_file, address.file)
+        _keep_files_beside(address)
         return _experiment_of(SqlAlchemyStore(address.uri, address.artifacts.as_uri()), settings)
 
 
@@ -129,6 +127,31 @@ def _check_database(address: StoreAddress) -> None:
     import sqlalchemy
 
     sqlalchemy.create_engine(address.uri).connect().close()
+
+
+def _keep_files_beside(address: StoreAddress) -> None:
+    """Have a SQLite store that was copied, moved or renamed with its checkout seek and keep its files beside itself.
+
+    MLflow fixes them as absolute paths and has no call that changes those: the two columns of its tables that hold them
+    are known here. A folder that somebody chose, other than a store's own ``mlruns/<id>``, stays.
+    """
+    if address.file is None:
+        return
+    own = address.file.resolve().parent / "mlruns"
+    with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS)) as database, database:
+        known = database.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
+        for number, name, location in known:
+            old, new = local_folder(location or ""), own / str(number)
+            if old is None or old.parts[-2:] != new.parts[-2:] or old.resolve() == new.resolve():
+                continue
+            folder = new.as_uri()
+            database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder, number))
+            database.execute(
+                "UPDATE runs SET artifact_uri = ? || '/' || run_uuid || '/artifacts' WHERE experiment_id = ? "
+                "AND artifact_uri LIKE '%/' || experiment_id || '/' || run_uuid || '/artifacts'", (folder, number)
+            )  # fmt: skip
+            log.warning("files of the experiment %s are from now on in %s, beside their store; what is only in %s, "
+                        "where they were, is to be copied", name, new, old)  # fmt: skip
 
 
 def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:

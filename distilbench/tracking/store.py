@@ -19,7 +19,6 @@ from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.relocation import foreign_folder
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
 from distilbench.tracking.run import MlflowRun, ParentRun
 from distilbench.tracking.search import CONFIRMS, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
@@ -61,23 +60,15 @@ class MlflowStore:
         self._address, self._patience = address, patience_seconds
         self._experiment = experiment.name
         self._experiment_id = str(experiment.experiment_id)
-        self.foreign_folder = foreign_folder(address, experiment)
-        """Says in one line where this experiment's files are, if that is not beside the store; None if it is."""
         self._client = MlflowClient(address.uri)
         self._connection = Connection(self._client, self._experiment_id)
         self._artifacts: dict[str, str] = {}
-
-    def require_own_folder(self) -> None:
-        """Raise :class:`SettingsError` if what is written here would go to the folder of another store."""
-        if self.foreign_folder:
-            raise SettingsError(self.foreign_folder)
 
     def begin(self, start: RunStart) -> MlflowRun:
         """Make (or reopen) the run with its tags, parameters, data sets and configuration.
 
         A trial of a sweep begins without its run where a server is gone: its sweep has it made later. Any other waits.
         """
-        self.require_own_folder()
         run = MlflowRun(self._connection, start)
         if SWEEP in start.tags and self._address.file is None and not self._connection.attempt("a new run", run.open):
             run.keep()
@@ -193,7 +184,6 @@ class MlflowStore:
 
         ``directory`` holds the records of its trials.
         """
-        self.require_own_folder()
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
         content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, (), "")
