@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from distilbench.cli import counted
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
-from distilbench.settings import SettingsError
 from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
