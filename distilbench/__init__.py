@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.settings import AppSettings
     from distilbench.trials.prepared import Job
-    from distilbench.trials.run import Outcome
+    from distilbench.trials.run import Trial
 
 __all__ = [
     "__version__",
@@ -40,7 +40,7 @@ def compose(*overrides: str) -> AppSettings:
         return _job(overrides).settings
 
 
-def train_trial(*overrides: str) -> Outcome:
+def train_trial(*overrides: str) -> Trial:
     """Train one trial, print how it compares with its baseline, and return what came of it, whatever its end.
 
     ``result`` has its figures, ``comparison`` the verdict (None without a baseline), ``predictions`` what it said.
@@ -51,7 +51,7 @@ def train_trial(*overrides: str) -> Outcome:
         return run_and_compare(_job(overrides))
 
 
-def train_trials(trials: Iterable[Sequence[str]]) -> list[Outcome]:
+def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
     """Train a trial for each list of overrides, at once where the engine takes them together; returns keep the order.
 
     The error of a trial that could not be trained is raised once the others are done.

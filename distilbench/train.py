@@ -35,7 +35,7 @@ from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 if TYPE_CHECKING:
     from distilbench.trials.batch import BatchRunner
     from distilbench.trials.prepared import Job
-    from distilbench.trials.run import Outcome
+    from distilbench.trials.run import Trial
 
 register_schema()
 
@@ -93,11 +93,11 @@ class Batches:
                 if index not in by_themselves
             }
             jobs = [(index, job) for index, (own, _) in parts.items() for job in own]
-            ended: dict[int, list[Outcome | Exception]] = {index: [] for index in parts}
+            ended: dict[int, list[Trial | Exception]] = {index: [] for index in parts}
             yield {i: partial(_conclude, assignments[i], seeds, []) for i, (own, seeds) in parts.items() if not own}
-            for outcomes in self._runner.train([job for _, job in jobs]):
-                for position, outcome in outcomes.items():
-                    ended[jobs[position][0]].append(outcome)
+            for trials in self._runner.train([job for _, job in jobs]):
+                for position, trial in trials.items():
+                    ended[jobs[position][0]].append(trial)
                 whole = [index for index, results in ended.items() if results and len(results) == len(parts[index][0])]
                 yield {i: partial(_conclude, assignments[i], parts[i][1], ended.pop(i)) for i in whole}
 
@@ -173,10 +173,10 @@ def _run(assignment: Assignment) -> float | tuple[float, ...]:
     return _objective(run_and_compare(assignment.job))
 
 
-def _objective(outcome: Outcome) -> float:
-    if outcome.result.selection is None or outcome.result.error is not None:
-        raise TrialFailed(f"{outcome.name}: {outcome.result.status}: {outcome.result.error}")
-    return outcome.result.selection.metric(outcome.settings.train.metric)
+def _objective(trial: Trial) -> float:
+    if trial.result.selection is None or trial.result.error is not None:
+        raise TrialFailed(f"{trial.name}: {trial.result.status}: {trial.result.error}")
+    return trial.result.selection.metric(trial.settings.train.metric)
 
 
 def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[float, ...]:
@@ -185,22 +185,22 @@ def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[floa
 
 
 def _conclude(
-    assignment: Assignment, seeds: Seeds | None, ended: Sequence[Outcome | Exception], config: DictConfig
+    assignment: Assignment, seeds: Seeds | None, ended: Sequence[Trial | Exception], config: DictConfig
 ) -> float | tuple[float, ...]:
     """Say in one line how a trial ended; return its objective or raise its error."""
     from distilbench.trials.summary import trial_line
 
     with _ending():
-        outcomes = []
-        for outcome in ended:
-            if isinstance(outcome, Exception):
-                raise outcome
-            log.info(trial_line(outcome))
-            outcomes.append(outcome)
+        trials = []
+        for trial in ended:
+            if isinstance(trial, Exception):
+                raise trial
+            log.info(trial_line(trial))
+            trials.append(trial)
         if seeds:
             records = [seeds.record_of(seeded) for seeded in seeds.jobs]
             seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
-        return assignment.sweep_job.reached() if assignment.sweep_job else _objective(outcomes[0])
+        return assignment.sweep_job.reached() if assignment.sweep_job else _objective(trials[0])
 
 
 def _say_how_to_continue() -> None:

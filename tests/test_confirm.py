@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
             settings = settings_from(compose("config", asked))
             prepared = prepare(settings)
             tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
-            trials.run(settings, prepared, store, SweepContext(f"lr={rate}", group.run_id, tags))
+            trials.run_batch([settings], prepared, store, [SweepContext(f"lr={rate}", group.run_id, tags)])
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
     return folder
 

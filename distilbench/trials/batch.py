@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from distilbench.engines.moving_freeze import require_parts
 from distilbench.engines.steps import BatchSchedule
-from distilbench.identity import fusion_key, preparation_key, treatment_of, trial_identity
+from distilbench.identity import TrialIdentity, fusion_key, preparation_key, treatment_of
 from distilbench.models.resolve import check_trial
-from distilbench.results import Status, StoredTrial
+from distilbench.report.trial import compare, comparison_headline, comparison_markdown, comparison_metrics
+from distilbench.results import MODEL, Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
 from distilbench.tracking import MlflowStore, open_store
+from distilbench.trials.card import write_card
 from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
-from distilbench.trials.run import Outcome, conclude, run, run_batch
+from distilbench.trials.run import Trial, run_batch, write_or_warn
 from distilbench.trials.summary import print_outcome
 
 log = logging.getLogger(__name__)
 
 
-def run_and_compare(job: Job) -> Outcome:
+def run_and_compare(job: Job) -> Trial:
     """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
     runner = BatchRunner(max_trials=1)
-    outcome = runner.train_one(job)
-    print_outcome(job, outcome, runner.store_of(job))
-    return outcome
+    trial = runner.train_one(job)
+    print_outcome(job, trial, runner.store_of(job))
+    return trial
 
 
 @cache
@@ -53,10 +55,6 @@ class _Ready:
             return None
         return fusion_key(prepared_trial(self.job.settings, self.prepared))
 
-    def identity(self, of: AppSettings) -> Hashable:
-        """Return what tells a trial with the settings ``of`` from others in everything that a result depends on."""
-        return trial_identity(self.prepared.protocol, of, self.prepared.precision)
-
 
 class BatchRunner:
     """Train batches of jobs; what one batch resolved, opened or measured serves the next.
@@ -72,14 +70,14 @@ class BatchRunner:
         self._baselines: dict[Hashable, StoredTrial] = {}
         self._told_apart = False
 
-    def train_one(self, job: Job) -> Outcome:
+    def train_one(self, job: Job) -> Trial:
         """Train one job; raises what kept it from its end."""
-        ended = [outcome for outcomes in self.train([job]) for outcome in outcomes.values()]
+        ended = [trial for trials in self.train([job]) for trial in trials.values()]
         if isinstance(ended[0], Exception):
             raise ended[0]
         return ended[0]
 
-    def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, Outcome | Exception]]:
+    def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, Trial | Exception]]:
         """Train every job; yield, batch by batch, what became of each by its index in ``jobs``.
 
         First come the jobs that can't start (SettingsError), before anything is trained. What goes wrong for a whole
@@ -97,11 +95,11 @@ class BatchRunner:
         if len(ready) > 1 and apart and not self._told_apart:
             self._told_apart = True
             log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *apart)
-        trained_here = {r.identity(r.job.settings) for r in ready.values()}
+        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready.values()}
         for batch in self._batches(ready):
             try:
-                outcomes = self._train_batch([ready[index] for index in batch], trained_here)
-                yield dict(zip(batch, outcomes, strict=True))
+                trials = self._train_batch([ready[index] for index in batch], trained_here)
+                yield dict(zip(batch, trials, strict=True))
             except Exception as error:  # the jobs' boundary: other batches go on
                 yield dict.fromkeys(batch, error)
 
@@ -139,20 +137,21 @@ class BatchRunner:
         batches = [some[start : start + size] for some in together.values() for start in range(0, len(some), size)]
         return sorted(batches, key=lambda batch: not any(ready[index].job.is_baseline for index in batch))
 
-    def _train_batch(self, members: Sequence[_Ready], trained_here: set[Hashable]) -> list[Outcome]:
+    def _train_batch(self, members: Sequence[_Ready], trained_here: Container[TrialIdentity]) -> list[Trial]:
         for r in members:
             ensure = r.job.settings.baseline.ensure and r.job.context is None
-            if ensure and r.identity(r.job.baseline) not in trained_here and not self._baseline_of(r):
+            if ensure and r.prepared.identity_of(r.job.baseline) not in trained_here and not self._baseline_of(r):
                 self._train_baseline(r)
         first = members[0]
-        settings = [r.job.settings for r in members]
         solo = self._solo(first) if len(members) > 1 else None
         contexts = [r.job.context or SweepContext() for r in members]
-        outcomes = run_batch(settings, first.prepared, first.store, contexts, solo)
-        for r, outcome in zip(members, outcomes, strict=True):
-            if outcome.result.status is Status.FINISHED and r.job.is_baseline:
-                self._baselines[r.identity(r.job.baseline)] = outcome.stored
-        return [self._concluded(r, outcome) for r, outcome in zip(members, outcomes, strict=True)]
+        trials = run_batch([r.job.settings for r in members], first.prepared, first.store, contexts, solo)
+        for r, trial in zip(members, trials, strict=True):
+            if trial.result.status is Status.FINISHED and r.job.is_baseline:
+                self._baselines[r.prepared.identity_of(r.job.baseline)] = trial.stored
+        for r, trial in zip(members, trials, strict=True):
+            self._conclude(r, trial)
+        return trials
 
     def _solo(self, ready: _Ready) -> float | None:
         """Return the estimate for a trial of this kind alone, measured once in a sweep."""
@@ -166,17 +165,16 @@ class BatchRunner:
                 self._solo_seconds[key] = None
         return self._solo_seconds[key]
 
-    def _concluded(self, ready: _Ready, outcome: Outcome) -> Outcome:
-        job, store, directory = ready.job, ready.store, Path(ready.job.settings.output.dir)
-        if store and not job.context:
-            store.catch_up(directory)
-        if job.is_baseline:
-            return conclude(outcome, store, lambda: None, is_swept=job.context is not None)
-        return conclude(outcome, store, lambda: self._baseline_of(ready), is_swept=job.context is not None)
+    def _conclude(self, ready: _Ready, trial: Trial) -> None:
+        if ready.store and not ready.job.context:
+            ready.store.catch_up(trial.directory)
+        if not ready.job.is_baseline:
+            compare_with(lambda: self._baseline_of(ready), trial, ready.store)
+        conclude(trial, ready.store, logs_best=ready.job.context is None)
 
     def _baseline_of(self, ready: _Ready) -> StoredTrial | None:
         """Find the newest finished baseline of a job."""
-        key, job, prepared = ready.identity(ready.job.baseline), ready.job, ready.prepared
+        key, job, prepared = ready.prepared.identity_of(ready.job.baseline), ready.job, ready.prepared
         if key not in self._baselines and ready.store:
             wanted = treatment_of(job.baseline, prepared.precision)
             found = ready.store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed)
@@ -189,9 +187,42 @@ class BatchRunner:
         baseline = ready.job.baseline
         directory = Path(ready.job.settings.output.dir) / "baseline"
         settings = replace(baseline, output=replace(baseline.output, dir=str(directory)))
-        trained = run(settings, ready.prepared, ready.store)
-        outcome = conclude(trained, ready.store, lambda: None, is_swept=True)
-        if outcome.result.report is None:
-            log.warning("the baseline %s: %s", outcome.result.status.lower(), outcome.result.error)
+        (trial,) = run_batch([settings], ready.prepared, ready.store, [SweepContext()])
+        conclude(trial, ready.store, logs_best=False)
+        if trial.result.report is None:
+            log.warning("the baseline %s: %s", trial.result.status.lower(), trial.result.error)
         else:
-            self._baselines[ready.identity(baseline)] = outcome.stored
+            self._baselines[ready.prepared.identity_of(baseline)] = trial.stored
+
+
+def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial, store: MlflowStore | None) -> None:
+    """Compare a trial with its baseline and attach that to its run, where both have a result.
+
+    A comparison that can't be made costs a warning: the trial has ended, and stands without it, a sweep's until the
+    sweep's report.
+    """
+    if trial.result.status is not Status.FINISHED or trial.result.report is None:
+        return
+    try:
+        baseline = find_baseline()
+        if baseline is None:
+            return
+        protocol = trial.prepared.protocol
+        picked_here = trial.context.picks and protocol.selection_split == protocol.report_split
+        comparison = compare(trial.stored, baseline, trial.settings.margin, picked_here)
+        if store and trial.run_id:
+            text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
+            store.add_comparison(trial.run_id, text, figures, comparison_headline(comparison))
+    except Exception as error:  # the boundary of a trial that has its result
+        log.warning("%s could not be compared with its baseline: %s", trial.name, error)
+    else:
+        trial.comparison = comparison
+
+
+def conclude(trial: Trial, store: MlflowStore | None, logs_best: bool) -> None:
+    """Write the model's card and log the model if that is asked; ``logs_best`` has ``tracking.log_model=best`` ask."""
+    write_or_warn(f"the card of {trial.name}", partial(write_card, trial))
+    tracking, directory = trial.settings.tracking, trial.directory / MODEL
+    is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and logs_best)
+    if is_wanted and store and trial.run_id and trial.result.status is Status.FINISHED and directory.is_dir():
+        store.log_model(trial.run_id, directory, tracking.register)

@@ -13,7 +13,7 @@ from distilbench.data.text import TextSplits, load_text
 from distilbench.data.tokens import EncodedSplits, encode
 from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
-from distilbench.identity import ProtocolIdentity, treatment_of
+from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
 from distilbench.report.names import name_of as name_of_values
@@ -87,6 +87,10 @@ class Prepared:
     measured_on: str
     seconds: float
 
+    def identity_of(self, settings: AppSettings) -> TrialIdentity:
+        """Return what tells a trial with these settings from others in everything that a result depends on."""
+        return trial_identity(self.protocol, settings, self.precision)
+
 
 def version_of(library: str) -> str:
     """Return the version of an installed library; ``unknown`` for one that runs without metadata, as a checkout may."""
@@ -137,11 +141,6 @@ def prepare(settings: AppSettings) -> Prepared:
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
     """Return the trial as an engine gets it: with the weights that were really resolved, and the engine."""
     return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
-
-
-def shares_device(settings: AppSettings) -> bool:
-    """Return whether processes side by side share what the settings train on: a CPU; GPUs are handed out."""
-    return resolve_device(settings.engine.device).type == "cpu"
 
 
 def run_start(

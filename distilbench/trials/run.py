@@ -1,63 +1,89 @@
-"""Build, train, track, compare: the only place where sources, engines, tracking and reports meet."""
+"""Build, train, track: from the moment a trial's run is opened until it is closed, whatever ends it."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
-from distilbench.engines import engine_for
+from distilbench.engines import checkpoints, engine_for
+from distilbench.engines.device import resolve_device
 from distilbench.identity import treatment_of
-from distilbench.report.trial import (
-    Comparison,
-    compare,
-    comparison_headline,
-    comparison_markdown,
-    comparison_metrics,
-)
+from distilbench.report.trial import Comparison
 from distilbench.results import (
-    MODEL,
+    PREDICTIONS,
     Evaluation,
+    Owner,
     Predictions,
+    Record,
     Status,
     StepRecord,
     StoredTrial,
     TrialResult,
+    read_record,
 )
-from distilbench.settings import AppSettings
-from distilbench.tracking import MlflowStore
-from distilbench.trials.card import write_card
+from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
 from distilbench.trials.interruptions import SignalGuard, TakenOver
-from distilbench.trials.opened import OpenTrial, open_trials, write_or_warn
-from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial
+from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial, run_start
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A trial with its result, the run that keeps it (None without tracking), and how it compares."""
+@dataclass
+class Trial:
+    """A trial that has begun; in the end with its result, and how it compares."""
 
     settings: AppSettings
     prepared: Prepared
-    result: TrialResult
-    run_id: str | None
     name: str
     """The run's name."""
-    predictions: Predictions | None
-    """What the kept epoch said of the report split."""
+    record: Record
+    run: MlflowRun | None
+    """None where nothing is tracked."""
     alone: bool
-    """Whether it had the device to itself, so that its seconds are its own."""
+    """Whether it has the device to itself, so that its seconds are its own."""
     context: SweepContext
+    ended: TrialResult | None = None
+    """What an engine came to, None until then."""
     comparison: Comparison | None = None
     """None for a baseline, and where there is none to compare with."""
+
+    @property
+    def result(self) -> TrialResult:
+        """What an engine came to; only of a trial that has ended."""
+        assert self.ended is not None
+        return self.ended
+
+    @property
+    def directory(self) -> Path:
+        """Where its record and its predictions are."""
+        return Path(self.settings.output.dir)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that keeps it, None without tracking."""
+        return self.run.run_id if self.run else None
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """What the kept epoch said of the report split."""
+        report = self.ended.report if self.ended else None
+        if report is None or report.logits is None:
+            return None
+        slices = self.prepared.text.report.slices
+        labels = self.prepared.splits.report.labels
+        return Predictions(labels, report.logits, None if slices is None else np.array(slices))
 
     @property
     def stored(self) -> StoredTrial:
@@ -88,51 +114,40 @@ class Outcome:
             number=self.context.tags.get("distilbench.trial", ""),
         )
 
+    def is_held(self) -> bool:
+        """Ask whether the trial is still this process's; say so if not."""
+        if self.context.lease is None or self.context.lease.holds():
+            return True
+        log.warning("%s was taken over by another process: nothing that came of it here is kept", self.name)
+        return False
 
-def conclude(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None],
-             is_swept: bool) -> Outcome:  # fmt: skip
-    """Do what follows training, in no trial's time: compare, write the model's card, log the model if that is asked.
+    def keep_in_directory(self) -> None:
+        """Write predictions and record; what can't be written costs a warning, since the figures outweigh the file."""
+        result, predictions = self.ended, self.predictions
+        if result is None:
+            return
+        if predictions is not None:
+            write_or_warn(f"the predictions of {self.name}",
+                          partial(write_predictions, predictions, self.directory / PREDICTIONS))  # fmt: skip
+        # the run may have been made since the start
+        self.record = replace(self.record, run_id=self.run_id).with_result(result, final_metrics(result))
+        write_or_warn(f"the record of {self.name}", lambda: self.record.write(self.directory))
 
-    ``find`` finds the baseline. Of a sweep's trials (``is_swept``), ``tracking.log_model=best`` means none yet.
-    """
-    outcome = add_comparison(outcome, store, find)
-    write_or_warn(f"the card of {outcome.name}", partial(write_card, outcome))
-    tracking, directory = outcome.settings.tracking, Path(outcome.settings.output.dir) / MODEL
-    is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and not is_swept)
-    if is_wanted and store and outcome.run_id and outcome.result.status is Status.FINISHED and directory.is_dir():
-        store.log_model(outcome.run_id, directory, tracking.register)
-    return outcome
+    def keep_in_store(self) -> None:
+        """End the run with what the trial came to."""
+        run, result = self.run, self.ended
+        if run and result:
+            write_or_warn(f"the run of {self.name}", lambda: run.finish(result, self.predictions))
+            if run.run_id != self.record.run_id:  # made only now
+                self.keep_in_directory()
 
 
-def add_comparison(outcome: Outcome, store: MlflowStore | None, find: Callable[[], StoredTrial | None]) -> Outcome:
-    """Compare a trial with the baseline that ``find`` finds and attach that to its run, where both have a result.
-
-    A comparison that can't be made costs a warning: the trial has ended, and stands without it, a sweep's until the
-    sweep's report.
-    """
-    if outcome.result.status is not Status.FINISHED or outcome.result.report is None:
-        return outcome
+def write_or_warn(what: str, write: Callable[[], object]) -> None:
+    """Write something of a trial that has its result; whatever goes wrong costs a warning."""
     try:
-        baseline = find()
-        if baseline is None:
-            return outcome
-        protocol = outcome.prepared.protocol
-        picked_here = outcome.context.picks and protocol.selection_split == protocol.report_split
-        comparison = compare(outcome.stored, baseline, outcome.settings.margin, picked_here)
-        if store and outcome.run_id:
-            text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
-            store.add_comparison(outcome.run_id, text, figures, comparison_headline(comparison))
-    except Exception as error:  # the boundary of a trial that has its result
-        log.warning("%s could not be compared with its baseline: %s", outcome.name, error)
-        return outcome
-    return replace(outcome, comparison=comparison)
-
-
-def run(
-    settings: AppSettings, prepared: Prepared, store: MlflowStore | None, context: SweepContext | None = None
-) -> Outcome:
-    """Train one trial and keep what comes of it, whatever its end."""
-    return run_batch([settings], prepared, store, [context or SweepContext()])[0]
+        write()
+    except Exception as error:  # whatever it is, the rest of the trial is still to be kept
+        log.warning("%s could not be written: %s", what, getattr(error, "strerror", None) or error)
 
 
 def run_batch(
@@ -141,11 +156,11 @@ def run_batch(
     store: MlflowStore | None,
     contexts: Sequence[SweepContext],
     solo_seconds: float | None = None,
-) -> list[Outcome]:
+) -> list[Trial]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
     ``solo_seconds`` is an estimate of what one of them would take alone. Whatever ends this, a signal, an exit or an
-    error, every run and record is closed; see :func:`distilbench.trials.opened.open_trials`.
+    error, every run and record is closed; see :func:`open_trials`.
     """
     with SignalGuard() as guard, open_trials(trials, prepared, store, contexts) as opened:
         began = time.perf_counter()
@@ -153,44 +168,136 @@ def run_batch(
             _train(opened, prepared, guard)
         if len(opened) > 1:
             _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    return [_outcome(trial) for trial in opened]
+    return opened
 
 
-def _train(opened: Sequence[OpenTrial], prepared: Prepared, guard: SignalGuard) -> None:
+@contextmanager
+def open_trials(
+    trials: Sequence[AppSettings], prepared: Prepared, store: MlflowStore | None, contexts: Sequence[SweepContext]
+) -> Iterator[list[Trial]]:
+    """Open a run and a record for each trial; at the end of the block, however it comes, close every one of them.
+
+    A trial that has its result keeps it. Any other ends INTERRUPTED where a signal or an exit ends the block, FAILED
+    where an error does; the exception passes through. Nothing is kept of one that another process has taken over.
+    Enter and leave it with signals held back.
+    """
+    trials = [_continued(settings, prepared, context) for settings, context in zip(trials, contexts, strict=True)]
+    records = [_begin(settings, prepared) for settings in trials]  # what is refused is refused before any run is open
+    opened: list[Trial] = []
+    try:
+        for settings, record, context in zip(trials, records, contexts, strict=True):
+            shares = context.is_quiet and resolve_device(settings.engine.device).type == "cpu"  # GPUs are handed out
+            alone = len(trials) == 1 and not shares
+            start = run_start(settings, prepared, record.run_id, context, alone)
+            run = store.begin(start) if store else None
+            record = replace(record, run_id=run.run_id if run else None)
+            opened.append(Trial(settings, prepared, start.name, record, run, alone, context))
+            _write_first(record, opened[-1].directory)
+        yield opened
+    except BaseException as error:
+        for trial in opened:
+            trial.ended = trial.ended or _ended_by(error)
+        raise
+    finally:
+        for trial in filter(Trial.is_held, opened):  # in their directories first, which settles them, in milliseconds
+            trial.keep_in_directory()
+        for trial in filter(Trial.is_held, opened):
+            trial.keep_in_store()
+
+
+def _continued(settings: AppSettings, prepared: Prepared, context: SweepContext) -> AppSettings:
+    """Return the settings to continue the interrupted trial that a sweep names, its checkpoints and its record moved.
+
+    A trial of which there is nothing here, or only what another machine's precision or engine left, starts anew.
+    """
+    before, directory = context.continues, Path(settings.output.dir)
+    record = read_record(before) if before else None
+    if before and before != directory and record is None:
+        log.info("the interrupted trial starts over: its checkpoints are on another host, not in %s", before)
+    if before is None or record is None or record.is_over:
+        return settings
+    old = before / checkpoints.DIRECTORY
+    trial, weights = prepared_trial(settings, prepared), prepared.model.used.fingerprint
+    try:
+        kept = checkpoints.identity_of(trial, prepared.splits, weights, prepared.precision)
+        if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.newest(old, kept) is None:
+            return settings
+    except SettingsError as error:
+        log.info("the interrupted trial is not continued: %s", error)
+        return settings
+    if before != directory:
+        replace(record, owner=Owner.of_this_process()).write(directory)
+        checkpoints.remove_all(directory / checkpoints.DIRECTORY)
+        os.replace(old, directory / checkpoints.DIRECTORY)
+    return replace(settings, train=replace(settings.train, resume=True))
+
+
+def _begin(settings: AppSettings, prepared: Prepared) -> Record:
+    """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
+    directory = Path(settings.output.dir)
+    identity = asdict(prepared.identity_of(settings))
+    found = read_record(directory) if settings.train.resume else None
+    if found and found.status is Status.FINISHED:
+        raise SettingsError(
+            f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
+            f"{found.scores['accuracy']:.4f}; drop train.resume=true to train it anew"
+        )
+    changed = [key for key, value in identity.items() if found and found.identity[key] != value]
+    if changed:
+        raise SettingsError(
+            f"train.resume must continue the trial in {directory}, got another {' and '.join(changed)}; "
+            "use the settings it was started with, or another hydra.run.dir"
+        )
+    return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
+
+
+def _write_first(record: Record, directory: Path) -> None:
+    """Write the record of a trial that begins; raises :class:`SettingsError` where its directory takes none."""
+    try:
+        record.write(directory)
+    except OSError as error:
+        raise SettingsError(
+            f"output.dir must be a directory that can be written, got {directory}: {error.strerror}; "
+            "make room there, or name another with hydra.run.dir=... (of a sweep: hydra.sweep.dir=...)"
+        ) from error
+
+
+def _ended_by(error: BaseException) -> TrialResult:
+    if isinstance(error, Exception):
+        return TrialResult(Status.FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
+
+
+def _train(opened: Sequence[Trial], prepared: Prepared, guard: SignalGuard) -> None:
     """Give every trial its result."""
     console = Console(quiet=any(trial.context.is_quiet for trial in opened))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(trial.settings, prepared) for trial in opened]
     with Progress([trial.name for trial in opened], console) as progress:
         observer = _Observer(opened, progress, guard)
-        for trial, result in enumerate(engine.train(used, prepared.splits, observer)):
+        for index, result in enumerate(engine.train(used, prepared.splits, observer)):
+            reason = observer.reasons.get(index) if result.status is Status.PRUNED else None
+            error = f"{result.error}: {reason}" if reason else result.error
             seconds = result.setup_seconds + prepared.seconds
-            opened[trial].result = replace(result, error=observer.explain(trial, result), setup_seconds=seconds)
+            opened[index].ended = replace(result, error=error, setup_seconds=seconds)
 
 
-def _share_batch(opened: Sequence[OpenTrial], seconds: float, solo_seconds: float | None) -> None:
+def _share_batch(opened: Sequence[Trial], seconds: float, solo_seconds: float | None) -> None:
     """Say in what company each result came about; the estimate is for trials that took all of their steps."""
     for trial in opened:
-        if trial.result:
-            solo = solo_seconds if trial.result.status is Status.FINISHED else None
-            trial.result = replace(
-                trial.result, num_trials_in_batch=len(opened), batch_seconds=seconds, solo_seconds_estimate=solo
-            )
-
-
-def _outcome(trial: OpenTrial) -> Outcome:
-    assert trial.result is not None  # else the engine had raised
-    run_id = trial.run.run_id if trial.run else None
-    return Outcome(trial.settings, trial.prepared, trial.result, run_id, trial.name, trial.predictions, trial.alone,
-                   trial.context)  # fmt: skip
+        solo = solo_seconds if trial.result.status is Status.FINISHED else None
+        trial.ended = replace(
+            trial.result, num_trials_in_batch=len(opened), batch_seconds=seconds, solo_seconds_estimate=solo
+        )
 
 
 class _Observer:
     """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
 
-    def __init__(self, opened: Sequence[OpenTrial], progress: Progress, guard: SignalGuard) -> None:
+    def __init__(self, opened: Sequence[Trial], progress: Progress, guard: SignalGuard) -> None:
         self._opened, self._progress, self._guard = opened, progress, guard
-        self._reasons: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
+        """Why a pruner stopped a trial."""
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Log and show a step."""
@@ -200,16 +307,15 @@ class _Observer:
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Log and show an evaluation; return whether the trial is to stop, as its pruning callback says."""
-        lease = self._opened[trial].context.lease
-        if lease and not lease.holds():
+        context = self._opened[trial].context
+        if context.lease and not context.lease.holds():
             return True
         if run := self._opened[trial].run:
             run.on_evaluation(evaluation)
         self._progress.on_evaluation(trial, evaluation)
-        prune = self._opened[trial].context.pruning_callback
-        reason = prune(evaluation) if prune else None
+        reason = context.pruning_callback(evaluation) if context.pruning_callback else None
         if reason:
-            self._reasons[trial] = reason
+            self.reasons[trial] = reason
         return bool(reason)
 
     def wants_checkpoint(self) -> bool:
@@ -222,8 +328,3 @@ class _Observer:
     def on_checkpoint(self) -> None:
         """Let the signal through that waits."""
         self._guard.deliver()
-
-    def explain(self, trial: int, result: TrialResult) -> str | None:
-        """Return the result's error, with the callback's reason where that stopped the trial."""
-        reason = self._reasons.get(trial) if result.status is Status.PRUNED else None
-        return f"{result.error}: {reason}" if reason else result.error

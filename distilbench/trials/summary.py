@@ -20,7 +20,7 @@ from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import SchedulerSettings, TrialSettings
 from distilbench.tracking import MlflowStore
 from distilbench.trials.prepared import Job, prepared_trial
-from distilbench.trials.run import Outcome
+from distilbench.trials.run import Trial
 
 _WIDTH = 100
 """Columns of text that a summary takes at most, where the terminal is wider."""
@@ -28,18 +28,18 @@ _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
 
 
-def print_outcome(job: Job, outcome: Outcome, store: MlflowStore | None, console: Console | None = None) -> None:
+def print_outcome(job: Job, trial: Trial, store: MlflowStore | None, console: Console | None = None) -> None:
     """Print what a person asked for with one trial; readable without a terminal too."""
     console = console or Console()
     width = min(console.width, _WIDTH)
     console.print()
-    console.print(_heading(outcome), width=width)
-    console.print(_facts(outcome), width=width)
-    for line in _comparison_lines(job, outcome, width):
+    console.print(_heading(trial), width=width)
+    console.print(_facts(trial), width=width)
+    for line in _comparison_lines(job, trial, width):
         console.print(line, width=width)
     lines = {
-        "baseline": None if job.is_baseline or outcome.comparison else job.baseline_command(),
-        "output": outcome.settings.output.dir,
+        "baseline": None if job.is_baseline or trial.comparison else job.baseline_command(),
+        "output": trial.settings.output.dir,
         "first": store.ui_command if store else None,
         "runs": store.runs_url() if store else None,
     }
@@ -48,10 +48,10 @@ def print_outcome(job: Job, outcome: Outcome, store: MlflowStore | None, console
             console.print(Text.assemble((f"{label:<10}", "dim"), text), soft_wrap=True)
 
 
-def trial_line(outcome: Outcome) -> str:
+def trial_line(trial: Trial) -> str:
     """Tell a trial of a batch on one line: how it ended, figures, difference to its baseline, time."""
-    result, comparison = outcome.result, outcome.comparison
-    parts = [f"{outcome.name} {result.status}"]
+    result, comparison = trial.result, trial.comparison
+    parts = [f"{trial.name} {result.status}"]
     if result.report is not None:
         parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
     base = comparison.baseline.trials[0] if comparison else None
@@ -69,34 +69,34 @@ def trial_line(outcome: Outcome) -> str:
     return "; ".join([*parts, f"{duration(result.train_seconds)} training at once with {others}{solo}"])
 
 
-def _heading(outcome: Outcome) -> Text:
-    status = outcome.result.status
+def _heading(trial: Trial) -> Text:
+    status = trial.result.status
     heading = Text.assemble(
-        (outcome.name, "bold"), "  ", (status.value, "bold green" if status is Status.FINISHED else "bold red")
+        (trial.name, "bold"), "  ", (status.value, "bold green" if status is Status.FINISHED else "bold red")
     )
-    used = (outcome.prepared.model.used, outcome.prepared.text.used)
+    used = (trial.prepared.model.used, trial.prepared.text.used)
     if asked := " and ".join(source.fallback_for for source in used if source.fallback_for):
         warning = f"FALLBACK: {asked} could not be reached; these figures come from stand-ins."
         heading.append(f"\n{warning}", "bold yellow")
     return heading
 
 
-def _facts(outcome: Outcome) -> Table:
+def _facts(trial: Trial) -> Table:
     """Two columns, label and text, without lines."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True, min_width=7)
     grid.add_column(overflow="fold")
-    for label, told in _fact_texts(outcome):
+    for label, told in _fact_texts(trial):
         text = Text(told)
         text.highlight_words(["FALLBACK"], "bold black on yellow")
         grid.add_row(label, text)
     return grid
 
 
-def _fact_texts(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    settings, result = prepared_trial(outcome.settings, outcome.prepared), outcome.result
-    yield "model", outcome.prepared.model.used.describe()
-    yield from _facts_of_text(outcome)
+def _fact_texts(trial: Trial) -> Iterator[tuple[str, str]]:
+    settings, result = prepared_trial(trial.settings, trial.prepared), trial.result
+    yield "model", trial.prepared.model.used.describe()
+    yield from _facts_of_text(trial)
     trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
     share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
     yield "frozen", frozen_part(settings) + share
@@ -106,17 +106,17 @@ def _fact_texts(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "training", _training(settings, result)
     if result.report is not None:
         yield "result", _result(result, result.report)
-        if outcome.predictions is not None:
-            yield "floor", _floor(outcome.predictions, settings.seed)
-            if slices := by_slice(outcome.predictions):
+        if trial.predictions is not None:
+            yield "floor", _floor(trial.predictions, settings.seed)
+            if slices := by_slice(trial.predictions):
                 yield "slices", slices
         yield "time", _time(result)
     if result.error:
         yield "error", result.error
 
 
-def _facts_of_text(outcome: Outcome) -> Iterator[tuple[str, str]]:
-    text = outcome.prepared.text
+def _facts_of_text(trial: Trial) -> Iterator[tuple[str, str]]:
+    text = trial.prepared.text
     used = {"train": text.train, "validation": text.report}
     if text.selection is not text.report:
         used["selection"] = text.selection
@@ -191,8 +191,8 @@ def _time(result: TrialResult) -> str:
     )
 
 
-def _comparison_lines(job: Job, outcome: Outcome, width: int) -> Iterator[Table | Text]:
-    comparison = outcome.comparison
+def _comparison_lines(job: Job, trial: Trial, width: int) -> Iterator[Table | Text]:
+    comparison = trial.comparison
     if comparison is not None:
         yield rich_table([comparison.row, comparison.baseline], COLUMNS, width)
         yield Text(sentence(comparison), "bold")
@@ -203,6 +203,6 @@ def _comparison_lines(job: Job, outcome: Outcome, width: int) -> Iterator[Table 
     elif not job.is_baseline:
         told = "Not compared: there is no finished baseline of this protocol yet. The next line trains one."
         yield Text(f"\n{told}", "bold")
-    elif outcome.result.report is not None:
+    elif trial.result.report is not None:
         yield Text("\nThis is a baseline: what other trials of its protocol are compared with.", "bold")
     yield Text()

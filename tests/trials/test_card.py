@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from distilbench.identity import point_key
 from distilbench.report.trial import sentence
 from distilbench.settings import TrackingSettings
+from distilbench.trials.batch import compare_with, conclude
 from distilbench.trials.card import write_card
-from distilbench.trials.prepared import prepare
-from distilbench.trials.run import conclude, run
+from distilbench.trials.prepared import SweepContext, prepare
+from distilbench.trials.run import run_batch
 from tests.conftest import compose_settings
 
 ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "scheduler=cosine", "optim.lr=1e-2")
@@ -25,7 +26,9 @@ ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "sch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
-    return conclude(run(settings, prepare(settings), store=None), None, lambda: None, is_swept=False)
+    (outcome,) = run_batch([settings], prepare(settings), None, [SweepContext()])
+    conclude(outcome, None, logs_best=True)
+    return outcome
 
 
 def card_of(outcome) -> ModelCard:
@@ -54,7 +57,9 @@ def test_its_command_trains_the_same(outcome):
 
 
 def test_a_comparison_says_no_more_than_the_trial_did(outcome):
-    compared = conclude(outcome, None, lambda: replace(outcome.stored, name="other", seed=7), is_swept=False)
+    compared = replace(outcome)
+    compare_with(lambda: replace(outcome.stored, name="other", seed=7), compared, None)
+    write_card(compared)
     assert sentence(compared.comparison).split(":")[0] in card_of(outcome).text
     assert "Only the seed differs" in card_of(outcome).text
     assert "compared with no baseline" not in card_of(outcome).text
@@ -90,16 +95,16 @@ def test_a_trial_without_a_model_gets_no_card(outcome, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("log_model", "is_swept", "logs"),
-    [("never", False, False), ("best", False, True), ("best", True, False), ("always", True, True)],
+    ("log_model", "logs_best", "logs"),
+    [("never", True, False), ("best", True, True), ("best", False, False), ("always", False, True)],
 )
-def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_model, is_swept, logs):
+def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_model, logs_best, logs):
     tracking = TrackingSettings(
         "mlflow", None, "distilbench", 0, log_model, None if log_model == "never" else "name@best"
     )
-    asked = replace(outcome, settings=replace(outcome.settings, tracking=tracking), run_id="0")
+    asked = replace(outcome, settings=replace(outcome.settings, tracking=tracking), run=SimpleNamespace(run_id="0"))
     logged = []
     store = SimpleNamespace(log_model=lambda *call: logged.append(call))
-    conclude(asked, store, lambda: None, is_swept)
+    conclude(asked, store, logs_best)
     wanted = [("0", Path(outcome.settings.output.dir) / "model", "name@best")]
     assert logged == (wanted if logs else [])

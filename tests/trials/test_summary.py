@@ -13,13 +13,13 @@ from distilbench.report.trial import sentence
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import FREEZE_POLICIES
 from distilbench.trials.prepared import SweepContext
-from distilbench.trials.run import Outcome
+from distilbench.trials.run import Trial
 from distilbench.trials.summary import frozen_part, print_outcome
 from tests.report.test_trial import SAME, baseline, compare, stored
 
 
 @pytest.fixture
-def outcome(settings) -> Outcome:
+def outcome(settings) -> Trial:
     evaluation = Evaluation("validation", 8, 2.0, 0.333, 0.9, 0.91, 0.8)
     result = TrialResult(
         Status.FINISHED,
@@ -46,15 +46,15 @@ def outcome(settings) -> Outcome:
         shared=3,
         dropped={"duplicates": 34, "blank": 0},
     )
-    return Outcome(
+    return Trial(
         settings=replace(asked, output=replace(asked.output, dir="/outputs/[bold]2026[/bold]")),
         prepared=SimpleNamespace(model=model, text=text, engine=replace(asked.engine, name="trainer")),
-        result=result,
-        run_id="t",
         name="freeze2-cosine",
-        predictions=None,
+        record=None,
+        run=None,
         alone=True,
         context=SweepContext(),
+        ended=result,
         comparison=compare(stored(SAME), baseline(SAME)),
     )
 
@@ -62,7 +62,7 @@ def outcome(settings) -> Outcome:
 RUNS = "http://127.0.0.1:5000/#/" + "x" * 150
 
 
-def shown(outcome: Outcome, command: str | None = None, **console) -> str:
+def shown(outcome: Trial, command: str | None = None, **console) -> str:
     """What is printed of a baseline, or of a trial whose baseline ``command`` makes."""
     stream, store = io.StringIO(), SimpleNamespace(runs_url=lambda: RUNS, ui_command=None)
     job = SimpleNamespace(is_baseline=command is None, baseline_command=lambda: command)
@@ -72,7 +72,7 @@ def shown(outcome: Outcome, command: str | None = None, **console) -> str:
 
 def test_summary_tells_how_many_examples_were_taken_at_once_where_memory_was_short(outcome):
     assert "batch 16 (4 at once), cut" in " ".join(
-        shown(replace(outcome, result=replace(outcome.result, micro_batch_size=4))).split()
+        shown(replace(outcome, ended=replace(outcome.result, micro_batch_size=4))).split()
     )
 
 
@@ -80,7 +80,7 @@ def test_summary_tells_where_patience_ended_a_trial(outcome):
     assert outcome.result.report
     trained = replace(outcome.result, history=(outcome.result.report,))
     patient = replace(outcome.settings, train=replace(outcome.settings.train, patience=1))
-    told = [shown(replace(outcome, result=trained, settings=each)) for each in (patient, outcome.settings)]
+    told = [shown(replace(outcome, ended=trained, settings=each)) for each in (patient, outcome.settings)]
     assert ["3 epochs, ended after 2 by patience, batch 16" in text for text in told] == [True, False]
 
 
@@ -156,7 +156,7 @@ def test_a_baseline_is_called_one(outcome):
 
 def test_a_failed_trial_shows_its_error_and_claims_nothing(outcome):
     failed = TrialResult(Status.DIVERGED, "the loss is nan; lower optim.lr [now 1]", precision="fp32")
-    text = shown(replace(outcome, result=failed, comparison=None))
+    text = shown(replace(outcome, ended=failed, comparison=None))
     assert "freeze2-cosine  DIVERGED" in text
     assert "the loss is nan; lower optim.lr [now 1]" in text
     assert "accuracy" not in text
@@ -165,7 +165,7 @@ def test_a_failed_trial_shows_its_error_and_claims_nothing(outcome):
 
 def test_a_separate_selection_split_is_told(outcome):
     picked = replace(outcome.result, selection=replace(outcome.result.report, split="train (held out)"))
-    assert "which did not pick the epoch" in shown(replace(outcome, result=picked))
+    assert "which did not pick the epoch" in shown(replace(outcome, ended=picked))
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,12 @@ def test_every_policy_has_words_of_its_own(settings):
     assert len({frozen_part(settings(*overrides)) for overrides in given.values()}) == len(FREEZE_POLICIES)
 
 
-def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(outcome):
+def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(outcome, monkeypatch):
     labels = np.arange(100) < 60
     always = Predictions(labels.astype(int), np.tile([0.0, 1.0], (100, 1)))
-    words = " ".join(shown(replace(outcome, predictions=always)).split())
+    monkeypatch.setattr(Trial, "predictions", always)
+    words = " ".join(shown(outcome).split())
     assert "60.00 % by the most frequent label alone; not shown to be above it: this trial HAS NOT LEARNED" in words
     good = Predictions(labels.astype(int), np.eye(2)[labels.astype(int)])
-    assert "alone; above it" in " ".join(shown(replace(outcome, predictions=good)).split())
+    monkeypatch.setattr(Trial, "predictions", good)
+    assert "alone; above it" in " ".join(shown(outcome).split())

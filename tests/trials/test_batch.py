@@ -1,0 +1,45 @@
+"""A trial beside its baseline, both trained in this process: what is printed and what is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distilbench.report.from_store import ReportRequest, make_report
+from distilbench.results import PREDICTIONS
+from distilbench.tracking import RunFilter
+from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.uri import sqlite_url
+from distilbench.trials.batch import run_and_compare
+from distilbench.trials.prepared import Job
+from tests.engines.conftest import PAIRS
+from tests.made_store import make_store
+
+
+def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_baseline_and_in_reports(
+    settings, tmp_path, capsys
+):
+    given = (*PAIRS, "data.slice_column=source", "train.epochs=1", "engine=fused", "output.save_model=false",
+             "train.checkpoints=false", "baseline.ensure=true", "tracking=mlflow",
+             f"tracking.uri={sqlite_url(tmp_path / 'mlflow.db')}")  # fmt: skip
+    store = make_store(tmp_path)
+    trial, baseline = settings(*given, "freeze.layers=1"), settings(*given)
+    outcome = run_and_compare(Job(trial, baseline, lambda: ""))
+    kept, theirs = (read_predictions(tmp_path / part / PREDICTIONS) for part in ("", "baseline"))
+    assert kept.slices.tolist() == theirs.slices.tolist() == list(outcome.prepared.text.report.slices)
+    rows = outcome.comparison.slices
+    assert {(row.slice, row.label) for row in rows} == {
+        (source, label) for source in ("web", "book", "mail") for label in ("baseline", "this trial")
+    }
+    for row in rows:
+        said = theirs if row.is_baseline else kept
+        assert row.accuracy == said.correct[kept.slices == row.slice].mean()
+        assert row.examples == np.sum(kept.slices == row.slice)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"slices {rows[0].slice} " in printed
+    assert "By slice: p is corrected (Holm) for all slices" in printed
+    trials = store.search(RunFilter())
+    (base,) = [found.run_id for found in trials if found.treatment["freeze.layers"] == 0]
+    report = make_report(store, trials, ReportRequest("Both", {}, 1.0, baseline=base))
+    assert [(row.slice, row.accuracy, row.points) for row in report.slices] == [
+        (row.slice, row.accuracy, row.points) for row in rows
+    ]
