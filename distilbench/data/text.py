@@ -12,16 +12,22 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distilbench.cli import counted
-from distilbench.data.formats import NO_REGRESSION, show, show_all
-from distilbench.data.readers import Corpus, Rows, hub_title, read_corpus
+from distilbench.data.formats import show, show_all
+from distilbench.data.readers import Corpus, hub_title, read_corpus
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 log = logging.getLogger(__name__)
+
+NO_REGRESSION = "numbers with fractions are a target for regression, which is not offered: make classes of them"
 
 RUN_OF_WORDS = 5
 """Two texts that have so many words in common, one after another, count as near-duplicates. SST-2's training phrases
@@ -164,67 +170,51 @@ def _fall_back(settings: DataSettings) -> TextSplits:
 
 def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
     """Train, validation and the label names, each example checked."""
-    rows = [corpus.train] if corpus.validation is None else [corpus.train, corpus.validation]
-    texts = [_checked_texts(part) for part in rows]
-    labels = [_checked_labels(part) for part in rows]
-    names = corpus.label_names or _names_in(labels[0], corpus.train.title)
-    numbers = _numbers(names, corpus.label_names is not None, labels)
-    for part, values in zip(rows, labels, strict=True):
-        unknown = next((i for i, value in enumerate(values) if value not in numbers), None)
-        if unknown is not None:
-            raise SettingsError(_unknown_label(part, unknown, values[unknown], names, corpus.label_names is not None))
-    splits = [
-        TextSplit(first, np.array([numbers[value] for value in values], dtype=np.int64), second, _checked_slices(part))
-        for part, (first, second), values in zip(rows, texts, labels, strict=True)
-    ]
-    _check_classes(splits[0], names, corpus.train.title)
-    return splits[0], splits[1] if len(splits) > 1 else None, names
+    rows = [_checked(part) for part in (corpus.train, corpus.validation) if part is not None]
+    title, declared = str(corpus.train.index.name), corpus.label_names is not None
+    names = corpus.label_names or _names_in(rows[0]["label"], title)
+    numbers = _numbers(names, declared, set().union(*(part["label"] for part in rows)))
+    allowed = f"one of {show_all(names)}" + (f", or all labels their numbers 0..{len(names) - 1}" if declared else "")
+    for part in rows:
+        for place, label in part["label"].items():
+            require(label in numbers, f"{place}: the label", allowed, label, "mend it or data.label_names")
+    train, *others = (
+        TextSplit(
+            tuple(part["text"]),
+            part["label"].map(numbers).to_numpy(np.int64),
+            tuple(part["pair"]) if "pair" in part else None,
+            tuple(part["slice"]) if "slice" in part else None,
+        )
+        for part in rows
+    )
+    _check_classes(train, names, title)
+    return train, next(iter(others), None), names
 
 
-def _checked_texts(rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Return the texts and the second ones, None where there are no pairs."""
-    for which, texts in zip(("text", "second text"), rows.texts(), strict=False):
-        for i, text in enumerate(texts):
-            if text is None:
-                raise SettingsError(f"{rows.at(i)}: the {which} is missing (null); write a sentence or delete the row")
-            if not isinstance(text, str):
-                raise SettingsError(f"{rows.at(i)}: the {which} must be a string, got {show(text)}; put it into quotes")
-            if not text.strip():
-                raise SettingsError(f"{rows.at(i)}: the {which} is blank; write a sentence or delete the row")
-            _check_unicode(text, rows, i)
-    return tuple(rows.values["text"]), tuple(rows.values["pair"]) if "pair" in rows.values else None
+def _checked(rows: DataFrame) -> DataFrame:
+    """Return texts as they are; labels and slices as strings without spaces around them.
+
+    So 1 in Parquet and "1" in CSV are one label. A missing slice is a slice too.
+    """
+    checked = rows.copy()
+    for part in rows:
+        checked[part] = [_usable(str(part), value, str(place)) for place, value in rows[part].items()]
+    return checked
 
 
-def _checked_slices(rows: Rows) -> tuple[str, ...] | None:
-    """Return the values by which results are reported, as strings; what is missing is a slice too."""
-    if "slice" not in rows.values:
-        return None
-    slices = tuple("" if value is None else str(value).strip() for value in rows.values["slice"])
-    for i, value in enumerate(slices):
-        _check_unicode(value, rows, i)
-    return slices
-
-
-def _checked_labels(rows: Rows) -> list[str]:
-    """Labels as strings without spaces around them, so that 1 in Parquet and "1" in CSV are one label."""
-    labels = []
-    for i, label in enumerate(rows.values["label"]):
-        if label is None or (isinstance(label, str) and not label.strip()):
-            raise SettingsError(f"{rows.at(i)}: the label is missing; write one or delete the row")
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            remedy = f"; {NO_REGRESSION}" if isinstance(label, float) else ""
-            raise SettingsError(f"{rows.at(i)}: the label must be an integer or a string, got {show(label)}{remedy}")
-        labels.append(str(label).strip())
-        _check_unicode(labels[-1], rows, i)
-    return labels
-
-
-def _check_unicode(text: str, rows: Rows, index: int) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        broken = ascii(text[error.start])
-        raise SettingsError(f"{rows.at(index)}: {broken} is half a character; write the whole one") from None
+def _usable(part: str, value: Any, place: str) -> str:
+    if part == "slice":
+        return "" if value is None else str(value).strip()
+    name = "second text" if part == "pair" else part
+    if value is None or not str(value).strip():
+        raise SettingsError(f"{place}: the {name} is missing; write one or delete the row")
+    if part == "label" and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return str(value).strip()
+    is_text = part != "label" and isinstance(value, str)
+    remedy = NO_REGRESSION if isinstance(value, float) else "put it into quotes"
+    allowed = "an integer or a string" if part == "label" else "a string"
+    require(is_text, f"{place}: the {name}", allowed, value, remedy)
+    return str(value)
 
 
 def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
@@ -234,11 +224,8 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
     """
     names = sorted(set(labels))
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
-    if fraction is not None:
-        raise SettingsError(
-            f"{title} must have classes for labels, got the number {fraction}; {NO_REGRESSION}, or name them all in "
-            "data.label_names"
-        )
+    remedy = f"{NO_REGRESSION}, or name them all in data.label_names"
+    require(fraction is None, title, "text with classes for labels", fraction, remedy)
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"\.0+$", "", _folded(name)), []).append(name)
@@ -250,37 +237,22 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=int) if numeric else names)
 
 
-def _numbers(names: tuple[str, ...], declared: bool, labels: list[list[str]]) -> dict[str, int]:
+def _numbers(names: tuple[str, ...], declared: bool, written: set[str]) -> dict[str, int]:
     """From a label as written to its number: by name, or by number where declared names occur nowhere as such.
 
     The choice is made once for all rows: names 1, 2, 3 and data 0, 1, 2 would otherwise mix the two readings.
     """
     by_name = {name: i for i, name in enumerate(names)}
     by_number = {str(i): i for i in range(len(names))}
-    written = set().union(*labels)
     by_numbers = declared and not written <= by_name.keys() and written <= by_number.keys()
     return by_number if by_numbers else by_name
 
 
-def _unknown_label(rows: Rows, index: int, label: str, names: tuple[str, ...], declared: bool) -> str:
-    if not declared:
-        return f"{rows.at(index)}: label {show(label)} does not occur in train, which has {show_all(names)}; mend it"
-    return (
-        f"{rows.at(index)}: the label must be one of data.label_names {show_all(names)}, or all labels their numbers "
-        f"0..{len(names) - 1}, got {show(label)}; mend it or data.label_names"
-    )
-
-
 def _check_classes(train: TextSplit, names: tuple[str, ...], title: str) -> None:
-    if len(names) < 2:
-        raise SettingsError(f"{title} must have 2 classes or more, got {show_all(names)} only; check the label column")
-    counts = np.bincount(train.labels, minlength=len(names))
-    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    if absent:
-        raise SettingsError(
-            f"{title} must have examples of each class, got none of {show_all(absent)}; "
-            "add some, or set data.label_names to the classes that there are"
-        )
+    require(len(names) >= 2, title, "text of 2 classes or more", list(names), "check the label column")
+    absent = [name for i, name in enumerate(names) if i not in train.labels]
+    require(not absent, title, f"text with examples of each class, {show_all(absent)} too", "none",
+            "add some, or set data.label_names to the classes that there are")  # fmt: skip
 
 
 def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]) -> tuple[TextSplit, TextSplit]:

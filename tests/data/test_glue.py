@@ -79,7 +79,6 @@ def glue(tmp_path_factory):
         patch.setattr(datasets.config, "HF_CACHE_HOME", folder / "home")
         patch.setenv("HF_HUB_OFFLINE", "")
         patch.setenv("HF_ENDPOINT", address)
-        patch.setenv(sources._REACHED, "")
         sources.hub_reachable.cache_clear()
         yield address
     sources.hub_reachable.cache_clear()

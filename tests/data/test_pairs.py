@@ -81,7 +81,11 @@ def test_either_text_of_a_pair_makes_it_a_near_duplicate(folder, caplog):
 
 @pytest.mark.parametrize(
     ("second", "words"),
-    [("  ", "the second text is blank"), (None, "the second text is missing"), (7, "the second text must be a string")],
+    [
+        ("  ", "the second text is missing"),
+        (None, "the second text is missing"),
+        (7, "the second text must be a string"),
+    ],
 )
 def test_a_second_text_that_is_none_is_refused_with_its_place(folder, second, words):
     path = pairs_file(folder / "second.jsonl", [*ROWS, ("k", second, 1, "web")])

@@ -198,7 +198,7 @@ except SettingsError as error:
 
 def resolve_elsewhere(endpoint, home, **given):
     """Resolve in a process of its own, which sees the hub at ``endpoint``; returns what was used, or the error."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "DISTILBENCH_HUB_REACHED")}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
     command = [sys.executable, "-c", RESOLVE, json.dumps({"source": "hub", **given})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
