@@ -11,6 +11,7 @@ from distilbench.report import power
 from distilbench.report.formats import duration
 from distilbench.report.words import what_decides
 from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.space import describe
 from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.prepared import prepare
 
@@ -59,7 +60,7 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
 
 def _table(plan: SweepPlan) -> Table:
     """Return the points of a grid, or the dimensions of another space."""
-    rows = [(key, _described(distribution)) for key, distribution in plan.space.dimensions.items()]
+    rows = [(key, describe(distribution)) for key, distribution in plan.space.dimensions.items()]
     if plan.is_grid:
         rows = [("baseline", plan.name_of(point)) for point in plan.beside]
         rows += [(str(number), plan.name_of(point)) for number, point in enumerate(plan.points)]
@@ -70,13 +71,3 @@ def _table(plan: SweepPlan) -> Table:
     if len(rows) > LONGEST_GRID:
         table.add_row("...", f"{len(rows) - LONGEST_GRID} more")
     return table
-
-
-def _described(distribution: object) -> str:
-    """Return a dimension for people: ``0, 3, 6`` or ``1e-05 to 0.0001, logarithmic``."""
-    choices = getattr(distribution, "choices", None)
-    if choices is not None:
-        return ", ".join(map(str, choices))
-    low, high, step, is_log = (getattr(distribution, name) for name in ("low", "high", "step", "log"))
-    every = f" in steps of {step:g}" if step and not is_log else ""
-    return f"{low:g} to {high:g}{every}" + (", logarithmic" if is_log else "")

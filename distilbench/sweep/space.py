@@ -110,6 +110,16 @@ def edges(distribution: BaseDistribution) -> Sequence[Any]:
     return distribution.low, distribution.high
 
 
+def describe(distribution: BaseDistribution) -> str:
+    """Return a dimension for people, its choices in any order the same: ``0, 3`` or ``1e-05 to 0.1, logarithmic``."""
+    if isinstance(distribution, CategoricalDistribution):
+        return ", ".join(sorted(map(str, distribution.choices)))
+    low, high, step, is_log = (getattr(distribution, name) for name in ("low", "high", "step", "log"))
+    whole = "whole numbers from " if isinstance(distribution, IntDistribution) else ""
+    every = f" in steps of {step:g}" if step and not is_log and not (whole and step == 1) else ""
+    return f"{whole}{low:g} to {high:g}{every}" + (", logarithmic" if is_log else "")
+
+
 def _values(distribution: BaseDistribution) -> Sequence[Any] | None:
     """Return every value, None for an interval."""
     if isinstance(distribution, CategoricalDistribution):
