@@ -76,10 +76,9 @@ def run_sweep(*overrides: str) -> None:
     Raises :class:`distilbench.cli.CommandFailed` where too many of its trials fail.
     """
     from distilbench.cli import run_inside
-    from distilbench.composition import absolute_paths
     from distilbench.train import main
 
-    run_inside(main, ["--multirun", *absolute_paths(overrides)])
+    run_inside(main, ["--multirun", *overrides])
 
 
 def make_report(*overrides: str) -> Report:
@@ -126,12 +125,12 @@ def _job(overrides: Sequence[str]) -> Job:
 
     from omegaconf import open_dict
 
-    from distilbench.composition import absolute_paths, check
+    from distilbench.composition import check
     from distilbench.settings import root
     from distilbench.train import job_of
 
     place = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
-    config = _composed("config", [f"output.dir={place}", *absolute_paths(overrides)])
+    config = _composed("config", [f"output.dir={place}", *overrides])
     choices = config.hydra.runtime.choices
     with open_dict(config):
         del config["hydra"]

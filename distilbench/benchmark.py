@@ -15,7 +15,6 @@ import hydra
 from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
-from distilbench.composition import absolute_paths
 from distilbench.settings import CONF, BenchmarkSettings, BenchSettings, register_schema, require, settings_from
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def _step_cost(settings: BenchmarkSettings, prepared: Prepared, tokens: float) -
 
 def cli() -> None:
     """Run :func:`main` as the command line does."""
-    run_command(main, absolute_paths)
+    run_command(main)
 
 
 if __name__ == "__main__":

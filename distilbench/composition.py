@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distilbench.cli import command, errors_in_one_line, override, spell
+from distilbench.cli import command, errors_in_one_line, override
 from distilbench.identity import treatment_of
 from distilbench.settings import AppSettings, settings_from
 
@@ -98,48 +93,6 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
                 pending.append((f"{prefix}{key}.", value))
             else:
                 yield f"{prefix}{key}", value
-
-
-def absolute_paths(arguments: Sequence[str]) -> list[str]:
-    """Return what was typed with its relative paths made absolute, so that it means the same wherever it is read.
-
-    Those are files of text that there are, models where the source is local, and files of databases.
-    """
-    is_local = not {"model=local", "model.source=local"}.isdisjoint(arguments)
-    return [_with_absolute_path(argument, is_local) for argument in arguments]
-
-
-def _with_absolute_path(argument: str, is_local: bool) -> str:
-    key, equals, _ = argument.partition("=")
-    kind = _PATHS.get(key.lstrip("+"))
-    if not equals or kind is None or (kind == "model" and not is_local):
-        return argument
-    try:
-        value = OverridesParser.create().parse_override(argument).value()
-    except HydraException:
-        return argument  # for Hydra to refuse
-    values: list[Any] = value.list if isinstance(value, ChoiceSweep) and not value.tags else [value]
-    texts = [one.text if isinstance(one, QuotedString) else one for one in values]
-    if not all(isinstance(text, str) for text in texts):
-        return argument
-    made = [_absolute(text, kind) for text in texts]
-    return f"{key}={','.join(map(spell, made))}" if made != texts else argument
-
-
-_PATHS = {
-    **dict.fromkeys(("data.train", "data.validation"), "text"),
-    "model.checkpoint": "model",
-    **dict.fromkeys(("tracking.uri", "hydra.sweeper.storage"), "database"),
-}
-"""What may be a path, by key: others are what Hydra itself, or one command alone, takes for one."""
-
-
-def _absolute(text: str, kind: str) -> str:
-    if kind == "database":
-        return re.sub(r"sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{quote(Path.cwd().as_posix())}/", text)
-    path = Path.cwd() / Path(text).expanduser()
-    there = path.is_dir() if kind == "model" else path.is_file() and bool(path.suffix)
-    return str(path) if there else text
 
 
 class CheckFirst(Callback):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -52,10 +52,12 @@ def main(config: DictConfig) -> None:
 
 def confirm(settings: ConfirmSettings) -> str | None:
     """Run the confirmation; returns in one line what failed. Raises :class:`SettingsError` before its first trial."""
+    from distilbench.report.findings import by_score
     from distilbench.sweep.executors import Sequential
     from distilbench.sweep.runner import run_plan
+    from distilbench.sweep.space import Point
     from distilbench.sweep.storage import storage_at
-    from distilbench.tracking import CONFIRMS, find_store
+    from distilbench.tracking import CONFIRMS, SWEEP, RunFilter, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
@@ -65,21 +67,26 @@ def confirm(settings: ConfirmSettings) -> str | None:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
     first, report = _first_report(store, settings)
-    rows = _rows(report, settings.top)
-    chosen = {short_hash(row.treatment): _Chosen(row, _settings_of(row, store, settings)) for row in rows}
-    seeds = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, rows)
-    points = _points(chosen, fresh_seeds(report, seeds))
-    missing = _missing(store, name, points)
-    _announce(settings, chosen, missing)
+    assert report.baseline is not None
+    rows = {short_hash(row.treatment): row for row in (report.baseline, *by_score(report.candidates)[: settings.top])}
+    started = {key: _settings_of(row, store, settings) for key, row in rows.items()}
+    number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, [*rows.values()])
+    # seed by seed, so that an interruption leaves every setting with the same seeds
+    points = [Point({}, (key, f"seed={seed}"), row.is_baseline)
+              for seed in fresh_seeds(report, number) for key, row in rows.items()]  # fmt: skip
+    done = {(short_hash(trial.treatment), f"seed={trial.seed}")
+            for trial in store.search(RunFilter(tags={SWEEP: name})) if trial.status is Status.FINISHED}  # fmt: skip
+    missing = [point for point in points if point.extra not in done]
+    _announce(settings.sweep, rows, missing)
     if settings.dry_run:
         return None
     raise_on_signal()
     directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
     if not (directory / "study.db").exists():  # what was trained, if any, was so on another host
         points = missing or points
-    plan = _plan(name, directory, settings.sweep, chosen, points)
+    plan = _plan(name, directory, settings.sweep, rows, next(iter(started.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
-    executor = Sequential(lambda jobs: [_train(job, chosen) for job in jobs], at_once=1)
+    executor = Sequential(lambda jobs: [_train(job, started) for job in jobs], at_once=1)
     tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": first.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
@@ -100,21 +107,6 @@ def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepR
     return first, report
 
 
-class _Chosen(NamedTuple):
-    """A setting to train again: as the sweep's report calls it, and as its first trial was started."""
-
-    row: Row
-    settings: AppSettings
-
-
-def _rows(report: Report, top: int) -> list[Row]:
-    """Return the baseline, then the best ``top`` settings, as a sweep picks them."""
-    from distilbench.report.findings import by_score
-
-    assert report.baseline is not None
-    return [report.baseline, *by_score(report.candidates)[:top]]
-
-
 def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> int:
     """How many fresh seeds decide, or the line that says why none does."""
     from distilbench.report.comparison import needed_to_confirm
@@ -131,31 +123,12 @@ def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> in
     )
 
 
-def _points(chosen: Mapping[str, _Chosen], seeds: Sequence[int]) -> list[Point]:
-    """Return what is to be trained, seed by seed, so that an interruption leaves every setting with the same seeds."""
-    from distilbench.sweep.space import Point
-
-    return [
-        Point({}, (key, f"seed={seed}"), is_baseline=one.row.is_baseline)
-        for seed in seeds
-        for key, one in chosen.items()
-    ]
-
-
-def _missing(store: MlflowStore, name: str, points: Sequence[Point]) -> list[Point]:
-    from distilbench.tracking import SWEEP, RunFilter
-
-    trials = store.search(RunFilter(tags={SWEEP: name}))
-    done = {(short_hash(t.treatment), f"seed={t.seed}") for t in trials if t.status is Status.FINISHED}
-    return [point for point in points if point.extra not in done]
-
-
-def _plan(name: str, directory: Path, sweep: str, chosen: Mapping[str, _Chosen], points: Sequence[Point]) -> SweepPlan:
+def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], settings: AppSettings,
+          points: Sequence[Point]) -> SweepPlan:  # fmt: skip
     from distilbench.sweep.job import directions_of
     from distilbench.sweep.plan import SweepPlan
     from distilbench.sweep.space import Space
 
-    settings = next(iter(chosen.values())).settings
     objectives = (settings.train.metric,)
     return SweepPlan(
         settings=settings,
@@ -163,7 +136,6 @@ def _plan(name: str, directory: Path, sweep: str, chosen: Mapping[str, _Chosen],
         points=points,
         beside=[],
         total=len(points),
-        asked=len(points),
         is_grid=True,
         objectives=objectives,
         directions=directions_of(objectives),
@@ -171,25 +143,23 @@ def _plan(name: str, directory: Path, sweep: str, chosen: Mapping[str, _Chosen],
         directory=directory,
         fixed={"confirms": sweep},
         result_key=lambda point: point.key,
-        name_of=lambda point: f"{chosen[point.extra[0]].row.label} {point.extra[1]}",
-        failures_borne=float("inf"),
+        name_of=lambda point: f"{rows[point.extra[0]].label} {point.extra[1]}",
         needs_all=True,
     )
 
 
-def _train(job: SweepJob, chosen: Mapping[str, _Chosen]) -> End:
+def _train(job: SweepJob, started: Mapping[str, AppSettings]) -> End:
     """Train the trial of one point in this process; returns what it ended with, None for an end of its own."""
-    from distilbench.sweep.heartbeat import Lease
+    from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep
     from distilbench.trials.prepared import Job
 
-    key, seed = job.overrides
-    settings = replace(chosen[key].settings, seed=int(seed.removeprefix("seed=")))
-    baseline = replace(next(iter(chosen.values())).settings, seed=settings.seed)
-    output = replace(settings.output, dir=str(job.directory))
+    key, seed = job.overrides[0], int(job.overrides[1].removeprefix("seed="))
+    settings, baseline = (replace(one, seed=seed) for one in (started[key], next(iter(started.values()))))
+    settings = replace(settings, output=replace(settings.output, dir=str(job.directory)))
     Lease(job).announce()
     try:
-        run_in_sweep(Job(replace(settings, output=output), baseline, baseline_command=str), job)
+        run_in_sweep(Job(settings, baseline, baseline_command=str), job)
     except Exception as error:  # the trial's boundary
         return error
     return None
@@ -230,17 +200,18 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
     return replace(started, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)
 
 
-def _announce(settings: ConfirmSettings, chosen: Mapping[str, _Chosen], missing: Sequence[Point]) -> None:
+def _announce(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> None:
     """Say what is about to be trained and about how long that takes."""
     from distilbench.report.formats import duration, one_line
 
-    each = [chosen[point.extra[0]].row.cost.seconds for point in missing]
+    each = [rows[point.extra[0]].cost.seconds for point in missing]
     seconds = sum(one for one in each if one == one)  # NaN where none was recorded
     pace = f", about {duration(seconds)} at the sweep's pace" if seconds else ""
-    print(f"confirming sweep {settings.sweep}: {counted(len(missing), 'trial')} to train{pace}")
-    for key in dict.fromkeys(point.extra[0] for point in missing):
-        seeds = ", ".join(point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key)
-        print(f"  {one_line(chosen[key].row.name)}: seeds {seeds}")
+    print(f"confirming sweep {sweep}: {counted(len(missing), 'trial')} to train{pace}")
+    for key, row in rows.items():
+        seeds = [point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key]
+        if seeds:
+            print(f"  {one_line(row.name)}: seeds {', '.join(seeds)}")
 
 
 def cli() -> None:

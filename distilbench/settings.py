@@ -764,13 +764,13 @@ def _build(cls: Any, values: Any) -> Any:
                     "conf/ shows one")  # fmt: skip
             made[name] = _build(nested, value)
         elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
-            made[name] = str(_typed_in() / Path(value).expanduser())
+            made[name] = str(typed_in() / Path(value).expanduser())
         elif AS_TYPED in marks.get(name, ()):
             made[name] = [spelled(one) for one in value]
     return cls(**made)
 
 
-def _typed_in() -> Path:
+def typed_in() -> Path:
     """Return the directory in which the command was typed, wherever Hydra has gone since (hydra.job.chdir)."""
     from hydra.core.hydra_config import HydraConfig
 

@@ -25,11 +25,10 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
-from distilbench.composition import absolute_paths, baseline_config, command_for
+from distilbench.composition import baseline_config, command_for
 from distilbench.results import Status, read_record
 from distilbench.settings import CONF, register_schema, require, settings_from
-from distilbench.sweep.heartbeat import Lease
-from distilbench.sweep.job import SweepJob
+from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
 if TYPE_CHECKING:
@@ -217,7 +216,7 @@ def _say_how_to_continue() -> None:
 
 def cli() -> None:
     """Run :func:`main` as the command line does."""
-    run_command(main, absolute_paths)
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hydra's side: baselines, command lines that compose to what they describe, paths that mean where they were typed."""
+"""Hydra's side: baselines, command lines that compose to what they describe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distilbench.composition import _choice, absolute_paths, baseline_config, command_for, overrides_between
+from distilbench.composition import _choice, baseline_config, command_for, overrides_between
 from distilbench.settings import register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -63,43 +63,6 @@ def test_overrides_between_two_configurations_turn_one_into_the_other(composing)
     one, other = composed(), composed("freeze.layers=3", "data.label_names=['a b',c]", "train.eval_steps=5")
     changed = composed(*overrides_between(one, other))
     assert settings_from(changed) == settings_from(other)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The current directory, with two texts, a file called as a split is, and a model."""
-    for name in ("a.csv", "b c=d.csv", "train"):
-        (tmp_path / name).touch()
-    (tmp_path / "m1").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("data.train=a.csv", "data.train={}/a.csv"),
-        ("data.validation='b c=d.csv'", "data.validation='{}/b c=d.csv'"),
-        ("data.train=a.csv,'b c=d.csv'", "data.train={0}/a.csv,'{0}/b c=d.csv'"),
-        ("data.train=choice(a.csv,other.csv)", "data.train={}/a.csv,other.csv"),
-        ("model.checkpoint=m1,./m1", "model.checkpoint={0}/m1,{0}/m1"),
-        ("tracking.uri=sqlite:///store.db", "tracking.uri=sqlite:///{}/store.db"),
-        ("hydra.sweeper.storage=sqlite:///s.db", "hydra.sweeper.storage=sqlite:///{}/s.db"),
-        *(
-            (same, same)
-            for same in ("data.train=train", "data.train=missing.csv", "data.train=null", "data.train=a=b",
-                         "data.train=/a.csv", "model.checkpoint=someone/model", "tracking.uri=sqlite:////a/b.db",
-                         "tracking.uri=sqlite:///${oc.env:X}", "hydra.sweeper.storage=sqlite:///${oc.env:X}/s.db",
-                         "tracking.uri=http://host", "freeze.layers=1", "--multirun", "data.train='${oc.env:X}'")
-        ),
-    ],
-)  # fmt: skip
-def test_a_path_that_is_typed_means_the_directory_of_that_moment(folder, typed, meant):
-    assert absolute_paths(["model=local", typed])[1] == meant.replace("{0}", "{}").replace("{}", str(folder))
-
-
-def test_a_name_on_the_hub_is_no_path_even_where_there_is_such_a_directory(folder):
-    assert absolute_paths(["model.checkpoint=m1"]) == ["model.checkpoint=m1"]
 
 
 def test_the_quick_experiment_and_its_baseline_learn_at_one_rate_from_one_amount_of_text(composing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -63,7 +64,6 @@ class SweepPlan:
     points: Sequence[Point]
     beside: Sequence[Point]
     total: int
-    asked: int
     is_grid: bool
     objectives: tuple[str, ...]
     directions: Sequence[str]
@@ -75,8 +75,9 @@ class SweepPlan:
     """Checks a point; returns a hash, equal for points that would train the same trial."""
     name_of: Callable[[Point], str]
     """Says what varies, for people."""
-    failures_borne: float
+    failures_borne: float = math.inf
     """Failed trials that do not end the sweep yet; infinite without a limit."""
+    asked: int = 0
     data: Sequence[DataSettings] = ()
     """What text the trials read, to be checked before the first of a new sweep."""
     needs_all: bool = False
@@ -171,7 +172,7 @@ def _failures_borne(options: SweeperOptions, settings: AppSettings, trials: int)
     if options.max_failure_rate is not None:
         return options.max_failure_rate * trials
     if limit is None:
-        return float("inf")
+        return math.inf
     return limit if limit >= 1 else limit * trials
 
 

@@ -1,40 +1,57 @@
-"""The report at a sweep's end: of its workers one writes it, under a lock that the others wait for.
+"""What a sweep says: how it stands while it runs, its report at the end, and what a dry run prints of a plan.
 
-The system lets go of a lock whose holder dies, so that the next of them writes it then.
+What trials amount to statistically is the report's to say, which reads what MLflow keeps; the leaderboard is what the
+study knows, while the sweep runs and if nothing is tracked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import optuna
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from distilbench.cli import counted
 from distilbench.composition import default_treatment
+from distilbench.report import power
 from distilbench.report.answer import trial_to_use
 from distilbench.report.findings import Report
+from distilbench.report.formats import duration, percent
 from distilbench.report.from_store import report_sweep
-from distilbench.results import Owner
+from distilbench.report.words import what_decides
+from distilbench.results import Status
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.space import describe
 from distilbench.sweep.storage import UNANSWERED, Storage
+from distilbench.sweep.study import FAILURES, TrialView
 from distilbench.tracking import MlflowStore, model_directory
+from distilbench.trials.estimate import estimate_alone
+from distilbench.trials.prepared import prepare
 
 log = logging.getLogger(__name__)
 
 REPORTED = "reported"
-"""Attribute of the study: which process last wrote a report, and of how many ended trials."""
+"""Attribute of the study: when a report was last written, and of how many ended trials."""
 
 
 @contextmanager
 def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, grace_seconds: float) -> Iterator[bool]:
-    """Wait until nobody else writes a report; yields whether there is none yet of ``ends`` trials.
+    """Wait until no other worker writes a report; yields whether there is none yet of ``ends`` trials.
 
+    The system lets go of a lock whose holder dies, so that the next worker writes it then.
     What was known ``before`` this process worked on the sweep does not count: the same command, typed again, writes
     the report again.
     """
@@ -46,8 +63,7 @@ def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, gra
         yield is_due
         with contextlib.suppress(*UNANSWERED):
             if is_due:
-                told = {"ends": ends, "owner": asdict(Owner.of_this_process()), "at": time.time()}
-                study.set_user_attr(REPORTED, told)
+                study.set_user_attr(REPORTED, {"ends": ends, "at": time.time()})
 
 
 def write_report(plan: SweepPlan, store: MlflowStore | None) -> bool:
@@ -75,3 +91,191 @@ def _log_answer(report: Report, store: MlflowStore, tracking: TrackingSettings) 
             store.log_model(trial.run_id, model_directory(store, trial.run_id), tracking.register)
     except SettingsError as error:  # its directory is gone, or another's by now
         log.warning("the sweep's answer is not logged as a model: %s", error)
+
+
+LONGEST_GRID = 40
+"""Points of a grid that a dry run lists."""
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line of a sweep."""
+    console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_plan(plan: SweepPlan, console: Console) -> None:
+    """Print the points (or the space), their number, and a prediction from a few steps of one trial."""
+    console.print(_table(plan))
+    seeds = len(plan.settings.sweep.seeds or [0])
+    trials = plan.total + len(plan.beside)
+    what = counted(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
+    prepared = prepare(plan.settings)
+    seconds = estimate_alone(plan.settings, prepared)
+    prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"
+    line = f"{plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept"
+    say(console, line)
+    if len(plan.objectives) > 1:
+        say(console, f"trials are chosen by {plan.chosen_by}")
+    if warning := _warning(plan, len(prepared.splits.report)):
+        say(console, warning)
+
+
+def _warning(plan: SweepPlan, examples: int) -> str | None:
+    """Say beforehand where the margin can't be shown with the seeds planned and the examples that report."""
+    in_space = len({point.params.get("seed") for point in plan.points}) if "seed" in plan.space.dimensions else 1
+    seeds = max(len(plan.settings.sweep.seeds or []), in_space)
+    rows = max(plan.total // in_space - any(point.is_baseline for point in plan.points), 1)
+    margin = plan.settings.margin
+    expected, needed = power.plan(examples, seeds, margin / 100, rows)
+    if expected >= power.POWER:
+        return None
+    return (
+        f"little will be shown: {counted(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
+        f"less than {counted(margin, 'point')} with a chance of {100 * expected:.0f} %, were it as good as the "
+        f"baseline (of {counted(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
+        f"{what_decides(needed, examples)}"
+    )
+
+
+def _table(plan: SweepPlan) -> Table:
+    """Return the points of a grid, or the dimensions of another space."""
+    rows = [(key, describe(distribution)) for key, distribution in plan.space.dimensions.items()]
+    if plan.is_grid:
+        rows = [("baseline", plan.name_of(point)) for point in plan.beside]
+        rows += [(str(number), plan.name_of(point)) for number, point in enumerate(plan.points)]
+    table = Table(*(("trial", "settings") if plan.is_grid else ("setting", "values")), box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
+    for key, text in rows[:LONGEST_GRID]:
+        table.add_row(key, Text(text))
+    if len(rows) > LONGEST_GRID:
+        table.add_row("...", f"{len(rows) - LONGEST_GRID} more")
+    return table
+
+
+_SHARES = ("accuracy", "f1")
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The trials of a plan that count, in order, the baselines beside its space first."""
+
+    trials: Sequence[TrialView]
+    plan: SweepPlan
+
+    @property
+    def total(self) -> int:
+        """Trials to come in all."""
+        return self.plan.total + len(self.plan.beside)
+
+    @cached_property
+    def counts(self) -> Counter[Status]:
+        """Trials by status."""
+        return Counter(trial.status for trial in self.trials)
+
+    @property
+    def failed(self) -> int:
+        """Trials that diverged, ran out of memory, or failed."""
+        return sum(self.counts[status] for status in FAILURES)
+
+    @property
+    def done(self) -> int:
+        """Trials that came to an end of their own."""
+        return self.counts[Status.FINISHED] + self.counts[Status.PRUNED] + self.failed
+
+    @cached_property
+    def baseline(self) -> TrialView | None:
+        """The first baseline that has a result."""
+        return next((trial for trial in self.trials if trial.is_baseline and trial.values), None)
+
+    @cached_property
+    def best(self) -> list[TrialView]:
+        """The best trial, or with several objectives all that no other beats in each of them."""
+        finished = [trial for trial in self.trials if trial.values and trial.status is Status.FINISHED]
+        signs = [1 if direction == "maximize" else -1 for direction in self.plan.directions]
+
+        def beats(a: TrialView, b: TrialView) -> bool:
+            pairs = [(s * x, s * y) for s, x, y in zip(signs, a.values, b.values, strict=True)]
+            return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+        front = [trial for trial in finished if not any(beats(other, trial) for other in finished)]
+        return front if len(self.plan.objectives) > 1 else front[:1]
+
+    def line(self, at_once: int = 1) -> str:
+        """Return the sweep in one line."""
+        words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
+                 "reused": self.counts[Status.REUSED]}  # fmt: skip
+        parts = [f"{self.done} of {counted(self.total, 'trial')}"]
+        parts += [f"{count} {word}" for word, count in words.items() if count]
+        if len(self.plan.objectives) > 1:
+            parts.append(f"{len(self.best)} on the Pareto front")
+        elif self.best:
+            parts.append(f"best {self._against_baseline(self.best[0])}")
+        seconds = [trial.seconds for trial in self.trials if trial.seconds]
+        if seconds and self.done < self.total:
+            parts.append(f"about {duration((self.total - self.done) * fmean(seconds) / at_once)} left")
+        return ", ".join(parts)
+
+    def _against_baseline(self, trial: TrialView) -> str:
+        objective = self.plan.objectives[0]
+        text = f"{objective} {shown(objective, trial.values[0])} (trial {trial.path})"
+        if self.baseline is None:
+            return text
+        if trial is self.baseline:
+            return f"{text}, the baseline"
+        return f"{text} against the baseline's {shown(objective, self.baseline.values[0])}"
+
+    def metrics(self) -> dict[str, float]:
+        """Return counts, best and baseline, as metrics of the sweep's own run."""
+        values: dict[str, float] = {"trials_done": self.done, "trials_failed": self.failed}
+        for status in (Status.FINISHED, Status.PRUNED, Status.RUNNING, Status.REUSED):
+            values[f"trials_{status.lower()}"] = self.counts[status]
+        if len(self.plan.objectives) == 1 and self.best:
+            values[f"best_{self.plan.objectives[0]}"] = self.best[0].values[0]
+        if self.baseline:
+            values |= {f"baseline_{k}": v for k, v in zip(self.plan.objectives, self.baseline.values, strict=True)}
+        return values
+
+    def results(self) -> dict[str, Any]:
+        """Return what hydra-optuna-sweeper writes to ``optimization_results.yaml``, with each trial's number."""
+        if len(self.plan.objectives) > 1:
+            return {"name": "optuna", "solutions": [
+                {"trial": trial.path, "params": trial.trial.params, "values": list(trial.values)} for trial in self.best
+            ]}  # fmt: skip
+        best = self.best[0] if self.best else None
+        return {"name": "optuna", "best_trial": best and best.path, "best_params": best and best.trial.params,
+                "best_value": best and best.values[0]}  # fmt: skip
+
+    def table(self, longest: int | None = None) -> Table:
+        """Show the trials that run, then the best ones; ``longest`` is for a table that changes in place.
+
+        It bounds the second part, and has a narrow terminal cut the settings alone.
+        """
+        running = [trial for trial in self.trials if trial.status is Status.RUNNING]
+        ended = [trial for trial in self.trials if trial.status is not Status.RUNNING]
+        sign = -1 if self.plan.directions[0] == "maximize" else 1
+        ended.sort(key=lambda trial: sign * trial.values[0] if trial.values else math.inf)
+        is_live = longest is not None
+        table = Table(box=None, pad_edge=False)
+        for title in ("trial", "settings", *self.plan.objectives, "time", "status"):
+            table.add_column(title, no_wrap=title != "settings" and is_live)
+        for trial in [*running, *ended[:longest]]:
+            values = [shown(name, value) for name, value in zip(self.plan.objectives, trial.values, strict=False)]
+            values += [""] * (len(self.plan.objectives) - len(values))
+            seconds = duration(trial.seconds) if trial.seconds else ""
+            cells = [trial.path, trial.name, *values, seconds, _status(trial, has_error=not is_live)]
+            table.add_row(*(Text(cell, no_wrap=is_live, overflow="ellipsis" if is_live else "fold") for cell in cells))
+        return table
+
+
+def _status(trial: TrialView, has_error: bool) -> str:
+    """Return the status in words, with its reason if it ``has_error``."""
+    if trial.status is Status.REUSED:
+        return f"REUSED from {trial.attribute('reused_from')}"
+    error = trial.attribute("error") if has_error and trial.status in (*FAILURES, Status.PRUNED) else None
+    return trial.status + (", baseline" if trial.is_baseline else "") + (f": {error}" if error else "")
+
+
+def shown(objective: str, value: float) -> str:
+    """Return a value of an objective, for people."""
+    if objective in _SHARES:
+        return percent(value)
+    return duration(value) if objective.endswith("seconds") else f"{value:.4g}"

@@ -16,10 +16,10 @@ from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan, sampler_of
 from distilbench.sweep.pruning import pruner_of
-from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Space, describe
 from distilbench.sweep.storage import Storage, open_study
 from distilbench.sweep.study import BESIDE, Study
+from distilbench.sweep.trial import PINNED
 from distilbench.sweep.warm_start import find_warm_trials
 
 _LONGEST_SHOWN = 6

@@ -24,13 +24,10 @@ from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_si
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import SettingsError
-from distilbench.sweep.display import print_plan, say
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
-from distilbench.sweep.heartbeat import Orphaned, beating
-from distilbench.sweep.job import SweepJob
-from distilbench.sweep.leaderboard import Leaderboard
+from distilbench.sweep.job import Orphaned, SweepJob, beating
 from distilbench.sweep.plan import HydraSetup, SweeperOptions, SweepPlan, make_plan
-from distilbench.sweep.reporting import REPORTED, reporting, write_report
+from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
@@ -322,9 +319,8 @@ class SweepRunner:
         return not any(view.status in results for study in self._studies.all for view in study.counted())
 
     def _leaderboard(self) -> Leaderboard:
-        plan = self._plan
         trials = [view for _, view in self._views() if view.status not in (Status.WAITING, Status.INTERRUPTED)]
-        return Leaderboard(trials, plan.objectives, plan.directions, plan.total + len(plan.beside))
+        return Leaderboard(trials, self._plan)
 
     def _show(self, taken: Sequence[TrialView]) -> None:
         """Show how the sweep stands, and name what is about to be trained if the table does not."""

@@ -123,7 +123,8 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
         default = f"sqlite:///{directory / 'study.db'}"
         return Storage(default, default)
     _check_url(url, written or url)
-    storage = Storage(url, written or url)
+    # jobs may be read elsewhere, under Ray for one
+    storage = Storage(*(re.sub("(?<=sqlite:///)(?=[^/:$])", f"{Path.cwd()}/", one) for one in (url, written or url)))
     try:
         if storage.file:
             _check_file(storage.file)

@@ -16,10 +16,10 @@ from distilbench.identity import METRIC, SOURCES
 from distilbench.results import Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Point
 from distilbench.sweep.storage import Storage, storage_at, storage_of
 from distilbench.sweep.study import RESULT
+from distilbench.sweep.trial import PINNED
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from omegaconf import DictConfig
 from distilbench.cli import run_command
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import CONF, register_schema, settings_from
-from distilbench.sweep.heartbeat import Lease
-from distilbench.sweep.job import SweepJob
+from distilbench.sweep.job import Lease, SweepJob
 
 register_schema()
 if host := os.environ.get("TASK_HOST"):  # a name of its own, as another host has

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from optuna.distributions import IntDistribution
 
-from distilbench.sweep.display import _warning
+from distilbench.sweep.reporting import _warning
 from distilbench.sweep.space import Point
 
 

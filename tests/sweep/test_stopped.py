@@ -35,10 +35,10 @@ from sqlalchemy.engine.default import DefaultDialect
 from distilbench import cli
 from distilbench.results import Evaluation, Status, TrialResult, read_record
 from distilbench.settings import register_schema, settings_from
-from distilbench.sweep import heartbeat, reporting, runner
+from distilbench.sweep import job as sweep_job
+from distilbench.sweep import reporting, runner
 from distilbench.sweep.executors import Sequential
-from distilbench.sweep.heartbeat import Lease
-from distilbench.sweep.job import SweepJob
+from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
@@ -124,7 +124,7 @@ class Ground:
         prepared = prepare(self.settings)
         monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
-        for module in (heartbeat, runner):  # a thread would make its writes whenever it comes to run
+        for module in (sweep_job, runner):  # a thread would make its writes whenever it comes to run
             monkeypatch.setattr(module, "beating", _beating_once)
         monkeypatch.setattr(reporting, "report_sweep", lambda *given: object())
         monkeypatch.setattr(reporting, "default_treatment", dict)

@@ -10,8 +10,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.sources import PINNED
 from distilbench.sweep.space import Space
+from distilbench.sweep.trial import PINNED
 from distilbench.sweep.warm_start import _check_same, _params_in
 
 LAYERS, RATE = IntDistribution(0, 2), FloatDistribution(1e-5, 1e-3, log=True)
