@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -36,35 +36,49 @@ from distilbench.results import Status, Verdict
 Value = float | int | str | bool | None
 """Plain numbers: shares, seconds, points; None or NaN where there is none."""
 
-_LEAST_TEXT, _MOST_KEPT = 20, 40
-"""Characters that a column of words is left in a terminal, where it is broken between words, and of the longest one."""
+LEAST_TEXT = 20
+"""Characters that a column of words is left in a terminal, where it is broken between words."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``key`` names it everywhere: in CSV's header and in the page; ``title`` is for people."""
+    """One column. ``key`` names it everywhere: in CSV's header and in the page; ``title`` is for people.
+
+    They are shown what ``told`` says of a row or, without it, the value as ``form`` writes it.
+    """
 
     key: str
     value: Callable[[Row], Value]
     title: str = ""
-    text: Callable[[Row], str] = str
+    told: Callable[[Row], str] | None = None
+    form: Callable[[Any], str] = str
     is_text: bool = False
+
+    def text(self, row: Row) -> str:
+        """Return what people are shown of a row; nothing where there is no value."""
+        if self.told:
+            return self.told(row)
+        value = self.value(row)
+        return "" if value is None or value != value else self.form(value)
 
 
 def _of(path: str) -> Callable[[Row], Value]:
     """Return what reads an attribute of a row, such as ``difference.low``; None where there is none."""
 
-    def value(row: Row) -> Value:
-        found: Any = row
+    def value(found: Any) -> Any:
         for name in path.split("."):
             found = getattr(found, name, None)
-        return cast(Value, found)
+        return found
 
     return value
 
 
-def _of_treatment(key: str) -> Column:
-    return Column(key, lambda row: str(row.treatment.get(key, "")))
+def _mean(measure: str) -> Callable[[Row], Value]:
+    return lambda row: average([getattr(trial, measure) for trial in row.trials])[0]
+
+
+def _setting(key: str) -> Callable[[Row], Value]:
+    return lambda row: str(row.treatment.get(key, ""))
 
 
 def _difference(row: Row) -> str:
@@ -84,16 +98,6 @@ def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callabl
     return told
 
 
-def _measure(name: str) -> Callable[[Row], str]:
-    """Tell the mean of a measure over a setting's trials."""
-
-    def told(row: Row) -> str:
-        value = average([getattr(trial, name) for trial in row.trials])[0]
-        return "" if math.isnan(value) else f"{value:.4f}"
-
-    return told
-
-
 def _time(row: Row) -> str:
     told = _cost("seconds", duration)(row)
     return f"about {told}" if row.cost.is_estimate else told
@@ -106,61 +110,51 @@ def _seeds(row: Row) -> str:
     return f"{row.n} ({told})" if told and row.trials else str(row.n)
 
 
-def _short(name: str) -> Callable[[Row], str]:
+def _short(saved: float) -> str:
     """Tell what a setting takes less, or more, than the baseline in a few characters: ``-35 %``."""
-
-    def told(row: Row) -> str:
-        saved = getattr(row.saving, name)
-        return "" if saved is None else f"{-saved:+.0f} %" if round(saved) else "0 %"
-
-    return told
+    return f"{-saved:+.0f} %" if round(saved) else "0 %"
 
 
 _ALL = (
-    Column("trial", lambda row: row.number, "#", lambda row: row.number),
-    Column("setting", lambda row: row.label, "setting", lambda row: row.label, is_text=True),
-    Column("slice", lambda row: row.slice),
+    Column("trial", _of("number"), "#"),
+    Column("setting", _of("label"), "setting", is_text=True),
+    Column("slice", _of("slice")),
     Column("examples", lambda row: row.examples or None),
-    Column("is_baseline", lambda row: row.is_baseline),
+    Column("is_baseline", _of("is_baseline")),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
-    Column("accuracy", lambda row: row.accuracy, "accuracy",
+    Column("accuracy", _of("accuracy"), "accuracy",
            lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
-    Column("accuracy_deviation", lambda row: row.accuracy_deviation),
-    Column("loss", lambda row: row.loss, "loss", lambda row: f"{row.loss:.4f}" if row.trials else ""),
-    Column("brier", lambda row: average([trial.brier for trial in row.trials])[0], "Brier", _measure("brier")),
-    Column("ece", lambda row: average([trial.ece for trial in row.trials])[0], "ECE", _measure("ece")),
-    Column("train_seconds", lambda row: row.cost.seconds, "time", _time),
-    Column("train_seconds_deviation", lambda row: row.cost.seconds_deviation),
-    Column("is_time_estimate", lambda row: row.cost.is_estimate),
-    Column("train_cpu_seconds", lambda row: row.cost.cpu_seconds, "CPU time",
-           _cost("cpu_seconds", duration)),
-    Column("train_flops", lambda row: row.cost.flops, "FLOPs",
-           _cost("flops", flops, few=True)),
-    Column("peak_memory_bytes", lambda row: row.cost.memory, "memory",
-           _cost("memory", memory)),
+    Column("accuracy_deviation", _of("accuracy_deviation")),
+    Column("loss", _of("loss"), "loss", form="{:.4f}".format),
+    Column("brier", _mean("brier"), "Brier", form="{:.4f}".format),
+    Column("ece", _mean("ece"), "ECE", form="{:.4f}".format),
+    Column("train_seconds", _of("cost.seconds"), "time", _time),
+    Column("train_seconds_deviation", _of("cost.seconds_deviation")),
+    Column("is_time_estimate", _of("cost.is_estimate")),
+    Column("train_cpu_seconds", _of("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", duration)),
+    Column("train_flops", _of("cost.flops"), "FLOPs", _cost("flops", flops, few=True)),
+    Column("peak_memory_bytes", _of("cost.memory"), "memory", _cost("memory", memory)),
     Column("difference_points", _of("difference.points"), "difference (95 %)", _difference),
     Column("difference_low_points", _of("difference.low")),
     Column("difference_high_points", _of("difference.high")),
     Column("p", _of("difference.p")),
-    Column("p_holm", _of("difference.p_holm"), "p (Holm)",
-           lambda row: p_value(row.difference.p_holm) if row.difference else ""),
+    Column("p_holm", _of("difference.p_holm"), "p (Holm)", form=p_value),
     Column("loses_at_most_points", _of("difference.loses_at_most"), "loses at most",
-           lambda row: f"{max(row.difference.loses_at_most, 0):.2f}" if row.difference else ""),
+           form=lambda lost: f"{max(lost, 0):.2f}"),
     Column("p_margin", _of("difference.p_loss")),
     Column("p_margin_holm", _of("difference.p_loss_holm")),
     Column("seeds_needed", _of("difference.needed.seeds"), "to decide", decided_by),
     Column("examples_needed", _of("difference.needed.examples")),
-    Column("has_learned", lambda row: row.has_learned),
-    Column("time_gain_percent", lambda row: row.saving.seconds),
-    Column("flops_gain_percent", lambda row: row.saving.flops),
-    Column("trainable_parameters", lambda row: row.trainable_parameters, "trained",
-           lambda row: millions(row.trainable_parameters)),
+    Column("has_learned", _of("has_learned")),
+    Column("time_gain_percent", _of("saving.seconds")),
+    Column("flops_gain_percent", _of("saving.flops")),
+    Column("trainable_parameters", _of("trainable_parameters"), "trained", form=millions),
     Column("verdict", lambda row: row.claim or "", "verdict", said, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
-    Column("status", lambda row: row.status),
-    Column("protocol", lambda row: row.first.protocol_id),
+    Column("status", _of("status")),
+    Column("protocol", _of("first.protocol_id")),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
-    *map(_of_treatment, ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
+    *(Column(key, _setting(key)) for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
 )  # fmt: skip
 CSV = {column.key: column for column in _ALL}
 
@@ -177,8 +171,8 @@ FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", 
                "trainable_parameters", "p_holm", "loss", "brier", "ece")  # fmt: skip
 BRIEF = (
     *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
-    replace(CSV["flops_gain_percent"], title="FLOPs", text=_short("flops")),
-    replace(CSV["time_gain_percent"], title="time", text=_short("seconds")),
+    replace(CSV["flops_gain_percent"], title="FLOPs", form=_short),
+    replace(CSV["time_gain_percent"], title="time", form=_short),
     *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
 """What a terminal shows that has no room for all, as many of them as there is room for."""
@@ -186,9 +180,9 @@ PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
     replace(CSV["train_seconds"], title="training time",
-            text=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
+            told=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
     replace(CSV["time_gain_percent"], title="time gain",
-            text=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
+            told=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}
@@ -203,52 +197,42 @@ def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
 
 def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
     """Return the columns that a terminal of ``width`` has room for, a line a row."""
-    if _width(FULL, rows) <= width:
+    if _width(filled(FULL, rows), rows) <= width:
         return FULL
     brief = filled(BRIEF, rows)
     return next(brief[:n] for n in range(len(brief), 0, -1) if n <= 6 or _width(brief[:n], rows) <= width)
 
 
-def _width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
-    """Count the characters that a table takes at least."""
-    known = filled(columns, rows)
-    widths = [max(len(column.title), *(len(one_line(column.text(row))) for row in rows)) for column in known]
-    return sum(2 + (min(n, _LEAST_TEXT) if column.is_text else n) for column, n in zip(known, widths, strict=True))
+def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
+    """Return a column's title and cells; of a folded table, brackets stand below their figures."""
+    texts = [column.title, *(one_line(column.text(row)) for row in rows)]
+    return [text.replace(" (", "\n(") for text in texts] if is_folded else texts
 
 
-def _setting_width(setting: Column, columns: Sequence[Column], rows: Sequence[Row], width: int) -> int:
-    """Return what settings get of a terminal's ``width``: what others leave, and their words whole before a verdict is.
-
-    Rich would narrow both alike, keep the words whole all the same, and cut what then has no room.
-    """
-    room = tight = width - 2
-    for column in columns:
-        if column is not setting:
-            cells = [column.title, *(one_line(column.text(row)) for row in rows)]
-            longest = max(len(line) for cell in cells for line in cell.replace(" (", "\n(").split("\n"))
-            room -= 2 + (min(longest, _LEAST_TEXT) if column.is_text else longest)
-            tight -= 2 + (_longest_word(column, rows) if column.is_text else longest)
-    whole = max(len(one_line(setting.text(row))) for row in rows)
-    return min(whole, max(room, min(_longest_word(setting, rows), _MOST_KEPT, tight), 1))
-
-
-def _longest_word(column: Column, rows: Sequence[Row]) -> int:
-    return max((len(word) for row in rows for word in one_line(column.text(row)).split()), default=0)
+def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool = False) -> int:
+    """Count the characters that columns take at least: figures are never broken."""
+    longest = [max(map(len, "\n".join(_texts(column, rows, is_folded)).split("\n"))) for column in columns]
+    return sum(2 + (min(n, LEAST_TEXT) if column.is_text else n) for column, n in zip(columns, longest, strict=True))
 
 
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
-    """Lay rows out for a terminal of ``width`` columns; brackets stand below their figures where there is no room."""
-    columns, is_folded = filled(columns, rows), _width(columns, rows) > width
+    """Lay rows out for a terminal of ``width`` columns; brackets stand below their figures where there is no room.
+
+    Settings then get what others leave: Rich would narrow all words alike.
+    """
+    columns = filled(columns, rows)
+    is_folded = _width(columns, rows) > width
+    room = width - 2 - _width([column for column in columns if column.key != "setting"], rows, is_folded)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    cells = []
     for column in columns:
+        title, *texts = _texts(column, rows, is_folded)
+        cells.append(texts)
+        kept = max(min(room, max(map(len, texts))), 8) if is_folded and column.key == "setting" else None
         side: Literal["left", "right"] = "left" if column.is_text else "right"
-        title = column.title.replace(" (", "\n(") if is_folded else column.title
-        kept = _setting_width(column, columns, rows, width) if is_folded and column.key == "setting" else None
         table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
-    for row in rows:
-        cells = [one_line(column.text(row)) for column in columns]
-        cells = [cell.replace(" (", "\n(") if is_folded else cell for cell in cells]
-        table.add_row(*map(Text, cells), style="bold" if row.is_baseline else _STYLES.get(row.claim, ""))
+    for row, shown in zip(rows, zip(*cells, strict=True), strict=True):
+        table.add_row(*map(Text, shown), style="bold" if row.is_baseline else _STYLES.get(row.claim, ""))
     return table
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.columns import CSV, Column
+from distilbench.report.columns import CSV
 from distilbench.report.comparison import ReadPredictions, difference_of
 from distilbench.report.costs import average
 from distilbench.report.formats import percent
@@ -27,10 +27,10 @@ NAMELESS = "(none)"
 """The slice of examples whose column is empty."""
 
 COLUMNS = (
-    Column("slice", lambda row: row.slice, "slice", lambda row: row.slice, is_text=True),
+    replace(CSV["slice"], title="slice", is_text=True),
     CSV["trial"],
     CSV["setting"],
-    Column("examples", lambda row: row.examples, "examples", lambda row: f"{row.examples:,}"),
+    replace(CSV["examples"], title="examples", form="{:,}".format),
     *(CSV[key] for key in ("accuracy", "difference_points", "p_holm")),
 )
 
