@@ -1,4 +1,4 @@
-"""Which runs are meant, how a server is asked for them, and what a report needs of each."""
+"""Which runs are meant, how MLflow is asked for them, and what a report needs of each."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SweepRun:
 
 
 def search_runs(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> list[Run]:
-    """Return the runs of a server that are not deleted, oldest first, by its own search, page by page.
+    """Return the runs that are not deleted, oldest first, page by page.
 
     Values that hold a quote of either kind can't be asked for.
     """

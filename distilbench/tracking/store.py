@@ -15,7 +15,6 @@ from distilbench.cli import counted
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.tracking.artifacts import read_predictions
-from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
@@ -145,9 +144,7 @@ class MlflowStore:
 
     def _search(self, wanted: RunFilter) -> list[Run]:
         with self._address.asking():
-            if self._address.artifacts is None:
-                return search_runs(self._client, self._experiment_id, wanted)
-            return search_database(self._address.uri, self._experiment_id, wanted)
+            return search_runs(self._client, self._experiment_id, wanted)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
