@@ -1,4 +1,4 @@
-"""What a run keeps as files: predictions as Parquet, a confusion matrix and a learning curve."""
+"""What a run keeps as files: predictions as Parquet, and their confusion matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distilbench.results import Predictions, TrialResult
+from distilbench.results import Predictions
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
@@ -52,38 +52,18 @@ def read_predictions(path: Path) -> Predictions:
 def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> Any:
     """Return counts of predicted against true labels as a matplotlib Figure, with numbers up to twenty labels."""
     from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
 
     size = len(label_names)
-    counts = np.zeros((size, size), dtype=np.int64)
-    np.add.at(counts, (predictions.labels, predictions.logits.argmax(axis=1)), 1)
-    side = 0.4 * min(size, 40)  # inches; of 150 labels, each with its name at full size, drawing took 5 s
+    side = 0.4 * min(size, 40)  # inches
     figure = Figure(figsize=(4 + side, 3.2 + side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(counts, cmap="Blues")
-    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {predictions.correct.mean():.2%}")
-    every = max(1, size // 40)
-    axes.set_xticks(range(0, size, every), label_names[::every], rotation=45 if size > 4 else 0)
-    axes.set_yticks(range(0, size, every), label_names[::every])
-    if size <= 20:
-        for (row, column), count in np.ndenumerate(counts):
-            dark = count > counts.max() / 2
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color="white" if dark else "black")
-    return figure
-
-
-def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
-    """Loss (train, selection split) and accuracy over steps as a matplotlib Figure, the kept epoch marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4))  # fixed margins: a layout that measures itself draws all of it twice, 0.15 s
-    loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.15})
-    if losses:
-        loss_axes.plot(*zip(*losses, strict=True), color="0.6", linewidth=1, label="train")
-    steps = [evaluation.step for evaluation in result.history]
-    for axes, name in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
-        axes.plot(steps, [e.metric(name) for e in result.history], "o-", label=f"{name} at evaluations")
-        if result.selection is not None:
-            axes.axvline(result.selection.step, color="tab:green", linestyle=":", label="kept")
-        axes.set(xlabel="step", title=name)
-        axes.legend(loc="best" if len(losses) < 1000 else "upper right")
+    ConfusionMatrixDisplay.from_predictions(
+        predictions.labels, predictions.logits.argmax(axis=1), labels=range(size), display_labels=label_names,
+        include_values=size <= 20, values_format=",", xticks_rotation=45 if size > 4 else 0, cmap="Blues",
+        colorbar=False, ax=axes,
+    )  # fmt: skip
+    axes.set_title(f"accuracy {predictions.correct.mean():.2%}")
+    if size > 40:  # of 150 labels, each with its name, drawing took 5 s
+        axes.set(xticks=[], yticks=[])
     return figure

@@ -7,8 +7,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,21 +21,17 @@ from distilbench.results import (
     StepRecord,
     TrialResult,
 )
-from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
+from distilbench.tracking.artifacts import confusion_figure, write_predictions
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, reason_of
-from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart, claim_run, fill_run
+from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart
 from distilbench.tracking.undelivered import (
-    METRICS_PER_BATCH,
     NOTE,
-    Point,
     Undelivered,
-    deliver,
     deliver_below,
     end_left_runs,
     forget_undelivered,
     has_undelivered,
-    log_metrics,
     points,
     put_right,
     read_undelivered,
@@ -58,36 +53,30 @@ class MlflowRun:
     """
 
     def __init__(self, connection: Connection, start: RunStart) -> None:
-        self._connection, self._start = connection, start
-        self.run_id = start.run_id
-        """None while the store is gone that is to make the run."""
-        self._content: RunContent | None = RunContent.of(start)
+        self._connection, self._label_names = connection, start.label_names
         self._directory = Path(start.settings.output.dir)
         same = start.protocol.selection_split == start.protocol.report_split
         self._split = "validation" if same else "selection"
         kept = read_undelivered(self._directory)
-        self._waiting: list[Point] = list(kept.metrics) if kept and kept.run_id == self.run_id else []
-        self._losses: list[tuple[int, float]] = []
+        metrics = kept.metrics if kept and kept.run_id == start.run_id else []
+        self._lacking = Undelivered(start.run_id, RunContent.of(start), metrics)
         self._due = time.monotonic() + SHORTEST_WAIT
 
-    def open(self) -> str:
-        """Make the run whole, or open the one that is continued again; returns its id, raises what the store raises."""
-        if self._content:
-            run = claim_run(self._connection.client, self._connection.experiment_id, self._content, self.run_id)
-            self.run_id = run.info.run_id
-            fill_run(self._connection.client, run, self._content)
-            self._content = None
-        assert self.run_id is not None  # it has either an id or what makes it
-        return self.run_id
+    @property
+    def run_id(self) -> str | None:
+        """None while the store is gone that is to make the run."""
+        return self._lacking.run_id
 
-    def keep(self, result: TrialResult | None = None) -> Path:
+    def open(self) -> None:
+        """Make the run whole, or open the one that is continued again; raises what the store raises."""
+        self._lacking.make(self._connection)
+
+    def keep(self) -> Path:
         """Write what the run lacks into the trial's directory; returns the folder for files that it is to get."""
-        end = (result.status, result.error) if result else (Status.RUNNING, None)
-        return Undelivered(self.run_id, self._content, self._waiting, {}, *end).write(self._directory)
+        return self._lacking.write(self._directory)
 
     def on_step(self, record: StepRecord) -> None:
         """Log an optimisation step."""
-        self._losses.append((record.step, record.loss))
         names = ("loss", "learning_rate", "gradient_norm", "examples_per_second")
         self._wait({f"train/{name}": getattr(record, name) for name in names}, record.step)
         if time.monotonic() >= self._due:
@@ -101,31 +90,24 @@ class MlflowRun:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
-        """Write final metrics, predictions and figures, then the true status."""
+        """Write final metrics, predictions and their confusion matrix, then the true status."""
         self._wait(final_metrics(result), result.steps)
-        lacking = Undelivered(None, None, self._waiting, {}, result.status, result.error)
+        self._lacking.status, self._lacking.error = result.status, result.error
         with tempfile.TemporaryDirectory() as folder:
-            files = self._draw(Path(folder), result, predictions)
-            if self._connection.attempt("the end of the run", lambda: self._deliver(lacking, files)):
-                forget_undelivered(self._directory)
+            files = self._write_files(Path(folder), predictions) if predictions else []
+            if self._connection.attempt("the end of the run", lambda: self._send(files)):
                 return
-            kept = self.keep(result)
+            kept = self.keep()
             for file in files:
                 if not (self._directory / file.name).exists():
                     shutil.copy(file, kept)
 
-    def _deliver(self, lacking: Undelivered, files: list[Path]) -> None:
-        deliver(self._connection.client, self.open(), lacking, files)
-
-    def _draw(self, folder: Path, result: TrialResult, predictions: Predictions | None) -> list[Path]:
-        """Write predictions and figures into ``folder``; one that can't be drawn costs a line."""
-        files: dict[str, Callable[[Path], object]] = {}
-        if predictions is not None:
-            names = self._start.label_names
-            files[PREDICTIONS] = partial(write_predictions, predictions)
-            files["confusion_matrix.png"] = lambda path: confusion_figure(predictions, names).savefig(path)
-        if result.history:
-            files["learning_curve.png"] = lambda path: curve_figure(self._losses, result).savefig(path)
+    def _write_files(self, folder: Path, predictions: Predictions) -> list[Path]:
+        """Write what the run gets of its predictions into ``folder``; what can't be drawn costs a line."""
+        files: dict[str, Callable[[Path], object]] = {
+            PREDICTIONS: partial(write_predictions, predictions),
+            "confusion_matrix.png": lambda path: confusion_figure(predictions, self._label_names).savefig(path),
+        }
         for name, write in files.items():
             try:
                 write(folder / name)
@@ -134,7 +116,7 @@ class MlflowRun:
         return [folder / name for name in files if (folder / name).is_file()]
 
     def _wait(self, values: Mapping[str, float], step: int) -> None:
-        self._waiting += points(values, step)
+        self._lacking.metrics += points(values, step)
 
     def _flush(self) -> None:
         """Send what waits, and wait a hundred times as long as that took; what is not taken waits on disk, too."""
@@ -145,11 +127,8 @@ class MlflowRun:
         ended = time.monotonic()
         self._due = ended + min(max(SHORTEST_WAIT, (ended - began) / SHARE_OF_TIME), LONGEST_WAIT)
 
-    def _send(self) -> None:
-        run_id = self.open()
-        while self._waiting:
-            log_metrics(self._connection.client, run_id, self._waiting[:METRICS_PER_BATCH])
-            del self._waiting[:METRICS_PER_BATCH]
+    def _send(self, files: Sequence[Path] = ()) -> None:
+        self._lacking.deliver(self._connection, files)
         forget_undelivered(self._directory)
 
 
@@ -181,24 +160,23 @@ class ParentRun:
     def __init__(self, connection: Connection | None = None, run_id: str | None = None, sweep: str = "",
                  directory: Path | None = None) -> None:  # fmt: skip
         self._connection, self.run_id, self._sweep = connection or Connection(), run_id, sweep
-        self._directory = directory or Path()
-        self._last = Undelivered(run_id)
+        self._directory, self._lacking = directory or Path(), Undelivered(run_id)
 
     def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
         """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
-        tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
-        self._last = replace(self._last, metrics=points(metrics), tags=tags)
-        self._tell("how the sweep stands", self._last)
+        self._lacking.metrics = points(metrics)
+        self._lacking.tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
+        self._tell("how the sweep stands")
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """Give the run its true end; one that was opened again may be ended again."""
-        ended = replace(self._last, status=status, error=error)
-        if not self._tell("the end of the sweep", ended):
+        self._lacking.status, self._lacking.error = status, error
+        if not self._tell("the end of the sweep"):
             with contextlib.suppress(OSError):  # no room: the next call of the sweep ends it
-                ended.write(self._directory)
+                self._lacking.write(self._directory)
 
-    def _tell(self, what: str, lacking: Undelivered) -> bool:
-        return self._connection.attempt(what, lambda: deliver(self._connection.client, self.run_id or "", lacking))
+    def _tell(self, what: str) -> bool:
+        return self._connection.attempt(what, partial(self._lacking.deliver, self._connection))
 
     def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
         """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""

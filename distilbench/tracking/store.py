@@ -24,7 +24,6 @@ from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunSt
 from distilbench.tracking.undelivered import (
     NOTE,
     Undelivered,
-    deliver,
     deliver_below,
     describe_first,
     end_left_runs,
@@ -164,7 +163,7 @@ class MlflowStore:
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
         """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
         described = Undelivered(run_id, tags={NOTE: redact(note)[:LONGEST_TAG]})
-        self._connection.attempt("the report", partial(deliver, self._client, run_id, described, files))
+        self._connection.attempt("the report", partial(described.deliver, self._connection, files))
 
     def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
         """Log a saved model to a run that may have ended, and register it; no trouble of the store passes."""

@@ -51,7 +51,7 @@ Point = tuple[str, float, int, int]
 """Name, value, milliseconds since 1970, step: a measured value as MLflow has it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Undelivered:
     """What a run lacks. ``content`` makes it, where it was never made or not whole; ``run_id`` is None for the former.
 
@@ -60,10 +60,42 @@ class Undelivered:
 
     run_id: str | None
     content: RunContent | None = None
-    metrics: Sequence[Point] = ()
+    metrics: list[Point] = field(default_factory=list)
     tags: Mapping[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
     error: str | None = None
+
+    def make(self, connection: Connection) -> str:
+        """Make the run whole, or open the one that is continued again; returns its id, raises what the store raises."""
+        if self.content:
+            run = claim_run(connection.client, connection.experiment_id, self.content, self.run_id)
+            self.run_id = run.info.run_id
+            fill_run(connection.client, run, self.content)
+            self.content = None
+        assert self.run_id is not None  # it has either an id or what makes it
+        return self.run_id
+
+    def deliver(self, connection: Connection, files: Sequence[Path] = ()) -> None:
+        """Tell the run what it lacks, its end last: a FINISHED run is a whole one.
+
+        What is refused for good costs a line; raises what a store that is gone raises.
+        """
+        run_id, client = self.make(connection), connection.client
+        writes: list[tuple[str, Callable[[], object]]] = [
+            ("metrics", partial(log_metrics, client, run_id, self.metrics)),
+            *((file.name, partial(client.log_artifact, run_id, str(file))) for file in files),
+            *((name, partial(client.set_tag, run_id, name, value)) for name, value in self.tags.items()),
+        ]
+        if self.status is not Status.RUNNING:
+            writes.append(("end", partial(end_run, client, run_id, self.status, self.error)))
+        for what, write in writes:
+            try:
+                write()
+            except Exception as error:  # whatever it is, the rest is still to be told
+                if is_outage(error):
+                    raise
+                log.warning("MLflow did not take %s of the run: %s", what, reason_of(error))
+        self.metrics, self.tags = [], {}
 
     def write(self, directory: Path) -> Path:
         """Replace what is kept in ``directory``; returns the folder for files that the run is to get."""
@@ -96,25 +128,6 @@ def has_undelivered(directory: Path) -> bool:
     return any(directory.rglob(f"{UNDELIVERED}/{RUN}"))
 
 
-def deliver(client: MlflowClient, run_id: str, kept: Undelivered, files: Sequence[Path] = ()) -> None:
-    """Tell a run what it lacks, its end last: a FINISHED run is a whole one.
-
-    What is refused for good costs a line; raises what a store that is gone raises.
-    """
-    writes: list[tuple[str, Callable[[], object]]] = [("metrics", partial(log_metrics, client, run_id, kept.metrics))]
-    writes += [(file.name, partial(client.log_artifact, run_id, str(file))) for file in files]
-    writes += [(name, partial(client.set_tag, run_id, name, value)) for name, value in kept.tags.items()]
-    if kept.status is not Status.RUNNING:
-        writes.append(("end", partial(end_run, client, run_id, kept.status, kept.error)))
-    for what, write in writes:
-        try:
-            write()
-        except Exception as error:  # whatever it is, the rest is still to be told
-            if is_outage(error):
-                raise
-            log.warning("MLflow did not take %s of the run: %s", what, reason_of(error))
-
-
 def deliver_below(connection: Connection, directory: Path, is_over: Callable[[Owner], bool]) -> None:
     """Deliver what is kept in ``directory`` and below, but for trials that a process is still at work on."""
     for file in sorted(directory.rglob(f"{UNDELIVERED}/{RUN}")):
@@ -131,42 +144,39 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
         kept = read_undelivered(directory)
         if kept is None:
             return forget_undelivered(directory)  # another one was faster
-        run_id, client = kept.run_id or "", connection.client
-        if kept.content:
-            run = claim_run(client, connection.experiment_id, kept.content, kept.run_id)
-            run_id = run.info.run_id
-            replace(kept, run_id=run_id).write(directory)
-            fill_run(client, run, kept.content)
+        try:
+            run_id = kept.make(connection)
+        finally:
+            kept.write(directory)
         record = read_record(directory)
         if record and record.run_id is None:
             replace(record, run_id=run_id).write(directory)
-        tags = client.get_run(run_id).data.tags
+        tags = connection.client.get_run(run_id).data.tags
         if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
-            settle(client, run_id, directory)
+            settle(connection, run_id, directory)
         else:  # the trial was continued elsewhere, or by another process: how it ended is that one's to say
-            log_metrics(client, run_id, kept.metrics)
+            log_metrics(connection.client, run_id, kept.metrics)
             forget_undelivered(directory)
 
 
-def settle(client: MlflowClient, run_id: str, directory: Path) -> Status:
+def settle(connection: Connection, run_id: str, directory: Path) -> Status:
     """End a run as its directory says it ended, with all that it lacks; INTERRUPTED where nothing says so."""
     kept, record = read_undelivered(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
-    metrics = list(kept.metrics)
     if kept.status is Status.RUNNING:
-        kept = replace(kept, status=Status.INTERRUPTED, error=KILLED)
-        metrics += points(record.figures, int(record.figures.get("steps", 0))) if record else []
+        kept.status, kept.error = Status.INTERRUPTED, KILLED
+        kept.metrics += points(record.figures, int(record.figures.get("steps", 0))) if record else []
     if record and record.status is Status.RUNNING:
         record = replace(record, status=kept.status, error=kept.error)
         record.write(directory)
-    files = [directory / PREDICTIONS] if record else []
-    files += sorted((directory / UNDELIVERED).glob("[!.]*"))
-    ended = record or kept
-    lacking = replace(kept, metrics=metrics, status=ended.status, error=ended.error)
-    deliver(client, run_id, lacking, [file for file in files if file.is_file() and file.name != RUN])
+    files = sorted((directory / UNDELIVERED).glob("[!.]*"))
+    if record:
+        kept.status, kept.error = record.status, record.error
+        files.append(directory / PREDICTIONS)
+    kept.deliver(connection, [file for file in files if file.is_file() and file.name != RUN])
     forget_undelivered(directory)
-    return ended.status
+    return kept.status
 
 
 def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], sweep: str | None = None,
@@ -182,7 +192,7 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     ended: list[str] = []
 
     def end(run: Run, directory: Path) -> None:
-        ended.append(f"{run.info.run_name} {settle(connection.client, run.info.run_id, directory)}")
+        ended.append(f"{run.info.run_name} {settle(connection, run.info.run_id, directory)}")
 
     for run in running:
         owner = owner_of(run.data.tags)

@@ -152,7 +152,7 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     assert (trial.accuracy, trial.train_seconds) == (DONE.report.accuracy, DONE.train_seconds)
     assert store.predictions(trial.run_id).correct.shape == LABELS.shape
     files = [file.path for file in store._client.list_artifacts(trial.run_id)]
-    assert {"confusion_matrix.png", "learning_curve.png", "config.yaml"} <= set(files)
+    assert {"confusion_matrix.png", "config.yaml"} <= set(files)
     assert store._client.get_metric_history(trial.run_id, "validation/accuracy")[0].step == DONE.report.step
 
 
