@@ -59,12 +59,8 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     Of a pair, the longer text is cut first. Token types are kept where ``tokenizer`` gives them to its model.
 
     ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
-    of everything that decides them; a file there that is not whole is written anew, and None keeps nothing. Raises
-    :class:`SettingsError` for a tokenizer that is not fast or has no padding token.
+    of everything that decides them; a file there that is not whole is written anew, and None keeps nothing.
     """
-    fast, padded = getattr(tokenizer, "is_fast", False), tokenizer.pad_token_id is not None
-    require(fast and padded, "model.checkpoint", "a model whose tokenizer is fast and has a padding token",
-            type(tokenizer).__name__, "use a checkpoint that has a tokenizer.json with one")  # fmt: skip
     if text.report.pairs is not None:
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require(max_length >= special + 2, "train.max_length", f"{special + 2} or more for pairs", max_length)

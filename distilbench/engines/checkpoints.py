@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from distilbench.data.tokens import EncodedSplits
-from distilbench.engines.stopwatch import Lap
 from distilbench.identity import checkpoint_identity
 from distilbench.results import Evaluation, Status
 from distilbench.settings import SettingsError, TrialSettings
@@ -44,18 +43,6 @@ class Progress:
     history: list[Evaluation] = field(default_factory=list)
     gradients: list[list[float]] = field(default_factory=list)
 
-    def spend(self, lap: Lap) -> None:
-        """Add a lap of training."""
-        self.train_seconds += lap.seconds
-        self.train_cpu_seconds += lap.cpu_seconds
-
-    def advance(self, step: int, lap: Lap, memory: int) -> None:
-        """Note that the trial has come to ``step`` in a ``lap`` more, holding ``memory`` bytes at most."""
-        self.step = step
-        self.spend(lap)
-        self.step_seconds += lap.seconds
-        self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
-
 
 def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
     """Return :func:`~distilbench.identity.checkpoint_identity` with the text that ``splits`` hold.
@@ -67,21 +54,6 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
         for values in (split.tokens, split.offsets, split.labels):
             texts.update(values.tobytes())
     return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
-
-
-def take_up(directory: Path, identity: Mapping[str, object], resume: bool, steps: int) -> tuple[Path | None, Progress]:
-    """Return the checkpoint that a trial of ``steps`` continues from and what had been done by then; raises as newest.
-
-    What an earlier trial left is removed where this one starts from scratch.
-    """
-    found = newest(directory, identity) if resume else None
-    if found is not None:
-        log.info("continuing after step %d of %d", found[1].step, steps)
-        return found
-    if resume:
-        log.info("nothing to resume in %s: starting from scratch", directory.parent)
-    remove_all(directory)
-    return None, Progress()
 
 
 def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:

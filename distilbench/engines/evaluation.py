@@ -9,15 +9,8 @@ import numpy as np
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, matthews_corrcoef
 
-from distilbench.data.tokens import EncodedSplits
 from distilbench.results import Evaluation
 from distilbench.settings import TrainSettings
-
-
-def selection_name(splits: EncodedSplits) -> str:
-    """Name the split that epochs are picked on: ``validation`` where one split does both."""
-    return "validation" if splits.selection is splits.report else "selection"
-
 
 CALIBRATION_BINS = 15
 """As many as Guo et al. (2017, arXiv 1706.04599) take."""
@@ -62,10 +55,3 @@ def best_of(history: Sequence[Evaluation], train: TrainSettings) -> int:
     """Return the position of the best evaluation by ``train.metric``, the first among equals."""
     sign = 1 if train.greater_is_better else -1
     return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
-
-
-def is_out_of_patience(history: Sequence[Evaluation], train: TrainSettings) -> bool:
-    """Return whether the last ``train.patience`` evaluations brought no better one than those before."""
-    if train.patience is None or not history:
-        return False
-    return len(history) - 1 - best_of(history, train) >= train.patience

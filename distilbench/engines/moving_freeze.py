@@ -18,18 +18,18 @@ from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze_levels, parameter_counts
 from distilbench.models.layers import levels
 from distilbench.results import Evaluation
-from distilbench.settings import TrialSettings, require
+from distilbench.settings import FreezeSettings, require
 
 
-def require_parts(settings: TrialSettings, schedule: BatchSchedule) -> None:
+def require_parts(settings: FreezeSettings, schedule: BatchSchedule) -> None:
     """Raise :class:`SettingsError` where what is frozen is to move, but too few evaluations come before the end."""
-    if settings.freeze.moves:
-        every, most = settings.train.eval_steps, (schedule.steps - 1) // (settings.freeze.fewest_parts - 1)
-        allowed = f"at most {most} for {schedule.steps} steps with freeze.policy={settings.freeze.policy}, which moves "
+    if settings.moves:
+        every, most = schedule.eval_steps, (schedule.steps - 1) // (settings.fewest_parts - 1)
+        allowed = f"at most {most} for {schedule.steps} steps with freeze.policy={settings.policy}, which moves "
         require(not every or every <= most, "train.eval_steps", allowed + "at evaluations", every)
 
 
-def planned_levels(settings: TrialSettings, schedule: BatchSchedule, top: int) -> dict[int, int]:
+def planned_levels(settings: FreezeSettings, schedule: BatchSchedule, top: int) -> dict[int, int]:
     """Return how many levels below the head, level ``top``, are frozen from which step on, as far as the settings say.
 
     ``gradual`` freezes all of them at first, and one less in each part (Howard and Ruder, 2018, arXiv 1801.06146);
@@ -37,11 +37,11 @@ def planned_levels(settings: TrialSettings, schedule: BatchSchedule, top: int) -
     between (FreezeOut: Brock et al., 2017, arXiv 1706.04983, with a linear schedule, but at evaluations alone). Others
     are ``{0: 0}``.
     """
-    starts = range(0, schedule.steps, settings.train.eval_steps or schedule.steps_per_epoch)
-    if settings.freeze.policy == "gradual":
+    starts = schedule.part_starts
+    if settings.policy == "gradual":
         return {start: max(0, top - part) for part, start in enumerate(starts)}
-    if settings.freeze.policy == "scheduled":
-        most, last = settings.freeze.layers + 1, max(1, len(starts) - 1)
+    if settings.policy == "scheduled":
+        most, last = settings.layers + 1, max(1, len(starts) - 1)
         return {start: round(most * part / last) for part, start in enumerate(starts)}
     return {0: 0}
 
@@ -80,9 +80,9 @@ class MovingFreeze:
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: TrialSettings, schedule: BatchSchedule, gradients: list[list[float]]
+        self, model: PreTrainedModel, settings: FreezeSettings, schedule: BatchSchedule, gradients: list[list[float]]
     ) -> None:
-        self.gradients, self._model, self._by_gradients = gradients, model, settings.freeze.policy == "auto"
+        self.gradients, self._model, self._by_gradients = gradients, model, settings.policy == "auto"
         named, level_of = dict(model.named_parameters()), levels(model)
         self._top = max(level_of.values())
         self._by_level = [[named[n] for n in named if level_of[n] == level] for level in range(self._top + 1)]

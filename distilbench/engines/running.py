@@ -1,13 +1,16 @@
-"""A trial while it trains, alike in every engine: what it tells, what its clock says, and what its result will say."""
+"""A trial while it trains, alike in every engine: what it tells, what its clock says, how it ends."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +20,73 @@ from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.checkpoints import Progress
 from distilbench.engines.device import peak_memory
-from distilbench.engines.evaluation import best_of, evaluate_logits, is_out_of_patience, selection_name
-from distilbench.engines.outcome import TrialEnded, require_finite
+from distilbench.engines.evaluation import best_of, evaluate_logits
 from distilbench.engines.steps import BatchSchedule
-from distilbench.engines.stopwatch import Lap
 from distilbench.models.flops import TrainFlops
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
-from distilbench.settings import TrialSettings
+from distilbench.settings import SettingsError, TrialSettings
+
+log = logging.getLogger(__name__)
+
+_MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
+"""Said where a trial goes on with fewer rows at once."""
+
+
+class TrialEnded(Exception):
+    """A trial is over before its last step; the message is one line for the user."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
+    """Return the status that an exception inside a trial stands for, and one line that says what to change.
+
+    An error that nobody foresaw is FAILED; its traceback goes to the log.
+    """
+    if isinstance(error, TrialEnded):
+        return error.status, str(error)
+    if isinstance(error, SettingsError):
+        return Status.FAILED, str(error)
+    first_line = (str(error).splitlines() or [""])[0]
+    # CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
+    if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return Status.OUT_OF_MEMORY, (
+            f"out of memory ({first_line or type(error).__name__}); lower train.max_length (now "
+            f"{settings.train.max_length}), freeze more layers, or take a smaller model"
+        )
+    log.error("the trial failed", exc_info=error)
+    return Status.FAILED, f"{type(error).__name__}: {first_line}"
+
+
+class Lap(NamedTuple):
+    """Wall time, and CPU time of this process with all its threads; both in seconds."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+class Stopwatch:
+    """Tells the time from lap to lap."""
+
+    def __init__(self, began: float) -> None:
+        """Start the first lap: wall time at ``began``, as ``time.perf_counter`` has it, CPU time now."""
+        self._seconds, self._cpu_seconds = began, time.process_time()
+
+    def lap(self) -> Lap:
+        """Return the time since the last call, and start the next lap."""
+        seconds, cpu_seconds = time.perf_counter(), time.process_time()
+        lap = Lap(seconds - self._seconds, cpu_seconds - self._cpu_seconds)
+        self._seconds, self._cpu_seconds = seconds, cpu_seconds
+        return lap
+
+    def leave_out(self, seconds: float) -> None:
+        """Keep ``seconds`` that have passed since the last call out of this lap."""
+        self._seconds += seconds
 
 
 @dataclass
@@ -50,7 +113,7 @@ class RunningTrial:
     @cached_property
     def schedule(self) -> BatchSchedule:
         """How its examples are spread over steps."""
-        return BatchSchedule(len(self.splits.train), self.settings.train.batch_size, self.settings.train.epochs)
+        return BatchSchedule.of(self.settings.train, len(self.splits.train))
 
     @property
     def folder(self) -> Path:
@@ -64,21 +127,34 @@ class RunningTrial:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether it ends here, for its evaluations have not improved for long."""
-        return is_out_of_patience(self.progress.history, self.settings.train)
+        """Whether it ends here: its last ``train.patience`` evaluations brought no better one than those before."""
+        history, train = self.progress.history, self.settings.train
+        return bool(train.patience and history and len(history) - 1 - best_of(history, train) >= train.patience)
 
     def take_up(self, weights: str, given: EncodedSplits) -> Path | None:
-        """Return the checkpoint to continue from; ``weights`` is a fingerprint, ``given`` the splits as given."""
+        """Return the checkpoint to continue from; ``weights`` is a fingerprint, ``given`` the splits as given.
+
+        What an earlier trial left is removed where this one starts from scratch.
+        """
         self.identity = checkpoints.identity_of(self.settings, given, weights, self.about["precision"])
-        resume, steps = self.settings.train.resume, self.schedule.steps
-        path, self.progress = checkpoints.take_up(self.folder, self.identity, resume, steps)
+        resume = self.settings.train.resume
+        found = checkpoints.newest(self.folder, self.identity) if resume else None
+        if found is None:
+            if resume:
+                log.info("nothing to resume in %s: starting from scratch", self.folder.parent)
+            checkpoints.remove_all(self.folder)
+            return None
+        path, self.progress = found
+        log.info("continuing after step %d of %d", self.progress.step, self.schedule.steps)
         return path
 
     def record(self, step: int, lap: Lap, loss: float, learning_rate: float, gradient_norm: float) -> None:
         """Tell of the steps since the last record, up to ``step``; raises :class:`TrialEnded` where it diverged."""
-        before, schedule = self.progress.step, self.schedule
-        self.progress.advance(step, lap, peak_memory(self.device))
-        require_finite(loss, "training", step, schedule.steps, self.settings)
+        progress, schedule = self.progress, self.schedule
+        before, progress.step = progress.step, step
+        progress.step_seconds += lap.seconds
+        self._spend(lap)
+        self._require_finite(loss, "training")
         rate = (schedule.seen(step) - schedule.seen(before)) / lap.seconds
         epoch = step / schedule.steps_per_epoch
         told = StepRecord(step, schedule.steps, epoch, loss, learning_rate, gradient_norm, rate)
@@ -86,14 +162,27 @@ class RunningTrial:
 
     def evaluate(self, logits: np.ndarray, lap: Lap) -> bool:
         """Note what the selection split's ``logits`` amount to; return whether no evaluation before was as good."""
-        progress, labels = self.progress, self.splits.selection.labels
-        progress.spend(lap)
-        self.sample_memory()
-        epoch = progress.step / self.schedule.steps_per_epoch
-        evaluation = evaluate_logits(selection_name(self.splits), logits, labels, progress.step, epoch)
-        require_finite(evaluation.loss, "validation", progress.step, self.schedule.steps, self.settings)
-        progress.history.append(evaluation)
+        step, splits = self.progress.step, self.splits
+        self._spend(lap)
+        name = "validation" if splits.selection is splits.report else "selection"
+        epoch = step / self.schedule.steps_per_epoch
+        evaluation = evaluate_logits(name, logits, splits.selection.labels, step, epoch)
+        self._require_finite(evaluation.loss, "validation")
+        self.progress.history.append(evaluation)
         return self.best is evaluation
+
+    def _spend(self, lap: Lap) -> None:
+        self.progress.train_seconds += lap.seconds
+        self.progress.train_cpu_seconds += lap.cpu_seconds
+        self.sample_memory()
+
+    def _require_finite(self, loss: float, kind: str) -> None:
+        if not math.isfinite(loss):
+            raise TrialEnded(
+                Status.DIVERGED,
+                f"the {kind} loss was {loss} at step {self.progress.step} of {self.schedule.steps}; lower optim.lr "
+                f"(now {self.settings.optim.lr:g}), or warm up with scheduler.warmup_ratio=0.1",
+            )
 
     def ask_to_go_on(self) -> None:
         """Tell of the newest evaluation; raises :class:`TrialEnded` where the observer prunes the trial."""

@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from distilbench.settings import TrainSettings
+
 
 @lru_cache(maxsize=64)
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -22,11 +24,22 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """How the examples of a training split are spread over steps."""
+    """How the examples of a training split are spread over steps, and what is due after which of them.
+
+    Evaluations come every ``eval_steps``, after each epoch with None, and after the last step; they cut training into
+    parts. Records come every ``logging_steps`` and before each evaluation, so that none spans one.
+    """
 
     examples: int
     batch_size: int
     epochs: int
+    eval_steps: int | None = None
+    logging_steps: int = 1
+
+    @classmethod
+    def of(cls, train: TrainSettings, examples: int) -> BatchSchedule:
+        """Return that of a trial on so many ``examples``."""
+        return cls(examples, train.batch_size, train.epochs, train.eval_steps, train.logging_steps)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -37,6 +50,19 @@ class BatchSchedule:
     def steps(self) -> int:
         """Batches of all epochs."""
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def part_starts(self) -> range:
+        """The step after which each part begins: what is frozen may move there."""
+        return range(0, self.steps, self.eval_steps or self.steps_per_epoch)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after the first ``step`` steps."""
+        return step in self.part_starts or step == self.steps
+
+    def records_after(self, step: int) -> bool:
+        """Whether a record is due after the first ``step`` steps."""
+        return self.evaluates_after(step) or step % self.logging_steps == 0
 
     def batch(self, seed: int, step: int) -> np.ndarray:
         """Return the examples of step ``step`` (from 0) in the order of ``seed``, ``(at most batch_size,)``."""

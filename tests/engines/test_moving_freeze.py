@@ -12,17 +12,21 @@ TOP = 4
 
 
 def test_gradual_thaws_a_level_a_part_from_the_top_down_to_the_embeddings(settings):
-    levels = planned_levels(settings("freeze=gradual").trial, BatchSchedule(10, 2, epochs=7), TOP)
+    levels = planned_levels(settings("freeze=gradual").freeze, BatchSchedule(10, 2, epochs=7), TOP)
     assert levels == {0: 4, 5: 3, 10: 2, 15: 1, 20: 0, 25: 0, 30: 0}
-    uneven = settings("freeze=gradual", "train.eval_steps=4").trial
-    assert planned_levels(uneven, BatchSchedule(10, 2, epochs=2), TOP) == {0: 4, 4: 3, 8: 2}
+    uneven = BatchSchedule(10, 2, epochs=2, eval_steps=4)
+    assert planned_levels(settings("freeze=gradual").freeze, uneven, TOP) == {
+        0: 4,
+        4: 3,
+        8: 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("parts", "layers", "levels"), [(3, 1, [0, 1, 2]), (3, 3, [0, 2, 4]), (2, 2, [0, 3]), (5, 3, [0, 1, 2, 3, 4])]
 )
 def test_scheduled_freezes_from_nothing_to_its_layers_and_the_embeddings(settings, parts, layers, levels):
-    trial = settings("freeze=scheduled", f"freeze.layers={layers}").trial
+    trial = settings("freeze=scheduled", f"freeze.layers={layers}").freeze
     planned = planned_levels(trial, BatchSchedule(10, 2, epochs=parts), TOP)
     assert planned == dict(zip(range(0, 5 * parts, 5), levels, strict=True))
 
@@ -30,19 +34,19 @@ def test_scheduled_freezes_from_nothing_to_its_layers_and_the_embeddings(setting
 @pytest.mark.parametrize(("choice", "most"), [("gradual", 14), ("scheduled freeze.layers=1", 14), ("auto", 7)])
 def test_evaluations_too_few_for_anything_to_move_are_refused(settings, choice, most):
     """``auto`` compares the gradients of two parts before it freezes in a third."""
-    given, schedule = f"freeze={choice}".split(), BatchSchedule(10, 2, epochs=3)
-    require_parts(settings(*given).trial, schedule)
-    require_parts(settings(*given, f"train.eval_steps={most}").trial, schedule)
-    require_parts(settings("train.eval_steps=99").trial, schedule)
+    freeze = settings(*f"freeze={choice}".split()).freeze
+    require_parts(freeze, BatchSchedule(10, 2, epochs=3))
+    require_parts(freeze, BatchSchedule(10, 2, epochs=3, eval_steps=most))
+    require_parts(settings().freeze, BatchSchedule(10, 2, epochs=3, eval_steps=99))
     with pytest.raises(
         SettingsError, match=f"^train.eval_steps must be at most {most} for 15 steps with freeze.policy"
     ):
-        require_parts(settings(*given, f"train.eval_steps={most + 1}").trial, schedule)
+        require_parts(freeze, BatchSchedule(10, 2, epochs=3, eval_steps=most + 1))
 
 
 @pytest.mark.parametrize("choice", ["freeze=auto", "freeze.layers=2", "freeze=bias"])
 def test_nothing_is_planned_for_other_policies(settings, choice):
-    assert planned_levels(settings(choice).trial, BatchSchedule(10, 2, epochs=3), TOP) == {0: 0}
+    assert planned_levels(settings(choice).freeze, BatchSchedule(10, 2, epochs=3), TOP) == {0: 0}
 
 
 def test_auto_freezes_from_the_bottom_what_changes_less_than_the_median():

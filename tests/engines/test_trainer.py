@@ -23,7 +23,7 @@ from transformers import (
 
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
-from distilbench.engines.outcome import outcome_of
+from distilbench.engines.running import outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer

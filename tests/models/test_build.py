@@ -178,8 +178,8 @@ def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_refused(checkpoint):
             "must be a model with config.json, got .*; use a checkpoint",
         ),
         (lambda d: (d / "model.safetensors").unlink(), "must be a model with model.safetensors"),
-        (lambda d: (d / "config.json").write_text("{"), "must hold a valid config.json, got .*Expecting property name"),
-        (lambda d: (d / "config.json").write_text("[]"), "whose config.json holds an object"),
+        (lambda d: (d / "config.json").write_text("{"), "whose config.json is a JSON object"),
+        (lambda d: (d / "config.json").write_text("[]"), "whose config.json is a JSON object"),
         (lambda d: edit_json(d / "config.json", model_type="no-such"), "must be a readable checkpoint, got"),
         (
             lambda d: (d / "config.json").write_text('{"num_hidden_layers": 2}'),
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(checkpoint, damage, message
         (lambda d: (d / "tokenizer.json").unlink(), "must be a model with its tokenizer, got"),
         (
             lambda d: (d / "tokenizer.json").write_text("{"),
-            "must come with a readable tokenizer, got .*property name",
+            "must be a readable checkpoint, got .*property name",
         ),
         (
             lambda d: edit_json(d / "config.json", vocab_size=9),

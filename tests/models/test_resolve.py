@@ -53,7 +53,10 @@ def test_albert_shares_its_layers_so_freezing_them_is_refused_with_the_reason(ch
 
 
 def test_a_model_without_biases_has_none_to_train(check):
-    with pytest.raises(SettingsError, match=r"^freeze.policy=bias needs an encoder that has biases, got .*modernbert"):
+    with pytest.raises(
+        SettingsError,
+        match=r"another than bias for .*modernbert.*, which has none, got 'bias'",
+    ):
         check(random("modernbert"), "freeze=bias")
 
 
@@ -221,22 +224,24 @@ def test_a_hub_model_is_downloaded_with_its_commit_and_without_pickles_then_serv
 def test_an_id_that_a_reachable_hub_does_not_know_is_an_error_and_no_fallback(checkpoint, tmp_path):
     with hub({"owner/name": checkpoint}) as (endpoint, _):
         given = resolve_elsewhere(endpoint, tmp_path / "home", checkpoint="owner/nmae")
-    assert given["error"] == (
-        f"model.checkpoint must be the id of a model on {endpoint}, got 'owner/nmae'; "
-        "check the spelling, or set HF_TOKEN for a private one"
+    assert given["error"].startswith(
+        f"model.checkpoint=owner/nmae can't be downloaded from {endpoint}: RepositoryNotFoundError, "
     )
 
 
 def test_an_unknown_revision_is_an_error_that_names_it(checkpoint, tmp_path):
     with hub({"owner/name": checkpoint}) as (endpoint, _):
         given = resolve_elsewhere(endpoint, tmp_path / "home", checkpoint="owner/name", revision="v9")
-    assert given["error"].startswith("model.revision must be a branch, tag or commit of owner/name, got 'v9'")
+    assert "RevisionNotFoundError" in given["error"]
+    assert "check it and model.revision=v9" in given["error"]
 
 
 def test_a_gated_model_is_an_error_that_says_how_to_get_in(checkpoint, tmp_path):
     with hub({"owner/gated": checkpoint}) as (endpoint, _):
         given = resolve_elsewhere(endpoint, tmp_path / "home", checkpoint="owner/gated")
-    assert "'owner/gated', which is gated; accept its terms" in given["error"]
+    assert "model.checkpoint=owner/gated can't be downloaded" in given["error"]
+    assert "GatedRepoError" in given["error"]
+    assert "HF_TOKEN" in given["error"]
 
 
 def test_a_repository_without_safetensors_is_refused_in_one_line(checkpoint, tmp_path):

@@ -36,8 +36,7 @@ from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
 from distilbench.engines.fused.prefix import prefix_depth
 from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import planned_flops, planned_levels
-from distilbench.engines.outcome import outcome_of
-from distilbench.engines.running import RunningTrial
+from distilbench.engines.running import RunningTrial, outcome_of
 from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
@@ -129,11 +128,11 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     check_trial(resolved, settings)
     check_fusable(settings, resolved, precision)
     model = build_model(resolved, splits.label_names, settings.seed)
-    schedule = BatchSchedule(len(splits.train), settings.train.batch_size, settings.train.epochs)
+    schedule = BatchSchedule.of(settings.train, len(splits.train))
     freeze(model, settings.freeze)
     frozen_levels, flops = {0: 0}, {0: TrainFlops.of(model)}
     if settings.freeze.moves:
-        frozen_levels = planned_levels(settings, schedule, top=resolved.depth + 1)
+        frozen_levels = planned_levels(settings.freeze, schedule, top=resolved.depth + 1)
         flops = planned_flops(model, frozen_levels)
     trained, total = parameter_counts(model)
     compact, vocabulary = _compact(splits)

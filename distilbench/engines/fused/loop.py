@@ -25,8 +25,7 @@ from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix, prefix_depth
-from distilbench.engines.outcome import SMALLER, outcome_of
-from distilbench.engines.stopwatch import Stopwatch
+from distilbench.engines.running import SMALLER, Stopwatch, outcome_of
 from distilbench.models.build import build_model
 from distilbench.results import Status, TrialResult
 
@@ -246,7 +245,7 @@ class TrialGroup:
         return True
 
     def _advance(self) -> None:
-        """Take one step, and record it where a record is due; every evaluation comes after a record."""
+        """Take one step, and record it where a record is due."""
         if self.use_graphs and self._takes_whole_batch():
             self._graph_step()
         else:
@@ -259,10 +258,8 @@ class TrialGroup:
                     self.losses[own] += losses
                     self.taken = own.stop
         self.step, self.taken = self.step + 1, 0
-        train = self.settings.train
-        every = train.eval_steps or self.schedule.steps_per_epoch
-        self.evaluation_due = self.step % every == 0 or self.step == self.schedule.steps
-        if self.evaluation_due or self.step % train.logging_steps == 0:
+        self.evaluation_due = self.schedule.evaluates_after(self.step)
+        if self.schedule.records_after(self.step):
             self._record()
 
     def _takes_whole_batch(self) -> bool:

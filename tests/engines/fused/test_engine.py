@@ -23,8 +23,8 @@ from distilbench.engines.fused.loop import TrialGroup, train_group
 from distilbench.engines.fused.packing import pack
 from distilbench.engines.fused.prefix import WINDOW, prefix_depth
 from distilbench.engines.optimization import build_optimizer, lr_factors
+from distilbench.engines.running import Stopwatch
 from distilbench.engines.steps import BatchSchedule, epoch_order
-from distilbench.engines.stopwatch import Stopwatch
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, freeze_levels

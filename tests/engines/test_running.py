@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from distilbench.engines.stopwatch import Lap, Stopwatch
+from distilbench.engines.running import Lap, Stopwatch
 
 
 def test_laps_follow_each_other_and_leave_out_what_they_are_told(monkeypatch):
