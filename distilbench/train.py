@@ -107,6 +107,7 @@ def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple
     if not sweep_job:
         return [job], None
     lease = Lease(sweep_job)
+    lease.announce()
     if not job.settings.sweep.seeds:
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
     seeds = Seeds(job, sweep_job, lease, runner)
@@ -145,10 +146,7 @@ def _ending() -> Iterator[None]:
 
 
 def _assignment(config: DictConfig) -> Assignment:
-    sweep_job = SweepJob.from_environment()
-    if sweep_job:
-        Lease(sweep_job).announce()
-    return Assignment(job_of(config, HydraConfig.get().runtime.choices), sweep_job)
+    return Assignment(job_of(config, HydraConfig.get().runtime.choices), SweepJob.from_environment())
 
 
 def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -26,24 +26,16 @@ log = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
-    """What trains several jobs at once; lives as long as the sweep."""
+    """What trains several jobs at once."""
 
     def describe(self, config: DictConfig) -> Any:
-        """Say what a job is to do. Called as the job would be: with its HydraConfig, output directory and environment.
-
-        An exception becomes the job's own; the others go on.
-        """
+        """Say what a job is to do, called as the job would be; an exception becomes the job's own, the others go on."""
 
     def train(self, jobs: Sequence[Any]) -> Iterator[Mapping[int, TaskFunction]]:
-        """Train what :meth:`describe` returned, as it suits.
+        """Train what :meth:`describe` returned; yield, whenever some are done, a task function by the job's index.
 
-        Yields, whenever some are done, a task function by the job's index: it returns the job's result, or raises its
-        error, at once.
+        It returns the job's result, or raises its error, at once.
         """
-
-
-TakesBatches = Callable[[int], Batches]
-"""Makes a :class:`Batches`, given how many jobs may be trained at once."""
 
 
 def launch(

@@ -18,6 +18,9 @@ from pathlib import Path
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import AppSettings
 
+log = logging.getLogger(__name__)
+
+
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
 """Names the ``job.json`` of the trial that a job is to train."""
 
@@ -118,9 +121,6 @@ def objectives_of(settings: AppSettings, alone: bool) -> tuple[str, ...]:
     """Return what a sweep with these settings optimises; its ``cost`` is seconds where trials run ``alone``."""
     cost = "train_seconds" if alone else "train_flops"
     return tuple(cost if name == "cost" else name for name in settings.sweep.objectives or [settings.train.metric])
-
-
-log = logging.getLogger(__name__)
 
 
 class Orphaned(RuntimeError):

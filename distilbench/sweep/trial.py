@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import getpass
+import logging
 import math
+import os
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from distilbench.cli import counted
+from distilbench.engines.device import visible_gpus
 from distilbench.identity import short_hash, trial_identity
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, SettingsError
-from distilbench.sweep.devices import claim_gpu
 from distilbench.sweep.job import NOBODY, Lease, SweepJob
 from distilbench.sweep.pruning import judged_by, pruning_callback
 
@@ -22,12 +28,18 @@ if TYPE_CHECKING:
     from distilbench.trials.batch import BatchRunner
     from distilbench.trials.prepared import Job, Prepared, SweepContext
 
+log = logging.getLogger(__name__)
+
 
 def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
-    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
+    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why.
+
+    Raises :class:`~distilbench.sweep.job.Orphaned` where the sweep went on without it.
+    """
     from distilbench.trials.batch import BatchRunner
 
     lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
+    lease.announce()
     with lease.beating():
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:
@@ -219,14 +231,34 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
     for key, now in found.items():
         kept = known.get(key, now)
         if kept["fingerprint"] != now["fingerprint"]:
-            raise SettingsError(_refusal(key.partition(" ")[0], kept, now, job.sweep))
+            got = "other contents under that name" if kept["is"] == now["is"] else now["is"]
+            raise SettingsError(
+                f"{key.partition(' ')[0]} must be what the sweep {job.sweep!r} began with, {kept['is']} "
+                f"({kept['fingerprint'][:12]}), got {got} ({now['fingerprint'][:12]}); make the first available again, "
+                "or take another sweep.name"
+            )
 
 
-def _refusal(kind: str, kept: Mapping[str, str], now: Mapping[str, str], sweep: str) -> str:
-    has_same_name = kept["is"] == now["is"]
-    got = "other contents under that name" if has_same_name else now["is"]
-    remedy = "put the first contents back" if has_same_name else "make the first available again"
-    return (
-        f"{kind} must be what the sweep {sweep!r} began with, {kept['is']} ({kept['fingerprint'][:12]}), got {got} "
-        f"({now['fingerprint'][:12]}); {remedy}, or take another sweep.name"
-    )
+_held: list[FileLock] = []
+"""Kept for as long as the process lives; the system lets go of a lock whose holder dies."""
+
+
+def claim_gpu(device: str) -> None:
+    """Leave this process one GPU, before CUDA starts in it, where ``engine.device`` names none and several are seen."""
+    gpus = visible_gpus() if device in ("auto", "cuda") else []
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = claim_free(gpus, Path(tempfile.gettempdir()))
+
+
+def claim_free(gpus: Sequence[str], folder: Path) -> str:
+    """Lock, in ``folder``, the first GPU that is free; the first of all where none is, which a line tells."""
+    for gpu in gpus:
+        lock = FileLock(folder / f"distilbench-{getpass.getuser()}-gpu-{gpu}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        _held.append(lock)
+        return gpu
+    log.warning("all of %d GPUs have a worker: this one shares GPU %s", len(gpus), gpus[0])
+    return gpus[0]

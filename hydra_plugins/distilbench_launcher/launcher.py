@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-if TYPE_CHECKING:
-    from distilbench.sweep.batched_launch import Batches
+
+@dataclass
+class FusedLauncherConf:
+    """Jobs of a batch are trained together, then each is run through Hydra with its stored result."""
+
+    _target_: str = "hydra_plugins.distilbench_launcher.launcher.FusedLauncher"
+    max_trials: int = 32
+    """Trials trained at once at most, 1 or more; memory may allow fewer. Also bounds what a kill can cost."""
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedLauncherConf, provider="distilbench")
 
 
 class FusedLauncher(Launcher):
     """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
 
-    Such a function carries an attribute ``takes_batches``, a ``TakesBatches`` of ``distilbench.sweep.batched_launch``.
+    Such a function carries an attribute ``takes_batches``: given how many jobs may be trained at once, it makes the
+    ``Batches`` of ``distilbench.sweep.batched_launch``, which live as long as the sweep.
     """
 
     def __init__(self, max_trials: int) -> None:
         self._max_trials = max_trials
         self._basic = BasicLauncher()
-        self._batches: Batches | None = None
+        self._batches: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what Hydra hands over."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.resume import check_unchanged
+from distilbench.sweep.resume import _check_same, _params_in, check_unchanged
+from distilbench.sweep.space import Space
+from distilbench.sweep.trial import PINNED
 
 
 def identity(**fixed: str):
@@ -17,3 +24,89 @@ def test_a_setting_that_an_older_version_did_not_have_is_null():
     check_unchanged(older, identity(seed="1", **{"data.pair_column": "null"}), "first", extend=False)
     with pytest.raises(SettingsError, match=r"which had data\.pair_column unset \(now two\); take another name$"):
         check_unchanged(older, identity(seed="1", **{"data.pair_column": "two"}), "first", extend=False)
+
+
+LAYERS, RATE = IntDistribution(0, 2), FloatDistribution(1e-5, 1e-3, log=True)
+KIND = CategoricalDistribution(["linear", "cosine"])
+FIXED = {"train.epochs": "1", "scheduler.name": "linear", "optim.lr": "2e-05", "freeze.layers": "3"}
+
+
+def plan(dimensions, custom=None):
+    kept = {key: value for key, value in FIXED.items() if key not in dimensions}
+    return SimpleNamespace(space=Space(dimensions, [], custom), fixed=kept, objectives=("accuracy",))
+
+
+def trial(**params):
+    kinds = {"freeze.layers": IntDistribution(0, 9), "optim.lr": FloatDistribution(1e-9, 1.0), "scheduler.name": KIND}
+    named = {key.replace("__", "."): value for key, value in params.items()}
+    return create_trial(params=named, distributions={key: kinds[key] for key in named}, value=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "params", "expected"),
+    [
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4}, {"optim.lr": 1e-4}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-1}, None),
+        ({"optim.lr": RATE, "freeze.layers": IntDistribution(0, 6)}, {"optim__lr": 1e-4},
+         {"optim.lr": 1e-4, "freeze.layers": 3}),
+        ({"optim.lr": RATE, "freeze.layers": LAYERS}, {"optim__lr": 1e-4}, None),
+        ({"scheduler.name": KIND}, {}, {"scheduler.name": "linear"}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4, "freeze__layers": 3}, {"optim.lr": 1e-4}),
+        ({"optim.lr": RATE}, {"optim__lr": 1e-4, "freeze__layers": 2}, None),
+        ({"model.layers": LAYERS}, {}, None),
+    ],
+)  # fmt: skip
+def test_a_trial_lies_in_a_space_where_it_has_what_is_fixed_and_a_value_for_what_varies(dimensions, params, expected):
+    assert _params_in(plan(dimensions), trial(**params), FIXED) == expected
+
+
+def test_what_a_function_suggests_comes_along():
+    custom = plan({"freeze.layers": LAYERS}, custom=print)
+    del custom.fixed["optim.lr"]
+    assert _params_in(custom, trial(freeze__layers=1, optim__lr=5e-3), FIXED) == {
+        "freeze.layers": 1, "optim.lr": 5e-3
+    }  # fmt: skip
+
+
+def test_another_protocol_or_other_objectives_are_refused():
+    identity = {"fixed": {**FIXED, "train.metric": "f1"}, "objectives": ["loss"]}
+    with pytest.raises(SettingsError, match=r"of the same protocol, got .old., which had train.metric=f1 "):
+        _check_same(plan({}), identity, "old")
+    with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
+        _check_same(plan({}), identity | {"fixed": FIXED}, "old")
+
+
+def opened(workspace, name: str) -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{workspace.sweep(name)}/study.db")
+
+
+@pytest.mark.e2e
+def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing_else(workspace):
+    space = (
+        "hydra/sweeper=optuna",
+        "model.layers=3",
+        "optim.lr=tag(log,interval(1e-5,1e-3))",
+        "hydra.sweeper.sampler.seed=1",
+    )
+    workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=6")
+    before = {t.number: t for t in workspace.study("old")}
+    used = {"model 0123456789abcdef": {"fingerprint": "f", "is": "what the first trials used"}}
+    opened(workspace, "old").set_user_attr(PINNED, used)
+    new = (*space, "freeze.layers=0,2,3", "sweep.name=new", "sweep.trials=3", "sweep.warm_start=old")
+    ended = workspace.run(*new)
+    inside = [
+        n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
+    ]
+    assert f"warm start: of 5 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
+    assert opened(workspace, "new").user_attrs[PINNED] == used, "its trials are held to the earlier ones' sources"
+    trials = workspace.study("new")
+    reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
+    assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]
+    assert [(t.params, t.values) for t in reused] == [(before[n].params, before[n].values) for n in inside]
+    assert len(trials) == len(inside) + 3
+    assert len(workspace.finished()) == 6 + 3
+    workspace.run(*new)
+    assert len(workspace.study("new")) == len(trials)
+    refused = workspace.run(*space, "sweep.name=newer", "sweep.warm_start=never")
+    assert (refused.returncode, workspace.sweep("newer").exists()) == (2, False)
+    assert "sweep.warm_start must be the name of an earlier sweep, got 'never'; none is in" in refused.stderr

@@ -9,8 +9,8 @@ import pytest
 
 from distilbench.engines import device as engine_device
 from distilbench.settings import SettingsError
-from distilbench.sweep import devices
-from distilbench.sweep.devices import claim_free, claim_gpu
+from distilbench.sweep import trial
+from distilbench.sweep.trial import claim_free, claim_gpu
 
 
 def _claim_and_stay(folder, claimed, release):
@@ -39,7 +39,7 @@ def test_processes_get_different_gpus_and_a_dead_ones_is_free_again(tmp_path, ca
                                                        ("cpu", "3,4", "3,4"), ("auto", "", "")])  # fmt: skip
 def test_what_a_scheduler_or_a_person_shows_is_respected(monkeypatch, tmp_path, device, given, left):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(trial.tempfile, "gettempdir", lambda: str(tmp_path))
     claim_gpu(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
 
