@@ -54,16 +54,14 @@ def train_trial(*overrides: str) -> Trial:
 def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
     """Train a trial for each list of overrides, at once where the engine takes them together; returns keep the order.
 
-    The error of a trial that could not be trained is raised once the others are done.
+    A mistake is raised before any is trained, any other error of a trial once the others are done.
     """
     with _hydra():
         from distilbench.trials.batch import BatchRunner
 
-        jobs = [_job(overrides) for overrides in trials]
-        ended = {i: end for part in BatchRunner(max_trials=32).train(jobs) for i, end in part.items()}
+        ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials])
     outcomes = []
-    for index in range(len(jobs)):
-        end = ended[index]
+    for end in ended:
         if isinstance(end, Exception):
             raise end
         outcomes.append(end)

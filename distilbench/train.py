@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,11 @@ class Assignment:
     job: Job
     sweep_job: SweepJob | None
 
+    @property
+    def trains_by_itself(self) -> bool:
+        """Whether a pruner judges its seeds, one after another."""
+        return bool(self.sweep_job and self.sweep_job.prunes and self.job.settings.sweep.seeds)
+
 
 class Batches:
     """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
@@ -67,43 +73,32 @@ class Batches:
         with _ending():
             return _assignment(config)
 
-    def train(self, assignments: Sequence[Assignment]) -> Iterator[Mapping[int, TaskFunction]]:
-        """Train the trials; yields task functions that end as :func:`main` would have.
+    def train(self, assignments: Sequence[Assignment]) -> list[TaskFunction]:
+        """Train the trials; returns task functions that end as :func:`main` would have.
 
         The seeds of a trial with several (``sweep.seeds``) are trained at once too; a pruner, which judges them one
         after another, has such a trial trained by itself.
         """
-        if not assignments:
-            return
         raise_on_signal()
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
-        by_themselves = {
-            index
-            for index, own in enumerate(assignments)
-            if own.sweep_job and own.sweep_job.prunes and own.job.settings.sweep.seeds
-        }
-        yield {index: partial(_by_itself, assignments[index]) for index in by_themselves}
-        with ExitStack() as closing:
-            parts = {
-                index: _parts_of(own, self._runner, closing)
-                for index, own in enumerate(assignments)
-                if index not in by_themselves
-            }
-            jobs = [(index, job) for index, (own, _) in parts.items() for job in own]
-            ended: dict[int, list[Trial | Exception]] = {index: [] for index in parts}
-            yield {i: partial(_conclude, assignments[i], seeds, []) for i, (own, seeds) in parts.items() if not own}
-            for trials in self._runner.train([job for _, job in jobs]):
-                for position, trial in trials.items():
-                    ended[jobs[position][0]].append(trial)
-                whole = [index for index, results in ended.items() if results and len(results) == len(parts[index][0])]
-                yield {i: partial(_conclude, assignments[i], parts[i][1], ended.pop(i)) for i in whole}
+        with _ending(), ExitStack() as closing:
+            parts = [_parts_of(own, self._runner, closing) for own in assignments]
+            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs]))
+        return [
+            partial(_by_itself, own)
+            if own.trains_by_itself
+            else partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
+            for own, (jobs, seeds) in zip(assignments, parts, strict=True)
+        ]
 
 
 def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
     """Return what is trained for an assignment: its trial, or each of its seeds that has not finished before."""
     job, sweep_job = own.job, own.sweep_job
+    if own.trains_by_itself:
+        return [], None
     if not sweep_job:
         return [job], None
     lease = Lease(sweep_job)
@@ -203,13 +198,15 @@ def _conclude(
 def _say_how_to_continue() -> None:
     """One line with the command that takes up an interrupted trial; a sweep's is said by whoever runs the sweep."""
     hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.RUN:
+        return
     record = read_record(Path(hydra_config.runtime.output_dir))
-    if hydra_config.mode == RunMode.RUN and record and record.is_over:
+    if record and record.is_over:
         say(f"interrupted after the trial's end; it {record.status}")
-    elif hydra_config.mode == RunMode.RUN:
-        given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
-        place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
-        say(f"interrupted; to continue: {command('train', [*given, *place])}")
+        return
+    given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
+    place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
+    say(f"interrupted; to continue: {command('train', [*given, *place])}")
 
 
 def cli() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -31,11 +30,8 @@ class Batches(Protocol):
     def describe(self, config: DictConfig) -> Any:
         """Say what a job is to do, called as the job would be; an exception becomes the job's own, the others go on."""
 
-    def train(self, jobs: Sequence[Any]) -> Iterator[Mapping[int, TaskFunction]]:
-        """Train what :meth:`describe` returned; yield, whenever some are done, a task function by the job's index.
-
-        It returns the job's result, or raises its error, at once.
-        """
+    def train(self, jobs: Sequence[Any]) -> Sequence[TaskFunction]:
+        """Train what :meth:`describe` returned; return a task function for each, which ends as the job did, at once."""
 
 
 def launch(
@@ -50,12 +46,17 @@ def launch(
     run = partial(run_job, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir")
     unheard = HydraContext(context.config_loader, Callbacks(), context.execution_whitelist)
     described = [run(batches.describe, job, hydra_context=unheard, configure_logging=False) for job in jobs]
-    returns: dict[int, JobReturn] = {}
-    for tasks, said in _trained(batches, jobs, described):
-        for index, task in tasks.items():
-            returns[index] = run(partial(_replay, task, said), jobs[index], hydra_context=context)
-            _log_as_sweep(config, context)
-    return [returns[index] for index in range(len(jobs))]
+    tasks: dict[int, TaskFunction] = {i: partial(_raise, one._return_value) for i, one in enumerate(described)
+             if one.status is not JobStatus.COMPLETED}  # fmt: skip
+    if ready := [index for index in range(len(jobs)) if index not in tasks]:
+        shared = set.intersection(*(set(jobs[index].hydra.job.env_set.items()) for index in ready))
+        with env_override({str(name): str(value) for name, value in shared}):  # they train in one process
+            tasks |= zip(ready, batches.train([described[index].return_value for index in ready]), strict=True)
+    returns = []
+    for index, job in enumerate(jobs):
+        returns.append(run(tasks[index], job, hydra_context=context))
+        _log_as_sweep(config, context)
+    return returns
 
 
 def _log_as_sweep(config: DictConfig, context: HydraContext) -> None:
@@ -71,38 +72,6 @@ def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str]
         job.hydra.job.id = str(number)
         job.hydra.job.num = number
     return job
-
-
-def _trained(
-    batches: Batches, configs: Sequence[DictConfig], described: Sequence[JobReturn]
-) -> Iterator[tuple[dict[int, TaskFunction], Sequence[logging.LogRecord]]]:
-    """Yield the jobs that were refused before training, then the trained ones, with what was logged meanwhile."""
-    ready = [index for index, one in enumerate(described) if one.status is JobStatus.COMPLETED]
-    yield {i: partial(_raise, one._return_value) for i, one in enumerate(described) if i not in ready}, []
-    training = batches.train([described[index].return_value for index in ready])
-    environments = [set(configs[i].hydra.job.env_set.items()) for i in ready]
-    shared = {str(name): str(value) for name, value in set.intersection(*environments)} if ready else {}
-    root = logging.getLogger()
-    while True:
-        kept = BufferingHandler(capacity=2**31)  # none of the jobs has its log file yet
-        root.addHandler(kept)
-        try:
-            with env_override(shared):  # they train in one process
-                tasks = next(training, None)
-        finally:
-            root.removeHandler(kept)
-        if tasks is None:
-            return
-        yield {ready[index]: task for index, task in tasks.items()}, list(kept.buffer)
-
-
-def _replay(task: TaskFunction, said: Sequence[logging.LogRecord], config: DictConfig) -> Any:
-    """Run ``task`` after writing what was ``said`` to the files of the job's log; the console has shown it already."""
-    for handler in logging.getLogger().handlers:
-        for record in said if isinstance(handler, logging.FileHandler) else ():
-            if record.levelno >= handler.level:
-                handler.handle(record)
-    return task(config)
 
 
 def _raise(error: Exception, config: DictConfig) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -68,40 +68,29 @@ class BatchRunner:
         self._prepared: dict[str, Prepared] = {}
         self._solo_seconds: dict[Hashable, float | None] = {}
         self._baselines: dict[Hashable, StoredTrial] = {}
-        self._told_apart = False
 
     def train_one(self, job: Job) -> Trial:
         """Train one job; raises what kept it from its end."""
-        ended = [trial for trials in self.train([job]) for trial in trials.values()]
-        if isinstance(ended[0], Exception):
-            raise ended[0]
-        return ended[0]
+        (ended,) = self.train([job])
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
-    def train(self, jobs: Sequence[Job]) -> Iterator[Mapping[int, Trial | Exception]]:
-        """Train every job; yield, batch by batch, what became of each by its index in ``jobs``.
+    def train(self, jobs: Sequence[Job]) -> list[Trial | Exception]:
+        """Train every job; return what became of each.
 
-        First come the jobs that can't start (SettingsError), before anything is trained. What goes wrong for a whole
-        batch is the exception of each of its jobs; other batches go on. KeyboardInterrupt passes through.
+        Raises :class:`SettingsError`, before anything is trained, for a job that can't start. What goes wrong for a
+        whole batch is the exception of each of its jobs; other batches go on. KeyboardInterrupt passes through.
         """
-        ready: dict[int, _Ready] = {}
-        refused: dict[int, Exception] = {}
-        for index, job in enumerate(jobs):
-            try:
-                ready[index] = self._ready(job)
-            except SettingsError as error:
-                refused[index] = error
-        yield refused
-        apart = {r.prepared.engine.name for r in ready.values() if r.fusion_key is None}
-        if len(ready) > 1 and apart and not self._told_apart:
-            self._told_apart = True
-            log.warning("engine.name=%s trains one trial after another; engine=fused trains them at once", *apart)
-        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready.values()}
+        ready = [self._ready(job) for job in jobs]
+        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready}
+        ended: dict[int, Trial | Exception] = {}
         for batch in self._batches(ready):
             try:
-                trials = self._train_batch([ready[index] for index in batch], trained_here)
-                yield dict(zip(batch, trials, strict=True))
+                ended |= zip(batch, self._train_batch([ready[index] for index in batch], trained_here), strict=True)
             except Exception as error:  # the jobs' boundary: other batches go on
-                yield dict.fromkeys(batch, error)
+                ended |= dict.fromkeys(batch, error)
+        return [ended[index] for index in range(len(jobs))]
 
     def store_of(self, job: Job) -> MlflowStore | None:
         """Open the store that a job's settings name, once."""
@@ -127,10 +116,10 @@ class BatchRunner:
             job.context.accept(prepared)
         return _Ready(job, prepared, store)
 
-    def _batches(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
+    def _batches(self, ready: Sequence[_Ready]) -> list[list[int]]:
         """Return indices of jobs to train at once, at most ``max_trials``; baselines first, to compare others with."""
         together: dict[Hashable, list[int]] = defaultdict(list)
-        for index, r in ready.items():
+        for index, r in enumerate(ready):
             key = r.fusion_key
             together[index if key is None else (preparation_key(r.job.settings), key, id(r.store))].append(index)
         size = self._max_trials

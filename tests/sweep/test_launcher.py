@@ -38,11 +38,10 @@ class TestAnApplicationOfSomeoneElse(IntegrationTestSuite):
 
 
 class Doubling:
-    """Batches of jobs whose result is twice their ``foo``; odd places are done first, ``bar=13`` is refused."""
+    """Batches of jobs whose result is twice their ``foo``; ``bar=13`` is refused."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.calls = 0
+        assert limit == 5
 
     def describe(self, config):
         if config.bar == 13:
@@ -51,11 +50,8 @@ class Doubling:
         return {"foo": config.foo, "out": place.runtime.output_dir, "num": place.job.num, "env": os.environ["JOB"]}
 
     def train(self, jobs):
-        for start in (1, 0):
-            self.calls += 1
-            logging.getLogger("training").info("call %d of limit %d, SHARED=%s", self.calls, self.limit,
-                                               os.environ.get("SHARED"))  # fmt: skip
-            yield {i: self.conclusion(jobs[i]) for i in range(start, len(jobs), 2)}
+        assert os.environ["SHARED"] == "all"
+        return [self.conclusion(job) for job in jobs]
 
     def conclusion(self, job):
         def conclude(config):
@@ -91,7 +87,7 @@ def returns(hydra_restore_singletons, hydra_sweep_runner, tmpdir):
         logging.getLogger().handlers.clear()
 
 
-def test_results_keep_the_order_of_the_jobs_whatever_order_they_were_trained_in(returns):
+def test_results_keep_the_order_of_the_jobs(returns):
     jobs, _ = returns("1,2")
     assert [job.return_value[0] for job in jobs] == [20, 20, 40, 40]
     assert [job.return_value[1]["num"] for job in jobs] == [0, 1, 2, 3]
@@ -104,7 +100,6 @@ def test_a_job_is_described_in_its_own_directory_and_environment_and_trained_in_
     assert [job.return_value[1]["env"] for job in jobs] == ["j0", "j1", "j2", "j3"]
     assert "JOB" not in os.environ
     assert "SHARED" not in os.environ
-    assert "SHARED=all" in (folder / "0" / "a_module.log").read_text()
 
 
 def test_the_log_tells_what_varies_in_a_job_and_not_how_hydra_is_led_to_it(caplog):
@@ -115,13 +110,10 @@ def test_the_log_tells_what_varies_in_a_job_and_not_how_hydra_is_led_to_it(caplo
     assert caplog.messages == ["\t#3 : optim.lr=1 seed=2"]
 
 
-def test_every_job_has_its_own_hydra_folder_and_the_log_of_its_training(returns):
+def test_every_job_has_its_own_hydra_folder(returns):
     _, folder = returns("1,2")
     for i in range(4):
         assert OmegaConf.load(folder / str(i) / ".hydra" / "hydra.yaml").hydra.job.num == i
-        said = (folder / str(i) / "a_module.log").read_text()
-        assert f"call {1 if i % 2 else 2} of limit 5" in said
-        assert said.count("call") == 1
 
 
 def test_a_job_that_is_refused_or_fails_leaves_the_others_alone(returns, tmpdir):
