@@ -15,13 +15,11 @@ import hydra
 from omegaconf import DictConfig
 
 from distilbench.cli import errors_in_one_line, run_command
-from distilbench.settings import CONF, BenchmarkSettings, BenchSettings, register_schema, require, settings_from
+from distilbench.settings import CONF, BenchmarkSettings, register_schema, require, settings_from
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from distilbench.bench.roofline import StepCost
-    from distilbench.bench.table import Row
+    from distilbench.bench.run import Case, Measured
     from distilbench.trials.prepared import Prepared
 
 register_schema(BenchmarkSettings)
@@ -44,9 +42,9 @@ def benchmark(settings: BenchmarkSettings) -> None:
     import torch
     from rich.console import Console
 
-    from distilbench.bench.cases import cases_of, precisions_to_try, short_splits
     from distilbench.bench.roofline import measure_machine
-    from distilbench.bench.table import Benchmark, Row, write
+    from distilbench.bench.run import cases_of, precisions_to_try, run_case, short_splits
+    from distilbench.bench.table import Benchmark, write
     from distilbench.engines import check_engine
     from distilbench.engines.device import driver_version, resolve_device
     from distilbench.trials.prepared import prepare, version_of
@@ -71,25 +69,16 @@ def benchmark(settings: BenchmarkSettings) -> None:
     console.print(f"model {about['model']}, data {about['data']}, {about['device']}", markup=False)
     if settings.train.precision == "auto" and "bf16" not in precisions_to_try("auto", trial, device):
         console.print("bf16 is left out: this device has no instructions for it", markup=False)
-    rows = [Row(case) for case in cases_of(settings, trial, splits, device)]
-    _measure(rows, settings.bench, console)
-    machine = measure_machine(device, {row.case.precision for row in rows})
+    runs: list[tuple[Case, list[Measured]]] = [(case, []) for case in cases_of(settings, trial, splits, device)]
+    for number in range(1, settings.bench.repeats + 1):
+        for case, measured in runs:
+            measured.append(run_case(case))
+            each = 1000 * measured[-1].steps_seconds / settings.bench.steps / case.trials
+            line = f"{case.name} ({case.precision}) {each:.1f} ms a step and trial"
+            console.print(f"round {number}/{settings.bench.repeats}: {line}", markup=False, highlight=False)
+    machine = measure_machine(device, {case.precision for case, _ in runs})
     tokens = len(splits.train.tokens) * settings.train.batch_size / len(splits.train)
-    write(Benchmark(settings, rows, machine, _step_cost(settings, prepared, tokens), tokens, about), console)
-
-
-def _measure(rows: list[Row], bench: BenchSettings, console: Console) -> None:
-    """Measure every row once a round."""
-    from distilbench.bench.run import run_case
-
-    for number in range(1, bench.repeats + 1):
-        for row in rows:
-            row.runs.append(run_case(row.case))
-            milliseconds = 1000 * row.runs[-1].steps_seconds / bench.steps / row.case.trials
-            console.print(
-                f"round {number}/{bench.repeats}: {row.case.name} ({row.case.precision}) "
-                f"{milliseconds:.1f} ms a step and trial", markup=False, highlight=False,
-            )  # fmt: skip
+    write(Benchmark(settings, runs, machine, _step_cost(settings, prepared, tokens), tokens, about), console)
 
 
 def _step_cost(settings: BenchmarkSettings, prepared: Prepared, tokens: float) -> StepCost:

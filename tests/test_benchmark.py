@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from distilbench.bench import cases
-from distilbench.bench.cases import cases_of, fastest, precisions_to_try, ways_to_tune
-from distilbench.bench.run import Measured, together
+from distilbench.bench import run as cases
+from distilbench.bench.run import Measured, ProcessRun, cases_of, precisions_to_try, together
 from distilbench.benchmark import benchmark
 from distilbench.settings import BenchmarkSettings, register_schema, settings_from
 from tests.commands import FORKS
@@ -22,24 +22,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
 
 
-def measured(began=0.0, steps=4.0, cpu=8.0, evaluation=1.0):
-    return Measured(steps, cpu, evaluation, 3.0, 100, 0.5, began)
+def process(began, steps, evaluation):
+    walls = np.cumsum([began, steps, evaluation])
+    return ProcessRun(np.stack([walls, [0.0, 8.0, 9.0]], axis=1), steps + evaluation + 3.0, 100, 0.5)
 
 
 def test_processes_at_once_take_from_the_first_start_to_the_last_end():
-    both = together([measured(10.0), measured(11.0, steps=5.0, evaluation=0.5)])
-    assert both == Measured(6.0, 16.0, 0.5, 3.0, 200, 0.5, 10.0)
-
-
-def test_trainer_is_tuned_in_each_way_that_may_help(settings):
-    trial = settings().trial
-    for device, expected in (
-        (CPU, [("HF tuned", "fp32", False), ("HF tuned", "bf16", False)]),
-        (CUDA, [("HF tuned", "fp32", False), ("HF tuned, compiled", "fp32", True),
-                ("HF tuned", "bf16", False), ("HF tuned, compiled", "bf16", True)]),
-    ):  # fmt: skip
-        ways = ways_to_tune(trial, None, ["fp32", "bf16"], device)
-        assert [(case.name, case.precision, case.compiled) for case in ways] == expected
+    both = together([process(10.0, 4.0, 1.0), process(11.0, 5.0, 0.5)])
+    assert both == Measured(6.0, 16.0, 0.5, 3.0, 200, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +46,16 @@ def test_only_the_fastest_way_to_tune_is_put_beside_the_others_and_never_compile
     benchmark_settings, monkeypatch
 ):
     seconds = {("fp32", False): 5.0, ("fp32", True): 4.0, ("bf16", False): 3.0, ("bf16", True): 2.0}
-    monkeypatch.setattr(cases, "run_case", lambda case: measured(steps=seconds[case.precision, case.compiled]))
+    monkeypatch.setattr(
+        cases, "run_case", lambda case: Measured(seconds[case.precision, case.compiled], 8.0, 1.0, 3.0, 100, 0.5)
+    )
     monkeypatch.setattr(cases, "has_native_bf16", lambda device: True)
     given = benchmark_settings(*TINY_UNTRACKED, "bench.processes=2", "output.dir=.")
     found = [(case.name, case.precision, case.compiled) for case in cases_of(given, given.trial, None, CUDA)[1:3]]
     assert found == [("HF tuned, compiled", "bf16", True), ("HF tuned, 2 at once", "bf16", False)]
-    monkeypatch.setattr(cases, "run_case", None)
-    assert fastest(["the only one"]) == "the only one"
+    monkeypatch.setattr(cases, "run_case", None)  # the only way there is need not be tried
+    monkeypatch.setattr(cases, "has_native_bf16", lambda device: False)
+    assert [case.precision for case in cases_of(given, given.trial, None, CPU)[1:3]] == ["fp32", "fp32"]
 
 
 @pytest.mark.parametrize(

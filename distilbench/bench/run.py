@@ -1,4 +1,4 @@
-"""One run of a benchmark: stock Hugging Face Trainer in two ways, or an engine of ours, timed in a new process."""
+"""What a benchmark puts side by side: stock Hugging Face Trainer and our engines, each timed in a new process."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +23,21 @@ from transformers import (
     default_data_collator,
 )
 
-from distilbench.data.tokens import EncodedSplit, EncodedSplits
+from distilbench.data.tokens import EncodedSplit, EncodedSplits, random_part
 from distilbench.engines import engine_for
-from distilbench.engines.device import peak_memory, reset_peak_memory, resolve_device, single_process
+from distilbench.engines.device import (
+    has_native_bf16,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    single_process,
+)
 from distilbench.engines.trainer import training_arguments
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Evaluation, Status, StepRecord
-from distilbench.settings import BENCH_WINDOW, TrialSettings
+from distilbench.settings import BENCH_WINDOW, BenchmarkSettings, BenchSettings, TrialSettings, require
 
 REPORTED, TUNED, ENGINE = "reported", "tuned", "engine"
 """Trainer as the report ran it, Trainer tuned, the engine that the settings name."""
@@ -66,13 +71,60 @@ class Case:
         return len(self.splits.train) // self.settings.train.batch_size
 
 
-@dataclass(frozen=True)
-class Measured:
+def cases_of(
+    settings: BenchmarkSettings, trial: TrialSettings, splits: EncodedSplits, device: torch.device
+) -> list[Case]:
+    """Return what is measured of ``trial`` on the ``splits`` of :func:`short_splits`, in the table's order.
+
+    Where Trainer may be tuned in several ways (a precision, on a GPU compiled), each is run once here, and the fastest
+    is taken.
+    """
+    bench, ways = settings.bench, []
+    for precision in precisions_to_try(settings.train.precision, trial, device):
+        plain = Case("HF tuned", TUNED, replace(trial, train=replace(trial.train, precision=precision)), splits)
+        compiled = replace(plain, name="HF tuned, compiled", compiled=True)
+        ways += [plain, compiled] if device.type == "cuda" else [plain]
+    tuned = ways[0] if len(ways) == 1 else min(ways, key=lambda case: run_case(case).steps_seconds)
+    at_once = replace(tuned, name=f"HF tuned, {bench.processes} at once", trials=bench.processes, compiled=False)
+    trainer, fused = (replace(trial, engine=replace(trial.engine, name=name)) for name in ("trainer", "fused"))
+    return [
+        Case("HF as reported", REPORTED, trial, splits),
+        tuned,
+        *([at_once] if bench.processes else []),  # never compiled: each process would have to compile for itself
+        Case("trainer", ENGINE, trainer, splits),
+        Case("fused, alone", ENGINE, fused, splits),
+        Case(f"fused, {bench.trials} trials", ENGINE, fused, splits, bench.trials),
+    ]
+
+
+def precisions_to_try(asked: str, trial: TrialSettings, device: torch.device) -> list[str]:
+    """Return those that the tuned Trainer is tried in: what is fast differs, and bf16 costs some CPUs a hundredfold."""
+    if asked != "auto":
+        return [trial.train.precision]
+    if has_native_bf16(device):
+        return ["fp32", "bf16"]
+    return ["fp32", "fp16"] if device.type == "cuda" else ["fp32"]
+
+
+def short_splits(splits: EncodedSplits, bench: BenchSettings, batch_size: int) -> EncodedSplits:
+    """Return random examples for the steps of a run, and the whole text's vocabulary where nothing is evaluated."""
+    most = len(splits.train) // batch_size - BENCH_WINDOW
+    require(bench.steps <= most, "bench.steps", f"at most {most} for {len(splits.train):,} training examples",
+            bench.steps, "lower it, or give more text")  # fmt: skip
+    rng = np.random.default_rng(0)
+    return replace(
+        splits,
+        train=random_part(splits.train, (bench.steps + BENCH_WINDOW) * batch_size, rng),
+        selection=random_part(splits.selection, min(bench.eval_examples, len(splits.selection)), rng),
+        report=splits.train,
+    )
+
+
+class Measured(NamedTuple):
     """What a run took, for all of its trials: wall and CPU seconds (of all threads) and bytes.
 
     ``steps`` are those after the warm-up. ``rest_seconds`` is what the run took besides them and the evaluation: model,
     optimizer, compiling, recording, warm-up. ``loss`` is the mean training loss of all steps of the first trial.
-    ``began`` is when the steps did, by a clock that all processes of the machine share.
     """
 
     steps_seconds: float
@@ -81,7 +133,18 @@ class Measured:
     rest_seconds: float
     peak_bytes: int
     loss: float
-    began: float
+
+
+class ProcessRun(NamedTuple):
+    """One process's part: the ends of warm-up, steps and evaluation, ``marks`` (3, clocks) of wall and CPU seconds.
+
+    The wall clock is one that all processes of the machine share.
+    """
+
+    marks: np.ndarray
+    seconds: float
+    peak_bytes: int
+    loss: float
 
 
 def run_case(case: Case) -> Measured:
@@ -102,70 +165,61 @@ _START: list[Barrier] = []
 """In a measuring process, where those that run at once wait for each other after their warm-up."""
 
 
-def together(runs: Sequence[Measured]) -> Measured:
+def together(runs: list[ProcessRun]) -> Measured:
     """Sum up processes that ran at once: from the first one's first timed step to the last one's last, and so on."""
-    began = min(run.began for run in runs)
-    trained = max(run.began + run.steps_seconds for run in runs)
-    evaluated = max(run.began + run.steps_seconds + run.evaluation_seconds for run in runs)
+    marks = np.stack([run.marks for run in runs])  # (processes, 3, clocks)
+    began, trained, evaluated = marks[:, 0, 0].min(), marks[:, 1, 0].max(), marks[:, 2, 0].max()
+    own = marks[:, 2, 0] - marks[:, 0, 0]  # (processes,) seconds of each for steps and evaluation
     return Measured(
-        steps_seconds=trained - began,
-        steps_cpu_seconds=sum(run.steps_cpu_seconds for run in runs),
-        evaluation_seconds=evaluated - trained,
-        rest_seconds=max(run.rest_seconds for run in runs),
+        steps_seconds=float(trained - began),
+        steps_cpu_seconds=float((marks[:, 1, 1] - marks[:, 0, 1]).sum()),
+        evaluation_seconds=float(evaluated - trained),
+        rest_seconds=float(max(run.seconds - seconds for run, seconds in zip(runs, own, strict=True))),
         peak_bytes=sum(run.peak_bytes for run in runs),
         loss=runs[0].loss,
-        began=began,
     )
 
 
-def _measure(case: Case) -> Measured:
+def _measure(case: Case) -> ProcessRun:
     device = resolve_device(case.settings.engine.device)
     reset_peak_memory(device)
-    start = time.perf_counter()
-    marks, loss = (_train_engine if case.kind == ENGINE else _train_stock)(case, device)
-    whole = time.perf_counter() - start
-    (steps, steps_cpu), (evaluation, _) = np.diff(marks, axis=0).tolist()
-    rest = whole - steps - evaluation
-    return Measured(steps, steps_cpu, evaluation, rest, _peak_bytes(device), loss, float(marks[0, 0]))
-
-
-def _now() -> np.ndarray:
-    """Read both clocks, ``(2,)``: wall and CPU seconds."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Return the device's peak; of a CPU's process the resident set's, where Linux tells it."""
-    status = Path("/proc/self/status")
-    if device.type == "cpu" and status.exists():
+    began, clock = time.perf_counter(), _Clock(case.steps)
+    loss = (_train_engine if case.kind == ENGINE else _train_stock)(case, device, clock)
+    seconds, peak, status = time.perf_counter() - began, peak_memory(device), Path("/proc/self/status")
+    if device.type == "cpu" and status.exists():  # of a process, Linux keeps the peak itself
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        return int(found[1]) * 1024 if found else 0
-    return peak_memory(device)
+        peak = int(found[1]) * 1024 if found else peak
+    return ProcessRun(np.array([clock.marks[name] for name in ("warm", "trained", "evaluated")]), seconds, peak, loss)
 
 
-class _Clock:
-    """Reads the clocks where an engine says that steps or the evaluation are done, and ends the trials there.
+class _Clock(TrainerCallback):
+    """Reads both clocks where an engine or a Trainer says that steps or the evaluation are done.
 
-    Of several trials the first one's warm-up counts, and the last one's last step and evaluation.
+    It ends an engine's trials there. Of several the first one's warm-up counts, and the last one's last step and
+    evaluation.
     """
 
     def __init__(self, last_step: int) -> None:
         self.last_step = last_step
-        self.marks: dict[str, np.ndarray] = {}
+        self.marks: dict[str, tuple[float, float]] = {}
         self.losses: list[float] = []
 
+    def note(self, name: str) -> None:
+        """Read wall and CPU seconds."""
+        self.marks[name] = time.perf_counter(), time.process_time()
+
     def on_step(self, trial: int, record: StepRecord) -> None:
-        """Note the end of the warm-up and of the last step."""
+        """Note the end of the warm-up and of the last step of an engine."""
         if record.step == self.last_step:
-            self.marks["trained"] = _now()
-        elif record.step == BENCH_WINDOW:
-            self.marks.setdefault("warm", _now())
+            self.note("trained")
+        elif record.step == BENCH_WINDOW and "warm" not in self.marks:
+            self.note("warm")
         if trial == 0:
             self.losses.append(record.loss)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
         """Note the end of the evaluation; the rest of a trial is the same whatever trained it."""
-        self.marks["evaluated"] = _now()
+        self.note("evaluated")
         return True
 
     def wants_checkpoint(self) -> bool:
@@ -175,13 +229,20 @@ class _Clock:
     def on_checkpoint(self) -> None:
         """Do nothing."""
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the end of the warm-up and of the last step of a Trainer."""
+        if state.global_step in (BENCH_WINDOW, self.last_step):
+            if args.device.type != "cpu":
+                torch.accelerator.synchronize()
+            if state.global_step == BENCH_WINDOW:
+                for barrier in _START:
+                    barrier.wait()
+            self.note("warm" if state.global_step == BENCH_WINDOW else "trained")
 
-def _train_engine(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
-    """Train with our engine; return the ends of warm-up, steps and evaluation, ``(3, clocks)``, and the loss.
 
-    Trials are a small grid over the learning rate, as a sweep would have it.
-    """
-    settings, clock = case.settings, _Clock(case.steps)
+def _train_engine(case: Case, device: torch.device, clock: _Clock) -> float:
+    """Train with our engine, and return the loss; trials are a small grid over the learning rate, as of a sweep."""
+    settings = case.settings
     train = replace(
         settings.train, epochs=1, eval_steps=None, logging_steps=BENCH_WINDOW, checkpoints=False, resume=False
     )
@@ -193,33 +254,15 @@ def _train_engine(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
     failed = [result.error for result in results if result.status is not Status.PRUNED]
     if failed:
         raise RuntimeError(failed[0])
-    return np.array([clock.marks[name] for name in ("warm", "trained", "evaluated")]), float(np.mean(clock.losses))
+    return float(np.mean(clock.losses))
 
 
-class _StepClock(TrainerCallback):
-    """Reads the clocks after the warm-up and after the last step of a Trainer."""
-
-    def __init__(self) -> None:
-        self.marks: list[np.ndarray] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the steps that count."""
-        if state.global_step in (BENCH_WINDOW, state.max_steps):
-            if args.device.type != "cpu":
-                torch.accelerator.synchronize()
-            if state.global_step == BENCH_WINDOW:
-                for barrier in _START:
-                    barrier.wait()
-            self.marks.append(_now())
-
-
-def _train_stock(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
+def _train_stock(case: Case, device: torch.device, clock: _Clock) -> float:
     """Train as :func:`_train_engine` does, with stock Trainer, from the same weights on the same batches."""
     settings, splits, tuned = case.settings, case.splits, case.kind == TUNED
     resolved = resolve_model(settings.model)
     model = build_model(resolved, splits.label_names, settings.seed)
     freeze(model, settings.freeze)
-    clock = _StepClock()
     length = None if tuned else settings.train.max_length
     grain = 8 if device.type == "cuda" else None  # rows of such a length suit a GPU's matrix units
     padding = DataCollatorWithPadding(load_tokenizer(resolved), pad_to_multiple_of=grain)
@@ -234,11 +277,12 @@ def _train_stock(case: Case, device: torch.device) -> tuple[np.ndarray, float]:
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss
-        before = _now()
+        tidied = time.perf_counter() - clock.marks["trained"][0]
         trainer.evaluate()
-        evaluation = _now() - before
-    warm, trained = clock.marks  # what Trainer tidies up before the evaluation belongs to neither
-    return np.array([warm, trained, trained + evaluation]), loss
+        clock.note("evaluated")
+    wall, cpu = clock.marks["evaluated"]  # what Trainer tidies up before the evaluation belongs to neither
+    clock.marks["evaluated"] = wall - tidied, cpu
+    return loss
 
 
 def _stock_arguments(case: Case, device: torch.device, directory: str) -> TrainingArguments:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from pandas import DataFrame
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,27 +19,15 @@ from distilbench.settings import BENCH_WINDOW, BenchmarkSettings
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table: what is measured, and in the end each repeat's figures."""
-
-    case: Case
-    runs: list[Measured] = field(default_factory=list)
-
-    def median(self, figure: Callable[[Measured], float]) -> float:
-        """Return the median over the repeats."""
-        return median(map(figure, self.runs))
-
-
-@dataclass(frozen=True)
 class Benchmark:
-    """Everything that was measured.
+    """Everything that was measured: of each case, every repeat.
 
     ``tokens`` are the real ones of a step of one trial; ``about`` says where: ``device``, ``driver``, ``day``,
     ``versions``, ``model`` and ``data``.
     """
 
     settings: BenchmarkSettings
-    rows: list[Row]
+    runs: list[tuple[Case, list[Measured]]]
     machine: Machine
     step_cost: StepCost
     tokens: float
@@ -47,42 +35,39 @@ class Benchmark:
 
 
 def lines_of(done: Benchmark) -> list[dict[str, Any]]:
-    """Return each row's figures: medians over the repeats, per trial, in seconds and bytes.
+    """Return each case's figures: medians over the repeats, per trial, in seconds and bytes.
 
-    ``speed`` and ``cpu_speed`` are the tuned Trainer's seconds a step to this row's, repeat by repeat: their median,
+    ``speed`` and ``cpu_speed`` are the tuned Trainer's seconds a step to this case's, repeat by repeat: their median,
     least and greatest. ``sweep_seconds`` is what the benchmark's number of trials takes, ``times_limit`` how many times
     as long as the machine needs at least.
     """
-    tuned = next(row for row in done.rows if row.case.kind == TUNED)
-    return [_line(done, row, tuned) for row in done.rows]
-
-
-def _line(done: Benchmark, row: Row, tuned: Row) -> dict[str, Any]:
-    bench, case = done.settings.bench, row.case
-    trials, pairs = case.trials, list(zip(tuned.runs, row.runs, strict=True))
-    step_seconds = row.median(lambda run: run.steps_seconds) / trials / bench.steps
-    whole = row.median(lambda run: run.steps_seconds + run.evaluation_seconds + run.rest_seconds)
-    limit = done.step_cost.seconds(done.machine, case.precision, trials if case.kind == ENGINE else 1)
-    return {
-        "name": case.name,
-        "precision": case.precision,
-        "step_seconds": step_seconds,
-        "step_cpu_seconds": row.median(lambda run: run.steps_cpu_seconds) / trials / bench.steps,
-        "speed": _spread([t.steps_seconds * trials / r.steps_seconds for t, r in pairs]),
-        "cpu_speed": _spread([t.steps_cpu_seconds * trials / r.steps_cpu_seconds for t, r in pairs]),
-        "tokens_per_second": done.tokens / step_seconds,
-        "evaluation_seconds": row.median(lambda run: run.evaluation_seconds) / trials,
-        "rest_seconds": row.median(lambda run: run.rest_seconds) / trials,
-        "trial_seconds": whole / trials,
-        "sweep_seconds": whole if trials > 1 else whole * bench.trials,
-        "peak_bytes": max(run.peak_bytes for run in row.runs),
-        "times_limit": step_seconds / limit,
-        "loss": row.median(lambda run: run.loss),
-    }
-
-
-def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
-    return median(ratios), min(ratios), max(ratios)
+    bench = done.settings.bench
+    tuned = DataFrame(next(runs for case, runs in done.runs if case.kind == TUNED))
+    lines = []
+    for case, runs in done.runs:
+        all_of, trials = DataFrame(runs), case.trials
+        each, middle = all_of / trials, (all_of / trials).median()
+        whole = float(each[["steps_seconds", "evaluation_seconds", "rest_seconds"]].sum(axis=1).median())
+        step_seconds = float(middle["steps_seconds"]) / bench.steps
+        limit = done.step_cost.seconds(done.machine, case.precision, trials if case.kind == ENGINE else 1)
+        ratios = (tuned / each)[["steps_seconds", "steps_cpu_seconds"]].agg(["median", "min", "max"])
+        lines.append({
+            "name": case.name,
+            "precision": case.precision,
+            "step_seconds": step_seconds,
+            "step_cpu_seconds": float(middle["steps_cpu_seconds"]) / bench.steps,
+            "speed": ratios["steps_seconds"].tolist(),
+            "cpu_speed": ratios["steps_cpu_seconds"].tolist(),
+            "tokens_per_second": done.tokens / step_seconds,
+            "evaluation_seconds": float(middle["evaluation_seconds"]),
+            "rest_seconds": float(middle["rest_seconds"]),
+            "trial_seconds": whole,
+            "sweep_seconds": whole * (trials if trials > 1 else bench.trials),
+            "peak_bytes": int(all_of["peak_bytes"].max()),
+            "times_limit": step_seconds / limit,
+            "loss": float(all_of["loss"].median()),
+        })  # fmt: skip
+    return lines
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -134,8 +119,8 @@ def write(done: Benchmark, console: Console) -> None:
     settings = done.settings
     figures = done.about | {
         "lines": lines,
-        "runs": [{"name": row.case.name, "precision": row.case.precision, "trials": row.case.trials,
-                  "repeats": [asdict(run) for run in row.runs]} for row in done.rows],
+        "runs": [{"name": case.name, "precision": case.precision, "trials": case.trials,
+                  "repeats": [run._asdict() for run in runs]} for case, runs in done.runs],
         "machine": asdict(done.machine), "work": asdict(done.step_cost), "caption": caption_of(done),
         "bench": asdict(settings.bench), "freeze": asdict(settings.freeze), "train": asdict(settings.train),
     }  # fmt: skip
