@@ -46,7 +46,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     from distilbench.bench.run import cases_of, precisions_to_try, run_case, short_splits
     from distilbench.bench.table import Benchmark, write
     from distilbench.engines import check_engine
-    from distilbench.engines.device import driver_version, resolve_device
+    from distilbench.engines.device import resolve_device
     from distilbench.trials.prepared import prepare, version_of
 
     prepared, device = prepare(settings), resolve_device(settings.engine.device)
@@ -60,7 +60,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     splits = short_splits(prepared.splits, settings.bench, settings.train.batch_size)
     Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     about: dict[str, Any] = {
-        "device": prepared.device, "driver": driver_version(device), "day": date.today().isoformat(),
+        "device": prepared.device, "day": date.today().isoformat(),
         "versions": {name: version_of(name) for name in ("torch", "transformers", "accelerate", "distilbench")}
         | {"cuda": torch.version.cuda},
         "model": prepared.model.used.describe(), "data": prepared.text.used.describe(),

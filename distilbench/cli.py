@@ -132,7 +132,10 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[st
     open_streams()
     try:
         with errors_in_one_line(), _hydra_raises():
-            sys.argv[1:] = respell(_checked(sys.argv[1:]))
+            for argument in sys.argv[1:]:
+                if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
+                    raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
+            sys.argv[1:] = respell(sys.argv[1:])
             if sys.argv[1:] == ["--version"]:  # Hydra would tell its own
                 print(f"distilbench {__version__}")
             else:
@@ -157,13 +160,6 @@ def run_inside(entrypoint: Callable[[], object], arguments: Sequence[str]) -> No
         raise (reason if isinstance(reason, Exception) else CommandFailed(f"exit status {end.code}")) from None
     finally:
         sys.argv = before
-
-
-def _checked(arguments: Sequence[str]) -> Sequence[str]:
-    for argument in arguments:
-        if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
-            raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
-    return arguments
 
 
 @contextmanager
@@ -252,10 +248,24 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
         return _unknown_setting(found[1], chain)
     for pattern, words in _MEANINGS.items():
         if found := re.search(pattern, text, re.DOTALL):
-            return words(found, key)
+            return words.format(*found.groups(), key=key)
     lines = dict.fromkeys(line.strip() for line in text.splitlines())
     noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "See https")
     return ": ".join(line for line in lines if line and not line.startswith(noise))
+
+
+_MEANINGS = {
+    r"Value '(.*)' of type '.*' could not be converted to Integer": "{key} must be a whole number, got {0!r}",
+    r"Value '(.*)' of type '.*' could not be converted to Float": "{key} must be a number, got {0!r}",
+    r"Value '(.*)' is not a valid bool": "{key} must be true or false, got {0!r}",
+    r"Incompatible value 'None'|is not Optional": "{key} must be given, got null",
+    r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'": (
+        "{0} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
+    ),
+    r"Config group override must be a string or a list": "a group must be one of its choices, got null",
+    r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
+}
+"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it; ``key`` is OmegaConf's ``full_key``."""
 
 
 def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
@@ -266,34 +276,8 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
 
     nodes = (getattr(link, "parent_node", None) for link in chain)
     schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
-    known = next(filter(is_dataclass, schemas), AppSettings)
-    near = get_close_matches(name, names_of(known), n=1)
-    remedy = f"did you mean {near[0]}?" if near else "--help lists them"
-    return f"{name} must be a setting that there is; {remedy}"
-
-
-def _null_group() -> str:
-    groups = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/@]+=null", argument, re.IGNORECASE)]
-    return f"{' '.join(groups) or 'a group'} must name a choice of the group, got null; --help lists them"
-
-
-_KINDS = {"Integer": "a whole number", "Float": "a number"}
-
-_MEANINGS: dict[str, Callable[[re.Match[str], str], str]] = {
-    r"Value '(.*)' of type '.*' could not be converted to (\w+)": lambda found, key: (
-        f"{key} must be {_KINDS.get(found[2], found[2])}, got {found[1]!r}"
-    ),
-    r"Value '(.*)' is not a valid bool": lambda found, key: f"{key} must be true or false, got {found[1]!r}",
-    r"Incompatible value 'None'|is not Optional": lambda found, key: f"{key} must be given, got null",
-    r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'": lambda found, key: (
-        f"{found[1]} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
-    ),
-    r"Config group override must be a string or a list": lambda found, key: _null_group(),
-    r"override ~(\S+)\s.*does not support deletion": lambda found, key: (
-        f"{found[1]} must be given, got nothing; change its value instead"
-    ),
-}
-"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it; ``key`` is OmegaConf's ``full_key``."""
+    near = get_close_matches(name, names_of(next(filter(is_dataclass, schemas), AppSettings)), n=1)
+    return f"{name} must be a setting that there is; " + (f"did you mean {near[0]}?" if near else "--help lists them")
 
 
 # ---- words

@@ -23,17 +23,12 @@ os.environ["DISTILBENCH_ROOT"] = os.path.abspath(os.environ.get("DISTILBENCH_ROO
 CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
 """The configuration groups: beside the package in a checkout, inside it when installed."""
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 METRICS = ("accuracy", "f1", "mcc", "loss")
-OPTIMIZERS = ("adamw", "sgd")
 ADAPTERS = ("none", "lora", "ia3")
-CLASS_WEIGHTS = ("none", "balanced")
 FREEZE_POLICIES = ("depth", "head", "bias", "gradual", "scheduled", "auto")
-MODEL_SOURCES = ("hub", "package", "local", "random")
 DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
-LOG_MODEL = ("never", "best", "always")
 OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "cost", "trainable_parameters")
 """What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -143,7 +138,7 @@ class Checked:
 class ModelSettings(Checked, group="model"):
     """Where the initial weights and the tokenizer come from."""
 
-    source: Annotated[str, one_of(MODEL_SOURCES)]
+    source: Annotated[str, one_of(("hub", "package", "local", "random"))]
     """hub | package | local | random."""
     checkpoint: Annotated[str, PathIf("local"), Rule("a name or a path", bool)]
     """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
@@ -331,7 +326,7 @@ class SchedulerSettings(Checked, group="scheduler"):
 class OptimSettings(Checked, group="optim"):
     """The optimizer and what bounds its steps."""
 
-    name: Annotated[str, one_of(OPTIMIZERS)]
+    name: Annotated[str, one_of(("adamw", "sgd"))]
     """adamw | sgd."""
     lr: Annotated[float, ABOVE_ZERO]
     """Peak learning rate, above 0."""
@@ -367,7 +362,7 @@ class TrainSettings(Checked, group="train"):
     """Examples a batch in evaluation, 1 or more; changes speed only."""
     max_length: Annotated[int, at_least(3)]
     """Tokens an input is cut at, [CLS] and [SEP] included, 3 or more."""
-    precision: Annotated[str, one_of(PRECISIONS)]
+    precision: Annotated[str, one_of(("auto", "fp32", "bf16", "fp16"))]
     """auto | fp32 | bf16 | fp16; auto is bf16 on a CUDA device that has it, fp32 elsewhere."""
     metric: Annotated[str, one_of(METRICS)]
     """accuracy | f1 | mcc | loss: what keeps the best epoch; part of the protocol."""
@@ -377,7 +372,7 @@ class TrainSettings(Checked, group="train"):
     """Evaluations in a row that may fail to improve `metric`, after which the trial ends, 1 or more; null is any."""
     label_smoothing: Annotated[float, within("[0, 1)")]
     """Share of each training target that is spread over all labels, in [0, 1); evaluations know nothing of it."""
-    class_weights: Annotated[str, one_of(CLASS_WEIGHTS)]
+    class_weights: Annotated[str, one_of(("none", "balanced"))]
     """none | balanced: what an example's loss is multiplied by in training; balanced is examples / (labels x examples
     of its label)."""
     logging_steps: Annotated[int, at_least(1)]
@@ -477,7 +472,7 @@ class TrackingSettings(Checked, group="tracking"):
     """Name of the MLflow experiment."""
     patience_seconds: Annotated[float, at_least(0)]
     """How long, in seconds, a store that is gone is waited for: after a trial, at a sweep's end, and by its workers."""
-    log_model: Annotated[str, one_of(LOG_MODEL)] = "never"
+    log_model: Annotated[str, one_of(("never", "best", "always"))] = "never"
     """never | best | always: whether a finished trial's model is logged as an MLflow model, after its training; best is
     a trial on its own, and of a sweep the answer alone, at its end."""
     register: Annotated[Optional[str], REGISTERED] = None
@@ -580,7 +575,6 @@ class AppSettings(TrialSettings):
         return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
 
 
-LAYOUTS = ("full", "paper")
 FORMATS = ("html", "markdown", "latex", "csv")
 
 
@@ -603,7 +597,7 @@ class CompareSettings(Checked):
     default."""
     untested: Annotated[str, one_of(("refuse", "show"))]
     """refuse | show: what becomes of finished trials whose predictions are missing."""
-    layout: Annotated[str, one_of(LAYOUTS)]
+    layout: Annotated[str, one_of(("full", "paper"))]
     """full | paper: all columns, or those of the course report's table."""
     rows: Annotated[int, at_least(1)]
     """Settings that are tested and shown, best first, 1 or more; the correction counts the others too."""
@@ -649,9 +643,6 @@ class ConfirmSettings(Checked):
         require(bool(self.sweep), "sweep", "the name of a sweep", self.sweep, "add sweep=NAME")
 
 
-PREDICTION_FORMATS = ("table", "glue")
-
-
 @dataclass(frozen=True)
 class PredictDataSettings(Checked, group="data"):
     """The texts that a model is asked about; what is null the model says itself, as it was trained."""
@@ -686,7 +677,7 @@ class PredictSettings(Checked):
     data: PredictDataSettings
     output: Annotated[str, PathIf()]
     """File to write: CSV, TSV, JSONL or Parquet by its ending; format=glue takes a folder too."""
-    format: Annotated[str, one_of(PREDICTION_FORMATS)]
+    format: Annotated[str, one_of(("table", "glue"))]
     """table | glue: texts, labels and probabilities, or GLUE's submission files (SST-2.tsv: index, prediction)."""
     batch_size: Annotated[int, at_least(1)]
     """Texts a batch, 1 or more; changes speed only."""

@@ -7,15 +7,13 @@ import logging
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.settings import SettingsError, require
+from distilbench.settings import require
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +33,10 @@ def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
     name, _, index = name.partition(":")
     if index:
         _show_only(int(index))
-    there = available_devices()
-    if name != "auto" and name not in there:
-        raise SettingsError(
-            f"{setting} must be one of auto, {', '.join(there)} on this machine (torch {torch.__version__}), "
-            f"got {name!r}; use {setting}=auto"
-        )
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, is_there in present.items() if is_there]  # the fastest first
+    require(name in ("auto", *there), setting, f"one of auto, {', '.join(there)} on this machine", name,
+            f"use {setting}=auto (torch is {torch.__version__})")  # fmt: skip
     chosen = there[0] if name == "auto" else name
     return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)
 
@@ -68,14 +64,6 @@ def visible_gpus() -> list[str]:
     return [gpu.strip() for gpu in given.split(",") if gpu.strip()]
 
 
-def available_devices() -> tuple[str, ...]:
-    """Name the kinds of device that this machine has, the fastest first; the CPU is always the last."""
-    import torch
-
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return (*(name for name, there in present.items() if there), "cpu")
-
-
 def resolve_precision(name: str, device: torch.device) -> str:
     """Return ``fp32``, ``bf16`` or ``fp16``; ``auto`` is bf16 on a CUDA device that has it, fp32 elsewhere.
 
@@ -88,7 +76,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     require(name in allowed, "train.precision", f"one of auto, {', '.join(allowed)} on this device ({device.type})",
             name, "use train.precision=auto")  # fmt: skip
     if name == "bf16" and not has_native_bf16(device):
-        _warn_of_slow_bf16()
+        log.warning("train.precision=bf16: this CPU has no bfloat16 instructions and takes up to 130 times as long as "
+                    "in float32, which train.precision=auto takes")  # fmt: skip
     return name
 
 
@@ -100,21 +89,6 @@ def has_native_bf16(device: torch.device) -> bool:
         flags = torch.cpu.get_capabilities()
         return any(flags.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
     return "bf16" in _precisions(device)
-
-
-@cache
-def _warn_of_slow_bf16() -> None:
-    """Say once what bfloat16 costs here: on a Zen 3, with AVX2 alone, 130 times the time of float32."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    squares = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = (Timer("a @ a", globals={"a": square}).timeit(1).mean for square in squares)
-    log.warning(
-        "train.precision=bf16: this CPU has no bfloat16 instructions, and takes %.3g times as long for a product as in "
-        "float32, which train.precision=auto takes",
-        bf16 / fp32,
-    )
 
 
 def _precisions(device: torch.device) -> tuple[str, ...]:
@@ -136,24 +110,10 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.machine()} GPU"
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
-
-
-def driver_version(device: torch.device) -> str | None:
-    """Return the version of a GPU's driver as ``nvidia-smi`` tells it; None where there is nothing to ask."""
-    command = shutil.which("nvidia-smi") if device.type == "cuda" else None
-    if command is None:
-        return None
-    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return (said.stdout.splitlines() or [""])[0].strip() or None
-
-
-def _cpu_model() -> str:
-    """Return the model's name where Linux states it, the architecture elsewhere."""
-    told = Path("/proc/cpuinfo")
+    told = Path("/proc/cpuinfo")  # Linux states the model, others the architecture
     found = re.search(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE) if told.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -38,7 +38,7 @@ from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.results import ADAPTER, Status, TrialResult
-from distilbench.settings import TrainSettings, TrialSettings
+from distilbench.settings import TrialSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +61,19 @@ class TrainerEngine:
 
 
 def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> TrialResult:
-    """Train one trial; where memory runs out, again from its newest checkpoint with smaller micro-batches."""
+    """Train one trial; where memory runs out, again from its newest checkpoint, about half as much at once."""
     began, train = time.perf_counter(), settings.train
     while True:
         result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
-        smaller = _smaller(train) if result.status is Status.OUT_OF_MEMORY else None
-        if smaller is None:
+        micro = train.smaller_micro_batch(train.examples_at_once) or 1
+        evaluated = max(1, train.eval_batch_size // 2)
+        smaller = replace(train, micro_batch_size=micro, eval_batch_size=evaluated, resume=True)
+        at_once = train.examples_at_once, train.eval_batch_size
+        if result.status is not Status.OUT_OF_MEMORY or at_once == (1, 1):
             return result
         train = smaller
         log.warning(SMALLER, train.micro_batch_size)
         release_memory()
-
-
-def _smaller(train: TrainSettings) -> TrainSettings | None:
-    """About half as many examples at once; None where it is one already."""
-    micro = train.smaller_micro_batch(train.examples_at_once)
-    if micro is None and train.eval_batch_size == 1:
-        return None
-    return replace(train, micro_batch_size=micro or 1, eval_batch_size=max(1, train.eval_batch_size // 2), resume=True)
 
 
 class _Trainer(Trainer):
