@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from distilbench.cli import counted, errors_in_one_line, run_command
-from distilbench.composition import default_margin, default_treatment, experiments
+from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import CHOICES, has_choices_of, short_hash
 from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, require, root, settings_from
@@ -53,7 +54,7 @@ def compare_stored(settings: CompareSettings) -> None:
 
 def report_of(settings: CompareSettings) -> Report:
     """Find the trials and report on them; needs an initialised Hydra."""
-    known = experiments()
+    known = sorted(GlobalHydra.instance().config_loader().get_group_options("experiment"))
     for name in settings.experiments:
         require(name in known, "experiment", f"one of {', '.join(known)}", name)
     from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report

@@ -51,11 +51,6 @@ def default_margin() -> float:
     return float(compose("config").margin)
 
 
-def experiments() -> list[str]:
-    """Return the names of the experiments in ``conf/experiment/``."""
-    return sorted(GlobalHydra.instance().config_loader().get_group_options("experiment"))
-
-
 @lru_cache(maxsize=64)
 def _choice(group: str, choice: str) -> DictConfig:
     """Return what a plain composition makes of one choice; 0.15 s, so once only for all the cells of a grid."""

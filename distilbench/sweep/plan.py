@@ -13,6 +13,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
+from optuna.distributions import distribution_to_json
 
 from distilbench.identity import short_hash
 from distilbench.models.resolve import resolve_model
@@ -27,8 +28,11 @@ SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 
 @dataclass(frozen=True)
 class SweeperOptions:
-    """What ``hydra.sweeper`` says, in the words of Hydra's own sweepers; see ``conf/hydra/sweeper``."""
+    """What Hydra hands to a sweeper, and what ``hydra.sweeper`` says, in the words of Hydra's own sweepers."""
 
+    config: DictConfig
+    context: HydraContext
+    launcher: Launcher
     params: DictConfig | None
     storage: str | None
     study_name: str
@@ -40,15 +44,6 @@ class SweeperOptions:
     max_failure_rate: float | None = None
     sampler: DictConfig | None = None
     custom_search_space: str | None = None
-
-
-@dataclass(frozen=True)
-class HydraSetup:
-    """What Hydra hands to a sweeper."""
-
-    config: DictConfig
-    context: HydraContext
-    launcher: Launcher
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class SweepPlan:
         """What a continued sweep must still have."""
         return {
             "fixed": self.fixed,
-            "space": self.space.describe(),
+            "space": {key: distribution_to_json(kind) for key, kind in self.space.dimensions.items()},
             "objectives": list(self.objectives),
             "directions": list(self.directions),
         }
@@ -116,18 +111,18 @@ class SweepPlan:
         return f"{' and '.join(self.objectives)} on the {split}{pruned}"
 
 
-def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> SweepPlan:
+def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     """Read the space and check every point of a grid, every value of another space on its own.
 
     Raises :class:`SettingsError` for the first thing that a person can mend.
     """
-    loader = setup.context.config_loader
+    loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
-                       partial(_depth, setup, options.is_grid))  # fmt: skip
-    composer = Composer(setup.config, loader, space)
+                       partial(_depth, options))  # fmt: skip
+    composer = Composer(options.config, loader, space)
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
-    objectives = objectives_of(settings[0], isinstance(setup.launcher, BasicLauncher) or options.n_jobs == 1)
+    objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)
     check_pruning(settings[0].sweep, objectives)
     sampler_of(options.sampler, trials=0)
     points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked[0], space, composer)
@@ -146,7 +141,7 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
         objectives=objectives,
         directions=_directions(options.direction, objectives),
         name=options.study_name,
-        directory=Path(setup.config.hydra.sweep.dir).absolute(),
+        directory=Path(options.config.hydra.sweep.dir).absolute(),
         fixed=fixed_of(settings, space),
         data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
@@ -157,11 +152,11 @@ def make_plan(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
     )
 
 
-def _depth(setup: HydraSetup, is_grid: bool, lines: Sequence[str]) -> int:
+def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:
     """Return the number of encoder layers of the model, of the shallowest one where the sweep tries several."""
-    loader = setup.context.config_loader
-    space = read_space(None, lines, loader, is_grid)
-    composer, (low, _) = Composer(setup.config, loader, space), space.corners()
+    loader = options.context.config_loader
+    space = read_space(None, lines, loader, options.is_grid)
+    composer, (low, _) = Composer(options.config, loader, space), space.corners()
     models = [Point({**low.params, key: value}) for key, distribution in space.dimensions.items()
               if key.partition(".")[0] == "model" for value in edges(distribution)]  # fmt: skip
     return min(resolve_model(composer.settings(point).model).depth for point in models or [low])

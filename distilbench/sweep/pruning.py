@@ -22,21 +22,16 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
     """Return Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
     import optuna
 
-    makers: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
-        "none": lambda **_: optuna.pruners.NopPruner(),  # options of a search's own pruner may be left
-        "median": optuna.pruners.MedianPruner,
-        "percentile": optuna.pruners.PercentilePruner,
-        "patient": lambda **options: optuna.pruners.PatientPruner(None, **options),
-        "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-        "threshold": optuna.pruners.ThresholdPruner,
-        "wilcoxon": optuna.pruners.WilcoxonPruner,
-    }
+    if settings.pruner == "none":
+        return optuna.pruners.NopPruner()  # options of a search's own pruner may be left
     options = {name: value for name, value in settings.pruner_options.items() if value is not None}
+    within = {"wrapped_pruner": None} if settings.pruner == "patient" else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # asked for by name
-            return makers[settings.pruner](**options)
+            kind = getattr(optuna.pruners, f"{settings.pruner.title().replace('_', '')}Pruner")
+            made: optuna.pruners.BasePruner = kind(**within, **options)
+            return made
     except (TypeError, ValueError) as error:
         said = str(error).partition("__init__() ")[2] or str(error)
         raise SettingsError(

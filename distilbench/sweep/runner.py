@@ -26,7 +26,7 @@ from distilbench.results import Owner, Record, Status
 from distilbench.settings import SettingsError
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
 from distilbench.sweep.job import Orphaned, SweepJob, beating
-from distilbench.sweep.plan import HydraSetup, SweeperOptions, SweepPlan, make_plan
+from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
 from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
@@ -45,12 +45,12 @@ LONGEST_PAUSE = 10.0
 """Seconds between two looks at the study, and at most where there is nothing to do: many may wait for the last."""
 
 
-def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[str]) -> str | None:
+def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     """Run a sweep to its end, or continue it; returns None, or in one line why it failed.
 
     Raises :class:`SettingsError`, before anything is written, for all that a person can mend.
     """
-    plan = make_plan(options, setup, arguments)
+    plan = make_plan(options, arguments)
     if plan.settings.sweep.dry_run:
         print_plan(plan, Console())
         return None
@@ -58,10 +58,10 @@ def run_sweep(options: SweeperOptions, setup: HydraSetup, arguments: Sequence[st
         for data in plan.data:
             load_text(data)  # raises what the first trial would, once there is something to clear away
     raise_on_signal()
-    written: Any = OmegaConf.to_container(setup.config.hydra.sweeper, resolve=False)
+    written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
     storage = storage_at(options.storage, written["storage"], plan.directory)
-    executor = executor_for(setup.launcher, setup.config.hydra.launcher, options.n_jobs)
-    with quiet_launchers(setup.config):
+    executor = executor_for(options.launcher, options.config.hydra.launcher, options.n_jobs)
+    with quiet_launchers(options.config):
         return run_plan(plan, storage, executor)
 
 

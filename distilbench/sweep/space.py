@@ -20,7 +20,6 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
-    distribution_to_json,
 )
 
 from distilbench.composition import baseline_config, check, overrides_between
@@ -96,10 +95,6 @@ class Space:
             seeds = [override for override in point.extra if override.startswith("seed=")]
             return f"baseline: {told}" if told else " ".join(["baseline", *seeds])
         return told or " ".join(point.extra) or "trial"
-
-    def describe(self) -> dict[str, str]:
-        """Return each dimension as Optuna writes it, to be kept and compared."""
-        return {key: distribution_to_json(distribution) for key, distribution in self.dimensions.items()}
 
 
 def edges(distribution: BaseDistribution) -> Sequence[Any]:

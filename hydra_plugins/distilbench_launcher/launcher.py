@@ -30,7 +30,7 @@ class FusedLauncher(Launcher):
     """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
 
     Such a function carries an attribute ``takes_batches``: given how many jobs may be trained at once, it makes the
-    ``Batches`` of ``distilbench.sweep.batched_launch``, which live as long as the sweep.
+    ``Batches`` of ``distilbench.sweep.executors``, which live as long as the sweep.
     """
 
     def __init__(self, max_trials: int) -> None:
@@ -48,8 +48,8 @@ class FusedLauncher(Launcher):
         takes_batches = getattr(self._task, "takes_batches", None)
         if takes_batches is None:
             return self._basic.launch(job_overrides, initial_job_idx)
-        from distilbench.sweep import batched_launch
+        from distilbench.sweep.executors import launch_batch
 
         if self._batches is None:
             self._batches = takes_batches(self._max_trials)
-        return batched_launch.launch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
+        return launch_batch(self._batches, self._config, self._context, job_overrides, initial_job_idx)

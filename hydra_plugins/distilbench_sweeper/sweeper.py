@@ -28,11 +28,11 @@ class _Sweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep; ends the process in one line and with its status where something is to mend, or failed."""
         from distilbench.cli import CommandFailed, errors_in_one_line
-        from distilbench.sweep.plan import HydraSetup, SweeperOptions
+        from distilbench.sweep.plan import SweeperOptions
         from distilbench.sweep.runner import run_sweep
 
         with errors_in_one_line():
-            failed = run_sweep(SweeperOptions(**self._options), HydraSetup(*self._setup), arguments)
+            failed = run_sweep(SweeperOptions(*self._setup, **self._options), arguments)
             if failed:
                 raise CommandFailed(failed)
 

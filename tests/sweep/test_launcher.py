@@ -17,7 +17,7 @@ from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, Launche
 from omegaconf import OmegaConf
 
 from distilbench.results import Owner, Record, Status
-from distilbench.sweep import batched_launch
+from distilbench.sweep import executors
 from tests.commands import Workspace
 from tests.conftest import TINY
 
@@ -106,7 +106,7 @@ def test_the_log_tells_what_varies_in_a_job_and_not_how_hydra_is_led_to_it(caplo
     loader = SimpleNamespace(load_sweep_config=lambda config, overrides: OmegaConf.create({"hydra": {"job": {}}}))
     overrides = ["optim.lr=1", "+seed=2", "hydra.sweep.subdir=3", "++hydra.job.env_set.JOB='x'"]
     with caplog.at_level("INFO"):
-        batched_launch._compose(OmegaConf.create(), SimpleNamespace(config_loader=loader), overrides, 3)
+        executors._compose(OmegaConf.create(), SimpleNamespace(config_loader=loader), overrides, 3)
     assert caplog.messages == ["\t#3 : optim.lr=1 seed=2"]
 
 
