@@ -301,7 +301,7 @@ def test_a_model_of_pairs_is_asked_for_pairs_as_it_was_trained(folder, tmp_path)
             f"data.validation={tmp_path}/pairs.csv", "data.text_column=a", "data.pair_column=b",
             "data.label_column=same", "train.epochs=1", "train.max_length=32", f"output.dir={tmp_path}/trial",
         ]))  # fmt: skip
-    (outcome,) = trials.run_batch([settings], prepare(settings), None, [SweepContext()])
+    (outcome,) = trials.run_batch([settings], prepare(settings), None, [SweepContext("layers=1 seed=42")])
     asked(folder, f"dir={tmp_path}/trial/model", f"data.test={tmp_path}/pairs.csv", f"output={tmp_path}/out.parquet")
     out = pandas.read_parquet(tmp_path / "out.parquet")
     assert list(out.columns) == ["index", "a", "b", "prediction", "probability_0", "probability_1"]

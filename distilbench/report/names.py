@@ -1,4 +1,4 @@
-"""What a setting is called, in every table, on the page and in MLflow: what varies, the most telling first."""
+"""What a setting is called, in every table, on the page and in MLflow: what tells it from the baseline."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from distilbench.cli import override
-from distilbench.identity import AMOUNT, value_of
+from distilbench.identity import AMOUNT, CHOICES, value_of
 from distilbench.settings import CONF, DataSettings, ModelSettings
 
 _TELLING = (
-    "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name", "optim.name", "optim.lr",
-    "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
+    "experiment", "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name",
+    "optim.name", "optim.lr", "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
 )  # fmt: skip
 """Beginnings of keys: how deep, by what method, at what rate, on how much; then the rest, and the seed last."""
+
+_CHOSEN = ("adapter", "scheduler")
+"""Groups whose choice says the rest: their other settings are told where one choice has several."""
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
@@ -29,14 +32,15 @@ def in_order(keys: Sequence[str]) -> list[str]:
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the keys that differ, the most telling first, without what follows from another in all of ``treatments``.
 
-    ``freeze.embeddings`` may follow the layers, an adapter's settings its name.
+    ``freeze.embeddings`` may follow the layers, an adapter's and a scheduler's settings its name.
     """
 
     def follows(key: str) -> bool:
         if key == "freeze.embeddings":
             return all("freeze.policy" in t or t.get(key) == (t.get("freeze.layers") != 0) for t in treatments)
-        values = {(value_of(t, "adapter.name"), repr(t.get(key))) for t in treatments}
-        return key.startswith("adapter.") and key != "adapter.name" and len(values) == len({name for name, _ in values})
+        group, _, setting = key.partition(".")
+        values = {(value_of(t, f"{group}.name"), repr(t.get(key))) for t in treatments}
+        return group in _CHOSEN and setting != "name" and len(values) == len({name for name, _ in values})
 
     keys = in_order(list({key for treatment in treatments for key in treatment}))
     return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
@@ -48,9 +52,18 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
     ``among`` are all keys that may stand in a name: where two of those end alike, they are told whole.
     """
     ends = Counter(map(_end, among or values))
-    return " ".join(
-        f"{_end(key) if ends[_end(key)] <= 1 else key}={_short(values[key])}" for key in in_order([*values])
-    )
+    titles = {key: "" if key == "experiment" else f"{_end(key) if ends[_end(key)] <= 1 else key}=" for key in values}
+    return " ".join(f"{titles[key]}{_short(values[key])}" for key in in_order([*values]))
+
+
+def name_beside(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
+    """Name what tells ``values`` from the ``baseline``, without choices (:data:`CHOICES`) that are the baseline's."""
+    return name_of({k: v for k, v in values.items() if not is_choice(k) or baseline.get(k, ...) != v}, among)
+
+
+def is_choice(key: str) -> bool:
+    """Return whether a key stands among what a baseline chooses: its other settings a baseline shares with a trial."""
+    return f"{key}.".startswith((*CHOICES, "experiment."))
 
 
 def source_overrides(config_yaml: str) -> list[str]:

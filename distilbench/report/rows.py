@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.costs import NO_SAVING, Cost, Saving, average, cost_of
-from distilbench.report.names import name_of, varying_keys
+from distilbench.report.names import name_beside, name_of, varying_keys
 from distilbench.report.power import Needed
 from distilbench.report.statistics import verdict
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
@@ -224,16 +224,21 @@ def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
-    """Name each row by its number and what tells it from the baseline, and the baseline by all that varies."""
+    """Name each row by its number and what tells it from the baseline, and baselines by all that varies.
+
+    A sweep names its runs likewise, by what it varies.
+    """
     varying = varying_keys([row.treatment for row in rows])
     numbers = Counter(row.first.number for row in rows)
-    reference = rows[baseline].treatment if baseline is not None else dict.fromkeys(varying, ...)
+    values = [{key: value_of(row.treatment, key) for key in varying} for row in rows]
+    tagged = baseline is not None and rows[baseline].is_tagged
+    reference = values[baseline] if baseline is not None else {}
     labelled = []
     for i, row in enumerate(rows):
-        told = [key for key in varying if i == baseline or value_of(row.treatment, key) != value_of(reference, key)]
-        text = name_of({key: value_of(row.treatment, key) for key in told}, varying)
-        parts = [part for part in ("baseline" if i == baseline and row.label != "baseline" else "", row.label) if part]
-        shown = ": ".join([" ".join(parts), text]) if parts and text else " ".join(parts) or text or "all settings"
+        is_baseline = i == baseline or (tagged and row.is_tagged)  # of a sweep of amounts, each amount has one
+        told = name_of(values[i], varying) if is_baseline else name_beside(values[i], reference, varying)
+        title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
+        shown = ": ".join(part for part in (title, told) if part) or "all settings"
         number = row.first.number if row.first.number.isdigit() else ""
         number = f"{row.first.sweep}/{number}" if number and numbers[number] > 1 else number
         labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i, number=number))

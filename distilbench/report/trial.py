@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from distilbench.cli import counted
+from distilbench.identity import value_of
 from distilbench.report.columns import CSV, markdown_table
 from distilbench.report.comparison import judge
 from distilbench.report.formats import interval, markdown, p_value, points
+from distilbench.report.names import name_of, varying_keys
 from distilbench.report.rows import Row, Untested, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
@@ -102,9 +104,11 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Write the table of both, what may be claimed, and the notes as Markdown; names are escaped."""
-    ours, theirs = (markdown(row.trials[0].name) for row in (comparison.row, comparison.baseline))
-    names = f"This trial: {ours}. Baseline: {theirs}."
+    """Write the table of both, what tells them apart, what may be claimed, and the notes as Markdown."""
+    treatments = comparison.row.treatment, comparison.baseline.treatment
+    keys = varying_keys(treatments)
+    ours, theirs = (markdown(name_of({key: value_of(one, key) for key in keys})) for one in treatments)
+    names = f"This trial: {ours}. Baseline: {theirs}." if keys else ""
     notes = " ".join(f"{note}." for note in notes_of(comparison))
     slices = [*markdown_table(comparison.slices, SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
     told = [f"**{sentence(comparison)}**", "", notes, "", names, ""]

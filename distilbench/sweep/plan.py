@@ -145,7 +145,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         fixed=fixed_of(settings, space),
         data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
-        name_of=space.name_of,
+        name_of=partial(space.name_of, baseline=composer.baseline_params()),
         failures_borne=_failures_borne(options, settings[0], total + len(beside)),
         base=composer.base,
         sampler=options.sampler,

@@ -24,7 +24,7 @@ from optuna.distributions import (
 
 from distilbench.composition import baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
-from distilbench.report.names import name_of
+from distilbench.report.names import is_choice, name_beside, name_of
 from distilbench.settings import AppSettings, SettingsError
 
 Params = dict[str, Any]
@@ -88,13 +88,18 @@ class Space:
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
         return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
 
-    def name_of(self, point: Point) -> str:
-        """Return what varies in the sweep, and only that: ``layers=3 scheduler=cosine``."""
-        told = name_of(point.params, list(self.dimensions))
-        if point.is_baseline:
-            seeds = [override for override in point.extra if override.startswith("seed=")]
-            return f"baseline: {told}" if told else " ".join(["baseline", *seeds])
-        return told or " ".join(point.extra) or "trial"
+    def name_of(self, point: Point, baseline: Mapping[str, Any]) -> str:
+        """Return what a trial is called, as reports call it: ``layers=3 scheduler=cosine``, ``baseline: layers=0``.
+
+        ``baseline`` has the baseline's value of each dimension, and nothing in a sweep that has none.
+        """
+        if not point.is_baseline:
+            return name_beside(point.params, baseline, [*self.dimensions]) or " ".join(point.extra) or "trial"
+        given = dict(override.partition("=")[::2] for override in point.extra)
+        shared = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
+        values = point.params or {key: value for key, value in baseline.items() if is_choice(key)} | shared
+        told = name_of({key: value for key, value in values.items() if key != "experiment"}, [*self.dimensions])
+        return f"baseline: {told}" if told else "baseline"
 
 
 def edges(distribution: BaseDistribution) -> Sequence[Any]:
@@ -259,7 +264,9 @@ class Composer:
         return self._composed[groups]
 
     def baseline_params(self) -> Params:
-        """Return the baseline's value of each dimension, a choice for a group."""
+        """Return the baseline's value of each dimension, a choice for a group; nothing in a sweep that has none."""
+        if not self.base.sweep.baseline:
+            return {}
         return {key: self._baseline_value(key) for key in self._space.dimensions}
 
     def _baseline_value(self, key: str) -> Any:

@@ -133,7 +133,7 @@ class BatchRunner:
                 self._train_baseline(r)
         first = members[0]
         solo = self._solo(first) if len(members) > 1 else None
-        contexts = [r.job.context or SweepContext() for r in members]
+        contexts = [r.job.context or SweepContext(r.job.name) for r in members]
         trials = run_batch([r.job.settings for r in members], first.prepared, first.store, contexts, solo)
         for r, trial in zip(members, trials, strict=True):
             if trial.result.status is Status.FINISHED and r.job.is_baseline:
@@ -176,7 +176,8 @@ class BatchRunner:
         baseline = ready.job.baseline
         directory = Path(ready.job.settings.output.dir) / "baseline"
         settings = replace(baseline, output=replace(baseline.output, dir=str(directory)))
-        (trial,) = run_batch([settings], ready.prepared, ready.store, [SweepContext()])
+        context = SweepContext(f"baseline seed={baseline.seed}")
+        (trial,) = run_batch([settings], ready.prepared, ready.store, [context])
         conclude(trial, ready.store, logs_best=False)
         if trial.result.report is None:
             log.warning("the baseline %s: %s", trial.result.status.lower(), trial.result.error)

@@ -13,10 +13,10 @@ from distilbench.data.text import TextSplits, load_text
 from distilbench.data.tokens import EncodedSplits, encode
 from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
-from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity
+from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity, value_of
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
-from distilbench.report.names import name_of as name_of_values
+from distilbench.report.names import name_of, varying_keys
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 from distilbench.tracking import RunStart
@@ -40,6 +40,13 @@ class Job:
         """Whether this trial's treatment is the baseline's own."""
         return treatment_of(self.settings, "") == treatment_of(self.baseline, "")
 
+    @property
+    def name(self) -> str:
+        """What its run is called, as in reports: what tells it from its baseline, and the seed."""
+        ours, baseline = treatment_of(self.settings, ""), treatment_of(self.baseline, "")
+        told = {key: value_of(ours, key) for key in varying_keys([ours, baseline])}
+        return f"{name_of(told) or 'baseline'} seed={self.settings.seed}"
+
 
 class Lease(Protocol):
     """A trial that another process takes over once its own has stood still for long."""
@@ -53,10 +60,10 @@ class Lease(Protocol):
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What a trial has from the sweep that it belongs to; one on its own has none of it."""
+    """What a trial has from the sweep that it belongs to; one on its own has a name alone."""
 
-    name: str | None = None
-    """The run's name, where the sweep knows a shorter one than :func:`name_of`."""
+    name: str
+    """What its run is called."""
     parent_run_id: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     pruning_callback: Callable[[Evaluation], str | None] | None = None
@@ -98,17 +105,6 @@ def version_of(library: str) -> str:
         return version(library)
     except PackageNotFoundError:
         return "unknown"
-
-
-_NAMED = ("freeze.policy", "freeze.layers", "adapter.name", "adapter.rank", "scheduler.name", "optim.lr",
-          "optim.weight_decay")  # fmt: skip
-"""What the name of a run tells that belongs to no sweep."""
-
-
-def name_of(settings: AppSettings) -> str:
-    """Return a run name that tells what varies most: ``layers=3 scheduler=cosine lr=3e-05 weight_decay=0 seed=42``."""
-    told = {key: value for key, value in treatment_of(settings, "").items() if key in _NAMED}
-    return name_of_values({**told, "seed": settings.seed})
 
 
 def prepare(settings: AppSettings) -> Prepared:
@@ -154,7 +150,7 @@ def run_start(
     if splits.selection is splits.report:
         del parts["selection"]
     return RunStart(
-        name=context.name or name_of(settings),
+        name=context.name,
         settings=prepared_trial(settings, prepared),
         protocol=prepared.protocol,
         treatment=treatment_of(settings, prepared.precision),

@@ -58,7 +58,7 @@ def trial_line(trial: Trial) -> str:
     if comparison and base and comparison.row.trials[0].run_id != base.run_id:
         found = comparison.row.difference
         test = f" (McNemar p {p_value(found.p)})" if found else ""
-        parts.append(f"{points(comparison.row.points or 0.0)} points against {base.name}{test}")
+        parts.append(f"{points(comparison.row.points or 0.0)} points against the baseline{test}")
     if result.error is not None:
         parts.append(result.error)
     if result.alone:

@@ -142,7 +142,8 @@ def test_times_that_cannot_be_compared_give_the_reason_instead(changes, reason):
 
 
 def test_markdown_holds_the_table_the_sentence_and_escaped_names():
-    result = compare(stored(SAME, name="a|b<script>\n# *x*"), baseline(SAME))
+    told = {"scheduler.name": "a|b<script> # *x*", "optim.lr": 1e-3}
+    result = compare(replace(stored(SAME), treatment={**stored(SAME).treatment, **told}), baseline(SAME))
     text = comparison_markdown(result)
     assert text.replace("\N{NO-BREAK SPACE}", " ").splitlines()[:5] == [
         "|   | accuracy | difference (95 %) | loss | time |",
@@ -153,7 +154,7 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
     ]
     assert f"**{sentence(result)}**" in text
     assert "95 % interval -2.72 to +2.72 points, exact McNemar p 1.00." in text
-    assert r"a\|b&lt;script\> \# \*x\*" in text
+    assert r"This trial: layers=3 scheduler=a\|b&lt;script\> \# \*x\* lr=0.001. Baseline: layers=0 " in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import signal
 import time
@@ -63,6 +64,9 @@ def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
     written = {path.name for path in workspace.sweep("grid").iterdir()}
     assert {"report.html", "report.md", "report.tex", "report.csv"} <= written
     assert "\x1b[" not in process.stdout, "control codes in piped output"
+    with (workspace.sweep("grid") / "report.csv").open() as file:
+        rows = {f"{row['trial']} {row['setting']}" for row in csv.DictReader(file)}
+    assert rows == {run.info.run_name for run in workspace.runs()[1:]}, "runs and rows are called alike"
     record = workspace.record("grid", 1)
     assert record["selection"]["accuracy"] == workspace.study("grid")[1].value
     assert (workspace.sweep("grid") / "1" / ".hydra" / "overrides.yaml").is_file()

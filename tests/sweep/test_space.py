@@ -90,20 +90,34 @@ def test_a_space_contains_what_names_its_dimensions_with_values_that_they_have(p
     ("point", "name"),
     [
         (Point({"scheduler": "cosine", "freeze.layers": 3}), "layers=3 scheduler=cosine"),
-        (Point({"freeze.layers": 0}, is_baseline=True), "baseline: layers=0"),
-        (Point({}, ("optim.lr=1", "seed=4"), is_baseline=True), "baseline seed=4"),
-        (Point({}, is_baseline=True), "baseline"),
+        (Point({"scheduler": "linear", "freeze.layers": 3}), "layers=3"),
+        (Point({"freeze.layers": 0, "scheduler": "linear"}, is_baseline=True), "baseline: layers=0 scheduler=linear"),
+        (Point({}, ("freeze.layers=0", "optim.lr=1"), is_baseline=True), "baseline: layers=0 scheduler=linear"),
         (Point({}, ("optim.lr=1", "seed=4")), "optim.lr=1 seed=4"),
         (Point({}), "trial"),
     ],
 )
-def test_a_trial_is_named_by_what_varies(point, name):
-    assert SPACE.name_of(point) == name
+def test_a_trial_is_named_by_what_tells_it_from_the_baseline(point, name):
+    assert SPACE.name_of(point, {"freeze.layers": 0, "scheduler": "linear"}) == name
+
+
+@pytest.mark.parametrize(
+    ("point", "name"),
+    [
+        (Point({"experiment": "layer_freezing", "seed": 1}), "layer_freezing seed=1"),
+        (Point({"experiment": "baseline", "seed": 1}, is_baseline=True), "baseline: seed=1"),
+        (Point({}, ("seed=2", "freeze.layers=0"), is_baseline=True), "baseline: seed=2"),
+        (Point({"experiment": "quick", "seed": 1}), "quick seed=1"),
+    ],
+)
+def test_what_a_baseline_shares_with_its_trial_is_told_of_both(point, name):
+    space = Space({"experiment": CategoricalDistribution(("baseline", "layer_freezing", "quick")), "seed": LAYERS}, [])
+    assert space.name_of(point, {"experiment": "baseline", "seed": 1}) == name
 
 
 def test_dimensions_that_end_alike_are_named_whole_even_where_one_is_missing():
     space = Space({"freeze.layers": LAYERS, "model.layers": LAYERS}, [])
-    assert space.name_of(Point({"freeze.layers": 1})) == "freeze.layers=1"
+    assert space.name_of(Point({"freeze.layers": 1}), {}) == "freeze.layers=1"
 
 
 def test_a_dimension_is_described_in_words_its_choices_in_any_order():

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def plan_of(settings, directory: Path, **changes) -> SweepPlan:
     plan = SweepPlan(
         settings=settings, space=SPACE, points=[], beside=[], total=1, asked=1, is_grid=False,
         objectives=("accuracy",), directions=["maximize"], name="stopped", directory=directory, fixed={},
-        result_key=lambda point: point.key, name_of=SPACE.name_of, failures_borne=0,
+        result_key=lambda point: point.key, name_of=partial(SPACE.name_of, baseline={}), failures_borne=0,
     )  # fmt: skip
     return replace(plan, **changes)
 

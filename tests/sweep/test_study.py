@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import optuna
@@ -70,8 +71,8 @@ def make(tmp_path):
         settings = SimpleNamespace()
         plan = {"settings": settings, "space": SPACE, "points": [], "beside": [], "total": 100, "asked": 100,
                 "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
-                "directory": tmp_path, "fixed": {}, "result_key": result_key, "name_of": SPACE.name_of,
-                "failures_borne": 0}  # fmt: skip
+                "directory": tmp_path, "fixed": {}, "result_key": result_key,
+                "name_of": partial(SPACE.name_of, baseline={}), "failures_borne": 0}  # fmt: skip
         return Study(study, SweepPlan(**{**plan, **changes}), owner, retry=retry)
 
     return open_as

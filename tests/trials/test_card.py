@@ -26,7 +26,7 @@ ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "sch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
-    (outcome,) = run_batch([settings], prepare(settings), None, [SweepContext()])
+    (outcome,) = run_batch([settings], prepare(settings), None, [SweepContext("layers=1 seed=42")])
     conclude(outcome, None, logs_best=True)
     return outcome
 

@@ -256,7 +256,7 @@ def test_seconds_are_a_trials_own_unless_others_train_on_its_cpu(
 ):
     monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
     monkeypatch.setattr("distilbench.trials.run.resolve_device", lambda name: torch.device(device))
-    outcome = run.run_batch([trials[0]], prepared, store, [SweepContext(is_quiet=is_beside_others)])[0]
+    outcome = run.run_batch([trials[0]], prepared, store, [SweepContext("trial", is_quiet=is_beside_others)])[0]
     assert outcome.stored.alone == store.newest_baseline(
         prepared.protocol.id, outcome.stored.treatment, outcome.stored.seed
     ).alone == alone  # fmt: skip
@@ -270,12 +270,14 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
     ready, calls = prepare(first), []
     third = strike(monkeypatch, MlflowRun, "on_step", ENDS["SIGTERM"], only=lambda: calls.append(1) or len(calls) == 3)
     with pytest.raises(Terminated):
-        run.run_batch([first], ready, store, [SweepContext(is_quiet=True)])[0]
+        run.run_batch([first], ready, store, [SweepContext("trial", is_quiet=True)])[0]
     assert third
     assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
     left = read_record(tmp_path / "first")
     assert left.status is Status.INTERRUPTED
-    outcome = run.run_batch([again], ready, store, [SweepContext(is_quiet=True, continues=tmp_path / "first")])[0]
+    outcome = run.run_batch(
+        [again], ready, store, [SweepContext("trial", is_quiet=True, continues=tmp_path / "first")]
+    )[0]
     assert (outcome.result.status, outcome.run_id) == (Status.FINISHED, left.run_id)
     steps = [step for step, _ in store.history(left.run_id, "train/loss")]
     assert steps == list(range(1, outcome.result.steps + 1)), "no step was taken twice"
@@ -285,7 +287,7 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
 def test_what_another_machine_left_behind_is_not_continued(store, settings, prepared, tmp_path):
     left = Record({"protocol": "another", "treatment": "t", "seed": 1}, Status.INTERRUPTED, Owner("there", 1, 0.0), "r")
     left.write(tmp_path / "left")
-    context = SweepContext(is_quiet=True, continues=tmp_path / "left")
+    context = SweepContext("trial", is_quiet=True, continues=tmp_path / "left")
     trial = settings("engine=trainer", "output.save_model=false", "train.checkpoints=false")
     assert run.run_batch([trial], prepared, store, [context])[0].run_id != "r"
     assert read_record(tmp_path / "left") == left
@@ -408,6 +410,6 @@ def test_what_happens_while_the_summary_is_printed_changes_nothing_of_the_trial(
 
 def test_without_a_store_the_record_alone_is_kept(prepared, trials, monkeypatch):
     monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
-    outcome = run.run_batch([trials[0]], prepared, None, [SweepContext()])[0]
+    outcome = run.run_batch([trials[0]], prepared, None, [SweepContext("layers=1 seed=42")])[0]
     record = json.loads((Path(trials[0].output.dir) / "trial.json").read_text())
     assert (record["status"], record["run_id"], outcome.run_id) == ("FINISHED", None, None)
