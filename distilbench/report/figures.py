@@ -5,32 +5,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from distilbench.cli import counted
 from distilbench.identity import value_of
 from distilbench.report.charts import Axis, Chart, Mark
-from distilbench.report.findings import (
-    CostOf,
-    Report,
-    by_depth,
-    comparable_in_time,
-    data_curve,
-    half_of_text,
-    history,
-    importance,
-    numbers_of,
-    pareto_front,
-)
+from distilbench.report.findings import CostOf, Report, by_score, pareto_front
 from distilbench.report.formats import flops, one_line, percent
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
 from distilbench.report.words import said
 
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
 log = logging.getLogger(__name__)
 
 MOST_POINTS = 1000
 """Points in a chart: a browser slows down beyond some thousands."""
+FEWEST_FOR_IMPORTANCE, MOST_FOR_IMPORTANCE = 20, 200
+"""Trials below which a parameter's importance says nothing, and above which a sample is taken (500 took 10 s)."""
+TREES = 32
+"""Of fANOVA's forest; Optuna's 64 take twice as long."""
 _LONGEST_NAME = 9
 _MOST_AXES = 4
 """Settings that lines are drawn across, the most telling ones: more would not be told apart on a phone."""
@@ -79,15 +77,21 @@ def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
     return Mark("dot", points, kind_of(row), tip, row.rank)
 
 
+def comparable_in_time(report: Report) -> list[Row]:
+    """Return the rows whose seconds may stand on one axis: the baseline's and those measured as it was."""
+    if report.baseline is None or not report.baseline.trials:
+        alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
+        return report.candidates if alike else []
+    return [row for row in report.rows if row.is_baseline or row.saving.seconds is not None]
+
+
 def _trade_off(report: Report) -> Iterator[Figure]:
     """Draw accuracy against cost, for each way to count it that two settings or more have."""
     rows = [row for row in report.rows if row.cost.flops > 0]
     yield from _against_cost(report, rows, "FLOPs", lambda row: row.cost.flops, flops)
     timed = [row for row in comparable_in_time(report) if row.cost.seconds > 0]
     longest = max((row.cost.seconds for row in timed), default=0.0)
-    unit, name = next(
-        (unit, name) for unit, name in ((3600, "h"), (60, "min"), (1, "s")) if longest >= 2 * unit or unit == 1
-    )
+    unit, name = (3600, "h") if longest >= 7200 else (60, "min") if longest >= 120 else (1, "s")
     title = "training time"
     title += " (estimates where trials shared the device)" if any(row.cost.is_estimate for row in timed) else ""
     yield from _against_cost(report, timed, title, lambda row: row.cost.seconds / unit, f"{{:g}} {name}".format)
@@ -113,6 +117,16 @@ def _against_cost(
     yield Figure(name.partition(" (")[0], Chart(f"Accuracy against {name}", marks, name, x_text=text), caption)
 
 
+def by_depth(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """Return the rows that have a result by frozen layers, shallowest first; other ways to freeze have no depth."""
+    depths: dict[int, list[Row]] = {}
+    for row in rows:
+        layers = row.treatment.get("freeze.layers")
+        if row.trials and isinstance(layers, int) and not {"freeze.policy", "adapter.name"} & row.treatment.keys():
+            depths.setdefault(layers, []).append(row)
+    return dict(sorted(depths.items()))
+
+
 def _depths(report: Report) -> Iterator[Figure]:
     depths = by_depth(report.rows)
     if len(depths) < 2:
@@ -122,6 +136,25 @@ def _depths(report: Report) -> Iterator[Figure]:
     marks += [_mark_of(row, (depth, 100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)]
     caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
     yield Figure("", Chart("Accuracy by freeze depth", marks, "frozen encoder layers", is_whole=True), caption)
+
+
+def data_curve(report: Report) -> dict[int, list[Row]]:
+    """Return, by frozen layers, the best row of each amount of training text, least first; empty for one amount."""
+    curves = {}
+    for depth, rows in by_depth(report.rows).items():
+        best = {row.first.train_examples: row for row in reversed(by_score(rows)) if row.first.train_examples}
+        if len(best) > 1:
+            curves[depth] = [best[amount] for amount in sorted(best)]
+    return curves
+
+
+def half_of_text(curve: Sequence[Row]) -> float | None:
+    """Return the points that half of the most text costs, interpolated on a logarithmic axis; None beyond the curve."""
+    amounts = [row.first.train_examples for row in curve]
+    if amounts[-1] / 2 < amounts[0]:
+        return None
+    at_half = np.interp(math.log(amounts[-1] / 2), np.log(amounts), [row.accuracy for row in curve])
+    return 100 * (curve[-1].accuracy - float(at_half))
 
 
 def _data_curve(report: Report) -> Iterator[Figure]:
@@ -171,6 +204,17 @@ def _curves(report: Report) -> Iterator[Figure]:
     yield Figure("", Chart("Learning curves", marks, "step", is_whole=True), caption)
 
 
+def history(report: Report) -> list[tuple[Row, float]]:
+    """Return the rows that came to an accuracy in the order of their start, each with the best one so far."""
+    rows = sorted(report.rows, key=lambda row: row.started_ms)
+    best = np.fmax.accumulate([row.accuracy for row in rows])  # NaN until the first result
+    return [
+        (row, float(so_far))
+        for row, so_far in zip(rows, best, strict=True)
+        if row.accuracy_so_far == row.accuracy_so_far
+    ]
+
+
 def _history(report: Report) -> Iterator[Figure]:
     """Draw what each further trial brought: each setting's accuracy in the order of their start, the best so far."""
     told = list(enumerate(history(report), start=1))
@@ -210,13 +254,52 @@ def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, st
 
     Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
     """
-    numbers = numbers_of(values)
-    if numbers is None:
+    numbers = _numbers(values)
+    if not numbers:
         words = sorted({str(value) for value in values})
         return lambda value: words.index(str(value)) / max(len(words) - 1, 1), words[0], words[-1]
     low, high = min(numbers), max(numbers)
     axis = Axis(low, high if high > low else low + 1, 0, 1, is_log=low > 0 and high >= 10 * low)
     return lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}"
+
+
+def _numbers(values: Sequence[object]) -> list[float]:
+    """Return values as numbers; none where one is none."""
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return numbers if len(numbers) == len(values) else []
+
+
+def importance(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of the accuracy's variance by what varied, most important first; empty for too few trials, or equal ones.
+
+    Optuna's fANOVA (Hutter, Hoos and Leyton-Brown 2014, ICML), on an in-memory study of the rows.
+    """
+    finished = [row for row in rows if row.trials]
+    keys = varying_keys([row.treatment for row in finished])
+    if len(finished) < FEWEST_FOR_IMPORTANCE or len(keys) < 2 or len({row.accuracy for row in finished}) == 1:
+        return {}
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    told = {key: [value_of(row.treatment, key) for row in finished] for key in keys}
+    values: dict[str, Sequence[Any]] = {k: _numbers(column) or [*map(repr, column)] for k, column in told.items()}
+    spaces = {key: _space_of(column) for key, column in values.items()}
+    study = optuna.create_study(direction="maximize")
+    for i in range(0, len(finished), math.ceil(len(finished) / MOST_FOR_IMPORTANCE)):
+        params = {key: values[key][i] for key in keys}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=finished[i].accuracy))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def _space_of(values: Sequence[Any]) -> BaseDistribution:
+    """Return the range that ``values`` span, logarithmic over a factor of ten, or the set of these words."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    low, high = min(values), max(values)
+    if isinstance(low, str):
+        return CategoricalDistribution(sorted(set(values)))
+    return FloatDistribution(low, high, log=low > 0 and high >= 10 * low)
 
 
 def _importance(report: Report) -> Iterator[Figure]:

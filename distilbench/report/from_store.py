@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -32,7 +31,7 @@ from distilbench.report.tables import (
     trial_headline,
     trial_note,
 )
-from distilbench.report.trial import compare, comparison_metrics
+from distilbench.report.trial import Comparison, comparison_metrics
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
@@ -70,18 +69,15 @@ class ReportRequest:
 
 def check_protocol(trials: Sequence[StoredTrial]) -> None:
     """Raise :class:`SettingsError` where trials are of several protocols: those are never compared."""
-    counts = Counter(trial.protocol_id for trial in trials)
-    if len(counts) < 2:
-        return
     samples = {trial.protocol_id: trial for trial in trials}
+    if len(samples) < 2:
+        return
     told = "; ".join(
-        f"{protocol} ({counted(count, 'run')}: {samples[protocol].model} on {samples[protocol].data}, "
-        f"{samples[protocol].metric} on {samples[protocol].selection_split})"
-        for protocol, count in counts.most_common(4)
+        f"{name} ({one.model} on {one.data}, {one.metric} on {one.selection_split})" for name, one in samples.items()
     )
+    usual = mode(trial.protocol_id for trial in trials)
     raise SettingsError(
-        f"runs to compare must be of one protocol, got {len(counts)}: {told}; "
-        f"choose one: protocol={counts.most_common(1)[0][0]}"
+        f"runs to compare must be of one protocol, got {len(samples)}: {told}; choose one: protocol={usual}"
     )
 
 
@@ -207,7 +203,7 @@ def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, obj
     trials = store.search(RunFilter(tags={SWEEP: sweep.name}))
     if not trials:
         return None
-    protocol = Counter(trial.protocol_id for trial in trials).most_common(1)[0][0]
+    protocol = mode(trial.protocol_id for trial in trials)
     kept = [trial for trial in trials if trial.protocol_id == protocol]
     report = make_report(store, kept, ReportRequest(f"Sweep {sweep.name}", usual, margin, sweep=sweep))
     if len(kept) == len(trials):
@@ -256,8 +252,8 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
         return ()
     known = [store.sweep_run(sweep.confirms)] if sweep.confirms else store.confirmations(sweep.name)
     runs = [run for run in known if run is not None]
-    found = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.name}))]
-    trials = [trial for trial in found if trial.protocol_id == report.sample.protocol_id]
+    trials = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.name}))
+              if trial.protocol_id == report.sample.protocol_id]  # fmt: skip
     if not trials:
         return ()
     other = _compare(store, trials, replace(request, sweep=runs[-1]))
@@ -274,28 +270,19 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
     """Have trials say what the report says of their settings, where they say something else alone, or nothing yet.
 
     The report's verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
-    Trials say nothing yet that ended before their baseline did, or while the store was gone.
+    Trials say nothing yet that ended before their baseline did, or while the store was gone: those get their setting's
+    figures.
     """
-    for row in report.candidates if report.baseline and report.baseline.trials else ():
+    base = report.baseline
+    for row in report.candidates if base and base.trials else ():
         found = row.difference
         alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
         differs = row.verdict and (row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD))
+        figures = comparison_metrics(Comparison(row, base, report.floor, report.margin)) if base else {}
         for trial in row.trials:
             if differs or not trial.is_compared:
-                metrics = {} if trial.is_compared else _own_metrics(store, trial, report)
-                text, headline = trial_note(report, row), trial_headline(report, row)
-                store.add_comparison(trial.run_id, text, metrics, headline)
-
-
-def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict[str, float]:
-    """Compare a trial with the baseline's of its seed, or of another; nothing where that can't be done."""
-    assert report.baseline
-    base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
-    ours, theirs = (replace(one, predictions=store.predictions(one.run_id)) for one in (trial, base))
-    try:
-        return comparison_metrics(compare(ours, theirs, report.margin))
-    except SettingsError:
-        return {}
+                metrics = {} if trial.is_compared else figures
+                store.add_comparison(trial.run_id, trial_note(report, row), metrics, trial_headline(report, row))
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:

@@ -4,16 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.report.findings import (
-    by_depth,
-    by_score,
-    comparable_in_time,
-    data_curve,
-    half_of_text,
-    history,
-    importance,
-    pareto_front,
-)
+from distilbench.report.figures import by_depth, comparable_in_time, data_curve, half_of_text, history, importance
+from distilbench.report.findings import by_score, pareto_front
 from distilbench.report.rows import rows_from
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, sweep, treatment, trial
