@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSES = (0.5, 2.0)
-"""Seconds between the attempts to write what should be written before the process goes on."""
-
 POLL_SECONDS = 2.0
 """Between two questions whether a store is back."""
 
@@ -83,7 +80,7 @@ def wait_out(seconds: float, action: Callable[[], _Answer]) -> _Answer:
 
 
 class Connection:
-    """MLflow's client for one experiment; an outage is told once, and each write is then tried once, not thrice.
+    """MLflow's client for one experiment; an outage is told once.
 
     Without a client, where nothing is tracked, every write counts as made.
     """
@@ -94,32 +91,27 @@ class Connection:
         self.is_gone = False
         """Whether the last attempt found nobody who answers."""
 
-    def attempt(self, what: str, action: Callable[[], object], pauses: tuple[float, ...] | None = None) -> bool:
-        """Try, and again after each pause; return whether it is done with, False where it is to be tried later.
+    def attempt(self, what: str, action: Callable[[], object]) -> bool:
+        """Return whether ``action`` is done with, False where it is to be tried later.
 
         Never raises, since a trained model outweighs its record: what is refused for good, and an error that is not
         the store's (a figure that can't be drawn), costs a line.
         """
         if self.client is None:
             return True
-        for pause in (None,) if self.is_gone else (*(PAUSES if pauses is None else pauses), None):
-            try:
-                action()
-            except Exception as error:  # a store's, or a figure that can't be drawn
-                if pause is not None and isinstance(error, store_errors()):
-                    time.sleep(pause)
-                    continue
-                if not is_outage(error):
-                    log.warning("MLflow did not get %s: %s", what, reason_of(error))
-                    return True
-                if not self.is_gone:
-                    self.is_gone = True
-                    log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back",
-                                reason_of(error))  # fmt: skip
-                return False
-            self._answered()
-            return True
-        return False
+        try:
+            action()
+        except Exception as error:  # a store's, or a figure that can't be drawn
+            if not is_outage(error):
+                log.warning("MLflow did not get %s: %s", what, reason_of(error))
+                return True
+            if not self.is_gone:
+                self.is_gone = True
+                log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back",
+                            reason_of(error))  # fmt: skip
+            return False
+        self._answered()
+        return True
 
     def _answered(self) -> None:
         if self.is_gone:

@@ -121,7 +121,7 @@ class MlflowRun:
     def _flush(self) -> None:
         """Send what waits, and wait a hundred times as long as that took; what is not taken waits on disk, too."""
         began = time.monotonic()
-        if not self._connection.attempt("metrics", self._send, pauses=()):
+        if not self._connection.attempt("metrics", self._send):
             with contextlib.suppress(OSError):  # no room: they wait in memory alone
                 self.keep()
         ended = time.monotonic()

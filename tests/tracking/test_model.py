@@ -91,7 +91,6 @@ def test_it_is_logged_once_and_a_second_version_takes_the_alias(logged, caplog):
 
 def test_what_cannot_be_logged_costs_a_warning_alone(logged, tmp_path, caplog, monkeypatch):
     outcome, store, client = logged
-    monkeypatch.setattr("distilbench.tracking.retries.PAUSES", ())
     run = client.create_run(client.get_run(outcome.run_id).info.experiment_id)
     with caplog.at_level(logging.WARNING):
         store.log_model(run.info.run_id, tmp_path / "none", None)

@@ -18,7 +18,7 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact, retries
+from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
@@ -94,11 +94,6 @@ def finished(store, start, predictions=PREDICTIONS):
     with blank_figures():
         run.finish(DONE, predictions)
     return run.run_id
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(retries, "PAUSES", ())
 
 
 def test_a_trial_is_kept_with_parameters_as_the_command_line_spells_them(store, client, start):
@@ -395,7 +390,7 @@ def test_no_secret_of_the_environment_reaches_the_store(uri, start, monkeypatch)
     assert holding == []
 
 
-def test_trouble_in_mid_training_warns_once_and_loses_nothing(store, client, start, monkeypatch, caplog, impatient):
+def test_trouble_in_mid_training_warns_once_and_loses_nothing(store, client, start, monkeypatch, caplog):
     from mlflow.exceptions import MlflowException
 
     run = store.begin(start())
@@ -440,7 +435,7 @@ def test_sending_takes_a_hundredth_of_the_time_at_most(start, monkeypatch, secon
     assert run._due == pytest.approx(seconds + wait)
 
 
-def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, caplog, impatient):
+def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, caplog):
     run = store.begin(start())
 
     def gone(*args, **kwargs):
@@ -535,7 +530,6 @@ def test_where_the_view_is_not_taken_a_link_opens_the_plain_table(store, monkeyp
         raise ConnectionError("the server is gone")
 
     monkeypatch.setattr(store._client, "set_experiment_tag", refused)
-    monkeypatch.setattr(retries, "PAUSES", ())
     table = "runs?orderByKey=metrics.%60accuracy%60&orderByAsc=false&workflowType=machine_learning"
     assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
     server = address.StoreAddress("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")

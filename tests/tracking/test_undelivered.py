@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.results import Owner, Predictions, Record, Status, TrialResult
-from distilbench.tracking import SWEEP, retries
+from distilbench.tracking import SWEEP
 from distilbench.tracking.undelivered import has_undelivered
 from tests.made_store import DONE, LABELS, make_store, start_of
 
@@ -34,7 +34,6 @@ def dead():
 def gone(store, monkeypatch):
     """Return a function that takes the server away, and brings it back the second time."""
     monkeypatch.setattr(store, "_address", replace(store._address, file=None))  # a file is no server that may go
-    monkeypatch.setattr(retries, "PAUSES", ())
     real = dict.fromkeys(("create_run", "log_batch", "log_artifact", "set_terminated", "search_runs", "get_run"))
 
     def switch():
@@ -95,7 +94,6 @@ def test_a_run_that_can_not_be_ended_does_not_keep_the_others_from_their_end(sto
     def refuse(*args):
         raise ConnectionError("gone for a while")
 
-    monkeypatch.setattr(retries, "PAUSES", ())
     monkeypatch.setattr(store._client, "log_artifact", refuse)
     store.end_left_runs()
     assert [status_of(store, run_id)[1] for run_id in (stuck, other)] == ["RUNNING", "INTERRUPTED"]

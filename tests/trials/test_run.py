@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from distilbench.results import PREDICTIONS, Evaluation, Owner, Record, Status, StepRecord, TrialResult, read_record
 from distilbench.settings import SettingsError
-from distilbench.tracking import retries, undelivered
+from distilbench.tracking import undelivered
 from distilbench.tracking.run import MlflowRun
 from distilbench.trials import batch, run, summary
 from distilbench.trials.prepared import Job, SweepContext, prepare
@@ -78,11 +78,6 @@ def signals_as_exceptions():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(retries, "PAUSES", (0.0,))
 
 
 @pytest.fixture(autouse=True)
