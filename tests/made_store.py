@@ -77,5 +77,6 @@ def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: flo
 def blank_figures() -> Iterator[None]:
     """Have small ones drawn: drawing takes most of a made trial's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distilbench.tracking.run.confusion_figure", lambda *_: Figure(figsize=(1, 1)))
+        for name in ("confusion_figure", "curve_figure"):
+            patch.setattr(f"distilbench.tracking.run.{name}", lambda *_: Figure(figsize=(1, 1)))
         yield

@@ -13,7 +13,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import CONFIRMS, SWEEP, RunFilter
+from distilbench.tracking import SWEEP, RunFilter
 from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
@@ -90,7 +90,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
         run_confirm(folder, "sweep=first", "top=1", "seeds=2")
     store = make_store(folder)
     parent = store.sweep_run("first-confirm")
-    assert parent.tags[CONFIRMS] == "first"
+    assert parent.confirms == "first"
     run = store._client.get_run(parent.run_id)
     assert (run.info.status, run.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")
     assert len({rate for rate, _ in trained}) == 2, "the baseline and the best, with the same seed"

@@ -55,7 +55,7 @@ def test_mlflow_holds_settings_metrics_and_artifacts_of_trial_and_baseline(train
         assert metric in trial.data.metrics
     assert 0 < trial.data.metrics["train_flops"] < baseline.data.metrics["train_flops"]
     files = workspace.artifacts(trial.info.run_id)
-    assert {"config.yaml", "predictions.parquet", "confusion_matrix.png"} <= set(files)
+    assert {"config.yaml", "predictions.parquet", "confusion_matrix.png", "learning_curve.png"} <= set(files)
 
 
 def test_the_summary_names_what_was_used_and_compares_with_the_baseline(trained):

@@ -1,4 +1,4 @@
-"""What a run keeps as files: predictions as Parquet, and their confusion matrix."""
+"""What a run keeps as files: predictions as Parquet, a confusion matrix and a learning curve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distilbench.results import Predictions
+from distilbench.results import Predictions, TrialResult
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
@@ -66,4 +66,17 @@ def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> 
     axes.set_title(f"accuracy {predictions.correct.mean():.2%}")
     if size > 40:  # of 150 labels, each with its name, drawing took 5 s
         axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
+    """Return loss, of training too, and accuracy over steps as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4))
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="0.6", linewidth=1)
+    for axes, name in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+        axes.plot([e.step for e in result.history], [e.metric(name) for e in result.history], "o-")
+        axes.set(xlabel="step", title=name)
     return figure

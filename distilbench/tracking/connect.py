@@ -63,7 +63,6 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     with address.asking():
         if address.artifacts is not None:
             _check_database(address)
-            _keep_files_beside(address)
         found = MlflowClient(address.uri).search_experiments()
     experiments = {experiment.name: experiment for experiment in found}
     if settings.experiment not in experiments:
@@ -108,37 +107,31 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
         return _experiment_of(MlflowClient(address.uri), settings)
     address.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(address.artifacts / ".lock", timeout=60):
-        _check_database(address)
-        if address.file and not address.file.stat().st_size:  # at once: half of MLflow's tables could never be opened
-            partial_file = address.file.with_name(f".{address.file.name}.partial")
+        file = address.file
+        if file and not (file.exists() and file.stat().st_size):  # at once: half of MLflow's tables would never open
+            partial_file = file.with_name(f".{file.name}.partial")
             partial_file.unlink(missing_ok=True)
             SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()
-            os.replace(partial_file, address.file)
-        _keep_files_beside(address)
+            os.replace(partial_file, file)
+        _check_database(address)
         return _experiment_of(SqlAlchemyStore(address.uri, address.artifacts.as_uri()), settings)
 
 
 def _check_database(address: StoreAddress) -> None:
-    """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer."""
-    if address.file:
-        with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-        return
-    import sqlalchemy
+    """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer.
 
-    sqlalchemy.create_engine(address.uri).connect().close()
-
-
-def _keep_files_beside(address: StoreAddress) -> None:
-    """Have a SQLite store that was copied, moved or renamed with its checkout seek and keep its files beside itself.
-
-    MLflow fixes them as absolute paths and has no call that changes those: the two columns of its tables that hold them
-    are known here. A folder that somebody chose, other than a store's own ``mlruns/<id>``, stays.
+    A SQLite store that was copied, moved or renamed with its checkout gets its files beside itself: MLflow fixes them
+    as absolute paths and has no call that changes those, so the two columns of its tables that hold them are known
+    here. A folder that somebody chose, other than a store's own ``mlruns/<id>``, stays.
     """
     if address.file is None:
+        import sqlalchemy
+
+        sqlalchemy.create_engine(address.uri).connect().close()
         return
     own = address.file.resolve().parent / "mlruns"
     with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS)) as database, database:
+        database.execute("BEGIN IMMEDIATE")
         known = database.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
         for number, name, location in known:
             old, new = local_folder(location or ""), own / str(number)

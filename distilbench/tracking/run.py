@@ -21,21 +21,12 @@ from distilbench.results import (
     StepRecord,
     TrialResult,
 )
-from distilbench.tracking.artifacts import confusion_figure, write_predictions
+from distilbench.tracking import undelivered
+from distilbench.tracking.artifacts import confusion_figure, curve_figure, write_predictions
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, reason_of
 from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart
-from distilbench.tracking.undelivered import (
-    NOTE,
-    Undelivered,
-    deliver_below,
-    end_left_runs,
-    forget_undelivered,
-    has_undelivered,
-    points,
-    put_right,
-    read_undelivered,
-)
+from distilbench.tracking.undelivered import NOTE, Undelivered, points
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +48,10 @@ class MlflowRun:
         self._directory = Path(start.settings.output.dir)
         same = start.protocol.selection_split == start.protocol.report_split
         self._split = "validation" if same else "selection"
-        kept = read_undelivered(self._directory)
+        kept = undelivered.read(self._directory)
         metrics = kept.metrics if kept and kept.run_id == start.run_id else []
         self._lacking = Undelivered(start.run_id, RunContent.of(start), metrics)
+        self._losses: list[tuple[int, float]] = []
         self._due = time.monotonic() + SHORTEST_WAIT
 
     @property
@@ -77,6 +69,7 @@ class MlflowRun:
 
     def on_step(self, record: StepRecord) -> None:
         """Log an optimisation step."""
+        self._losses.append((record.step, record.loss))
         names = ("loss", "learning_rate", "gradient_norm", "examples_per_second")
         self._wait({f"train/{name}": getattr(record, name) for name in names}, record.step)
         if time.monotonic() >= self._due:
@@ -90,11 +83,11 @@ class MlflowRun:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
-        """Write final metrics, predictions and their confusion matrix, then the true status."""
+        """Write final metrics, predictions and figures, then the true status."""
         self._wait(final_metrics(result), result.steps)
         self._lacking.status, self._lacking.error = result.status, result.error
         with tempfile.TemporaryDirectory() as folder:
-            files = self._write_files(Path(folder), predictions) if predictions else []
+            files = self._write_files(Path(folder), result, predictions)
             if self._connection.attempt("the end of the run", lambda: self._send(files)):
                 return
             kept = self.keep()
@@ -102,12 +95,14 @@ class MlflowRun:
                 if not (self._directory / file.name).exists():
                     shutil.copy(file, kept)
 
-    def _write_files(self, folder: Path, predictions: Predictions) -> list[Path]:
-        """Write what the run gets of its predictions into ``folder``; what can't be drawn costs a line."""
-        files: dict[str, Callable[[Path], object]] = {
-            PREDICTIONS: partial(write_predictions, predictions),
-            "confusion_matrix.png": lambda path: confusion_figure(predictions, self._label_names).savefig(path),
-        }
+    def _write_files(self, folder: Path, result: TrialResult, predictions: Predictions | None) -> list[Path]:
+        """Write predictions and figures into ``folder``; one that can't be drawn costs a line."""
+        files: dict[str, Callable[[Path], object]] = {}
+        if predictions is not None:
+            files[PREDICTIONS] = partial(write_predictions, predictions)
+            files["confusion_matrix.png"] = lambda to: confusion_figure(predictions, self._label_names).savefig(to)
+        if result.history:
+            files["learning_curve.png"] = lambda to: curve_figure(self._losses, result).savefig(to)
         for name, write in files.items():
             try:
                 write(folder / name)
@@ -129,7 +124,7 @@ class MlflowRun:
 
     def _send(self, files: Sequence[Path] = ()) -> None:
         self._lacking.deliver(self._connection, files)
-        forget_undelivered(self._directory)
+        undelivered.forget(self._directory)
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
@@ -181,16 +176,16 @@ class ParentRun:
     def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
         """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""
         for run_id, (status, error) in ends.items():
-            write = partial(put_right, self._connection.client, run_id, status, error)
+            write = partial(undelivered.put_right, self._connection.client, run_id, status, error)
             self._connection.attempt("the end of a trial", write)
 
     def lacks(self, directory: Path) -> bool:
         """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""
-        return self._connection.is_gone or (self._connection.client and has_undelivered(directory))
+        return self._connection.is_gone or (self._connection.client and undelivered.is_any_below(directory))
 
     def catch_up(self, is_over: Callable[[Owner], bool], patience_seconds: float = 0.0) -> None:
         """End and deliver what trials left, wherever their process ``is_over``; wait for a store that is gone."""
         for wait in (0.0, patience_seconds):
             if not wait or (self.lacks(self._directory) and self._connection.wait(wait)):
-                end_left_runs(self._connection, is_over, self._sweep, self.run_id)
-                deliver_below(self._connection, self._directory, is_over)
+                undelivered.end_left_runs(self._connection, is_over, self._sweep, self.run_id)
+                undelivered.deliver_below(self._connection, self._directory, is_over)

@@ -46,29 +46,19 @@ class RunFilter:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run that holds the trials of a sweep."""
+    """A run that holds the trials of a sweep, started with a ``margin`` in points.
+
+    ``confirms`` is the sweep whose best settings it trains again; None for a search.
+    """
 
     run_id: str
-    tags: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        """What the sweep is called."""
-        return self.tags[SWEEP]
-
-    @property
-    def confirms(self) -> str | None:
-        """The sweep whose best settings it trains again; None for a search."""
-        return self.tags.get(CONFIRMS)
-
-    @property
-    def margin(self) -> float | None:
-        """The margin in points that it was started with."""
-        return float(self.tags[MARGIN]) if MARGIN in self.tags else None
+    name: str
+    confirms: str | None
+    margin: float | None
 
 
 def search_runs(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> list[Run]:
-    """Return the runs that are not deleted, oldest first, page by page.
+    """Return the runs of a server that are not deleted, oldest first, by its own search, page by page.
 
     Values that hold a quote of either kind can't be asked for.
     """

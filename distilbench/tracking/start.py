@@ -9,10 +9,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distilbench.identity import ProtocolIdentity, short_hash
 from distilbench.results import Owner, Status
@@ -174,13 +174,14 @@ class RunContent:
     name: str
     tags: Mapping[str, str]
     params: Mapping[str, str]
-    datasets: Sequence[Mapping[str, str]]
+    datasets: Mapping[str, Mapping[str, str]]
+    """What MLflow records of a split, by its context."""
     config_yaml: str
 
     @classmethod
     def of(cls, start: RunStart) -> RunContent:
         """Return what is to be told of a trial that begins."""
-        datasets = [_dataset(start, context, examples) for context, examples in start.datasets.items()]
+        datasets = {context: _dataset(start, context, examples) for context, examples in start.datasets.items()}
         return cls(redact(start.name), tags_of(start), params_of(start.settings), datasets, redact(start.config_yaml))
 
 
@@ -195,7 +196,6 @@ def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
         "source_type": kind,
         "source": redact(json.dumps(origin)),
         "profile": json.dumps({"num_rows": examples}),
-        "context": context,
     }
 
 
@@ -231,13 +231,17 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
 
 def fill_run(client: MlflowClient, run: Run, content: RunContent) -> None:
     """Log parameters that the run lacks (MLflow refuses to change one), data sets and configuration."""
-    from mlflow.entities import Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     run_id = run.info.run_id
     params = [Param(key, value) for key, value in content.params.items() if key not in run.data.params]
     for first in range(0, len(params), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH], synchronous=True)
-    _log_datasets(client, run_id, [_input(**dataset) for dataset in content.datasets])
+    inputs = [
+        DatasetInput(Dataset(**one), [InputTag("mlflow.data.context", context)])
+        for context, one in content.datasets.items()
+    ]
+    _log_datasets(client, run_id, inputs)
     client.log_text(run_id, content.config_yaml, "config.yaml")
 
 
@@ -256,9 +260,3 @@ def _log_datasets(client: MlflowClient, run_id: str, inputs: list[DatasetInput])
         except MlflowException as error:
             if error.error_code != "BAD_REQUEST" or not left:
                 raise
-
-
-def _input(context: str, **fields: Any) -> DatasetInput:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    return DatasetInput(Dataset(**fields), [InputTag("mlflow.data.context", context)])

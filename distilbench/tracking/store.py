@@ -14,25 +14,16 @@ from typing import TYPE_CHECKING
 from distilbench.cli import counted
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
+from distilbench.tracking import undelivered
 from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
 from distilbench.tracking.run import MlflowRun, ParentRun
-from distilbench.tracking.search import CONFIRMS, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
+from distilbench.tracking.search import CONFIRMS, MARGIN, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
-from distilbench.tracking.undelivered import (
-    NOTE,
-    Undelivered,
-    deliver_below,
-    describe_first,
-    end_left_runs,
-    end_run,
-    forget_undelivered,
-    has_undelivered,
-    log_metrics,
-    points,
-)
+from distilbench.tracking.undelivered import NOTE, Undelivered, points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
@@ -76,20 +67,20 @@ class MlflowStore:
             except BaseException:
                 if run.run_id:
                     failed = run.run_id, Status.FAILED, "the store did not take its start"
-                    self._connection.attempt("the end of the run", partial(end_run, self._client, *failed))
+                    self._connection.attempt("the end of the run", partial(undelivered.end_run, self._client, *failed))
                 raise
         return run
 
     def end_left_runs(self) -> None:
         """End runs of the experiment whose process on this host is gone, as their records say; tell which in a line."""
-        if ended := end_left_runs(self._connection, Owner.is_dead):
+        if ended := undelivered.end_left_runs(self._connection, Owner.is_dead):
             log.info("closed %s whose process is gone: %s", counted(len(ended), "run"), ", ".join(ended))
 
     def catch_up(self, directory: Path) -> None:
         """Deliver what trials in ``directory`` keep for a store that was gone, and wait for it where it still is."""
-        if has_undelivered(directory) and self._connection.wait(self._patience):
-            deliver_below(self._connection, directory, lambda owner: owner == Owner.of_this_process())
-        if has_undelivered(directory):
+        if undelivered.is_any_below(directory) and self._connection.wait(self._patience):
+            undelivered.deliver_below(self._connection, directory, lambda owner: owner == Owner.of_this_process())
+        if undelivered.is_any_below(directory):
             log.warning("MLflow does not answer: the next command that trains or compares tells it of %s", directory)
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
@@ -109,9 +100,9 @@ class MlflowStore:
 
         def send() -> None:
             if sentence:
-                describe_first(self._client, run_id, sentence)
+                undelivered.describe_first(self._client, run_id, sentence)
             self._client.log_text(run_id, redact(text), "comparison.md")
-            log_metrics(self._client, run_id, points(metrics or {}))
+            undelivered.log_metrics(self._client, run_id, points(metrics or {}))
 
         return self._connection.attempt("the comparison", send)
 
@@ -134,16 +125,23 @@ class MlflowStore:
 
     def sweep_names(self) -> list[str]:
         """Return the names of all sweeps, newest first."""
-        return list(dict.fromkeys(run.tags[SWEEP] for run in reversed(self._sweeps(RunFilter()))))
+        return list(dict.fromkeys(run.name for run in reversed(self._sweeps(RunFilter()))))
 
     def _sweeps(self, wanted: RunFilter) -> list[SweepRun]:
         """Return the runs, oldest first, that carry a sweep's tag, train nothing themselves, and have no parent."""
-        runs = [SweepRun(run.info.run_id, run.data.tags) for run in self._search(wanted)]
-        return [r for r in runs if SWEEP in r.tags and MARK not in r.tags and "mlflow.parentRunId" not in r.tags]
+        found = []
+        for run in self._search(wanted):
+            tags = run.data.tags
+            if SWEEP in tags and MARK not in tags and "mlflow.parentRunId" not in tags:
+                margin = float(tags[MARGIN]) if MARGIN in tags else None
+                found.append(SweepRun(run.info.run_id, tags[SWEEP], tags.get(CONFIRMS), margin))
+        return found
 
     def _search(self, wanted: RunFilter) -> list[Run]:
         with self._address.asking():
-            return search_runs(self._client, self._experiment_id, wanted)
+            if self._address.artifacts is None:
+                return search_runs(self._client, self._experiment_id, wanted)
+            return search_database(self._address.uri, self._experiment_id, wanted)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
@@ -181,10 +179,10 @@ class MlflowStore:
         """
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
-        content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, (), "")
+        content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, {}, "")
         with self._address.asking():
             run = wait_out(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
-        forget_undelivered(directory)
+        undelivered.forget(directory)
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
 
     def runs_url(self, sweep: str | None = None) -> str:

@@ -107,7 +107,7 @@ class Undelivered:
         return folder
 
 
-def read_undelivered(directory: Path) -> Undelivered | None:
+def read(directory: Path) -> Undelivered | None:
     """Return what is kept in ``directory``; None where nothing is, or a loss of power cut it short."""
     try:
         kept: dict[str, Any] = json.loads((directory / UNDELIVERED / RUN).read_text())
@@ -118,12 +118,12 @@ def read_undelivered(directory: Path) -> Undelivered | None:
         return None
 
 
-def forget_undelivered(directory: Path) -> None:
+def forget(directory: Path) -> None:
     """Remove what was kept in ``directory``, once it is told."""
     shutil.rmtree(directory / UNDELIVERED, ignore_errors=True)
 
 
-def has_undelivered(directory: Path) -> bool:
+def is_any_below(directory: Path) -> bool:
     """Return whether something is kept in ``directory`` or below."""
     return any(directory.rglob(f"{UNDELIVERED}/{RUN}"))
 
@@ -141,9 +141,9 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
     from filelock import FileLock
 
     with FileLock(directory / UNDELIVERED / ".lock"):  # several workers look: none is to make the run a second time
-        kept = read_undelivered(directory)
+        kept = read(directory)
         if kept is None:
-            return forget_undelivered(directory)  # another one was faster
+            return forget(directory)  # another one was faster
         try:
             run_id = kept.make(connection)
         finally:
@@ -156,12 +156,12 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
             settle(connection, run_id, directory)
         else:  # the trial was continued elsewhere, or by another process: how it ended is that one's to say
             log_metrics(connection.client, run_id, kept.metrics)
-            forget_undelivered(directory)
+            forget(directory)
 
 
 def settle(connection: Connection, run_id: str, directory: Path) -> Status:
     """End a run as its directory says it ended, with all that it lacks; INTERRUPTED where nothing says so."""
-    kept, record = read_undelivered(directory), read_record(directory)
+    kept, record = read(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
     if kept.status is Status.RUNNING:
@@ -175,7 +175,7 @@ def settle(connection: Connection, run_id: str, directory: Path) -> Status:
         kept.status, kept.error = record.status, record.error
         files.append(directory / PREDICTIONS)
     kept.deliver(connection, [file for file in files if file.is_file() and file.name != RUN])
-    forget_undelivered(directory)
+    forget(directory)
     return kept.status
 
 

@@ -148,7 +148,7 @@ def test_a_server_that_is_busy_then_gone_for_a_while_costs_a_sweep_nothing(serve
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
         assert steps == list(range(1, int(record["figures"]["steps"]) + 1))
         files = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert {"config.yaml", "predictions.parquet", "confusion_matrix.png"} <= files
+        assert {"config.yaml", "predictions.parquet", "confusion_matrix.png", "learning_curve.png"} <= files
         assert run.data.tags["mlflow.parentRunId"] == runs["the sweep"].info.run_id
         assert run.data.params["freeze.layers"] == number
     assert not list(workspace.path.rglob("undelivered"))

@@ -229,14 +229,16 @@ def test_artifacts_are_configuration_predictions_and_figures(store, client, star
     run_id = run.run_id
     folder = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / "1" / run_id / "artifacts"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml", "confusion_matrix.png", "predictions.parquet",
+        "config.yaml", "confusion_matrix.png", "learning_curve.png", "predictions.parquet",
     ]  # fmt: skip
     assert (folder / "config.yaml").read_text() == "seed: 42\n"
     table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
     assert list(table) == ["index", "label", "prediction", "logit_0", "logit_1"]
     assert table["prediction"] == [0, 1, 0, 0]
     assert table["logit_1"] == [1.0, 3.0, 0.0, 0.0]
-    assert (folder / "confusion_matrix.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(
+        (folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("confusion_matrix.png", "learning_curve.png")
+    )
 
 
 @pytest.mark.parametrize(

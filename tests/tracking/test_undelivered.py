@@ -10,7 +10,7 @@ import pytest
 
 from distilbench.results import Owner, Predictions, Record, Status, TrialResult
 from distilbench.tracking import SWEEP
-from distilbench.tracking.undelivered import has_undelivered
+from distilbench.tracking.undelivered import is_any_below
 from tests.made_store import DONE, LABELS, make_store, start_of
 
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 1}
@@ -138,11 +138,11 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     run.finish(DONE, Predictions(LABELS, LABELS[:, None] == [0, 1]))
     parent.update({"trials_finished": 1}, "one of one")
     parent.finish(Status.FINISHED)
-    assert has_undelivered(directory)
+    assert is_any_below(directory)
     store.end_left_runs()
     gone()
     store.end_left_runs()
-    assert not has_undelivered(tmp_path)
+    assert not is_any_below(tmp_path)
     assert status_of(store, parent.run_id) == ("FINISHED", "FINISHED")
     described = store._client.get_run(parent.run_id).data
     assert (described.metrics["trials_finished"], described.tags["mlflow.note.content"]) == (1, "one of one")
@@ -150,7 +150,7 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     assert (trial.accuracy, trial.train_seconds) == (DONE.report.accuracy, DONE.train_seconds)
     assert store.predictions(trial.run_id).correct.shape == LABELS.shape
     files = [file.path for file in store._client.list_artifacts(trial.run_id)]
-    assert {"confusion_matrix.png", "config.yaml"} <= set(files)
+    assert {"confusion_matrix.png", "learning_curve.png", "config.yaml"} <= set(files)
     assert store._client.get_metric_history(trial.run_id, "validation/accuracy")[0].step == DONE.report.step
 
 
@@ -170,5 +170,5 @@ def test_what_is_kept_of_a_trial_that_another_directory_continues_ends_nothing(s
     store.catch_up(tmp_path)
     assert again.run_id == run.run_id
     assert status_of(store, run.run_id) == ("RUNNING", "RUNNING")
-    assert not has_undelivered(tmp_path)
+    assert not is_any_below(tmp_path)
     assert len(store._client.get_metric_history(run.run_id, "validation/accuracy")) == 1
