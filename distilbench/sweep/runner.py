@@ -341,8 +341,6 @@ class SweepRunner:
         with reporting(self._studies.main.study, self._studies.storage, ends, self._reported, grace) as is_due:
             if not is_due:
                 return self._say(f"the report was written by another process: {self._plan.directory}")
-            for study in self._studies.all:
-                self._parent.put_right(study.put_right())
             if not write_report(self._plan, store):
                 self._console.print(self._leaderboard().table())
 
