@@ -58,8 +58,12 @@ def judge(
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials), untested=why)
         if difference and not isinstance(pair, Untested):
             pairs[i], found[i] = pair, difference
-    for i, difference in _corrected(found, tried).items():
-        result[i] = _withheld(_judged(result[i], difference, pairs[i], margin, tried), base, picked_here)
+    untested = [1.0] * (tried - len(found))
+    p_holm = holm([one.p for one in found.values()] + untested)
+    p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
+    for (i, one), p, p_loss in zip(found.items(), p_holm, p_loss_holm, strict=False):
+        corrected = replace(one, p_holm=p, p_loss_holm=p_loss)
+        result[i] = _withheld(_judged(result[i], corrected, pairs[i], margin, tried), base, picked_here)
     return result, floor
 
 
@@ -79,8 +83,7 @@ def floor_of(labels: np.ndarray) -> float:
 
 
 def _is_most_frequent(labels: np.ndarray) -> np.ndarray:
-    values, counts = np.unique(labels, return_counts=True)
-    return np.asarray(labels == values[counts.argmax()])
+    return np.asarray(labels == np.bincount(labels).argmax())
 
 
 def has_learned(predictions: Mapping[int, Predictions]) -> bool:
@@ -159,15 +162,6 @@ def difference_of(ours: _Correct, theirs: _Correct, margin: float) -> Difference
         n=seen.n,
         examples=len(next(iter(theirs.values()))),
     )
-
-
-def _corrected(found: Mapping[int, Difference], tried: int) -> dict[int, Difference]:
-    """Correct both p-values for all settings ``tried``."""
-    untested = [1.0] * (tried - len(found))
-    p_holm = holm([one.p for one in found.values()] + untested)
-    p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
-    each = zip(found.items(), p_holm, p_loss_holm, strict=False)
-    return {i: replace(one, p_holm=p, p_loss_holm=p_loss) for (i, one), p, p_loss in each}
 
 
 def _judged(row: Row, found: Difference, pair: tuple[_Correct, _Correct], margin: float, tried: int) -> Row:

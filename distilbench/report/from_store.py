@@ -104,17 +104,12 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
         rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
         report = replace(report, rows=tuple(rows))
     notes = (*report.notes, *_notes_on_splits(request, report))
-    sources = _sources(store, report.sample.run_id)
+    try:
+        sources = tuple(source_overrides(store.config(report.sample.run_id)))
+    except (SettingsError, OmegaConfBaseException, KeyError, ValueError):  # it can't be read any more
+        sources = ()
     return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation, usual=request.usual,
                    sources=sources)  # fmt: skip
-
-
-def _sources(store: MlflowStore, run_id: str) -> tuple[str, ...]:
-    """Return what chooses model and text as a run did; nothing where its configuration can't be read any more."""
-    try:
-        return tuple(source_overrides(store.config(run_id)))
-    except (SettingsError, OmegaConfBaseException, KeyError, ValueError):
-        return ()
 
 
 def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:

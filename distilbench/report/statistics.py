@@ -85,10 +85,15 @@ def compare_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[i
     larger p of the two are returned.
     """
     pair = only_pair(correct_a, correct_b)
-    if pair is None:
-        return _combine(spread_over_seeds(correct_a, correct_b))
-    counts = discordant(*pair)
-    return SeedComparison(*paired_accuracy_interval(*counts, len(pair[0])), mcnemar_exact(*counts), n=1)
+    if pair is not None:
+        counts = discordant(*pair)
+        return SeedComparison(*paired_accuracy_interval(*counts, len(pair[0])), mcnemar_exact(*counts), n=1)
+    spread = spread_over_seeds(correct_a, correct_b)
+    by_example, difference, parts = spread.by_example, spread.difference, spread.parts
+    given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
+    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
+    p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
+    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p, spread.n)
 
 
 def only_pair(
@@ -181,16 +186,6 @@ def _seed_variance(values: np.ndarray) -> tuple[float, float]:
     seeds, examples = values.shape
     noise = np.sum(residual**2) / ((seeds - 1) * max(examples - 1, 1) * values.size)
     return float(by_seed.var(ddof=1) / seeds), float(noise)
-
-
-def _combine(spread: SeedSpread) -> SeedComparison:
-    """Join the parts of the variance; never surer than with the seeds taken as given."""
-    by_example, difference, parts = spread.by_example, spread.difference, spread.parts
-    given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
-    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
-    p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
-    low, high = max(difference - half, -1.0), min(difference + half, 1.0)
-    return SeedComparison(difference, low, high, p, spread.n)
 
 
 def _laplace_variance(squares: float, total: float, examples: int) -> float:
