@@ -31,7 +31,7 @@ from distilbench.settings import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from distilbench.data.stream import Part
+    from distilbench.data.readers import Part
     from distilbench.models.classifier import Classifier
 
 register_schema()
@@ -58,7 +58,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     """
     from rich.console import Console
 
-    from distilbench.data.stream import check_output
+    from distilbench.data.formats import check_output
 
     console = Console(highlight=False)
     if settings.format == "table":
@@ -126,7 +126,7 @@ def _find_model(settings: PredictSettings) -> Path:
 def _write(settings: PredictSettings, classifier: Classifier, path: Path, console: Console) -> Counter[str | None]:
     from rich.progress import Progress
 
-    from distilbench.data.stream import open_answers
+    from distilbench.data.formats import open_answers
 
     columns = _columns(settings, classifier)
     is_named, names = path.stem in NAMED_IN_GLUE, classifier.label_names
@@ -169,7 +169,7 @@ def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str
 
 def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
     """Yield the texts, of a file that is there or else of the hub."""
-    from distilbench.data.stream import read_file, read_split
+    from distilbench.data.readers import read_file, read_split
 
     data, own = settings.data, classifier.trained_on
     if Path(data.test).suffix:

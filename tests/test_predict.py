@@ -147,7 +147,7 @@ def test_glue_gets_its_file_by_name_with_the_codes_of_its_labels(folder, tmp_pat
 def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monkeypatch):
     import datasets
 
-    from distilbench.data import stream
+    from distilbench.data import readers
 
     test = datasets.Dataset.from_dict({"text": ["aaa xx", "bbb xx", "bbb"], "label": [-1, -1, -1], "idx": [0, 1, 2]})
     asked_for = []
@@ -156,8 +156,8 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         def as_dataset(self):
             return datasets.DatasetDict(test=test)
 
-    monkeypatch.setattr(stream, "hub_builder", lambda data: asked_for.append(data) or Builder())
-    monkeypatch.setattr(stream, "PART", 2)
+    monkeypatch.setattr(readers, "hub_builder", lambda data: asked_for.append(data) or Builder())
+    monkeypatch.setattr(readers, "PART", 2)
     theirs = tmp_path / "model"
     shutil.copytree(folder / "better" / "model", theirs)
     config = json.loads((theirs / "config.json").read_text())
@@ -169,7 +169,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
     assert [(data.hub_name, data.hub_config) for data in asked_for] == [("nyu-mll/glue", "sst2")]
     with pytest.raises(SettingsError, match=r"^data.test must be a split of nyu-mll/glue/sst2 \(test\), got 'dev'"):
         asked(folder, f"dir={theirs}", "data.test=dev")
-    monkeypatch.setattr(stream, "hub_builder", lambda data: None)
+    monkeypatch.setattr(readers, "hub_builder", lambda data: None)
     with pytest.raises(SettingsError, match=r"^data.hub_name must be a data set that the hub or its cache can give"):
         asked(folder, f"dir={theirs}", "data.test=test")
 

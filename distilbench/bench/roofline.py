@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
 from distilbench.models.flops import count_flops_by_module
-from distilbench.models.layers import layer_list, levels
+from distilbench.models.freezing import layer_list, levels
 
 _SIDE = 2048
 

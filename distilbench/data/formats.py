@@ -1,4 +1,4 @@
-"""The rows of a file in every format that is read, one after the other: text to train on, and text to predict."""
+"""The rows of a file in every format that is read, one after the other, and answers to them written likewise."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,3 +228,66 @@ _TEXT_READERS: dict[str, Callable[[Iterator[str], str, Columns], Iterator[Row]]]
 
 ENDINGS = (*_TEXT_READERS, ".parquet", *(f"{ending}.gz" for ending in _TEXT_READERS))
 """What files may be called."""
+
+
+# ---- answers
+
+Write = Callable[[Any], None]
+"""Takes the answers to the rows of a part: a pandas DataFrame, numbered from the first row of all."""
+
+_WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def check_output(path: Path, given: str) -> None:
+    """Raise :class:`SettingsError` for a file that answers to those in ``given`` can't be written to."""
+    require(not path.is_dir(), "output", "a file, not a folder", str(path))
+    require(path.resolve() != Path(given).expanduser().resolve(), "output",
+            "another file than data.test, which it would replace", str(path))  # fmt: skip
+    require(path.suffix.lower() in _WRITTEN, "output", f"a file that ends in {', '.join(_WRITTEN)}", path.name)
+
+
+@contextmanager
+def open_answers(path: Path) -> Iterator[Write]:
+    """Yield what writes answers to a file as its ending says: ``index``, then the columns of what it is given.
+
+    The file is there, whole, once the block has ended well; what stood there before is replaced.
+    """
+    unfinished, ending = path.with_name(f".{path.name}.{os.getpid()}.partial"), path.suffix.lower()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8", newline="") as file, ExitStack() as closing:
+            yield _parquet_writer(file, closing) if ending == ".parquet" else partial(_write_text, file, ending)
+        os.replace(unfinished, path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise SettingsError(f"output must be a file that can be written, got {str(path)!r}: {reason}") from None
+    finally:
+        with suppress(OSError):  # such as a folder that could not be made
+            unfinished.unlink()
+
+
+def _write_text(file: Any, ending: str, frame: Any) -> None:
+    frame = frame.reset_index(names="index")
+    if ending == ".tsv":  # which has a row a line
+        frame = frame.replace(r"[\t\r\n]+", " ", regex=True)
+    if ending == ".jsonl":
+        frame.to_json(file, orient="records", lines=True, force_ascii=False)
+    else:
+        separator = "\t" if ending == ".tsv" else ","
+        frame.to_csv(file, sep=separator, index=False, header=file.tell() == 0, lineterminator="\n")
+
+
+def _parquet_writer(file: Any, closing: ExitStack) -> Write:
+    from pyarrow import Table, float32, int64, parquet, schema, string
+
+    writers: list[Any] = []
+
+    def write(frame: Any) -> None:
+        frame = frame.reset_index(names="index")
+        if not writers:  # the first part may be blank, and say nothing of what its columns hold
+            kinds = {"i": int64(), "f": float32()}
+            fields = [(name, kinds.get(kind.kind, string())) for name, kind in frame.dtypes.items()]
+            writers.append(closing.enter_context(parquet.ParquetWriter(file.buffer, schema(fields))))
+        writers[0].write_table(Table.from_pandas(frame, writers[0].schema, preserve_index=False))
+
+    return write

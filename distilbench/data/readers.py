@@ -9,9 +9,10 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distilbench.data.formats import PART, Columns, OpenRows, Row, arrow_rows, check_columns, open_rows
@@ -236,3 +237,33 @@ _SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
 def read_corpus(settings: DataSettings) -> Corpus | None:
     """Read the source that ``data.source`` names; None for a hub that is out of reach with nothing cached."""
     return _SOURCES[settings.source](settings)
+
+
+# ---- texts to predict, a part at a time: any number takes the same memory
+
+Part = tuple[list[tuple[str | None, ...]], float]
+"""Some rows in order, each the values of the columns asked for, and the share of all rows that is read by then."""
+
+
+def read_file(given: str, columns: Columns) -> Iterator[Part]:
+    """Yield the rows of a file, read as its ending says; raises :class:`SettingsError` for what can't be read."""
+    with open_rows("data.test", given, columns) as file:
+        yield from _parts(file)
+
+
+def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator[Part]:
+    """Yield the rows of a split of a data set of the hub; raises :class:`SettingsError` where there is none to read."""
+    builder = hub_builder(settings)
+    require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", settings.hub_name,
+            "go online, or name a file with data.test=...")  # fmt: skip
+    yield from _parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
+
+
+def _parts(file: OpenRows) -> Iterator[Part]:
+    count = 0
+    while taken := list(islice(file.rows, PART)):
+        count += len(taken)
+        for place, values in taken:
+            wrong = next((value for value in values if not isinstance(value, str | None)), None)
+            require(wrong is None, place, "text", wrong, "write it in quotes")
+        yield [values for _, values in taken], file.share(count)

@@ -1,13 +1,87 @@
-"""Rows of tokens -> batches padded to their longest row, never to the maximum length."""
+"""Which examples a step trains on, what is due after it, and batches padded to their longest row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.settings import TrainSettings
+
+
+@lru_cache(maxsize=64)
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of ``examples`` in an epoch, ``(examples,)`` int64, as Hugging Face Trainer has it.
+
+    Mirrors ``accelerate.data_loader.SeedableRandomSampler``, which seeds a new permutation with ``seed + epoch``.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(examples, generator=generator).numpy()
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """How the examples of a training split are spread over steps, and what is due after which of them.
+
+    Evaluations come every ``eval_steps``, after each epoch with None, and after the last step; they cut training into
+    parts. Records come every ``logging_steps`` and before each evaluation, so that none spans one.
+    """
+
+    examples: int
+    batch_size: int
+    epochs: int
+    eval_steps: int | None = None
+    logging_steps: int = 1
+
+    @classmethod
+    def of(cls, train: TrainSettings, examples: int) -> BatchSchedule:
+        """Return that of a trial on so many ``examples``."""
+        return cls(examples, train.batch_size, train.epochs, train.eval_steps, train.logging_steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, the last of them smaller where it has to be."""
+        return math.ceil(self.examples / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def part_starts(self) -> range:
+        """The step after which each part begins: what is frozen may move there."""
+        return range(0, self.steps, self.eval_steps or self.steps_per_epoch)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after the first ``step`` steps."""
+        return step in self.part_starts or step == self.steps
+
+    def records_after(self, step: int) -> bool:
+        """Whether a record is due after the first ``step`` steps."""
+        return self.evaluates_after(step) or step % self.logging_steps == 0
+
+    def batch(self, seed: int, step: int) -> np.ndarray:
+        """Return the examples of step ``step`` (from 0) in the order of ``seed``, ``(at most batch_size,)``."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return epoch_order(self.examples, seed, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def times_seen(self, seed: int, step: int) -> np.ndarray:
+        """Count how often the first ``step`` steps train on each example in the order of ``seed``, ``(examples,)``."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        times = np.full(self.examples, epochs)
+        times[epoch_order(self.examples, seed, epochs)[: steps * self.batch_size]] += 1
+        return times
+
+    def seen(self, step: int) -> int:
+        """Examples trained on in the first ``step`` steps."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * self.examples + min(steps * self.batch_size, self.examples)
 
 
 def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:

@@ -1,6 +1,6 @@
 """Moves what is frozen at each evaluation.
 
-A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.layers.levels`: one
+A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.freezing.levels`: one
 frozen level is the embeddings, and of ``n`` encoder layers, ``n + 1`` frozen levels leave what stands above the last.
 """
 
@@ -13,10 +13,9 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from distilbench.engines.steps import BatchSchedule
+from distilbench.engines.batches import BatchSchedule
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import freeze_levels, parameter_counts
-from distilbench.models.layers import levels
+from distilbench.models.freezing import freeze_levels, levels, parameter_counts
 from distilbench.results import Evaluation
 from distilbench.settings import FreezeSettings, require
 

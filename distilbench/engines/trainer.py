@@ -28,9 +28,8 @@ from distilbench.engines.device import (
     resolve_precision,
     single_process,
 )
-from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import MovingFreeze
-from distilbench.engines.optimization import build_optimizer, lr_factors
+from distilbench.engines.optimization import Loss, build_optimizer, lr_factors
 from distilbench.engines.running import SMALLER, RunningTrial, Stopwatch, outcome_of
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distilbench.models.layers import is_head, layer_list
+from distilbench.models.freezing import is_head, layer_list
 from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import AdapterSettings, SettingsError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import require_parts
-from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import TrialIdentity, fusion_key, preparation_key, treatment_of
 from distilbench.models.resolve import check_trial
 from distilbench.report.trial import compare, comparison_headline, comparison_markdown, comparison_metrics

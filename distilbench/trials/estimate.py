@@ -49,8 +49,8 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
     if not trial.freeze.moves:
         return solo_seconds(engine, trial, splits)
+    from distilbench.engines.batches import BatchSchedule
     from distilbench.engines.moving_freeze import planned_levels  # torch, which a sweep is checked without
-    from distilbench.engines.steps import BatchSchedule
 
     schedule = BatchSchedule.of(trial.train, len(splits.train))
     planned = planned_levels(trial.freeze, schedule, top=prepared.model.depth + 1)

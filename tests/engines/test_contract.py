@@ -17,11 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distilbench.data.text import load_text
 from distilbench.engines import engine_for
-from distilbench.engines.steps import BatchSchedule, epoch_order
+from distilbench.engines.batches import BatchSchedule, epoch_order
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops, count_flops_by_module
-from distilbench.models.freezing import freeze, freeze_levels
-from distilbench.models.layers import levels
+from distilbench.models.freezing import freeze, freeze_levels, levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import MEASURES, Status
 from tests.engines.conftest import PAIRS

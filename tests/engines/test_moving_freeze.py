@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import auto_levels, planned_levels, require_parts
-from distilbench.engines.steps import BatchSchedule
 from distilbench.settings import SettingsError
 
 TOP = 4

@@ -23,12 +23,12 @@ from transformers import (
 
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.running import outcome_of
-from distilbench.engines.steps import BatchSchedule
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
-from distilbench.models.layers import levels
+from distilbench.models.freezing import levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 from tests.engines.conftest import Recorder

@@ -9,8 +9,7 @@ from torch import nn
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops, count_flops_by_module
-from distilbench.models.freezing import parameter_counts
-from distilbench.models.layers import is_head
+from distilbench.models.freezing import is_head, parameter_counts
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import AdapterSettings, ModelSettings, SettingsError
 

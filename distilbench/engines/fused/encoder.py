@@ -18,7 +18,7 @@ from distilbench.engines.fused.autograd import attend, cls_attention, dropout_ad
 from distilbench.engines.fused.dropout import CounterDropout, DropoutMasks, dropout_scale
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.loss import Loss
+from distilbench.engines.optimization import Loss
 
 
 class Forward:

@@ -20,7 +20,7 @@ import torch
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines.base import TrialObserver
-from distilbench.engines.batches import batches_by_length
+from distilbench.engines.batches import BatchSchedule, batches_by_length
 from distilbench.engines.device import (
     describe_device,
     gc_frozen,
@@ -34,10 +34,9 @@ from distilbench.engines.fused.loop import train_group
 from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
 from distilbench.engines.fused.prefix import prefix_depth
-from distilbench.engines.loss import Loss
 from distilbench.engines.moving_freeze import planned_flops, planned_levels
+from distilbench.engines.optimization import Loss
 from distilbench.engines.running import RunningTrial, outcome_of
-from distilbench.engines.steps import BatchSchedule
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops

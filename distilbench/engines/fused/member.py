@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.fused.optimizer import untouched_factor
 from distilbench.engines.fused.params import FlatParamLayout
-from distilbench.engines.loss import Loss
-from distilbench.engines.optimization import lr_factors, lr_scale
+from distilbench.engines.optimization import Loss, lr_factors, lr_scale
 from distilbench.engines.running import RunningTrial
-from distilbench.engines.steps import BatchSchedule
 from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel

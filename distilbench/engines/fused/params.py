@@ -16,7 +16,7 @@ from distilbench.engines.fused.architecture import TABLES, Architecture
 from distilbench.engines.fused.cuda.side_stream import join
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
-from distilbench.models.layers import levels
+from distilbench.models.freezing import levels
 
 CACHED = 1 << 20
 """Elements of a row that a CPU's optimizer takes at once: several passes over all would each wait for memory, and take
@@ -83,7 +83,7 @@ class FlatParamLayout:
         self.gaps: list[slice] = []
         self.top = max(level_of.values())
         self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
-        """The level of each weight: :func:`~distilbench.models.layers.levels`."""
+        """The level of each weight: :func:`~distilbench.models.freezing.levels`."""
         self.level_at: dict[int, int] = {}
         """Where weights of another level begin, and which."""
         ends = [0, 0, 0, 0]

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplit
-from distilbench.engines.batches import batches_by_length
+from distilbench.engines.batches import BatchSchedule, batches_by_length
 from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
-from distilbench.engines.steps import BatchSchedule
 
 WINDOW = 8
 """Steps whose prefix is run at once. On two cores 8 batches of 16 fill the products and still fit the cache."""

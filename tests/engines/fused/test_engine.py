@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from distilbench.engines.batches import padded_batch
+from distilbench.engines.batches import BatchSchedule, epoch_order, padded_batch
 from distilbench.engines.fused import kernels, params
 from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
@@ -24,7 +24,6 @@ from distilbench.engines.fused.packing import pack
 from distilbench.engines.fused.prefix import WINDOW, prefix_depth
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.running import Stopwatch
-from distilbench.engines.steps import BatchSchedule, epoch_order
 from distilbench.models.build import build_model, export_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, freeze_levels

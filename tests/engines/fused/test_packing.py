@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.engines.batches import BatchSchedule, epoch_order
 from distilbench.engines.fused.packing import APART, PAD_MULTIPLE, pack, round_up, stack_batches
-from distilbench.engines.steps import BatchSchedule, epoch_order
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=20)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.engines.batches import BatchSchedule, epoch_order
 from distilbench.engines.fused.dropout import key_of
 from distilbench.engines.fused.packing import FILLER, Batch, Placement
-from distilbench.engines.steps import BatchSchedule, epoch_order
 
 TOKEN_MULTIPLE, TOKEN_LEVELS = 16, 4
 """Buckets hold a multiple of so many tokens, and there are so many different numbers of them at most."""

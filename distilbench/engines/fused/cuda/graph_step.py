@@ -27,7 +27,7 @@ from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix
-from distilbench.engines.loss import Loss
+from distilbench.engines.optimization import Loss
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from distilbench.engines.fused.cuda.buckets import Bucket
 from distilbench.engines.fused.cuda.graph_step import GraphSteps
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
-from distilbench.engines.loss import Loss
+from distilbench.engines.optimization import Loss
 from distilbench.models.freezing import freeze
 from distilbench.settings import FreezeSettings, OptimSettings
 

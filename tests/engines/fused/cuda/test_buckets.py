@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.fused.cuda import buckets as bucketed_batches
 from distilbench.engines.fused.cuda.buckets import IGNORED, BucketedBatches, batch_of, levels
 from distilbench.engines.fused.packing import FILLER, pack
-from distilbench.engines.steps import BatchSchedule
 
 CPU = torch.device("cpu")
 

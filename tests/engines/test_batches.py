@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distilbench.engines.steps import BatchSchedule
+from distilbench.engines.batches import BatchSchedule
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 6, 14, 15])
