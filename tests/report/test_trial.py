@@ -154,7 +154,7 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
     ]
     assert f"**{sentence(result)}**" in text
     assert "95 % interval -2.72 to +2.72 points, exact McNemar p 1.00." in text
-    assert r"This trial: layers=3 scheduler=a\|b&lt;script\> \# \*x\* lr=0.001. Baseline: layers=0 " in text
+    assert r"This trial: layers=t scheduler=a\|b&lt;script\> \# \*x\* lr=0.001. Baseline: layers=b " in text
 
 
 @pytest.mark.parametrize(
