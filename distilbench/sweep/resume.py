@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -37,24 +37,12 @@ MARKER = "sweep.json"
 """In a sweep's directory: the sweep's name."""
 
 
-@dataclass(frozen=True)
-class SweepStudies:
-    """The sweep's own study, and the one of baselines beside its space (None without any)."""
-
-    storage: Storage
-    main: Study
-    beside: Study | None
-
-    @property
-    def all(self) -> list[Study]:
-        """Both, in the order in which they are worked on."""
-        return [study for study in (self.beside, self.main) if study]
-
-
 def open_studies(
     plan: SweepPlan, storage: Storage, holds: Callable[[str], bool] | None
-) -> tuple[SweepPlan, SweepStudies]:
-    """Make or load the studies; returns them with the plan, its choices in the order that the study knows.
+) -> tuple[SweepPlan, list[Study]]:
+    """Make or load the sweep's studies, that of baselines beside its space, if any, before its own.
+
+    With them returns the plan, its choices in the order that the study knows.
 
     ``holds`` tells whether the store has a run; None without tracking. Raises :class:`SettingsError` for a plan that
     does not continue what is there.
@@ -81,11 +69,10 @@ def open_studies(
             main.set_user_attr("identity", plan.identity)
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
-    return plan, SweepStudies(
-        storage,
-        Study(main, plan, owner, retry=_to_retry(plan, main, holds)),
-        Study(beside, plan, owner, True, _to_retry(plan, beside, holds)) if beside else None,
-    )
+    studies = [Study(main, plan, owner, retry=_to_retry(plan, main, holds))]
+    if beside:
+        studies.insert(0, Study(beside, plan, owner, True, _to_retry(plan, beside, holds)))
+    return plan, studies
 
 
 def is_begun(plan: SweepPlan) -> bool:

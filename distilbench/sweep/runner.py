@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import optuna
 from omegaconf import OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,7 +29,7 @@ from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
 from distilbench.sweep.job import Orphaned, SweepJob, beating
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
-from distilbench.sweep.resume import SweepStudies, is_begun, open_studies
+from distilbench.sweep.resume import is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
@@ -74,8 +75,8 @@ def run_plan(
         try:
             with SignalGuard() as guard:
                 plan, studies = open_studies(plan, storage, store.holds if store else None)
-                parent = _open_parent_run(plan, studies, store, tags or {})
-                runner = SweepRunner(plan, studies, executor, parent, guard)
+                parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
+                runner = SweepRunner(plan, studies, storage, executor, parent, guard)
                 failure = runner.run()
             runner.report(store)
             return failure
@@ -88,14 +89,13 @@ def run_plan(
 
 
 def _open_parent_run(
-    plan: SweepPlan, studies: SweepStudies, store: MlflowStore | None, tags: Mapping[str, str]
+    plan: SweepPlan, study: optuna.Study, storage: Storage, store: MlflowStore | None, tags: Mapping[str, str]
 ) -> ParentRun:
     """Return the sweep's own run: the one that it had before, if any."""
     if store is None:
         return ParentRun()
     known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
-    with studies.storage.lock():  # of several processes that begin at once, one makes it
-        study = studies.main.study
+    with storage.lock():  # of several processes that begin at once, one makes it
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
         study.set_user_attr("run_id", parent.run_id)
     return parent
@@ -104,9 +104,9 @@ def _open_parent_run(
 class SweepRunner:
     """One process at work on a sweep; signals come through while it waits and while trials train, else they wait."""
 
-    def __init__(self, plan: SweepPlan, studies: SweepStudies, executor: Executor, parent: ParentRun,
-                 guard: SignalGuard) -> None:  # fmt: skip
-        self._plan, self._studies, self._executor = plan, studies, executor
+    def __init__(self, plan: SweepPlan, studies: Sequence[Study], storage: Storage, executor: Executor,
+                 parent: ParentRun, guard: SignalGuard) -> None:  # fmt: skip
+        self._plan, self._studies, self._storage, self._executor = plan, studies, storage, executor
         self._parent, self._guard = parent, guard
         self._console = Console()
         is_live = isinstance(executor, Pool) and self._console.is_terminal
@@ -119,7 +119,7 @@ class SweepRunner:
         self._failed = False
         """Whether that is a failure of the sweep."""
         self._pause = POLL_SECONDS
-        self._reported = studies.main.study.user_attrs.get(REPORTED)
+        self._reported = studies[-1].study.user_attrs.get(REPORTED)
         self._left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
 
@@ -134,7 +134,7 @@ class SweepRunner:
 
     def _beat(self) -> None:
         """Have the hearts of all trials of this process beat, those too whose jobs wait in a queue or run elsewhere."""
-        for study in self._studies.all:
+        for study in self._studies:
             with contextlib.suppress(*UNANSWERED):  # until the next beat
                 study.beat()
 
@@ -146,7 +146,7 @@ class SweepRunner:
         except BaseException as error:
             self._executor.stop()
             with contextlib.suppress(*UNANSWERED, OSError):  # the next call ends them
-                mine = [(study, number) for study in self._studies.all for number in sorted(study.mine)]
+                mine = [(study, number) for study in self._studies for number in sorted(study.mine)]
                 self._end_all(mine, "interrupted with its sweep")
                 if not self._under_way_elsewhere():
                     self._finish_parent()
@@ -156,7 +156,7 @@ class SweepRunner:
 
     def _finish_parent(self) -> None:
         """End the run of a sweep that this process leaves: it is complete, or to be continued."""
-        if any(study.has_more() for study in self._studies.all):
+        if any(study.has_more() for study in self._studies):
             self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
         else:
             self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
@@ -170,13 +170,13 @@ class SweepRunner:
             self._tell(study, number, record)
 
     def _tell(self, study: Study, number: int, record: Record) -> None:
-        with self._studies.storage.lock():
+        with self._storage.lock():
             study.tell(number, record)
 
     def _end_dead(self) -> None:
         """End what killed processes left, and say so."""
-        with self._studies.storage.lock():
-            adopted = [(study, left) for study in self._studies.all for left in study.adopt_dead().items()]
+        with self._storage.lock():
+            adopted = [(study, left) for study in self._studies for left in study.adopt_dead().items()]
         dead = [(study, number) for study, (number, _) in adopted]
         self._left |= {owner for _, (_, owners) in adopted for owner in owners}
         if dead:
@@ -199,9 +199,9 @@ class SweepRunner:
 
     def _views(self) -> list[tuple[Study, TrialView]]:
         """Read every trial anew."""
-        for study in self._studies.all:
+        for study in self._studies:
             study.refresh()
-        return [(study, view) for study in self._studies.all for view in study.views()]
+        return [(study, view) for study in self._studies for view in study.views()]
 
     def _work(self) -> None:
         """Launch and settle until there are no more trials to give: baselines first, but nobody waits for them."""
@@ -240,8 +240,8 @@ class SweepRunner:
         self._end_dead()
         taken: list[tuple[Study, TrialView]] = []
         at_once = self._executor.at_once
-        with self._studies.storage.lock():
-            for study in self._studies.all:
+        with self._storage.lock():
+            for study in self._studies:
                 study.refresh()
                 study.queue()
                 while not self._is_ended() and study.has_more() and (at_once is None or running + len(taken) < at_once):
@@ -253,7 +253,7 @@ class SweepRunner:
 
     def _is_ended(self) -> bool:
         """Whether the sweep's limits, of failures or of time, have been reached."""
-        failed = sum(view.status in FAILURES for study in self._studies.all for view in study.counted())
+        failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.failures_borne:
             self._end(f"{counted(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
@@ -268,7 +268,7 @@ class SweepRunner:
 
     def _job(self, study: Study, trial: TrialView) -> SweepJob:
         """Write what the trial's job is to know."""
-        plan, storage = self._plan, self._studies.storage
+        plan, storage = self._plan, self._storage
         continued = trial.attribute("continues")
         job = SweepJob(
             sweep=plan.name,
@@ -316,7 +316,7 @@ class SweepRunner:
     def _has_nothing_yet(self) -> bool:
         """Whether no trial of the sweep has ever come to a result."""
         results = (Status.FINISHED, Status.PRUNED)
-        return not any(view.status in results for study in self._studies.all for view in study.counted())
+        return not any(view.status in results for study in self._studies for view in study.counted())
 
     def _leaderboard(self) -> Leaderboard:
         trials = [view for _, view in self._views() if view.status not in (Status.WAITING, Status.INTERRUPTED)]
@@ -338,7 +338,7 @@ class SweepRunner:
         """Write the report, if no other worker has done so; where there is none, show what the study knows."""
         ends = sum(view.trial.state.is_finished() for _, view in self._views())
         grace = self._plan.settings.sweep.grace_seconds
-        with reporting(self._studies.main.study, self._studies.storage, ends, self._reported, grace) as is_due:
+        with reporting(self._studies[-1].study, self._storage, ends, self._reported, grace) as is_due:
             if not is_due:
                 return self._say(f"the report was written by another process: {self._plan.directory}")
             if not write_report(self._plan, store):
@@ -352,9 +352,9 @@ class SweepRunner:
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
         self._say(f"trials are chosen by {plan.chosen_by}")
-        if not plan.is_grid and plan.asked > plan.total and self._studies.main.is_exhausted():
+        if not plan.is_grid and plan.asked > plan.total and self._studies[-1].is_exhausted():
             self._say(f"every point of the space ({plan.total}) has been evaluated: no more to try")
-        elif self._ended is None and self._studies.main.has_more():
+        elif self._ended is None and self._studies[-1].has_more():
             self._say("the sampler finds no further point that was not evaluated: hydra/sweeper/sampler=random may")
         self._say(f"{plan.name}: {leaderboard.line()}; {plan.directory}")
         if not leaderboard.best and self._ended is None:

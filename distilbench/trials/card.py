@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from distilbench.identity import ENGINE, METRIC, SEED, SOURCES, TREATMENT, Sourc
 from distilbench.report.formats import duration, markdown, percent
 from distilbench.report.rows import row_from
 from distilbench.report.trial import sentence
-from distilbench.results import MEASURES, MODEL
+from distilbench.results import MEASURES, MODEL, Evaluation
 from distilbench.trials.prepared import prepared_trial
 
 if TYPE_CHECKING:
@@ -25,21 +24,38 @@ ON_DISK = ("files", "local")
 
 def write_card(trial: Trial) -> None:
     """Write ``README.md`` beside the model, as ``huggingface_hub`` reads it; nothing where the trial left no model."""
-    directory = Path(trial.settings.output.dir) / MODEL
-    if trial.result.report is None or trial.result.error or not (directory / "config.json").is_file():
+    directory, report, prepared = trial.directory / MODEL, trial.result.report, trial.prepared
+    if report is None or trial.result.error or not (directory / "config.json").is_file():
         return
-    from huggingface_hub import ModelCard
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    header = f"---\n{_metadata(trial)}\n---\n\n"
-    ModelCard(header + "\n".join(_lines(trial)), ignore_metadata_errors=True).save(directory / "README.md")
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["markdown"] = markdown
+    used, examples = (prepared.model.used, prepared.text.used), len(prepared.splits.report)
+    text = environment.get_template("card.md").render(
+        metadata=_metadata(trial, report),
+        missing=" and ".join(markdown(one.fallback_for) for one in used if one.fallback_for),
+        trial=trial,
+        labels=", ".join(map(markdown, prepared.splits.label_names)),
+        examples=examples,
+        report=report,
+        accuracy=percent(report.accuracy),
+        half=100 * replace(row_from([trial.stored]), examples=examples).accuracy_half_width,
+        measures=MEASURES,
+        comparison=sentence(trial.comparison) if trial.comparison else "It was compared with no baseline.",
+        weights=_source(used[0]),
+        text=_source(used[1]),
+        seconds=duration(trial.result.train_seconds),
+        command=_command(trial),
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _metadata(trial: Trial) -> str:
+def _metadata(trial: Trial, report: Evaluation) -> str:
     """Return what the hub lists a model by, as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    report = trial.result.report
-    assert report is not None  # write_card asks
     model, data = trial.prepared.model.used, trial.prepared.text.used
     results = [
         EvalResult(task_type="text-classification", dataset_type=_name(data), dataset_name=_name(data),
@@ -57,44 +73,6 @@ def _metadata(trial: Trial) -> str:
         eval_results=results,
     )
     return str(card.to_yaml())
-
-
-def _lines(trial: Trial) -> Iterator[str]:
-    prepared, result = trial.prepared, trial.result
-    model, data = prepared.model.used, prepared.text.used
-    missing = " and ".join(markdown(used.fallback_for) for used in (model, data) if used.fallback_for)
-    if missing:
-        yield f"**FALLBACK: {missing} could not be reached; this model comes from stand-ins.**\n"
-    labels = ", ".join(markdown(name) for name in prepared.splits.label_names)
-    length = trial.settings.train.max_length
-    yield f"# {markdown(trial.name)}\n"
-    yield f"Gives a text one of the labels {labels}. Texts are cut at {length} tokens.\n"
-    yield "## Results\n"
-    yield from _results(trial)
-    yield "\n## What it was made of\n"
-    yield f"- weights: {_source(model)}"
-    yield f"- text: {_source(data)}; {len(prepared.splits.train):,} examples trained on"
-    yield f"- protocol `{prepared.protocol.id}`; run `{trial.run_id or 'not tracked'}`"
-    yield f"- {markdown(prepared.measured_on)}; {duration(result.train_seconds)} of training\n"
-    yield "## The command\n\nEvery value is spelled out, so that it holds whatever the defaults become.\n"
-    yield f"```bash\n{_command(trial)}\n```\n"
-    yield "## Asking it\n"
-    yield "```bash\npython -m distilbench.predict dir=path/to/model data.test=texts.csv output=predictions.csv\n```"
-
-
-def _results(trial: Trial) -> Iterator[str]:
-    """Return the trial's own figures, with their interval, and what its comparison claims."""
-    report, comparison = trial.result.report, trial.comparison
-    assert report is not None
-    examples = len(trial.prepared.splits.report)
-    row = replace(row_from([trial.stored]), examples=examples)
-    half = 100 * row.accuracy_half_width
-    yield f"One trial, one seed ({trial.settings.seed}), on {examples:,} examples of `{report.split}`"
-    yield f"(the epoch was picked on {trial.prepared.protocol.selection_split}).\n"
-    yield "| measure | value |\n| --- | ---: |"
-    yield f"| accuracy | {percent(report.accuracy)} ± {half:.2f} (95 %, over examples) |"
-    yield from (f"| {name} | {report.metric(name):.4f} |" for name in MEASURES if name != "accuracy")
-    yield f"\n{markdown(sentence(comparison)) if comparison else 'It was compared with no baseline.'}"
 
 
 def _source(used: SourceUsed) -> str:
