@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
 from distilbench.composition import baseline_config, command_for
-from distilbench.results import Status, read_record
+from distilbench.results import read_record
 from distilbench.settings import CONF, register_schema, require, settings_from
 from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
@@ -57,6 +57,15 @@ class Assignment:
     def trains_by_itself(self) -> bool:
         """Whether a pruner judges its seeds, one after another."""
         return bool(self.sweep_job and self.sweep_job.prunes and self.job.settings.sweep.seeds)
+
+    def train(self) -> float | tuple[float, ...]:
+        """Train the trial; returns its objectives."""
+        raise_on_signal()
+        if self.sweep_job:
+            return run_in_sweep(self.job, self.sweep_job)
+        from distilbench.trials.batch import run_and_compare
+
+        return _objective(run_and_compare(self.job))
 
 
 class Batches:
@@ -107,7 +116,7 @@ def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
     seeds = Seeds(job, sweep_job, lease, runner)
     closing.enter_context(seeds.closing())
-    return [seeded for seeded in seeds.jobs if seeded.settings.seed in seeds.left], seeds
+    return seeds.left, seeds
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
@@ -121,7 +130,7 @@ def _takes_batches(task: TaskFunction) -> TaskFunction:
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
     with _ending():
-        return _run(_assignment(config))
+        return _assignment(config).train()
 
 
 @contextmanager
@@ -156,15 +165,6 @@ def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:
     )
 
 
-def _run(assignment: Assignment) -> float | tuple[float, ...]:
-    raise_on_signal()
-    if assignment.sweep_job:
-        return run_in_sweep(assignment.job, assignment.sweep_job)
-    from distilbench.trials.batch import run_and_compare
-
-    return _objective(run_and_compare(assignment.job))
-
-
 def _objective(trial: Trial) -> float:
     if trial.result.selection is None or trial.result.error is not None:
         raise TrialFailed(f"{trial.name}: {trial.result.status}: {trial.result.error}")
@@ -173,7 +173,7 @@ def _objective(trial: Trial) -> float:
 
 def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[float, ...]:
     with _ending():
-        return _run(assignment)
+        return assignment.train()
 
 
 def _conclude(
@@ -190,8 +190,7 @@ def _conclude(
             log.info(trial_line(trial))
             trials.append(trial)
         if seeds:
-            records = [seeds.record_of(seeded) for seeded in seeds.jobs]
-            seeds.finish(sorted(records, key=lambda record: record.status is not Status.FINISHED), reason=None)
+            seeds.finish()
         return assignment.sweep_job.reached() if assignment.sweep_job else _objective(trials[0])
 
 

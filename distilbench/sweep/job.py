@@ -95,12 +95,9 @@ class SweepJob:
     def from_environment(cls) -> SweepJob | None:
         """Read the trial that this job was launched for; None outside of our sweeps."""
         path = os.environ.get(ENVIRONMENT)
-        return cls.read(Path(path)) if path else None
-
-    @classmethod
-    def read(cls, path: Path) -> SweepJob:
-        """Read the ``job.json`` that :meth:`write` wrote."""
-        content = json.loads(path.read_text())
+        if path is None:
+            return None
+        content = json.loads(Path(path).read_text())
         lists = {name: tuple(content[name]) for name in ("objectives", "overrides")}
         paths = {name: content[name] and Path(content[name]) for name in ("directory", "continues")}
         return cls(**content | lists | paths | {"owner": Owner(**content["owner"])})

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from distilbench.cli import counted
 from distilbench.engines.device import visible_gpus
-from distilbench.identity import short_hash, trial_identity
+from distilbench.identity import short_hash
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.sweep.job import NOBODY, Lease, SweepJob
@@ -75,23 +75,21 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 
 def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
     """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
-    runner.prepare(job.settings)  # what is refused is refused before there is a run
     prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
     seeds = Seeds(job, sweep_job, lease, runner)
-    records: list[Record] = []
     reason = None
     with seeds.closing():
         for count, seeded in enumerate(seeds.jobs, start=1):
-            if seeded.settings.seed in seeds.left:
+            if seeded in seeds.left:
                 runner.train_one(seeded)
-            records.append(seeds.record_of(seeded))
+            records = seeds.records()
             if records[-1].status is not Status.FINISHED:
                 break
             if prune and judged and count < len(seeds.jobs):
-                reason = prune(statistics.fmean(record.objective(judged) for record in records), count)
+                reason = prune(statistics.fmean(record.objective(judged) for record in records[:count]), count)
             if reason:
                 break
-        seeds.finish(records, reason)
+        seeds.finish(reason)
 
 
 class Seeds:
@@ -106,6 +104,7 @@ class Seeds:
         from distilbench.tracking import ParentRun
         from distilbench.trials.batch import sweep_store
 
+        prepared = runner.prepare(job.settings)  # what is refused is refused before there is a run
         self._sweep_job, self._lease = sweep_job, lease
         before = sweep_job.continues or sweep_job.directory
         store, record = sweep_store(job.settings.tracking), read_record(before)
@@ -114,13 +113,16 @@ class Seeds:
         self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()
         self._begun = Record(NOBODY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
-        earlier = {seed: before / f"seed-{seed}" for seed in job.settings.sweep.seeds or []}
-        self.jobs = [self._with_seed(job, seed, directory) for seed, directory in earlier.items()]
-        self.left = {
-            seed
-            for seeded, (seed, directory) in zip(self.jobs, earlier.items(), strict=True)
-            if not _take_finished(directory, seeded, runner)
-        }
+        self.jobs, self.left = [], []
+        for seed in job.settings.sweep.seeds or []:
+            seeded = self._with_seed(job, seed, before / f"seed-{seed}")
+            self.jobs.append(seeded)
+            earlier = read_record(before / f"seed-{seed}")
+            identity = asdict(prepared.identity_of(seeded.settings))
+            if earlier and earlier.status is Status.FINISHED and earlier.identity == identity:
+                earlier.write(Path(seeded.settings.output.dir))
+            else:
+                self.left.append(seeded)
 
     def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
         output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
@@ -134,12 +136,10 @@ class Seeds:
         settings = replace(job.settings, seed=seed, output=output)
         return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
-    @staticmethod
-    def record_of(seeded: Job) -> Record:
-        """Return what the directory of one of ``jobs`` tells of it, once it has been trained."""
-        record = read_record(Path(seeded.settings.output.dir))
-        assert record is not None
-        return record
+    def records(self) -> list[Record]:
+        """Return what the seeds' directories tell of those that have begun; one that did not finish stands last."""
+        found = (read_record(Path(seeded.settings.output.dir)) for seeded in self.jobs)
+        return sorted(filter(None, found), key=lambda record: record.status is not Status.FINISHED)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -155,13 +155,14 @@ class Seeds:
             self._parent.finish(stopped.status, stopped.error)
             raise
 
-    def finish(self, records: Sequence[Record], reason: str | None) -> None:
+    def finish(self, reason: str | None = None) -> None:
         """Keep the seeds' means, and the spread of each objective; ``reason`` is why the pruner stopped them.
 
-        A seed that did not finish gives the trial its status; it stands last.
+        A seed that did not finish gives the trial its status.
         """
         if not self._lease.holds():
             return
+        records = self.records()
         last = records[-1]
         done = [record for record in records if record.status is Status.FINISHED]
         figures = _means([record.figures for record in done]) | {"seeds": float(len(done))}
@@ -179,21 +180,6 @@ class Seeds:
         record.write(self._sweep_job.directory)
         self._parent.update({**record.figures, **{k: v for k, v in record.scores.items() if k in MEASURES}})
         self._parent.finish(record.status, record.error)
-
-
-def _take_finished(before: Path, seeded: Job, runner: BatchRunner) -> bool:
-    """Take the record of a seed that had finished before its trial was interrupted; return whether it had."""
-    record, settings = read_record(before), seeded.settings
-    if record is None or record.status is not Status.FINISHED:
-        return False
-    try:
-        prepared = runner.prepare(settings)
-    except SettingsError:
-        return False  # its training says so
-    if record.identity != asdict(trial_identity(prepared.protocol, settings, prepared.precision)):
-        return False
-    record.write(Path(settings.output.dir))
-    return True
 
 
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
