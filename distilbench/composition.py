@@ -105,18 +105,13 @@ class CheckFirst(Callback):
         """Check each job of a grid; other sweepers check their own."""
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             with errors_in_one_line():
-                for job in _grid(config):
-                    check(job, ask_hub=True)
-
-
-def _grid(config: DictConfig) -> Iterator[DictConfig]:
-    """Compose the jobs that Hydra's basic sweeper will run for ``config``."""
-    loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides(params + list(config.hydra.overrides.task))
-    (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    return (loader.load_sweep_config(config, job) for job in jobs)
+                loader = GlobalHydra.instance().config_loader()
+                params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+                parser = OverridesParser.create(config_loader=loader)
+                overrides = parser.parse_overrides(params + list(config.hydra.overrides.task))
+                (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+                for job in jobs:
+                    check(loader.load_sweep_config(config, job), ask_hub=True)
 
 
 def check(config: DictConfig, ask_hub: bool) -> AppSettings:

@@ -71,9 +71,10 @@ def confirm(settings: ConfirmSettings) -> str | None:
     rows = {short_hash(row.treatment): row for row in (report.baseline, *by_score(report.candidates)[: settings.top])}
     started = {key: _settings_of(row, store, settings) for key, row in rows.items()}
     number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, [*rows.values()])
+    used = {trial.seed for row in report.rows for trial in row.all_trials}
     # seed by seed, so that an interruption leaves every setting with the same seeds
-    points = [Point({}, (key, f"seed={seed}"), row.is_baseline)
-              for seed in fresh_seeds(report, number) for key, row in rows.items()]  # fmt: skip
+    seeds = islice((seed for seed in count(1) if seed not in used), number)
+    points = [Point({}, (key, f"seed={seed}"), row.is_baseline) for seed in seeds for key, row in rows.items()]
     done = {(short_hash(trial.treatment), f"seed={trial.seed}")
             for trial in store.search(RunFilter(tags={SWEEP: name})) if trial.status is Status.FINISHED}  # fmt: skip
     missing = [point for point in points if point.extra not in done]
@@ -173,12 +174,6 @@ def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
             f"the sweep's protocol must be what trains now, got {found.id} instead of {protocol_id} "
             f"({found.model.describe()} on {found.data.describe()}); make the same model and data available"
         )
-
-
-def fresh_seeds(report: Report, number: int) -> list[int]:
-    """Return the first ``number`` seeds from 1 on that no trial of the sweep had; always the same ones."""
-    used = {trial.seed for row in report.rows for trial in row.all_trials}
-    return list(islice((seed for seed in count(1) if seed not in used), number))
 
 
 def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:

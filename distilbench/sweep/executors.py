@@ -109,7 +109,8 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         return Sequential(on_ray, n_jobs, _leave_ray)
     if config._target_.startswith("hydra_plugins.hydra_submitit_launcher."):
         submitted: list[Any] = []
-        return Sequential(partial(_launch_by_submitit, launcher, submitted), n_jobs, partial(_cancel, submitted))
+        return Sequential(partial(_launch_by_submitit, launcher, submitted), n_jobs,
+                          lambda: [job.cancel(check=False) for job in submitted])  # fmt: skip
     return Sequential(launch, n_jobs)
 
 
@@ -135,12 +136,6 @@ def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence
         return _launch_through(launcher, jobs)
     finally:
         AutoExecutor.map_array = submit  # type: ignore[method-assign]
-
-
-def _cancel(submitted: Sequence[Any]) -> None:
-    """Cancel a batch, with those of its jobs that still wait."""
-    for job in submitted:
-        job.cancel(check=False)
 
 
 def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:

@@ -71,7 +71,8 @@ def open_studies(
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
     studies = [Study(main, plan, owner, retry=_to_retry(plan, main, holds))]
     if beside:
-        studies.insert(0, Study(beside, plan, owner, True, _to_retry(plan, beside, holds)))
+        own = replace(plan, space=Space({}, plan.space.fixed), points=plan.beside, is_grid=True)
+        studies.insert(0, Study(beside, own, owner, True, _to_retry(plan, beside, holds)))
     return plan, studies
 
 

@@ -309,14 +309,11 @@ class SweepRunner:
         raise_if_signalled()  # its exception may have been lost in the code that it came upon
         if is_disk_full(end) or NO_SPACE in (record.error or ""):
             self._end(_no_space(self._plan), failed=True)
-        elif record.status is Status.FAILED and self._has_nothing_yet():
+        elif record.status is Status.FAILED and not any(
+            view.status in (Status.FINISHED, Status.PRUNED) for study in self._studies for view in study.counted()
+        ):
             self._end(f"the first trial failed, as every other would: {record.error}", failed=True)
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
-
-    def _has_nothing_yet(self) -> bool:
-        """Whether no trial of the sweep has ever come to a result."""
-        results = (Status.FINISHED, Status.PRUNED)
-        return not any(view.status in results for study in self._studies for view in study.counted())
 
     def _leaderboard(self) -> Leaderboard:
         trials = [view for _, view in self._views() if view.status not in (Status.WAITING, Status.INTERRUPTED)]

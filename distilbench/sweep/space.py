@@ -245,8 +245,13 @@ class Composer:
     def _compose(self, point: Point) -> DictConfig:
         """Compose the groups once for all points that share them (0.15 s), then put each point's values over them."""
         try:
-            groups = [line for line in point.overrides if line.partition("=")[0] in self._choices]
-            config = self._with_groups(tuple(groups)).copy()
+            groups = tuple(line for line in point.overrides if line.partition("=")[0] in self._choices)
+            if groups not in self._composed:
+                config = self._loader.load_sweep_config(self._config, [*self._space.fixed, *groups])
+                with open_dict(config):
+                    del config["hydra"]  # most of a config, and nothing that a trial's settings say
+                self._composed[groups] = config
+            config = self._composed[groups].copy()
             for override in point.overrides:
                 if override not in groups:
                     _put(config, override)
@@ -255,28 +260,20 @@ class Composer:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
-    def _with_groups(self, groups: tuple[str, ...]) -> DictConfig:
-        if groups not in self._composed:
-            config = self._loader.load_sweep_config(self._config, [*self._space.fixed, *groups])
-            with open_dict(config):
-                del config["hydra"]  # most of a config, and nothing that a trial's settings say
-            self._composed[groups] = config
-        return self._composed[groups]
-
     def baseline_params(self) -> Params:
         """Return the baseline's value of each dimension, a choice for a group; nothing in a sweep that has none."""
         if not self.base.sweep.baseline:
             return {}
-        return {key: self._baseline_value(key) for key in self._space.dimensions}
-
-    def _baseline_value(self, key: str) -> Any:
         named = dict(override.partition("=")[::2] for override in self.base.baseline.overrides)
-        if key in self._choices:
-            return named[key] if key in named else self._choices[key] or "null"
-        value = OmegaConf.select(baseline_config(self.base), key)
-        distribution = self._space.dimensions[key]
-        same = [v for v in getattr(distribution, "choices", ()) if str(v) == str(value)]
-        return same[0] if same else value
+        baseline, params = baseline_config(self.base), {}
+        for key, distribution in self._space.dimensions.items():
+            if key in self._choices:
+                params[key] = named[key] if key in named else self._choices[key] or "null"
+            else:
+                value = OmegaConf.select(baseline, key)
+                same = (v for v in getattr(distribution, "choices", ()) if str(v) == str(value))
+                params[key] = next(same, value)
+        return params
 
 
 def _put(config: DictConfig, override: str) -> None:

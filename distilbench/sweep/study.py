@@ -27,7 +27,7 @@ from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep.job import NOBODY
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.space import Point, Space
+from distilbench.sweep.space import Point
 
 BESIDE = "baseline"
 """Directory, and end of the study's name, of baselines that lie outside of the space."""
@@ -108,7 +108,7 @@ class TrialView:
 
 
 class Study:
-    """The trials of a plan, or of the baselines ``is_beside`` its space, as the process ``owner`` works on them.
+    """The trials of a plan, or of that of the baselines beside its space, as the process ``owner`` works on them.
 
     ``retry`` holds numbers of failed trials that are to be trained again. Whoever calls :meth:`queue`, :meth:`take` or
     :meth:`adopt_dead` holds the sweep's lock.
@@ -119,7 +119,6 @@ class Study:
         self.study, self.is_beside = study, is_beside
         self._storage: Any = study._storage  # also of its methods for hearts and for trials that wait
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
-        self._space = Space({}, plan.space.fixed) if is_beside else plan.space
         self.mine: dict[int, int] = {}
         """Trials that this process has to bring to their end: Optuna's id of each by its number."""
         self._known: list[TrialView] | None = None
@@ -149,7 +148,7 @@ class Study:
 
     def has_more(self) -> bool:
         """Return whether a further trial is to be launched: a waiting one, or one that Optuna is to choose."""
-        if self.is_beside or self._plan.is_grid:
+        if self._plan.is_grid:
             return self._has_waiting() or bool(self._unqueued())
         return len(self.counted()) < self._plan.total and (self._has_waiting() or not self.is_exhausted())
 
@@ -158,10 +157,12 @@ class Study:
 
     def is_exhausted(self) -> bool:
         """Return whether every point of a space that can be counted stands in the study, which may hold others too."""
-        if self._space.size is None:
+        if self._plan.space.size is None:
             return False
-        inside = {v.point_key for v in self.views() if not self._is_void(v) and self._space.contains(v.point.params)}
-        return len(inside) >= self._space.size
+        inside = {
+            v.point_key for v in self.views() if not self._is_void(v) and self._plan.space.contains(v.point.params)
+        }
+        return len(inside) >= self._plan.space.size
 
     def _is_void(self, view: TrialView) -> bool:
         """Whether a trial counts for nothing: it was interrupted, is retried, or copied one that was still running."""
@@ -171,17 +172,21 @@ class Study:
     def queue(self) -> None:
         """Queue the next of what is to be trained; what an earlier space had and this one lacks is taken out."""
         for view in self.views():
-            if view.status is Status.WAITING and not self._space.contains(view.point.params):
-                self._withdraw(view.trial._trial_id)
+            if view.status is Status.WAITING and not self._plan.space.contains(view.point.params):
+                ended = view.trial._trial_id  # Study.tell takes only those that run
+                self._storage.set_trial_user_attr(ended, "status", Status.INTERRUPTED.value)
+                self._storage.set_trial_user_attr(ended, "error", "the sweep went on with another space")
+                self._storage.set_trial_state_values(ended, TrialState.FAIL)
+        self.refresh()
         waiting = sum(view.status is Status.WAITING for view in self.views())
         self._enqueue(self._unqueued()[: max(0, AHEAD - waiting)])
 
     def _unqueued(self) -> list[Point]:
         """Those of the plan's points, and of the void trials', that no other trial stands for."""
         void = [v.point for v in self.views()
-                if self._is_void(v) and v.trial.params and self._space.contains(v.point.params)]  # fmt: skip
+                if self._is_void(v) and v.trial.params and self._plan.space.contains(v.point.params)]  # fmt: skip
         present = {view.point_key for view in self.views() if not self._is_void(view)}
-        wanted = {point.key: point for point in [*void, *(self._plan.beside if self.is_beside else self._plan.points)]}
+        wanted = {point.key: point for point in [*void, *self._plan.points]}
         return [point for key, point in wanted.items() if key not in present]
 
     def _enqueue(self, points: Sequence[Point]) -> None:
@@ -190,13 +195,6 @@ class Study:
             attributes = {"point": point.key, "extra": list(point.extra), "baseline": point.is_baseline,
                           "continues": interrupted.get(point.key)}  # fmt: skip
             self.study.enqueue_trial(point.params, user_attrs=attributes)
-        self.refresh()
-
-    def _withdraw(self, trial_id: int) -> None:
-        """End a trial that waits; ``Study.tell`` takes only those that run."""
-        self._storage.set_trial_user_attr(trial_id, "status", Status.INTERRUPTED.value)
-        self._storage.set_trial_user_attr(trial_id, "error", "the sweep went on with another space")
-        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
         self.refresh()
 
     def take(self) -> TrialView | None:
@@ -221,10 +219,10 @@ class Study:
         self.mine[trial.number] = trial._trial_id
         self.beat()
         trial.set_user_attr("owner", asdict(self._owner))
-        for key, distribution in self._space.dimensions.items():
+        for key, distribution in self._plan.space.dimensions.items():
             trial._suggest(key, distribution)
-        if self._space.custom and self._plan.base is not None:
-            self._space.custom(self._plan.base, trial)
+        if self._plan.space.custom and self._plan.base is not None:
+            self._plan.space.custom(self._plan.base, trial)
         point = self._view(trial.number).point
         trial.set_user_attr("name", self._plan.name_of(point))
         try:
@@ -253,11 +251,11 @@ class Study:
         return TrialView(self._storage.get_trial(self.mine[number]), self.path(number))
 
     def _enqueue_untried(self) -> None:
-        size = self._space.size
-        if self.is_beside or self._plan.is_grid or size is None or size > LARGEST_LISTED:
+        size = self._plan.space.size
+        if self._plan.is_grid or size is None or size > LARGEST_LISTED:
             return
         tried = {view.point_key for view in self.views() if not self._is_void(view)}
-        left = [point for point in self._space.points() if point.key not in tried]
+        left = [point for point in self._plan.space.points() if point.key not in tried]
         if left:
             self._enqueue([self._random.choice(left)])
 
@@ -338,12 +336,11 @@ class Study:
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
         self.refresh()
-        return {view.number: self._workers_of(view) for view in left}
-
-    def _workers_of(self, view: TrialView) -> list[Owner]:
-        """Return the processes that had a trial: its sweep's and its job's, as far as they signed."""
-        owner, record = view.attribute("owner"), read_record(self.directory(view.number))
-        return [*([Owner(**owner)] if owner else []), *([record.owner] if record else [])]
+        workers: dict[int, list[Owner]] = {}
+        for view in left:  # its sweep's process and its job's, as far as they signed
+            owner, record = view.attribute("owner"), read_record(self.directory(view.number))
+            workers[view.number] = [*([Owner(**owner)] if owner else []), *([record.owner] if record else [])]
+        return workers
 
     def _is_left(self, view: TrialView) -> bool:
         """Whether nobody on this host will end a trial: its sweep's process is gone, and its job has ended or is gone.
