@@ -110,7 +110,7 @@ def _find_model(settings: PredictSettings) -> Path:
     store = find_store(settings.tracking)
     if settings.run:
         return model_directory(store, settings.run)
-    from distilbench.report.answer import answer, trial_to_use
+    from distilbench.report.findings import answer, trial_to_use
     from distilbench.report.from_store import find_sweep, report_of_sweep
 
     assert settings.sweep is not None  # PredictSettings requires one of three

@@ -12,7 +12,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report.costs import NO_SAVING, average
 from distilbench.report.formats import (
     duration,
     flops,
@@ -29,7 +28,7 @@ from distilbench.report.formats import (
     spread,
     url_in_markdown,
 )
-from distilbench.report.rows import Row
+from distilbench.report.rows import NO_SAVING, Row, average
 from distilbench.report.words import decided_by, said
 from distilbench.results import Status, Verdict
 

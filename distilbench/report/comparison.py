@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.costs import saving_of
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
 from distilbench.report.power import PLANNED_SEEDS, Needed, needed, spread_seen, what_it_takes
-from distilbench.report.rows import PRAISE, Difference, Row, Untested
+from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
 from distilbench.report.statistics import compare_over_seeds, holm, verdict
 from distilbench.results import Predictions, StoredTrial, Verdict
 

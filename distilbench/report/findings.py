@@ -1,14 +1,23 @@
-"""What many rows say together: the report as a whole, its rows by score, and the front of score and cost."""
+"""What many rows say together: the report as a whole, the front of score and cost, and the answer on top of it.
+
+That is the cheapest setting that is good enough, what it saves, what it costs at most.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from distilbench.report.costs import average
-from distilbench.report.rows import Row
-from distilbench.results import StoredTrial
+from distilbench.cli import counted
+from distilbench.report.formats import interval, less, percent, points
+from distilbench.report.rows import PRAISE, Row, average, noise_of_time
+from distilbench.report.words import above_floor, loss_of, reason_untested, survival, what_decides
+from distilbench.results import StoredTrial, Verdict
+
+LEAST_SAVING = 5.0
+"""Per cent of time and memory below which a saving is not told: two runs of one setting differ by as much."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +95,137 @@ def pareto_front(rows: Sequence[Row], cost: CostOf) -> list[Row]:
         if score_of(row) > last[0] or (score_of(row), cost(row)) == last:
             front.append(row)
     return front
+
+
+def answer(report: Report) -> list[str]:
+    """Return the sentence that answers what was asked, and at most one more."""
+    base, candidates = report.baseline, report.candidates
+    if not candidates and (base is None or not base.trials):
+        ended = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
+        return [f"No trial finished: {', '.join(f'{count} {status}' for status, count in ended.items())}."]
+    if base is None or not base.trials:
+        finished = counted(len(candidates), "setting")
+        return [f"{finished} finished, compared with nothing: there is no finished baseline."]
+    if not candidates:
+        return ["Only the baseline finished: there is nothing to compare it with."]
+    if base.has_learned is False and report.floor:
+        best = next((row for row in candidates if row.has_learned), None)
+        other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else "Nor has any other setting."
+        return [
+            f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. Nothing is judged beside it.",
+            _confirmed(report.confirmation, []) or other,
+        ]
+    return [sentence for sentence in _of_candidates(report) if sentence]
+
+
+def _of_candidates(report: Report) -> tuple[str, str]:
+    candidates, tried = report.candidates, tried_settings(report)
+    nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
+    if not any(_evidence(row).difference for row in candidates):
+        return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
+    good = good_rows(report)
+    confirmed = _confirmed(report.confirmation, good)
+    if not good:
+        unlearned = sum(row.has_learned is False for row in candidates)
+        verb = "has" if unlearned == 1 else "have"
+        beside = f"; {counted(unlearned, 'setting')} {verb} not learned" if unlearned else ""
+        wanted = f"to be better than the baseline, or to lose less than {counted(report.margin, 'point')}"
+        return f"{nothing} was shown {wanted}{beside}.", confirmed or _undecided(report)
+    cheapest = min(good, key=cost_rank(report))
+    rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
+    saved = ", ".join(_savings(cheapest, report))
+    first = f"{cheapest.name} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
+    first += f"; {rank} {tried}." if rank else "."
+    best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
+    return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.name} {_claim(best)}.")
+
+
+def good_rows(report: Report) -> list[Row]:
+    """Return the settings that are shown to be better than the baseline, or good enough."""
+    return [row for row in report.candidates if row.claim in PRAISE]
+
+
+def trial_to_use(report: Report, best: str) -> StoredTrial | None:
+    """Return the trial whose model is to be used; None where no trial finished.
+
+    ``answer`` is the cheapest setting that is good, else the baseline, if that has learned; ``accuracy`` is the
+    setting with the best mean score on the split that selects. Of a setting's seeds the one with the best score
+    there is taken.
+    """
+    scored = by_score(report.rows)
+    base = report.baseline
+    kept = [base] if base and base.trials and base.has_learned is not False else scored[:1]
+    answers = sorted(good_rows(report), key=cost_rank(report)) or kept
+    row = next(iter(scored if best == "accuracy" else answers), None)
+    return max(row.trials, key=lambda trial: score_of(replace(row, trials=(trial,)))) if row else None
+
+
+def cost_rank(report: Report) -> CostOf:
+    """Return what sorts rows by cost: FLOPs if all have them, else comparable seconds, else trained parameters."""
+    rows = report.candidates
+    if all(row.cost.flops > 0 for row in rows):
+        return lambda row: row.cost.flops
+    if all(row.saving.seconds is not None for row in rows):
+        return lambda row: row.cost.seconds
+    return lambda row: float(row.trainable_parameters)
+
+
+def _evidence(row: Row) -> Row:
+    """Return the row itself, or what became of it with fresh seeds."""
+    return row.again if row.again and row.again.difference else row
+
+
+def _claim(row: Row) -> str:
+    """Return what is claimed of a good row, with its figures."""
+    found = _evidence(row).difference
+    assert found is not None
+    size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
+    this_seed = " with this seed" if found.n == 1 else ""
+    if row.claim is Verdict.BETTER:
+        return f"is better{this_seed}, {size}"
+    if row.claim is Verdict.AHEAD:
+        return f"is ahead, yet to be confirmed, {size}"
+    return f"is good enough{this_seed}: it {loss_of(found)}"
+
+
+def _savings(row: Row, report: Report) -> Iterator[str]:
+    saving = row.saving
+    noise, _ = noise_of_time([trial for each in report.rows for trial in each.trials])
+    least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise)
+    if saving.flops is not None and round(saving.flops):
+        yield f"{less(saving.flops, few=True)} FLOPs"
+    if saving.seconds is not None and abs(saving.seconds) >= least:
+        yield f"{'about ' if row.cost.is_estimate else ''}{less(saving.seconds)} time"
+    if saving.memory is not None and abs(saving.memory) >= LEAST_SAVING:
+        yield f"{less(saving.memory)} memory"
+
+
+def _undecided(report: Report) -> str:
+    """Return the cheapest setting of which it is open whether it is good enough, and what would decide."""
+    open_rows = [row for row in report.candidates if row.claim is Verdict.UNDECIDED and row.has_learned is not False]
+    hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
+    if not open_rows:
+        return ""
+    row = min(hopeful or open_rows, key=cost_rank(report))
+    found = _evidence(row).difference
+    assert found is not None
+    saved = ", ".join(_savings(row, report))
+    told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
+    return f"Undecided: {told}; {what_decides(found.needed, found.examples)}."
+
+
+def tried_settings(report: Report) -> str:
+    """Count the settings that were tried, the baseline aside, and say how those ended that did not finish."""
+    tried = [row for row in report.rows if not row.is_baseline]
+    ended = Counter(row.other_trials[-1].status.lower() for row in tried if not row.trials)
+    told = ", ".join(f"{count} {status}" for status, count in ended.most_common())
+    count = f"the {counted(len(tried), 'setting')} tried" if len(tried) > 1 else "the setting tried"
+    return f"{count} ({told})" if told else count
+
+
+def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
+    """Whether an advantage survived, both figures side by side: that of the row named above it, if there is one."""
+    if not confirmation:
+        return ""
+    named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]
+    return survival((named or confirmation)[0])

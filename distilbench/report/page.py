@@ -12,10 +12,9 @@ from markupsafe import Markup, escape
 from distilbench.cli import command, override
 from distilbench.identity import value_of
 from distilbench.report import charts
-from distilbench.report.answer import answer
 from distilbench.report.columns import FULL, filled, plain
 from distilbench.report.figures import figures_of, kind_of
-from distilbench.report.findings import Report
+from distilbench.report.findings import Report, answer
 from distilbench.report.formats import one_line
 from distilbench.report.names import in_order
 from distilbench.report.rows import Row

@@ -11,9 +11,8 @@ import numpy as np
 
 from distilbench.report.columns import CSV
 from distilbench.report.comparison import ReadPredictions, difference_of
-from distilbench.report.costs import average
 from distilbench.report.formats import percent
-from distilbench.report.rows import Row
+from distilbench.report.rows import Row, average
 from distilbench.report.statistics import holm
 from distilbench.results import Predictions
 

@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from distilbench.cli import counted
-from distilbench.report.answer import answer, tried_settings
 from distilbench.report.columns import CSV, LAYOUTS, NOTE, fitting, latex_table, markdown_table, plain, rich_table
-from distilbench.report.costs import noise_of_time
-from distilbench.report.findings import Report
+from distilbench.report.findings import Report, answer, tried_settings
 from distilbench.report.formats import latex, markdown, one_line, percent
-from distilbench.report.rows import Row
+from distilbench.report.rows import Row, noise_of_time
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.words import said, size_of, survival

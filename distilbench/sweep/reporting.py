@@ -26,8 +26,7 @@ from rich.text import Text
 from distilbench.cli import counted
 from distilbench.composition import default_treatment
 from distilbench.report import power
-from distilbench.report.answer import trial_to_use
-from distilbench.report.findings import Report
+from distilbench.report.findings import Report, trial_to_use
 from distilbench.report.formats import duration, percent
 from distilbench.report.from_store import report_sweep
 from distilbench.report.words import what_decides

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.report.answer import answer
+from distilbench.report.findings import answer
 from distilbench.report.words import said
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, treatment, trial

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from distilbench.report.costs import average, noise_of_time
+from distilbench.report.rows import average, noise_of_time
 from tests.report.made_trials import report_of, treatment, trial
 
 FROZEN = treatment(freeze_layers=3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from distilbench.report.answer import answer
 from distilbench.report.comparison import floor_of, has_learned
+from distilbench.report.findings import answer
 from distilbench.report.tables import latex_report, markdown_report, note, print_report
 from distilbench.report.trial import compare, comparison_headline
 from distilbench.report.words import said
