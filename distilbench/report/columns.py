@@ -12,22 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.report.formats import (
-    duration,
-    flops,
-    interval,
-    latex,
-    less,
-    markdown,
-    markdown_row,
-    memory,
-    millions,
-    one_line,
-    p_value,
-    points,
-    spread,
-    url_in_markdown,
-)
+from distilbench.report import formats
 from distilbench.report.rows import NO_SAVING, Row, average
 from distilbench.report.words import decided_by, said
 from distilbench.results import Status, Verdict
@@ -83,8 +68,8 @@ def _setting(key: str) -> Callable[[Row], Value]:
 def _difference(row: Row) -> str:
     found = row.difference
     if found is None:
-        return "" if row.points is None else points(row.points)
-    return f"{points(found.points)} ({interval(found.low, found.high)})"
+        return "" if row.points is None else formats.points(row.points)
+    return f"{formats.points(found.points)} ({formats.interval(found.low, found.high)})"
 
 
 def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callable[[Row], str]:
@@ -92,13 +77,14 @@ def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callabl
 
     def told(row: Row) -> str:
         value, percent = getattr(row.cost, name), getattr(row.saving, name)
-        return "" if math.isnan(value) else text(value) + (f" ({less(percent, few)})" if percent is not None else "")
+        saved = f" ({formats.less(percent, few)})" if percent is not None else ""
+        return "" if math.isnan(value) else text(value) + saved
 
     return told
 
 
 def _time(row: Row) -> str:
-    told = _cost("seconds", duration)(row)
+    told = _cost("seconds", formats.duration)(row)
     return f"about {told}" if row.cost.is_estimate else told
 
 
@@ -122,7 +108,7 @@ _ALL = (
     Column("is_baseline", _of("is_baseline")),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
     Column("accuracy", _of("accuracy"), "accuracy",
-           lambda row: spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
+           lambda row: formats.spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
     Column("accuracy_deviation", _of("accuracy_deviation")),
     Column("loss", _of("loss"), "loss", form="{:.4f}".format),
     Column("brier", _mean("brier"), "Brier", form="{:.4f}".format),
@@ -130,14 +116,14 @@ _ALL = (
     Column("train_seconds", _of("cost.seconds"), "time", _time),
     Column("train_seconds_deviation", _of("cost.seconds_deviation")),
     Column("is_time_estimate", _of("cost.is_estimate")),
-    Column("train_cpu_seconds", _of("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", duration)),
-    Column("train_flops", _of("cost.flops"), "FLOPs", _cost("flops", flops, few=True)),
-    Column("peak_memory_bytes", _of("cost.memory"), "memory", _cost("memory", memory)),
+    Column("train_cpu_seconds", _of("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", formats.duration)),
+    Column("train_flops", _of("cost.flops"), "FLOPs", _cost("flops", formats.flops, few=True)),
+    Column("peak_memory_bytes", _of("cost.memory"), "memory", _cost("memory", formats.memory)),
     Column("difference_points", _of("difference.points"), "difference (95 %)", _difference),
     Column("difference_low_points", _of("difference.low")),
     Column("difference_high_points", _of("difference.high")),
     Column("p", _of("difference.p")),
-    Column("p_holm", _of("difference.p_holm"), "p (Holm)", form=p_value),
+    Column("p_holm", _of("difference.p_holm"), "p (Holm)", form=formats.p_value),
     Column("loses_at_most_points", _of("difference.loses_at_most"), "loses at most",
            form=lambda lost: f"{max(lost, 0):.2f}"),
     Column("p_margin", _of("difference.p_loss")),
@@ -147,7 +133,7 @@ _ALL = (
     Column("has_learned", _of("has_learned")),
     Column("time_gain_percent", _of("saving.seconds")),
     Column("flops_gain_percent", _of("saving.flops")),
-    Column("trainable_parameters", _of("trainable_parameters"), "trained", form=millions),
+    Column("trainable_parameters", _of("trainable_parameters"), "trained", form=formats.millions),
     Column("verdict", lambda row: row.claim or "", "verdict", said, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", _of("status")),
@@ -204,7 +190,7 @@ def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
 
 def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
     """Return a column's title and cells; of a folded table, brackets stand below their figures."""
-    texts = [column.title, *(one_line(column.text(row)) for row in rows)]
+    texts = [column.title, *(formats.one_line(column.text(row)) for row in rows)]
     return [text.replace(" (", "\n(") for text in texts] if is_folded else texts
 
 
@@ -238,18 +224,18 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Return header, rule and rows; a setting links to its run where it has one."""
     columns = filled(columns, rows)
-    lines = [markdown_row([column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns])]
-    lines.append(markdown_row(["---" if column.is_text else "---:" for column in columns]))
-    return lines + [markdown_row([_in_markdown(column, row) for column in columns]) for row in rows]
+    lines = [formats.markdown_row([column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns])]
+    lines.append(formats.markdown_row(["---" if column.is_text else "---:" for column in columns]))
+    return lines + [formats.markdown_row([_in_markdown(column, row) for column in columns]) for row in rows]
 
 
 def _in_markdown(column: Column, row: Row) -> str:
-    text = markdown(column.text(row)).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    text = formats.markdown(column.text(row)).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     if not column.is_text:
         return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers are never broken
     if column.key != "setting":
         return text
-    label = f"[{text}]({url_in_markdown(row.first.url)})" if row.first.url else text
+    label = f"[{text}]({formats.url_in_markdown(row.first.url)})" if row.first.url else text
     return f"**{label}**" if row.is_baseline else label
 
 
@@ -258,8 +244,8 @@ def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     columns = filled(columns, rows)
     align = "".join("l" if column.is_text else "r" for column in columns)
     head, *body = (" & ".join(cells) + r" \\" for cells in (
-        [latex(column.title) for column in columns],
-        *([latex(column.text(row)) for column in columns] for row in rows),
+        [formats.latex(column.title) for column in columns],
+        *([formats.latex(column.text(row)) for column in columns] for row in rows),
     ))  # fmt: skip
     return [rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
 
@@ -270,6 +256,6 @@ def plain(value: Value) -> float | int | str | bool:
     OWASP, CSV Injection: a quote before ``= + - @``.
     """
     if isinstance(value, str):
-        shown = one_line(value)
+        shown = formats.one_line(value)
         return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
     return "" if value is None or math.isnan(value) else value

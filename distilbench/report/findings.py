@@ -121,7 +121,7 @@ def answer(report: Report) -> list[str]:
 def _of_candidates(report: Report) -> tuple[str, str]:
     candidates, tried = report.candidates, tried_settings(report)
     nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
-    if not any(_evidence(row).difference for row in candidates):
+    if not any(row.evidence.difference for row in candidates):
         return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
@@ -170,14 +170,9 @@ def cost_rank(report: Report) -> CostOf:
     return lambda row: float(row.trainable_parameters)
 
 
-def _evidence(row: Row) -> Row:
-    """Return the row itself, or what became of it with fresh seeds."""
-    return row.again if row.again and row.again.difference else row
-
-
 def _claim(row: Row) -> str:
     """Return what is claimed of a good row, with its figures."""
-    found = _evidence(row).difference
+    found = row.evidence.difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
     this_seed = " with this seed" if found.n == 1 else ""
@@ -207,7 +202,7 @@ def _undecided(report: Report) -> str:
     if not open_rows:
         return ""
     row = min(hopeful or open_rows, key=cost_rank(report))
-    found = _evidence(row).difference
+    found = row.evidence.difference
     assert found is not None
     saved = ", ".join(_savings(row, report))
     told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from distilbench.cli import command, counted, override
 from distilbench.identity import short_hash, value_of, without_defaults
+from distilbench.report import tables
 from distilbench.report.comparison import judge
 from distilbench.report.findings import Curve, Report, by_score
 from distilbench.report.names import source_overrides
@@ -22,15 +23,6 @@ from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.tables import (
-    csv_report,
-    latex_report,
-    markdown_report,
-    note,
-    print_report,
-    trial_headline,
-    trial_note,
-)
 from distilbench.report.trial import Comparison, comparison_metrics
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
@@ -43,9 +35,9 @@ CURVES = 8
 
 _FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
     "html": ("report.html", lambda report, _: page(report)),
-    "markdown": ("report.md", markdown_report),
-    "latex": ("report.tex", latex_report),
-    "csv": ("report.csv", lambda report, _: csv_report(report)),
+    "markdown": ("report.md", tables.markdown_report),
+    "latex": ("report.tex", tables.latex_report),
+    "csv": ("report.csv", lambda report, _: tables.csv_report(report)),
 }
 
 
@@ -274,10 +266,11 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
         alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
         differs = row.verdict and (row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD))
         figures = comparison_metrics(Comparison(row, base, report.floor, report.margin)) if base else {}
+        text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:
                 metrics = {} if trial.is_compared else figures
-                store.add_comparison(trial.run_id, trial_note(report, row), metrics, trial_headline(report, row))
+                store.add_comparison(trial.run_id, text, metrics, headline)
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
@@ -300,8 +293,8 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[
         if next(directory.rglob(RECORD), None):
             log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, LOST)
         return None
-    print_report(console or Console(), report)
-    store.attach(sweep.run_id, write_report(report, directory, FORMATS), note(report))
+    tables.print_report(console or Console(), report)
+    store.attach(sweep.run_id, write_report(report, directory, FORMATS), tables.note(report))
     _tell_trials(store, report)
     if sweep.confirms and store.sweep_run(sweep.confirms):  # which carries the outcome from now on
         with tempfile.TemporaryDirectory() as elsewhere:

@@ -13,7 +13,6 @@ import numpy as np
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.names import name_beside, name_of, varying_keys
 from distilbench.report.power import Needed
-from distilbench.report.statistics import verdict
 from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
 
 
@@ -136,11 +135,6 @@ class Difference:
     examples: int
     needed: Needed | None = None
 
-    @property
-    def is_loss_shown(self) -> bool:
-        """Whether the setting is shown to lose something, be it less than the margin."""
-        return verdict(self.low, self.high, self.p_holm) is Verdict.WORSE
-
 
 PRAISE = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
 """Verdicts of a setting that may be taken: only of one that has learned."""
@@ -206,9 +200,14 @@ class Row:
         return 1.96 * math.sqrt(over_examples + over_seeds)
 
     @property
+    def evidence(self) -> Row:
+        """The row itself, or what became of it with fresh seeds."""
+        return self.again if self.again and self.again.difference else self
+
+    @property
     def claim(self) -> Verdict | None:
         """What may be claimed in the end: the verdict of fresh seeds where there are any."""
-        return self.again.verdict if self.again and self.again.difference else self.verdict
+        return self.evidence.verdict
 
     @property
     def n(self) -> int:
@@ -313,13 +312,9 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
 
     if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
         return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
-    return min((i for i, row in enumerate(rows) if _has_choices(row.treatment, usual)), key=rank, default=None)
-
-
-def _has_choices(treatment: Mapping[str, object], usual: Mapping[str, object]) -> bool:
-    """Whether freeze, scheduler and optim are the report's choices; the rest a baseline shares with its trials."""
-    same_text = all(treatment.get(key) == value for key, value in usual.items() if key.startswith("data."))
-    return same_text and has_choices_of(treatment, usual)
+    text = {key: value for key, value in usual.items() if key.startswith("data.")}.items()
+    alike = [i for i, row in enumerate(rows) if has_choices_of(row.treatment, usual) and text <= row.treatment.items()]
+    return min(alike, key=rank, default=None)
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distilbench.report.formats import interval, percent, points
 from distilbench.report.power import Needed
 from distilbench.report.rows import Difference, Row, Untested
+from distilbench.report.statistics import verdict
 from distilbench.results import Verdict
 
 VERDICTS = {verdict: verdict.value for verdict in Verdict} | {Verdict.AHEAD: "ahead, to be confirmed"}
@@ -46,7 +47,8 @@ def loss_of(found: Difference) -> str:
     """Say what a setting loses at most and, where that is shown, that it loses."""
     if found.loses_at_most <= 0:
         return "loses nothing"
-    shown = f"loses {-found.points:.2f} points, " if found.is_loss_shown else "loses "
+    is_shown = verdict(found.low, found.high, found.p_holm) is Verdict.WORSE
+    shown = f"loses {-found.points:.2f} points, " if is_shown else "loses "
     return f"{shown}at most {found.loses_at_most:.2f} points"
 
 

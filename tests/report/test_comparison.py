@@ -7,7 +7,7 @@ from distilbench.report.comparison import judge
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact
-from distilbench.report.words import said
+from distilbench.report.words import loss_of, said
 from distilbench.results import Predictions, Status, Verdict
 from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, treatment, trial
 
@@ -142,7 +142,7 @@ def test_a_loss_shown_to_be_below_the_margin_is_good_enough():
 
 def test_a_row_that_loses_but_less_than_the_margin_is_good_enough():
     row = pair(0, 9, margin=5.0)
-    assert row.difference.is_loss_shown
+    assert loss_of(row.difference).startswith("loses 1.03 points, at most ")
     assert row.verdict is Verdict.GOOD_ENOUGH
     assert pair(0, 9, margin=0.5).verdict is Verdict.WORSE
 
