@@ -265,13 +265,14 @@ def _train_stock(case: Case, device: torch.device, clock: _Clock) -> float:
     freeze(model, settings.freeze)
     length = None if tuned else settings.train.max_length
     grain = 8 if device.type == "cuda" else None  # rows of such a length suit a GPU's matrix units
-    padding = DataCollatorWithPadding(load_tokenizer(resolved), pad_to_multiple_of=grain)
+    tokenizer = load_tokenizer(resolved)
+    padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=grain)
     with single_process(), tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
             model=model,
             args=_stock_arguments(case, device, directory),
-            train_dataset=_rows(splits.train, splits.pad_token_id, length),
-            eval_dataset=_rows(splits.selection, splits.pad_token_id, length),
+            train_dataset=_rows(splits.train, tokenizer, length),
+            eval_dataset=_rows(splits.selection, tokenizer, length),
             data_collator=padding if tuned else default_data_collator,
             callbacks=[clock],
         )
@@ -309,14 +310,11 @@ def _stock_arguments(case: Case, device: torch.device, directory: str) -> Traini
     )
 
 
-def _rows(split: EncodedSplit, pad_token_id: int, length: int | None) -> list[dict[str, Any]]:
+def _rows(split: EncodedSplit, tokenizer: Any, length: int | None) -> list[dict[str, Any]]:
     """Return a split as Trainer takes it, each row padded to ``length`` tokens where that is given."""
-    rows = []
-    for index in range(len(split)):
-        ids = split.row(index).tolist()
-        filler = (length or len(ids)) - len(ids)
-        mask = [1] * len(ids) + [0] * filler
-        rows.append({
-            "input_ids": ids + [pad_token_id] * filler, "attention_mask": mask, "labels": int(split.labels[index])
-        })  # fmt: skip
-    return rows
+    padding = "max_length" if length else False
+    rows = ({"input_ids": split.row(i).tolist()} for i in range(len(split)))
+    return [
+        tokenizer.pad(row, padding, length) | {"labels": label}
+        for row, label in zip(rows, split.labels.tolist(), strict=True)
+    ]

@@ -82,12 +82,6 @@ def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
         yield line
 
 
-def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Read a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180."""
-    remedy = "put fields that hold a comma or quotes into double quotes"
-    return _table(_csv_records(lines, title), title, columns, remedy)
-
-
 def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines.
 
@@ -113,14 +107,18 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
                     title, counted(count, "row"), places[2:])  # fmt: skip
 
 
+def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
+    """Read a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180."""
+    return _table(_csv_records(lines, title), title, columns)
+
+
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
     """Read a table with a header, a row a line: no field holds a tab or a line break (IANA's tab-separated-values).
 
     Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
     spreadsheets write one.
     """
-    records = ((number, _tsv_fields(line.rstrip("\r\n"))) for number, line in enumerate(lines, start=1))
-    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
+    return _table(enumerate((_tsv_fields(line.rstrip("\r\n")) for line in lines), start=1), title, columns)
 
 
 def _tsv_fields(line: str) -> list[str]:
@@ -130,7 +128,7 @@ def _tsv_fields(line: str) -> list[str]:
         return line.split("\t")
 
 
-def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
+def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns) -> Iterator[Row]:
     """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header.
 
     An empty line is no record, unless there is but one column: there it is an empty field.
@@ -144,7 +142,8 @@ def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Column
             continue
         fields = record or [""]
         place = f"{title} line {line}"
-        require(len(fields) == len(header), place, f"{len(header)} fields like the header", len(fields), remedy)
+        require(len(fields) == len(header), place, f"{len(header)} fields like the header", len(fields),
+                "double quotes around a field keep what separates fields within it")  # fmt: skip
         yield place, tuple(fields[i] for i in chosen)
 
 
@@ -200,8 +199,8 @@ def check_columns(names: Sequence[str], columns: Columns, title: str) -> None:
     """Raise :class:`SettingsError` unless each of ``columns`` occurs once among ``names``."""
     for setting, column in columns.items():
         found = list(names).count(column)
+        fault = f"occurs {found} times" if found else "is not there"
         if found != 1:
-            fault = f"occurs {found} times" if found else "is not there"
             raise SettingsError(
                 f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set {setting}=..."
             )

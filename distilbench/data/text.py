@@ -12,12 +12,13 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distilbench.cli import counted
-from distilbench.data.formats import show, show_all
+from distilbench.data.formats import show_all
 from distilbench.data.readers import Corpus, hub_title, read_corpus
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
@@ -149,6 +150,10 @@ def _near_duplicates(train: TextSplit, report: TextSplit) -> int:
     return sum(not seen.isdisjoint(runs(example)) for example in report.folded())
 
 
+def _folded_label(name: str) -> str:
+    return re.sub(r"\.0+$", "", _folded(name))
+
+
 def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
@@ -169,11 +174,18 @@ def _fall_back(settings: DataSettings) -> TextSplits:
 
 
 def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
-    """Train, validation and the label names, each example checked."""
+    """Train, validation and the label names, each example checked.
+
+    Labels are read by name, or all of them by number where declared names occur nowhere as such: names 1, 2, 3 and data
+    0, 1, 2 would otherwise mix the two readings.
+    """
     rows = [_checked(part) for part in (corpus.train, corpus.validation) if part is not None]
     title, declared = str(corpus.train.index.name), corpus.label_names is not None
     names = corpus.label_names or _names_in(rows[0]["label"], title)
-    numbers = _numbers(names, declared, set().union(*(part["label"] for part in rows)))
+    numbers, by_number = ({key(i): i for i in range(len(names))} for key in (names.__getitem__, str))
+    written = set().union(*(part["label"] for part in rows))
+    if declared and not written <= numbers.keys() and written <= by_number.keys():
+        numbers = by_number
     allowed = f"one of {show_all(names)}" + (f", or all labels their numbers 0..{len(names) - 1}" if declared else "")
     for part in rows:
         for place, label in part["label"].items():
@@ -187,7 +199,10 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
         )
         for part in rows
     )
-    _check_classes(train, names, title)
+    require(len(names) >= 2, title, "text of 2 classes or more", list(names), "check the label column")
+    absent = [name for i, name in enumerate(names) if i not in train.labels]
+    require(not absent, title, f"text with examples of each class, {show_all(absent)} too", "none",
+            "add some, or set data.label_names to the classes that there are")  # fmt: skip
     return train, next(iter(others), None), names
 
 
@@ -224,46 +239,22 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
     """
     names = sorted(set(labels))
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
-    remedy = f"{NO_REGRESSION}, or name them all in data.label_names"
-    require(fraction is None, title, "text with classes for labels", fraction, remedy)
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(re.sub(r"\.0+$", "", _folded(name)), []).append(name)
-    for same in alike.values():
-        if len(same) > 1:
+    require(fraction is None, title, "text with classes for labels", fraction,
+            f"{NO_REGRESSION}, or name them all in data.label_names")  # fmt: skip
+    for _, alike in groupby(sorted(names, key=_folded_label), key=_folded_label):
+        if len(same := list(alike)) > 1:
             log.warning("%s has labels that differ little, and counts them as different classes: %s",
                         title, show_all(same))  # fmt: skip
     numeric = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", name) for name in names)
     return tuple(sorted(names, key=int) if numeric else names)
 
 
-def _numbers(names: tuple[str, ...], declared: bool, written: set[str]) -> dict[str, int]:
-    """From a label as written to its number: by name, or by number where declared names occur nowhere as such.
-
-    The choice is made once for all rows: names 1, 2, 3 and data 0, 1, 2 would otherwise mix the two readings.
-    """
-    by_name = {name: i for i, name in enumerate(names)}
-    by_number = {str(i): i for i in range(len(names))}
-    by_numbers = declared and not written <= by_name.keys() and written <= by_number.keys()
-    return by_number if by_numbers else by_name
-
-
-def _check_classes(train: TextSplit, names: tuple[str, ...], title: str) -> None:
-    require(len(names) >= 2, title, "text of 2 classes or more", list(names), "check the label column")
-    absent = [name for i, name in enumerate(names) if i not in train.labels]
-    require(not absent, title, f"text with examples of each class, {show_all(absent)} too", "none",
-            "add some, or set data.label_names to the classes that there are")  # fmt: skip
-
-
 def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]) -> tuple[TextSplit, TextSplit]:
     """Return what is left of ``split``, and about ``<part>_fraction`` of each class, never none or all of one."""
     fraction, counts = getattr(settings, f"{part}_fraction"), np.bincount(split.labels, minlength=len(names))
-    if counts.min() < 2:
-        remedy = f"add examples or {'give data.validation' if part == 'validation' else f'set data.{part}_fraction=0'}"
-        raise SettingsError(
-            f"data.{part}_fraction={fraction:g} needs 2 examples or more of each class, "
-            f"got {counts.min()} of {show(names[counts.argmin()])}; {remedy}"
-        )
+    remedy = "add examples" + (", or give data.validation" if part == "validation" else "")
+    require(counts.min() >= 2, f"data.{part}_fraction={fraction:g}", "a share of 2 examples or more of each class",
+            f"{counts.min()} of {names[counts.argmin()]}", remedy)  # fmt: skip
     target = counts * fraction
     low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
     shares = _shares(target, low, high)

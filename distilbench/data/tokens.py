@@ -61,17 +61,21 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
     of everything that decides them; a file there that is not whole is written anew, and None keeps nothing.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     if text.report.pairs is not None:
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require(max_length >= special + 2, "train.max_length", f"{special + 2} or more for pairs", max_length)
     splits = {"train": text.train, "report": text.report}
     if text.selection is not text.report:
         splits["selection"] = text.selection
-    path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else None
-    arrays = _load_arrays(path) if path else None
-    if arrays is None:
+    path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else Path(os.devnull)
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError):  # not there, or not whole
         arrays = _tokenize(splits, tokenizer, max_length)
-        if path:
+        if cache:
             _store_arrays(path, arrays)
     with_types = "token_type_ids" in tokenizer.model_input_names
     encoded = {
@@ -115,17 +119,6 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
     parts = (1, tokenizers.__version__, text.used.fingerprint, len(text.train), text.selection is text.report,
              max_length, tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Return the arrays of a cache file, or None where it is not there or not whole."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError):
-        return None
 
 
 def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

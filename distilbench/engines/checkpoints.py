@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,8 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
             f"train.resume must continue with the settings of {path}, which has {its}, got {own}; "
             "use the same settings, another output.dir, or train.resume=false"
         )
-    known = {field.name for field in fields(Progress)}  # earlier versions counted more
-    stored = {name: value for name, value in seal["progress"].items() if name in known}
-    return path, Progress(**stored | {"history": [Evaluation(**values) for values in stored["history"]]})
+    history = [Evaluation(**values) for values in seal["progress"]["history"]]
+    return path, Progress(**seal["progress"] | {"history": history})
 
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
@@ -83,9 +82,9 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
     files = [file for file in path.iterdir() if file.name != _SEAL]  # which is there where a step is kept twice
     sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
-    content = {"identity": identity, "progress": asdict(replace(progress, history=[])) | {"history": history}}
+    done = asdict(replace(progress, history=[])) | {"history": history}
     partial = path / f"{_SEAL}.partial"
-    partial.write_text(json.dumps(content | {"sizes": sizes}))
+    partial.write_text(json.dumps({"identity": identity, "progress": done, "sizes": sizes}))
     os.replace(partial, path / _SEAL)
     for other in _folders(path.parent):
         if other != path:
@@ -107,17 +106,12 @@ def _read_seal(path: Path) -> dict[str, Any] | None:
 def tidy(directory: Path, status: Status) -> None:
     """Remove what was cut short, all of a trial that ended for good, and ``directory`` where nothing is left in it."""
     if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
-        remove_all(directory)
+        shutil.rmtree(directory, ignore_errors=True)
     for path in _folders(directory):
         if not (path / _SEAL).is_file():
             shutil.rmtree(path, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
-
-
-def remove_all(directory: Path) -> None:
-    """Remove every checkpoint of a trial that has ended or starts again."""
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _folders(directory: Path) -> list[Path]:

@@ -35,8 +35,8 @@ def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
         _show_only(int(index))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [kind for kind, is_there in present.items() if is_there]  # the fastest first
-    require(name in ("auto", *there), setting, f"one of auto, {', '.join(there)} on this machine", name,
-            f"use {setting}=auto (torch is {torch.__version__})")  # fmt: skip
+    allowed = f"one of auto, {', '.join(there)} on this machine (torch {torch.__version__})"
+    require(name in ("auto", *there), setting, allowed, name, f"use {setting}=auto")
     chosen = there[0] if name == "auto" else name
     return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)
 

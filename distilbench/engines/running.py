@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -188,7 +189,7 @@ class RunningTrial:
         if found is None:
             if resume:
                 log.info("nothing to resume in %s: starting from scratch", self.folder.parent)
-            checkpoints.remove_all(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return None
         path, self.progress = found
         log.info("continuing after step %d of %d", self.progress.step, self.schedule.steps)

@@ -75,12 +75,6 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
         release_memory()
 
 
-class _Trainer(Trainer):
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Skip a count that walks over all modules in every step and that nobody reads."""
-        return 0
-
-
 class _Run(TrainerCallback):
     """One trial: what Trainer calls on the way, and what is kept of it.
 
@@ -145,17 +139,24 @@ class _Run(TrainerCallback):
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
         last = self.steps - 1  # the scheduler asks for one step more than there are
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
-        loss = Loss.of(self.settings.train, self.splits.train.labels, len(self.splits.label_names), self.device)
-        trainer = _Trainer(
+        train, splits = self.settings.train, self.splits
+        loss = Loss.of(train, splits.train.labels, len(splits.label_names), self.device)
+
+        def share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+            return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch  # a mean of means would be another
+
+        trainer = Trainer(
             model=self.model,
             args=training_arguments(self.settings, self.device, precision, self.trial.folder),
-            train_dataset=range(len(self.splits.train)),
-            data_collator=partial(training_batch, split=self.splits.train, pad_token_id=self.splits.pad_token_id),
+            train_dataset=range(len(splits.train)),
+            data_collator=partial(training_batch, split=splits.train, pad_token_id=splits.pad_token_id),
             optimizers=(optimizer, schedule),
-            compute_loss_func=None if loss.is_plain and not self._is_accumulated else partial(_share_of_batch, loss),
+            compute_loss_func=None if loss.is_plain and train.examples_at_once == train.batch_size else share_of_batch,
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
+        # which walks over all modules in every step, and nobody reads
+        trainer.floating_point_ops = lambda inputs: 0  # type: ignore[method-assign]
         return trainer
 
     def _finish(self) -> None:
@@ -261,10 +262,6 @@ class _Run(TrainerCallback):
                 logits[indices] = outputs.logits.float().cpu().numpy()
         return logits
 
-    @property
-    def _is_accumulated(self) -> bool:
-        return self.settings.train.examples_at_once < self.settings.train.batch_size
-
 
 def training_arguments(
     settings: TrialSettings, device: torch.device, precision: str, directory: Path, **stock: Any
@@ -298,8 +295,3 @@ def training_arguments(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
     return arguments
-
-
-def _share_of_batch(loss: Loss, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """Return a micro-batch's part of its batch's mean loss: a mean of means would weigh a smaller one too much."""
-    return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch

@@ -54,31 +54,25 @@ class Classifier:
         Each of ``texts`` holds one text, or the two of a pair. Texts of like length share a batch.
         """
         import pandas
-
-        asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
-        found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)  # (texts, labels)
-        labels = np.full(len(texts), None, dtype=object)
-        if asked:
-            found[asked] = self._probabilities([texts[i] for i in asked], batch_size)
-            labels[asked] = np.array(self.label_names, dtype=object)[found[asked].argmax(axis=1)]
-        frame = pandas.DataFrame(found, columns=[f"probability_{name}" for name in self.label_names])
-        frame.insert(0, "prediction", pandas.Series(labels, dtype="object"))
-        return frame
-
-    def _probabilities(self, texts: Sequence[tuple[str | None, ...]], batch_size: int) -> np.ndarray:
         import torch
 
-        found = np.empty((len(texts), len(self.label_names)), dtype=np.float32)
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
-        order = sorted(range(len(texts)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
+        asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
+        columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
+        rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length) if asked else {"input_ids": []}
+        order = sorted(range(len(asked)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
+        found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)  # (texts, labels)
+        labels = np.full(len(texts), None, dtype=object)
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = {name: [values[i] for i in chosen] for name, values in rows.items()}
                 inputs = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)  # (chosen, longest)
-                found[chosen] = self.model(**inputs).logits.float().softmax(dim=1).cpu().numpy()  # (chosen, labels)
-        return found
+                own = self.model(**inputs).logits.float().softmax(dim=1).cpu().numpy()  # (chosen, labels)
+                places = [asked[i] for i in chosen]
+                found[places], labels[places] = own, np.array(self.label_names, dtype=object)[own.argmax(axis=1)]
+        frame = pandas.DataFrame(found, columns=[f"probability_{name}" for name in self.label_names])
+        frame.insert(0, "prediction", pandas.Series(labels, dtype="object"))
+        return frame
 
 
 def load_classifier(directory: Path, device: torch.device | str) -> Classifier:

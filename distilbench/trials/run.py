@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -227,7 +228,7 @@ def _continued(settings: AppSettings, prepared: Prepared, context: SweepContext)
         return settings
     if before != directory:
         replace(record, owner=Owner.of_this_process()).write(directory)
-        checkpoints.remove_all(directory / checkpoints.DIRECTORY)
+        shutil.rmtree(directory / checkpoints.DIRECTORY, ignore_errors=True)
         os.replace(old, directory / checkpoints.DIRECTORY)
     return replace(settings, train=replace(settings.train, resume=True))
 

@@ -115,7 +115,7 @@ BROKEN = [
     (".json", "[", "is not valid JSON"),
     (".csv.gz", "text,label\na,0\n", "is not a readable gzip file"),
     (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
-    (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
+    (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; double quotes around a field"),
     (".csv", "text,label\na,3.7\nb,2.0\n", "must be text with classes for labels, got '3.7'"),
     (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; numbers with "
      "fractions are a target for regression, which is not offered: make classes of them"),
@@ -214,8 +214,8 @@ def test_a_declared_class_absent_from_train_is_refused(folder):
 
 def test_too_few_examples_of_a_class_to_split_are_refused(folder):
     path = write(folder / "few.csv", [("a", 0), ("b", 0), ("c", 1)])
-    assert "needs 2 examples or more of each class, got 1 of '1'" in refusal(files(path))
-    assert "data.selection_fraction=0" in refusal(files(path, path, selection_fraction=0.5))
+    assert "2 examples or more of each class, got '1 of 1'; add examples, or give" in refusal(files(path))
+    assert "data.selection_fraction=0.5 must be a share of 2" in refusal(files(path, path, selection_fraction=0.5))
 
 
 def test_a_file_that_went_away_is_refused(folder):
