@@ -50,9 +50,8 @@ class SweepJob:
     directory: Path
     objectives: tuple[str, ...]
     storage: str
-    """Optuna's storage, with study and trial in it. Interpolations such as ``${oc.env:NAME}`` stand in it unresolved,
+    """Optuna's storage, with the trial in it. Interpolations such as ``${oc.env:NAME}`` stand in it unresolved,
     since a password would be written to disk."""
-    study: str
     trial_id: int
     grace_seconds: int
     """``sweep.grace_seconds``."""

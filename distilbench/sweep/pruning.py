@@ -74,7 +74,7 @@ def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback 
     from distilbench.sweep.storage import storage_of
 
     storage = storage_of(job.storage, settings.grace_seconds)
-    study = optuna.load_study(study_name=job.study, storage=storage, pruner=pruner_of(settings))
+    study = optuna.load_study(study_name=job.sweep, storage=storage, pruner=pruner_of(settings))
     study._directions = [study.directions[job.objectives.index(name)]]  # in this process: the storage keeps them all
     trial = optuna.trial.Trial(study, job.trial_id)
 

@@ -199,15 +199,11 @@ def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
 
 def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None:
     had = identity.get("fixed", {})
-    for key in (*SOURCES, *METRIC):
-        if had.get(key) != plan.fixed.get(key):
-            raise SettingsError(
-                f"sweep.warm_start must be a sweep of the same protocol, got {name!r}, which had {key}={had.get(key)} "
-                f"(now {plan.fixed.get(key)})"
-            )
-    measured = set(identity["objectives"])
-    require(set(plan.objectives) <= measured, "sweep.warm_start", f"a sweep that measured {', '.join(plan.objectives)}",
-            name)  # fmt: skip
+    differing = [f"{key}={had.get(key)} (now {plan.fixed.get(key)})" for key in (*SOURCES, *METRIC)
+                 if had.get(key) != plan.fixed.get(key)]  # fmt: skip
+    require(not differing, "sweep.warm_start", "a sweep of the same protocol", name, f"it had {', '.join(differing)}")
+    require(set(plan.objectives) <= set(identity["objectives"]), "sweep.warm_start",
+            f"a sweep that measured {', '.join(plan.objectives)}", name)  # fmt: skip
 
 
 def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) -> dict[str, Any] | None:

@@ -281,7 +281,6 @@ class SweepRunner:
             directory=study.directory(trial.number),
             objectives=plan.objectives,
             storage=storage.shown,
-            study=study.study.study_name,
             trial_id=trial.trial._trial_id,
             grace_seconds=plan.settings.sweep.grace_seconds,
             is_quiet=isinstance(self._executor, Pool),

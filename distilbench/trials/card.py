@@ -11,7 +11,7 @@ from distilbench.identity import ENGINE, METRIC, SEED, SOURCES, TREATMENT, Sourc
 from distilbench.report.formats import duration, markdown, percent
 from distilbench.report.rows import row_from
 from distilbench.report.trial import sentence
-from distilbench.results import MEASURES, MODEL, Evaluation
+from distilbench.results import MEASURES, MODEL
 from distilbench.trials.prepared import prepared_trial
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def write_card(trial: Trial) -> None:
     environment.filters["markdown"] = markdown
     used, examples = (prepared.model.used, prepared.text.used), len(prepared.splits.report)
     text = environment.get_template("card.md").render(
-        metadata=_metadata(trial, report),
+        model=used[0],
+        data=used[1],
+        data_name=_name(used[1]),
         missing=" and ".join(markdown(one.fallback_for) for one in used if one.fallback_for),
         trial=trial,
         labels=", ".join(map(markdown, prepared.splits.label_names)),
@@ -50,29 +52,6 @@ def write_card(trial: Trial) -> None:
         command=_command(trial),
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
-
-
-def _metadata(trial: Trial, report: Evaluation) -> str:
-    """Return what the hub lists a model by, as YAML."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    model, data = trial.prepared.model.used, trial.prepared.text.used
-    results = [
-        EvalResult(task_type="text-classification", dataset_type=_name(data), dataset_name=_name(data),
-                   dataset_split=report.split, metric_type=name, metric_value=round(report.metric(name), 4))
-        for name in ("accuracy", "f1")
-    ]  # fmt: skip
-    card = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["distilbench"],
-        base_model=model.name if model.kind == "hub" else None,
-        datasets=[data.name] if data.kind == "hub" else None,
-        metrics=["accuracy", "f1"],
-        model_name=trial.name,
-        eval_results=results,
-    )
-    return str(card.to_yaml())
 
 
 def _source(used: SourceUsed) -> str:

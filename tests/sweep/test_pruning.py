@@ -32,7 +32,7 @@ def test_trials_are_pruned_by_the_objective_that_is_measured_on_the_way(tmp_path
 
     def callback():
         job = SweepJob("both", "1", "", (), False, None, Owner.of_this_process(), tmp_path, objectives,
-                       storage=url, study="both", trial_id=study.ask()._trial_id, grace_seconds=60,
+                       storage=url, trial_id=study.ask()._trial_id, grace_seconds=60,
                        prunes=True)  # fmt: skip
         return pruning_callback(job, MEDIAN)
 

@@ -70,7 +70,7 @@ def test_what_a_function_suggests_comes_along():
 
 def test_another_protocol_or_other_objectives_are_refused():
     identity = {"fixed": {**FIXED, "train.metric": "f1"}, "objectives": ["loss"]}
-    with pytest.raises(SettingsError, match=r"of the same protocol, got .old., which had train.metric=f1 "):
+    with pytest.raises(SettingsError, match=r"of the same protocol, got .old.; it had train.metric=f1 "):
         _check_same(plan({}), identity, "old")
     with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
         _check_same(plan({}), identity | {"fixed": FIXED}, "old")
