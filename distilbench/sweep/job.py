@@ -169,6 +169,7 @@ class Lease:
         from omegaconf.errors import OmegaConfBaseException
 
         from distilbench.sweep.storage import UNANSWERED, storage_of
+        from distilbench.tracking.retries import reason_of
 
         try:
             storage = storage_of(self._job.storage, self._job.grace_seconds)
@@ -180,7 +181,7 @@ class Lease:
         except (*UNANSWERED, OmegaConfBaseException) as error:
             if not self._is_silent:
                 log.warning("the study of trial %s does not answer here (%s): its heart can't beat",
-                            self._job.trial, " ".join(str(error).split())[:200])  # fmt: skip
+                            self._job.trial, reason_of(error))  # fmt: skip
             self._is_silent = True
         return not self.is_lost
 

@@ -21,6 +21,7 @@ from distilbench.settings import AppSettings, DataSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.pruning import check_pruning, judged_by
 from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
+from distilbench.tracking.retries import reason_of
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
@@ -260,6 +261,6 @@ def sampler_of(config: DictConfig | None, trials: int) -> Any:
     try:
         return instantiate(config, _execution_whitelist_=SAMPLERS, **moved)
     except Exception as error:  # whatever a sampler says of its own arguments
-        root: BaseException = error.__cause__ or error
-        said = " ".join(str(root).split())[:200]
-        raise SettingsError(f"hydra.sweeper.sampler must be a sampler of Optuna's with its arguments: {said}") from None
+        raise SettingsError(
+            f"hydra.sweeper.sampler must be a sampler of Optuna's with its arguments: {reason_of(error)}"
+        ) from None

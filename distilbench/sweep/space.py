@@ -26,6 +26,7 @@ from distilbench.composition import baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_beside, name_of
 from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking.retries import reason_of
 
 Params = dict[str, Any]
 """Override key -> value, as Optuna keeps it and as it is written into an override."""
@@ -160,7 +161,7 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
     try:
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     except HydraException as error:
-        raise SettingsError(f"the search space must be in Hydra's sweep syntax: {_first_line(error)}") from None
+        raise SettingsError(f"the search space must be in Hydra's sweep syntax: {reason_of(error)}") from None
     dimensions: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
     last: dict[str, Override] = {}
@@ -206,13 +207,9 @@ def _custom_function(path: str | None) -> Callable[[DictConfig, Any], None] | No
     except Exception as error:
         raise SettingsError(
             f"hydra.sweeper.custom_search_space must be the dotted path of a function (config, trial), got {path!r}: "
-            f"{_first_line(error)}"
+            f"{reason_of(error)}"
         ) from None
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Composer:

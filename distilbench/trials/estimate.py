@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 
 from distilbench.data.tokens import EncodedSplits, random_part
 from distilbench.engines import engine_for
-from distilbench.engines.base import Engine
+from distilbench.engines.base import Engine, TrialObserver
 from distilbench.engines.device import resolve_device
-from distilbench.results import Evaluation, Status, StepRecord
+from distilbench.results import Status
 from distilbench.settings import AppSettings, FreezeSettings, SettingsError, TrialSettings
 from distilbench.trials.prepared import Prepared, prepared_trial
 
@@ -21,22 +23,10 @@ recorded, which it is where many are to come: eight steps told fifteen times too
 """
 
 
-class _StopAtEvaluation:
-    """Ends a probe at its one evaluation, before the report split is looked at."""
-
-    def on_step(self, trial: int, record: StepRecord) -> None:
-        """Do nothing."""
-
-    def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Stop."""
-        return True
-
-    def wants_checkpoint(self) -> bool:
-        """Never."""
-        return False
-
-    def on_checkpoint(self) -> None:
-        """Do nothing."""
+_STOP_AT_EVALUATION = cast(TrialObserver, SimpleNamespace(
+    on_step=lambda *_: None, on_evaluation=lambda *_: True, wants_checkpoint=lambda: False, on_checkpoint=lambda: None
+))  # fmt: skip
+"""Ends a probe at its one evaluation, before the report split is looked at."""
 
 
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
@@ -72,7 +62,7 @@ def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits)
         output = replace(settings.output, dir=directory, save_model=False)
         short = replace(settings, train=train, output=output)
         for _ in range(2):
-            (result,) = engine.train([short], probed, _StopAtEvaluation())
+            (result,) = engine.train([short], probed, _STOP_AT_EVALUATION)
     if result.status is not Status.PRUNED:
         raise SettingsError(f"an estimate needs a trial that can begin, got {result.status}: {result.error}")
     return result.train_seconds * scale
