@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -132,8 +131,6 @@ def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:

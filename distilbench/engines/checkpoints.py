@@ -1,7 +1,7 @@
 """Checkpoints that an interrupted trial continues from: which of them are whole, and whose they are.
 
 A checkpoint is the directory that Hugging Face Trainer writes, made valid by ``seal.json``, which is put there last
-and at once. What a kill leaves behind has no seal, or files of other sizes than the seal says, and is passed over.
+and at once. What a kill leaves behind has no seal, and is passed over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.identity import checkpoint_identity
@@ -61,10 +60,10 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
 
     Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
     """
-    whole = [(seal["progress"]["step"], path, seal) for path in _folders(directory) if (seal := _read_seal(path))]
-    if not whole:
+    sealed = {path: json.loads((path / _SEAL).read_text()) for path in _folders(directory) if (path / _SEAL).is_file()}
+    if not sealed:
         return None
-    _, path, seal = max(whole, key=lambda item: item[0])
+    path, seal = max(sealed.items(), key=lambda item: item[1]["progress"]["step"])
     theirs, ours = seal["identity"], json.loads(json.dumps(identity))
     changed = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if changed:
@@ -79,28 +78,14 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
     """Declare the checkpoint at ``path`` whole, then remove those before it."""
-    files = [file for file in path.iterdir() if file.name != _SEAL]  # which is there where a step is kept twice
-    sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
     done = asdict(replace(progress, history=[])) | {"history": history}
     partial = path / f"{_SEAL}.partial"
-    partial.write_text(json.dumps({"identity": identity, "progress": done, "sizes": sizes}))
+    partial.write_text(json.dumps({"identity": identity, "progress": done}))
     os.replace(partial, path / _SEAL)
     for other in _folders(path.parent):
         if other != path:
             shutil.rmtree(other, ignore_errors=True)
-
-
-def _read_seal(path: Path) -> dict[str, Any] | None:
-    """Return the seal of a whole checkpoint; None, with a log line, for one that a kill cut short."""
-    try:
-        seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
-        if all((path / name).stat().st_size == size for name, size in seal["sizes"].items()):
-            return seal
-    except (OSError, ValueError):  # no seal, or one cut short by a loss of power
-        pass
-    log.info("%s was cut short while it was written: passed over", path)
-    return None
 
 
 def tidy(directory: Path, status: Status) -> None:

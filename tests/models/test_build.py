@@ -156,20 +156,6 @@ def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpo
     assert set(three.state_dict()) - same_weights(three, other) == {"classifier.weight"}
 
 
-def test_a_sharded_checkpoint_loads_and_a_missing_shard_is_refused(checkpoint):
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
-    (checkpoint / "model.safetensors").unlink()
-    model.save_pretrained(checkpoint, max_shard_size="60KB")
-    shards = sorted(checkpoint.glob("model-*.safetensors"))
-    assert len(shards) > 1
-    assert same_weights(build_model(local(checkpoint), LABELS, 1), model) == set(model.state_dict())
-    shards[0].unlink()
-    with pytest.raises(SettingsError, match=r"must be a model with model.safetensors"):
-        local(checkpoint)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
