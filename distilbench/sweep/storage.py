@@ -123,25 +123,33 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
         default = f"sqlite:///{directory / 'study.db'}"
         return Storage(default, default)
     _check_url(url, written or url)
-    # jobs may be read elsewhere, under Ray for one
+    # a job may run elsewhere, under Ray for one
     storage = Storage(*(re.sub("(?<=sqlite:///)(?=[^/:$])", f"{Path.cwd()}/", one) for one in (url, written or url)))
+    with _answering(storage):
+        if not storage.file:
+            sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
+    return storage
+
+
+@contextlib.contextmanager
+def _answering(storage: Storage) -> Iterator[None]:
+    """Raise :class:`SettingsError` where a file is locked, or the storage fails in the block."""
     try:
         if storage.file:
-            _check_file(storage.file)
-        else:
-            sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
+            with contextlib.closing(sqlite3.connect(storage.file, timeout=ANSWER_SECONDS)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        yield
     except ModuleNotFoundError as error:
         package = _DRIVERS.get(str(error.name), error.name)
         raise SettingsError(
-            f"hydra.sweeper.storage must be a database whose driver is installed, got {redact(url)} without "
+            f"hydra.sweeper.storage must be a database whose driver is installed, got {redact(storage.url)} without "
             f"{error.name}; run: pip install '{package}'"
         ) from None
-    except (SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+    except (*UNANSWERED, sqlite3.Error, RuntimeError, ImportError, PermissionError) as error:
         raise SettingsError(
-            f"hydra.sweeper.storage must be a storage that answers, got {redact(url)}: {reason_of(error)}; "
-            "start it, correct the address, or leave it out"
+            f"hydra.sweeper.storage must be a storage that answers and takes a study, got {redact(storage.url)}: "
+            f"{reason_of(error)}; start it, end what holds it, correct the address, or leave it out"
         ) from None
-    return storage
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -169,24 +177,12 @@ def _check_url(url: str, written: str) -> None:
         )
 
 
-def _check_file(file: Path) -> None:
-    with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-
-
 def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: Any, grace_seconds: int) -> optuna.Study:
     """Make the study or load it; raises :class:`SettingsError` where the file is locked or is no study."""
     if storage.file:
         storage.file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if storage.file:
-            _check_file(storage.file)
+    with _answering(storage):
         return optuna.create_study(
             study_name=name, storage=storage_of(storage.url, grace_seconds), pruner=pruner, load_if_exists=True,
             directions=[StudyDirection[direction.upper()] for direction in directions],
         )  # fmt: skip
-    except (SQLAlchemyError, sqlite3.Error, RuntimeError, StorageInternalError) as error:
-        raise SettingsError(
-            f"hydra.sweeper.storage must be a database of Optuna's that can be written, got {redact(storage.url)}: "
-            f"{reason_of(error)}; end what holds it, or name another"
-        ) from None
