@@ -188,19 +188,19 @@ def _along_text(
 
 
 def _curves(report: Report) -> Iterator[Figure]:
-    drawn = [curve for curve in report.curves if len(curve.points) > 1]
+    drawn = [(row, points) for row, points in report.curves if len(points) > 1]
     if not drawn:
         return
     marks = []
-    for i, curve in reversed(list(enumerate(drawn))):
-        kind = "base" if curve.is_baseline else "" if i == 0 else "faint"
-        points = [(step, 100 * value) for step, value in curve.points]
-        marks.append(Mark("line", points, kind, curve.label))
-        marks += [Mark("point", [point], kind, curve.label) for point in points]
-    best = next((curve.label for curve in drawn if not curve.is_baseline), "")
+    for i, (row, points) in reversed(list(enumerate(drawn))):
+        kind = "base" if row.is_baseline else "" if i == 0 else "faint"
+        shown = [(step, 100 * value) for step, value in points]
+        marks.append(Mark("line", shown, kind, row.name))
+        marks += [Mark("point", [point], kind, row.name) for point in shown]
+    best = next((row.name for row, _ in drawn if not row.is_baseline), "")
     caption = f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best. "
     caption += f"Solid: {best}. " if best else ""
-    caption += "Dashed: the baseline." if any(curve.is_baseline for curve in drawn) else ""
+    caption += "Dashed: the baseline." if any(row.is_baseline for row, _ in drawn) else ""
     yield Figure("", Chart("Learning curves", marks, "step", is_whole=True), caption)
 
 

@@ -21,22 +21,14 @@ LEAST_SAVING = 5.0
 
 
 @dataclass(frozen=True)
-class Curve:
-    """How one trial learned: ``(step, accuracy)`` at each evaluation on the selection split."""
-
-    label: str
-    points: tuple[tuple[int, float], ...]
-    is_baseline: bool = False
-
-
-@dataclass(frozen=True)
 class Report:
     """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
 
     ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
     the most frequent label alone, where predictions tell it; ``url`` opens the table of runs, once ``ui_command`` was
-    typed (None where a server is there); ``slices`` are the best rows on parts of the examples. ``usual`` is the
-    treatment of a plain command line, ``sources`` the overrides that choose model and text as here. ``confirmation``
+    typed (None where a server is there); ``slices`` are the best rows on parts of the examples, ``curves`` the best
+    rows with ``(step, accuracy)`` of a trial at each evaluation on the selection split. ``usual`` is the treatment of
+    a plain command line, ``sources`` the overrides that choose model and text as here. ``confirmation``
     are the rows of the sweep that were trained ``again``.
     """
 
@@ -46,7 +38,7 @@ class Report:
     sample: StoredTrial
     margin: float
     notes: tuple[str, ...] = ()
-    curves: tuple[Curve, ...] = ()
+    curves: tuple[tuple[Row, Sequence[tuple[int, float]]], ...] = ()
     confirmation: tuple[Row, ...] = ()
     url: str = ""
     ui_command: str | None = None

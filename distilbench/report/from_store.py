@@ -17,7 +17,7 @@ from distilbench.cli import command, counted, override
 from distilbench.identity import short_hash, value_of, without_defaults
 from distilbench.report import tables
 from distilbench.report.comparison import judge
-from distilbench.report.findings import Curve, Report, by_score
+from distilbench.report.findings import Report, by_score
 from distilbench.report.names import source_overrides
 from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.page import page
@@ -220,16 +220,13 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
     return [f"The split {sample.report_split} picked epochs and winners, and reports."]
 
 
-def _curves(store: MlflowStore, report: Report) -> tuple[Curve, ...]:
+def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[int, float]]], ...]:
     """Learning curves of the first seed of the best settings and of the baseline."""
     sample = report.sample
     part = "validation" if sample.selection_split == sample.report_split else "selection"
     base = [report.baseline] if report.baseline and report.baseline.trials else []
     drawn = [*report.candidates[:CURVES], *base]
-    return tuple(
-        Curve(row.name, tuple(store.history(row.trials[0].run_id, f"{part}/accuracy")), row.is_baseline)
-        for row in drawn
-    )
+    return tuple((row, store.history(row.trials[0].run_id, f"{part}/accuracy")) for row in drawn)
 
 
 def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Row, ...]:

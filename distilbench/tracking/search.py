@@ -88,41 +88,36 @@ def trial_of(run: Run, url: str) -> StoredTrial:
 
     Raises :class:`SettingsError` for a run of another program, or of a version that wrote other tags.
     """
-    run_id, tags = run.info.run_id, run.data.tags
+    run_id, tags, metrics = run.info.run_id, run.data.tags, run.data.metrics
     if MARK not in tags:
         raise SettingsError(f"run must be a distilbench trial, got {run_id!r}, which is not; name another one")
     try:
-        return _trial_of(run, url)
+        same: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
+        same |= {name: metrics.get(name, math.nan) for name in _FIGURES}
+        return StoredTrial(
+            run_id=run_id,
+            name=run.info.run_name or "",
+            protocol_id=tags["distilbench.protocol"],
+            treatment=dict(json.loads(tags[MARK])),
+            seed=int(tags["distilbench.seed"]),
+            status=Status(tags["distilbench.status"]),
+            trainable_parameters=int(metrics.get("trainable_parameters", 0)),
+            alone=tags["distilbench.alone"] == "true",
+            role=tags.get("distilbench.role", ""),
+            score=metrics.get(f"selection_{same['metric']}", metrics.get(same["metric"], math.nan)),
+            error=tags.get("distilbench.error", ""),
+            started_ms=run.info.start_time or 0,
+            url=url,
+            peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
+            sweep=tags.get(SWEEP, ""),
+            number=tags.get("distilbench.trial", ""),
+            is_compared="difference_points" in metrics,
+            train_examples=int(tags.get("distilbench.train_examples", 0)),
+            **same,
+        )
     except (KeyError, ValueError) as error:
         version = tags.get("distilbench.version.distilbench", "unknown")
         raise SettingsError(
             f"run must be written by a version of distilbench that this one reads, got {run_id!r} of version "
             f"{version} ({type(error).__name__}: {error}); train it again, or leave it out with runs=[...]"
         ) from None
-
-
-def _trial_of(run: Run, url: str) -> StoredTrial:
-    tags, metrics = run.data.tags, run.data.metrics
-    same: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
-    same |= {name: metrics.get(name, math.nan) for name in _FIGURES}
-    return StoredTrial(
-        run_id=run.info.run_id,
-        name=run.info.run_name or "",
-        protocol_id=tags["distilbench.protocol"],
-        treatment=dict(json.loads(tags[MARK])),
-        seed=int(tags["distilbench.seed"]),
-        status=Status(tags["distilbench.status"]),
-        trainable_parameters=int(metrics.get("trainable_parameters", 0)),
-        alone=tags["distilbench.alone"] == "true",
-        role=tags.get("distilbench.role", ""),
-        score=metrics.get(f"selection_{same['metric']}", metrics.get(same["metric"], math.nan)),
-        error=tags.get("distilbench.error", ""),
-        started_ms=run.info.start_time or 0,
-        url=url,
-        peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
-        sweep=tags.get(SWEEP, ""),
-        number=tags.get("distilbench.trial", ""),
-        is_compared="difference_points" in metrics,
-        train_examples=int(tags.get("distilbench.train_examples", 0)),
-        **same,
-    )

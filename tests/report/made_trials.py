@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.comparison import judge
-from distilbench.report.findings import Curve, Report
+from distilbench.report.findings import Report
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import Predictions, Status, StoredTrial
 
@@ -101,9 +101,5 @@ def report_of(
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
     rows, floor = judge(rows, baseline, predictions_of, margin, shown, is_picked_here and len(rows) > 2)
-    curves = tuple(
-        Curve(row.label, tuple((step, row.accuracy - 0.03 / step) for step in (1, 2, 3)), row.is_baseline)
-        for row in rows[:8]
-        if row.trials
-    )
+    curves = tuple((row, [(step, row.accuracy - 0.03 / step) for step in (1, 2, 3)]) for row in rows[:8] if row.trials)
     return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, floor=floor, **changes)

@@ -151,7 +151,7 @@ def test_pruned_trials_are_drawn_where_they_stopped():
 
 def test_learning_curves_of_single_evaluations_are_not_drawn():
     report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
-    single = replace(report, curves=tuple(replace(curve, points=curve.points[:1]) for curve in report.curves))
+    single = replace(report, curves=tuple((row, points[:1]) for row, points in report.curves))
     assert "Learning curves" in page(report)
     assert "Learning curves" not in page(single)
 
