@@ -209,7 +209,8 @@ class MlflowStore:
 
     def describe(self) -> str:
         """One line: where the runs are and how to see them."""
-        return f"experiment {self._experiment} in {self._address.describe()}"
+        place = self._address.file or redact(self._address.uri)
+        return f"experiment {self._experiment} in {place}" + (f" ({self.ui_command})" if self.ui_command else "")
 
     def holds(self, run_id: str) -> bool:
         """Return whether there is such a run, and it was not deleted."""

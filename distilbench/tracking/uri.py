@@ -37,11 +37,6 @@ class StoreAddress:
         refusal = f"{self.setting} must be a store that answers, got {redact(self.uri)}"
         return as_settings_error(refusal, f"{mend}, or go without: tracking=none")
 
-    def describe(self) -> str:
-        """Return the address, and the command that shows it."""
-        shown = self.file or redact(self.uri)
-        return f"{shown} ({self.ui_command})" if self.ui_command else str(shown)
-
     def runs_url(self, experiment_id: str, view: str | None = None) -> str:
         """Link to the runs of an experiment, as a shared view shows them or best first.
 
