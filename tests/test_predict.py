@@ -20,7 +20,7 @@ from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
 from distilbench.sweep.reporting import _log_answer
 from distilbench.tracking import SWEEP
-from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.run import read_predictions
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
 from tests.commands import Workspace

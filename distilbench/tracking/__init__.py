@@ -6,11 +6,10 @@ where a split of its own picks epochs) per evaluation, and without a prefix what
 ``accuracy``, ``loss``, ``f1`` and ``mcc`` are the kept epoch's on the report split.
 """
 
-from distilbench.tracking.artifacts import write_predictions
 from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics
+from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics, write_predictions
 from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, RunFilter, SweepRun
 from distilbench.tracking.start import RunStart, params_of
 from distilbench.tracking.store import MlflowStore

@@ -15,12 +15,11 @@ from distilbench.cli import counted
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.tracking import undelivered
-from distilbench.tracking.artifacts import read_predictions
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
-from distilbench.tracking.run import MlflowRun, ParentRun
+from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
 from distilbench.tracking.search import CONFIRMS, MARGIN, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, points

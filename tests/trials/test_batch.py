@@ -7,7 +7,7 @@ import numpy as np
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import PREDICTIONS
 from distilbench.tracking import RunFilter
-from distilbench.tracking.artifacts import read_predictions
+from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
