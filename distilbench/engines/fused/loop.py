@@ -292,9 +292,8 @@ class TrialGroup:
     def _differentiate_part(self, stack: Stack, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
         """Add the gradient of a part of each order's batch to those before, and return its share of the mean loss."""
         size = len(examples[0])
-        batch = stack_batches(
-            [pack(self.context.splits.train, chosen[part]) for chosen in examples], self.context.device
-        )
+        packs = [pack(self.context.splits.train, chosen[part]) for chosen in examples]
+        batch = stack_batches(packs, self.context.device, self.context.compute_dtype)
         stage = f"step+{part.start}" if part.start else "step"
         dropout = dropout_masks_for(stack.orders, stage, self.step, self.context.device)
         number = None if self._takes_whole_batch() else part.start
@@ -363,7 +362,7 @@ class TrialGroup:
         size = min(self.members[0].eval_batch, self.eval_share)
         if (id(split), size) not in self.eval_batches:
             self.eval_batches[id(split), size] = [
-                (examples, stack_batches([pack(split, examples)], self.context.device))
+                (examples, stack_batches([pack(split, examples)], self.context.device, self.context.compute_dtype))
                 for examples in batches_by_length(split, size)
             ]
         for examples, batch in self.eval_batches[id(split), size]:

@@ -21,8 +21,8 @@ FILLER = -1
 """The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
 
 PAD_MULTIPLE = 16
-"""Tokens of a batch and columns of a bin are filled up to a multiple of so many, or more where there are many: a CPU's
-library compiles its products anew for every new shape, and keeps a thousand of them.
+"""Tokens of a batch and columns of a bin are filled up to a multiple of so many, or more where there are many: oneDNN,
+which takes a CPU's products in bf16, compiles them anew for every new shape, and keeps a thousand of them.
 """
 
 APART = -1e30
@@ -93,20 +93,20 @@ class _Move(torch.autograd.Function):
     """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up.
 
     ``index`` (written,) names the row that is read for each row written; ``inverse`` (read,) names, for each row read,
-    where it went. ``unread`` (read, 1) is true of filler, whose gradient is zero.
+    where it went. Where what is read are the rows of ``trials``, ``empty`` marks filler, whose gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx, rows, index, inverse, unread):  # type: ignore[no-untyped-def]
-        ctx.inverse, ctx.unread = inverse, unread
+    def forward(ctx, rows, index, inverse, trials, empty):  # type: ignore[no-untyped-def]
+        ctx.inverse, ctx.trials, ctx.empty = inverse, trials, empty
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         back = gradient.index_select(0, ctx.inverse)
-        if ctx.unread is not None:  # the inverse of these is some slot of their own trial
-            back.masked_fill_(ctx.unread, 0.0)
-        return back, None, None, None
+        if ctx.empty is not None:  # the inverse of these is some slot of their own trial
+            back.view(ctx.trials, ctx.empty.shape[1], -1).masked_fill_(ctx.empty[:, :, None], 0.0)
+        return back, None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +126,10 @@ class Placement:
 
     def to_slots(self, rows: torch.Tensor, pieces: int, heads: int) -> torch.Tensor:
         """Move ``(trials, rows, pieces * heads * size)`` to ``(pieces, trials, bins, heads, columns, size)``."""
-        trials, count, width = rows.shape
+        trials, _, width = rows.shape
         sources, targets = self._between(trials, pieces, heads)
-        unread = None
-        if self.empty is not None:
-            unread = self.empty[:, :, None].expand(trials, count, pieces * heads).reshape(-1, 1)
-        moved: torch.Tensor = _Move.apply(rows.view(-1, width // (pieces * heads)), sources, targets, unread)
+        vectors = rows.view(-1, width // (pieces * heads))
+        moved: torch.Tensor = _Move.apply(vectors, sources, targets, trials, self.empty)
         _, bins, columns = self.row.shape
         return moved.view(pieces, trials, bins, heads, columns, -1)
 
@@ -142,7 +140,7 @@ class Placement:
         """
         trials, _, heads, _, size = slots.shape
         sources, targets = self._between(trials, 1, heads)
-        moved: torch.Tensor = _Move.apply(slots.reshape(-1, size), targets, sources, None)
+        moved: torch.Tensor = _Move.apply(slots.reshape(-1, size), targets, sources, trials, None)
         return moved.view(trials, self.slot.shape[1], heads * size)
 
     def _between(self, trials: int, pieces: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,8 +205,11 @@ def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
 
 
-def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
-    """Stack the batches of several orders; they hold the same number of sentences each."""
+def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Batch:
+    """Stack the batches of several orders; they hold the same number of sentences each.
+
+    Products are in ``dtype``: a CPU's library takes any number of rows as they are, but in bf16.
+    """
 
     def stacked(arrays: Sequence[np.ndarray], size: int) -> torch.Tensor:
         filled_up = np.zeros((len(arrays), size), dtype=np.int64)
@@ -216,7 +217,9 @@ def stack_batches(packs: Sequence[Packed], device: torch.device) -> Batch:
             row[: len(array)] = array
         return torch.from_numpy(filled_up).to(device)
 
-    tokens = round_up(max(len(p.ids) for p in packs), PAD_MULTIPLE)
+    tokens = max(len(p.ids) for p in packs)
+    if device.type != "cpu" or dtype == torch.bfloat16:
+        tokens = round_up(tokens, PAD_MULTIPLE)
     bins = round_up(max(p.bins for p in packs), 1)
     sentences = len(packs[0].first)
     return Batch(

@@ -125,7 +125,7 @@ class Prefix:
         """Return the hidden states of each of ``examples``, ``(rows, width)``, of [CLS] where all layers are frozen."""
         device = self._empty.device
         packed = pack(split, examples, share=device.type == "cpu")  # the search for bins takes the host too long
-        batch = stack_batches([packed], device)
+        batch = stack_batches([packed], device, weights.compute_dtype)
         if device.type != "cpu":
             lengths = torch.from_numpy(np.diff(split.offsets)[examples])[None]
             batch = replace(batch, lengths=lengths.to(device))  # attention's kernel then reads the rows as they are
