@@ -201,27 +201,24 @@ class DataSettings(Checked, group="data"):
     """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
 
     def _check(self) -> None:
-        if self.source == "hub":
-            require(bool(self.hub_name), "data.hub_name", "the id of a data set on the hub", self.hub_name)
-        if self.source == "files":
-            self._check_files()
+        source, files = self.source, {"train": self.train, "validation": self.validation}
+        is_named = source != "hub" or bool(self.hub_name)
+        require(is_named, "data.hub_name", "the id of a data set on the hub", self.hub_name)
+        if source == "files":
+            for name in ("train", "text_column", "label_column"):
+                value = getattr(self, name)
+                require(bool(value), f"data.{name}", "given with data=files", value, f"add data.{name}=...")
+            for name, file in files.items():
+                require(file is None or Path(file).is_file(), f"data.{name}",
+                        "an existing CSV, TSV, JSON, JSONL or Parquet file", file, "check the path")  # fmt: skip
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name is not None]
         require(len(set(columns)) == len(columns), "data.text_column, data.pair_column and data.label_column",
                 "columns of their own", ", ".join(columns))  # fmt: skip
         for name in ("pair_column", "slice_column"):
-            require(self.source in ("hub", "files") or getattr(self, name) is None, f"data.{name}",
-                    f"null with data.source={self.source}, which has no such column", getattr(self, name))  # fmt: skip
+            value, has_columns = getattr(self, name), source in ("hub", "files")
+            require(has_columns or value is None, f"data.{name}", f"null with data.source={source}", value)
         require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
                 "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
-
-    def _check_files(self) -> None:
-        require(self.train is not None, "data.train", "a file", self.train, "give data.train=path/to/train.csv")
-        for name in ("train", "validation"):
-            value = getattr(self, name)
-            require(value is None or Path(value).is_file(), f"data.{name}",
-                    "an existing CSV, TSV, JSON, JSONL or Parquet file", value, "check the path")  # fmt: skip
-        for name in ("text_column", "label_column"):
-            require(bool(getattr(self, name)), f"data.{name}", "the name of a column", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -288,13 +285,10 @@ class AdapterSettings(Checked, group="adapter"):
     always is, for peft."""
 
     def _check(self) -> None:
+        is_lora = self.name == "lora"
         for name in ("rank", "alpha", "dropout"):
-            value = getattr(self, name)
-            if self.name == "lora":
-                require(value is not None, f"adapter.{name}", "a number with adapter.name=lora", value)
-            else:
-                require(value is None, f"adapter.{name}", f"null with adapter.name={self.name}", value,
-                        "use adapter=lora")  # fmt: skip
+            value, allowed = getattr(self, name), f"{'a number' if is_lora else 'null'} with adapter.name={self.name}"
+            require((value is not None) == is_lora, f"adapter.{name}", allowed, value)
 
 
 @dataclass(frozen=True)

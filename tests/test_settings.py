@@ -244,15 +244,15 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("model", {"source": "random"}, "model.layers must be 1 or more for a random model, got None"),
         ("model", {"source": "random", "layers": 0}, "model.layers must be 1 or more for a random model, got 0"),
         ("data", {"hub_name": None}, "data.hub_name must be the id of a data set on the hub, got None"),
-        ("data", {"source": "files", "train": None}, "data.train must be a file, got None; give data.train=path/to/"),
+        ("data", {"source": "files", "train": None}, "data.train must be given with data=files, got None; add data"),
         ("data", {"source": "files", "train": "/no.csv"}, "data.train must be an existing CSV, TSV, JSON, JSONL or "
          "Parquet file, got '/no.csv'; check the path"),
         ("data", {"source": "files", "train": __file__, "validation": "/no.csv"}, "data.validation must be an existing "
          "CSV, TSV, JSON, JSONL or Parquet file, got '/no.csv'; check the path"),
         ("data", {"source": "files", "train": __file__, "validation": None, "text_column": None}, "data.text_column "
-         "must be the name of a column, got None"),
+         "must be given with data=files, got None; add data.text_column=..."),
         ("data", {"source": "files", "train": __file__, "validation": None, "label_column": ""}, "data.label_column "
-         "must be the name of a column, got ''"),
+         "must be given with data=files, got ''; add data.label_column=..."),
         ("data", {"selection_fraction": 0.1, "report_fraction": 0.2}, "data.selection_fraction must be 0 with "
          "data.report_fraction, where validation picks, got 0.1"),
         ("data", {"label_names": ["a", "b", "a"]}, "data.label_names must be 2 or more distinct names, got "
@@ -267,9 +267,9 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("freeze", {"policy": "gradual", "layers": 1}, "freeze.layers must be 0 with freeze.policy=gradual, which says "
          "what is frozen, got 1"),
         ("freeze", {"policy": "scheduled"}, "freeze.layers must be 1 or more with freeze.policy=scheduled, got 0"),
-        ("adapter", {"rank": 4}, "adapter.rank must be null with adapter.name=none, got 4; use adapter=lora"),
-        ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, got 0.0; use "
-         "adapter=lora"),
+        ("adapter", {"rank": 4}, "adapter.rank must be null with adapter.name=none, got 4"),
+        ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, "
+         "got 0.0"),
         ("adapter", {"name": "lora", "rank": 1, "alpha": 1.0}, "adapter.dropout must be a number with "
          "adapter.name=lora, got None"),
         ("scheduler", {"warmup_steps": 3, "warmup_ratio": 0.1}, "scheduler.warmup_ratio must be 0 when "
@@ -310,7 +310,7 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("data", {"pair_column": "label"}, "data.text_column, data.pair_column and data.label_column must be columns "
          "of their own, got 'sentence, label, label'"),
         ("data", {"source": "tweets", "slice_column": "day"}, "data.slice_column must be null with data.source=tweets, "
-         "which has no such column, got 'day'"),
+         "got 'day'"),
         ("tracking", {"register": "a"}, "tracking.register must be null with tracking.log_model=never, got 'a'; add "
          "tracking.log_model=best"),
         ("tracking", {"name": "none", "log_model": "best"}, "tracking.log_model must be never with tracking=none, got "
@@ -489,7 +489,7 @@ def test_a_value_out_of_range_on_the_command_line_is_one_line(override, line):
     [
         (["scheduler.warmup_steps=5", "scheduler.warmup_ratio=0.1"], "set one of the two"),
         (["scheduler=constant", "scheduler.warmup_ratio=0.1"], "use scheduler=constant_with_warmup"),
-        (["data=files"], "give data.train="),
+        (["data=files"], "add data.train="),
         (["data=files", "data.train=no/such.csv"], "check the path"),
         (["model=local"], "add model.checkpoint=..."),
         (["model=local", "model.checkpoint=no/such/folder"], "give the folder"),

@@ -108,8 +108,6 @@ def hub_builder(settings: DataSettings) -> Any:
     address = f"hf://datasets/{settings.hub_name}"  # which keeps a local folder of that name from being taken for it
     try:
         builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
-        if builder.repo_id is None:  # such as csv: names that the library keeps for its own readers
-            raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
         builder.download_and_prepare()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         if not reachable and isinstance(error, (ConnectionError, FileNotFoundError, ValueError)):
@@ -129,7 +127,7 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
     Several splits, see :func:`open_split`, are slices if no others are asked for.
     """
     given, columns = str(getattr(settings, role)), _columns(settings)
-    title = split_title(settings, given)
+    title = f"data.{role}={given} of {hub_title(settings)}"
     rows = _collect(open_split(splits, f"data.{role}", given, settings, columns).rows, title, columns)
     parts = given.split("+")
     if len(parts) > 1 and "slice" not in rows:
@@ -150,11 +148,6 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
     return rows, names
 
 
-def split_title(settings: DataSettings, given: str) -> str:
-    """Return what a person calls a split, or several, of the hub's data set."""
-    return f"data.hub_name={hub_title(settings)} split {given}"
-
-
 def open_split(splits: Any, setting: str, given: str, settings: DataSettings, columns: Columns) -> OpenRows:
     """Return the rows of a split, or of ``one+another``, as the library itself writes several that follow each other.
 
@@ -164,7 +157,7 @@ def open_split(splits: Any, setting: str, given: str, settings: DataSettings, co
 
     for part in given.split("+"):
         require(part in splits, setting, f"a split of {hub_title(settings)} ({', '.join(splits)})", part)
-    title = split_title(settings, given)
+    title = f"{setting}={given} of {hub_title(settings)}"
     joined = datasets.concatenate_datasets([splits[part] for part in given.split("+")])
     check_columns(joined.column_names, columns, title)
     chosen = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
@@ -197,33 +190,23 @@ def _read_tweets(settings: DataSettings) -> Corpus:
 def _read_synthetic(settings: DataSettings) -> Corpus:
     """4,096 and 1,024 generated sentences of 3 to 20 words, of which one to three give the label away.
 
-    Letters tell the words apart too, so that a vocabulary of characters will do.
+    Letters tell the words apart too, so that a vocabulary of characters will do: aaa, bbb ... ttt, aaaa and so on.
     """
-    names = tuple(settings.label_names or ("negative", "positive"))
-    sizes = {"train": 4096, "validation": 1024}
-    train, validation = (_generated(role, size, names) for role, size in sizes.items())
-    return Corpus(train, validation, names, "synthetic sentences")
-
-
-def _generated(role: str, size: int, names: tuple[str, ...]) -> DataFrame:
-    draw = random.Random(role)
-    labels = [i % len(names) for i in range(size)]
-    draw.shuffle(labels)
-    texts = []
-    for label in labels:
-        signals = [_signal(label)] * draw.randint(1, 3)
-        words = signals + draw.choices(("xx", "yz", "wyx", "zwwy"), k=draw.randint(2, 17))
-        draw.shuffle(words)
-        texts.append(" ".join(words))
     from pandas import DataFrame
 
-    return DataFrame({"text": texts, "label": [names[label] for label in labels]})
-
-
-def _signal(label: int) -> str:
-    """Return the word of a label: aaa, bbb ... ttt, then aaabbb and so on."""
-    high, low = divmod(label, 20)
-    return (_signal(high - 1) if high else "") + "abcdefghijklmnopqrst"[low] * 3
+    names, splits = tuple(settings.label_names or ("negative", "positive")), []
+    for role, size in (("train", 4096), ("validation", 1024)):
+        draw, labels, texts = random.Random(role), [i % len(names) for i in range(size)], []
+        draw.shuffle(labels)
+        for label in labels:
+            signal = "abcdefghijklmnopqrst"[label % 20] * (3 + label // 20)
+            words = [signal] * draw.randint(1, 3)
+            words += draw.choices(("xx", "yz", "wyx", "zwwy"), k=draw.randint(2, 17))
+            draw.shuffle(words)
+            texts.append(" ".join(words))
+        splits.append(DataFrame({"text": texts, "label": [names[label] for label in labels]}))
+    train, validation = splits
+    return Corpus(train, validation, names, "synthetic sentences")
 
 
 _SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {

@@ -122,7 +122,10 @@ def test_a_task_picks_by_the_metric_that_it_is_known_by_unless_told_otherwise(na
 
 def test_the_labels_that_glue_keeps_back_are_no_class(glue):
     message = refusal(task("rte", "data.validation=test").data)
-    assert "split test must hold labelled sentences, got 4 without a label and 0 blank" in message
+    assert (
+        "data.validation=test of nyu-mll/glue/rte must hold labelled sentences, got 4 without a label and 0 blank"
+        in message
+    )
     assert "test splits keep their labels back: set data.validation=..." in message
 
 

@@ -335,7 +335,10 @@ def test_hub_rows_without_label_or_sentence_are_dropped_and_counted(hub):
 def test_a_hub_split_without_any_label_is_refused(hub):
     hub([("good", 1), ("bad", 0)], [("a", -1), ("b", -1)])
     message = refusal(HUB)
-    assert "split validation must hold labelled sentences, got 2 without a label and 0 blank" in message
+    assert (
+        "data.validation=validation of someone/reviews must hold labelled sentences, got 2 without a label and 0 blank"
+        in message
+    )
     assert "data.validation=..." in message
 
 
@@ -394,8 +397,3 @@ def test_a_hub_that_has_no_such_data_set_is_an_error_and_no_fallback(monkeypatch
     failing(monkeypatch, True, DatasetNotFoundError("Dataset 'someone/reviews' doesn't exist on the Hub.\nSee ..."))
     message = refusal(HUB)
     assert "data.hub_name=someone/reviews can't be loaded: Dataset 'someone/reviews' doesn't exist" in message
-
-
-def test_the_name_of_a_file_reader_is_no_data_set(monkeypatch):
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
-    assert "csv is a file format, no data set" in refusal(replace(HUB, hub_name="csv"))
