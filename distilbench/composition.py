@@ -63,11 +63,9 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone.
     """
     groups = [f"{group}={choices[group]}" for group in ("model", "data", "engine", "tracking")]
-    default = dict(_leaves(compose("config", [])))
-    chosen = dict(_leaves(compose("config", groups)))
-    by_group = [g for g in groups if dict(_leaves(compose("config", [g]))) != default]
-    by_value = [override(key, value) for key, value in _leaves(config) if chosen[key] != value]
-    return command("train", by_group + by_value)
+    default = dict(_leaves(compose("config")))
+    by_group = [group for group in groups if dict(_leaves(compose("config", [group]))) != default]
+    return command("train", by_group + overrides_between(compose("config", groups), config))
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:

@@ -10,10 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
-"""What ends a process: with the last two, or SIGTERM, Slurm, submitit and spot machines announce that time is up."""
+from distilbench.cli import STATUS
 
 _PATIENCE = 2
 """How often Ctrl-C may be pressed while a trial is closed: a minute, where a server has stopped answering."""
@@ -44,7 +41,7 @@ class SignalGuard:
 
     def __enter__(self) -> SignalGuard:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STATUS:  # by USR1, USR2 or TERM Slurm, submitit and spot machines say that time is up
                 handler = signal.getsignal(number)
                 if handler not in (signal.SIG_IGN, None):  # None: not installed from Python, and not to be restored
                     self._handlers[number] = handler
@@ -55,13 +52,13 @@ class SignalGuard:
         self._is_left, self._is_held = True, False  # from here on a handler that is still ours passes signals on
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._deliver()
+        self.deliver()
 
     @contextmanager
     def released(self) -> Iterator[None]:
         """Let signals through in this block; those that waited come first."""
         self._is_held = False
-        self._deliver()
+        self.deliver()
         try:
             yield
         finally:
@@ -94,10 +91,6 @@ class SignalGuard:
         """Have the signals do what they would have done, which as a rule ends the training by an exception."""
         while self._waiting:
             self._handle(self._waiting.pop(0), None)
-
-    def _deliver(self) -> None:
-        while self._waiting:
-            signal.raise_signal(self._waiting.pop(0))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_held:

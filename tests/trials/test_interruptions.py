@@ -11,15 +11,16 @@ import time
 
 import pytest
 
+from distilbench.cli import STATUS
 from distilbench.trials import interruptions
-from distilbench.trials.interruptions import SIGNALS, SignalGuard
+from distilbench.trials.interruptions import SignalGuard
 
 
 class Ended(KeyboardInterrupt):
     """A signal, as the command line makes an exception of it."""
 
 
-@pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
+@pytest.fixture(params=list(STATUS), ids=lambda number: number.name)
 def number(request):
     """A signal whose handler raises."""
 
