@@ -20,15 +20,7 @@ from distilbench.cli import CommandFailed, counted, errors_in_one_line, raise_on
 from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
-from distilbench.settings import (
-    CONF,
-    AppSettings,
-    ConfirmSettings,
-    SettingsError,
-    register_schema,
-    root,
-    settings_from,
-)
+from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsError, register_schema, root, settings_from
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report

@@ -103,15 +103,11 @@ def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool]
     """Numbers of trials to train again: failed ones (one that diverged would again), and those whose runs are gone."""
     sweep = plan.settings.sweep
     again = (Status.FAILED, Status.OUT_OF_MEMORY) if sweep.retry_failed else ()
-
-    def is_lost(run_id: str | None) -> bool:
-        return sweep.retry_lost and holds is not None and run_id is not None and not holds(run_id)
-
-    return [
-        trial.number
-        for trial in study.get_trials(deepcopy=False)
-        if trial.user_attrs.get("status") in again or is_lost(trial.user_attrs.get("run_id"))
-    ]
+    told = {trial.number: trial.user_attrs for trial in study.get_trials(deepcopy=False)}
+    failed = [number for number, one in told.items() if one.get("status") in again]
+    if holds is None or not sweep.retry_lost:
+        return failed
+    return failed + [number for number, one in told.items() if one.get("run_id") and not holds(one["run_id"])]
 
 
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
