@@ -202,9 +202,9 @@ def launch_batch(
     run = partial(run_job, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir")
     unheard = HydraContext(context.config_loader, Callbacks(), context.execution_whitelist)
     described = [run(batches.describe, job, hydra_context=unheard, configure_logging=False) for job in jobs]
-    tasks: dict[int, TaskFunction] = {i: partial(_raise, one._return_value) for i, one in enumerate(described)
-             if one.status is not JobStatus.COMPLETED}  # fmt: skip
-    if ready := [index for index in range(len(jobs)) if index not in tasks]:
+    refused = {i: one._return_value for i, one in enumerate(described) if one.status is not JobStatus.COMPLETED}
+    tasks: dict[int, TaskFunction] = {index: partial(_raise, error) for index, error in refused.items()}
+    if ready := [index for index in range(len(jobs)) if index not in refused]:
         shared = set.intersection(*(set(jobs[index].hydra.job.env_set.items()) for index in ready))
         with env_override({str(name): str(value) for name, value in shared}):  # they train in one process
             tasks |= zip(ready, batches.train([described[index].return_value for index in ready]), strict=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import require_parts
@@ -40,20 +41,14 @@ def sweep_store(settings: TrackingSettings) -> MlflowStore | None:
     return open_store(settings, patiently=True)
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(NamedTuple):
     """A job with all that it needs to start."""
 
     job: Job
     prepared: Prepared
     store: MlflowStore | None
-
-    @property
-    def fusion_key(self) -> Hashable | None:
-        """What jobs must share to be trained at once; None for one that is trained by itself."""
-        if self.prepared.engine.name != "fused":
-            return None
-        return fusion_key(prepared_trial(self.job.settings, self.prepared))
+    fusion_key: Hashable | None
+    """What jobs must share to be trained at once; None for one that is trained by itself."""
 
 
 class BatchRunner:
@@ -114,7 +109,8 @@ class BatchRunner:
         store, prepared = self.store_of(job), self.prepare(job.settings)
         if job.context and job.context.accept:
             job.context.accept(prepared)
-        return _Ready(job, prepared, store)
+        is_fused = prepared.engine.name == "fused"
+        return _Ready(job, prepared, store, fusion_key(prepared_trial(job.settings, prepared)) if is_fused else None)
 
     def _batches(self, ready: Sequence[_Ready]) -> list[list[int]]:
         """Return indices of jobs to train at once, at most ``max_trials``; baselines first, to compare others with."""
