@@ -89,21 +89,15 @@ class MlflowStore:
         best = max(found, key=lambda trial: (trial.seed == seed, trial.started_ms), default=None)
         return best and replace(best, predictions=self.predictions(best.run_id))
 
-    def add_comparison(
-        self, run_id: str, text: str, metrics: Mapping[str, float] | None = None, sentence: str = ""
-    ) -> bool:
-        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so.
-
-        Returns False where the store is gone, so that it is to be tried again.
-        """
+    def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float], sentence: str) -> None:
+        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so."""
 
         def send() -> None:
-            if sentence:
-                undelivered.describe_first(self._client, run_id, sentence)
+            undelivered.describe_first(self._client, run_id, sentence)
             self._client.log_text(run_id, redact(text), "comparison.md")
-            undelivered.log_metrics(self._client, run_id, points(metrics or {}))
+            undelivered.log_metrics(self._client, run_id, points(metrics))
 
-        return self._connection.attempt("the comparison", send)
+        self._connection.attempt("the comparison", send)
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
         """Return the trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.

@@ -386,7 +386,7 @@ def test_no_secret_of_the_environment_reaches_the_store(uri, start, monkeypatch)
     began = start(f"data.hub_name=https://juan:{SECRET}@example.org/d", config_yaml=f"hub_name: {SECRET}")
     run = store.begin(replace(began, name=f"run {SECRET}", tags={"extra": SECRET}))
     run.finish(TrialResult(Status.FAILED, error=f"could not reach https://juan:{SECRET}@example.org"))
-    store.add_comparison(run.run_id, f"made with {SECRET}")
+    store.add_comparison(run.run_id, f"made with {SECRET}", {}, f"made with {SECRET}")
     folder = Path(uri.removeprefix("sqlite:///")).parent
     holding = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert holding == []
