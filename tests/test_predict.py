@@ -195,7 +195,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         (["dir=MODEL", "data.test=in.csv", "output=folder.csv"], r"^output must be a file, not a folder, got"),
         (["dir=MODEL", "data.test=in.csv", "output=in.csv/o.csv"], r"^output must be a file that can be written, got"),
         (["dir=MODEL", "data.test=in.csv", "data.pair_column=text"], r"^data.pair_column must be another column than"),
-        (["dir=MODEL", "data.test=in.csv", "device=mps"], r"^device must be one of auto, cpu.* use device=auto "),
+        (["dir=MODEL", "data.test=in.csv", "device=mps"], r"^device must be one of auto, cpu.* use device=auto$"),
         (["run=0", "data.test=in.csv"], r"^run must be a trial's, with config.yaml, got '0': .*not found; check its"),
         (["dir=.", "data.test=in.csv"], r"^dir must be a model with config.json"),
         (["sweep=nowhere", "data.test=in.csv"], r"^sweep must be one of first"),
