@@ -96,6 +96,11 @@ def open_streams() -> None:
     So a trial whose pipe or terminal is closed trains on; only a signal ends it.
     """
     logging.raiseExceptions = False  # a line of the log that finds no room is no traceback either
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the shell (>&-): the next file to be opened would take its place
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):

@@ -218,6 +218,14 @@ def test_a_command_goes_on_when_its_output_can_not_be_written():
     assert process.returncode == 0
 
 
+def test_streams_that_the_shell_closed_are_not_taken_by_files():
+    script = 'exec "$0" -c "$1" >&- 2>&-'
+    code = ("import os\nfrom distilbench.cli import open_streams\nopen_streams()\n"
+            "found = os.open('/dev/zero', os.O_RDONLY)\nraise SystemExit(found)")  # fmt: skip
+    done = subprocess.run(["sh", "-c", script, sys.executable, code], cwd=ROOT)
+    assert done.returncode >= 3
+
+
 def test_text_that_the_terminal_can_not_show_is_replaced():
     process = start("run_command(lambda: print('grün ✓'))", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
