@@ -12,13 +12,12 @@ from distilbench.report.columns import CSV, markdown_table
 from distilbench.report.comparison import judge
 from distilbench.report.formats import interval, markdown, p_value, points
 from distilbench.report.names import name_of, varying_keys
-from distilbench.report.rows import Row, Untested, row_from
+from distilbench.report.rows import Row, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.words import above_floor, loss_of, size_of, what_decides
+from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
 from distilbench.results import StoredTrial, Verdict
-from distilbench.settings import SettingsError
 
 COLUMNS = (
     replace(CSV["setting"], title=" "),
@@ -41,24 +40,11 @@ class Comparison:
 
 
 def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_here: bool = False) -> Comparison:
-    """Compare two finished trials, with a margin in points; ``picked_here`` as in :func:`judge`.
-
-    Raises :class:`SettingsError` for trials of two protocols, or with predictions of other examples.
-    """
-    if trial.protocol_id != baseline.protocol_id:
-        raise SettingsError(
-            f"trials to compare must be of one protocol, got {trial.protocol_id} ({trial.name}) and "
-            f"{baseline.protocol_id} ({baseline.name}); train a baseline with this trial's model, data and metric"
-        )
+    """Compare two finished trials of one protocol, with a margin in points; ``picked_here`` as in :func:`judge`."""
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
     read = attrgetter("predictions")
     (base, row), floor = judge(rows, 0, read, margin, picked_here=picked_here)
-    if row.untested is Untested.EXAMPLES:
-        raise SettingsError(
-            f"predictions to compare must be of the same examples, got others in {trial.name} than in "
-            f"{baseline.name}; train the baseline again"
-        )
     return Comparison(row, base, floor, margin, rows_by_slice([base, row], read, margin))
 
 
@@ -69,7 +55,7 @@ def sentence(comparison: Comparison) -> str:
         return "This trial is the baseline."
     if found is None:
         size = points(comparison.row.points or 0.0)
-        return f"{size} points against the baseline, not tested: predictions of the examples are missing."
+        return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
     on_these, margin = f"on these {found.examples:,} examples", counted(comparison.margin, "point")
     idle = "".join(
         f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
