@@ -19,8 +19,8 @@ from distilbench.identity import short_hash
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import AppSettings, DataSettings, SettingsError
 from distilbench.sweep.job import directions_of, objectives_of
-from distilbench.sweep.pruning import check_pruning, judged_by
 from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
+from distilbench.sweep.trial import check_pruning, judged_by
 from distilbench.tracking.retries import reason_of
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")

@@ -22,11 +22,10 @@ from distilbench.identity import ADDED, METRIC, SOURCES
 from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
-from distilbench.sweep.pruning import pruner_of
 from distilbench.sweep.space import Point, Space, describe
 from distilbench.sweep.storage import Storage, open_study, storage_at, storage_of
 from distilbench.sweep.study import BESIDE, RESULT, Study
-from distilbench.sweep.trial import PINNED
+from distilbench.sweep.trial import PINNED, pruner_of
 
 log = logging.getLogger(__name__)
 
