@@ -214,7 +214,8 @@ def as_settings_error(error: Exception) -> SettingsError | None:
         return None
     chain = [error, *(e for e in (error.__cause__, error.__context__) if e is not None)]
     for link in chain:
-        if isinstance(link, OSError) and link.filename is not None and _is_about_a_place(link):
+        making = isinstance(link, OSError) and "mkdir" in [f.name for f in traceback.extract_tb(link.__traceback__)]
+        if isinstance(link, OSError) and link.filename is not None and (link.errno in _WRITING or making):
             return SettingsError(
                 f"{link.filename} must be a path that can be used, got {link.strerror}; what is written goes where "
                 "hydra.run.dir (hydra.sweep.dir in a sweep) and tracking.uri say"
@@ -225,11 +226,6 @@ def as_settings_error(error: Exception) -> SettingsError | None:
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return SettingsError(_in_our_words(error, chain))
     return None
-
-
-def _is_about_a_place(error: OSError) -> bool:
-    functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return error.errno in _WRITING or (error.errno == errno.ENOENT and "mkdir" in functions)
 
 
 def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:

@@ -93,10 +93,12 @@ def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def padded_batch(split: EncodedSplit, indices: np.ndarray, pad_token_id: int) -> dict[str, torch.Tensor]:
+def padded_batch(
+    split: EncodedSplit, indices: np.ndarray, pad_token_id: int, with_labels: bool = False
+) -> dict[str, torch.Tensor]:
     """Return rows ``indices`` as ``input_ids`` and ``attention_mask``, (rows, longest of them) int64.
 
-    A split with token types adds ``token_type_ids``, 0 where a row is filled up.
+    A split with token types adds ``token_type_ids``, 0 where a row is filled up; ``with_labels``, ``labels`` (rows,).
     """
     starts, lengths = split.offsets[indices], split.offsets[indices + 1] - split.offsets[indices]
     columns = np.arange(lengths.max())
@@ -106,10 +108,6 @@ def padded_batch(split: EncodedSplit, indices: np.ndarray, pad_token_id: int) ->
     batch = {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(real.astype(np.int64))}
     if split.types is not None:
         batch["token_type_ids"] = torch.from_numpy(np.where(real, split.types[positions], 0).astype(np.int64))
+    if with_labels:
+        batch["labels"] = torch.from_numpy(split.labels[indices])
     return batch
-
-
-def training_batch(examples: list[int], split: EncodedSplit, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Collate the numbers of examples for Trainer: :func:`padded_batch` and ``labels`` (rows,) int64."""
-    indices = np.asarray(examples)
-    return padded_batch(split, indices, pad_token_id) | {"labels": torch.from_numpy(split.labels[indices])}

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from distilbench.data.tokens import EncodedSplit, EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
-from distilbench.engines.batches import batches_by_length, padded_batch, training_batch
+from distilbench.engines.batches import batches_by_length, padded_batch
 from distilbench.engines.device import (
     describe_device,
     gc_frozen,
@@ -149,7 +148,7 @@ class _Run(TrainerCallback):
             model=self.model,
             args=training_arguments(self.settings, self.device, precision, self.trial.folder),
             train_dataset=range(len(splits.train)),
-            data_collator=partial(training_batch, split=splits.train, pad_token_id=splits.pad_token_id),
+            data_collator=lambda rows: padded_batch(splits.train, np.asarray(rows), splits.pad_token_id, True),
             optimizers=(optimizer, schedule),
             compute_loss_func=None if loss.is_plain and train.examples_at_once == train.batch_size else share_of_batch,
             callbacks=[self],
