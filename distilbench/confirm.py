@@ -143,12 +143,14 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
 
 def _train(job: SweepJob, started: Mapping[str, AppSettings]) -> End:
     """Train the trial of one point in this process; returns what it ended with, None for an end of its own."""
+    from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep
     from distilbench.trials.prepared import Job
 
     key, seed = job.overrides[0], int(job.overrides[1].removeprefix("seed="))
     settings, baseline = (replace(one, seed=seed) for one in (started[key], next(iter(started.values()))))
     settings = replace(settings, output=replace(settings.output, dir=str(job.directory)))
+    Lease(job).announce()
     try:
         run_in_sweep(Job(settings, baseline, baseline_command=str), job)
     except Exception as error:  # the trial's boundary

@@ -111,7 +111,6 @@ def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple
     if not sweep_job:
         return [job], None
     lease = Lease(sweep_job)
-    lease.announce()
     if not job.settings.sweep.seeds:
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
     seeds = Seeds(job, sweep_job, lease, runner)
@@ -150,7 +149,10 @@ def _ending() -> Iterator[None]:
 
 
 def _assignment(config: DictConfig) -> Assignment:
-    return Assignment(job_of(config, HydraConfig.get().runtime.choices), SweepJob.from_environment())
+    sweep_job = SweepJob.from_environment()
+    if sweep_job:
+        Lease(sweep_job).announce()  # before the imports, which take seconds
+    return Assignment(job_of(config, HydraConfig.get().runtime.choices), sweep_job)
 
 
 def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:

@@ -34,14 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
-    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why.
-
-    Raises :class:`~distilbench.sweep.job.Orphaned` where the sweep went on without it.
-    """
+    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
     from distilbench.trials.batch import BatchRunner
 
     lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
-    lease.announce()
     with lease.beating():
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:

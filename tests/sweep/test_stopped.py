@@ -38,7 +38,7 @@ from distilbench.settings import register_schema, settings_from
 from distilbench.sweep import job as sweep_job
 from distilbench.sweep import reporting, runner
 from distilbench.sweep.executors import Sequential
-from distilbench.sweep.job import SweepJob
+from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
@@ -211,6 +211,7 @@ def train_in(settings):
 
     def train(jobs: list[SweepJob]):
         (job,) = jobs
+        Lease(job).announce()
         own = replace(settings, output=replace(settings.output, dir=str(job.directory)))
         run_in_sweep(Job(own, settings, str), job)
         return [None]
