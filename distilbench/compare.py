@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from distilbench.cli import counted, errors_in_one_line, run_command
 from distilbench.composition import default_margin, default_treatment
-from distilbench.identity import CHOICES, has_choices_of, short_hash
+from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.results import StoredTrial
 from distilbench.settings import CONF, CompareSettings, SettingsError, register_schema, require, root, settings_from
 
@@ -86,35 +85,23 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
     """Return the trials that fulfil all that was asked for, and treatments' names where experiments were."""
     from distilbench.tracking import SWEEP, RunFilter
 
-    runs = tuple(settings.runs)
-    tags = {SWEEP: settings.sweep} if settings.sweep else {}
+    trials = store.search(RunFilter(tuple(settings.runs), {SWEEP: settings.sweep} if settings.sweep else {}))
     names: dict[str, str] = {}
     if settings.experiments:
         found: dict[str, StoredTrial] = {}
+        plain = default_treatment()
         for name in settings.experiments:
             wanted = default_treatment([f"experiment={name}"])  # of which freezing, schedule and optimizer count
-            alike = store.search(RunFilter(runs, tags, _params(name)))
-            own = [trial for trial in alike if has_choices_of(trial.treatment, wanted)]
+            changed = [key for key, value in wanted.items() if plain[key] != value]
+            own = [trial for trial in trials if has_choices_of(trial.treatment, wanted)
+                   and all(value_of(trial.treatment, key) == wanted[key] for key in changed)]  # fmt: skip
             found |= {trial.run_id: trial for trial in own}
-            names |= {short_hash(trial.treatment): name for trial in own if short_hash(trial.treatment) not in names}
+            names = {short_hash(trial.treatment): name for trial in own} | names
         trials = list(found.values())
-    else:
-        trials = store.search(RunFilter(runs, tags))
     if settings.protocol:
         trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     _refuse_nothing(store, settings, trials)
     return trials, names
-
-
-def _params(experiment: str) -> dict[str, str]:
-    """Return what an experiment changes outside the groups that it sets as a whole, as runs' parameters have it."""
-    from distilbench.tracking import params_of
-
-    plain, changed = (
-        params_of(settings_from(compose("config", [*overrides, "output.dir=."])).trial)
-        for overrides in ([], [f"experiment={experiment}"])
-    )
-    return {k: v for k, v in changed.items() if plain.get(k) != v and not k.startswith(CHOICES)}
 
 
 def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:

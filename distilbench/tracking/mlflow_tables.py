@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 def search_database(uri: str, experiment_id: str, wanted: RunFilter) -> list[Run]:
     """Return the runs that are not deleted, oldest first, with our tags, their parent and their latest metrics."""
     from mlflow.entities import Metric, Run, RunData, RunInfo, RunTag
-    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag
+    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlRun, SqlTag
     from sqlalchemy import create_engine, select
 
     kept = [SqlRun.experiment_id == int(experiment_id), SqlRun.lifecycle_stage == "active"]
     if wanted.run_ids:
         kept.append(SqlRun.run_uuid.in_(wanted.run_ids))
-    for table, pairs in ((SqlTag, wanted.tags), (SqlParam, wanted.params)):
-        for key, value in pairs.items():
-            kept.append(SqlRun.run_uuid.in_(select(table.run_uuid).where(table.key == key, table.value == value)))
+    for key, value in wanted.tags.items():
+        kept.append(SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)))
     columns: Any = SqlRun.__table__
     ids: Any = select(SqlRun.run_uuid).where(*kept)
     ours: Any = SqlTag.key.startswith("distilbench.") | (SqlTag.key == "mlflow.parentRunId")

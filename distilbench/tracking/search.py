@@ -37,11 +37,10 @@ _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seco
 
 @dataclass(frozen=True)
 class RunFilter:
-    """Which runs are meant: all conditions hold. ``run_ids`` names them; ``tags`` and ``params`` are exact values."""
+    """Which runs are meant: all conditions hold. ``run_ids`` names them; ``tags`` are exact values."""
 
     run_ids: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
-    params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,7 @@ def search_runs(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> 
 
     Values that hold a quote of either kind can't be asked for.
     """
-    conditions = [
-        f"{kind}.`{key}` = {_quoted(value)}"
-        for kind, pairs in (("tags", wanted.tags), ("params", wanted.params))
-        for key, value in pairs.items()
-    ]
+    conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in wanted.tags.items()]
     if wanted.run_ids:
         conditions.append(f"attributes.run_id IN ({', '.join(map(_quoted, wanted.run_ids))})")
     found: list[Run] = []
