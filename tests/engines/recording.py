@@ -151,6 +151,7 @@ class FakeGraphs:
     graphs: dict[Hashable, Recording] = field(default_factory=dict)
     replays: int = 0
     direct: int = 0
+    used: set[Hashable] = field(default_factory=set)
 
     def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
         rehearsal()
@@ -165,6 +166,7 @@ class FakeGraphs:
         if key in self.graphs:
             self.graphs[key].replay()
             self.replays += 1
+            self.used.add(key)
         else:
             step()
             self.direct += 1

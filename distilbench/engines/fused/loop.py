@@ -276,7 +276,7 @@ class TrialGroup:
                 stack.weights, stack.optimizer, stack.prefix, bucketed_batches, lrs, self.losses, self.norms,
                 self.context.loss, self.deterministic_layers, runner_for(device),
             )  # fmt: skip
-        seconds = self.graph_steps.take(self.step)
+        seconds = self.graph_steps.take(self.step, self.context.trained_until(self.step))
         self.stopwatch.leave_out(seconds)
         for member in self.members:
             member.trial.setup_seconds += seconds

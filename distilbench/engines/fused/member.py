@@ -55,6 +55,10 @@ class GroupContext:
         """Return the lowest level that step ``step`` trains."""
         return self.frozen_levels[max(start for start in self.frozen_levels if start <= step)]
 
+    def trained_until(self, step: int) -> int:
+        """Return the first step after ``step`` that trains other levels, or one past the last."""
+        return min((start for start in self.frozen_levels if start > step), default=self.schedule.steps)
+
     @cached_property
     def first_steps(self) -> list[int]:
         """The first step that trains each level; empty where that is one step for all."""

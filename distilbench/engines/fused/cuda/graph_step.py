@@ -21,6 +21,7 @@ import torch
 
 from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, BucketedBatches, batch_of
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
+from distilbench.engines.fused.cuda.side_stream import let_go
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.optimizer import StackedOptimizer
@@ -64,10 +65,11 @@ class GraphSteps:
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
 
-    def take(self, step: int) -> float:
+    def take(self, step: int, stop: int) -> float:
         """Take step ``step`` (from 0), and return the seconds that recording took, which it does once.
 
-        The first step is run as it is: it compiles kernels and makes libraries' workspaces, which no recording may.
+        What is recorded serves the steps before ``stop``, where others begin. The first step is run as it is: it
+        compiles kernels and makes libraries' workspaces, which no recording may.
         """
         bucket = self.bucketed_batches.bucket(step)
         self._fill(step, self._buffers_of(bucket))
@@ -78,8 +80,7 @@ class GraphSteps:
         if self._recorded:
             return 0.0
         self._recorded = True
-        later = range(step + 1, self.bucketed_batches.schedule.steps)
-        ahead = Counter(self.bucketed_batches.bucket(number) for number in later)
+        ahead = Counter(self.bucketed_batches.bucket(number) for number in range(step + 1, stop))
         worth = sorted((b for b, steps in ahead.items() if steps >= MIN_REPLAYS), reverse=True)
         return sum(self._record(bucket, self._runner) for bucket in worth)
 
@@ -155,6 +156,8 @@ class GraphRunner:
         except RuntimeError as error:
             self._broken = True
             log.warning("steps are not recorded as CUDA graphs: %s", str(error).partition("\n")[0])
+        finally:
+            let_go()
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - began
 

@@ -45,4 +45,9 @@ def join(device: torch.device) -> None:
     """Have the current stream wait for the second one."""
     if _held:
         torch.cuda.current_stream(device).wait_stream(_stream(device))
-        _held.clear()
+        let_go()
+
+
+def let_go() -> None:
+    """Keep nothing for the second stream: there is no more recording that reads it, however it ended."""
+    _held.clear()

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from distilbench.engines.fused.cuda import side_stream
 from distilbench.engines.fused.cuda.graph_step import GraphRunner, runner_for
 
 GPU = torch.device("cuda", 0)
@@ -79,10 +80,12 @@ def test_an_error_is_said_once_and_steps_go_on_as_they_are(cuda, caplog):
     assert seen == ["b", "c"], "what was recorded before is still replayed"
 
 
-def test_being_out_of_memory_is_the_groups_to_answer(cuda):
-    graphs = GraphRunner(GPU)
+def test_being_out_of_memory_is_the_groups_to_answer_and_keeps_none(cuda, monkeypatch):
+    graphs, held = GraphRunner(GPU), [torch.zeros(1)]
+    monkeypatch.setattr(side_stream, "_held", held)
     with pytest.raises(torch.OutOfMemoryError):
         graphs.record("a", failing(torch.OutOfMemoryError("CUDA out of memory")), lambda: None)
+    assert held == []
 
 
 def test_a_cpu_records_nothing(cuda):

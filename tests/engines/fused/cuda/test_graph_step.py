@@ -149,6 +149,7 @@ def test_steps_are_recorded_anew_where_what_is_frozen_moves(trial, splits_of, re
     splits = splits_of(trials[0])
     replayed, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     assert [made.replays > 0 for made in graphs] == [True] * 3
+    assert all(made.used == made.graphs.keys() for made in graphs), "none is recorded for steps that others will take"
     monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: None)
     taken, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     np.testing.assert_array_equal(replayed, taken)
@@ -271,10 +272,10 @@ def test_out_of_memory_halves_the_group_and_then_the_batch(
     FusedEngine(dtype).train(trials, splits, expected)
     run = graph_step.GraphSteps.take
 
-    def short_of_memory(steps, step):
+    def short_of_memory(steps, step, stop):
         if step >= 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return run(steps, step)
+        return run(steps, step, stop)
 
     monkeypatch.setattr(graph_step.GraphSteps, "take", short_of_memory)
     seen = recorder()

@@ -136,12 +136,12 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
 def test_a_step_waits_for_nothing(trial, splits_of, recorder, monkeypatch):
     take = graph_step.GraphSteps.take
 
-    def without_waiting(steps, step):
+    def without_waiting(steps, step, stop):
         if not steps._recorded or step % 5 == 0:  # the first is recorded; others may begin a window or a prefix
-            return take(steps, step)
+            return take(steps, step, stop)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return take(steps, step)
+            return take(steps, step, stop)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
