@@ -337,6 +337,8 @@ class SweepRunner:
         with reporting(self._studies[-1].study, self._storage, ends, self._reported, grace) as is_due:
             if not is_due:
                 return self._say(f"the report was written by another process: {self._plan.directory}")
+            for study in self._studies:
+                self._parent.put_right(study.put_right())
             if not write_report(self._plan, store):
                 self._console.print(self._leaderboard().table())
 

@@ -301,6 +301,25 @@ class Study:
                 self._storage.set_trial_user_attr(self.mine[number], name, value)
         self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
 
+    def put_right(self) -> dict[str, tuple[Status, str | None]]:
+        """Give interrupted trials their ends back, which a process may have written over that had lost them.
+
+        It was frozen, for long, between making sure that a trial is its own and writing its end. Returns how the runs
+        of such trials, which others may have continued, ended.
+        """
+        self.refresh()
+        trained = [view for view in self.views() if view.status is not Status.REUSED]
+        ends = {view.attribute("run_id"): (view.status, view.attribute("error")) for view in trained}
+        runs = set()
+        for view in trained:
+            directory, record = self.directory(view.number), read_record(self.directory(view.number))
+            if view.status is Status.INTERRUPTED:
+                runs.add(view.attribute("run_id"))
+            if view.status is Status.INTERRUPTED and record and record.is_over:
+                kept = record.identity, view.status, record.owner, record.run_id, view.attribute("error")
+                Record(*kept).write(directory)
+        return {run_id: ends[run_id] for run_id in runs if run_id}
+
     def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
               state: TrialState | None = None) -> None:  # fmt: skip
         if self.holds(number):  # another process may have found it first

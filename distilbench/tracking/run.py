@@ -249,6 +249,12 @@ class ParentRun:
     def _tell(self, what: str) -> bool:
         return self._connection.attempt(what, partial(self._lacking.deliver, self._connection))
 
+    def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
+        """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""
+        for run_id, (status, error) in ends.items():
+            write = partial(undelivered.put_right, self._connection.client, run_id, status, error)
+            self._connection.attempt("the end of a trial", write)
+
     def lacks(self, directory: Path) -> bool:
         """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""
         return self._connection.is_gone or (self._connection.client and undelivered.is_any_below(directory))

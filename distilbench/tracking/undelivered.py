@@ -230,6 +230,17 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
+def put_right(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
+    """End a run as it had ended, where it says otherwise."""
+    run = client.get_run(run_id)
+    tags = run.data.tags
+    told = run.info.status, tags.get("distilbench.status")
+    if status is not Status.RUNNING and told != (TERMINAL.get(status, "FAILED"), status.value):
+        client.set_tag(run_id, NOTE, tags.get(NOTE, "").removeprefix(tags.get(HEADLINE, "")).lstrip("\n"))
+        client.set_tag(run_id, "distilbench.error", "")
+        end_run(client, run_id, status, error)
+
+
 def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
     """Have a run's description begin with what matters most, a sentence in Markdown, in place of an earlier one."""
     tags = client.get_run(run_id).data.tags

@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from hydra import compose, initialize_config_dir
+from mlflow import MlflowClient
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import StorageInternalError
@@ -33,7 +34,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine.default import DefaultDialect
 
 from distilbench import cli
-from distilbench.results import Evaluation, Status, TrialResult
+from distilbench.results import Evaluation, Status, TrialResult, read_record
 from distilbench.settings import register_schema, settings_from
 from distilbench.sweep import job as sweep_job
 from distilbench.sweep import reporting, runner
@@ -44,6 +45,7 @@ from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
 from distilbench.tracking import open_store
+from distilbench.tracking.undelivered import end_run
 from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import Job, prepare
@@ -285,6 +287,35 @@ def test_a_sweep_interrupted_once_nothing_is_left_to_do_has_finished(ground, mon
     monkeypatch.setattr(contextlib.nullcontext, "__enter__", lambda self: self)
     assert in_process(lambda: _run(plan, ground.settings) is None) == 70
     assert ground.ends()["runs"] == Counter({"FINISHED FINISHED": 2})
+
+
+def test_what_a_process_writes_late_that_had_lost_its_trial_is_put_right_at_the_sweeps_end(ground, monkeypatch):
+    """It was frozen between making sure that the trial was its own, and writing how that ended."""
+    plan = plan_of(ground.settings, ground.directory)
+
+    def cut_short(jobs: list[SweepJob]):
+        monkeypatch.setattr(trials, "engine_for", lambda settings: signal.raise_signal(signal.SIGINT))
+        return train_in(ground.settings)(jobs)
+
+    ground.clear()
+    assert ground.sweep(plan, ground.settings, train=cut_short) == 70
+    assert ground.sweep(plan, ground.settings) == 0
+    before = ground.ends()
+    assert before["records"] == {"INTERRUPTED": 1, "FINISHED": 1}
+    assert before["runs"] == {"FINISHED FINISHED": 2, "KILLED INTERRUPTED": 1}
+    first, last = (read_record(ground.directory / number) for number in "01")
+    replace(last, run_id=first.run_id).write(ground.directory / "0")
+
+    def write_late() -> int:
+        end_run(MlflowClient(ground.settings.tracking.uri), first.run_id, Status.FINISHED, None)
+        return 0
+
+    assert in_process(write_late) == 0
+    assert ground.ends() != before
+    assert ground.sweep(plan, ground.settings) == 0
+    assert ground.ends() == before
+    again = read_record(ground.directory / "0")
+    assert (again.status, again.error, again.scores) == (first.status, first.error, {})
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])
