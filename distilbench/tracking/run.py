@@ -98,17 +98,20 @@ def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> 
 
 
 def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
-    """Return loss (of training in grey) and accuracy over steps as a matplotlib Figure, the kept epoch marked."""
+    """Return loss and accuracy over steps as a matplotlib Figure, the kept epoch marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4))
     loss_axes, accuracy_axes = figure.subplots(1, 2, gridspec_kw={"bottom": 0.15})
-    loss_axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="0.6", linewidth=1)
+    loss_axes.plot([step for step, _ in losses], [loss for _, loss in losses], color="0.6", linewidth=1, label="train")
     for axes, name in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
-        axes.plot([e.step for e in result.history], [e.metric(name) for e in result.history], "o-")
+        axes.plot(
+            [e.step for e in result.history], [e.metric(name) for e in result.history], "o-", label="at evaluations"
+        )
         if result.selection is not None:
-            axes.axvline(result.selection.step, color="tab:green", linestyle=":")
+            axes.axvline(result.selection.step, color="tab:green", linestyle=":", label="kept")
         axes.set(xlabel="step", title=name)
+        axes.legend(loc="upper right" if name == "loss" else "lower right")
     return figure
 
 
