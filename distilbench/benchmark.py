@@ -18,9 +18,7 @@ from distilbench.cli import errors_in_one_line, run_command
 from distilbench.settings import CONF, BenchmarkSettings, register_schema, require, settings_from
 
 if TYPE_CHECKING:
-    from distilbench.bench.roofline import StepCost
     from distilbench.bench.run import Case, Measured
-    from distilbench.trials.prepared import Prepared
 
 register_schema(BenchmarkSettings)
 
@@ -39,14 +37,17 @@ def main(config: DictConfig) -> None:
 
 def benchmark(settings: BenchmarkSettings) -> None:
     """Measure all rows; raises :class:`SettingsError` for what the fused engine does not take."""
+    import numpy as np
     import torch
     from rich.console import Console
 
-    from distilbench.bench.roofline import measure_machine
+    from distilbench.bench.roofline import measure_machine, step_cost_of
     from distilbench.bench.run import cases_of, precisions_to_try, run_case, short_splits
     from distilbench.bench.table import Benchmark, write
     from distilbench.engines import check_engine
     from distilbench.engines.device import resolve_device
+    from distilbench.models.build import build_model
+    from distilbench.models.freezing import freeze
     from distilbench.trials.prepared import prepare, version_of
 
     prepared, device = prepare(settings), resolve_device(settings.engine.device)
@@ -77,21 +78,11 @@ def benchmark(settings: BenchmarkSettings) -> None:
             line = f"{case.name} ({case.precision}) {each:.1f} ms a step and trial"
             console.print(f"round {number}/{settings.bench.repeats}: {line}", markup=False, highlight=False)
     machine = measure_machine(device, {case.precision for case, _ in runs})
-    tokens = len(splits.train.tokens) * settings.train.batch_size / len(splits.train)
-    write(Benchmark(settings, runs, machine, _step_cost(settings, prepared, tokens), tokens, about), console)
-
-
-def _step_cost(settings: BenchmarkSettings, prepared: Prepared, tokens: float) -> StepCost:
-    """Return what a step over so many ``tokens`` asks of a machine."""
-    import numpy as np
-
-    from distilbench.bench.roofline import step_cost_of
-    from distilbench.models.build import build_model
-    from distilbench.models.freezing import freeze
-
-    model = build_model(prepared.model, prepared.splits.label_names, settings.seed)
+    size, words = settings.train.batch_size, len(np.unique(prepared.splits.train.tokens))
+    tokens = len(splits.train.tokens) * size / len(splits.train)
+    model = build_model(prepared.model, splits.label_names, settings.seed)
     freeze(model, settings.freeze)
-    return step_cost_of(model, tokens, settings.train.batch_size, len(np.unique(prepared.splits.train.tokens)))
+    write(Benchmark(settings, runs, machine, step_cost_of(model, tokens, size, words), tokens, about), console)
 
 
 def cli() -> None:

@@ -65,19 +65,14 @@ def _collect(rows: Iterable[Row], title: str, columns: Columns) -> DataFrame:
 
 def _read_files(settings: DataSettings) -> Corpus:
     """CSV, TSV, JSON, JSONL or Parquet files of one's own."""
-    paths = {"train": settings.train, "validation": settings.validation}
-    rows = {role: _read_file(role, path, _columns(settings)) for role, path in paths.items() if path is not None}
+    columns, rows = _columns(settings), {}
+    paths = {f"data.{role}": path for role in ("train", "validation") if (path := getattr(settings, role)) is not None}
+    for setting, path in paths.items():
+        with open_rows(setting, path, columns) as file:
+            rows[setting] = found = _collect(file.rows, f"{setting}={path}", columns)
+        require(not found.empty, f"{setting}={path}", "a file of one example or more", len(found), "check the path")
     declared = tuple(settings.label_names) if settings.label_names else None
-    name = " + ".join(path for path in paths.values() if path is not None)
-    return Corpus(rows["train"], rows.get("validation"), declared, name)
-
-
-def _read_file(role: str, given: str, columns: Columns) -> DataFrame:
-    title = f"data.{role}={given}"
-    with open_rows(f"data.{role}", given, columns) as file:
-        rows = _collect(file.rows, title, columns)
-    require(not rows.empty, title, "a file of one example or more", len(rows), "check that it is the right one")
-    return rows
+    return Corpus(rows["data.train"], rows.get("data.validation"), declared, " + ".join(paths.values()))
 
 
 def _read_hub(settings: DataSettings) -> Corpus | None:

@@ -20,9 +20,6 @@ POLYNOMIAL_END_LR = 1e-7
 """Where ``transformers.get_polynomial_decay_schedule_with_warmup`` ends unless told otherwise."""
 
 
-_CPU = torch.device("cpu")
-
-
 @dataclass(frozen=True)
 class Loss:
     """Cross-entropy with smoothed targets (Szegedy et al., 2016, section 7) and ``class_weights`` (labels,)."""
@@ -31,7 +28,7 @@ class Loss:
     class_weights: torch.Tensor | None
 
     @classmethod
-    def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device = _CPU) -> Loss:
+    def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device) -> Loss:
         """Return that of a trial on training ``labels``; balanced weights are those of scikit-learn.
 
         They stand on ``device``: a step that is recorded there may copy nothing from the host.

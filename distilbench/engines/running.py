@@ -18,6 +18,7 @@ import torch
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, matthews_corrcoef
 
+from distilbench.data.hub import first_line
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
@@ -53,16 +54,15 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
         return error.status, str(error)
     if isinstance(error, SettingsError):
         return Status.FAILED, str(error)
-    first_line = (str(error).splitlines() or [""])[0]
     # CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
     if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return Status.OUT_OF_MEMORY, (
-            f"out of memory ({first_line or type(error).__name__}); lower train.max_length (now "
+            f"out of memory ({first_line(error)}); lower train.max_length (now "
             f"{settings.train.max_length}), freeze more layers, or take a smaller model"
         )
     log.error("the trial failed", exc_info=error)
-    return Status.FAILED, f"{type(error).__name__}: {first_line}"
+    return Status.FAILED, f"{type(error).__name__}: {first_line(error)}"
 
 
 class Lap(NamedTuple):

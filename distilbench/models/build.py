@@ -215,17 +215,14 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-SAID_OF_DATA = ("text_column", "pair_column", "hub_name", "hub_config")
-"""What a trial's model says in config.json, under ``distilbench``, of the data that was asked for."""
-
-
 def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: TrialSettings) -> None:
     """Write a trial's model to ``model/`` of its directory, with what it takes to ask it as it was trained.
 
     The tokenizer says at what length texts were cut, config.json in which columns they stood.
     """
     tokenizer.model_max_length = settings.train.max_length
-    model.config.distilbench = {name: getattr(settings.data, name) for name in SAID_OF_DATA}
+    said = ("text_column", "pair_column", "hub_name", "hub_config")
+    model.config.distilbench = {name: getattr(settings.data, name) for name in said}
     export_model(model, tokenizer, Path(settings.output.dir) / MODEL)
 
 
