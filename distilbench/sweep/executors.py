@@ -7,6 +7,7 @@ import contextvars
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -164,20 +165,24 @@ def _overrides(job: SweepJob) -> list[str]:
 
 
 @contextlib.contextmanager
-def quiet_launchers(config: DictConfig) -> Iterator[None]:
-    """Keep launchers from a paragraph about each trial, of which the sweep says what there is to say itself.
+def quiet() -> Iterator[None]:
+    """Keep Optuna and launchers from announcing each step, of which the sweep says what there is to say itself.
 
     ``hydra.verbose`` lets them speak.
     """
-    logs = [logging.getLogger(name) for name in ("hydra_plugins", "hydra._internal.core_plugins")]
-    levels = [log.level for log in logs]
-    for log in logs if not config.hydra.verbose else ():
-        log.setLevel(logging.WARNING)
+    launchers = dict.fromkeys(("hydra_plugins", "hydra._internal.core_plugins"), logging.WARNING)
+    quieted = {"optuna": logging.ERROR} | launchers
+    before = {name: logging.getLogger(name).level for name in quieted}
+    for name, level in quieted.items():
+        if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
+            logging.getLogger(name).setLevel(level)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
+            yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 class Batches(Protocol):

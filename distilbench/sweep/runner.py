@@ -25,13 +25,13 @@ from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_si
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet_launchers
+from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
 from distilbench.sweep.job import Orphaned, SweepJob, beating
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
 from distilbench.sweep.resume import is_begun, open_studies
 from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
-from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView, quiet
+from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
@@ -62,8 +62,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
     storage = storage_at(options.storage, written["storage"], plan.directory)
     executor = executor_for(options.launcher, options.config.hydra.launcher, options.n_jobs)
-    with quiet_launchers(options.config):
-        return run_plan(plan, storage, executor)
+    return run_plan(plan, storage, executor)
 
 
 def run_plan(

@@ -157,18 +157,11 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     except HydraException as error:
         raise SettingsError(f"the search space must be in Hydra's sweep syntax: {reason_of(error)}") from None
-    dimensions: dict[str, BaseDistribution] = {}
-    fixed: dict[str, str] = {}
-    last: dict[str, Override] = {}
-    for override in parsed:
-        last.pop(override.get_key_element(), None)
-        last[override.get_key_element()] = override
-    for key, override in last.items():
-        if override.is_sweep_override():
-            dimensions[key] = _distribution(key, override, is_grid)
-        else:
-            fixed[key] = override.input_line or ""
-    return Space(dimensions, list(fixed.values()), _custom_function(custom))
+    last = {override.get_key_element(): override for override in parsed}
+    swept = {key: override for key, override in last.items() if override.is_sweep_override()}
+    dimensions = {key: _distribution(key, override, is_grid) for key, override in swept.items()}
+    fixed = [override.input_line or "" for key, override in last.items() if key not in swept]
+    return Space(dimensions, fixed, _custom_function(custom))
 
 
 def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistribution:
@@ -246,7 +239,9 @@ class Composer:
             config = self._composed[groups].copy()
             for override in point.overrides:
                 if override not in groups:
-                    _put(config, override)
+                    parsed = OverridesParser.create().parse_override(override)  # an unknown key raises
+                    key, is_new = parsed.get_key_element().lstrip("+"), override.startswith("+")
+                    OmegaConf.update(config, key, parsed.value(), force_add=is_new)
             return config
         except (HydraException, OmegaConfBaseException) as error:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])
@@ -266,12 +261,6 @@ class Composer:
                 same = (v for v in getattr(distribution, "choices", ()) if str(v) == str(value))
                 params[key] = next(same, value)
         return params
-
-
-def _put(config: DictConfig, override: str) -> None:
-    """Set one value that a composed config has; an unknown key raises."""
-    parsed = OverridesParser.create().parse_override(override)
-    OmegaConf.update(config, parsed.get_key_element().lstrip("+"), parsed.value(), force_add=override.startswith("+"))
 
 
 def fixed_of(settings: Sequence[AppSettings], space: Space) -> dict[str, str]:

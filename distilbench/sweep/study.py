@@ -9,13 +9,11 @@ point is queued again under the next free number.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
 import random
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -371,16 +369,3 @@ class Study:
             return False
         record = read_record(self.directory(view.number))
         return record is None or record.status is not Status.RUNNING or record.owner.is_dead()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Optuna from announcing each step, and what it does not do itself, to people who did not ask it."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
