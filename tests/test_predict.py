@@ -182,7 +182,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
         (["run=0"], r"^data.test must be given, got nothing"),
         (["dir=MODEL", "data.test=none.csv"], r"^data.test=none.csv can't be read: No such file"),
         (["dir=MODEL", "data.test=bad.csv"], r"column 'text' is not there, columns are 'a', 'b'; set data.text_c"),
-        (["dir=MODEL", "data.test=short.csv"], r"short.csv line 3 must be 2 fields like the header, got 1;"),
+        (["dir=MODEL", "data.test=short.csv"], r"short.csv line 3 must have 2 fields like the header, got 1;"),
         (["dir=MODEL", "data.test=number.jsonl"], r"number.jsonl line 1 must be text, got 3; write it in quotes"),
         (["dir=MODEL", "data.test=latin.csv"], r"latin.csv line 2 is not UTF-8 \(byte 0xe9\)"),
         (["dir=MODEL", "data.test=empty.csv"], r"^data.test must hold a text, got none in"),

@@ -109,7 +109,8 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
 
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
     """Read a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180."""
-    return _table(_csv_records(lines, title), title, columns)
+    remedy = "put fields that hold a comma or quotes into double quotes"
+    return _table(_csv_records(lines, title), title, columns, remedy)
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
@@ -118,7 +119,8 @@ def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
     Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
     spreadsheets write one.
     """
-    return _table(enumerate((_tsv_fields(line.rstrip("\r\n")) for line in lines), start=1), title, columns)
+    records = enumerate((_tsv_fields(line.rstrip("\r\n")) for line in lines), start=1)
+    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
 
 
 def _tsv_fields(line: str) -> list[str]:
@@ -128,23 +130,29 @@ def _tsv_fields(line: str) -> list[str]:
         return line.split("\t")
 
 
-def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns) -> Iterator[Row]:
+def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
     """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header.
 
-    An empty line is no record, unless there is but one column: there it is an empty field.
+    An empty line is no record, unless there is but one column: there it is an empty field, if another record follows.
     """
     _, header = next((found for found in records if found[1]), (0, []))
-    require(bool(header), title, "a file that begins with a header line", header, "check that it is the right one")
+    if not header:
+        raise SettingsError(f"{title} must begin with a header line, got an empty file; check that it is the right one")
     check_columns(header, columns, title)
     chosen = [header.index(column) for column in columns.values()]
+    empty: list[int] = []
     for line, record in records:
-        if not record and len(header) > 1:
+        if not record:
+            empty.append(line)
             continue
-        fields = record or [""]
-        place = f"{title} line {line}"
-        require(len(fields) == len(header), place, f"{len(header)} fields like the header", len(fields),
-                "double quotes around a field keep what separates fields within it")  # fmt: skip
-        yield place, tuple(fields[i] for i in chosen)
+        if len(header) == 1:
+            yield from ((f"{title} line {number}", ("",) * len(chosen)) for number in empty)
+        empty.clear()
+        if len(record) != len(header):
+            raise SettingsError(
+                f"{title} line {line} must have {len(header)} fields like the header, got {len(record)}; {remedy}"
+            )
+        yield f"{title} line {line}", tuple(record[i] for i in chosen)
 
 
 def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:

@@ -253,8 +253,10 @@ def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str
     """Return what is left of ``split``, and about ``<part>_fraction`` of each class, never none or all of one."""
     fraction, counts = getattr(settings, f"{part}_fraction"), np.bincount(split.labels, minlength=len(names))
     remedy = "add examples" + (", or give data.validation" if part == "validation" else "")
-    require(counts.min() >= 2, f"data.{part}_fraction={fraction:g}", "a share of 2 examples or more of each class",
-            f"{counts.min()} of {names[counts.argmin()]}", remedy)  # fmt: skip
+    fewest = int(counts.argmin())
+    require(counts[fewest] >= 2, f"data.{part}_fraction={fraction:g}",
+            f"a share of 2 examples or more of each class, {names[fewest]!r} too",
+            int(counts[fewest]), remedy)  # fmt: skip
     target = counts * fraction
     low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
     shares = _shares(target, low, high)

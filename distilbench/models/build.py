@@ -237,13 +237,16 @@ def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     # peft would ask the hub whether the vocabulary has changed
     options: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process
+    fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")
+    for leftover in (fresh, former):  # of a killed process
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with quiet():
             model.save_pretrained(str(fresh), **options)
             tokenizer.save_pretrained(fresh)
-        shutil.rmtree(directory, ignore_errors=True)  # one that holds files can't be renamed over
+        if directory.exists():
+            directory.rename(former)  # a directory can't be renamed over one that holds files
         fresh.rename(directory)
+        shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

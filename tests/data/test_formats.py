@@ -11,7 +11,7 @@ from distilbench.data.formats import open_rows
 @pytest.mark.parametrize(
     ("text", "rows"),
     [
-        ("\ntext\na\n\nb\n\n\n", ["line 3 a", "line 4 ", "line 5 b", "line 6 ", "line 7 "]),
+        ("\ntext\na\n\nb\n\n\n", ["line 3 a", "line 4 ", "line 5 b"]),
         ("text{0}n\na{0}1\n\nb{0}2\n\n", ["line 2 a", "line 4 b"]),
     ],
 )

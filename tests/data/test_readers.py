@@ -88,7 +88,7 @@ def test_dictionary_encoded_parquet_is_read(folder):
 
 
 BROKEN = [
-    (".csv", "text,label\na,0\nb,1,2\n", "line 3 must be 2 fields like the header, got 3"),
+    (".csv", "text,label\na,0\nb,1,2\n", "line 3 must have 2 fields like the header, got 3"),
     (".csv", 'text,label\n"two\nlines",0\n"open,1\nc,0\n', "line 4: unexpected end of data"),
     (".csv", "text,label\na,0\n  ,1\n", "line 3: the text is missing; write one or delete the row"),
     (".tsv", "text\tlabel\na\t0\nb\t \n", "line 3: the label is missing"),
@@ -97,7 +97,7 @@ BROKEN = [
     (".csv", "sentence,label,id\na,0,1\n", "column 'text' is not there, columns are 'sentence', 'label', 'id'; "
      "set data.text_column=..."),
     (".csv", "text,label,text\na,0,1\n", "column 'text' occurs 2 times"),
-    (".csv", "", "must be a file that begins with a header line, got []"),
+    (".csv", "", "must begin with a header line, got an empty file"),
     (".csv", "text,label\n", "must be a file of one example or more, got 0"),
     (".csv", "text,label\na,0\nb,0\n", "must be text of 2 classes or more, got ['0']"),
     (".jsonl", '{"text": "a", "label": 0}\n\n{"text": "b", label: 1}\n', "line 3 is not valid JSON"),
@@ -115,7 +115,7 @@ BROKEN = [
     (".json", "[", "is not valid JSON"),
     (".csv.gz", "text,label\na,0\n", "is not a readable gzip file"),
     (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
-    (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; double quotes around a field"),
+    (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
     (".csv", "text,label\na,3.7\nb,2.0\n", "must be text with classes for labels, got '3.7'"),
     (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; numbers with "
      "fractions are a target for regression, which is not offered: make classes of them"),
@@ -214,7 +214,7 @@ def test_a_declared_class_absent_from_train_is_refused(folder):
 
 def test_too_few_examples_of_a_class_to_split_are_refused(folder):
     path = write(folder / "few.csv", [("a", 0), ("b", 0), ("c", 1)])
-    assert "2 examples or more of each class, got '1 of 1'; add examples, or give" in refusal(files(path))
+    assert "2 examples or more of each class, '1' too, got 1; add examples, or give" in refusal(files(path))
     assert "data.selection_fraction=0.5 must be a share of 2" in refusal(files(path, path, selection_fraction=0.5))
 
 
