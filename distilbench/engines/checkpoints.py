@@ -60,7 +60,7 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
 
     Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
     """
-    sealed = {path: json.loads((path / _SEAL).read_text()) for path in _folders(directory) if (path / _SEAL).is_file()}
+    sealed = {path: json.loads((path / _SEAL).read_text()) for path in _folders(directory) if is_sealed(path)}
     if not sealed:
         return None
     path, seal = max(sealed.items(), key=lambda item: item[1]["progress"]["step"])
@@ -74,6 +74,11 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
         )
     history = [Evaluation(**values) for values in seal["progress"]["history"]]
     return path, Progress(**seal["progress"] | {"history": history})
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether the checkpoint at ``path`` is whole, so that nothing there may be written again."""
+    return (path / _SEAL).is_file()
 
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
@@ -93,7 +98,7 @@ def tidy(directory: Path, status: Status) -> None:
     if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
         shutil.rmtree(directory, ignore_errors=True)
     for path in _folders(directory):
-        if not (path / _SEAL).is_file():
+        if not is_sealed(path):
             shutil.rmtree(path, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()

@@ -224,7 +224,7 @@ def _lacking(directory: Path) -> str | None:
 def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
     config = _read_json(directory / "config.json")
     depth = config.get("num_hidden_layers", config.get("n_layers", 0))
-    require(depth > 0 and "model_type" in config, "model.checkpoint",
+    require(isinstance(depth, int) and depth > 0 and "model_type" in config, "model.checkpoint",
             "an encoder whose config.json gives model_type and num_hidden_layers", settings.checkpoint)  # fmt: skip
     return ResolvedModel(settings, directory, config, depth, used)
 

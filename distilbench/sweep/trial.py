@@ -80,11 +80,11 @@ def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunne
         for count, seeded in enumerate(seeds.jobs, start=1):
             if seeded in seeds.left:
                 runner.train_one(seeded)
-            records = seeds.records()
+            records = seeds.records(count)
             if records[-1].status is not Status.FINISHED:
                 break
             if prune and judged and count < len(seeds.jobs):
-                reason = prune(statistics.fmean(record.objective(judged) for record in records[:count]), count)
+                reason = prune(statistics.fmean(record.objective(judged) for record in records), count)
             if reason:
                 break
         seeds.finish(reason)
@@ -134,9 +134,12 @@ class Seeds:
         settings = replace(job.settings, seed=seed, output=output)
         return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
-    def records(self) -> list[Record]:
-        """Return what the seeds' directories tell of those that have begun; one that did not finish stands last."""
-        found = (read_record(Path(seeded.settings.output.dir)) for seeded in self.jobs)
+    def records(self, first: int | None = None) -> list[Record]:
+        """Return what the directories of the ``first`` seeds, or of all that have begun, tell; unfinished stand last.
+
+        A job that a scheduler has put back finds, of seeds that are still to come, what its earlier start left.
+        """
+        found = (read_record(Path(seeded.settings.output.dir)) for seeded in self.jobs[:first])
         return sorted(filter(None, found), key=lambda record: record.status is not Status.FINISHED)
 
     @contextmanager

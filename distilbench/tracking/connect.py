@@ -122,7 +122,7 @@ def _check_database(address: StoreAddress) -> None:
 
     A SQLite store that was copied, moved or renamed with its checkout gets its files beside itself: MLflow fixes them
     as absolute paths and has no call that changes those, so the two columns of its tables that hold them are known
-    here. A folder that somebody chose, other than a store's own ``mlruns/<id>``, stays.
+    here. A folder that somebody chose, other than the ``mlruns/<id>`` of another store or of one that is gone, stays.
     """
     if address.file is None:
         import sqlalchemy
@@ -137,6 +137,8 @@ def _check_database(address: StoreAddress) -> None:
             old, new = local_folder(location or ""), own / str(number)
             if old is None or old.parts[-2:] != new.parts[-2:] or old.resolve() == new.resolve():
                 continue
+            if old.is_dir() and not any(old.parents[1].glob("*.db")):
+                continue  # of no other store: somebody else's MLflow made this experiment in its own folder
             folder = new.as_uri()
             database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder, number))
             database.execute(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
+
 from distilbench.engines import checkpoints
 from distilbench.engines.checkpoints import Progress
+from distilbench.engines.fused.member import Member
 
 
 def test_a_step_that_is_kept_twice_is_whole(tmp_path):
@@ -14,3 +19,16 @@ def test_a_step_that_is_kept_twice_is_whole(tmp_path):
         (checkpoint / "state").write_bytes(b"weights")
         checkpoints.seal(checkpoint, {"seed": 1}, Progress(step=96, train_seconds=seconds))
     assert checkpoints.newest(tmp_path, {"seed": 1}) == (checkpoint, Progress(step=96, train_seconds=2.0))
+
+
+def test_what_is_whole_is_not_written_over(tmp_path):
+    """A kill while the same step is kept once more would leave a seal beside half of a file."""
+    progress = Progress(step=96, train_seconds=1.0)
+    trial = SimpleNamespace(folder=tmp_path, identity={"seed": 1}, progress=progress)
+    member = SimpleNamespace(trial=trial, best_params=None)
+    Member.save(member, torch.ones(3), [])
+    (state,) = tmp_path.glob("checkpoint-96/*.safetensors")
+    kept = state.stat()
+    Member.save(member, torch.ones(3), [])
+    assert (state.stat().st_mtime_ns, state.stat().st_ino) == (kept.st_mtime_ns, kept.st_ino)
+    assert checkpoints.newest(tmp_path, {"seed": 1}) == (tmp_path / "checkpoint-96", progress)

@@ -168,6 +168,10 @@ def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpo
         (lambda d: (d / "config.json").write_text("[]"), "whose config.json is a JSON object"),
         (lambda d: edit_json(d / "config.json", model_type="no-such"), "must be a readable checkpoint, got"),
         (
+            lambda d: (d / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": null}'),
+            "gives model_type and num_hidden_layers",
+        ),
+        (
             lambda d: (d / "config.json").write_text('{"num_hidden_layers": 2}'),
             "gives model_type and num_hidden_layers",
         ),

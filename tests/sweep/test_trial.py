@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
 import pytest
 
 from distilbench.engines import device as engine_device
-from distilbench.results import Owner
+from distilbench.identity import TrialIdentity
+from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep import trial
 from distilbench.sweep.job import SweepJob, objectives_of
 from distilbench.sweep.trial import check_pruning, claim_free, claim_gpu, judged_by, pruning_callback
+from distilbench.trials.prepared import Job
 
 
 def _claim_and_stay(folder, claimed, release):
@@ -104,3 +107,25 @@ def test_a_pruner_that_these_objectives_leave_nothing_to_judge_is_refused():
 def test_cost_is_seconds_where_trials_run_alone_and_flops_where_they_share_a_device(alone, cost):
     settings = SimpleNamespace(sweep=SimpleNamespace(objectives=["accuracy", "cost"]))
     assert objectives_of(settings, alone) == ("accuracy", cost)
+
+
+def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_path):
+    owner, trained = Owner.of_this_process(), []
+    job = SweepJob("again", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60)
+    identity = {"protocol": "p", "treatment": "t", "seed": 1}
+    ends = {1: (Status.FINISHED, None), 2: (Status.INTERRUPTED, "its process was killed")}
+    for seed, (status, error) in ends.items():
+        Record(identity, status, owner, None, error, {}, {"accuracy": 0.5}).write(job.directory / f"seed-{seed}")
+
+    def train(seeded):
+        trained.append(seeded.settings.seed)
+        done = Record(identity, Status.FINISHED, owner, None, None, {}, {"accuracy": 0.7})
+        done.write(Path(seeded.settings.output.dir))
+
+    identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
+    runner = SimpleNamespace(prepare=lambda _: identities, train_one=train)
+    given = settings("sweep.seeds=[1,2,3]")
+    lease = SimpleNamespace(holds=lambda: True)
+    trial._train_seeds(Job(given, given, str), job, lease, runner)
+    assert trained == [2, 3]
+    assert read_record(job.directory).status is Status.FINISHED

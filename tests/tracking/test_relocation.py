@@ -79,6 +79,11 @@ def test_a_folder_that_somebody_chose_and_a_link_to_another_store_stay_as_they_a
     store = open_store(settings_at(tmp_path))
     chosen = (tmp_path / "files" / "7").as_uri()
     number = store._client.create_experiment("chosen", artifact_location=chosen)
+    theirs = tmp_path / "their project" / "mlruns" / str(int(number) + 1)  # where MLflow itself puts its files
+    theirs.mkdir(parents=True)
+    other = store._client.create_experiment("theirs", artifact_location=theirs.as_uri())
+    assert other == theirs.name
     assert open_store(settings_at(tmp_path)).predictions(template[1]) is not None
     assert store._client.get_experiment(number).artifact_location == chosen
+    assert store._client.get_experiment(other).artifact_location == theirs.as_uri()
     assert not caplog.records
