@@ -109,7 +109,8 @@ def edges(distribution: BaseDistribution) -> Sequence[Any]:
 def describe(distribution: BaseDistribution) -> str:
     """Return a dimension for people, its choices in any order the same: ``0, 3`` or ``1e-05 to 0.1, logarithmic``."""
     if isinstance(distribution, CategoricalDistribution):
-        return ", ".join(sorted(map(str, distribution.choices)))
+        numbers = [choice for choice in distribution.choices if isinstance(choice, int | float)]
+        return ", ".join([*map(str, sorted(numbers)), *sorted(map(str, {*distribution.choices} - {*numbers}))])
     low, high, step, is_log = (getattr(distribution, name) for name in ("low", "high", "step", "log"))
     whole = "whole numbers from " if isinstance(distribution, IntDistribution) else ""
     every = f" in steps of {step:g}" if step and not is_log and not (whole and step == 1) else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -26,6 +27,7 @@ from sqlalchemy.pool import NullPool
 from distilbench.settings import SettingsError
 from distilbench.tracking import redact
 from distilbench.tracking.retries import reason_of
+from distilbench.tracking.uri import sqlite_url
 
 ANSWER_SECONDS = 4.0
 
@@ -55,8 +57,8 @@ class Storage:
     @property
     def file(self) -> Path | None:
         """SQLite's file; None for a database behind a network."""
-        found = re.fullmatch(r"sqlite(?:\+\w+)?:///(.+)", self.url)
-        return Path(found[1]) if found else None
+        named = sqlalchemy.make_url(self.url).database if self.url.startswith("sqlite") else None
+        return Path(named) if named else None
 
     @property
     def is_missing(self) -> bool:
@@ -120,11 +122,12 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
     storage, has a password written out, or does not answer.
     """
     if url is None:
-        default = f"sqlite:///{directory / 'study.db'}"
+        default = sqlite_url(directory / "study.db")
         return Storage(default, default)
     _check_url(url, written or url)
     # a job may run elsewhere, under Ray for one
-    storage = Storage(*(re.sub("(?<=sqlite:///)(?=[^/:$])", f"{Path.cwd()}/", one) for one in (url, written or url)))
+    here = f"{quote(Path.cwd().as_posix())}/"
+    storage = Storage(*(re.sub("(?<=sqlite:///)(?=[^/:$])", here, one) for one in (url, written or url)))
     with _answering(storage):
         if not storage.file:
             sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()

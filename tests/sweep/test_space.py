@@ -123,6 +123,7 @@ def test_dimensions_that_end_alike_are_named_whole_even_where_one_is_missing():
 def test_a_dimension_is_described_in_words_its_choices_in_any_order():
     described = [describe(distribution) for distribution in SPACE.dimensions.values()]
     assert described == ["whole numbers from 1 to 5 in steps of 2", "cosine, linear"]
+    assert describe(CategoricalDistribution(["x", 10, 1e-5, 2])) == "1e-05, 2, 10, x"
 
 
 # Sweep syntax

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from distilbench.sweep.storage import storage_at
+import pytest
+
+from distilbench.sweep.storage import open_study, storage_at
 
 
 def test_a_file_is_that_of_the_directory_in_which_it_was_typed_wherever_a_job_runs(tmp_path, monkeypatch):
@@ -12,3 +14,15 @@ def test_a_file_is_that_of_the_directory_in_which_it_was_typed_wherever_a_job_ru
         assert (storage.file, storage.shown) == (tmp_path / "s.db", f"sqlite:///{tmp_path}/s.db")
     named = storage_at(f"sqlite:///{tmp_path}/s.db", "sqlite:///${oc.env:X}/s.db", tmp_path)
     assert (named.file, named.shown) == (tmp_path / "s.db", "sqlite:///${oc.env:X}/s.db")
+
+
+@pytest.mark.parametrize("typed", [None, "sqlite:///study.db"])
+def test_a_study_lies_in_its_file_whatever_its_folder_is_called(tmp_path, monkeypatch, typed):
+    folder = tmp_path / "why? 100%41 #1 größe"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    storage = storage_at(typed, typed, folder)
+    assert storage.file == folder / "study.db"
+    open_study(storage, "odd", ["maximize"], None, 60)
+    assert storage.file.read_bytes().count(b"odd")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
