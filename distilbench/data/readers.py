@@ -103,6 +103,8 @@ def hub_builder(settings: DataSettings) -> Any:
     address = f"hf://datasets/{settings.hub_name}"  # which keeps a local folder of that name from being taken for it
     try:
         builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
+        if builder.repo_id is None:  # such as csv, the library's own reader: it would take what lies in this directory
+            raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
         builder.download_and_prepare()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         if not reachable and isinstance(error, (ConnectionError, FileNotFoundError, ValueError)):

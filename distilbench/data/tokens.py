@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -131,6 +132,8 @@ def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
+        with suppress(OSError):  # a full disk has room for a part
+            temporary.unlink()
 
 
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:

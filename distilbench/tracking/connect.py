@@ -109,6 +109,7 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
     with FileLock(address.artifacts / ".lock", timeout=60):
         file = address.file
         if file and not (file.exists() and file.stat().st_size):  # at once: half of MLflow's tables would never open
+            file.touch()  # raises where none can be made, which MLflow would try for an hour
             partial_file = file.with_name(f".{file.name}.partial")
             partial_file.unlink(missing_ok=True)
             SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()

@@ -397,3 +397,10 @@ def test_a_hub_that_has_no_such_data_set_is_an_error_and_no_fallback(monkeypatch
     failing(monkeypatch, True, DatasetNotFoundError("Dataset 'someone/reviews' doesn't exist on the Hub.\nSee ..."))
     message = refusal(HUB)
     assert "data.hub_name=someone/reviews can't be loaded: Dataset 'someone/reviews' doesn't exist" in message
+
+
+def test_the_name_of_a_file_reader_is_no_data_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.csv").write_text("sentence,label\na,0\nb,1\n")
+    assert "csv is a file format, no data set" in refusal(replace(HUB, hub_name="csv"))

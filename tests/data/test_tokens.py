@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from functools import cache
@@ -125,3 +126,13 @@ def test_sst2_has_the_known_number_of_sentences_and_tokens(tmp_path):
     assert len(encoded.train.tokens) == 897039
     assert np.diff(encoded.train.offsets).max() == 66
     assert encoded.report.labels.sum() == 444
+
+
+def test_a_cache_without_room_keeps_no_part_of_a_file(sentences, tmp_path, monkeypatch):
+    def write(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    encode(sentences, letters(), 16, tmp_path)
+    assert list(tmp_path.iterdir()) == []

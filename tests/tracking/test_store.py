@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -624,3 +625,16 @@ def test_a_deleted_experiment_is_refused(uri, store, client):
 def test_opening_leaves_the_programs_own_logging_alone(store):
     assert logging.getLogger("distilbench").level == logging.NOTSET
     assert logging.getLogger("alembic").level == logging.ERROR
+
+
+def test_a_folder_that_takes_no_database_is_told_at_once(tmp_path, monkeypatch):
+    """As for a user who may write into its ``mlruns`` alone; MLflow would try for an hour."""
+    (tmp_path / "mlruns").mkdir()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", None)
+    with pytest.raises(SettingsError, match=r"tracking.uri must be a store that answers, got .*Permission denied"):
+        open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "distilbench", 0))
