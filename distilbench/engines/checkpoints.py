@@ -1,7 +1,7 @@
 """Checkpoints that an interrupted trial continues from: which of them are whole, and whose they are.
 
 A checkpoint is the directory that Hugging Face Trainer writes, made valid by ``seal.json``, which is put there last
-and at once. What a kill leaves behind has no seal, and is passed over.
+and at once. What a kill or a loss of power cut short has no seal, or other sizes than it says, and is passed over.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.identity import checkpoint_identity
@@ -60,7 +61,10 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
 
     Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
     """
-    sealed = {path: json.loads((path / _SEAL).read_text()) for path in _folders(directory) if is_sealed(path)}
+    folders = _folders(directory)
+    sealed = {path: seal for path in folders if (seal := _read_seal(path))}
+    for path in set(folders) - sealed.keys():
+        log.info("%s was cut short while it was written: passed over", path)
     if not sealed:
         return None
     path, seal = max(sealed.items(), key=lambda item: item[1]["progress"]["step"])
@@ -72,21 +76,34 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
             f"train.resume must continue with the settings of {path}, which has {its}, got {own}; "
             "use the same settings, another output.dir, or train.resume=false"
         )
-    history = [Evaluation(**values) for values in seal["progress"]["history"]]
-    return path, Progress(**seal["progress"] | {"history": history})
+    known = {field.name for field in fields(Progress)}  # other versions count more
+    done = {name: value for name, value in seal["progress"].items() if name in known}
+    return path, Progress(**done | {"history": [Evaluation(**values) for values in done["history"]]})
 
 
 def is_sealed(path: Path) -> bool:
     """Return whether the checkpoint at ``path`` is whole, so that nothing there may be written again."""
-    return (path / _SEAL).is_file()
+    return _read_seal(path) is not None
+
+
+def _read_seal(path: Path) -> dict[str, Any] | None:
+    """Return the seal of a whole checkpoint, None of one that was cut short."""
+    try:
+        seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
+        is_whole = all((path / name).stat().st_size == size for name, size in seal["sizes"].items())
+    except (OSError, ValueError, KeyError):  # a seal that isn't there or is cut short, a file that is gone
+        return None
+    return seal if is_whole else None
 
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
     """Declare the checkpoint at ``path`` whole, then remove those before it."""
+    files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # of the same step, kept before
+    sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
     done = asdict(replace(progress, history=[])) | {"history": history}
     partial = path / f"{_SEAL}.partial"
-    partial.write_text(json.dumps({"identity": identity, "progress": done}))
+    partial.write_text(json.dumps({"identity": identity, "progress": done, "sizes": sizes}))
     os.replace(partial, path / _SEAL)
     for other in _folders(path.parent):
         if other != path:

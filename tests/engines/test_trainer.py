@@ -242,14 +242,24 @@ def test_without_checkpoints_an_interrupted_trial_leaves_nothing(interrupted):
     assert list(Path(trial.output.dir).iterdir()) == []
 
 
-def test_a_checkpoint_that_was_cut_short_is_passed_over(interrupted, recorder, caplog):
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [("seal.json", None), ("seal.json", 0), ("seal.json", -1), ("model.safetensors", -1), ("model.safetensors", None)],
+)
+def test_a_checkpoint_that_a_kill_or_a_loss_of_power_cut_short_is_passed_over(
+    interrupted, recorder, caplog, file, left
+):
     trial, splits = interrupted()
-    checkpoint = Path(trial.output.dir) / "checkpoints/checkpoint-5"
-    (checkpoint / "seal.json").unlink()
+    damaged = Path(trial.output.dir) / "checkpoints/checkpoint-5" / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if left is not None:
+        damaged.write_bytes(content[:left])
     observer = recorder()
     with caplog.at_level(logging.INFO, "distilbench"):
         result = resume(trial, splits, observer)
     assert (result.status, observer.steps[0][0].step) == (Status.FINISHED, 1)
+    assert "checkpoint-5 was cut short" in caplog.text
     assert "starting from scratch" in caplog.text
     assert left_in(trial) == sorted(f"model/{name}" for name in MODEL_FILES)
 
@@ -284,11 +294,12 @@ def test_a_checkpoint_of_other_text_is_refused(interrupted, recorder):
     assert "which has data=" in resume(trial, other, recorder()).error
 
 
-def test_a_checkpoint_of_an_earlier_version_is_continued(interrupted, recorder):
+def test_a_checkpoint_of_another_version_is_continued(interrupted, recorder):
     trial, splits = interrupted()
     seal = Path(trial.output.dir) / "checkpoints" / "checkpoint-5" / "seal.json"
     content = json.loads(seal.read_text())
     del content["progress"]["train_cpu_seconds"]
+    content["progress"]["tokens"] = 185
     for evaluation in content["progress"]["history"]:
         del evaluation["brier"], evaluation["ece"]
     seal.write_text(json.dumps(content))
