@@ -45,7 +45,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     from distilbench.bench.run import cases_of, precisions_to_try, run_case, short_splits
     from distilbench.bench.table import Benchmark, write
     from distilbench.engines import check_engine
-    from distilbench.engines.device import resolve_device
+    from distilbench.engines.device import driver_version, resolve_device
     from distilbench.models.build import build_model
     from distilbench.models.freezing import freeze
     from distilbench.trials.prepared import prepare, version_of
@@ -61,7 +61,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     splits = short_splits(prepared.splits, settings.bench, settings.train.batch_size)
     Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
     about: dict[str, Any] = {
-        "device": prepared.device, "day": date.today().isoformat(),
+        "device": prepared.device, "driver": driver_version(device), "day": date.today().isoformat(),
         "versions": {name: version_of(name) for name in ("torch", "transformers", "accelerate", "distilbench")}
         | {"cuda": torch.version.cuda},
         "model": prepared.model.used.describe(), "data": prepared.text.used.describe(),

@@ -116,4 +116,5 @@ def test_the_benchmark_measures_six_rows_and_writes_table_and_figures(
         assert line["name"] in printed
     assert lines["fused, 3 trials"]["sweep_seconds"] == pytest.approx(3 * lines["fused, 3 trials"]["trial_seconds"])
     assert figures["day"] in figures["caption"]
+    assert figures["driver"] is None, "there is no GPU here"
     assert figures["work"]["shared_operations"] > 0

@@ -22,8 +22,8 @@ from distilbench.settings import BENCH_WINDOW, BenchmarkSettings
 class Benchmark:
     """Everything that was measured: of each case, every repeat.
 
-    ``tokens`` are the real ones of a step of one trial; ``about`` says where: ``device``, ``day``, ``versions``,
-    ``model`` and ``data``.
+    ``tokens`` are the real ones of a step of one trial; ``about`` says where: ``device``, ``driver``, ``day``,
+    ``versions``, ``model`` and ``data``.
     """
 
     settings: BenchmarkSettings
@@ -91,7 +91,7 @@ def caption_of(done: Benchmark) -> str:
     """Say what the figures mean and where they come from."""
     settings, machine, cost, about = done.settings, done.machine, done.step_cost, done.about
     rates = ", ".join(f"{p} {rate / 1e9:,.0f} GFLOP/s" for p, rate in machine.operations_per_second.items())
-    cuda = f" (CUDA {about['versions']['cuda']})" if about["versions"]["cuda"] else ""
+    driver = f" (driver {about['driver']}, CUDA {about['versions']['cuda']})" if about["driver"] else ""
     bench, size, layers = settings.bench, settings.train.batch_size, settings.freeze.layers
     return (
         f"Wall and CPU milliseconds a step and trial: medians of {bench.repeats} interleaved runs of {bench.steps} "
@@ -102,7 +102,7 @@ def caption_of(done: Benchmark) -> str:
         f"x limit: times the least that {cost.operations / 1e9:.1f} GFLOP ({rates}) or "
         f"{cost.optimizer_bytes / 1e6:,.0f} MB of AdamW ({machine.bytes_per_second / 1e9:,.0f} GB/s) take, both rates "
         "measured here. loss: mean over all steps; dropout draws differ between engines. "
-        f"{about['day']}, {about['device']}{cuda}; torch {about['versions']['torch']}, "
+        f"{about['day']}, {about['device']}{driver}; torch {about['versions']['torch']}, "
         f"transformers {about['versions']['transformers']}; model {about['model']}; data {about['data']}."
     )
 

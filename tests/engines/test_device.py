@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 
 import pytest
 import torch
 
+from distilbench.engines import device
 from distilbench.engines.device import (
     describe_device,
     has_native_bf16,
@@ -84,8 +86,9 @@ def test_a_cpu_has_bf16_where_its_flags_say_so(machine, flags, native):
 @pytest.mark.parametrize("flags", [["avx2"], ["avx2", "avx512_bf16"]])
 def test_bf16_by_name_on_a_cpu_without_it_is_done_after_one_line_of_what_it_costs(machine, caplog, flags):
     machine(flags=flags)
+    device._warn_of_slow_bf16.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert resolve_precision("bf16", CPU) == "bf16"
+        assert [resolve_precision("bf16", CPU) for _ in range(2)] == ["bf16", "bf16"]
         assert resolve_precision("auto", CPU) == "fp32"
     assert [("no bfloat16 instructions" in record.getMessage()) for record in caplog.records] == [True] * (
         len(flags) == 1
@@ -113,3 +116,13 @@ def test_memory_on_the_cpu_is_the_resident_set():
         ballast.write(b"1" * size)
         grown = peak_memory(CPU) - before
     assert 0.9 < grown / size < 2.5, "the pages, and the bytes that fill them"
+
+
+@pytest.mark.parametrize(("said", "expected"), [("580.95.05\n580.95.05\n", "580.95.05"), ("", None)])
+def test_the_drivers_version_is_what_nvidia_smi_says(tmp_path, monkeypatch, said, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert device.driver_version(torch.device("cuda", 0)) == expected
+    assert device.driver_version(CPU) is None
