@@ -244,7 +244,8 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
         return _unknown_setting(found[1], chain)
     for pattern, words in _MEANINGS.items():
         if found := re.search(pattern, text, re.DOTALL):
-            return words.format(*found.groups(), key=key)
+            null = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/@]+=null", argument, re.IGNORECASE)]
+            return words.format(*found.groups(), key=key, null=" ".join(null) or "a group")
     lines = dict.fromkeys(line.strip() for line in text.splitlines())
     noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "See https")
     return ": ".join(line for line in lines if line and not line.startswith(noise))
@@ -258,10 +259,14 @@ _MEANINGS = {
     r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'": (
         "{0} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
     ),
-    r"Config group override must be a string or a list": "a group must be one of its choices, got null",
+    r"Config group override must be a string or a list": (
+        "{null} must name a choice of the group, got null; --help lists them"
+    ),
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
 }
-"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it; ``key`` is OmegaConf's ``full_key``."""
+"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it.
+
+``key`` is OmegaConf's ``full_key``, ``null`` what was typed."""
 
 
 def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:

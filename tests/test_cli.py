@@ -43,7 +43,7 @@ def mistake(*overrides: str) -> str:
         ("~scheduler", "scheduler must be given, got nothing; add scheduler=..."),
         ("~optim", "optim must be given, got nothing; add optim=..."),
         ("~tracking", "tracking must be given, got nothing; add tracking=..."),
-        ("scheduler=null", "a group must be one of its choices, got null"),
+        ("scheduler=null", "a group must name a choice of the group, got null; --help lists them"),
         ("optim=nosuch", "optim must be one of adamw, sgd, got 'nosuch'"),
         ("hydra/sweeper=nosuch", "hydra/sweeper must be one of basic, grid, optuna, got 'nosuch'"),
         ("nosuch/x=1", "nosuch/x must be a setting that there is; --help lists them"),
