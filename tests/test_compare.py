@@ -291,3 +291,15 @@ def test_at_a_sweeps_end_trials_are_compared_that_were_not_yet(tmp_path):
     assert "against the baseline. Sweep late: worse with this seed (n = 1)" in frozen.tags["mlflow.note.content"]
     assert "comparison.md" in [file.path for file in store._client.list_artifacts(ids[1])]
     assert "difference_points" not in base.metrics
+
+
+def test_seeds_that_were_not_compared_get_each_its_own_figures_not_their_settings_mean(tmp_path):
+    store = make_store(tmp_path)
+    inside = {"parent_run_id": store.open_parent_run("late", {SWEEP: "late"}, tmp_path).run_id, "tags": {SWEEP: "late"}}
+    wrong = {("seed=1",): 20, ("seed=2",): 40, ("seed=1", "freeze.layers=1"): 60, ("seed=2", "freeze.layers=1"): 50}
+    ids = [add_trial(store, *overrides, wrong=number, **inside) for overrides, number in wrong.items()]
+    with initialize_config_dir(str(ROOT / "conf")):
+        report_sweep(store, "late", tmp_path, default_treatment(), 1.0, Console(quiet=True))
+    told = [store._client.get_run(run_id).data.metrics for run_id in ids[2:]]
+    assert [one["difference_points"] for one in told] == pytest.approx([-20, -5])  # each against its seed's baseline
+    assert all("mcnemar_p" in one for one in told)

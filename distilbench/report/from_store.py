@@ -23,7 +23,7 @@ from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.trial import Comparison, comparison_metrics
+from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
@@ -254,20 +254,25 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
     """Have trials say what the report says of their settings, where they say something else alone, or nothing yet.
 
     The report's verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
-    Trials say nothing yet that ended before their baseline did, or while the store was gone: those get their setting's
-    figures.
+    Trials say nothing yet that ended before their baseline did, or while the store was gone.
     """
-    base = report.baseline
-    for row in report.candidates if base and base.trials else ():
+    for row in report.candidates if report.baseline and report.baseline.trials else ():
         found = row.difference
         alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
         differs = row.verdict and (row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD))
-        figures = comparison_metrics(Comparison(row, base, report.floor, report.margin)) if base else {}
         text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:
-                metrics = {} if trial.is_compared else figures
+                metrics = {} if trial.is_compared else _own_metrics(store, trial, report)
                 store.add_comparison(trial.run_id, text, metrics, headline)
+
+
+def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict[str, float]:
+    """Compare a trial with the baseline's of its seed, or of another: its setting's figures are means over seeds."""
+    assert report.baseline
+    base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
+    ours, theirs = (replace(one, predictions=store.predictions(one.run_id)) for one in (trial, base))
+    return comparison_metrics(compare(ours, theirs, report.margin))
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
