@@ -93,7 +93,9 @@ def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> 
     )  # fmt: skip
     axes.set_title(f"accuracy {predictions.correct.mean():.2%}")
     if size > 40:  # of 150 labels, each with its name, drawing took 5 s
-        axes.set(xticks=[], yticks=[])
+        named = range(0, size, -(-size // 40))
+        axes.set_xticks(named, label_names[:: named.step], rotation=45)
+        axes.set_yticks(named, label_names[:: named.step])
     return figure
 
 

@@ -22,7 +22,7 @@ from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
-from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun
+from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
 from tests.commands import lay_tables
 from tests.made_store import blank_figures
 
@@ -220,6 +220,16 @@ def test_a_selection_split_of_its_own_has_curves_of_its_own(store, client, start
     run.finish(replace(DONE, report=replace(KEPT, accuracy=0.7)))
     metrics = client.get_run(run.run_id).data.metrics
     assert (metrics["selection/accuracy"], metrics["accuracy"]) == (0.75, 0.7)
+
+
+@pytest.mark.parametrize(("size", "named"), [(40, 40), (41, 21), (150, 38)])
+def test_a_confusion_matrix_names_every_few_of_many_labels(size, named):
+    predictions = Predictions(np.arange(size), np.eye(size, dtype=np.float32))
+    axes = confusion_figure(predictions, tuple(f"label {number}" for number in range(size))).axes[0]
+    every = -(-size // 40)
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == [f"label {number}" for number in range(0, size, every)]
+        assert len(ticks) == named
 
 
 def test_artifacts_are_configuration_predictions_and_figures(store, client, start, uri):
