@@ -59,7 +59,7 @@ def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
     with _hydra():
         from distilbench.trials.batch import BatchRunner
 
-        ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials])
+        ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials], lambda trial: trial)
     outcomes = []
     for end in ended:
         if isinstance(end, Exception):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
 from distilbench.composition import baseline_config, command_for
 from distilbench.results import read_record
-from distilbench.settings import CONF, register_schema, require, settings_from
+from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
 from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
@@ -65,7 +65,7 @@ class Assignment:
             return run_in_sweep(self.job, self.sweep_job)
         from distilbench.trials.batch import run_and_compare
 
-        return _objective(run_and_compare(self.job))
+        return _given(_objective(run_and_compare(self.job)))
 
 
 class Batches:
@@ -94,7 +94,7 @@ class Batches:
         self._runner = self._runner or BatchRunner(self._max_trials)
         with _ending(), ExitStack() as closing:
             parts = [_parts_of(own, self._runner, closing) for own in assignments]
-            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs]))
+            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _told))
         return [
             partial(_by_itself, own)
             if own.trains_by_itself
@@ -103,8 +103,13 @@ class Batches:
         ]
 
 
-def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple[Sequence[Job], Seeds | None]:
-    """Return what is trained for an assignment: its trial, or each of its seeds that has not finished before."""
+def _parts_of(
+    own: Assignment, runner: BatchRunner, closing: ExitStack
+) -> tuple[Sequence[Job], Seeds | SettingsError | None]:
+    """Return what is trained for an assignment: its trial, or each of its seeds that has not finished before.
+
+    Beside these stands what holds the seeds together, or why they can't start.
+    """
     job, sweep_job = own.job, own.sweep_job
     if own.trains_by_itself:
         return [], None
@@ -113,7 +118,10 @@ def _parts_of(own: Assignment, runner: BatchRunner, closing: ExitStack) -> tuple
     lease = Lease(sweep_job)
     if not job.settings.sweep.seeds:
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
-    seeds = Seeds(job, sweep_job, lease, runner)
+    try:
+        seeds = Seeds(job, sweep_job, lease, runner)
+    except SettingsError as error:  # the trial's own: the others are trained
+        return [], error
     closing.enter_context(seeds.closing())
     return seeds.left, seeds
 
@@ -167,10 +175,29 @@ def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:
     )
 
 
-def _objective(trial: Trial) -> float:
+def _objective(trial: Trial) -> float | TrialFailed:
     if trial.result.selection is None or trial.result.error is not None:
-        raise TrialFailed(f"{trial.name}: {trial.result.status}: {trial.result.error}")
+        return TrialFailed(f"{trial.name}: {trial.result.status}: {trial.result.error}")
     return trial.result.selection.metric(trial.settings.train.metric)
+
+
+def _given(objective: float | TrialFailed) -> float:
+    if isinstance(objective, TrialFailed):
+        raise objective
+    return objective
+
+
+class _Told(NamedTuple):
+    """What stays in memory of a trial that has ended."""
+
+    line: str
+    objective: float | TrialFailed
+
+
+def _told(trial: Trial) -> _Told:
+    from distilbench.trials.summary import trial_line
+
+    return _Told(trial_line(trial), _objective(trial))
 
 
 def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[float, ...]:
@@ -179,21 +206,21 @@ def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[floa
 
 
 def _conclude(
-    assignment: Assignment, seeds: Seeds | None, ended: Sequence[Trial | Exception], config: DictConfig
+    assignment: Assignment, seeds: Seeds | SettingsError | None, ended: Sequence[_Told | Exception], config: DictConfig
 ) -> float | tuple[float, ...]:
     """Say in one line how a trial ended; return its objective or raise its error."""
-    from distilbench.trials.summary import trial_line
-
     with _ending():
-        trials = []
-        for trial in ended:
-            if isinstance(trial, Exception):
-                raise trial
-            log.info(trial_line(trial))
-            trials.append(trial)
+        if isinstance(seeds, SettingsError):
+            raise seeds
+        objectives = []
+        for told in ended:
+            if isinstance(told, Exception):
+                raise told
+            log.info(told.line)
+            objectives.append(told.objective)
         if seeds:
             seeds.finish()
-        return assignment.sweep_job.reached() if assignment.sweep_job else _objective(trials[0])
+        return assignment.sweep_job.reached() if assignment.sweep_job else _given(objectives[0])
 
 
 def _say_how_to_continue() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import require_parts
@@ -25,6 +25,8 @@ from distilbench.trials.run import Trial, run_batch, write_or_warn
 from distilbench.trials.summary import print_outcome
 
 log = logging.getLogger(__name__)
+
+Kept = TypeVar("Kept")
 
 
 def run_and_compare(job: Job) -> Trial:
@@ -66,23 +68,33 @@ class BatchRunner:
 
     def train_one(self, job: Job) -> Trial:
         """Train one job; raises what kept it from its end."""
-        (ended,) = self.train([job])
+        (ended,) = self.train([job], lambda trial: trial)
         if isinstance(ended, Exception):
             raise ended
         return ended
 
-    def train(self, jobs: Sequence[Job]) -> list[Trial | Exception]:
-        """Train every job; return what became of each.
+    def train(self, jobs: Sequence[Job], keep: Callable[[Trial], Kept]) -> list[Kept | Exception]:
+        """Train every job; return what became of each: what ``keep`` makes of its trial, which then leaves memory.
 
-        Raises :class:`SettingsError`, before anything is trained, for a job that can't start. What goes wrong for a
-        whole batch is the exception of each of its jobs; other batches go on. KeyboardInterrupt passes through.
+        A job that can't start raises :class:`SettingsError` before anything is trained; a sweep's has that for its end,
+        and the others are trained. What goes wrong for a whole batch is the exception of each of its jobs; other
+        batches go on. KeyboardInterrupt passes through.
         """
-        ready = [self._ready(job) for job in jobs]
-        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready}
-        ended: dict[int, Trial | Exception] = {}
+        ready: dict[int, _Ready] = {}
+        ended: dict[int, Kept | Exception] = {}
+        for index, job in enumerate(jobs):
+            try:
+                ready[index] = self._ready(job)
+            except SettingsError as error:
+                if job.context is None:
+                    raise
+                ended[index] = error
+        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready.values()}
         for batch in self._batches(ready):
             try:
-                ended |= zip(batch, self._train_batch([ready[index] for index in batch], trained_here), strict=True)
+                trials = self._train_batch([ready[index] for index in batch], trained_here)
+                ended |= zip(batch, map(keep, trials), strict=True)
+                del trials  # before the next batch
             except Exception as error:  # the jobs' boundary: other batches go on
                 ended |= dict.fromkeys(batch, error)
         return [ended[index] for index in range(len(jobs))]
@@ -112,10 +124,10 @@ class BatchRunner:
         is_fused = prepared.engine.name == "fused"
         return _Ready(job, prepared, store, fusion_key(prepared_trial(job.settings, prepared)) if is_fused else None)
 
-    def _batches(self, ready: Sequence[_Ready]) -> list[list[int]]:
+    def _batches(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
         """Return indices of jobs to train at once, at most ``max_trials``; baselines first, to compare others with."""
         together: dict[Hashable, list[int]] = defaultdict(list)
-        for index, r in enumerate(ready):
+        for index, r in ready.items():
             key = r.fusion_key
             together[index if key is None else (preparation_key(r.job.settings), key, id(r.store))].append(index)
         size = self._max_trials

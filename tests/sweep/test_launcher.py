@@ -222,6 +222,21 @@ def test_a_mistake_in_one_trial_of_a_batch_is_answered_before_any_is_trained(tmp
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("seeds", [(), ("sweep.seeds=[1,2]",)])
+def test_a_trial_of_a_sweep_that_cannot_start_has_the_reason_in_its_record_and_the_others_are_trained(tmp_path, seeds):
+    given = (*TRIALS, "freeze=none,gradual", "train.eval_steps=5000", "sweep.name=mixed", "hydra.sweep.dir=sweep")
+    done = Workspace(tmp_path).run(*given, "tracking=none", *seeds)
+    assert done.returncode == 2, done.stdout + done.stderr
+    reason = "train.eval_steps must be at most"
+    (line,) = done.stderr.strip().splitlines()
+    assert reason in line
+    trained, refused = (json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(2))
+    assert trained["status"] == "FINISHED"
+    assert refused["status"] == "INTERRUPTED"  # the same command takes it up, once that is mended
+    assert reason in refused["error"]
+
+
+@pytest.mark.e2e
 def test_sigterm_ends_every_trial_of_the_batch_as_interrupted(tmp_path):
     workspace = Workspace(tmp_path).with_store()
     process = workspace.start(*BATCH, "seed=1,2", "data.max_train_examples=4000", "train.epochs=20")

@@ -1,6 +1,8 @@
-"""A trial beside its baseline, both trained in this process: what is printed and what is kept."""
+"""Trials trained in this process: what is printed and what is kept, on disk and in memory."""
 
 from __future__ import annotations
+
+import gc
 
 import numpy as np
 
@@ -9,8 +11,11 @@ from distilbench.results import PREDICTIONS
 from distilbench.tracking import RunFilter
 from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
+from distilbench.train import Assignment, Batches
+from distilbench.trials import summary
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
+from distilbench.trials.run import Trial
 from tests.engines.conftest import PAIRS
 from tests.made_store import make_store
 
@@ -43,3 +48,18 @@ def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_basel
     assert [(row.slice, row.accuracy, row.points) for row in report.slices] == [
         (row.slice, row.accuracy, row.points) for row in rows
     ]
+
+
+def test_a_batch_has_left_memory_before_the_next_is_trained(settings, tmp_path, monkeypatch):
+    def trials() -> int:
+        gc.collect()
+        return sum(type(it) is Trial for it in gc.get_objects())
+
+    alive, told = [], summary.trial_line
+    monkeypatch.setattr(summary, "trial_line", lambda trial: alive.append(trials()) or told(trial))
+    given = ("model=tiny", "data=synthetic", "engine=fused", "train.epochs=1", "output.save_model=false")
+    made = [settings(*given, f"seed={seed}", f"output.dir={tmp_path / str(seed)}") for seed in range(3)]
+    before = trials()
+    tasks = Batches(max_trials=1).train([Assignment(Job(one, one, lambda: ""), None) for one in made])
+    assert len(tasks) == 3
+    assert [count - before for count in [*alive, trials()]] == [1, 1, 1, 0]
