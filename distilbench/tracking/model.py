@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,10 +42,10 @@ def log_model(connection: Connection, run_id: str, directory: Path, register: st
     No trouble of the store passes.
     """
     made: list[LoggedModel | None] = []
-    connection.attempt("the model", lambda: made.append(_log(connection.client, run_id, directory)))
+    connection.attempt("the model", lambda: made.append(_log(connection.client, run_id, directory)), is_kept=False)
     if register and made and made[0]:
-        logged = made[0]
-        connection.attempt("the registered model", lambda: _register(connection.client, run_id, logged, register))
+        put = partial(_register, connection.client, run_id, made[0], register)
+        connection.attempt("the registered model", put, is_kept=False)
 
 
 def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 """Between two questions whether a store is back."""
 
+LOST_AFTER_SECONDS = 30.0
+"""How long what is not kept on disk is tried again; a locked SQLite file blocks each attempt for 20 s."""
+
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's codes for a server that can't be reached, is restarted or has too much to do; the others are refusals."""
 
@@ -91,24 +94,25 @@ class Connection:
         self.is_gone = False
         """Whether the last attempt found nobody who answers."""
 
-    def attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Return whether ``action`` is done with, False where it is to be tried later.
+    def attempt(self, what: str, action: Callable[[], object], is_kept: bool = True) -> bool:
+        """Return whether ``action`` is done with, False where the store is gone.
 
-        Never raises, since a trained model outweighs its record: what is refused for good, and an error that is not
-        the store's (a figure that can't be drawn), costs a line.
+        What is kept on disk is to be tried later; what is not, again for some seconds where the store has only just
+        gone. Never raises, since a trained model outweighs its record: what is refused for good, and an error that is
+        not the store's (a figure that can't be drawn), costs a line.
         """
         if self.client is None:
             return True
         try:
-            action()
+            wait_out(0.0 if is_kept or self.is_gone else LOST_AFTER_SECONDS, action)
         except Exception as error:  # a store's, or a figure that can't be drawn
             if not is_outage(error):
                 log.warning("MLflow did not get %s: %s", what, reason_of(error))
                 return True
-            if not self.is_gone:
-                self.is_gone = True
-                log.warning("MLflow does not answer (%s): what it lacks waits on disk until it is back",
-                            reason_of(error))  # fmt: skip
+            if not is_kept or not self.is_gone:
+                outcome = "what it lacks waits on disk until it is back" if is_kept else f"it did not get {what}"
+                log.warning("MLflow does not answer (%s): %s", reason_of(error), outcome)
+            self.is_gone = True
             return False
         self._answered()
         return True

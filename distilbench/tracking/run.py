@@ -258,7 +258,7 @@ class ParentRun:
         """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""
         for run_id, (status, error) in ends.items():
             write = partial(undelivered.put_right, self._connection.client, run_id, status, error)
-            self._connection.attempt("the end of a trial", write)
+            self._connection.attempt("the end of a trial", write, is_kept=False)
 
     def lacks(self, directory: Path) -> bool:
         """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""

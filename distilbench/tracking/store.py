@@ -97,7 +97,7 @@ class MlflowStore:
             self._client.log_text(run_id, redact(text), "comparison.md")
             undelivered.log_metrics(self._client, run_id, points(metrics))
 
-        self._connection.attempt("the comparison", send)
+        self._connection.attempt("the comparison", send, is_kept=False)
 
     def search(self, wanted: RunFilter) -> list[StoredTrial]:
         """Return the trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
@@ -154,7 +154,7 @@ class MlflowStore:
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
         """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
         described = Undelivered(run_id, tags={NOTE: redact(note)[:LONGEST_TAG]})
-        self._connection.attempt("the report", partial(described.deliver, self._connection, files))
+        self._connection.attempt("the report", partial(described.deliver, self._connection, files), is_kept=False)
 
     def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
         """Log a saved model to a run that may have ended, and register it; no trouble of the store passes."""
@@ -192,7 +192,7 @@ class MlflowStore:
             self._client.set_experiment_tag(self._experiment_id, tag, json.dumps(state))
             views.append(short_hash(state))
 
-        self._connection.attempt("a view of the runs", share)
+        self._connection.attempt("a view of the runs", share, is_kept=False)
         return self._address.runs_url(self._experiment_id, *views)
 
     @property

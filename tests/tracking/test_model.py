@@ -89,6 +89,23 @@ def test_it_is_logged_once_and_a_second_version_takes_the_alias(logged, caplog):
     assert [v.version for v in client.search_model_versions("name='tiny'")] == [1]
 
 
+def test_a_model_survives_a_moment_without_the_store(logged, monkeypatch):
+    outcome, store, client = logged
+    run = client.create_run(client.get_run(outcome.run_id).info.experiment_id)
+    real, answers = store._client.finalize_logged_model, [ConnectionError("the server is gone")] * 2
+
+    def finalize(*arguments):
+        if answers:
+            raise answers.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(store._client, "finalize_logged_model", finalize)
+    monkeypatch.setattr("distilbench.tracking.retries.POLL_SECONDS", 0.01)
+    store.log_model(run.info.run_id, Path(outcome.settings.output.dir) / "model", None)
+    outputs = client.get_run(run.info.run_id).outputs.model_outputs
+    assert "READY" in [client.get_logged_model(output.model_id).status.value for output in outputs]
+
+
 def test_what_cannot_be_logged_costs_a_warning_alone(logged, tmp_path, caplog, monkeypatch):
     outcome, store, client = logged
     run = client.create_run(client.get_run(outcome.run_id).info.experiment_id)

@@ -19,7 +19,7 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact
+from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
@@ -367,6 +367,56 @@ def test_a_comparison_is_added_to_an_ended_run(store, client, start):
     assert Path(client.download_artifacts(run_id, "comparison.md")).read_text() == "| a | b |"
 
 
+@pytest.fixture
+def blips(store, monkeypatch):
+    """Return a function that has a call of the client fail so many times; its answer tells how often it was made."""
+    from mlflow.exceptions import MlflowException
+
+    def make(name, failures):
+        real, calls = getattr(store._client, name), []
+
+        def call(*arguments, **more):
+            calls.append(arguments)
+            if len(calls) <= failures:
+                raise MlflowException("database is locked")
+            return real(*arguments, **more)
+
+        monkeypatch.setattr(store._client, name, call)
+        return calls
+
+    monkeypatch.setattr(retries, "POLL_SECONDS", 0.01)
+    return make
+
+
+def test_what_is_not_kept_on_disk_is_tried_again_for_some_seconds(store, client, start, blips, tmp_path, caplog):
+    run_id = finished(store, start())
+    (tmp_path / "report.md").write_text("all of it")
+    blips("log_text", failures=2)
+    store.add_comparison(run_id, "| a | b |", {"difference_points": -0.5}, "half a point less")
+    blips("log_artifact", failures=2)
+    store.attach(run_id, [tmp_path / "report.md"], "a note")
+    assert Path(client.download_artifacts(run_id, "comparison.md")).read_text() == "| a | b |"
+    assert Path(client.download_artifacts(run_id, "report.md")).read_text() == "all of it"
+    waiting = "MLflow does not answer (database is locked): waiting up to 30 s for it"
+    assert [record.getMessage() for record in caplog.records] == [waiting, waiting]
+
+
+def test_what_is_lost_is_told_and_an_outage_that_is_known_is_not_waited_for(
+    store, client, start, blips, monkeypatch, caplog
+):
+    monkeypatch.setattr(retries, "LOST_AFTER_SECONDS", 0.1)
+    run_id = finished(store, start())
+    tried = blips("log_text", failures=1000)
+    counts = []
+    for _ in range(2):
+        store.add_comparison(run_id, "| a | b |", {}, "half a point less")
+        counts.append(len(tried))
+    assert counts[0] > 1
+    assert counts[1] == counts[0] + 1
+    told = [record.getMessage() for record in caplog.records]
+    assert told[1:] == ["MLflow does not answer (database is locked): it did not get the comparison"] * 2
+
+
 def test_the_description_of_a_failed_run_begins_with_the_reason(store, client, start):
     run = store.begin(start())
     run.finish(TrialResult(Status.DIVERGED, error="the loss is `nan`;\nlower optim.lr"))
@@ -543,6 +593,7 @@ def test_where_the_view_is_not_taken_a_link_opens_the_plain_table(store, monkeyp
         raise ConnectionError("the server is gone")
 
     monkeypatch.setattr(store._client, "set_experiment_tag", refused)
+    monkeypatch.setattr(retries, "LOST_AFTER_SECONDS", 0.0)
     table = "runs?orderByKey=metrics.%60accuracy%60&orderByAsc=false&workflowType=machine_learning"
     assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
     server = address.StoreAddress("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")
