@@ -175,7 +175,7 @@ class Study:
                 self._storage.set_trial_user_attr(ended, "status", Status.INTERRUPTED.value)
                 self._storage.set_trial_user_attr(ended, "error", "the sweep went on with another space")
                 self._storage.set_trial_state_values(ended, TrialState.FAIL)
-        self.refresh()
+                self.refresh()
         waiting = sum(view.status is Status.WAITING for view in self.views())
         self._enqueue(self._unqueued()[: max(0, AHEAD - waiting)])
 
@@ -193,7 +193,7 @@ class Study:
             attributes = {"point": point.key, "extra": list(point.extra), "baseline": point.is_baseline,
                           "continues": interrupted.get(point.key)}  # fmt: skip
             self.study.enqueue_trial(point.params, user_attrs=attributes)
-        self.refresh()
+            self.refresh()
 
     def take(self) -> TrialView | None:
         """Begin the next trial; None if the same point is under way elsewhere, or draws bring nothing new."""

@@ -98,6 +98,20 @@ def finish(study: Study, number: int, status: Status = Status.FINISHED, accuracy
     record.write(study.directory(number))
 
 
+def test_where_nothing_is_to_be_queued_the_study_is_read_once_before_a_point_is_drawn(make, monkeypatch):
+    """Reading took most of a claim: 136 ms of it, 35 ms once it was read no oftener than needed."""
+    study = make(ME, is_grid=True, points=[Point({"freeze.layers": n, "scheduler": "linear"}) for n in range(3)])
+    study.queue()
+    reads, read = [], study.study.get_trials
+    monkeypatch.setattr(study.study, "get_trials", lambda **given: reads.append(1) or read(**given))
+    study.refresh()
+    study.queue()
+    assert study.has_more()
+    assert len(reads) == 1
+    study.take()
+    assert len(reads) == 2
+
+
 def test_a_finished_trial_of_a_dead_process_is_not_lost(make):
     dead = make(gone())
     taken = dead.take()
