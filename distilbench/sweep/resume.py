@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 _LONGEST_SHOWN = 6
 
 MARKER = "sweep.json"
-"""In a sweep's directory: the sweep's name."""
+"""In a sweep's directory: the sweep's name, and the id that its study has too."""
 
 
 def open_studies(
@@ -57,9 +58,13 @@ def open_studies(
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_as_known(plan.space, trials))
-        _refuse_others(plan, has_study=kept is not None)
-        if not is_begun(plan):
-            (plan.directory / MARKER).write_text(json.dumps({"sweep": plan.name}) + "\n")
+        marked, known = _marker(plan).get("id"), main.user_attrs.get("id")
+        _refuse_others(plan, has_study=kept is not None and marked in (None, known))
+        ours = {"sweep": plan.name, "id": known or marked or uuid.uuid4().hex}
+        if ours != _marker(plan):
+            (plan.directory / MARKER).write_text(json.dumps(ours) + "\n")
+        if known is None:
+            main.set_user_attr("id", ours["id"])
         if kept is None:
             main.add_trials(warm)
         if kept is None and sources:
@@ -85,17 +90,21 @@ def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
 
     Trials are known by their numbers, which another study would give again.
     """
-    try:
-        other = json.loads((plan.directory / MARKER).read_text())["sweep"]
-    except (OSError, ValueError):  # not there, or cut short by a kill
-        other = plan.name
+    other = _marker(plan).get("sweep", plan.name)
     records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BESIDE}/*/{RECORD}"))
     if other != plan.name or (not has_study and any(records)):
         raise SettingsError(
             f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which holds trials "
-            f"of sweep {other!r}{' whose study is gone' if other == plan.name else ''}; take another sweep.name or "
-            "hydra.sweep.dir"
+            f"of sweep {other!r}{' whose study is gone, or another' if other == plan.name else ''}; take another "
+            "sweep.name or hydra.sweep.dir"
         )
+
+
+def _marker(plan: SweepPlan) -> dict[str, str]:
+    try:
+        return dict(json.loads((plan.directory / MARKER).read_text()))
+    except (OSError, ValueError):  # not there, or cut short by a kill
+        return {}
 
 
 def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool] | None) -> list[int]:

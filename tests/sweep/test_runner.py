@@ -164,6 +164,9 @@ def test_a_directory_takes_one_sweep(workspace):
     gone = done(workspace, "freeze.layers=0,1", "sweep.name=first", here, status=2)
     assert "which holds trials of sweep 'first' whose study is gone" in gone.stderr
     assert not (workspace.path / "fixed" / "study.db").exists()
+    namesake = ("freeze.layers=0,1", "sweep.name=first", "hydra.sweeper.storage=sqlite:///theirs.db")
+    done(workspace, *namesake, "hydra.sweep.dir=elsewhere")
+    assert "' whose study is gone, or another" in done(workspace, *namesake, here, status=2).stderr
     (workspace.path / "study.db").rename(workspace.path / "fixed" / "study.db")
     assert "2 of 2 trials" in done(workspace, "freeze.layers=0,1", "sweep.name=first", here).stdout
     assert before == {path: path.read_bytes() for path in (workspace.path / "fixed").rglob("*.json")}
