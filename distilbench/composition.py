@@ -60,12 +60,17 @@ def _choice(group: str, choice: str) -> DictConfig:
 def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     """Return the line that composes ``config``: its choices of model and data, then each value that still differs.
 
-    What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone.
+    What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone, and
+    paths are absolute, so that it may be typed anywhere. What stands in an interpolation, as a secret may, stays there.
     """
     groups = [f"{group}={choices[group]}" for group in ("model", "data", "engine", "tracking")]
     default = dict(_leaves(compose("config")))
     by_group = [group for group in groups if dict(_leaves(compose("config", [group]))) != default]
-    return command("train", by_group + overrides_between(compose("config", groups), config))
+    usual = dict(_leaves(compose("config", groups)))
+    settled = dict(_leaves(OmegaConf.structured(settings_from(config))))
+    changed = {key: value for key, value in _leaves(config) if value != usual[key]}
+    told = {key: value if "${" in str(value) else settled[key] for key, value in changed.items()}
+    return command("train", by_group + [override(key, value) for key, value in told.items()])
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:

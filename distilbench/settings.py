@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Optional, TypeVar, Union, get_args, get_type_hints, overload
+from urllib.parse import quote
 
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
@@ -100,6 +101,9 @@ LABEL_NAMES = Rule("2 or more distinct names", lambda names: 1 < len(set(names) 
 DEVICE = named("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
 REGISTERED = named("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
                    r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
+
+DATABASE = "database"
+"""Marks a URL that may name a file of SQLite, in the directory in which the command was typed."""
 
 AS_TYPED = "as typed"
 """Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
@@ -460,7 +464,7 @@ class TrackingSettings(Checked, group="tracking"):
 
     name: Annotated[str, one_of(("mlflow", "none"))]
     """mlflow | none."""
-    uri: Optional[str]
+    uri: Annotated[Optional[str], DATABASE]
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else mlflow.db at the project's root."""
     experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment."""
@@ -750,6 +754,8 @@ def _build(cls: Any, values: Any) -> Any:
             made[name] = _build(nested, value)
         elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
             made[name] = str(typed_in() / Path(value).expanduser())
+        elif DATABASE in marks.get(name, ()):
+            made[name] = with_absolute_file(value)
         elif AS_TYPED in marks.get(name, ()):
             made[name] = [spelled(one) for one in value]
     return cls(**made)
@@ -760,6 +766,12 @@ def typed_in() -> Path:
     from hydra.core.hydra_config import HydraConfig
 
     return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def with_absolute_file(url: str) -> str:
+    """Return a database's URL, its file absolute where it is one of SQLite (``sqlite:///my.db``)."""
+    here = quote(typed_in().as_posix().rstrip("/"))
+    return re.sub("^sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{here}/", url)
 
 
 def spelled(value: object) -> str | None:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     exit_immediately()  # before the imports, which take half a second
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -234,7 +235,8 @@ def _say_how_to_continue() -> None:
         return
     given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
     place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
-    say(f"interrupted; to continue: {command('train', [*given, *place])}")
+    where = shlex.quote(hydra_config.runtime.cwd)  # which relative paths mean
+    say(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
 
 
 def cli() -> None:

@@ -44,6 +44,25 @@ def test_a_printed_command_composes_to_the_trial_that_it_describes(composing, gi
     assert settings_from(again).trial == settings_from(config).trial
 
 
+def test_a_printed_command_means_the_same_files_wherever_it_is_typed(composing, tmp_path, monkeypatch):
+    monkeypatch.setenv("STORE", "sqlite:///secret.db")
+    places = ["model=local", "model.checkpoint=m", "data=files", "data.train=p.csv", "data.validation=v.csv"]
+    choices = {"model": "local", "data": "files", "engine": "auto", "tracking": "mlflow"}
+    (tmp_path / "m").mkdir()
+    for name in ("p.csv", "v.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    monkeypatch.chdir(tmp_path)
+    meant = settings_from(config := composed(*places, "tracking.uri=sqlite:///my.db"))
+    line = command_for(config, choices)
+    hidden = command_for(composed(*places, "tracking.uri=${oc.env:STORE}"), choices)
+    monkeypatch.chdir("/")
+    again = settings_from(composed(*shlex.split(line)[3:]))
+    assert (again.model, again.data, again.tracking) == (meant.model, meant.data, meant.tracking)
+    assert meant.tracking.uri == f"sqlite:///{tmp_path}/my.db"
+    assert "secret" not in hidden
+    assert settings_from(composed(*shlex.split(hidden)[3:])).tracking.uri == "sqlite:////secret.db"
+
+
 def test_a_baseline_takes_back_the_choices_that_it_names_and_keeps_the_rest(composing):
     given = composed("freeze.layers=3", "optim.lr=1e-3", "scheduler=cosine", "train.epochs=1",
                      "data.max_train_examples=500", "seed=3")  # fmt: skip

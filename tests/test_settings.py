@@ -533,6 +533,9 @@ def test_paths_mean_the_directory_in_which_the_command_was_typed(tmp_path, monke
     s = composed("data=files", "data.train=texts/a.csv", "model=local", "model.checkpoint=./texts", "output.dir=out")
     assert (s.data.train, s.data.validation) == (str(tmp_path / "texts" / "a.csv"), None)
     assert (s.model.checkpoint, s.output.dir) == (str(tmp_path / "texts"), str(tmp_path / "out"))
+    for typed, meant in (("sqlite:///my.db", f"sqlite:///{tmp_path}/my.db"), ("sqlite:////my.db", "sqlite:////my.db"),
+                         ("sqlite:///:memory:",) * 2, ("http://127.0.0.1:5000",) * 2):  # fmt: skip
+        assert composed(f"tracking.uri={typed}").tracking.uri == meant
 
 
 def test_names_that_are_no_paths_stay_as_they_are():

@@ -186,7 +186,8 @@ def test_an_interrupted_trial_is_closed_and_resumes_to_the_same_result(workspace
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, out + err
     (line,) = err.strip().splitlines()
-    assert line.startswith("distilbench: interrupted; to continue: python -m distilbench.train ")
+    continuing = f"distilbench: interrupted; to continue: cd {workspace.path} && python -m distilbench.train "
+    assert line.startswith(continuing)  # wherever it is typed, relative paths stay what they were
     (run,) = workspace.runs()
     assert (run.info.status, run.data.tags["distilbench.status"]) == ("KILLED", "INTERRUPTED")
     resumed = workspace.run(*shlex.split(line.split("distilbench.train ")[1]))

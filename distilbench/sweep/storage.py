@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -24,7 +23,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from distilbench.settings import SettingsError
+from distilbench.settings import SettingsError, with_absolute_file
 from distilbench.tracking import redact
 from distilbench.tracking.retries import reason_of
 from distilbench.tracking.uri import sqlite_url
@@ -125,9 +124,7 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
         default = sqlite_url(directory / "study.db")
         return Storage(default, default)
     _check_url(url, written or url)
-    # a job may run elsewhere, under Ray for one
-    here = f"{quote(Path.cwd().as_posix())}/"
-    storage = Storage(*(re.sub("(?<=sqlite:///)(?=[^/:$])", here, one) for one in (url, written or url)))
+    storage = Storage(with_absolute_file(url), with_absolute_file(written or url))  # a job may run elsewhere
     with _answering(storage):
         if not storage.file:
             sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()

@@ -38,6 +38,17 @@ def test_a_grid_trains_its_baseline_first_then_each_cell_once_and_answers_at_onc
     assert "4 of 4 trials" in again.stdout
 
 
+@pytest.mark.parametrize("space", [["freeze.layers=0,1"], ["hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-3)"]])
+def test_relative_paths_mean_where_a_sweep_was_typed_and_typed_again_it_trains_nothing_twice(workspace, space):
+    (workspace.path / "p.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40)))
+    places = ("data.train=p.csv", "hydra.sweeper.storage=sqlite:///s.db", "hydra.sweep.dir=sw", "hydra.job.chdir=true")
+    for _ in range(2):
+        done(workspace, *space, "data=files", "data.validation_fraction=0.3", "sweep.trials=2", "sweep.name=a", *places)
+    assert [where for where, _ in workspace.finished()] == ["0", "1"]
+    assert all((workspace.path / "sw" / number / "trial.json").exists() for number in "01")
+    assert len(workspace.study("a", url=f"sqlite:///{workspace.path}/s.db")) == 2
+
+
 def test_a_baseline_outside_of_the_grid_is_trained_beside_it_for_each_seed(workspace):
     done(workspace, "freeze.layers=1,2", "seed=1,2", "sweep.name=grid")
     beside = [(where, what) for where, what in workspace.finished() if where.startswith("baseline/")]
