@@ -79,10 +79,14 @@ def noninferiority_over_seeds(
         return noninferiority_exact(*discordant(*pair), len(pair[0]), margin, alpha)
     spread = spread_over_seeds(correct_a, correct_b)
     given = noninferiority_exact(*effective_counts(spread.by_example), margin, alpha)
+    p, bound = _p_over_seeds(spread, margin), _bound_over_seeds(spread, alpha)
+    return NonInferiority(max(p, given.p), max(bound, given.bound))
+
+
+def _p_over_seeds(spread: SeedSpread, margin: float) -> float:
     distance = spread.difference + margin
     half = p_of_difference(spread.parts, abs(distance) * _deflation(spread, margin)) / 2
-    p, bound = half if distance > 0 else 1 - half, _bound_over_seeds(spread, alpha)
-    return NonInferiority(max(p, given.p), max(bound, given.bound))
+    return half if distance > 0 else 1 - half
 
 
 def _bound_over_seeds(spread: SeedSpread, alpha: float) -> float:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.data.text import load_text
-from distilbench.results import Owner, Record, Status
+from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
 from distilbench.sweep.job import Orphaned, SweepJob, beating
@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 LONGEST = 8
 """Trials of the live table beside those that run: the best ones."""
+
+LEAVING_SECONDS = 10.0
+"""Longest wait for jobs of this host that were told to leave; each writes how its trial ended, if it can."""
 
 LONGEST_PAUSE = 10.0
 """Seconds between two looks at the study, and at most where there is nothing to do: many may wait for the last."""
@@ -146,12 +149,21 @@ class SweepRunner:
             self._executor.stop()
             with contextlib.suppress(*UNANSWERED, OSError):  # the next call ends them
                 mine = [(study, number) for study in self._studies for number in sorted(study.mine)]
+                self._wait_for_jobs(mine)
                 self._end_all(mine, "interrupted with its sweep")
                 if not self._under_way_elsewhere():
                     self._finish_parent()
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._leaderboard().line()}; the same command continues")
             raise
+
+    def _wait_for_jobs(self, trials: Sequence[tuple[Study, int]]) -> None:
+        """Give processes of this host that were told to leave some seconds to be gone, before their runs are closed."""
+        records = [read_record(study.directory(number)) for study, number in trials]
+        owners = {record.owner for record in records if record and record.status is Status.RUNNING} - {self._owner}
+        here, until = [one for one in owners if one.host == self._owner.host], time.monotonic() + LEAVING_SECONDS
+        while time.monotonic() < until and not all(owner.is_dead() for owner in here):
+            time.sleep(0.05)
 
     def _finish_parent(self) -> None:
         """End the run of a sweep that this process leaves: it is complete, or to be continued."""
