@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRIAL = "distilbench.trial"
+"""The tag that says which trial of its sweep a run is."""
+
 DIRECTORY = "distilbench.directory"
 """Tag of where a run's record is kept, ``trial.json``, by which others can say how it ended."""
 
@@ -223,7 +226,8 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
         run_id = None
     if run_id is None:
         return client.create_run(experiment_id, tags=dict(content.tags), run_name=content.name)
-    client.update_run(run_id, status="RUNNING")
+    is_renumbered = client.get_run(run_id).data.tags.get(TRIAL) != content.tags.get(TRIAL)  # another trial continues it
+    client.update_run(run_id, status="RUNNING", name=content.name if is_renumbered else None)
     tags = {**content.tags, "distilbench.resumed": "true", "distilbench.error": ""}
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
     return client.get_run(run_id)

@@ -265,15 +265,16 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
     ready, calls = prepare(first), []
     third = strike(monkeypatch, MlflowRun, "on_step", ENDS["SIGTERM"], only=lambda: calls.append(1) or len(calls) == 3)
     with pytest.raises(Terminated):
-        run.run_batch([first], ready, store, [SweepContext("trial", is_quiet=True)])[0]
+        run.run_batch([first], ready, store, [SweepContext("0 lr=1", is_quiet=True, tags={"distilbench.trial": "0"})])
     assert third
     assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
     left = read_record(tmp_path / "first")
     assert left.status is Status.INTERRUPTED
-    outcome = run.run_batch(
-        [again], ready, store, [SweepContext("trial", is_quiet=True, continues=tmp_path / "first")]
-    )[0]
+    tags = {"distilbench.trial": "8"}
+    context = SweepContext("8 lr=1", is_quiet=True, continues=tmp_path / "first", tags=tags)
+    (outcome,) = run.run_batch([again], ready, store, [context])
     assert (outcome.result.status, outcome.run_id) == (Status.FINISHED, left.run_id)
+    assert store._client.get_run(left.run_id).info.run_name == "8 lr=1", "called by the number that its row has"
     steps = [step for step, _ in store.history(left.run_id, "train/loss")]
     assert steps == list(range(1, outcome.result.steps + 1)), "no step was taken twice"
     assert read_record(tmp_path / "first") == left
