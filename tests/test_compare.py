@@ -16,7 +16,7 @@ from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult, Verdict
 from distilbench.settings import CompareSettings, SettingsError, settings_from
-from distilbench.tracking import MARGIN, SWEEP
+from distilbench.tracking import MARGIN, SWEEP, MlflowStore
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store
@@ -124,6 +124,16 @@ def test_a_sweeps_own_margin_is_kept_with_it(folder, tmp_path):
         add_trial(store, *overrides, wrong=wrong, parent_run_id=group.run_id, tags={SWEEP: "wide"}, text="wide")
     compare(folder, tmp_path, "sweep=wide")
     assert rows(tmp_path)["layers=1"]["verdict"] == "good enough"
+
+
+def test_of_rows_beyond_those_asked_for_no_predictions_are_read(folder, tmp_path, monkeypatch):
+    read, really = [], MlflowStore.predictions
+    monkeypatch.setattr(MlflowStore, "predictions", lambda store, run_id: read.append(run_id) or really(store, run_id))
+    compare(folder, tmp_path, "sweep=first", "rows=1")
+    found = rows(tmp_path)
+    best = next(row for label, row in found.items() if "cosine" in label)
+    base = next(row for row in found.values() if row["is_baseline"] == "True")
+    assert sorted(read) == sorted(f"{best['runs']} {base['runs']}".split())
 
 
 def test_only_the_files_asked_for_are_written(folder, tmp_path):

@@ -6,7 +6,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from statistics import mode
 
@@ -24,7 +23,7 @@ from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
-from distilbench.results import RECORD, Predictions, Status, StoredTrial, Verdict
+from distilbench.results import RECORD, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
 from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
 
@@ -121,15 +120,12 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
-    kept = cache(store.predictions)
-
-    def read(trial: StoredTrial) -> Predictions | None:
-        return kept(trial.run_id)
-
+    rows = [
+        _with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)
+    ]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
-    rows, floor = judge(rows, baseline, read, request.margin, request.shown, picked_here)
-    slices = rows_by_slice(rows, read, request.margin)
+    rows, floor = judge(rows, baseline, request.margin, request.shown, picked_here)
     return Report(
         title=request.title,
         rows=tuple(rows),
@@ -140,8 +136,13 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         url=store.runs_url(request.sweep.name if request.sweep else None),
         ui_command=store.ui_command,
         floor=floor,
-        slices=slices,
+        slices=rows_by_slice(rows, request.margin),
     )
+
+
+def _with_predictions(store: MlflowStore, row: Row) -> Row:
+    """Return a row whose trials carry what they said of every example."""
+    return replace(row, trials=tuple(replace(one, predictions=store.predictions(one.run_id)) for one in row.trials))
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
@@ -271,8 +272,8 @@ def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict
     """Compare a trial with the baseline's of its seed, or of another: its setting's figures are means over seeds."""
     assert report.baseline
     base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
-    ours, theirs = (replace(one, predictions=store.predictions(one.run_id)) for one in (trial, base))
-    return comparison_metrics(compare(ours, theirs, report.margin))
+    ours = replace(trial, predictions=store.predictions(trial.run_id))  # it may stand beyond the rows shown
+    return comparison_metrics(compare(ours, base, report.margin))
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:

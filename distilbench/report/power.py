@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distilbench.report.noninferiority import ALPHA, variance_at_loss
-from distilbench.report.statistics import critical_difference, discordant, only_pair, spread_over_seeds
+from distilbench.report.statistics import SeedSpread, critical_difference
 
 POWER = 0.8
 """Chance with which a design is to decide; less counts as "can't be shown"."""
@@ -59,13 +59,12 @@ def spread_assumed(discordance: float = DISCORDANCE) -> Spread:
     return Spread(LASTING * discordance, (1 - LASTING) * discordance)
 
 
-def spread_seen(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> Spread:
-    """Return the spread of seed -> ``(examples,)`` bool on either side; one pair shows its discordance only."""
-    pair = only_pair(correct_a, correct_b)
-    if pair is not None:
-        return spread_assumed((sum(discordant(*pair)) + 1) / len(pair[0]))  # none seen is not none
-    seen = spread_over_seeds(correct_a, correct_b)
-    over_seeds, examples = sum(variance for variance, _ in seen.seed_parts), len(seen.by_example)
+def spread_seen(seen: SeedSpread) -> Spread:
+    """Return the spread of what was seen; one pair shows its discordance only."""
+    examples = len(seen.by_example)
+    if seen.n == 1:
+        return spread_assumed((int(np.abs(seen.by_example).sum()) + 1) / examples)  # none seen is not none
+    over_seeds = sum(variance for variance, _ in seen.seed_parts)
     return Spread(
         lasting=seen.example_variance * examples,
         noise=seen.noise * seen.n * examples,
@@ -152,27 +151,19 @@ def _fewest(holds: Callable[[int], bool], at_least: int) -> int | None:
     return at_least + bisect_left(range(at_least, _BEYOND), True, key=holds)
 
 
-def what_it_takes(
-    correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray], margin: float, rows: int = 1
-) -> Needed:
+def what_it_takes(seen: SeedSpread, margin: float, rows: int = 1) -> Needed:
     """Say what would decide an undecided comparison, at the spread seen so far.
 
     As trials are planned, at no true loss: power at the loss seen says little more than its p (Hoenig and Heisey 2001,
     Am. Stat. 55:19). Only where the seeds at hand should then have decided, it is the loss seen that keeps the row
     undecided; so that is assumed to be true, and either verdict, good enough or worse, decides. One more seed at least.
     """
-    pair = only_pair(correct_a, correct_b)
-    spread = spread_seen(correct_a, correct_b)
-    if pair is not None:
-        seeds, by_example = 1, pair[0].astype(float) - pair[1]
-    else:
-        seen = spread_over_seeds(correct_a, correct_b)
-        seeds, by_example = seen.n, seen.by_example
-    found = needed(spread, seeds, len(by_example), margin, rows)
-    if found.seeds is None or found.seeds > seeds:
+    spread, examples = spread_seen(seen), len(seen.by_example)
+    found = needed(spread, seen.n, examples, margin, rows)
+    if found.seeds is None or found.seeds > seen.n:
         return found
-    found = needed(spread, seeds, len(by_example), margin, rows, loss=max(-float(by_example.mean()), 0.0))
-    return found if found.seeds is None else replace(found, seeds=max(found.seeds, seeds + 1))
+    found = needed(spread, seen.n, examples, margin, rows, loss=max(-seen.difference, 0.0))
+    return found if found.seeds is None else replace(found, seeds=max(found.seeds, seen.n + 1))
 
 
 def plan(

@@ -13,7 +13,7 @@ import numpy as np
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.report.names import name_beside, name_of, varying_keys
 from distilbench.report.power import Needed
-from distilbench.results import BASELINE_ROLE, Status, StoredTrial, Verdict
+from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,11 @@ class Row:
     def seeds(self) -> tuple[int, ...]:
         """The seeds that finished."""
         return tuple(trial.seed for trial in self.trials)
+
+    @property
+    def predictions(self) -> dict[int, Predictions]:
+        """What its trials said of every example, by seed, of those of which that is there."""
+        return {trial.seed: trial.predictions for trial in self.trials if trial.predictions}
 
     @property
     def all_trials(self) -> tuple[StoredTrial, ...]:

@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.columns import CSV
-from distilbench.report.comparison import ReadPredictions, difference_of
+from distilbench.report.comparison import difference_of
 from distilbench.report.formats import percent
 from distilbench.report.rows import Row, average
-from distilbench.report.statistics import holm
+from distilbench.report.statistics import holm, spread_over_seeds
 from distilbench.results import Predictions
 
 MOST_ROWS = 5
@@ -36,7 +36,7 @@ COLUMNS = (
 NOTE = "By slice: p is corrected (Holm) for all slices of all settings tried; each interval is of its own comparison."
 
 
-def rows_by_slice(rows: Sequence[Row], read: ReadPredictions, margin: float) -> tuple[Row, ...]:
+def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
     """Return the baseline and the best rows anew on each slice, the largest first; none where there are no slices.
 
     Their accuracy, difference and ``examples`` are the slice's. The correction counts every slice of every setting that
@@ -44,15 +44,13 @@ def rows_by_slice(rows: Sequence[Row], read: ReadPredictions, margin: float) -> 
     """
     others = [row for row in rows if row.trials and not row.is_baseline]
     told = [*(row for row in rows if row.trials and row.is_baseline), *others[:MOST_ROWS]]
-    kept = [{trial.seed: read(trial) for trial in row.trials} for row in told]
-    slices = next((p.slices for each in kept for p in each.values() if p and p.slices is not None), None)
+    slices = next((one.slices for row in told for one in row.predictions.values() if one.slices is not None), None)
     if slices is None:
         return ()
     names = Counter(slices.tolist()).most_common()
-    pairs = [(row, each) for row, each in zip(told, kept, strict=True)
-             if all(one is not None and len(one.labels) == len(slices) for one in each.values())]  # fmt: skip
-    base = next((each for row, each in pairs if row.is_baseline), None)
-    found = [_on_slice(*pair, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for pair in pairs]
+    whole = [row for row in told if [len(one.labels) for one in row.predictions.values()] == row.n * [len(slices)]]
+    base = next((row for row in whole if row.is_baseline), None)
+    found = [_on_slice(row, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for row in whole]
     differences = [row.difference for row in found if row.difference]
     untold = len(names) * sum(not row.is_baseline for row in rows) - len(differences)
     p_holm = iter(holm([one.p for one in differences] + [1.0] * untold))
@@ -62,17 +60,14 @@ def rows_by_slice(rows: Sequence[Row], read: ReadPredictions, margin: float) -> 
     )
 
 
-def _on_slice(
-    row: Row, predictions: dict[int, Predictions | None], name: str, where: np.ndarray,
-    baseline: dict[int, Predictions | None] | None, margin: float,
-) -> Row:  # fmt: skip
+def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: float) -> Row:
     """Return a row with the figures of the examples ``where`` (examples,) bool."""
     ours, theirs = (
-        {seed: kept.correct[where] for seed, kept in each.items() if kept} for each in (predictions, baseline or {})
+        {seed: one.correct[where] for seed, one in side.predictions.items()} if side else {} for side in (row, base)
     )
     accuracy, deviation = average([float(correct.mean()) for correct in ours.values()])
-    comparable = theirs and not row.is_baseline and where.sum() > 1
-    difference = difference_of(ours, theirs, margin) if comparable else None
+    is_tested = base and row.difference and where.sum() > 1
+    difference = difference_of(spread_over_seeds(ours, theirs), margin) if is_tested else None
     return replace(
         row, slice=name or NAMELESS, accuracy=accuracy, accuracy_deviation=deviation, examples=int(where.sum()),
         difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,

@@ -24,12 +24,6 @@ Z = 1.959963984540054
 """The two-sided critical value of the normal distribution at that level."""
 
 
-def discordant(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int]:
-    """How many examples only A and only B classified correctly, from two ``(examples,)`` bool arrays."""
-    _require_same_examples(correct_a, correct_b)
-    return int(np.sum(correct_a & ~correct_b)), int(np.sum(correct_b & ~correct_a))
-
-
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact p of McNemar's test from the two discordant counts; 1.0 where nothing is discordant.
 
@@ -56,65 +50,12 @@ def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[f
 
 
 @dataclass(frozen=True)
-class SeedComparison:
-    """Accuracy of A minus that of B as a share, its interval, the p of no difference, and the seeds behind it.
-
-    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    n: int
-
-
-def compare_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedComparison:
-    """Compare two treatments, each given as seed -> ``(examples,)`` bool of what was classified correctly.
-
-    With two or more seeds in common those are paired and others are left aside. With none in common (and two or more
-    on each side) seeds count as independent. With one seed on each side, or only one in common, it is one pair, which
-    McNemar's test and :func:`paired_accuracy_interval` answer. Anything else raises ValueError.
-
-    The variance of the mean difference has a part from the seeds and a part from the examples, estimated by the mean
-    squares of a seeds x examples layout (Obuchowski and Rockette 1995, Commun. Stat. Simul. Comput. 24:285; Gallas et
-    al. 2009, Commun. Stat. Theory Methods 38:2586). The first rests on ``seeds - 1`` degrees of freedom, the second on
-    as good as infinitely many, and the critical value is their mean weighted by variance (Cochran and Cox 1950,
-    Experimental Designs; conservative: Lee and Gurland 1975, JASA 70:933). Since few seeds may by luck agree
-    better than chance allows, the result is never surer than with the seeds taken as given: the wider interval and the
-    larger p of the two are returned.
-    """
-    pair = only_pair(correct_a, correct_b)
-    if pair is not None:
-        counts = discordant(*pair)
-        return SeedComparison(*paired_accuracy_interval(*counts, len(pair[0])), mcnemar_exact(*counts), n=1)
-    spread = spread_over_seeds(correct_a, correct_b)
-    by_example, difference, parts = spread.by_example, spread.difference, spread.parts
-    given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
-    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
-    p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
-    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p, spread.n)
-
-
-def only_pair(
-    correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the two ``(examples,)`` arrays of the only pair: one seed in common, or one on each side; else None."""
-    shared = sorted(set(correct_a) & set(correct_b))
-    if len(shared) == 1:
-        return correct_a[shared[0]], correct_b[shared[0]]
-    if not shared and len(correct_a) == len(correct_b) == 1:
-        return next(iter(correct_a.values())), next(iter(correct_b.values()))
-    return None
-
-
-@dataclass(frozen=True)
 class SeedSpread:
     """The mean difference of two treatments example by example, and the variance of its mean in independent parts.
 
     ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_parts`` are ``(variance, degrees of freedom)``
-    of the grand mean over seeds; ``noise`` is what of that variance comes from seed x example noise. ``n`` as
-    in :class:`SeedComparison`.
+    of the grand mean over seeds, none of one pair; ``noise`` is what of that variance comes from seed x example noise.
+    ``n`` as in :class:`SeedComparison`.
     """
 
     by_example: np.ndarray
@@ -144,36 +85,63 @@ class SeedSpread:
 
 
 def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedSpread:
-    """Measure how a difference varies over seeds and examples; as :func:`compare_over_seeds`, which says how."""
+    """Measure how a difference varies over seeds and examples; a side is seed -> ``(examples,)`` bool of what is right.
+
+    With two or more seeds in common those are paired and others are left aside. With none in common (and two or more
+    on each side) seeds count as independent. With one seed on each side, or only one in common, it is one pair.
+    Anything else raises ValueError.
+    """
     shared = sorted(set(correct_a) & set(correct_b))
-    if len(shared) >= 2:
-        a, b = _stack(correct_a, shared), _stack(correct_b, shared)
-        _require_same_examples(a[0], b[0])
-        variance, noise = _seed_variance(a - b)
-        return SeedSpread((a - b).mean(axis=0), ((variance, len(a) - 1),), noise, n=len(a))
-    if not shared and min(len(correct_a), len(correct_b)) >= 2:
-        a, b = _stack(correct_a, sorted(correct_a)), _stack(correct_b, sorted(correct_b))
-        _require_same_examples(a[0], b[0])  # only the examples are paired
-        (variance_a, noise_a), (variance_b, noise_b) = _seed_variance(a), _seed_variance(b)
-        parts = ((variance_a, len(a) - 1), (variance_b, len(b) - 1))
-        by_example = a.mean(axis=0) - b.mean(axis=0)
-        return SeedSpread(by_example, parts, noise_a + noise_b, n=min(len(a), len(b)))
-    raise ValueError(
-        f"seeds must be shared, or two or more on each side, got {sorted(correct_a)} and {sorted(correct_b)}"
-    )
-
-
-def _stack(correct: Mapping[int, np.ndarray], seeds: Sequence[int]) -> np.ndarray:
-    """``(seeds, examples)`` float64 of zeros and ones."""
-    rows = [correct[s] for s in seeds]
-    _require_same_examples(*rows)
-    return np.stack(rows).astype(float)
-
-
-def _require_same_examples(*correct: np.ndarray) -> None:
-    lengths = sorted({len(c) for c in correct})
+    is_paired = bool(shared) or len(correct_a) == len(correct_b) == 1
+    if not is_paired and min(len(correct_a), len(correct_b)) < 2:
+        raise ValueError(
+            f"seeds must be shared, or two or more on each side, got {sorted(correct_a)} and {sorted(correct_b)}"
+        )
+    sides = [[side[seed] for seed in shared or sorted(side)] for side in (correct_a, correct_b)]
+    lengths = sorted({len(correct) for side in sides for correct in side})
     if len(lengths) != 1 or lengths[0] == 0:
         raise ValueError(f"trials must be compared on the same examples, got {lengths} of them")
+    a, b = (np.stack(side).astype(float) for side in sides)  # (seeds, examples) of zeros and ones
+    by_example = (a - b).mean(axis=0) if is_paired else a.mean(axis=0) - b.mean(axis=0)
+    found = [(*_seed_variance(x), len(x) - 1) for x in ([a - b] if is_paired else [a, b]) if len(x) > 1]
+    parts, noise = tuple((variance, df) for variance, _, df in found), sum(noise for _, noise, _ in found)
+    return SeedSpread(by_example, parts, noise, n=min(len(a), len(b)))
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """Accuracy of A minus that of B as a share, its interval, the p of no difference, and the seeds behind it.
+
+    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
+    """Test a difference and bound it; one pair is left to McNemar's test and :func:`paired_accuracy_interval`.
+
+    The variance of the mean difference has a part from the seeds and a part from the examples, estimated by the mean
+    squares of a seeds x examples layout (Obuchowski and Rockette 1995, Commun. Stat. Simul. Comput. 24:285; Gallas et
+    al. 2009, Commun. Stat. Theory Methods 38:2586). The first rests on ``seeds - 1`` degrees of freedom, the second on
+    as good as infinitely many, and the critical value is their mean weighted by variance (Cochran and Cox 1950,
+    Experimental Designs; conservative: Lee and Gurland 1975, JASA 70:933). Since few seeds may by luck agree
+    better than chance allows, the result is never surer than with the seeds taken as given: the wider interval and the
+    larger p of the two are returned.
+    """
+    by_example, difference, parts = seen.by_example, seen.difference, seen.parts
+    if seen.n == 1:
+        only_a, only_b = int(np.sum(by_example > 0)), int(np.sum(by_example < 0))
+        interval = paired_accuracy_interval(only_a, only_b, len(by_example))
+        return SeedComparison(*interval, mcnemar_exact(only_a, only_b), n=1)
+    given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
+    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
+    p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
+    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p, seen.n)
 
 
 def _seed_variance(values: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 from distilbench.cli import counted
 from distilbench.identity import value_of
@@ -43,9 +42,8 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_her
     """Compare two finished trials of one protocol, with a margin in points; ``picked_here`` as in :func:`judge`."""
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
-    read = attrgetter("predictions")
-    (base, row), floor = judge(rows, 0, read, margin, picked_here=picked_here)
-    return Comparison(row, base, floor, margin, rows_by_slice([base, row], read, margin))
+    (base, row), floor = judge(rows, 0, margin, picked_here=picked_here)
+    return Comparison(row, base, floor, margin, rows_by_slice([base, row], margin))
 
 
 def sentence(comparison: Comparison) -> str:

@@ -88,11 +88,6 @@ def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTr
     return trials
 
 
-def predictions_of(stored: StoredTrial) -> Predictions | None:
-    """What a store would read."""
-    return stored.predictions
-
-
 def report_of(
     trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", margin: float = 1.0, **changes
 ) -> Report:
@@ -100,6 +95,6 @@ def report_of(
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
-    rows, floor = judge(rows, baseline, predictions_of, margin, shown, is_picked_here and len(rows) > 2)
+    rows, floor = judge(rows, baseline, margin, shown, is_picked_here and len(rows) > 2)
     curves = tuple((row, [(step, row.accuracy - 0.03 / step) for step in (1, 2, 3)]) for row in rows[:8] if row.trials)
     return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, floor=floor, **changes)

@@ -21,6 +21,7 @@ from distilbench.report.power import (
     spread_seen,
     what_it_takes,
 )
+from distilbench.report.statistics import spread_over_seeds
 from tests.report import margin_tables as tables
 from tests.report.test_noninferiority import by_seed, pair, table_rows
 
@@ -118,25 +119,25 @@ def test_more_rows_need_more():
 def test_spread_seen_finds_the_parts_it_was_made_with():
     noise = tables.noise_of(0.08, 0.4)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, noise, 0.0, 6)[0]
-    seen = spread_seen(*by_seed(difference))
+    seen = spread_seen(spread_over_seeds(*by_seed(difference)))
     assert seen.lasting == pytest.approx(0.4 * 0.08, rel=0.1)
     assert seen.noise == pytest.approx(0.6 * 0.08, rel=0.1)
     assert seen.shift < 0.003**2
     shifted = tables.Noise(noise.example, 0.3, noise.chance)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, shifted, 0.0, 40)[0]
     accuracy = (difference.mean(1, dtype=float)).std(ddof=1)
-    assert spread_seen(*by_seed(difference)).shift == pytest.approx(accuracy**2, rel=0.05)
+    assert spread_seen(spread_over_seeds(*by_seed(difference))).shift == pytest.approx(accuracy**2, rel=0.05)
 
 
 def test_one_pair_shows_its_discordance_and_half_of_it_is_supposed_to_last():
     a, b = pair(20, 29, 1_000)
-    assert spread_seen({1: a}, {1: b}) == spread_assumed(0.05)
-    assert spread_seen({1: a}, {2: a}).noise > 0
+    assert spread_seen(spread_over_seeds({1: a}, {1: b})) == spread_assumed(0.05)
+    assert spread_seen(spread_over_seeds({1: a}, {2: a})).noise > 0
 
 
 def test_what_it_takes_supposes_no_loss_while_that_leaves_something_to_do():
     a, b = pair(20, 29, 872)
-    found = what_it_takes({1: a}, {1: b}, 0.01)
+    found = what_it_takes(spread_over_seeds({1: a}, {1: b}), 0.01)
     assert found == needed(spread_assumed(50 / 872), 1, 872, 0.01)
     assert found.loss == 0
 
@@ -144,18 +145,18 @@ def test_what_it_takes_supposes_no_loss_while_that_leaves_something_to_do():
 def test_what_it_takes_supposes_the_loss_seen_where_the_seeds_at_hand_should_have_decided():
     difference = np.zeros((4, 5_000), int)
     difference[:, :120], difference[:, 120:215] = -1, 1  # all seeds agree: half a point lost, give or take 0.6
-    a, b = by_seed(difference)
-    undecided, found = noninferiority_over_seeds(a, b, 0.01), what_it_takes(a, b, 0.01)
+    seen = spread_over_seeds(*by_seed(difference))
+    undecided, found = noninferiority_over_seeds(seen, 0.01), what_it_takes(seen, 0.01)
     assert undecided.p > ALPHA
-    assert power(spread_seen(a, b), 4, 5_000, 0.01) > POWER
+    assert power(spread_seen(seen), 4, 5_000, 0.01) > POWER
     assert (found.loss, found.seeds) == (0.005, None)
-    assert power(spread_seen(a, b), found.with_seeds, found.examples, 0.01, loss=0.005) >= POWER
+    assert power(spread_seen(seen), found.with_seeds, found.examples, 0.01, loss=0.005) >= POWER
 
 
 def test_what_it_takes_asks_for_one_more_seed_at_least():
     rng = np.random.default_rng(0)
     a, b = by_seed(rng.choice([-1, 0, 1], (4, 5_000), p=[0.002, 0.996, 0.002]))
-    assert what_it_takes(a, b, 0.05).seeds == 5
+    assert what_it_takes(spread_over_seeds(a, b), 0.05).seeds == 5
 
 
 def test_a_plan_says_whether_a_setting_without_loss_would_be_shown():

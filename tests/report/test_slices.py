@@ -13,9 +13,9 @@ from rich.console import Console
 
 from distilbench.report.page import page
 from distilbench.report.slices import MOST_SLICES, NOTE, by_slice, rows_by_slice
-from distilbench.report.statistics import compare_over_seeds, holm
+from distilbench.report.statistics import compare_over_seeds, holm, spread_over_seeds
 from distilbench.report.tables import csv_report, latex_report, markdown_report, print_report
-from tests.report.made_trials import EXAMPLES, HOSTILE, predictions_of, report_of, treatment, trial
+from tests.report.made_trials import EXAMPLES, HOSTILE, report_of, treatment, trial
 
 NAMES = np.where(np.arange(EXAMPLES) < 600, "web", np.where(np.arange(EXAMPLES) < 850, "book", ""))
 
@@ -26,7 +26,7 @@ def sliced(stored, names=NAMES):
 
 def report_with(trials):
     report = report_of(trials, is_picked_here=False)
-    return replace(report, slices=rows_by_slice(report.rows, predictions_of, report.margin))
+    return replace(report, slices=rows_by_slice(report.rows, report.margin))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_each_slice_has_its_own_examples_accuracy_and_difference(trials):
     base, frozen = (trials[i].predictions.correct for i in (0, 1))
     book = rows[3]
     assert book.accuracy == frozen[NAMES == "book"].mean()
-    seen = compare_over_seeds({1: frozen[NAMES == "book"]}, {1: base[NAMES == "book"]})
+    seen = compare_over_seeds(spread_over_seeds({1: frozen[NAMES == "book"]}, {1: base[NAMES == "book"]}))
     found = book.difference
     assert (found.points, found.low, found.high, found.p) == (-12.0, 100 * seen.low, 100 * seen.high, seen.p)
     assert [row.points for row in rows if not row.is_baseline] == [0.0, -12.0, 0.0]

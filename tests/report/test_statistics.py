@@ -10,7 +10,6 @@ from scipy import stats
 from distilbench.report.statistics import (
     compare_over_seeds,
     critical_difference,
-    discordant,
     holm,
     mcnemar_exact,
     p_of_difference,
@@ -26,6 +25,10 @@ def bits(text):
     return np.array([c == "1" for c in text])
 
 
+def compared(a, b):
+    return compare_over_seeds(spread_over_seeds(a, b))
+
+
 @pytest.mark.parametrize(
     ("only_a", "only_b", "p"),
     [
@@ -39,12 +42,6 @@ def bits(text):
 def test_mcnemar_is_the_two_sided_binomial_tail(only_a, only_b, p):
     assert mcnemar_exact(only_a, only_b) == pytest.approx(p, rel=1e-12)
     assert mcnemar_exact(only_b, only_a) == pytest.approx(p, rel=1e-12)
-
-
-def test_discordant_examples_are_counted_on_either_side():
-    assert discordant(bits("111010"), bits("100011")) == (2, 1)
-    with pytest.raises(ValueError, match="same examples"):
-        discordant(bits("11"), bits("110"))
 
 
 def test_interval_equals_the_published_one_of_the_airway_data():
@@ -94,7 +91,7 @@ def test_interval_covers_by_enumeration(examples, share, lean):
 
 def test_one_seed_each_is_mcnemar():
     a, b = bits("1" * 12 + "0" * 8), bits("1" * 5 + "0" * 15)
-    result = compare_over_seeds({1: a}, {2: b})
+    result = compared({1: a}, {2: b})
     assert result.p == pytest.approx(2 / 2**7)
     assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
     assert result.n == 1
@@ -108,7 +105,7 @@ def blocks(*sizes):
 
 def test_without_example_spread_paired_seeds_give_the_one_sample_t_test():
     right = blocks(20, 30, 50)
-    result = compare_over_seeds(right, {s: np.zeros(100, bool) for s in right})
+    result = compared(right, {s: np.zeros(100, bool) for s in right})
     expected = stats.ttest_1samp([0.2, 0.3, 0.5], 0)
     assert result.p == pytest.approx(expected.pvalue, rel=1e-6)
     assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval()))
@@ -118,7 +115,7 @@ def test_without_example_spread_paired_seeds_give_the_one_sample_t_test():
 def test_without_example_spread_independent_seeds_give_cochran_and_cox():
     a, b = blocks(200, 300, 500), blocks(100, 150, 300, 450)
     b = {seed + 10: right for seed, right in b.items()}
-    result = compare_over_seeds(a, b)
+    result = compared(a, b)
     w_a, w_b = (np.var([right.mean() for right in side.values()], ddof=1) / len(side) for side in (a, b))
 
     def half(p: float) -> float:
@@ -142,7 +139,7 @@ def test_paired_seeds_weigh_the_mean_squares_of_the_two_way_layout():
     assert from_examples > 0
     weighted = from_seeds * stats.t.isf(0.025, 2) + from_examples * stats.norm.isf(0.025)
     half = weighted / math.sqrt(from_seeds + from_examples)
-    result = compare_over_seeds(by_seed(a == 1), by_seed(b == 1))
+    result = compared(by_seed(a == 1), by_seed(b == 1))
     assert (result.low, result.high) == pytest.approx((d.mean() - half, d.mean() + half))
 
 
@@ -172,13 +169,13 @@ def test_two_examples_have_one_degree_of_freedom_for_their_noise():
 
 def test_limits_over_seeds_stay_within_one():
     few = {s: bits("111") for s in (1, 2)}, {s: bits("000") for s in (1, 2)}
-    assert compare_over_seeds(*few).high == 1.0
-    assert compare_over_seeds(*reversed(few)).low == -1.0
+    assert compared(*few).high == 1.0
+    assert compared(*reversed(few)).low == -1.0
 
 
 def test_p_is_that_of_given_seeds_where_those_are_less_sure():
     better, worse = bits("1" * 84 + "0" * 16), bits("1" * 80 + "0" * 20)
-    result = compare_over_seeds({1: better, 2: better}, {1: worse, 2: worse})
+    result = compared({1: better, 2: better}, {1: worse, 2: worse})
     error = math.sqrt(((4 + 2) / 102 - (4 / 102) ** 2) / 102)
     assert result.p == pytest.approx(2 * stats.norm.sf(0.04 / error))
 
@@ -197,7 +194,7 @@ def test_p_of_no_difference_is_one_and_of_one_beyond_measure_zero():
 
 def test_equal_predictions_show_no_difference_and_no_certainty():
     same = {s: bits("1101" * 50) for s in (1, 2, 3)}
-    result = compare_over_seeds(same, same)
+    result = compared(same, same)
     half = stats.norm.isf(0.025) * math.sqrt(2) / 202
     assert (result.difference, result.p) == (0.0, 1.0)
     assert (result.low, result.high) == pytest.approx((-half, half))
@@ -207,7 +204,7 @@ def test_more_agreement_between_seeds_than_chance_gives_no_more_certainty_than_g
     # Both seeds are better by 4 of 100 examples: no spread over seeds, yet the examples alone leave p near 0.06.
     worse = bits("1" * 80 + "0" * 20)
     better = bits("1" * 84 + "0" * 16)
-    result = compare_over_seeds({1: better, 2: better}, {1: worse, 2: worse})
+    result = compared({1: better, 2: better}, {1: worse, 2: worse})
     assert 0.01 < result.p < 0.1
     assert result.low == pytest.approx(0.04 - 1.96 * math.sqrt((6 / 102 - (4 / 102) ** 2) / 102), abs=1e-4)
 
@@ -216,23 +213,23 @@ def test_shared_seeds_are_paired_and_others_left_aside():
     rng = np.random.default_rng(0)
     a = {s: rng.random(200) < 0.9 for s in (1, 2, 3, 4)}
     b = {s: rng.random(200) < 0.8 for s in (3, 2, 9)}
-    result = compare_over_seeds(a, b)
-    assert result == compare_over_seeds({s: a[s] for s in (2, 3)}, {s: b[s] for s in (2, 3)})
+    result = compared(a, b)
+    assert result == compared({s: a[s] for s in (2, 3)}, {s: b[s] for s in (2, 3)})
     assert result.n == 2
-    assert compare_over_seeds(a, {2: b[2]}).n == 1
+    assert compared(a, {2: b[2]}).n == 1
 
 
 def test_seeds_that_cannot_be_compared_are_refused():
     one = bits("1100")
     with pytest.raises(ValueError, match=r"got \[1, 2\] and \[3\]"):
-        compare_over_seeds({1: one, 2: one}, {3: one})
+        compared({1: one, 2: one}, {3: one})
     with pytest.raises(ValueError, match="same examples"):
-        compare_over_seeds({1: one, 2: one}, {1: one[:3], 2: one[:3]})
+        compared({1: one, 2: one}, {1: one[:3], 2: one[:3]})
     with pytest.raises(ValueError, match=r"same examples, got \[3, 4\]"):
-        compare_over_seeds({1: one, 2: one}, {3: one[:3], 4: one[:3]})
+        compared({1: one, 2: one}, {3: one[:3], 4: one[:3]})
     with pytest.raises(ValueError, match=r"same examples, got \[0\]"):
-        compare_over_seeds({1: one[:0]}, {1: one[:0]})
-    assert compare_over_seeds({1: one[:1]}, {1: one[2:3]}).difference == 1.0
+        compared({1: one[:0]}, {1: one[:0]})
+    assert compared({1: one[:1]}, {1: one[2:3]}).difference == 1.0
 
 
 NOISE = {  # how far examples, seeds and chance move a treatment, beside a difficulty of 1 that all share
@@ -267,7 +264,7 @@ def test_under_no_difference_the_level_holds_paired_and_independent(noise, seeds
     draws = 300
     right = simulate(np.random.default_rng(seeds), draws, (1.3, 1.3), seeds, 200, **NOISE[noise])
     for first in (0, 100):
-        rejected = sum(compare_over_seeds(by_seed(a), by_seed(b, first)).p < ALPHA for a, b in right)
+        rejected = sum(compared(by_seed(a), by_seed(b, first)).p < ALPHA for a, b in right)
         assert rejected <= at_most(ALPHA, draws)
 
 
@@ -278,13 +275,13 @@ def test_interval_over_seeds_covers_a_true_difference(noise, seeds):
     scale = math.sqrt(1 + sum(v**2 for v in moves.values()))
     true = float(np.diff(stats.norm.cdf(np.array(ease[::-1]) / scale))[0])
     right = simulate(np.random.default_rng(seeds), draws, ease, seeds, 200, **moves)
-    results = [compare_over_seeds(by_seed(a), by_seed(b)) for a, b in right]
+    results = [compared(by_seed(a), by_seed(b)) for a, b in right]
     assert sum(not r.low <= true <= r.high for r in results) <= at_most(ALPHA, draws)
 
 
 def test_a_large_difference_is_found():
     right = simulate(np.random.default_rng(1), 100, (1.6, 1.2), 5, 800, **NOISE["all differ"])
-    found = [compare_over_seeds(by_seed(a), by_seed(b)) for a, b in right]
+    found = [compared(by_seed(a), by_seed(b)) for a, b in right]
     assert sum(verdict(r.low, r.high, r.p) == "better" for r in found) >= 80
 
 
@@ -292,7 +289,7 @@ def test_among_treatments_that_do_not_differ_sweeps_with_a_false_verdict_stay_at
     sweeps, false = 500, 0
     right = simulate(np.random.default_rng(7), sweeps, (1.3,) * 5, 3, 200, **NOISE["all differ"])
     for baseline, *others in right:
-        results = [compare_over_seeds(by_seed(other), by_seed(baseline)) for other in others]
+        results = [compared(by_seed(other), by_seed(baseline)) for other in others]
         corrected = holm([r.p for r in results])
         verdicts = [verdict(r.low, r.high, p) for r, p in zip(results, corrected, strict=True)]
         false += any(v in ("better", "worse") for v in verdicts)
