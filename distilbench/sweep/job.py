@@ -17,6 +17,7 @@ from pathlib import Path
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import AppSettings
+from distilbench.tracking import SWEEP, TRIAL
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class SweepJob:
     def tags(self) -> dict[str, str]:
         """What each run of this trial is found by."""
         role = {"distilbench.role": "baseline"} if self.is_baseline else {}
-        return {"distilbench.sweep": self.sweep, "distilbench.trial": self.trial} | role
+        return {SWEEP: self.sweep, TRIAL: self.trial} | role
 
     def write(self) -> None:
         """Write ``job.json`` into the trial's directory."""

@@ -10,14 +10,15 @@ from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics, write_predictions
-from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, RunFilter, SweepRun
-from distilbench.tracking.start import RunStart, params_of
+from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, TRIAL, RunFilter, SweepRun, trial_of
+from distilbench.tracking.start import RunStart, params_of, tags_of
 from distilbench.tracking.store import MlflowStore
 
 __all__ = [
     "CONFIRMS",
     "MARGIN",
     "SWEEP",
+    "TRIAL",
     "MlflowRun",
     "MlflowStore",
     "ParentRun",
@@ -30,5 +31,7 @@ __all__ = [
     "open_store",
     "params_of",
     "redact",
+    "tags_of",
+    "trial_of",
     "write_predictions",
 ]

@@ -23,6 +23,9 @@ MARK = "distilbench.treatment_settings"
 SWEEP = "distilbench.sweep"
 """The tag that a sweep's own run and all of its trials carry: its name."""
 
+TRIAL = "distilbench.trial"
+"""The tag that says which trial of its sweep a run is."""
+
 CONFIRMS = "distilbench.confirms"
 """Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
 
@@ -78,12 +81,13 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
-def trial_of(run: Run, url: str) -> StoredTrial:
-    """Return a run as a trial, NaN where a figure is missing.
+def trial_of(
+    run_id: str, name: str, tags: Mapping[str, str], metrics: Mapping[str, float], **others: Any
+) -> StoredTrial:
+    """Return a trial as its run tells of it, NaN where a figure is missing; ``others`` are fields that no run has.
 
     Raises :class:`SettingsError` for a run of another program, or of a version that wrote other tags.
     """
-    run_id, tags, metrics = run.info.run_id, run.data.tags, run.data.metrics
     if MARK not in tags:
         raise SettingsError(f"run must be a distilbench trial, got {run_id!r}, which is not; name another one")
     try:
@@ -91,7 +95,7 @@ def trial_of(run: Run, url: str) -> StoredTrial:
         same |= {name: metrics.get(name, math.nan) for name in _FIGURES}
         return StoredTrial(
             run_id=run_id,
-            name=run.info.run_name or "",
+            name=name,
             protocol_id=tags["distilbench.protocol"],
             treatment=dict(json.loads(tags[MARK])),
             seed=int(tags["distilbench.seed"]),
@@ -101,14 +105,13 @@ def trial_of(run: Run, url: str) -> StoredTrial:
             role=tags.get("distilbench.role", ""),
             score=metrics.get(f"selection_{same['metric']}", metrics.get(same["metric"], math.nan)),
             error=tags.get("distilbench.error", ""),
-            started_ms=run.info.start_time or 0,
-            url=url,
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
             sweep=tags.get(SWEEP, ""),
-            number=tags.get("distilbench.trial", ""),
+            number=tags.get(TRIAL, ""),
             is_compared="difference_points" in metrics,
             train_examples=int(tags.get("distilbench.train_examples", 0)),
             **same,
+            **others,
         )
     except (KeyError, ValueError) as error:
         version = tags.get("distilbench.version.distilbench", "unknown")

@@ -18,15 +18,13 @@ from distilbench.identity import ProtocolIdentity, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.search import MARK, TRIAL
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
 
 log = logging.getLogger(__name__)
-
-TRIAL = "distilbench.trial"
-"""The tag that says which trial of its sweep a run is."""
 
 DIRECTORY = "distilbench.directory"
 """Tag of where a run's record is kept, ``trial.json``, by which others can say how it ended."""
@@ -83,13 +81,13 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def tags_of(start: RunStart) -> dict[str, str]:
-    """Everything that tells a run from others, redacted and cut at MLflow's limit."""
+    """Return everything that tells a run from others, but for the process at work on it."""
     tags = {
         "distilbench.status": Status.RUNNING.value,
         DIRECTORY: str(Path(start.settings.output.dir).absolute()),
         "distilbench.protocol": start.protocol.id,
         "distilbench.treatment": short_hash(dict(start.treatment)),
-        "distilbench.treatment_settings": json.dumps(dict(start.treatment), sort_keys=True),
+        MARK: json.dumps(dict(start.treatment), sort_keys=True),
         "distilbench.seed": str(start.settings.seed),
         "distilbench.metric": start.protocol.metric,
         "distilbench.selection_split": start.protocol.selection_split,
@@ -102,11 +100,11 @@ def tags_of(start: RunStart) -> dict[str, str]:
         "distilbench.alone": json.dumps(start.alone),
         "mlflow.note.content": _note(start),
     }
-    tags |= _source_tags("model", start) | _source_tags("data", start) | process_tags() | _git_tags()
+    tags |= _source_tags("model", start) | _source_tags("data", start)
     tags |= {f"distilbench.version.{library}": version for library, version in start.versions.items()}
     if start.parent_run_id:
         tags["mlflow.parentRunId"] = start.parent_run_id
-    return {name: redact(value)[:LONGEST_TAG] for name, value in {**tags, **start.tags}.items()}
+    return {**tags, **start.tags}
 
 
 def _source_tags(role: str, start: RunStart) -> dict[str, str]:
@@ -184,8 +182,10 @@ class RunContent:
     @classmethod
     def of(cls, start: RunStart) -> RunContent:
         """Return what is to be told of a trial that begins."""
+        told = {**process_tags(), **_git_tags(), **tags_of(start)}
+        tags = {name: redact(value)[:LONGEST_TAG] for name, value in told.items()}
         datasets = {context: _dataset(start, context, examples) for context, examples in start.datasets.items()}
-        return cls(redact(start.name), tags_of(start), params_of(start.settings), datasets, redact(start.config_yaml))
+        return cls(redact(start.name), tags, params_of(start.settings), datasets, redact(start.config_yaml))
 
 
 def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:

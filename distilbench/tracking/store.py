@@ -106,7 +106,11 @@ class MlflowStore:
         """
         kept = [run for run in self._search(wanted) if MARK in run.data.tags or wanted.run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
-        return [trial_of(run, self.run_url(run.info.run_id)) for run in kept]
+        return [
+            trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
+                     url=self.run_url(run.info.run_id), started_ms=run.info.start_time or 0)
+            for run in kept
+        ]  # fmt: skip
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest run that holds the trials of this sweep, None where there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -18,7 +17,6 @@ from rich.console import Console
 
 from distilbench.engines import checkpoints, engine_for
 from distilbench.engines.device import resolve_device
-from distilbench.identity import treatment_of
 from distilbench.report.trial import Comparison
 from distilbench.results import (
     PREDICTIONS,
@@ -33,7 +31,7 @@ from distilbench.results import (
     read_record,
 )
 from distilbench.settings import AppSettings, SettingsError
-from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, write_predictions
+from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, tags_of, trial_of, write_predictions
 from distilbench.trials.interruptions import SignalGuard, TakenOver
 from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial, run_start
 from distilbench.trials.progress import Progress
@@ -89,31 +87,9 @@ class Trial:
     @property
     def stored(self) -> StoredTrial:
         """The trial as the store would give it back; only for one that has a result."""
-        report, cpu_seconds = self.result.report, self.result.train_cpu_seconds
-        assert report is not None
-        return StoredTrial(
-            run_id=self.run_id or "",
-            name=self.name,
-            protocol_id=self.prepared.protocol.id,
-            treatment=treatment_of(self.settings, self.prepared.precision),
-            seed=self.settings.seed,
-            status=self.result.status,
-            accuracy=report.accuracy,
-            loss=report.loss,
-            train_seconds=self.result.train_seconds,
-            trainable_parameters=self.result.trainable_parameters,
-            measured_on=self.prepared.measured_on,
-            alone=self.alone,
-            predictions=self.predictions,
-            train_cpu_seconds=math.nan if cpu_seconds is None else cpu_seconds,
-            train_flops=self.result.train_flops,
-            solo_seconds_estimate=self.result.solo_seconds_estimate or math.nan,
-            peak_memory_bytes=self.result.peak_memory_bytes,
-            brier=report.brier,
-            ece=report.ece,
-            sweep=self.context.tags.get("distilbench.sweep", ""),
-            number=self.context.tags.get("distilbench.trial", ""),
-        )
+        start = run_start(self.settings, self.prepared, self.run_id, self.context, self.alone)
+        tags, metrics = tags_of(start) | {"distilbench.status": self.result.status}, final_metrics(self.result)
+        return trial_of(self.run_id or "", self.name, tags, metrics, predictions=self.predictions)
 
     def is_held(self) -> bool:
         """Ask whether the trial is still this process's; say so if not."""
