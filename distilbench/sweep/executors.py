@@ -47,11 +47,7 @@ class Sequential:
     def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
         """Run a batch to its end."""
         futures: list[Future[End]] = [Future() for _ in jobs]
-        try:
-            ends = self._launch(jobs)
-        except Exception as error:  # the batch's boundary: a launcher that broke fails its trials, not the sweep
-            ends = [error] * len(jobs)
-        for future, end in zip(futures, ends, strict=True):
+        for future, end in zip(futures, _ends_of(self._launch, jobs), strict=True):
             future.set_result(end)
         return futures
 
@@ -68,10 +64,7 @@ class Pool:
         return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
 
     def _launch_one(self, job: SweepJob) -> End:
-        try:
-            return self._launch([job])[0]
-        except Exception as error:  # the trial's boundary
-            return error
+        return _ends_of(self._launch, [job])[0]
 
     def stop(self) -> None:
         """Kill the workers: a signal to the sweep's process alone never reaches them."""
@@ -79,6 +72,13 @@ class Pool:
 
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _ends_of(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[End]:
+    try:
+        return launch(jobs)
+    except Exception as error:  # the boundary: a launcher that broke fails its trials, not the sweep
+        return [error] * len(jobs)
 
 
 Executor = Sequential | Pool

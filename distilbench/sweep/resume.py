@@ -61,16 +61,17 @@ def open_studies(
         marked, known = _marker(plan).get("id"), main.user_attrs.get("id")
         _refuse_others(plan, has_study=kept is not None and marked in (None, known))
         ours = {"sweep": plan.name, "id": known or marked or uuid.uuid4().hex}
-        if ours != _marker(plan):
-            (plan.directory / MARKER).write_text(json.dumps(ours) + "\n")
         if known is None:
             main.set_user_attr("id", ours["id"])
         if kept is None:
-            main.add_trials(warm)
+            there = {trial.user_attrs.get("reused_from") for trial in trials}  # of a call that was killed here
+            main.add_trials(trial for trial in warm if trial.user_attrs["reused_from"] not in there)
         if kept is None and sources:
             main.set_user_attr(PINNED, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
+        if ours != _marker(plan):  # only now: where it stands, no call looks for a warm start again
+            (plan.directory / MARKER).write_text(json.dumps(ours) + "\n")
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
     studies = [Study(main, plan, owner, retry=_to_retry(plan, main, holds))]

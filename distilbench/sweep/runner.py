@@ -122,8 +122,6 @@ class SweepRunner:
         """Whether that is a failure of the sweep."""
         self._pause = POLL_SECONDS
         self._reported = studies[-1].study.user_attrs.get(REPORTED)
-        self._left: set[Owner] = set()
-        """Processes, dead or frozen, that trials were taken from."""
 
     def run(self) -> str | None:
         """Work until there is nothing left to do; returns why the sweep failed, if it did."""
@@ -187,9 +185,7 @@ class SweepRunner:
     def _end_dead(self) -> None:
         """End what killed processes left, and say so."""
         with self._storage.lock():
-            adopted = [(study, left) for study in self._studies for left in study.adopt_dead().items()]
-        dead = [(study, number) for study, (number, _) in adopted]
-        self._left |= {owner for _, (_, owners) in adopted for owner in owners}
+            dead = [(study, number) for study in self._studies for number in study.adopt_dead()]
         if dead:
             self._end_all(dead, "its process was killed")
             self._say(f"continued: closed {counted(len(dead), 'trial')} that a killed process left")
@@ -203,7 +199,7 @@ class SweepRunner:
 
         Of a process on another host it is known where its trials were taken from it and it has begun no other since.
         """
-        if owner not in self._left:
+        if not any(owner in study.left for study in self._studies):
             return owner == self._owner or owner.is_dead()
         running = [view for _, view in self._views() if view.status is Status.RUNNING]
         return asdict(owner) not in [view.attribute("owner") for view in running]

@@ -21,6 +21,7 @@ from distilbench.composition import baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_beside, name_of
 from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
 
 Params = dict[str, Any]
@@ -60,19 +61,13 @@ class Space:
     @property
     def size(self) -> int | None:
         """The number of points; None if they can't be counted."""
-        values = self._values()
-        return None if self.custom or values is None else math.prod(map(len, values))
+        values = [_values(distribution) for distribution in self.dimensions.values()]
+        return None if self.custom or None in values else math.prod(len(one or ()) for one in values)
 
     def points(self) -> list[Point]:
-        """List every point, the last dimension running fastest; only where :attr:`size` is a number."""
-        values = self._values()
-        assert values is not None  # of a grid the command line was refused otherwise
+        """List every point, the last dimension running fastest; only where :attr:`size` is a number, or of a grid."""
+        values = [_values(distribution) or () for distribution in self.dimensions.values()]
         return [Point(dict(zip(self.dimensions, chosen, strict=True))) for chosen in itertools.product(*values)]
-
-    def _values(self) -> list[Sequence[Any]] | None:
-        values = [_values(distribution) for distribution in self.dimensions.values()]
-        known = [one for one in values if one is not None]
-        return known if len(known) == len(values) else None
 
     def corners(self) -> tuple[Point, Point]:
         """Return the points of all first choices and low ends, and of all last choices and high ends."""
@@ -266,8 +261,6 @@ class Composer:
 
 def fixed_of(settings: Sequence[AppSettings], space: Space) -> dict[str, str]:
     """Return, flat, what trials share and must keep when their sweep is continued: all but what ``space`` varies."""
-    from distilbench.tracking import params_of
-
     groups = tuple(f"{key}." for key in space.dimensions)
     first, *others = ({**params_of(one.trial), "sweep.seeds": str(one.sweep.seeds)} for one in settings)
     return {

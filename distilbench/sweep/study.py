@@ -13,7 +13,7 @@ import errno
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,8 @@ class Study:
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
         self.mine: dict[int, int] = {}
         """Trials that this process has to bring to their end: Optuna's id of each by its number."""
+        self.left: set[Owner] = set()
+        """Processes, dead or frozen, that trials were taken from."""
         self._known: list[TrialView] | None = None
         self._random = random.Random(0)
 
@@ -226,7 +228,7 @@ class Study:
         try:
             key = self._plan.result_key(point)
         except SettingsError as error:
-            self._tell(trial.number, Status.FAILED, str(error))
+            self._tell(trial.number, Status.FAILED, str(error), {})
             return None, False
         trial.set_user_attr("key", key)
         self.refresh()
@@ -260,13 +262,12 @@ class Study:
     def _reuse(self, trial: optuna.Trial, same: TrialView) -> None:
         """End ``trial`` with what its twin came to."""
         result = {name: same.attribute(name) for name in RESULT}
-        for name, value in {**result, "reused_from": same.number, "pending": same.status is Status.RUNNING}.items():
-            trial.set_user_attr(name, value)
+        result |= {"reused_from": same.number, "pending": same.status is Status.RUNNING}
         if not same.values:
             for step, value in same.trial.intermediate_values.items():
                 self._storage.set_trial_intermediate_value(trial._trial_id, step, value)
         state = same.trial.state if same.trial.state.is_finished() else TrialState.FAIL
-        self._tell(trial.number, Status.REUSED, same.attribute("error"), same.values, state)
+        self._tell(trial.number, Status.REUSED, same.attribute("error"), result, same.values, state)
 
     def end_of(self, number: int, status: Status, error: str | None) -> Record:
         """Return the record of a trial whose job is over; one without an end of its own gets ``status`` and ``error``.
@@ -292,12 +293,10 @@ class Study:
 
         Does nothing to a trial that another process has taken over; whoever calls holds the sweep's lock.
         """
-        if self.holds(number):
-            for name in RESULT:
-                value = getattr(record, name)
-                value = dict(value) if name != "run_id" else value
-                self._storage.set_trial_user_attr(self.mine[number], name, value)
-        self._tell(number, record.status, record.error, [record.objective(name) for name in self._plan.objectives])
+        result = {"run_id": record.run_id, "scores": dict(record.scores), "figures": dict(record.figures)}
+        values = [record.objective(name) for name in self._plan.objectives]
+        states = _STATES if len(values) == 1 else {Status.FINISHED: TrialState.COMPLETE}
+        self._tell(number, record.status, record.error, result, values, states.get(record.status, TrialState.FAIL))
 
     def put_right(self) -> dict[str, tuple[Status, str | None]]:
         """Give interrupted trials their ends back, which a process may have written over that had lost them.
@@ -307,24 +306,21 @@ class Study:
         """
         self.refresh()
         trained = [view for view in self.views() if view.status is not Status.REUSED]
-        ends = {view.attribute("run_id"): (view.status, view.attribute("error")) for view in trained}
-        runs = set()
-        for view in trained:
+        interrupted = [view for view in trained if view.status is Status.INTERRUPTED]
+        for view in interrupted:
             directory, record = self.directory(view.number), read_record(self.directory(view.number))
-            if view.status is Status.INTERRUPTED:
-                runs.add(view.attribute("run_id"))
-            if view.status is Status.INTERRUPTED and record and record.is_over:
+            if record and record.is_over:
                 kept = record.identity, view.status, record.owner, record.run_id, view.attribute("error")
                 Record(*kept).write(directory)
-        return {run_id: ends[run_id] for run_id in runs if run_id}
+        runs = {view.attribute("run_id") for view in interrupted} - {None}
+        ends = {view.attribute("run_id"): (view.status, view.attribute("error")) for view in trained}
+        return {run_id: ends[run_id] for run_id in runs}
 
-    def _tell(self, number: int, status: Status, error: str | None, values: Sequence[float] = (),
-              state: TrialState | None = None) -> None:  # fmt: skip
+    def _tell(self, number: int, status: Status, error: str | None, attributes: Mapping[str, Any],
+              values: Sequence[float] = (), state: TrialState = TrialState.FAIL) -> None:  # fmt: skip
         if self.holds(number):  # another process may have found it first
-            for name, value in {"status": status.value, "error": error}.items():
+            for name, value in {**attributes, "status": status.value, "error": error}.items():
                 self._storage.set_trial_user_attr(self.mine[number], name, value)
-            states = _STATES if len(self._plan.objectives) == 1 else {Status.FINISHED: TrialState.COMPLETE}
-            state = state or states.get(status, TrialState.FAIL)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)
         self.refresh()
@@ -342,22 +338,22 @@ class Study:
         for trial_id in tuple(self.mine.values()):
             self._storage.record_heartbeat(trial_id)
 
-    def adopt_dead(self) -> dict[int, list[Owner]]:
-        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns by number who left it."""
+    def adopt_dead(self) -> list[int]:
+        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns their numbers."""
         self.refresh()  # a process that is gone may have told how its last trials ended
         silent = self._storage._get_stale_trial_ids(self.study._study_id)
         running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
-        left = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
-        for view in left:
+        found = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
+        for view in found:
+            # its sweep's process and its job's, as far as they signed
+            owner, record = view.attribute("owner"), read_record(self.directory(view.number))
+            self.left |= {Owner(**owner)} if owner else set()
+            self.left |= {record.owner} if record else set()
             self.mine[view.number] = view.trial._trial_id
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
         self.refresh()
-        workers: dict[int, list[Owner]] = {}
-        for view in left:  # its sweep's process and its job's, as far as they signed
-            owner, record = view.attribute("owner"), read_record(self.directory(view.number))
-            workers[view.number] = [*([Owner(**owner)] if owner else []), *([record.owner] if record else [])]
-        return workers
+        return [view.number for view in found]
 
     def _is_left(self, view: TrialView) -> bool:
         """Whether nobody on this host will end a trial: its sweep's process is gone, and its job has ended or is gone.

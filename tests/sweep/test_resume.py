@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import optuna
@@ -10,8 +11,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.resume import _check_same, _params_in, check_unchanged
+from distilbench.sweep.plan import SweepPlan
+from distilbench.sweep.resume import _check_same, _params_in, check_unchanged, open_studies
 from distilbench.sweep.space import Space
+from distilbench.sweep.storage import storage_at
 from distilbench.sweep.trial import PINNED
 
 
@@ -74,6 +77,41 @@ def test_another_protocol_or_other_objectives_are_refused():
         _check_same(plan({}), identity, "old")
     with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
         _check_same(plan({}), identity | {"fixed": FIXED}, "old")
+
+
+@pytest.mark.parametrize(("name", "call"), [("add_trial", 2), ("set_user_attr", 1), ("set_user_attr", 2)])
+def test_a_warm_start_that_a_kill_cuts_short_is_made_up_for_by_the_next_call(
+    settings, tmp_path, monkeypatch, name, call
+):
+    def plan_of(name: str, *overrides: str) -> SweepPlan:
+        space = Space({"optim.lr": RATE}, [])
+        return SweepPlan(
+            settings=settings(*overrides), space=space, points=[], beside=[], total=1, is_grid=False,
+            objectives=("accuracy",), directions=["maximize"], name=name, directory=tmp_path / name, fixed={},
+            result_key=str, name_of=partial(space.name_of, baseline={}),
+        )  # fmt: skip
+
+    def opened(plan: SweepPlan) -> optuna.Study:
+        return open_studies(plan, storage_at(None, None, plan.directory), None)[1][0].study
+
+    ended = [create_trial(params={"optim.lr": rate}, distributions={"optim.lr": RATE}, value=0.5,
+                          user_attrs={"status": "FINISHED"}) for rate in (1e-5, 1e-4, 1e-3)]  # fmt: skip
+    opened(plan_of("old")).add_trials(ended)
+    new, whole, calls = plan_of("new", "sweep.warm_start=old"), getattr(optuna.Study, name), []
+
+    def cut_short(study: optuna.Study, *given: object) -> None:
+        calls.append(given)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        whole(study, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, name, cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            opened(new)
+    for _ in range(2):
+        trials = opened(new).get_trials()
+        assert [trial.user_attrs["reused_from"] for trial in trials] == ["old/0", "old/1", "old/2"]
 
 
 def opened(workspace, name: str) -> optuna.Study:
