@@ -32,14 +32,14 @@ class Noise:
 
 
 MIXTURES = {
-    "losses alone": Noise(),
-    "little chance": Noise(chance=0.05),
-    "chance": Noise(chance=0.3),
+    "losses only": Noise(),
+    "little noise": Noise(chance=0.05),
+    "noise": Noise(chance=0.3),
     "examples": Noise(example=0.2),
-    "examples and chance": Noise(example=0.15, chance=0.2),
-    "the same, seeds shift": Noise(example=0.15, seed=0.02, chance=0.2),
-    "seeds shift much": Noise(seed=0.1, chance=0.1),
-    "all of it": Noise(example=0.2, seed=0.3, chance=0.3),
+    "examples and noise": Noise(example=0.15, chance=0.2),
+    "the same, small seed shift": Noise(example=0.15, seed=0.02, chance=0.2),
+    "seed shift": Noise(seed=0.1, chance=0.1),
+    "all three": Noise(example=0.2, seed=0.3, chance=0.3),
 }
 
 

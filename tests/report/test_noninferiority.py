@@ -174,7 +174,7 @@ def test_one_seed_on_each_side_and_seeds_that_agree_are_the_exact_test():
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_over_seeds_test_and_bound_belong_together_and_are_no_surer_than_the_two_sided_interval(seeds, first):
     rng = np.random.default_rng(seeds)
-    for noise in (tables.MIXTURES["chance"], tables.MIXTURES["all of it"]):
+    for noise in (tables.MIXTURES["noise"], tables.MIXTURES["all three"]):
         for difference in tables.simulate(rng, 6, 200, noise, 0.02, seeds):
             seen = spread_over_seeds(*by_seed(difference, first))
             found = noninferiority_over_seeds(seen, 0.08)
@@ -194,7 +194,7 @@ def test_a_treatment_that_loses_the_margin_is_rarely_called_good_enough(name):
 
 
 def test_the_simulation_decides_as_the_test_does():
-    for name in ("chance", "all of it", "losses alone"):
+    for name in ("noise", "all three", "losses only"):
         difference = tables.simulate(np.random.default_rng(3), 25, 150, tables.MIXTURES[name], 0.02, 3)
         decided = [noninferiority_over_seeds(spread_over_seeds(*by_seed(d)), 0.09).p < ALPHA for d in difference]
         assert list(tables.good_enough(difference, 0.09)) == decided
