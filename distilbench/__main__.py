@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distilbench.cli import exit_immediately, say
+from distilbench.cli import exit_immediately, run_command, say
 
 COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
@@ -27,7 +27,8 @@ def main() -> None:
         from importlib import import_module
 
         del sys.argv[1]
-        import_module(f"distilbench.{name}").cli()
+        module = import_module(f"distilbench.{name}")
+        run_command(module.main, module.spelled_for_hydra if name == "compare" else str)
     else:
         say(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; distilbench --help")
         sys.exit(2)

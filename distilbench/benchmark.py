@@ -85,10 +85,5 @@ def benchmark(settings: BenchmarkSettings) -> None:
     write(Benchmark(settings, runs, machine, step_cost_of(model, tokens, size, words), tokens, about), console)
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does."""
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -123,10 +123,10 @@ class _Droppable(io.FileIO):
 # ---- errors and exit statuses
 
 
-def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[str]], list[str]] = list) -> None:
+def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] = str) -> None:
     """Run a Hydra entrypoint as the command line does: streams, signals, statuses, errors in one line.
 
-    ``respell`` makes of what is typed what Hydra is to read.
+    ``respell`` makes of an argument that is typed what Hydra is to read.
     """
     exit_immediately()
     open_streams()
@@ -135,7 +135,7 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[Sequence[st
             for argument in sys.argv[1:]:
                 if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
                     raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
-            sys.argv[1:] = respell(sys.argv[1:])
+            sys.argv[1:] = map(respell, sys.argv[1:])
             if sys.argv[1:] == ["--version"]:  # Hydra would tell its own
                 print(f"distilbench {__version__}")
             else:

@@ -133,10 +133,5 @@ def spelled_for_hydra(argument: str) -> str:
     return f"{_LISTS[key]}={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does."""
-    run_command(main, lambda arguments: [spelled_for_hydra(argument) for argument in arguments])
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main, spelled_for_hydra)

@@ -201,10 +201,5 @@ def _announce(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> 
             print(f"  {one_line(row.name)}: seeds {', '.join(seeds)}")
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does."""
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -193,10 +193,5 @@ def _path(settings: PredictSettings, classifier: Classifier) -> Path:
     return (given.parent if given.suffix else given) / f"{task}.tsv"
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does."""
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

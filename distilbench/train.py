@@ -97,9 +97,7 @@ class Batches:
             parts = [_parts_of(own, self._runner, closing) for own in assignments]
             ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _told))
         return [
-            partial(_by_itself, own)
-            if own.trains_by_itself
-            else partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
+            partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
             for own, (jobs, seeds) in zip(assignments, parts, strict=True)
         ]
 
@@ -201,16 +199,13 @@ def _told(trial: Trial) -> _Told:
     return _Told(trial_line(trial), _objective(trial))
 
 
-def _by_itself(assignment: Assignment, config: DictConfig) -> float | tuple[float, ...]:
-    with _ending():
-        return assignment.train()
-
-
 def _conclude(
     assignment: Assignment, seeds: Seeds | SettingsError | None, ended: Sequence[_Told | Exception], config: DictConfig
 ) -> float | tuple[float, ...]:
-    """Say in one line how a trial ended; return its objective or raise its error."""
+    """Say in one line how a trial ended; return its objective or raise its error. One on its own is trained here."""
     with _ending():
+        if assignment.trains_by_itself:
+            return assignment.train()
         if isinstance(seeds, SettingsError):
             raise seeds
         objectives = []
@@ -239,10 +234,5 @@ def _say_how_to_continue() -> None:
     say(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
 
 
-def cli() -> None:
-    """Run :func:`main` as the command line does."""
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -16,7 +16,7 @@ from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult, Verdict
 from distilbench.settings import CompareSettings, SettingsError, settings_from
-from distilbench.tracking import MARGIN, SWEEP, MlflowStore
+from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store
@@ -313,3 +313,19 @@ def test_seeds_that_were_not_compared_get_each_its_own_figures_not_their_setting
     told = [store._client.get_run(run_id).data.metrics for run_id in ids[2:]]
     assert [one["difference_points"] for one in told] == pytest.approx([-20, -5])  # each against its seed's baseline
     assert all("mcnemar_p" in one for one in told)
+
+
+def test_a_confirmation_with_another_margin_leaves_its_sweeps_report_to_the_sweeps_own(tmp_path):
+    store = make_store(tmp_path)
+    for name, seed, tags in (("first", 1, {MARGIN: "1"}), ("again", 2, {MARGIN: "30", CONFIRMS: "first"})):
+        parent = store.open_parent_run(name, {SWEEP: name, **tags}, tmp_path)
+        for overrides in ((), ("freeze.layers=1",)):
+            add_trial(store, f"seed={seed}", *overrides, parent_run_id=parent.run_id, tags={SWEEP: name})
+    with initialize_config_dir(str(ROOT / "conf")):
+        report_sweep(store, "again", tmp_path, default_treatment(), 30.0, Console(quiet=True))
+    again, first = (store._client.get_run(store.sweep_run(name).run_id).data for name in ("again", "first"))
+    assert "is good enough with this seed: it loses at most" in again.tags["mlflow.note.content"]
+    assert (
+        "Nothing was shown to be better than the baseline, or to lose less than 1 point"
+        in first.tags["mlflow.note.content"]
+    )

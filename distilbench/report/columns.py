@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from urllib.parse import quote
 
 from rich import box
 from rich.table import Table
@@ -224,9 +225,14 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Return header, rule and rows; a setting links to its run where it has one."""
     columns = filled(columns, rows)
-    lines = [formats.markdown_row([column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns])]
-    lines.append(formats.markdown_row(["---" if column.is_text else "---:" for column in columns]))
-    return lines + [formats.markdown_row([_in_markdown(column, row) for column in columns]) for row in rows]
+    titles = [column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns]
+    rules = ["---" if column.is_text else "---:" for column in columns]
+    body = ([_in_markdown(column, row) for column in columns] for row in rows)
+    return [f"| {' | '.join(cells)} |" for cells in (titles, rules, *body)]
+
+
+_IN_LINKS = ":/?#[]@!$&'*+,;=%~"
+"""Characters of a URL that end no link of Markdown, and no cell of a table."""
 
 
 def _in_markdown(column: Column, row: Row) -> str:
@@ -235,7 +241,7 @@ def _in_markdown(column: Column, row: Row) -> str:
         return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers are never broken
     if column.key != "setting":
         return text
-    label = f"[{text}]({formats.url_in_markdown(row.first.url)})" if row.first.url else text
+    label = f"[{text}]({quote(row.first.url, safe=_IN_LINKS)})" if row.first.url else text
     return f"**{label}**" if row.is_baseline else label
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -45,6 +44,7 @@ def less(saved_percent: float, few: bool = False) -> str:
 
 def flops(number: float) -> str:
     """``689 T``, ``1.25 P`` floating-point operations, as powers of a thousand."""
+    number = float(f"{number:.3g}")  # so that 999.7 T is 1 P
     power = min(max(int(math.log10(number) // 3), 0), 6) if number > 0 else 0
     return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()
 
@@ -79,16 +79,6 @@ def markdown(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     escaped = (f"\\{c}" if c in "\\`*_{}[]>#|!&~$" else c for c in one_line(text))
     return "".join("&lt;" if c == "<" else c for c in escaped)  # MLflow's page shows the backslash of an escaped one
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table; the cells are escaped already."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def url_in_markdown(url: str) -> str:
-    """Return a URL that can't end Markdown's link early."""
-    return url.replace("(", "%28").replace(")", "%29").replace(" ", "%20").replace("|", "%7C")
 
 
 _LATEX = {

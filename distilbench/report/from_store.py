@@ -299,9 +299,10 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[
     tables.print_report(console or Console(), report)
     store.attach(sweep.run_id, write_report(report, directory, FORMATS), tables.note(report))
     _tell_trials(store, report)
-    if sweep.confirms and store.sweep_run(sweep.confirms):  # which carries the outcome from now on
+    searched = store.sweep_run(sweep.confirms) if sweep.confirms else None
+    if searched:  # which carries the outcome from now on, held to its own margin
         with tempfile.TemporaryDirectory() as elsewhere:
-            beside = directory.parent / sweep.confirms
+            beside = directory.parent / searched.name
             place = beside if beside.is_dir() else Path(elsewhere)
-            report_sweep(store, sweep.confirms, place, usual, margin, Console(quiet=True))
+            report_sweep(store, searched.name, place, usual, searched.margin or margin, Console(quiet=True))
     return report

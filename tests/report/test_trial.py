@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distilbench.report import trial as report
-from distilbench.report.formats import duration, less, p_value, percent, points
+from distilbench.report.formats import duration, flops, less, p_value, percent, points
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.report.trial import comparison_markdown, comparison_metrics, sentence
@@ -163,6 +163,8 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
         (p_value(0.6321), "0.63"),
         (p_value(0.0432), "0.043"),
         (p_value(0.00099), "< 0.001"),
+        (flops(689e12), "689 T"),
+        (flops(999.7e12), "1 P"),
         (less(35.2), "35 % less"),
         (less(-12.0), "12 % more"),
         (less(-0.2), "as much"),

@@ -6,8 +6,9 @@ import os
 import time
 from pathlib import Path
 
+from distilbench.cli import run_command
 from distilbench.results import StepRecord
-from distilbench.train import cli
+from distilbench.train import main
 from distilbench.trials import run
 
 STEPS = Path(os.environ["FINISHED_LOG"])
@@ -23,4 +24,4 @@ def on_step(self: run._Observer, trial: int, record: StepRecord) -> None:
 
 
 run._Observer.on_step = on_step
-cli()
+run_command(main)
