@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch.utils.benchmark import Timer
 
 from distilbench.settings import require
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
     the first that it sees. Raises :class:`SettingsError` for a device that this machine, or this build of torch, does
     not have.
     """
-    import torch
-
     name, _, index = name.partition(":")
     if index:
         _show_only(int(index))
@@ -58,8 +56,6 @@ def visible_gpus() -> list[str]:
 
     Does not start CUDA in the process, after which the variable would say nothing any more.
     """
-    import torch
-
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return [str(number) for number in range(torch.cuda.device_count())]
@@ -85,9 +81,6 @@ def resolve_precision(name: str, device: torch.device) -> str:
 @cache
 def _warn_of_slow_bf16() -> None:
     """Say once what bfloat16 costs here: on a Zen 3, with AVX2 alone, 130 times the time of float32."""
-    import torch
-    from torch.utils.benchmark import Timer
-
     squares = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     fp32, bf16 = (Timer("a @ a", globals={"a": square}).timeit(1).mean for square in squares)
     log.warning(
@@ -99,8 +92,6 @@ def _warn_of_slow_bf16() -> None:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Say whether the device has instructions for bfloat16; a CPU without them imitates it, any other lacks it."""
-    import torch
-
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities()
         return any(flags.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
@@ -109,8 +100,6 @@ def has_native_bf16(device: torch.device) -> bool:
 
 def _precisions(device: torch.device) -> tuple[str, ...]:
     """Return what each kind of device computes natively; emulated bf16 (before Ampere) would be slower than fp32."""
-    import torch
-
     if device.type == "cpu":
         return ("fp32", "bf16")
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -120,8 +109,6 @@ def _precisions(device: torch.device) -> tuple[str, ...]:
 
 def describe_device(device: torch.device) -> str:
     """Name the device as times are compared by: the GPU's model, or the CPU's with the threads in use."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -134,8 +121,6 @@ def describe_device(device: torch.device) -> str:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new measurement of :func:`peak_memory` where the device keeps one."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -145,9 +130,6 @@ def peak_memory(device: torch.device) -> int:
 
     That is the driver's allocation on MPS and the process's resident set on the CPU; sample it to learn a peak.
     """
-    import psutil
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -192,8 +174,6 @@ def gc_frozen() -> Iterator[None]:
 
 def release_memory() -> None:
     """Give back what a finished or failed trial held, so that the next one finds it free."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
 
 from distilbench.models.freezing import levels
 from distilbench.settings import OptimSettings, SchedulerSettings, TrainSettings, require
@@ -60,8 +61,6 @@ def decay_parameter_names(model: nn.Module) -> set[str]:
 
     The rule is that of ``transformers.Trainer.get_decay_parameter_names``.
     """
-    from transformers.trainer_pt_utils import get_parameter_names
-
     return set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
 
 
@@ -105,8 +104,6 @@ def lr_factors(settings: SchedulerSettings, steps: int, lr: float) -> np.ndarray
     does. Only ``polynomial`` depends on ``lr``: it ends at 1e-7, not at a share of the peak; raises
     :class:`SettingsError` for a peak that is not above that.
     """
-    from transformers import get_scheduler
-
     if settings.name == "polynomial":
         require(lr > POLYNOMIAL_END_LR, "optim.lr", "above 1e-07 with scheduler=polynomial", lr, "raise optim.lr")
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)

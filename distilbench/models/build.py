@@ -8,15 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
 from distilbench.data.hub import first_line
+from distilbench.models.architecture import BERT, DISTILBERT
+from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
 from distilbench.results import MODEL
 from distilbench.settings import SettingsError, TrialSettings, require
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
@@ -27,8 +42,6 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     that have a table of them. Raises :class:`SettingsError` where the checkpoint has no fast tokenizer, or one that
     doesn't fit its embeddings.
     """
-    from transformers import DistilBertTokenizer
-
     source, vocabulary = resolved.settings.source, None
     if resolved.directory is None:
         vocabulary = _characters()
@@ -52,8 +65,6 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
 
 def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     name, rows = resolved.settings.checkpoint, resolved.config.get("vocab_size")
     with _reading(resolved):
         found: Any = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
@@ -68,8 +79,6 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 @contextmanager
 def _reading(resolved: ResolvedModel) -> Iterator[None]:
     """Raise :class:`SettingsError` for a checkpoint that turns out to be damaged."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -86,9 +95,6 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     before; torch's global random state is left as it was. Raises :class:`SettingsError` where the weights can't be
     read or don't match their configuration.
     """
-    import torch
-    from transformers import AutoModel
-
     with quiet(), torch.random.fork_rng(devices=[]):
         weights = None
         if resolved.directory is not None and resolved.settings.source == "package":
@@ -113,8 +119,6 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
 
 
 def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
     if resolved.directory is None:
         return AutoConfig.for_model(**resolved.config)
     with _reading(resolved):
@@ -130,9 +134,6 @@ def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTra
     DistilBERT (Sanh et al., 2019, section 3) is BERT without token types and pooler. All tokens of a single text are
     of type 0, so that type's embedding is added to every position's.
     """
-    from safetensors.torch import load_file
-    from transformers import DistilBertConfig
-
     config = DistilBertConfig(
         vocab_size=bert["vocab_size"],
         max_position_embeddings=bert["max_position_embeddings"],
@@ -150,22 +151,10 @@ def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTra
     token_types = weights.pop("embeddings.token_type_embeddings.weight")  # (2, width)
     weights["embeddings.position_embeddings.weight"] += token_types[0]  # (positions, width)
     kept = {name: w for name, w in weights.items() if not name.startswith(("pooler", "embeddings.position_ids"))}
-    for ours, theirs in _DISTILBERT_NAMES:
+    for part, ours in DISTILBERT.items():  # in this order: "attention.output.dense" ends in "output.dense"
+        ours, theirs = ours.removeprefix("distilbert."), BERT[part].removeprefix("bert.")
         kept = {name.replace(theirs, ours): w for name, w in kept.items()}
     return config, kept
-
-
-_DISTILBERT_NAMES = (  # and BERT's; the order matters: "attention.output.dense" ends in "output.dense"
-    ("transformer.layer", "encoder.layer"),
-    ("attention.q_lin", "attention.self.query"),
-    ("attention.k_lin", "attention.self.key"),
-    ("attention.v_lin", "attention.self.value"),
-    ("attention.out_lin", "attention.output.dense"),
-    ("sa_layer_norm", "attention.output.LayerNorm"),
-    ("ffn.lin1", "intermediate.dense"),
-    ("ffn.lin2", "output.dense"),
-    ("output_layer_norm", "output.LayerNorm"),
-)
 
 
 def load_weights(
@@ -176,9 +165,6 @@ def load_weights(
     Without ``config`` the directory's is taken. What is lacking, or of another shape, is drawn. Raises
     :class:`SettingsError` where the weights can't be read, or the architecture does not classify sequences.
     """
-    import torch
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
-
     config = config or _configuration(resolved)
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
@@ -200,12 +186,8 @@ def load_weights(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
-    from logging import CRITICAL
-
-    from transformers.utils import logging
-
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
@@ -232,8 +214,6 @@ def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     Both load with ``from_pretrained(directory)`` of the auto classes, an adapter with peft. What stood there before is
     replaced. One process at a time may write to a directory.
     """
-    from transformers import PreTrainedModel
-
     # peft would ask the hub whether the vocabulary has changed
     options: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilbench.cli import counted
 from distilbench.models.build import load_tokenizer, load_weights, quiet
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
-
-if TYPE_CHECKING:
-    import pandas
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 LONGEST = 512
 """Tokens that a text is cut at where neither the tokenizer nor the model's positions bound it."""
@@ -53,9 +51,6 @@ class Classifier:
 
         Each of ``texts`` holds one text, or the two of a pair. Texts of like length share a batch.
         """
-        import pandas
-        import torch
-
         asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
         columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
         rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length) if asked else {"input_ids": []}
@@ -99,6 +94,4 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
 
 def _load_pyfunc(directory: str) -> Classifier:
     """Load a model as MLflow's python_function flavour does; of this project it needs what stands above alone."""
-    import torch
-
     return load_classifier(Path(directory), "cuda" if torch.cuda.is_available() else "cpu")

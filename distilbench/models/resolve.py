@@ -222,21 +222,17 @@ def _lacking(directory: Path) -> str | None:
 
 
 def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
-    config = _read_json(directory / "config.json")
+    path = directory / "config.json"
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # neither JSON nor UTF-8
+        config = None
+    is_object = isinstance(config, dict) and bool(config)
+    require(is_object, "model.checkpoint", "a model whose config.json is a JSON object", str(path))
     depth = config.get("num_hidden_layers", config.get("n_layers", 0))
     require(isinstance(depth, int) and depth > 0 and "model_type" in config, "model.checkpoint",
             "an encoder whose config.json gives model_type and num_hidden_layers", settings.checkpoint)  # fmt: skip
     return ResolvedModel(settings, directory, config, depth, used)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # neither JSON nor UTF-8
-        content = {}
-    require(bool(content) and isinstance(content, dict), "model.checkpoint",
-            f"a model whose {path.name} is a JSON object", str(path))  # fmt: skip
-    return content
 
 
 def _characters() -> dict[str, int]:

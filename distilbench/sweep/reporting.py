@@ -37,8 +37,6 @@ from distilbench.sweep.space import describe
 from distilbench.sweep.storage import UNANSWERED, Storage
 from distilbench.sweep.study import FAILURES, TrialView
 from distilbench.tracking import MlflowStore, model_directory
-from distilbench.trials.estimate import estimate_alone
-from distilbench.trials.prepared import prepare
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +105,9 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
     what = counted(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
+    from distilbench.trials.estimate import estimate_alone  # torch, which a sweep is checked without
+    from distilbench.trials.prepared import prepare
+
     prepared = prepare(plan.settings)
     seconds = estimate_alone(plan.settings, prepared)
     prediction = f"about {duration(seconds)} each, {duration(seconds * seeds * trials)} of training one after another"

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from distilbench.cli import counted
-from distilbench.engines.device import visible_gpus
 from distilbench.identity import short_hash
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
@@ -232,6 +231,8 @@ _held: list[FileLock] = []
 
 def claim_gpu(device: str) -> None:
     """Leave this process one GPU, before CUDA starts in it, where ``engine.device`` names none and several are seen."""
+    from distilbench.engines.device import visible_gpus
+
     gpus = visible_gpus() if device in ("auto", "cuda") else []
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = claim_free(gpus, Path(tempfile.gettempdir()))

@@ -12,7 +12,9 @@ import numpy as np
 from distilbench.data.tokens import EncodedSplits, random_part
 from distilbench.engines import engine_for
 from distilbench.engines.base import Engine, TrialObserver
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.device import resolve_device
+from distilbench.engines.moving_freeze import planned_levels
 from distilbench.results import Status
 from distilbench.settings import AppSettings, FreezeSettings, SettingsError, TrialSettings
 from distilbench.trials.prepared import Prepared, prepared_trial
@@ -39,9 +41,6 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
     if not trial.freeze.moves:
         return solo_seconds(engine, trial, splits)
-    from distilbench.engines.batches import BatchSchedule
-    from distilbench.engines.moving_freeze import planned_levels  # torch, which a sweep is checked without
-
     schedule = BatchSchedule.of(trial.train, len(splits.train))
     planned = planned_levels(trial.freeze, schedule, top=prepared.model.depth + 1)
     mean = sum(np.diff([*planned, schedule.steps]) * [*planned.values()]) / schedule.steps

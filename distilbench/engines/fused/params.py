@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from distilbench.engines.fused.architecture import TABLES, Architecture
 from distilbench.engines.fused.cuda.side_stream import join
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
+from distilbench.models.architecture import TABLES, Architecture
 from distilbench.models.freezing import levels
 
 CACHED = 1 << 20

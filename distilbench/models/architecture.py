@@ -1,4 +1,4 @@
-"""Name the parts of DistilBERT's and BERT's encoders, so that one implementation serves both."""
+"""Name the parts of DistilBERT's and BERT's encoders: one implementation serves both, and one turns into the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_DISTILBERT = {
+DISTILBERT = {
     "word": "distilbert.embeddings.word_embeddings",
     "position": "distilbert.embeddings.position_embeddings",
     "embedding_norm": "distilbert.embeddings.LayerNorm",
@@ -23,7 +23,7 @@ _DISTILBERT = {
     "classifier": "classifier",
 }
 
-_BERT = {
+BERT = {
     "word": "bert.embeddings.word_embeddings",
     "position": "bert.embeddings.position_embeddings",
     "type": "bert.embeddings.token_type_embeddings",
@@ -67,10 +67,10 @@ class Architecture:
         size = depth, heads, config.hidden_size // heads
         if config.model_type == "distilbert":
             rates = config.dropout, config.attention_dropout, 0.0, config.seq_classif_dropout
-            return cls(_DISTILBERT, *size, 1e-12, config.activation, "relu", *rates)
+            return cls(DISTILBERT, *size, 1e-12, config.activation, "relu", *rates)
         hidden, head = config.hidden_dropout_prob, config.classifier_dropout
         rates = hidden, config.attention_probs_dropout_prob, hidden, hidden if head is None else head
-        return cls(_BERT, *size, config.layer_norm_eps, config.hidden_act, "tanh", *rates)
+        return cls(BERT, *size, config.layer_norm_eps, config.hidden_act, "tanh", *rates)
 
     def leaves(self) -> dict[str, tuple[str, ...]]:
         """Name the weights of the stacked model, with those of the Hugging Face model that lie side by side in each.
