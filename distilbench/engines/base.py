@@ -14,13 +14,13 @@ class TrialObserver(Protocol):
     """Receives what happens, as it happens; ``trial`` is the position in the sequence given to the engine."""
 
     def on_step(self, trial: int, record: StepRecord) -> None:
-        """Return a logged optimisation step."""
+        """Learn of a logged optimisation step."""
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Return an evaluation on the selection split; returns whether the trial is to stop here (PRUNED)."""
+        """Learn of an evaluation on the selection split; return whether the trial is to stop here (PRUNED)."""
 
     def wants_checkpoint(self) -> bool:
-        """Asked after every step: whether to leave a checkpoint now, since the process is to end."""
+        """Say, after every step, whether to leave a checkpoint now, since the process is to end."""
 
     def on_checkpoint(self) -> None:
         """Learn that the checkpoint asked for is written, or unwanted; as a rule, end the training by an exception."""

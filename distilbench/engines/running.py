@@ -178,12 +178,12 @@ class RunningTrial:
         history, train = self.progress.history, self.settings.train
         return bool(train.patience and history and len(history) - 1 - best_of(history, train) >= train.patience)
 
-    def take_up(self, weights: str, given: EncodedSplits) -> Path | None:
-        """Return the checkpoint to continue from; ``weights`` is a fingerprint, ``given`` the splits as given.
+    def take_up(self, weights: str) -> Path | None:
+        """Return the checkpoint to continue from; ``weights`` is the fingerprint of the initial ones.
 
         What an earlier trial left is removed where this one starts from scratch.
         """
-        self.identity = checkpoints.identity_of(self.settings, given, weights, self.about["precision"])
+        self.identity = checkpoints.identity_of(self.settings, self.splits, weights, self.about["precision"])
         resume = self.settings.train.resume
         found = checkpoints.newest(self.folder, self.identity) if resume else None
         if found is None:

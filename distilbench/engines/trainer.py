@@ -63,14 +63,11 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
     began, train = time.perf_counter(), settings.train
     while True:
         result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
-        micro = train.smaller_micro_batch(train.examples_at_once) or 1
-        evaluated = max(1, train.eval_batch_size // 2)
-        smaller = replace(train, micro_batch_size=micro, eval_batch_size=evaluated, resume=True)
-        at_once = train.examples_at_once, train.eval_batch_size
-        if result.status is not Status.OUT_OF_MEMORY or at_once == (1, 1):
+        if result.status is not Status.OUT_OF_MEMORY or (train.examples_at_once, train.eval_batch_size) == (1, 1):
             return result
-        train = smaller
-        log.warning(SMALLER, train.micro_batch_size)
+        micro, evaluated = train.smaller_micro_batch(train.examples_at_once) or 1, max(1, train.eval_batch_size // 2)
+        train = replace(train, micro_batch_size=micro, eval_batch_size=evaluated, resume=True)
+        log.warning(SMALLER, micro)
         release_memory()
 
 
@@ -125,7 +122,7 @@ class _Run(TrainerCallback):
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
         counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
-        self.checkpoint = trial.take_up(self.resolved.used.fingerprint, self.splits)
+        self.checkpoint = trial.take_up(self.resolved.used.fingerprint)
         if settings.freeze.moves:
             self.moving = MovingFreeze(self.model, settings.freeze, self.schedule, trial.progress.gradients)
             counts, trial.flops = self.moving.parameters, self.moving.flops

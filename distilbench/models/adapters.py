@@ -34,7 +34,7 @@ def adapt(model: PreTrainedModel, settings: AdapterSettings, resolved: ResolvedM
 
 
 def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Return queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
+    """Adapt queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
     from peft import LoraConfig
 
     scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
@@ -43,7 +43,7 @@ def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
 
 
 def _ia3(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Keys, values and what enters the last feed-forward map, as in section 3.3 of Liu et al. (arXiv 2205.05638)."""
+    """Scale keys, values and what enters the last feed-forward map (Liu et al., arXiv 2205.05638, section 3.3)."""
     from peft import IA3Config
 
     down = [last for *_, last in _parts(model)]

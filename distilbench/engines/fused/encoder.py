@@ -50,7 +50,8 @@ class Forward:
             types = weights["type"]  # (trials, 1 for single texts or 2 for pairs, width)
             total += types if types.shape[1] == 1 else _rows(types, batch.types)
         self._embedded = total.requires_grad_("word" not in weights.frozen)  # a leaf: tables have no gradient
-        normal = self._dropout_add_layer_norm(total, None, 0, "embedding_norm", last=False)
+        norm = self._layer_weights("embedding_norm")
+        normal = dropout_add_layer_norm(total, None, None, *norm, self.architecture.eps)
         dropout_mask = self._dropout_mask(normal, self.architecture.hidden_rate, last=False)
         return normal if dropout_mask is None else normal * dropout_mask
 
@@ -110,7 +111,8 @@ class Forward:
             product = product + bias[:, None]
         else:
             product = self._linear(branch, layer)
-        x = self._dropout_add_layer_norm(x, product, rate, norm, last)
+        dropout_mask = self._dropout_mask(product, rate, last)
+        x = dropout_add_layer_norm(x, product, dropout_mask, *self._layer_weights(norm), self.architecture.eps)
         return x, x
 
     def _rate(self, i: int, rate: float) -> float:
@@ -159,13 +161,6 @@ class Forward:
     def _linear(self, x: torch.Tensor, layer: str) -> torch.Tensor:
         weight, bias = self._layer_weights(layer)
         return linear(x, weight, bias, weight.grad, self.weights.adds(weight, self._part))
-
-    def _dropout_add_layer_norm(
-        self, x: torch.Tensor, branch: torch.Tensor | None, rate: float, layer: str, last: bool
-    ) -> torch.Tensor:
-        """Normalise the residual stream ``x`` and what dropout leaves of ``branch``."""
-        dropout_mask = None if branch is None else self._dropout_mask(branch, rate, last)
-        return dropout_add_layer_norm(x, branch, dropout_mask, *self._layer_weights(layer), self.architecture.eps)
 
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]

@@ -47,9 +47,6 @@ from distilbench.settings import TrialSettings
 
 log = logging.getLogger(__name__)
 
-PREFIX_BYTES = 2 << 30
-"""Hidden states under the frozen part that a group may keep: of the evaluation, and of training without dropout."""
-
 MEMORY_SHARE = 0.8
 """Share of the free memory that a group is planned for."""
 
@@ -62,10 +59,8 @@ class FusedEngine:
     MiniLM on SST-2, batch 16, take 2.7 times the CPU time a step, at freeze=3 1.6 to 2 times.
     """
 
-    def __init__(
-        self, dtype: torch.dtype = torch.float32, prefix_bytes: int = PREFIX_BYTES, graph_steps: bool | None = None
-    ) -> None:
-        self.dtype, self.prefix_bytes, self.graph_steps = dtype, prefix_bytes, graph_steps
+    def __init__(self, dtype: torch.dtype = torch.float32, graph_steps: bool | None = None) -> None:
+        self.dtype, self.graph_steps = dtype, graph_steps
 
     def train(
         self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
@@ -105,8 +100,8 @@ class FusedEngine:
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
             try:
-                given = context.splits, observer, context.device, {**context.about}, context.flops
-                member = Member.of(RunningTrial(index, settings, *given), context, splits)
+                shared = splits, observer, context.device, {**context.about}, context.flops
+                member = Member.of(RunningTrial(index, settings, *shared), context)
                 waiting[member.trial.progress.step].append(member)
             except Exception as error:  # the trial's boundary: its neighbours go on
                 results[index] = TrialResult(*outcome_of(error, settings))
@@ -114,7 +109,7 @@ class FusedEngine:
             size = _trials_that_fit(context, members[0].trial.settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
                 together = members[start : start + size]
-                train_group(together, observer, results, self.prefix_bytes, graph_steps, began)
+                train_group(together, observer, results, graph_steps, began)
                 began = time.perf_counter()
 
 

@@ -20,9 +20,9 @@ import torch
 log = logging.getLogger(__name__)
 
 EXTENT = 512
-"""DropoutSite of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
+"""Draws of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
 LANES = 8
-"""DropoutSite that one counter yields."""
+"""Draws that one counter yields."""
 SLOW_SECONDS = 2.0
 """After so long a training that waits for the compiler says so."""
 
@@ -274,7 +274,7 @@ def attention(
     """Attention within sentences straight from the rows of tokens, ``(trials, rows of queries, heads * head size)``.
 
     ``rows`` (trials, tokens, 3 * heads * head size) holds query, key and value side by side; where ``query`` (trials,
-    sentences, heads * head size) brings the only query of each sentence, key and value. DropoutSite are those of
+    sentences, heads * head size) brings the only query of each sentence, key and value. Draws are those of
     :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence a bin. Rows of no sentence become zeros.
     """
     context: torch.Tensor = _Attention.apply(rows, query, sentences, draws, heads)

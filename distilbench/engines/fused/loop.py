@@ -59,12 +59,11 @@ class Stack:
 
 
 def train_group(
-    members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
-    use_graphs: bool, began: float,
-) -> None:  # fmt: skip
+    members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool, began: float
+) -> None:
     """Train ``members``, whose set-up ``began``, to their ends; their results go to ``results`` by their indices."""
     try:
-        waiting = [TrialGroup(members, observer, results, prefix_bytes, use_graphs, Stopwatch(began))]
+        waiting = [TrialGroup(members, observer, results, use_graphs, Stopwatch(began))]
         while waiting:
             waiting += reversed(waiting.pop().train())
     except BaseException as error:
@@ -85,8 +84,8 @@ class TrialGroup:
     """
 
     def __init__(
-        self, members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], prefix_bytes: int,
-        use_graphs: bool, stopwatch: Stopwatch,
+        self, members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool,
+        stopwatch: Stopwatch,
     ) -> None:  # fmt: skip
         """With ``use_graphs``, steps go through fixed buffers and are recorded (:mod:`.cuda.graph_step`)."""
         self.members, self.observer, self.results, self.stopwatch = members, observer, results, stopwatch
@@ -101,7 +100,6 @@ class TrialGroup:
         together = min(self.stacked, len(members))
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
         self.use_graphs = use_graphs
-        self.prefix_bytes = prefix_bytes
         self.trained_from = -1  # not begun
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
@@ -132,7 +130,10 @@ class TrialGroup:
         self.graph_steps, self.stacks = None, []  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         if self.trained_from != self.context.trained_from(self.step):
-            self._begin_part()
+            self.trained_from = self.context.trained_from(self.step)
+            # run once for all trials, unless each has trained what is frozen from now on
+            frozen = self._weights(self.flat_params.new_empty(0, self.context.layout.size))
+            self.prefix = self._prefix_of([frozen]) if "word" in self.context.frozen else None
         for start in range(0, len(self.members), self.stacked):
             own = slice(start, start + self.stacked)
             weights = self._weights(self.flat_params[own], self.stacks[0].weights if self.stacks else None)
@@ -144,18 +145,11 @@ class TrialGroup:
             prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
             self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
 
-    def _begin_part(self) -> None:
-        """Run what is frozen from now on once for all trials, unless each has trained it."""
-        context = self.context
-        self.trained_from = context.trained_from(self.step)
-        frozen = self._weights(self.flat_params.new_empty(0, context.layout.size))
-        self.prefix = self._prefix_of([frozen]) if "word" in context.frozen else None
-
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
         context, depth = self.context, prefix_depth(self.context.layout, weights[0].frozen)
         split, dropout = context.splits.train, self.settings.freeze.dropout
-        return depth if depth is None else Prefix(weights, split, self.schedule, dropout, self.prefix_bytes, depth)
+        return depth if depth is None else Prefix(weights, split, self.schedule, dropout, depth)
 
     def _weights(self, flat_params: torch.Tensor, grad_owner: StackedWeights | None = None) -> StackedWeights:
         layout, frozen, dtype = self.context.layout, self.context.frozen, self.context.compute_dtype

@@ -84,11 +84,11 @@ class Member:
     best_params: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, trial: RunningTrial, context: GroupContext, given: EncodedSplits) -> Member:
-        """Prepare a trial, from its newest checkpoint where it is to resume; ``given`` are the splits as given."""
+    def of(cls, trial: RunningTrial, context: GroupContext) -> Member:
+        """Prepare a trial, from its newest checkpoint where it is to resume."""
         train, lr = trial.settings.train, trial.settings.optim.lr
         lrs = lr * lr_factors(trial.settings.scheduler, context.schedule.steps, lr)
-        checkpoint = trial.take_up(context.resolved.used.fingerprint, given)
+        checkpoint = trial.take_up(context.resolved.used.fingerprint)
         if checkpoint is not None:
             with safe_open(checkpoint / _STATE, "pt") as state:
                 alike = state.get_slice("row").get_shape() == [context.layout.size]

@@ -38,7 +38,8 @@ class StackedOptimizer:
         """
         norms = []
         for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
-            norms.append(self._norm(trial))
+            grads = (self.weights.grad_of(trial, part) for part, _ in self.weights.parts())
+            norms.append(torch.stack([grad.dot(grad) for grad in grads]).sum().sqrt())
             factor = _clipped(norms[-1], settings.max_grad_norm)
             for part, scale, before in self._parts(settings):
                 grad, divisor = self.weights.grad_of(trial, part), None
@@ -59,10 +60,6 @@ class StackedOptimizer:
         for part, level in self.weights.parts(by_level=layered or bool(self.first_steps)):
             scale = lr_scale(level, self.weights.layout.top, settings.layer_decay) if layered else 1.0
             yield part, scale, self.first_steps[level] if self.first_steps else 0
-
-    def _norm(self, trial: int) -> torch.Tensor:
-        gradients = (self.weights.grad_of(trial, part) for part, _ in self.weights.parts())
-        return torch.stack([grad.dot(grad) for grad in gradients]).sum().sqrt()
 
 
 def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:

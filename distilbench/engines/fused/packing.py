@@ -52,7 +52,10 @@ class Packed:
 
 
 def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packed:
-    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given; may they ``share`` bins?"""
+    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given.
+
+    They ``share`` bins, or have one each.
+    """
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
     width = round_up(int(lengths.max()), PAD_MULTIPLE)
@@ -166,9 +169,9 @@ class Batch:
 
     ``ids``, ``positions``, ``types`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences).
     ``packs`` are what was stacked. ``shared`` is where tokens stand in as few bins as will do, ``alone`` where they
-    stand in bins of one sentence each. A batch of :attr:`fixed` size, which is one that has ``lengths`` (orders,
-    sentences) and knows bins of one sentence only, is worked on without a loop over trials and without a sum whose
-    order is left open.
+    stand in bins of one sentence each. A batch of fixed size, whose shapes say nothing about what is in it, has
+    ``lengths`` (orders, sentences) and knows bins of one sentence only; it is worked on without a loop over trials and
+    without a sum whose order is left open.
     """
 
     packs: tuple[Packed, ...]
@@ -180,11 +183,6 @@ class Batch:
     shared: Placement
     alone: Placement
     lengths: torch.Tensor | None = None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether shapes say nothing about what is in the batch."""
-        return self.lengths is not None
 
     @cached_property
     def token_mask(self) -> torch.Tensor:

@@ -299,7 +299,7 @@ class StackedWeights:
         index_of = {"word": batch.ids, "position": batch.positions, "type": batch.types}
         for param_slice in (p for p in self.layout.param_slices if p.leaf in TABLES):
             table, index = self._cut(param_slice, self.grad, None), index_of[param_slice.leaf]
-            if batch.fixed:
+            if batch.lengths is not None:
                 _add_rows(table, index, grad)
             else:
                 for trial, rows in enumerate(index.expand(len(table), -1)):

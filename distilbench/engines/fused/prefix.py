@@ -23,6 +23,10 @@ GPU_WINDOW = 64
 """The same on a GPU, where a pass of 8 batches would be bound by its launches; 40 MB of states at 768 wide."""
 
 
+ROOM = 2 << 30
+"""Bytes of hidden states without dropout that a group may keep, of the evaluation and of training."""
+
+
 def prefix_depth(layout: FlatParamLayout, frozen: Set[str]) -> int | None:
     """Return how many layers follow ``frozen`` embeddings up to one that trains a weight; None where those train."""
     lowest = min(layout.level_of[leaf] for leaf in layout.leaves.keys() - frozen)
@@ -34,13 +38,12 @@ class Prefix:
 
     In training with dropout each example has other hidden states in every epoch, and is seen once in each: a *window*
     of steps is run at once and kept until the next one. Without, and in evaluations, one pass over a split serves all
-    epochs, where its states fit into ``room`` bytes.
+    epochs, where its states fit into :data:`ROOM`.
     """
 
     def __init__(
-        self, weights: Sequence[StackedWeights], split: EncodedSplit, schedule: BatchSchedule, dropout: bool,
-        room: int, depth: int,
-    ) -> None:  # fmt: skip
+        self, weights: Sequence[StackedWeights], split: EncodedSplit, schedule: BatchSchedule, dropout: bool, depth: int
+    ) -> None:
         """``weights`` are those of each trial, or those that all share.
 
         ``depth`` is how many layers are frozen, as :func:`prefix_depth` says; ``split`` and ``dropout`` are training's.
@@ -51,7 +54,7 @@ class Prefix:
         self._sentences_only = depth == weights[0].layout.architecture.depth
         self._windows: dict[tuple[int, int], tuple[int, list[list[torch.Tensor]]]] = {}
         self._kept: dict[int, list[torch.Tensor]] = {}
-        self._room = room
+        self._room = ROOM
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
         """Return hidden states of a ``part`` of step ``step`` in the orders of these seeds, as :meth:`empty` has them.

@@ -13,7 +13,7 @@ from distilbench.settings import ModelSettings, SettingsError
 @pytest.mark.parametrize("kind", ["roberta", "electra", "albert", "modernbert"])
 def test_other_architectures_are_refused_with_the_remedy(settings, kind):
     resolved = resolve_model(ModelSettings("random", kind, layers=2))
-    with pytest.raises(SettingsError, match=rf"distilbert or bert, got '{kind}' .*; use engine=trainer"):
+    with pytest.raises(SettingsError, match=rf"distilbert or bert with .*, got '{kind} \(.*; use engine=trainer$"):
         check_fusable(settings().trial, resolved, "fp32")
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from distilbench.engines.batches import BatchSchedule, epoch_order, padded_batch
-from distilbench.engines.fused import kernels, params
+from distilbench.engines.fused import kernels, params, prefix
 from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.loop import TrialGroup, train_group
@@ -487,11 +487,12 @@ def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder, 
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder, depth):
+def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder, monkeypatch, depth):
     settings = trial(f"freeze.layers={depth}", "freeze.dropout=false", still=False)
     splits = splits_of(settings)
     kept, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
-    anew, _ = losses_of(FusedEngine(torch.float64, prefix_bytes=0), [settings], splits, recorder)
+    monkeypatch.setattr(prefix, "ROOM", 0)
+    anew, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
     np.testing.assert_allclose(kept, anew, rtol=1e-12)
 
 
