@@ -84,8 +84,7 @@ def _read_hub(settings: DataSettings) -> Corpus | None:
     dropped: Counter[str] = Counter()
     train, names = _hub_rows(splits, "train", settings, dropped)
     validation = None if settings.validation is None else _hub_rows(splits, "validation", settings, dropped)[0]
-    names = settings.label_names or names
-    declared = tuple(names) if names else None
+    declared = tuple(settings.label_names or names or ()) or None
     return Corpus(train, validation, declared, hub_title(settings), builder.hash, dict(dropped))
 
 

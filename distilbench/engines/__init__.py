@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distilbench.engines.base import Engine
+from distilbench.engines.fused.compatibility import check_fusable
 from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
@@ -26,8 +27,6 @@ def check_engine(trial: TrialSettings, model: ResolvedModel, precision: str) -> 
     ``precision`` is the one really used, or the one asked for.
     """
     if trial.engine.name == "fused":
-        from distilbench.engines.fused.compatibility import check_fusable
-
         check_fusable(trial, model, precision)
 
 
@@ -36,12 +35,11 @@ def resolve_engine(trial: TrialSettings, model: ResolvedModel, precision: str, d
 
     On MPS, auto is the reference engine: the fused one has been measured on CPUs and on a CUDA device.
     """
+    check_engine(trial, model, precision)
     if trial.engine.name != "auto":
-        check_engine(trial, model, precision)
         return trial.engine
-    fused, trainer = replace(trial.engine, name="fused"), replace(trial.engine, name="trainer")
     try:
-        check_engine(replace(trial, engine=fused), model, precision)
+        check_fusable(trial, model, precision)
     except SettingsError:
-        return trainer
-    return trainer if device == "mps" else fused
+        return replace(trial.engine, name="trainer")
+    return replace(trial.engine, name="trainer" if device == "mps" else "fused")

@@ -124,10 +124,8 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     model = build_model(resolved, splits.label_names, settings.seed)
     schedule = BatchSchedule.of(settings.train, len(splits.train))
     freeze(model, settings.freeze)
-    frozen_levels, flops = {0: 0}, {0: TrainFlops.of(model)}
-    if settings.freeze.moves:
-        frozen_levels = planned_levels(settings.freeze, schedule, top=resolved.depth + 1)
-        flops = planned_flops(model, frozen_levels)
+    frozen_levels = planned_levels(settings.freeze, schedule, top=resolved.depth + 1)
+    flops = planned_flops(model, frozen_levels) if settings.freeze.moves else {0: TrainFlops.of(model)}
     trained, total = parameter_counts(model)
     compact, vocabulary = _compact(splits)
     layout = FlatParamLayout(model, vocabulary)
