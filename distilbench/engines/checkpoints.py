@@ -62,7 +62,7 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
     Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
     """
     folders = _folders(directory)
-    sealed = {path: seal for path in folders if (seal := _read_seal(path))}
+    sealed = {path: seal for path in folders if (seal := read_seal(path))}
     for path in set(folders) - sealed.keys():
         log.info("%s was cut short while it was written: passed over", path)
     if not sealed:
@@ -81,13 +81,8 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
     return path, Progress(**done | {"history": [Evaluation(**values) for values in done["history"]]})
 
 
-def is_sealed(path: Path) -> bool:
-    """Return whether the checkpoint at ``path`` is whole, so that nothing there may be written again."""
-    return _read_seal(path) is not None
-
-
-def _read_seal(path: Path) -> dict[str, Any] | None:
-    """Return the seal of a whole checkpoint, None of one that was cut short."""
+def read_seal(path: Path) -> dict[str, Any] | None:
+    """Return the seal of a whole checkpoint, where nothing may be written again; None of one that was cut short."""
     try:
         seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
         is_whole = all((path / name).stat().st_size == size for name, size in seal["sizes"].items())
@@ -115,7 +110,7 @@ def tidy(directory: Path, status: Status) -> None:
     if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
         shutil.rmtree(directory, ignore_errors=True)
     for path in _folders(directory):
-        if not is_sealed(path):
+        if read_seal(path) is None:
             shutil.rmtree(path, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()

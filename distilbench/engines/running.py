@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -27,7 +27,7 @@ from distilbench.engines.checkpoints import Progress
 from distilbench.engines.device import peak_memory
 from distilbench.models.flops import TrainFlops
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
-from distilbench.settings import SettingsError, TrainSettings, TrialSettings
+from distilbench.settings import SettingsError, TrialSettings
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +130,6 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
     return float(sum(abs(part.sum()) for part in bins) / len(labels))
 
 
-def best_of(history: Sequence[Evaluation], train: TrainSettings) -> int:
-    """Return the position of the best evaluation by ``train.metric``, the first among equals."""
-    sign = 1 if train.greater_is_better else -1
-    return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
-
-
 @dataclass
 class RunningTrial:
     """A trial in training, but for its weights.
@@ -168,15 +162,22 @@ class RunningTrial:
         return Path(self.settings.output.dir) / checkpoints.DIRECTORY
 
     @property
+    def best_place(self) -> int:
+        """Where the best evaluation by ``train.metric`` stands in the history so far, the first among equals."""
+        history, train = self.progress.history, self.settings.train
+        sign = 1 if train.greater_is_better else -1
+        return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
+
+    @property
     def best(self) -> Evaluation:
-        """The best evaluation so far, the first among equals."""
-        return self.progress.history[best_of(self.progress.history, self.settings.train)]
+        """The best evaluation so far."""
+        return self.progress.history[self.best_place]
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether it ends here: its last ``train.patience`` evaluations brought no better one than those before."""
-        history, train = self.progress.history, self.settings.train
-        return bool(train.patience and history and len(history) - 1 - best_of(history, train) >= train.patience)
+        history, patience = self.progress.history, self.settings.train.patience
+        return bool(patience and history and len(history) - 1 - self.best_place >= patience)
 
     def take_up(self, weights: str) -> Path | None:
         """Return the checkpoint to continue from; ``weights`` is the fingerprint of the initial ones.
@@ -239,8 +240,7 @@ class RunningTrial:
     def note_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
         """Note the best weights' logits: on the selection split, which a checkpoint lacks, and on a report split."""
         if selection is not None:
-            best = best_of(self.progress.history, self.settings.train)
-            self.progress.history[best] = replace(self.best, logits=selection)
+            self.progress.history[self.best_place] = replace(self.best, logits=selection)
         if report is not None:
             labels, at = self.splits.report.labels, self.best
             self.report = evaluate_logits("validation", report, labels, at.step, at.epoch)

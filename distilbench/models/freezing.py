@@ -74,10 +74,8 @@ def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[
 
 def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
     """``depth``: the first layers, and the embeddings as ``freeze.embeddings`` says."""
-    if not settings.layers and not settings.freezes_embeddings:
-        return set()
-    frozen = range(0 if settings.freezes_embeddings else 1, settings.layers + 1)
-    return {name for name, level in levels(model).items() if level in frozen}
+    frozen = {id(parameter) for module in _frozen_modules(model, settings) for parameter in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in frozen}
 
 
 def _all_but_head(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
@@ -106,12 +104,13 @@ def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
         if name in names:
             parameter.requires_grad_(False)
     if not settings.dropout:
-        for module in _deterministic_modules(model, settings):
+        for module in _frozen_modules(model, settings):
             module.eval()
             module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
 
 
-def _deterministic_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn.Module]:
+def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn.Module]:
+    """Return the modules that stay as they were throughout."""
     if settings.policy == "head":
         return [model.base_model]
     if not settings.layers and not settings.freezes_embeddings:

@@ -109,7 +109,7 @@ class Member:
     def save(self, flat_params: torch.Tensor, moments: Sequence[torch.Tensor]) -> None:
         """Leave a checkpoint of the state after the newest record."""
         path = self.trial.folder / f"checkpoint-{self.trial.progress.step}"
-        if checkpoints.is_sealed(path):
+        if checkpoints.read_seal(path) is not None:
             return  # the evaluation after this very step has left it: a kill would find it half written over
         path.mkdir(parents=True, exist_ok=True)
         state = {"row": flat_params, **{f"moment{i}": moment for i, moment in enumerate(moments)}}

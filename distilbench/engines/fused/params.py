@@ -167,16 +167,16 @@ class StackedWeights:
     ) -> None:  # fmt: skip
         """``flat_params`` are trained in place from a level on; below it, trials share what is in ``frozen``.
 
-        That is what :meth:`FlatParamLayout.frozen_weights` returned.
-        What is multiplied in low precision has its gradient in ``compute_grad`` (trials, low - tables), as it comes,
-        and the rest in ``grad`` (trials, size), whose other columns are never touched, but for batches in parts. A
-        ``grad_owner`` of as many trials or more, whose gradient is not needed meanwhile, lends the room for both.
+        That is what :meth:`FlatParamLayout.frozen_weights` returned. What is multiplied in low precision has its
+        gradient in ``compute_grad`` (trials, compute_end - tables_end), as it comes, and the rest in ``grad`` (trials,
+        size), whose other columns are never touched, but for batches in parts. A ``grad_owner`` of as many trials or
+        more, whose gradient is not needed meanwhile, lends the room for both.
         """
         self.layout, self.compute_dtype, self.flat_params = layout, compute_dtype, flat_params
         self.trained_from, self.frozen = trained_from, layout.frozen_below(trained_from)
         self._most = CACHED if flat_params.device.type == "cpu" else max(1, layout.size)
         self._in_parts = False
-        self.compute_params: torch.Tensor | None = None  # (trials, low - tables)
+        self.compute_params: torch.Tensor | None = None  # (trials, compute_end - tables_end)
         self.grad: torch.Tensor = (
             torch.empty_like(flat_params) if grad_owner is None else grad_owner.grad[: len(flat_params)]
         )
