@@ -50,22 +50,20 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
-    def run(self) -> None:
-        """Start it."""
-        self._program()[self.grid](**self.arguments, enable_fp_fusion=True)
-
-    def compile(self) -> Any:
-        """Compile it for the current device; tensors need no contents. None where Triton only interprets."""
-        return self._program().warmup(grid=self.grid, **self.arguments, enable_fp_fusion=True)
-
-    def _program(self) -> Any:
-        from distilbench.engines.fused import _triton  # which needs Triton
+    @property
+    def program(self) -> Any:
+        """The kernel itself, which needs Triton."""
+        from distilbench.engines.fused import _triton
 
         return getattr(_triton, self.kernel)
 
+    def run(self) -> None:
+        """Start it; Triton raises where the device lacks the shared memory that it takes."""
+        self.program[self.grid](**self.arguments, enable_fp_fusion=True)
+
 
 def runs(work: str, device: torch.device, *details: Any) -> bool:
-    """Say whether ``device`` does ``work`` of :data:`LAUNCHES` by kernels; the first to ask waits for the compiler."""
+    """Say whether ``device`` does ``work`` by kernels, which is one of :data:`REHEARSALS`; the first to ask waits."""
     if device.type != "cuda" or torch.float64 in details:
         return False
     return _is_installed() and _accepted(work, device, *details)
@@ -96,18 +94,11 @@ def _is_installed() -> bool:
 
 
 @cache
-@torch.no_grad()
 def _accepted(work: str, device: torch.device, *details: Any) -> bool:
     """Compile and try what ``work`` launches; where it does not fit or does not run, say so."""
     try:
-        for launch in LAUNCHES[work](torch.device("meta"), *details):
-            needed, there = shared_memory(launch.compile()), shared_memory_limit(device)
-            if needed > there:
-                log.warning("%s takes its plain version: Triton's kernel needs %d bytes of shared memory, %s has %d",
-                            work, needed, device, there)  # fmt: skip
-                return False
-        for launch in LAUNCHES[work](device, *details):
-            launch.run()
+        with torch.enable_grad():
+            REHEARSALS[work](device, *details)
         torch.zeros(1, device=device).item()  # waits for the device
     except torch.OutOfMemoryError:  # says nothing of the kernels, and is not to be remembered
         raise
@@ -118,34 +109,19 @@ def _accepted(work: str, device: torch.device, *details: Any) -> bool:
     return True
 
 
-def shared_memory(program: Any) -> int:
-    """Bytes of shared memory that a compiled program takes."""
-    return 0 if program is None else int(program.metadata.shared)
-
-
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that ``device`` lets a program take."""
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
-
-
 def dropout_mask(draws: DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return the same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
     mask = torch.empty(len(draws.keys), *whole, dtype=dtype, device=draws.keys.device)
-    _dropout_mask(draws, mask).run()
-    return mask
-
-
-def _dropout_mask(draws: DropoutSite, mask: torch.Tensor) -> Launch:
     orders, *outer, rows, columns = mask.shape
     blocks, size = -(-columns // LANES), 256
     count = math.prod(outer) * rows * blocks
-    arguments = {
+    arguments = draws._asdict() | {
         "mask": mask, "count": count, "rows": rows, "blocks": blocks, "columns": columns,
         "numbered_rows": EXTENT if outer else rows, "numbered_blocks": EXTENT // LANES if outer else blocks,
         "stride": math.prod(mask.shape[1:]), "BLOCK": size,
     }  # fmt: skip
-    return Launch("dropout_mask", (-(-count // size), orders), draws._asdict() | arguments)
+    Launch("dropout_mask", (-(-count // size), orders), arguments).run()
+    return mask
 
 
 def adamw(
@@ -195,22 +171,39 @@ class _AddNorm(torch.autograd.Function):
         compute_copy = None if branch.dtype == x.dtype else torch.empty_like(total, dtype=branch.dtype)
         ctx.save_for_backward(total, weight)
         ctx.draws, ctx.eps, ctx.dtype = draws, eps, branch.dtype
-        _add_norm_forward((x, branch, branch_bias, weight, bias), (total, normal, compute_copy), draws, eps).run()
+        shared = _norm_arguments(total, weight, draws, eps)
+        arguments = shared | {
+            "x": x, "branch": branch, "branch_bias": branch_bias, "weight": weight, "bias": bias,
+            "total": total, "normal": normal, "compute_copy": compute_copy,
+            "shared_x": int(len(x) < trials), "shared_branch": int(len(branch) < trials),
+            "branch_bias_stride": branch_bias.stride(0) if len(branch_bias) > 1 else 0,
+        }  # fmt: skip
+        Launch("add_norm_forward", (-(-x.shape[1] // shared["ROWS"]), trials), arguments).run()
         return normal, compute_copy
 
     @staticmethod
     def backward(ctx, grad_normal, grad_copy):  # type: ignore[no-untyped-def]
         total, weight = ctx.saved_tensors
-        grad_copy = None if grad_copy is None else grad_copy.contiguous()
+        trials, rows, width = total.shape
         grad_total, grad_branch = torch.empty_like(total), torch.empty_like(total, dtype=ctx.dtype)
-        read = grad_normal.contiguous(), grad_copy, total, weight
-        backward, parts = _add_norm_backward(read, (grad_total, grad_branch), ctx.draws, ctx.eps)
-        backward.run()
-        grad_weight, grad_bias = total.new_empty(2, len(total), total.shape[2])
-        vectors = grad_weight, grad_bias, torch.empty_like(grad_bias, dtype=ctx.dtype)
+        shared = _norm_arguments(total, weight, ctx.draws, ctx.eps)
+        blocks = -(-rows // shared["ROWS"])
+        parts = total.new_empty(trials, blocks, 3, width)  # of each block, of the gradients of the three vectors
+        arguments = shared | {
+            "grad_normal": grad_normal.contiguous(), "grad_copy": None if grad_copy is None else grad_copy.contiguous(),
+            "total": total, "weight": weight, "grad_total": grad_total, "grad_branch": grad_branch,
+            "parts": parts, "blocks": blocks,
+        }  # fmt: skip
+        Launch("add_norm_backward", (blocks, trials), arguments).run()
+        grad_weight, grad_bias = total.new_empty(2, trials, width)
+        grad_branch_bias = torch.empty_like(grad_bias, dtype=ctx.dtype)
         if any(ctx.needs_input_grad[2:5]):
-            _add_norm_sum(parts, vectors).run()
-        gradients = (grad_total, grad_branch, vectors[2], grad_weight, grad_bias)
+            arguments = {
+                "parts": parts, "grad_weight": grad_weight, "grad_bias": grad_bias,
+                "grad_branch_bias": grad_branch_bias, "blocks": blocks, "WIDTH": width, "ROWS": 16, "COLUMNS": 64,
+            }  # fmt: skip
+            Launch("add_norm_sum", (-(-3 * width // 64), trials), arguments).run()
+        gradients = (grad_total, grad_branch, grad_branch_bias, grad_weight, grad_bias)
         own = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
         return *own, None, None
 
@@ -225,47 +218,6 @@ def _norm_arguments(total: torch.Tensor, weight: torch.Tensor, draws: DropoutSit
         "rows": rows, "norm_stride": weight.stride(0) if len(weight) > 1 else 0, "eps": eps,
         "WIDTH": width, "SIZE": size, "ROWS": max(1, min(8, 4096 // size)), "num_warps": 8,
     }  # fmt: skip
-
-
-def _add_norm_forward(
-    read: Sequence[torch.Tensor], written: Sequence[Any], draws: DropoutSite | None, eps: float
-) -> Launch:
-    """``read`` are the stream, branch, its bias, the norm's vectors; ``written`` their sum, its norm, maybe a copy."""
-    x, branch, branch_bias, weight, _ = read
-    total = written[0]
-    shared = _norm_arguments(total, weight, draws, eps) | {
-        "shared_x": int(len(x) < len(total)), "shared_branch": int(len(branch) < len(total)),
-        "branch_bias_stride": branch_bias.stride(0) if len(branch_bias) > 1 else 0,
-    }  # fmt: skip
-    names = ("x", "branch", "branch_bias", "weight", "bias", "total", "normal", "compute_copy")
-    grid = -(-total.shape[1] // shared["ROWS"]), len(total)
-    return Launch("add_norm_forward", grid, dict(zip(names, (*read, *written), strict=True)) | shared)
-
-
-def _add_norm_backward(
-    read: Sequence[Any], written: Sequence[torch.Tensor], draws: DropoutSite | None, eps: float
-) -> tuple[Launch, torch.Tensor]:
-    """``read`` are gradients of norm and maybe copy, the sum, the norm's weight; ``written`` of the sum and the branch.
-
-    Also returns what each block will have of the gradients of the norm's vectors and the branch's bias, ``(trials,
-    blocks, 3, width)``.
-    """
-    total, weight = read[2:]
-    shared = _norm_arguments(total, weight, draws, eps)
-    blocks = -(-total.shape[1] // shared["ROWS"])
-    parts = total.new_empty(len(total), blocks, 3, total.shape[2])
-    names = ("grad_normal", "grad_copy", "total", "weight", "grad_total", "grad_branch", "parts")
-    tensors = dict(zip(names, (*read, *written, parts), strict=True))
-    return Launch("add_norm_backward", (blocks, len(total)), tensors | shared | {"blocks": blocks}), parts
-
-
-def _add_norm_sum(parts: torch.Tensor, vectors: Sequence[torch.Tensor]) -> Launch:
-    """Launch what adds up ``parts`` into the ``vectors`` (trials, width)."""
-    trials, blocks, _, width = parts.shape
-    names = ("grad_weight", "grad_bias", "grad_branch_bias")
-    sizes = {"blocks": blocks, "WIDTH": width, "ROWS": 16, "COLUMNS": 64}
-    tensors = {"parts": parts} | dict(zip(names, vectors, strict=True))
-    return Launch("add_norm_sum", (-(-3 * width // 64), trials), tensors | sizes)
 
 
 def attention(
@@ -289,18 +241,25 @@ class _Attention(torch.autograd.Function):
         log_sums = torch.empty(*q.shape[:2], heads, dtype=torch.float32, device=rows.device)
         ctx.save_for_backward(rows, query, context, log_sums, sentences.first, sentences.lengths)
         ctx.draws, ctx.heads, ctx.width = draws, heads, sentences.width
-        _attention_forward((q, k, v, context, log_sums), sentences, draws, heads).run()
+        shared, queries, _ = _attention_arguments(q, k, sentences, draws, heads)
+        arguments = shared | {"q": q, "k": k, "v": v, "context": context, "log_sums": log_sums}
+        Launch("attention_forward", (sentences.first.shape[1] * heads, queries, len(q)), arguments).run()
         return context
 
     @staticmethod
     def backward(ctx, grad_context):  # type: ignore[no-untyped-def]
-        rows, query, context, log_sums, *bounds = ctx.saved_tensors
+        rows, query, context, log_sums, first, lengths = ctx.saved_tensors
         grad_rows = torch.zeros_like(rows)
         grad_query = None if query is None else torch.empty_like(query)
-        read = (*_parts(rows, query), context, log_sums, grad_context.contiguous())
-        written = _parts(grad_rows, grad_query)
-        sentences = Sentences(bounds[0], bounds[1], ctx.width)
-        _attention_backward(read, written, sentences, ctx.draws, ctx.heads).run()
+        q, k, v = _parts(rows, query)
+        grad_q, grad_k, grad_v = _parts(grad_rows, grad_query)
+        sentences = Sentences(first, lengths, ctx.width)
+        shared, queries, keys = _attention_arguments(q, k, sentences, ctx.draws, ctx.heads)
+        arguments = shared | {
+            "q": q, "k": k, "v": v, "context": context, "log_sums": log_sums, "grad_context": grad_context.contiguous(),
+            "grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "query_blocks": queries,
+        }  # fmt: skip
+        Launch("attention_backward", (first.shape[1] * ctx.heads, queries + keys, len(q)), arguments).run()
         return grad_rows, grad_query, None, None, None
 
 
@@ -309,39 +268,13 @@ def _parts(rows: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor
     return rows.chunk(3, dim=2) if query is None else (query, *rows.chunk(2, dim=2))
 
 
-def _attention_forward(
-    tensors: Sequence[torch.Tensor], sentences: Sentences, draws: DropoutSite | None, heads: int
-) -> Launch:
-    """``tensors`` are query, key, value, and the context and log sums (trials, rows of queries, heads) to write."""
-    names = ("q", "k", "v", "context", "log_sums")
-    shared, (queries, _) = _attention_arguments(tensors, sentences, draws, heads)
-    grid = sentences.first.shape[1] * heads, queries, len(tensors[0])
-    return Launch("attention_forward", grid, dict(zip(names, tensors, strict=True)) | shared)
-
-
-def _attention_backward(
-    read: Sequence[torch.Tensor],
-    written: Sequence[torch.Tensor],
-    sentences: Sentences,
-    draws: DropoutSite | None,
-    heads: int,
-) -> Launch:
-    """``read`` are those of the forward pass and the context's gradient, ``written`` those of query, key and value."""
-    names = ("q", "k", "v", "context", "log_sums", "grad_context", "grad_q", "grad_k", "grad_v")
-    shared, (queries, keys) = _attention_arguments(read, sentences, draws, heads)
-    grid = sentences.first.shape[1] * heads, queries + keys, len(read[0])
-    tensors = dict(zip(names, (*read, *written), strict=True))
-    return Launch("attention_backward", grid, tensors | shared | {"query_blocks": queries})
-
-
 def _attention_arguments(
-    tensors: Sequence[torch.Tensor], sentences: Sentences, draws: DropoutSite | None, heads: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
+    q: torch.Tensor, k: torch.Tensor, sentences: Sentences, draws: DropoutSite | None, heads: int
+) -> tuple[dict[str, Any], int, int]:
     """Return what both directions take besides tensors, and the longest sentence's blocks of queries and keys.
 
     A block is 32 tokens, and 16 where products are ordinary arithmetic, whose unrolled code and registers limit it.
     """
-    q, k = tensors[:2]
     model, one_query = q.shape[2], q.stride(1) != k.stride(1)
     block = 32 if q.dtype == torch.bfloat16 else 16
     blocks = -(-sentences.width // block)
@@ -354,56 +287,44 @@ def _attention_arguments(
         "one_query": int(one_query), "HEADS": heads, "HEAD_SIZE": model // heads,
         "SIZE": max(16, 1 << (model // heads - 1).bit_length()), "BLOCK": block, "EXTENT": EXTENT,
     }  # fmt: skip
-    return arguments, (1 if one_query else blocks, blocks)
+    return arguments, 1 if one_query else blocks, blocks
 
 
-def _mask_launches(device: torch.device) -> list[Launch]:
-    keys = torch.ones(1, dtype=torch.int64, device=device)
-    return [_dropout_mask(DropoutSite(keys, 1, 6554), torch.empty(1, 8, 8, device=device))]
+def _try_dropout(device: torch.device) -> None:
+    dropout_mask(DropoutSite(torch.ones(1, dtype=torch.int64, device=device), 1, 6554), (8, 8), torch.float32)
 
 
-def _adamw_launches(device: torch.device, dtype: torch.dtype) -> list[Launch]:
+def _try_adamw(device: torch.device, dtype: torch.dtype) -> None:
     """With a copy for products of ``dtype`` where that is not float32."""
     params, grad, mean, square = torch.zeros(4, 1, 16, device=device)
     scalars = torch.ones(1, 6, device=device)
     low = torch.zeros(2, 1, 16, dtype=dtype, device=device)
     compute = (None, None) if dtype == torch.float32 else (low[0], low[1])
-    return [adamw(params, grad, compute, [mean, square], (scalars, scalars, scalars[0]), (16, slice(0, 16)))]
+    adamw(params, grad, compute, [mean, square], (scalars, scalars, scalars[0]), (16, slice(0, 16))).run()
 
 
-def _attention_launches(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> list[Launch]:
+def _try_attention(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
     """Both directions with dropout, over one token."""
     one = torch.ones(1, 1, dtype=torch.int64, device=device)
-    rows, grad_rows = torch.zeros(2, 1, 1, 3 * heads * head_size, dtype=dtype, device=device)
-    context, log_sums = rows[..., : heads * head_size].contiguous(), torch.zeros(1, 1, heads, device=device)
-    read = (*_parts(rows, None), context, log_sums)
-    sentences, draws = Sentences(one * 0, one, 1), DropoutSite(one[0], 1, 6554)
-    written = _parts(grad_rows, None)
-    return [
-        _attention_forward(read, sentences, draws, heads),
-        _attention_backward((*read, context), written, sentences, draws, heads),
-    ]
+    rows = torch.zeros(1, 1, 3 * heads * head_size, dtype=dtype, device=device, requires_grad=True)
+    attention(rows, None, Sentences(one * 0, one, 1), DropoutSite(one[0], 1, 6554), heads).sum().backward()
 
 
-def _norm_launches(device: torch.device, dtype: torch.dtype, width: int) -> list[Launch]:
+def _try_norm(device: torch.device, dtype: torch.dtype, width: int) -> None:
     """Both directions with dropout and without, over one row."""
-    full, compute = torch.zeros(4, 1, 1, width, device=device), torch.zeros(4, 1, 1, width, dtype=dtype, device=device)
-    vectors = torch.zeros(3, 1, width, device=device)
-    copy = None if dtype == torch.float32 else compute[1]
     keys = torch.ones(1, dtype=torch.int64, device=device)
-    launches = []
+    x, (weight, bias) = torch.zeros(1, 1, width, device=device), torch.zeros(2, 1, width, device=device)
+    branch = torch.zeros(1, 1, width, dtype=dtype, device=device, requires_grad=True)
+    branch_bias = torch.zeros(1, width, dtype=dtype, device=device, requires_grad=True)
     for draws in (None, DropoutSite(keys, 1, 6554)):
-        read = full[0], compute[0], compute[2, 0], vectors[0], vectors[1]
-        launches.append(_add_norm_forward(read, (full[1], full[2], copy), draws, 1e-12))
-        backward, parts = _add_norm_backward((full[0], copy, full[1], vectors[0]), (full[2], compute[3]), draws, 1e-12)
-        launches.append(backward)
-    return [*launches, _add_norm_sum(parts, (vectors[0], vectors[1], compute[2, 0]))]
+        normal, compute_copy = add_norm(x, branch, branch_bias, (weight, bias), draws, 1e-12)
+        (normal.sum() + compute_copy.sum()).backward()
 
 
-LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
-    "dropout": _mask_launches,
-    "adamw": _adamw_launches,
-    "attention": _attention_launches,
-    "norm": _norm_launches,
+REHEARSALS: dict[str, Callable[..., None]] = {
+    "dropout": _try_dropout,
+    "adamw": _try_adamw,
+    "attention": _try_attention,
+    "norm": _try_norm,
 }
-"""What each kind of work launches in a training, on next to nothing: by device, and for some by precision and heads."""
+"""Launches all of each kind of work in a training, on next to nothing: by device, some by precision and heads too."""

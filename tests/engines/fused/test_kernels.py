@@ -60,6 +60,13 @@ def test_masks_are_the_same_bit_for_bit(device, whole, dtype):
     assert torch.equal(kernels.dropout_mask(draws, whole, dtype), philox_mask(draws, whole, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_tried_before_a_training_runs(device, dtype):
+    for work, details in {"dropout": (), "adamw": (dtype,), "attention": (dtype, 2, 8), "norm": (dtype, 24)}.items():
+        with torch.no_grad():
+            assert kernels._accepted.__wrapped__(work, device, *details), work
+
+
 @pytest.mark.parametrize("with_copy", [False, True])
 def test_adamw_is_the_same_up_to_rounding(on_device, with_copy):
     torch.manual_seed(0)

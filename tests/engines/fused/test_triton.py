@@ -18,6 +18,7 @@ from distilbench.engines.fused import kernels
 from distilbench.engines.fused.kernels import DropoutSite, Launch, Sentences
 
 triton = pytest.importorskip("triton", reason="needs triton, which is in the test extra where it has wheels")
+OutOfResources = triton.runtime.errors.OutOfResources
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs the compiler, which TRITON_INTERPRET=1 replaces", allow_module_level=True)
 
@@ -59,10 +60,22 @@ def gpu(monkeypatch):
         active = "_active" if "_active" in vars(triton.runtime.driver) else "active"  # until Triton 3.5
         monkeypatch.setitem(vars(triton.runtime.driver), active, Absent(capability))
         launched = []
-        monkeypatch.setattr(Launch, "run", lambda self: launched.append(self.compile()))
+        monkeypatch.setattr(Launch, "run", lambda launch: launched.append(compiled(launch)))
         return launched
 
     return pretend
+
+
+def compiled(launch):
+    """What the compiler makes of it; tensors need no contents."""
+    return launch.program.warmup(grid=launch.grid, **launch.arguments, enable_fp_fusion=True)
+
+
+def rehearsed(launched, work, *details):
+    """The programs, by hash, that are tried before a training."""
+    launched.clear()
+    kernels.REHEARSALS[work](torch.device("meta"), *details)
+    return {program.hash for program in launched}
 
 
 def attend(dtype, head_size, width, one_query=False, drops=True):
@@ -95,10 +108,9 @@ def test_attention_fits_the_device_at_any_width(gpu, tmp_path, capability, dtype
     assert len(launched) == 4 * len(WIDTHS)
     assert len(programs) == 2, "one each way, whatever the width"
     if drops:
-        judged = kernels.LAUNCHES["attention"](torch.device("meta"), dtype, 12, head_size)
-        assert {launch.compile().hash for launch in judged} == set(programs), "what is judged is what runs"
+        assert rehearsed(launched, "attention", dtype, 12, head_size) == set(programs), "what is tried is what runs"
     for program in programs.values():
-        assert kernels.shared_memory(program) <= min(LIMITS[capability], 37 * KIB)
+        assert program.metadata.shared <= min(LIMITS[capability], 37 * KIB)
         assert spilled(program, tmp_path) <= SPILLED
 
 
@@ -114,13 +126,11 @@ def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_pa
         rule = [torch.empty(trials, n, device="meta") for n in (4, 6)]
         kernels.adamw(params, grad, (None, None) if dtype == FP32 else tuple(compute), [mean, square],
                       (*rule, rule[0][:, 0]), (low.stop, low)).run()  # fmt: skip
-    meta = torch.device("meta")
-    judged = [launch.compile() for work in (("dropout", meta), ("adamw", meta, dtype))
-              for launch in kernels.LAUNCHES[work[0]](*work[1:])]  # fmt: skip
-    assert {program.hash for program in judged} == {program.hash for program in launched}
-    assert len(judged) == 2
-    for program in judged:
-        assert kernels.shared_memory(program) <= 16 * KIB
+    programs = {program.hash: program for program in launched}
+    assert rehearsed(launched, "dropout") | rehearsed(launched, "adamw", dtype) == set(programs)
+    assert len(programs) == 2
+    for program in programs.values():
+        assert program.metadata.shared <= 16 * KIB
         assert spilled(program, tmp_path) == 0
 
 
@@ -137,50 +147,54 @@ def test_adding_and_normalising_are_five_programs_for_all_batches(gpu, tmp_path,
             branch_bias = vectors[0].to(dtype).requires_grad_()
             each = kernels.add_norm(x, branch, branch_bias, (vectors[1], vectors[2]), draws, 1e-12)
             torch.autograd.backward(each[: 1 + (dtype != FP32)], [torch.empty_like(out) for out in dict.fromkeys(each)])
-    judged = [launch.compile() for launch in kernels.LAUNCHES["norm"](torch.device("meta"), dtype, width)]
-    assert {program.hash for program in judged} == {program.hash for program in launched}
-    assert len(judged) == 5
-    for program in judged:
-        assert kernels.shared_memory(program) <= 16 * KIB
+    programs = {program.hash: program for program in launched}
+    assert rehearsed(launched, "norm", dtype, width) == set(programs)
+    assert len(programs) == 5
+    for program in programs.values():
+        assert program.metadata.shared <= 16 * KIB
         assert spilled(program, tmp_path) == 0
 
 
 @pytest.fixture
-def judge(gpu, monkeypatch):
-    """Return ``judge(there, error=None)``: whether attention is accepted by a T4 with so many bytes of memory."""
+def judge(monkeypatch):
+    """Return ``judge(error=None)``: whether attention is accepted where its kernels raise that, or nothing."""
 
-    def ask(there, error=None):
+    def ask(error=None):
         def run(launch):
             if error is not None:
                 raise error
 
-        gpu(75)
-        monkeypatch.setattr(kernels, "shared_memory_limit", lambda device: there)
         monkeypatch.setattr(Launch, "run", run)
         return kernels._accepted.__wrapped__("attention", torch.device("cpu"), FP32, 12, 64)
 
     return ask
 
 
-def test_what_does_not_fit_is_left_to_the_plain_version_and_said(judge, caplog):
+@pytest.mark.parametrize(("error", "said"), [
+    (OutOfResources(98304, 65536, "shared memory"), "OutOfResources: out of resource: shared memory, Required: 98304"),
+    (RuntimeError("no C compiler\nand more"), "RuntimeError: no C compiler"),
+])  # fmt: skip
+def test_what_does_not_fit_or_does_not_run_is_left_to_the_plain_version_and_said(judge, caplog, error, said):
     with caplog.at_level(logging.WARNING):
-        assert judge(LIMITS[75])
+        assert judge()
         assert caplog.records == []
-        assert not judge(8 * KIB)
+        assert not judge(error)
     [record] = caplog.records
-    assert record.getMessage().startswith("attention takes its plain version: Triton's kernel needs 12288 bytes")
+    assert record.getMessage().startswith(f"attention takes its plain version, for Triton's fails: {said}")
 
 
-def test_what_does_not_run_is_left_to_the_plain_version_and_said(judge, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert not judge(LIMITS[75], RuntimeError("no C compiler\nand more"))
-    [record] = caplog.records
-    assert record.getMessage() == "attention takes its plain version, for Triton's fails: RuntimeError: no C compiler"
+def test_triton_refuses_what_takes_more_shared_memory_than_a_device_has(gpu, monkeypatch):
+    launched = gpu(75)
+    kernels.REHEARSALS["attention"](torch.device("meta"), FP32, 12, 64)
+    monkeypatch.setattr(triton.compiler.compiler, "max_shared_mem", lambda device: 8 * KIB)
+    monkeypatch.setattr(Absent, "launcher_cls", lambda self, *given: None, raising=False)
+    with pytest.raises(OutOfResources, match="Required: 12288, Hardware limit: 8192"):
+        launched[0][1, 1, 1]()
 
 
 def test_a_device_that_is_full_says_nothing_of_its_kernels(judge):
     with pytest.raises(torch.OutOfMemoryError):
-        judge(LIMITS[75], torch.OutOfMemoryError("CUDA out of memory"))
+        judge(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_no_device_but_a_gpu_runs_kernels_and_none_in_double_precision():
