@@ -83,9 +83,9 @@ def report_of(settings: CompareSettings) -> Report:
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
     """Return the trials that fulfil all that was asked for, and treatments' names where experiments were."""
-    from distilbench.tracking import SWEEP, RunFilter
+    from distilbench.tracking import SWEEP
 
-    trials = store.search(RunFilter(tuple(settings.runs), {SWEEP: settings.sweep} if settings.sweep else {}))
+    trials = store.search({SWEEP: settings.sweep} if settings.sweep else {}, settings.runs)
     names: dict[str, str] = {}
     if settings.experiments:
         found: dict[str, StoredTrial] = {}

@@ -49,7 +49,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.space import Point
     from distilbench.sweep.storage import storage_at
-    from distilbench.tracking import CONFIRMS, SWEEP, RunFilter, find_store
+    from distilbench.tracking import CONFIRMS, SWEEP, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
@@ -68,7 +68,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     seeds = islice((seed for seed in count(1) if seed not in used), number)
     points = [Point({}, (key, f"seed={seed}"), row.is_baseline) for seed in seeds for key, row in rows.items()]
     done = {(short_hash(trial.treatment), f"seed={trial.seed}")
-            for trial in store.search(RunFilter(tags={SWEEP: name})) if trial.status is Status.FINISHED}  # fmt: skip
+            for trial in store.search({SWEEP: name}) if trial.status is Status.FINISHED}  # fmt: skip
     missing = [point for point in points if point.extra not in done]
     _announce(settings.sweep, rows, missing)
     if settings.dry_run:

@@ -174,11 +174,11 @@ def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
 
 def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     from distilbench.settings import TrackingSettings
-    from distilbench.tracking import RunFilter, find_store
+    from distilbench.tracking import find_store
 
     store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench", 0))
-    (alien,) = store.search(RunFilter(tags={SWEEP: "alien"}))
-    first = store.search(RunFilter(tags={SWEEP: "first"}))
+    (alien,) = store.search({SWEEP: "alien"})
+    first = store.search({SWEEP: "first"})
     runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"
     with pytest.raises(SettingsError, match=r"must be of one protocol, got 2: .*tiny on text.*; choose one: protocol="):
         compare(folder, tmp_path, runs)

@@ -13,7 +13,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP, RunFilter
+from distilbench.tracking import SWEEP
 from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import SweepContext, prepare
@@ -54,7 +54,7 @@ def run_confirm(folder: Path, *asked: str) -> str | None:
 
 
 def confirmed(folder: Path, name="first-confirm"):
-    return make_store(folder).search(RunFilter(tags={SWEEP: name}))
+    return make_store(folder).search({SWEEP: name})
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys):
@@ -122,7 +122,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
 def test_the_sweeps_own_report_carries_its_confirmation(folder):
     with initialize_config_dir(str(ROOT / "conf")):
         request = ReportRequest("Sweep first", default_treatment(), 1.0, sweep=make_store(folder).sweep_run("first"))
-        report = make_report(make_store(folder), make_store(folder).search(RunFilter(tags={SWEEP: "first"})), request)
+        report = make_report(make_store(folder), make_store(folder).search({SWEEP: "first"}), request)
     (found,) = report.confirmation
     (row,) = [row for row in report.candidates if row.again]
     assert (row.again, row.claim, row.again.seeds) == (found.again, found.again.verdict, (2, 3))

@@ -25,7 +25,7 @@ from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import RECORD, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import SWEEP, MlflowStore, RunFilter, SweepRun
+from distilbench.tracking import SWEEP, MlflowStore, SweepRun
 
 log = logging.getLogger(__name__)
 
@@ -156,14 +156,14 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: Report
     """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
     sample = rows[0].first
     if request.baseline:
-        found = store.search(RunFilter(run_ids=(request.baseline,)))
+        found = store.search({}, [request.baseline])
         if not found:
             raise SettingsError(f"baseline must be the id of a run, or none, got {request.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
     expected = short_hash(_expected(rows, request.usual))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
-    return store.search(RunFilter(tags={**tags, "distilbench.status": Status.FINISHED.value}))
+    return store.search({**tags, "distilbench.status": Status.FINISHED.value})
 
 
 LOST = (
@@ -188,7 +188,7 @@ def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, obj
     ``usual`` is the baseline's treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in
     points. Trials of another protocol than most have are left out, which is said.
     """
-    trials = store.search(RunFilter(tags={SWEEP: sweep.name}))
+    trials = store.search({SWEEP: sweep.name})
     if not trials:
         return None
     protocol = mode(trial.protocol_id for trial in trials)
@@ -237,7 +237,7 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
         return ()
     known = [store.sweep_run(sweep.confirms)] if sweep.confirms else store.confirmations(sweep.name)
     runs = [run for run in known if run is not None]
-    trials = [trial for run in runs for trial in store.search(RunFilter(tags={SWEEP: run.name}))
+    trials = [trial for run in runs for trial in store.search({SWEEP: run.name})
               if trial.protocol_id == report.sample.protocol_id]  # fmt: skip
     if not trials:
         return ()

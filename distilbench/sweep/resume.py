@@ -27,6 +27,7 @@ from distilbench.sweep.space import Point, Space, describe
 from distilbench.sweep.storage import Storage, open_study, storage_at, storage_of
 from distilbench.sweep.study import BESIDE, RESULT, Study
 from distilbench.sweep.trial import PINNED, pruner_of
+from distilbench.tracking.start import spelled
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
 
     With ``extend`` the space may change, what it is laid over may not.
     """
-    earlier = {key: value if isinstance(value, str) else json.dumps(value) for key, value in ADDED.items()}
+    earlier = {key: spelled(value) for key, value in ADDED.items()}
     parts = [{**earlier, **one["fixed"], "objectives": one["objectives"], "directions": one["directions"],
               **{key: describe(json_to_distribution(text)) for key, text in one["space"].items()}}
              for one in (kept, now)]  # fmt: skip
@@ -213,7 +214,7 @@ def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None
 
 def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the trial's point in the plan's space; None outside of it, or of what the plan holds fixed."""
-    had = {**fixed, **{key: _spelled(value) for key, value in trial.params.items()}}
+    had = {**fixed, **{key: spelled(value) for key, value in trial.params.items()}}
     params: dict[str, Any] = {}
     for key, distribution in plan.space.dimensions.items():
         if key not in had:
@@ -224,13 +225,9 @@ def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) ->
     return {**params, **beside} if same and plan.space.contains(params) else None
 
 
-def _spelled(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _typed(text: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
-        return next((choice for choice in distribution.choices if _spelled(choice) == text), text)
+        return next((choice for choice in distribution.choices if spelled(choice) == text), text)
     try:
         return json.loads(text)
     except ValueError:

@@ -10,7 +10,7 @@ from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics, write_predictions
-from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, TRIAL, RunFilter, SweepRun, trial_of
+from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, TRIAL, SweepRun, trial_of
 from distilbench.tracking.start import RunStart, params_of, tags_of
 from distilbench.tracking.store import MlflowStore
 
@@ -22,7 +22,6 @@ __all__ = [
     "MlflowRun",
     "MlflowStore",
     "ParentRun",
-    "RunFilter",
     "RunStart",
     "SweepRun",
     "final_metrics",

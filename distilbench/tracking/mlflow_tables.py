@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run, RunTag
 
-    from distilbench.tracking.search import RunFilter
 
+def search_database(uri: str, experiment_id: str, wanted: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[Run]:
+    """Return the runs that are not deleted, oldest first, with our tags, their parent and their latest metrics.
 
-def search_database(uri: str, experiment_id: str, wanted: RunFilter) -> list[Run]:
-    """Return the runs that are not deleted, oldest first, with our tags, their parent and their latest metrics."""
+    ``wanted`` are tags' exact values, all of which hold.
+    """
     from mlflow.entities import Metric, Run, RunData, RunInfo, RunTag
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlRun, SqlTag
     from sqlalchemy import create_engine, select
 
     kept = [SqlRun.experiment_id == int(experiment_id), SqlRun.lifecycle_stage == "active"]
-    if wanted.run_ids:
-        kept.append(SqlRun.run_uuid.in_(wanted.run_ids))
-    for key, value in wanted.tags.items():
+    if run_ids:
+        kept.append(SqlRun.run_uuid.in_(run_ids))
+    for key, value in wanted.items():
         kept.append(SqlRun.run_uuid.in_(select(SqlTag.run_uuid).where(SqlTag.key == key, SqlTag.value == value)))
     columns: Any = SqlRun.__table__
     ids: Any = select(SqlRun.run_uuid).where(*kept)

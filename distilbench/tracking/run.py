@@ -152,20 +152,20 @@ class MlflowRun:
         """Log an optimisation step."""
         self._losses.append((record.step, record.loss))
         names = ("loss", "learning_rate", "gradient_norm", "examples_per_second")
-        self._wait({f"train/{name}": getattr(record, name) for name in names}, record.step)
+        self._lacking.metrics += points({f"train/{name}": getattr(record, name) for name in names}, record.step)
         if time.monotonic() >= self._due:
             self._flush()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation on the selection split, and everything that waits."""
         values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
-        self._wait(values | {"epoch": evaluation.epoch}, evaluation.step)
+        self._lacking.metrics += points(values | {"epoch": evaluation.epoch}, evaluation.step)
         if not self._connection.is_gone or time.monotonic() >= self._due:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
         """Write final metrics, predictions and figures, then the true status."""
-        self._wait(final_metrics(result), result.steps)
+        self._lacking.metrics += points(final_metrics(result), result.steps)
         self._lacking.status, self._lacking.error = result.status, result.error
         with tempfile.TemporaryDirectory() as folder:
             files = self._write_files(Path(folder), result, predictions)
@@ -190,9 +190,6 @@ class MlflowRun:
             except Exception as error:  # whatever it is, a trained model outweighs its figures
                 log.warning("MLflow does not get %s: %s: %s", name, type(error).__name__, reason_of(error))
         return [folder / name for name in files if (folder / name).is_file()]
-
-    def _wait(self, values: Mapping[str, float], step: int) -> None:
-        self._lacking.metrics += points(values, step)
 
     def _flush(self) -> None:
         """Send what waits, and wait a hundred times as long as that took; what is not taken waits on disk, too."""

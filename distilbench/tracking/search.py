@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distilbench.results import Status, StoredTrial
@@ -39,14 +39,6 @@ _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seco
 
 
 @dataclass(frozen=True)
-class RunFilter:
-    """Which runs are meant: all conditions hold. ``run_ids`` names them; ``tags`` are exact values."""
-
-    run_ids: tuple[str, ...] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class SweepRun:
     """A run that holds the trials of a sweep, started with a ``margin`` in points.
 
@@ -59,14 +51,16 @@ class SweepRun:
     margin: float | None
 
 
-def search_runs(client: MlflowClient, experiment_id: str, wanted: RunFilter) -> list[Run]:
+def search_runs(
+    client: MlflowClient, experiment_id: str, tags: Mapping[str, str], run_ids: Sequence[str] = ()
+) -> list[Run]:
     """Return the runs of a server that are not deleted, oldest first, by its own search, page by page.
 
-    Values that hold a quote of either kind can't be asked for.
+    ``tags`` are exact values, all of which hold. Values with a quote of either kind can't be asked for.
     """
-    conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in wanted.tags.items()]
-    if wanted.run_ids:
-        conditions.append(f"attributes.run_id IN ({', '.join(map(_quoted, wanted.run_ids))})")
+    conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
+    if run_ids:
+        conditions.append(f"attributes.run_id IN ({', '.join(map(_quoted, run_ids))})")
     found: list[Run] = []
     token = None
     while token != "":

@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.identity import ProtocolIdentity, short_hash
+from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
@@ -67,17 +68,14 @@ def params_of(settings: TrialSettings) -> dict[str, str]:
 
     A fallback appears by its source alone: what was really used is in the tags.
     """
-    return {key: redact(value)[:LONGEST_PARAM] for key, value in _flat("", settings)}
+    values = select(settings, chain.from_iterable(TABLES))
+    told = {key: getattr(value, "source", value) for key, value in values.items()}
+    return {key: redact(spelled(value))[:LONGEST_PARAM] for key, value in told.items()}
 
 
-def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
-    if not is_dataclass(value):
-        yield prefix, value if isinstance(value, str) else json.dumps(value)
-        return
-    for part in fields(value):
-        inner = getattr(value, part.name)
-        inner = inner.source if part.name == "fallback" and inner is not None else inner
-        yield from _flat(f"{prefix}.{part.name}".lstrip("."), inner)
+def spelled(value: object) -> str:
+    """Return a value as a parameter has it: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def tags_of(start: RunStart) -> dict[str, str]:

@@ -20,7 +20,7 @@ from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, as_settings_error, wait_out
 from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
-from distilbench.tracking.search import CONFIRMS, MARGIN, MARK, SWEEP, RunFilter, SweepRun, search_runs, trial_of
+from distilbench.tracking.search import CONFIRMS, MARGIN, MARK, SWEEP, SweepRun, search_runs, trial_of
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, points
 from distilbench.tracking.uri import StoreAddress, local_folder
@@ -85,7 +85,7 @@ class MlflowStore:
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
         """Return the newest finished trial of this protocol and treatment: of the same seed where there is one."""
         wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": short_hash(dict(treatment))}
-        found = self.search(RunFilter(tags={f"distilbench.{name}": value for name, value in wanted.items()}))
+        found = self.search({f"distilbench.{name}": value for name, value in wanted.items()})
         best = max(found, key=lambda trial: (trial.seed == seed, trial.started_ms), default=None)
         return best and replace(best, predictions=self.predictions(best.run_id))
 
@@ -99,12 +99,13 @@ class MlflowStore:
 
         self._connection.attempt("the comparison", send, is_kept=False)
 
-    def search(self, wanted: RunFilter) -> list[StoredTrial]:
-        """Return the trials that ``wanted`` means, oldest first, without predictions; raises :class:`SettingsError`.
+    def search(self, tags: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[StoredTrial]:
+        """Return trials, oldest first, without predictions: with all of these tags, and of these runs if any are named.
 
-        Sweeps' own runs and runs of other programs are passed over, unless ``wanted`` names them by id.
+        Sweeps' own runs and runs of other programs are passed over, unless ``run_ids`` name them: then they raise
+        :class:`SettingsError`.
         """
-        kept = [run for run in self._search(wanted) if MARK in run.data.tags or wanted.run_ids]
+        kept = [run for run in self._search(tags, run_ids) if MARK in run.data.tags or run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
         return [
             trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
@@ -114,17 +115,17 @@ class MlflowStore:
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest run that holds the trials of this sweep, None where there is none."""
-        return next(reversed(self._sweeps(RunFilter(tags={SWEEP: sweep}))), None)
+        return next(reversed(self._sweeps({SWEEP: sweep})), None)
 
     def confirmations(self, sweep: str) -> list[SweepRun]:
         """Return the runs that hold confirmations of this sweep, oldest first."""
-        return self._sweeps(RunFilter(tags={CONFIRMS: sweep}))
+        return self._sweeps({CONFIRMS: sweep})
 
     def sweep_names(self) -> list[str]:
         """Return the names of all sweeps, newest first."""
-        return list(dict.fromkeys(run.name for run in reversed(self._sweeps(RunFilter()))))
+        return list(dict.fromkeys(run.name for run in reversed(self._sweeps({}))))
 
-    def _sweeps(self, wanted: RunFilter) -> list[SweepRun]:
+    def _sweeps(self, wanted: Mapping[str, str]) -> list[SweepRun]:
         """Return the runs, oldest first, that carry a sweep's tag, train nothing themselves, and have no parent."""
         found = []
         for run in self._search(wanted):
@@ -134,11 +135,11 @@ class MlflowStore:
                 found.append(SweepRun(run.info.run_id, tags[SWEEP], tags.get(CONFIRMS), margin))
         return found
 
-    def _search(self, wanted: RunFilter) -> list[Run]:
+    def _search(self, tags: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[Run]:
         with self._address.asking():
             if self._address.artifacts is None:
-                return search_runs(self._client, self._experiment_id, wanted)
-            return search_database(self._address.uri, self._experiment_id, wanted)
+                return search_runs(self._client, self._experiment_id, tags, run_ids)
+            return search_database(self._address.uri, self._experiment_id, tags, run_ids)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
@@ -217,13 +218,11 @@ class MlflowStore:
         """Return the run's predictions, or None where they were never written or can't be read any more."""
         from mlflow.exceptions import MlflowException
 
+        seen = local_folder(self._artifacts.get(run_id, ""))  # by search: a download takes 40 ms
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return read_predictions(self._file_of(run_id, PREDICTIONS, Path(folder)))
+                return read_predictions(
+                    seen / PREDICTIONS if seen else Path(self._client.download_artifacts(run_id, PREDICTIONS, folder))
+                )
             except (MlflowException, OSError, ValueError, KeyError):
                 return None
-
-    def _file_of(self, run_id: str, name: str, folder: Path) -> Path:
-        """Return a run's file: in place if :meth:`search` saw a local one (a download takes 40 ms), else fetched."""
-        seen = local_folder(self._artifacts.get(run_id, ""))
-        return seen / name if seen else Path(self._client.download_artifacts(run_id, name, str(folder)))

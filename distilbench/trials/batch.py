@@ -184,13 +184,10 @@ class BatchRunner:
         baseline = ready.job.baseline
         directory = Path(ready.job.settings.output.dir) / "baseline"
         settings = replace(baseline, output=replace(baseline.output, dir=str(directory)))
-        context = SweepContext(f"baseline seed={baseline.seed}")
-        (trial,) = run_batch([settings], ready.prepared, ready.store, [context])
-        conclude(trial, ready.store, logs_best=False)
-        if trial.result.report is None:
+        job = replace(ready.job, settings=settings, context=SweepContext(f"baseline seed={baseline.seed}"))
+        (trial,) = self._train_batch([ready._replace(job=job)], ())
+        if trial.result.status is not Status.FINISHED:
             log.warning("the baseline %s: %s", trial.result.status.lower(), trial.result.error)
-        else:
-            self._baselines[ready.prepared.identity_of(baseline)] = trial.stored
 
 
 def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial, store: MlflowStore | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distilbench.settings import TrackingSettings
-from distilbench.tracking import RunFilter, find_store, open_store
+from distilbench.tracking import find_store, open_store
 from distilbench.tracking.uri import sqlite_url
 from tests.made_store import DONE, add_trial, make_store, start_of
 
@@ -69,7 +69,7 @@ def test_a_store_that_was_copied_or_moved_keeps_its_files_beside_itself(carried,
     again.finish(DONE)
     added = add_trial(store)
     assert (new / "mlruns" / "1" / added / "artifacts" / "predictions.parquet").is_file()
-    assert [trial.run_id for trial in store.search(RunFilter(run_ids=(run_id,)))] == [run_id]
+    assert [trial.run_id for trial in store.search({}, (run_id,))] == [run_id]
     assert store.predictions(run_id) is not None
     assert files_of(old) == before
 

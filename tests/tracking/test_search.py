@@ -10,7 +10,7 @@ import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import SWEEP, RunFilter, find_store, search
+from distilbench.tracking import SWEEP, find_store, search
 from tests.made_store import DONE, make_store, start_of
 
 
@@ -38,16 +38,16 @@ def kept(tmp_path_factory):
 
 def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept):
     store, ids, _ = kept
-    found = store.search(RunFilter(tags={SWEEP: "first"}))
+    found = store.search({SWEEP: "first"})
     assert [trial.name for trial in found] == ["done", "diverged", "picked elsewhere"]
     done, diverged, _ = found
     assert (done.accuracy, done.loss, done.train_seconds, done.role) == (0.75, 0.4, 12.5, "baseline")
     assert (diverged.status, diverged.error) == (Status.DIVERGED, "the loss is nan")
     assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}?workflowType=machine_learning")
-    assert store.search(RunFilter(tags={SWEEP: "nowhere"})) == []
-    assert store.search(RunFilter(tags={SWEEP: "' or 1=1 --"})) == []
+    assert store.search({SWEEP: "nowhere"}) == []
+    assert store.search({SWEEP: "' or 1=1 --"}) == []
     both = {SWEEP: "first", "distilbench.status": "DIVERGED"}
-    assert [trial.name for trial in store.search(RunFilter(tags=both))] == ["diverged"]
+    assert [trial.name for trial in store.search(both)] == ["diverged"]
 
 
 def test_costs_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
@@ -57,32 +57,32 @@ def test_costs_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
     run = store.begin(start_of())
     run.finish(full, None)
     older = store.begin(start_of())  # and no figure at all
-    found = {trial.run_id: trial for trial in store.search(RunFilter())}
+    found = {trial.run_id: trial for trial in store.search({})}
     names = ("train_flops", "train_cpu_seconds", "peak_memory_bytes", "brier", "ece")
     assert [getattr(found[run.run_id], name) for name in names] == [6.9e14, 20.5, 3 * 2**20, 0.08, 0.02]
     assert all(math.isnan(getattr(found[older.run_id], name)) for name in names)
 
 
 def test_the_score_is_the_metric_on_the_split_that_picked(kept):
-    scores = {trial.name: trial.score for trial in kept[0].search(RunFilter(tags={SWEEP: "first"}))}
+    scores = {trial.name: trial.score for trial in kept[0].search({SWEEP: "first"})}
     assert (scores["done"], scores["picked elsewhere"]) == (0.75, 0.9)
     assert scores["diverged"] != scores["diverged"]
 
 
 def test_runs_are_found_by_id(kept):
     store, ids, parent = kept
-    assert [t.name for t in store.search(RunFilter(run_ids=(ids["alone"], ids["done"])))] == ["done", "alone"]
-    assert [t.name for t in store.search(RunFilter((ids["alone"], ids["done"]), {SWEEP: "first"}))] == ["done"]
-    assert store.search(RunFilter(run_ids=("no id, it's a sentence",))) == []
+    assert [t.name for t in store.search({}, (ids["alone"], ids["done"]))] == ["done", "alone"]
+    assert [t.name for t in store.search({SWEEP: "first"}, (ids["alone"], ids["done"]))] == ["done"]
+    assert store.search({}, ("no id, it's a sentence",)) == []
     with pytest.raises(SettingsError, match="must be a distilbench trial"):
-        store.search(RunFilter(run_ids=(parent,)))
+        store.search({}, (parent,))
 
 
 def test_runs_are_found_on_every_page(kept, monkeypatch):
     store, ids, _ = kept
-    names = [trial.name for trial in store.search(RunFilter())]
+    names = [trial.name for trial in store.search({})]
     monkeypatch.setattr(search, "PAGE", 2)
-    assert [trial.name for trial in store.search(RunFilter())] == names == [*ids]
+    assert [trial.name for trial in store.search({})] == names == [*ids]
 
 
 def test_sweeps_are_known_by_name_newest_first(kept):
@@ -96,7 +96,7 @@ def test_a_run_of_another_version_is_told_in_one_line(kept):
     store, ids, _ = kept
     store._client.delete_tag(ids["alone"], "distilbench.measured_on")
     with pytest.raises(SettingsError, match=r"of distilbench that this one reads, got .*measured_on"):
-        store.search(RunFilter(run_ids=(ids["alone"],)))
+        store.search({}, (ids["alone"],))
 
 
 def test_history_and_configuration_are_read_back(kept):

@@ -19,7 +19,7 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import RunFilter, RunStart, open_store, params_of, redact, retries
+from distilbench.tracking import RunStart, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
@@ -340,7 +340,7 @@ def test_the_newest_finished_baseline_of_the_same_seed_is_found(store, start):
 def test_a_stored_trial_equals_what_was_logged(store, start):
     began = start(alone=False)
     run_id = finished(store, began)
-    (kept,) = store.search(RunFilter(run_ids=(run_id,)))
+    (kept,) = store.search({}, (run_id,))
     assert (kept.name, kept.protocol_id, kept.treatment, kept.seed) == (
         began.name, began.protocol.id, began.treatment, 42,
     )  # fmt: skip

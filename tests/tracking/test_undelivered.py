@@ -146,18 +146,12 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     assert status_of(store, parent.run_id) == ("FINISHED", "FINISHED")
     described = store._client.get_run(parent.run_id).data
     assert (described.metrics["trials_finished"], described.tags["mlflow.note.content"]) == (1, "one of one")
-    (trial,) = [t for t in store.search(run_filter("outage")) if t.status is Status.FINISHED]
+    (trial,) = [t for t in store.search({SWEEP: "outage"}) if t.status is Status.FINISHED]
     assert (trial.accuracy, trial.train_seconds) == (DONE.report.accuracy, DONE.train_seconds)
     assert store.predictions(trial.run_id).correct.shape == LABELS.shape
     files = [file.path for file in store._client.list_artifacts(trial.run_id)]
     assert {"confusion_matrix.png", "learning_curve.png", "config.yaml"} <= set(files)
     assert store._client.get_metric_history(trial.run_id, "validation/accuracy")[0].step == DONE.report.step
-
-
-def run_filter(sweep):
-    from distilbench.tracking import RunFilter
-
-    return RunFilter(tags={SWEEP: sweep})
 
 
 def test_what_is_kept_of_a_trial_that_another_directory_continues_ends_nothing(store, dead, tmp_path, gone):

@@ -8,7 +8,6 @@ import numpy as np
 
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import PREDICTIONS
-from distilbench.tracking import RunFilter
 from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
 from distilbench.train import Assignment, Batches
@@ -42,7 +41,7 @@ def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_basel
     printed = " ".join(capsys.readouterr().out.split())
     assert f"slices {rows[0].slice} " in printed
     assert "By slice: p is corrected (Holm) for all slices" in printed
-    trials = store.search(RunFilter())
+    trials = store.search({})
     (base,) = [found.run_id for found in trials if found.treatment["freeze.layers"] == 0]
     report = make_report(store, trials, ReportRequest("Both", {}, 1.0, baseline=base))
     assert [(row.slice, row.accuracy, row.points) for row in report.slices] == [
