@@ -405,7 +405,7 @@ class EngineSettings(Checked, group="engine"):
 
     name: Annotated[str, one_of(ENGINES)]
     """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape) |
-    auto (fused on a CPU where it takes the model and the precision, else trainer)."""
+    auto (fused on a CPU or CUDA device where it takes the model and the precision, else trainer)."""
     device: Annotated[str, DEVICE]
     """auto | cpu | cuda | cuda:NUMBER (of those that CUDA_VISIBLE_DEVICES shows) | mps; auto takes CUDA, else MPS, else
     the CPU. Always exactly one device."""
