@@ -82,42 +82,47 @@ def report_of(settings: CompareSettings) -> Report:
 
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
-    """Return the trials that fulfil all that was asked for, and treatments' names where experiments were."""
+    """Return the trials that fulfil all that was asked for, and treatments' names where experiments were.
+
+    Raises :class:`SettingsError` where there is nothing, or where a run is not there.
+    """
+    from distilbench.report.from_store import LOST, find_sweep
     from distilbench.tracking import SWEEP
 
     trials = store.search({SWEEP: settings.sweep} if settings.sweep else {}, settings.runs)
-    names: dict[str, str] = {}
-    if settings.experiments:
-        found: dict[str, StoredTrial] = {}
-        plain = default_treatment()
-        for name in settings.experiments:
-            wanted = default_treatment([f"experiment={name}"])  # of which freezing, schedule and optimizer count
-            changed = [key for key, value in wanted.items() if plain[key] != value]
-            own = [trial for trial in trials if has_choices_of(trial.treatment, wanted)
-                   and all(value_of(trial.treatment, key) == wanted[key] for key in changed)]  # fmt: skip
-            found |= {trial.run_id: trial for trial in own}
-            names = {short_hash(trial.treatment): name for trial in own} | names
-        trials = list(found.values())
-    if settings.protocol:
-        trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
-    _refuse_nothing(store, settings, trials)
-    return trials, names
-
-
-def _refuse_nothing(store: MlflowStore, settings: CompareSettings, trials: Sequence[StoredTrial]) -> None:
-    """Raise the line that says why nothing, or not everything, was found."""
-    from distilbench.report.from_store import LOST, find_sweep
-
     if settings.sweep and not trials:
         find_sweep(store, settings.sweep)
     missing = sorted(set(settings.runs) - {trial.run_id for trial in trials})
     if missing:
         raise SettingsError(f"runs must be ids of trials in {store.describe()}, got {missing[0]!r}; check the id")
+    names: dict[str, str] = {}
+    if settings.experiments:
+        names = _experiments_of(trials, settings.experiments)
+        trials = [trial for trial in trials if short_hash(trial.treatment) in names]
+    if settings.protocol:
+        trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     if not trials:
-        asked = f"sweep={settings.sweep}" if settings.sweep else f"experiment={','.join(settings.experiments)}"
-        asked += f" protocol={settings.protocol}" if settings.protocol else ""
+        lists = {"runs": settings.runs, "experiment": settings.experiments}
+        given = {"sweep": settings.sweep, **{key: ",".join(some) for key, some in lists.items()},
+                 "protocol": settings.protocol}  # fmt: skip
+        asked = " ".join(f"{key}={value}" for key, value in given.items() if value)
         lost = f". {LOST}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
+    return trials, names
+
+
+def _experiments_of(trials: Sequence[StoredTrial], experiments: Sequence[str]) -> dict[str, str]:
+    """Return the treatments, by hash, that have the settings of an experiment, with the first such one's name."""
+    names: dict[str, str] = {}
+    plain = default_treatment()
+    for name in experiments:
+        wanted = default_treatment([f"experiment={name}"])  # of which freezing, schedule and optimizer count
+        changed = {key: value for key, value in wanted.items() if value_of(plain, key) != value}
+        for treatment in (trial.treatment for trial in trials):
+            is_same = all(value_of(treatment, key) == value for key, value in changed.items())
+            if is_same and has_choices_of(treatment, wanted):
+                names.setdefault(short_hash(treatment), name)
+    return names
 
 
 def _directory(settings: CompareSettings) -> Path:

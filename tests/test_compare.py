@@ -88,6 +88,14 @@ def test_experiments_are_found_by_their_settings_and_named(folder, tmp_path, cap
     assert "experiment" in capsys.readouterr().out
 
 
+def test_experiments_are_found_that_set_what_a_plain_trial_does_not_have(tmp_path):
+    store = make_store(tmp_path)
+    add_trial(store)
+    add_trial(store, "experiment=bias", wrong=30)
+    compare(tmp_path, tmp_path / "report", "experiment=baseline,bias,lora")
+    assert sorted(rows(tmp_path / "report")) == ["baseline: freeze=depth lr=2e-05", "bias: freeze=bias lr=0.001"]
+
+
 def test_runs_are_found_by_id_and_compared_with_the_stores_baseline(folder, tmp_path, capsys):
     compare(folder, tmp_path / "all", "sweep=first")
     (run_id, _) = rows(tmp_path / "all")["layers=1"]["runs"].split()
@@ -182,6 +190,10 @@ def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"
     with pytest.raises(SettingsError, match=r"must be of one protocol, got 2: .*tiny on text.*; choose one: protocol="):
         compare(folder, tmp_path, runs)
+    compare(folder, tmp_path, runs, f"protocol={first[0].protocol_id}")
+    assert len(rows(tmp_path)) == 3
+    with pytest.raises(SettingsError, match=rf"got none for runs={alien.run_id} protocol={first[0].protocol_id}; "):
+        compare(folder, tmp_path, f"runs={alien.run_id}", f"protocol={first[0].protocol_id}")
 
 
 def test_lists_are_typed_as_people_type_them():

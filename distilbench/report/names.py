@@ -37,13 +37,19 @@ def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
 
     def follows(key: str) -> bool:
         if key == "freeze.embeddings":
-            return all("freeze.policy" in t or t.get(key) == (t.get("freeze.layers") != 0) for t in treatments)
+            return all(map(embeddings_follow, treatments))
         group, _, setting = key.partition(".")
         values = {(value_of(t, f"{group}.name"), repr(t.get(key))) for t in treatments}
         return group in _CHOSEN and setting != "name" and len(values) == len({name for name, _ in values})
 
     keys = in_order(list({key for treatment in treatments for key in treatment}))
     return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
+
+
+def embeddings_follow(treatment: Mapping[str, object]) -> bool:
+    """Return whether ``freeze.embeddings`` is what ``auto`` makes of it, by the layers or the policy."""
+    depth, embeddings = treatment.get("freeze.layers") != 0, treatment.get("freeze.embeddings")
+    return "freeze.policy" in treatment or embeddings in (None, depth)
 
 
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:

@@ -16,7 +16,7 @@ from distilbench.report.columns import FULL, filled, plain
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report, answer
 from distilbench.report.formats import one_line
-from distilbench.report.names import in_order
+from distilbench.report.names import embeddings_follow, in_order
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
@@ -71,11 +71,11 @@ def _counts(report: Report) -> list[tuple[str, str, str]]:
 
 def _command(row: Row, report: Report) -> str:
     """Return the line that trains a setting again: its sources, and what a plain command line does otherwise."""
-    ours = {key: value_of(row.treatment, key) for key in {*row.treatment, *report.usual} - {"train.precision"}}
-    told = {key: value for key, value in ours.items() if value != value_of(report.usual, key)}
-    if told.get("freeze.embeddings") == (ours.get("freeze.layers") != 0):
-        del told["freeze.embeddings"]  # it follows the layers
-    changed = (override(key.removesuffix(".name"), told[key]) for key in in_order([*told]))
+    keys = {*row.treatment, *report.usual} - {"train.precision", "freeze.embeddings"}
+    told = {key: value for key in keys if (value := value_of(row.treatment, key)) != value_of(report.usual, key)}
+    if not embeddings_follow(row.treatment):
+        told["freeze.embeddings"] = row.treatment["freeze.embeddings"]
+    changed = (override(key, told[key]) for key in in_order([*told]))
     return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
 
 

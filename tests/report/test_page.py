@@ -1,11 +1,13 @@
 """The page needs nothing but itself, and what it is told in names stays text."""
 
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from distilbench.identity import treatment_of
 from distilbench.report import charts
 from distilbench.report.figures import MOST_POINTS
 from distilbench.report.page import TEMPLATE, page
@@ -244,7 +246,19 @@ def test_a_cards_line_names_sources_and_all_that_is_not_as_usual():
     rows = [attributes for tag, attributes in Document(page(report)).elements if tag == "tr" and attributes]
     lines = {row["data-command"] for row in rows}
     start = "python -m distilbench.train model=minilm data=files "
-    assert lines == {f"{start}seed=1", f"{start}freeze.layers=3 scheduler=cosine train.epochs=1 seed=1"}
+    assert lines == {f"{start}seed=1", f"{start}freeze.layers=3 scheduler.name=cosine train.epochs=1 seed=1"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("freeze=bias",), ("freeze=scheduled", "freeze.layers=2"), ("adapter=lora", "adapter.rank=4"), ("optim=sgd",),
+     ("optim.name=sgd",), ("freeze.layers=2", "freeze.embeddings=false")],
+)  # fmt: skip
+def test_a_cards_line_composes_to_its_settings(settings, given):
+    usual, ours = (treatment_of(settings(*overrides).trial, "") for overrides in ((), given))
+    report = report_of([trial(0.9, settings=usual), trial(0.9, 1, 1, ours)], usual=usual)
+    lines = [shlex.split(dict(at)["data-command"]) for tag, at in Document(page(report)).elements if tag == "tr" and at]
+    assert ours in [treatment_of(settings(*line[3:]).trial, "") for line in lines]
 
 
 def test_labels_with_units_are_few_and_numbers_stay_with_them():
