@@ -34,6 +34,7 @@ METRIC = ("train.metric",)
 """What keeps an epoch and picks a winner: with the sources, the protocol."""
 
 ADDED: dict[str, object] = {
+    "data.split_seed": 0,
     **dict.fromkeys((AMOUNT, "train.patience", *_of("adapter", "rank alpha dropout"))),
     "freeze.policy": "depth",
     "adapter.name": "none",
@@ -142,10 +143,11 @@ def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
     """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used.
 
     What earlier versions did not have stands in it where it is another than theirs, so that a treatment stored by them
-    stays the same.
+    stays the same. With an amount of text goes the seed that draws it: the protocol has the pool alone.
     """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
-    known = select(settings, TREATMENT) | decided
+    drawn = ("data.split_seed",) if settings.data.max_train_examples is not None else ()
+    known = select(settings, (*TREATMENT, *drawn)) | decided
     return without_defaults(known)
 
 

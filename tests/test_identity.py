@@ -61,6 +61,13 @@ def test_the_amount_of_text_is_treatment_and_all_of_it_stands_nowhere(settings):
     assert "data.max_train_examples" not in treatment_of(all_of_it, "fp32")
 
 
+def test_an_amount_of_text_is_told_with_the_seed_that_draws_it_and_all_of_it_without(settings):
+    drawn, other = (settings("data.max_train_examples=9", f"data.split_seed={n}").trial for n in (0, 1))
+    assert treatment_of(other, "fp32") == treatment_of(drawn, "fp32") | {"data.split_seed": 1}
+    whole, again = (settings("data.max_train_examples=null", f"data.split_seed={n}").trial for n in (0, 1))
+    assert treatment_of(whole, "fp32") == treatment_of(again, "fp32")
+
+
 def test_a_treatment_without_a_policy_freezes_to_a_depth(settings):
     plain, head = (treatment_of(settings(f"freeze={choice}").trial, "fp32") for choice in ("none", "head"))
     assert [value_of(t, "freeze.policy") for t in (plain, head)] == ["depth", "head"]

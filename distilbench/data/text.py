@@ -118,9 +118,9 @@ def load_text(settings: DataSettings) -> TextSplits:
         train, selection = _carve(train, "selection", settings, names)
         selection = _cap(selection, "selection", settings)
     selection = report if selection is None else selection
-    fingerprint = _fingerprint(names, (train, selection, report))
+    pool = fingerprint(names, (train, selection, report))
     train = _cap(train, "train", settings)
-    used = SourceUsed(settings.source, corpus.name, fingerprint, corpus.revision)
+    used = SourceUsed(settings.source, corpus.name, pool, corpus.revision)
     known = set(train.folded())
     shared = sum(example in known for example in report.folded())
     if shared:
@@ -303,8 +303,8 @@ def _shuffled(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.
     return [state.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
 
 
-def _fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:
-    """Sha256 of label names, texts and labels in order; lengths go in too, so that no two contents look alike."""
+def fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:
+    """Return the sha256 of label names, texts and labels in order; lengths go in too, so that no two look alike."""
     sha = hashlib.sha256(json.dumps(names).encode())
     for split in splits:
         for column in split.columns:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distilbench.data.text import TextSplit, TextSplits
+from distilbench.data.text import TextSplit, TextSplits, fingerprint
 from distilbench.settings import require
 
 log = logging.getLogger(__name__)
@@ -108,16 +108,17 @@ def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> 
 
 
 def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
-    """Return what decides the tokens, in 64 hexadecimal digits. The leading 1 is the version of the file's layout.
+    """Return what decides the tokens, in 64 hexadecimal digits. The leading 2 is the version of the file's layout.
 
-    Of a text, its fingerprint and the number of examples trained on do: fewer are a part of more.
+    The texts themselves do: of one pool, as many others are trained on with another ``data.split_seed``.
     """
     import tokenizers
 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"truncation": None, "padding": None}  # state that the last call left behind
-    parts = (1, tokenizers.__version__, text.used.fingerprint, len(text.train), text.selection is text.report,
-             max_length, tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
+    texts = fingerprint(text.label_names, (text.train, text.selection, text.report))
+    parts = (2, tokenizers.__version__, texts, text.selection is text.report, max_length,
+             tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -105,6 +105,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
             if resolved.directory is None:  # the encoder is that of one seed, whatever the trial's
                 torch.default_generator.manual_seed(ENCODER_SEED)
                 weights = AutoModel.from_config(config, dtype=torch.float32).state_dict()
+        trained = [str(name) for _, name in sorted((config.id2label or {}).items())]
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: number for number, name in enumerate(label_names)}
         config.problem_type = "single_label_classification"
@@ -116,7 +117,19 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     require(not lacking, "model.checkpoint", "a model with the weights that its config.json describes",
             f"{resolved.used.name} without {len(lacking)} of them or in other shapes, such as {', '.join(lacking[:1])}",
             "save or download it again")  # fmt: skip
+    _order_head(model, trained, label_names)
     return model
+
+
+def _order_head(model: PreTrainedModel, trained: Sequence[str], label_names: Sequence[str]) -> None:
+    """Give each label the row of the head that was ``trained`` for it, where the text has the same in another order."""
+    from torch.nn import Linear
+
+    had, wanted = ([name.casefold() for name in names] for names in (trained, label_names))
+    if had != wanted and sorted(had) == sorted(wanted) and len(set(had)) == len(had):
+        *_, head = (module for module in model.modules() if isinstance(module, Linear))
+        for weight in head.parameters():  # (labels, width) and (labels,)
+            weight.data = weight.data[[had.index(name) for name in wanted]]
 
 
 def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from distilbench.cli import command, counted, override
-from distilbench.identity import short_hash, value_of, without_defaults
+from distilbench.identity import AMOUNT, short_hash, value_of, without_defaults
 from distilbench.report import tables
 from distilbench.report.comparison import judge
 from distilbench.report.findings import Report, by_score
@@ -149,6 +149,8 @@ def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, obj
     """Return the baseline's treatment: the report's choices, and what the trials have in common of the rest."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
+    if common.get(AMOUNT) is None:  # all of the text: no seed draws it
+        common.pop("data.split_seed", None)
     return {**usual, **without_defaults(common)}
 
 

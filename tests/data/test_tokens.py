@@ -95,6 +95,16 @@ def test_text_length_and_tokenizer_each_have_a_cache_file_of_their_own(sentences
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_as_many_examples_drawn_with_another_seed_are_other_tokens(folder, tmp_path):
+    path = write(folder / "drawn.csv", [(letter * 2, i % 2) for i, letter in enumerate("abcdefghijklmnop")])
+    for seed in (0, 1):
+        text = load_text(files(path, path, max_train_examples=6, split_seed=seed))
+        encoded = encode(text, letters(), 16, tmp_path)
+        expected = [[2, *[ord(text[0]) - ord("a") + 4] * 2, 3] for text in text.train.texts]
+        assert [encoded.train.row(i).tolist() for i in range(6)] == expected
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_cache_file_that_was_cut_short_is_rebuilt(sentences, tmp_path):
     expected = encode(sentences, letters(), 16, tmp_path).train.tokens.tolist()
     (file,) = tmp_path.iterdir()

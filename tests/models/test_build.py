@@ -146,6 +146,15 @@ def test_a_local_checkpoint_keeps_its_trained_head_and_its_fingerprint(checkpoin
     assert resolved.used.fingerprint == file_sha256(checkpoint / "model.safetensors")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_head_follows_the_names_of_its_labels_whatever_their_order(family, tmp_path):
+    trained = build_model(random(family), ("bad", "so-so", "good"), 3)
+    export_model(trained, load_tokenizer(random(family)), tmp_path / "model")
+    batch = load_tokenizer(random(family))(TEXTS, padding=True, return_tensors="pt")
+    turned = build_model(local(tmp_path / "model"), ("GOOD", "bad", "so-so"), 1)(**batch).logits
+    assert torch.allclose(turned, trained(**batch).logits[:, [2, 0, 1]], atol=1e-6)
+
+
 def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpoint):
     three = build_model(local(checkpoint), ("bad", "so-so", "good"), 1)
     again = build_model(local(checkpoint), ("bad", "so-so", "good"), 1)
