@@ -15,8 +15,8 @@ from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking import SWEEP
 from distilbench.trials import batch
-from distilbench.trials import run as trials
-from distilbench.trials.prepared import SweepContext, prepare
+from distilbench.trials.prepared import Job, SweepContext, prepare
+from distilbench.trials.run import Trial, run_batch
 from tests.conftest import ROOT, TINY
 from tests.made_store import add_trial, make_store
 
@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
             settings = settings_from(compose("config", asked))
             prepared = prepare(settings)
             tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
-            trials.run_batch([settings], prepared, store, [SweepContext(f"lr={rate}", group.run_id, tags)])
+            job = Job(settings, settings, str, SweepContext(f"lr={rate}", group.run_id, tags))
+            run_batch([Trial(job, prepared, store)])
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
     return folder
 
@@ -79,11 +80,11 @@ def test_seeds_auto_is_as_many_as_decide_or_the_line_that_says_why_none_does(fol
 def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figures(folder, monkeypatch, capsys):
     real, trained = batch.run_batch, []
 
-    def interrupted_at_the_third(settings, *arguments):
+    def interrupted_at_the_third(begun, *arguments):
         if len(trained) == 2:
             raise KeyboardInterrupt
-        trained.append((settings[0].optim.lr, settings[0].seed))
-        return real(settings, *arguments)
+        trained.append((begun[0].settings.optim.lr, begun[0].settings.seed))
+        return real(begun, *arguments)
 
     monkeypatch.setattr(batch, "run_batch", interrupted_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -133,9 +134,9 @@ def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
     trained = []
     real = batch.run_batch
 
-    def counted(settings, *arguments):
-        trained.append(settings[0].seed)
-        return real(settings, *arguments)
+    def counted(begun, *arguments):
+        trained.append(begun[0].settings.seed)
+        return real(begun, *arguments)
 
     monkeypatch.setattr(batch, "run_batch", counted)
     before = len(confirmed(folder))
@@ -155,10 +156,10 @@ def test_trials_keep_their_directories_apart_from_each_other(folder):
 def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
     real = batch.run_batch
 
-    def diverges(settings, *arguments):
-        outcomes = real(settings, *arguments)
-        if settings[0].optim.lr != 2e-5:
-            directory = Path(settings[0].output.dir)
+    def diverges(begun, *arguments):
+        outcomes = real(begun, *arguments)
+        if begun[0].settings.optim.lr != 2e-5:
+            directory = begun[0].directory
             replace(read_record(directory), status=Status.DIVERGED, error="nan").write(directory)
         return outcomes
 

@@ -21,8 +21,8 @@ from distilbench.settings import PredictSettings, SettingsError, TrackingSetting
 from distilbench.sweep.reporting import _log_answer
 from distilbench.tracking import SWEEP
 from distilbench.tracking.run import read_predictions
-from distilbench.trials import run as trials
-from distilbench.trials.prepared import SweepContext, prepare
+from distilbench.trials.prepared import Job, SweepContext, prepare
+from distilbench.trials.run import Trial, run_batch
 from tests.commands import Workspace
 from tests.conftest import ROOT, TINY
 from tests.made_store import make_store
@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
                  f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
         with initialize_config_dir(str(ROOT / "conf")):
             settings = settings_from(compose("config", asked))
-        trials.run_batch([settings], prepare(settings), store, [SweepContext(name, group.run_id, tags)])
+        job = Job(settings, settings, str, SweepContext(name, group.run_id, tags))
+        run_batch([Trial(job, prepare(settings), store)])
     return folder
 
 
@@ -301,7 +302,7 @@ def test_a_model_of_pairs_is_asked_for_pairs_as_it_was_trained(folder, tmp_path)
             f"data.validation={tmp_path}/pairs.csv", "data.text_column=a", "data.pair_column=b",
             "data.label_column=same", "train.epochs=1", "train.max_length=32", f"output.dir={tmp_path}/trial",
         ]))  # fmt: skip
-    (outcome,) = trials.run_batch([settings], prepare(settings), None, [SweepContext("layers=1 seed=42")])
+    (outcome,) = run_batch([Trial(Job(settings, settings, str), prepare(settings), None)])
     asked(folder, f"dir={tmp_path}/trial/model", f"data.test={tmp_path}/pairs.csv", f"output={tmp_path}/out.parquet")
     out = pandas.read_parquet(tmp_path / "out.parquet")
     assert list(out.columns) == ["index", "a", "b", "prediction", "probability_0", "probability_1"]

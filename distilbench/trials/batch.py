@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import require_parts
@@ -31,9 +30,8 @@ Kept = TypeVar("Kept")
 
 def run_and_compare(job: Job) -> Trial:
     """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
-    runner = BatchRunner(max_trials=1)
-    trial = runner.train_one(job)
-    print_outcome(job, trial, runner.store_of(job))
+    trial = BatchRunner(max_trials=1).train_one(job)
+    print_outcome(trial)
     return trial
 
 
@@ -41,16 +39,6 @@ def run_and_compare(job: Job) -> Trial:
 def sweep_store(settings: TrackingSettings) -> MlflowStore | None:
     """Open a store once in a process, however many trials of sweeps it trains: it may be gone as a later one begins."""
     return open_store(settings, patiently=True)
-
-
-class _Ready(NamedTuple):
-    """A job with all that it needs to start."""
-
-    job: Job
-    prepared: Prepared
-    store: MlflowStore | None
-    fusion_key: Hashable | None
-    """What jobs must share to be trained at once; None for one that is trained by itself."""
 
 
 class BatchRunner:
@@ -80,7 +68,7 @@ class BatchRunner:
         and the others are trained. What goes wrong for a whole batch is the exception of each of its jobs; other
         batches go on. KeyboardInterrupt passes through.
         """
-        ready: dict[int, _Ready] = {}
+        ready: dict[int, Trial] = {}
         ended: dict[int, Kept | Exception] = {}
         for index, job in enumerate(jobs):
             try:
@@ -89,10 +77,11 @@ class BatchRunner:
                 if job.context is None:
                     raise
                 ended[index] = error
-        trained_here = {r.prepared.identity_of(r.job.settings) for r in ready.values()}
+        trained_here = {trial.prepared.identity_of(trial.settings) for trial in ready.values()}
         for batch in self._batches(ready):
             try:
-                trials = self._train_batch([ready[index] for index in batch], trained_here)
+                trials = [ready.pop(index) for index in batch]
+                self._train_batch(trials, trained_here)
                 ended |= zip(batch, map(keep, trials), strict=True)
                 del trials  # before the next batch
             except Exception as error:  # the jobs' boundary: other batches go on
@@ -117,80 +106,80 @@ class BatchRunner:
         require_parts(settings.freeze, BatchSchedule.of(settings.train, len(prepared.splits.train)))
         return prepared
 
-    def _ready(self, job: Job) -> _Ready:
+    def _ready(self, job: Job) -> Trial:
         store, prepared = self.store_of(job), self.prepare(job.settings)
         if job.context and job.context.accept:
             job.context.accept(prepared)
-        is_fused = prepared.engine.name == "fused"
-        return _Ready(job, prepared, store, fusion_key(prepared_trial(job.settings, prepared)) if is_fused else None)
+        return Trial(job, prepared, store)
 
-    def _batches(self, ready: Mapping[int, _Ready]) -> list[list[int]]:
-        """Return indices of jobs to train at once, at most ``max_trials``; baselines first, to compare others with."""
+    def _batches(self, ready: Mapping[int, Trial]) -> list[list[int]]:
+        """Return indices of those to train at once, at most ``max_trials``; baselines first, to compare others with."""
         together: dict[Hashable, list[int]] = defaultdict(list)
-        for index, r in ready.items():
-            key = r.fusion_key
-            together[index if key is None else (preparation_key(r.job.settings), key, id(r.store))].append(index)
+        for index, trial in ready.items():
+            together[(_kind_of(trial), id(trial.store)) if trial.prepared.engine.name == "fused" else index].append(
+                index
+            )
         size = self._max_trials
         batches = [some[start : start + size] for some in together.values() for start in range(0, len(some), size)]
         return sorted(batches, key=lambda batch: not any(ready[index].job.is_baseline for index in batch))
 
-    def _train_batch(self, members: Sequence[_Ready], trained_here: Container[TrialIdentity]) -> list[Trial]:
-        for r in members:
-            ensure = r.job.settings.baseline.ensure and r.job.context is None
-            if ensure and r.prepared.identity_of(r.job.baseline) not in trained_here and not self._baseline_of(r):
-                self._train_baseline(r)
-        first = members[0]
-        solo = self._solo(first) if len(members) > 1 else None
-        contexts = [r.job.context or SweepContext(r.job.name) for r in members]
-        trials = run_batch([r.job.settings for r in members], first.prepared, first.store, contexts, solo)
-        for r, trial in zip(members, trials, strict=True):
-            if trial.result.status is Status.FINISHED and r.job.is_baseline:
-                self._baselines[r.prepared.identity_of(r.job.baseline)] = trial.stored
-        for r, trial in zip(members, trials, strict=True):
-            self._conclude(r, trial)
-        return trials
+    def _train_batch(self, trials: Sequence[Trial], trained_here: Container[TrialIdentity]) -> None:
+        for trial in trials:
+            ensure = trial.settings.baseline.ensure and trial.job.context is None
+            if ensure and _baseline_identity(trial) not in trained_here and not self._baseline_of(trial):
+                self._train_baseline(trial)
+        run_batch(trials, self._solo(trials[0]) if len(trials) > 1 else None)
+        for trial in trials:
+            if trial.result.status is Status.FINISHED and trial.job.is_baseline:
+                self._baselines[_baseline_identity(trial)] = trial.stored
+        for trial in trials:
+            if trial.store and not trial.job.context:
+                trial.store.catch_up(trial.directory)
+            if not trial.job.is_baseline:
+                compare_with(partial(self._baseline_of, trial), trial)
+            conclude(trial)
 
-    def _solo(self, ready: _Ready) -> float | None:
+    def _solo(self, trial: Trial) -> float | None:
         """Return the estimate for a trial of this kind alone, measured once in a sweep."""
-        settings = ready.job.settings
-        key = preparation_key(settings), ready.fusion_key
-        if key not in self._solo_seconds:
+        kind = _kind_of(trial)
+        if kind not in self._solo_seconds:
             try:
-                self._solo_seconds[key] = estimate_alone(settings, ready.prepared)
+                self._solo_seconds[kind] = estimate_alone(trial.settings, trial.prepared)
             except SettingsError as error:
                 log.warning("no estimate of a trial alone: %s", error)
-                self._solo_seconds[key] = None
-        return self._solo_seconds[key]
+                self._solo_seconds[kind] = None
+        return self._solo_seconds[kind]
 
-    def _conclude(self, ready: _Ready, trial: Trial) -> None:
-        if ready.store and not ready.job.context:
-            ready.store.catch_up(trial.directory)
-        if not ready.job.is_baseline:
-            compare_with(lambda: self._baseline_of(ready), trial, ready.store)
-        conclude(trial, ready.store, logs_best=ready.job.context is None)
-
-    def _baseline_of(self, ready: _Ready) -> StoredTrial | None:
-        """Find the newest finished baseline of a job."""
-        key, job, prepared = ready.prepared.identity_of(ready.job.baseline), ready.job, ready.prepared
-        if key not in self._baselines and ready.store:
-            wanted = treatment_of(job.baseline, prepared.precision)
-            found = ready.store.newest_baseline(prepared.protocol.id, wanted, job.baseline.seed)
+    def _baseline_of(self, trial: Trial) -> StoredTrial | None:
+        """Find the newest finished baseline of a trial."""
+        key, baseline, prepared = _baseline_identity(trial), trial.job.baseline, trial.prepared
+        if key not in self._baselines and trial.store:
+            wanted = treatment_of(baseline, prepared.precision)
+            found = trial.store.newest_baseline(prepared.protocol.id, wanted, baseline.seed)
             if found:
                 self._baselines[key] = found
         return self._baselines.get(key)
 
-    def _train_baseline(self, ready: _Ready) -> None:
+    def _train_baseline(self, trial: Trial) -> None:
         log.info("no finished baseline of this protocol yet: training it first")
-        baseline = ready.job.baseline
-        directory = Path(ready.job.settings.output.dir) / "baseline"
-        settings = replace(baseline, output=replace(baseline.output, dir=str(directory)))
-        job = replace(ready.job, settings=settings, context=SweepContext(f"baseline seed={baseline.seed}"))
-        (trial,) = self._train_batch([ready._replace(job=job)], ())
-        if trial.result.status is not Status.FINISHED:
-            log.warning("the baseline %s: %s", trial.result.status.lower(), trial.result.error)
+        settings, context = trial.job.baseline, SweepContext(f"baseline seed={trial.job.baseline.seed}")
+        settings = replace(settings, output=replace(settings.output, dir=str(trial.directory / "baseline")))
+        baseline = Trial(replace(trial.job, settings=settings, context=context), trial.prepared, trial.store)
+        self._train_batch([baseline], ())
+        if baseline.result.status is not Status.FINISHED:
+            log.warning("the baseline %s: %s", baseline.result.status.lower(), baseline.result.error)
 
 
-def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial, store: MlflowStore | None) -> None:
+def _kind_of(trial: Trial) -> Hashable:
+    """Return what trials must share to be trained at once."""
+    return preparation_key(trial.settings), fusion_key(prepared_trial(trial.settings, trial.prepared))
+
+
+def _baseline_identity(trial: Trial) -> TrialIdentity:
+    return trial.prepared.identity_of(trial.job.baseline)
+
+
+def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) -> None:
     """Compare a trial with its baseline and attach that to its run, where both have a result.
 
     A comparison that can't be made costs a warning: the trial has ended, and stands without it, a sweep's until the
@@ -205,19 +194,19 @@ def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial, 
         protocol = trial.prepared.protocol
         picked_here = trial.context.picks and protocol.selection_split == protocol.report_split
         comparison = compare(trial.stored, baseline, trial.settings.margin, picked_here)
-        if store and trial.run_id:
+        if trial.store and trial.run_id:
             text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
-            store.add_comparison(trial.run_id, text, figures, comparison_headline(comparison))
+            trial.store.add_comparison(trial.run_id, text, figures, comparison_headline(comparison))
     except Exception as error:  # the boundary of a trial that has its result
         log.warning("%s could not be compared with its baseline: %s", trial.name, error)
     else:
         trial.comparison = comparison
 
 
-def conclude(trial: Trial, store: MlflowStore | None, logs_best: bool) -> None:
-    """Write the model's card and log the model if that is asked; ``logs_best`` has ``tracking.log_model=best`` ask."""
+def conclude(trial: Trial) -> None:
+    """Write the model's card and log the model if that is asked; of a sweep, ``best`` is the sweep's to log."""
     write_or_warn(f"the card of {trial.name}", partial(write_card, trial))
-    tracking, directory = trial.settings.tracking, trial.directory / MODEL
-    is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and logs_best)
+    tracking, directory, store = trial.settings.tracking, trial.directory / MODEL, trial.store
+    is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and trial.job.context is None)
     if is_wanted and store and trial.run_id and trial.result.status is Status.FINISHED and directory.is_dir():
         store.log_model(trial.run_id, directory, tracking.register)

@@ -19,7 +19,6 @@ from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
 from distilbench.report.names import name_of, varying_keys
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
-from distilbench.tracking import RunStart
 
 LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
 
@@ -137,32 +136,3 @@ def prepare(settings: AppSettings) -> Prepared:
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
     """Return the trial as an engine gets it: with the weights that were really resolved, and the engine."""
     return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)
-
-
-def run_start(
-    settings: AppSettings, prepared: Prepared, run_id: str | None, context: SweepContext, alone: bool
-) -> RunStart:
-    """Return what is known of a trial before its first step; ``run_id`` is an interrupted run to continue."""
-    from omegaconf import OmegaConf
-
-    splits = prepared.splits
-    parts = {"training": splits.train, "selection": splits.selection, "validation": splits.report}
-    if splits.selection is splits.report:
-        del parts["selection"]
-    return RunStart(
-        name=context.name,
-        settings=prepared_trial(settings, prepared),
-        protocol=prepared.protocol,
-        treatment=treatment_of(settings, prepared.precision),
-        device=prepared.device,
-        precision=prepared.precision,
-        measured_on=prepared.measured_on,
-        versions={library: version_of(library) for library in LIBRARIES},
-        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(settings)),
-        label_names=splits.label_names,
-        datasets={part: len(split) for part, split in parts.items()},
-        alone=alone,
-        tags=context.tags,
-        parent_run_id=context.parent_run_id,
-        run_id=run_id,
-    )

@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from distilbench.engines import checkpoints, engine_for
 from distilbench.engines.device import resolve_device
+from distilbench.identity import treatment_of
 from distilbench.report.trial import Comparison
 from distilbench.results import (
     PREDICTIONS,
@@ -31,9 +33,9 @@ from distilbench.results import (
     read_record,
 )
 from distilbench.settings import AppSettings, SettingsError
-from distilbench.tracking import MlflowRun, MlflowStore, final_metrics, tags_of, trial_of, write_predictions
+from distilbench.tracking import MlflowRun, MlflowStore, RunStart, final_metrics, tags_of, trial_of, write_predictions
 from distilbench.trials.interruptions import SignalGuard, TakenOver
-from distilbench.trials.prepared import Prepared, SweepContext, prepared_trial, run_start
+from distilbench.trials.prepared import LIBRARIES, Job, Prepared, SweepContext, prepared_trial, version_of
 from distilbench.trials.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -41,22 +43,35 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trial:
-    """A trial that has begun; in the end with its result, and how it compares."""
+    """A trial from what it takes to begin on; in the end with its result, and how it compares."""
 
-    settings: AppSettings
+    job: Job
     prepared: Prepared
-    name: str
-    """The run's name."""
-    record: Record
-    run: MlflowRun | None
+    store: MlflowStore | None
     """None where nothing is tracked."""
-    alone: bool
-    """Whether it has the device to itself, so that its seconds are its own."""
-    context: SweepContext
+    start: RunStart | None = None
+    """What was known before its first step, None until it has begun, as of the next two."""
+    record: Record | None = None
+    run: MlflowRun | None = None
     ended: TrialResult | None = None
     """What an engine came to, None until then."""
     comparison: Comparison | None = None
     """None for a baseline, and where there is none to compare with."""
+
+    @property
+    def settings(self) -> AppSettings:
+        """What is trained."""
+        return self.job.settings
+
+    @cached_property
+    def context(self) -> SweepContext:
+        """What its sweep says of it."""
+        return self.job.context or SweepContext(self.job.name)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.context.name
 
     @property
     def result(self) -> TrialResult:
@@ -87,8 +102,8 @@ class Trial:
     @property
     def stored(self) -> StoredTrial:
         """The trial as the store would give it back; only for one that has a result."""
-        start = run_start(self.settings, self.prepared, self.run_id, self.context, self.alone)
-        tags, metrics = tags_of(start) | {"distilbench.status": self.result.status}, final_metrics(self.result)
+        assert self.start is not None
+        tags, metrics = {**tags_of(self.start), "distilbench.status": self.result.status}, final_metrics(self.result)
         return trial_of(self.run_id or "", self.name, tags, metrics, predictions=self.predictions)
 
     def is_held(self) -> bool:
@@ -101,21 +116,21 @@ class Trial:
     def keep_in_directory(self) -> None:
         """Write predictions and record; what can't be written costs a warning, since the figures outweigh the file."""
         result, predictions = self.ended, self.predictions
-        if result is None:
+        if result is None or self.record is None:
             return
         if predictions is not None:
             write_or_warn(f"the predictions of {self.name}",
                           partial(write_predictions, predictions, self.directory / PREDICTIONS))  # fmt: skip
         # the run may have been made since the start
         self.record = replace(self.record, run_id=self.run_id).with_result(result, final_metrics(result))
-        write_or_warn(f"the record of {self.name}", lambda: self.record.write(self.directory))
+        write_or_warn(f"the record of {self.name}", partial(self.record.write, self.directory))
 
     def keep_in_store(self) -> None:
         """End the run with what the trial came to."""
         run, result = self.run, self.ended
         if run and result:
             write_or_warn(f"the run of {self.name}", lambda: run.finish(result, self.predictions))
-            if run.run_id != self.record.run_id:  # made only now
+            if self.record and run.run_id != self.record.run_id:  # made only now
                 self.keep_in_directory()
 
 
@@ -127,50 +142,43 @@ def write_or_warn(what: str, write: Callable[[], object]) -> None:
         log.warning("%s could not be written: %s", what, getattr(error, "strerror", None) or error)
 
 
-def run_batch(
-    trials: Sequence[AppSettings],
-    prepared: Prepared,
-    store: MlflowStore | None,
-    contexts: Sequence[SweepContext],
-    solo_seconds: float | None = None,
-) -> list[Trial]:
+def run_batch(trials: Sequence[Trial], solo_seconds: float | None = None) -> Sequence[Trial]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
     ``solo_seconds`` is an estimate of what one of them would take alone. Whatever ends this, a signal, an exit or an
     error, every run and record is closed; see :func:`open_trials`.
     """
-    with SignalGuard() as guard, open_trials(trials, prepared, store, contexts) as opened:
+    with SignalGuard() as guard, open_trials(trials):
         began = time.perf_counter()
         with guard.released_at_steps():
-            _train(opened, prepared, guard)
-        if len(opened) > 1:
-            _share_batch(opened, time.perf_counter() - began, solo_seconds)
-    return opened
+            _train(trials, guard)
+        if len(trials) > 1:
+            _share_batch(trials, time.perf_counter() - began, solo_seconds)
+    return trials
 
 
 @contextmanager
-def open_trials(
-    trials: Sequence[AppSettings], prepared: Prepared, store: MlflowStore | None, contexts: Sequence[SweepContext]
-) -> Iterator[list[Trial]]:
+def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
     """Open a run and a record for each trial; at the end of the block, however it comes, close every one of them.
 
     A trial that has its result keeps it. Any other ends INTERRUPTED where a signal or an exit ends the block, FAILED
     where an error does; the exception passes through. Nothing is kept of one that another process has taken over.
     Enter and leave it with signals held back.
     """
-    trials = [_continued(settings, prepared, context) for settings, context in zip(trials, contexts, strict=True)]
-    records = [_begin(settings, prepared) for settings in trials]  # what is refused is refused before any run is open
+    for trial in trials:
+        _take_up_interrupted(trial)
+    records = [_begin(trial) for trial in trials]  # what is refused is refused before any run is open
     opened: list[Trial] = []
     try:
-        for settings, record, context in zip(trials, records, contexts, strict=True):
-            shares = context.is_quiet and resolve_device(settings.engine.device).type == "cpu"  # GPUs are handed out
-            alone = len(trials) == 1 and not shares
-            start = run_start(settings, prepared, record.run_id, context, alone)
-            run = store.begin(start) if store else None
-            record = replace(record, run_id=run.run_id if run else None)
-            opened.append(Trial(settings, prepared, start.name, record, run, alone, context))
-            _write_first(record, opened[-1].directory)
-        yield opened
+        for trial, record in zip(trials, records, strict=True):
+            device = trial.settings.engine.device
+            shares = trial.context.is_quiet and resolve_device(device).type == "cpu"  # GPUs are handed out
+            trial.start = _start_of(trial, record.run_id, alone=len(trials) == 1 and not shares)
+            trial.run = trial.store.begin(trial.start) if trial.store else None
+            trial.record = replace(record, run_id=trial.run_id)
+            opened.append(trial)
+            _write_first(trial.record, trial.directory)
+        yield
     except BaseException as error:
         for trial in opened:
             trial.ended = trial.ended or _ended_by(error)
@@ -182,38 +190,37 @@ def open_trials(
             trial.keep_in_store()
 
 
-def _continued(settings: AppSettings, prepared: Prepared, context: SweepContext) -> AppSettings:
-    """Return the settings to continue the interrupted trial that a sweep names, its checkpoints and its record moved.
+def _take_up_interrupted(trial: Trial) -> None:
+    """Have a trial continue the interrupted one that its sweep names, its checkpoints and its record moved.
 
     A trial of which there is nothing here, or only what another machine's precision or engine left, starts anew.
     """
-    before, directory = context.continues, Path(settings.output.dir)
+    before, directory, settings, prepared = trial.context.continues, trial.directory, trial.settings, trial.prepared
     record = read_record(before) if before else None
     if before and before != directory and record is None:
         log.info("the interrupted trial starts over: its checkpoints are on another host, not in %s", before)
     if before is None or record is None or record.is_over:
-        return settings
-    old = before / checkpoints.DIRECTORY
-    trial, weights = prepared_trial(settings, prepared), prepared.model.used.fingerprint
+        return
+    old, weights = before / checkpoints.DIRECTORY, prepared.model.used.fingerprint
     try:
-        kept = checkpoints.identity_of(trial, prepared.splits, weights, prepared.precision)
+        asked = prepared_trial(settings, prepared), prepared.splits, weights, prepared.precision
+        kept = checkpoints.identity_of(*asked)
         if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.newest(old, kept) is None:
-            return settings
+            return
     except SettingsError as error:
         log.info("the interrupted trial is not continued: %s", error)
-        return settings
+        return
     if before != directory:
         replace(record, owner=Owner.of_this_process()).write(directory)
         shutil.rmtree(directory / checkpoints.DIRECTORY, ignore_errors=True)
         os.replace(old, directory / checkpoints.DIRECTORY)
-    return replace(settings, train=replace(settings.train, resume=True))
+    trial.job = replace(trial.job, settings=replace(settings, train=replace(settings.train, resume=True)))
 
 
-def _begin(settings: AppSettings, prepared: Prepared) -> Record:
+def _begin(trial: Trial) -> Record:
     """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
-    directory = Path(settings.output.dir)
-    identity = asdict(prepared.identity_of(settings))
-    found = read_record(directory) if settings.train.resume else None
+    directory, identity = trial.directory, asdict(trial.prepared.identity_of(trial.settings))
+    found = read_record(directory) if trial.settings.train.resume else None
     if found and found.status is Status.FINISHED:
         raise SettingsError(
             f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
@@ -226,6 +233,34 @@ def _begin(settings: AppSettings, prepared: Prepared) -> Record:
             "use the settings it was started with, or another hydra.run.dir"
         )
     return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
+
+
+def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
+    """Return what is known before the first step; ``run_id`` is an interrupted run to continue.
+
+    A trial ``alone`` has the device to itself, so that its seconds are its own.
+    """
+    prepared, context, splits = trial.prepared, trial.context, trial.prepared.splits
+    parts = {"training": splits.train, "selection": splits.selection, "validation": splits.report}
+    if splits.selection is splits.report:
+        del parts["selection"]
+    return RunStart(
+        name=context.name,
+        settings=prepared_trial(trial.settings, prepared),
+        protocol=prepared.protocol,
+        treatment=treatment_of(trial.settings, prepared.precision),
+        device=prepared.device,
+        precision=prepared.precision,
+        measured_on=prepared.measured_on,
+        versions={library: version_of(library) for library in LIBRARIES},
+        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(trial.settings)),
+        label_names=splits.label_names,
+        datasets={part: len(split) for part, split in parts.items()},
+        alone=alone,
+        tags=context.tags,
+        parent_run_id=context.parent_run_id,
+        run_id=run_id,
+    )
 
 
 def _write_first(record: Record, directory: Path) -> None:
@@ -245,8 +280,9 @@ def _ended_by(error: BaseException) -> TrialResult:
     return TrialResult(Status.INTERRUPTED, "interrupted; add train.resume=true to continue")
 
 
-def _train(opened: Sequence[Trial], prepared: Prepared, guard: SignalGuard) -> None:
+def _train(opened: Sequence[Trial], guard: SignalGuard) -> None:
     """Give every trial its result."""
+    prepared = opened[0].prepared
     console = Console(quiet=any(trial.context.is_quiet for trial in opened))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(trial.settings, prepared) for trial in opened]

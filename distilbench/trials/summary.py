@@ -18,8 +18,7 @@ from distilbench.report.slices import by_slice
 from distilbench.report.trial import COLUMNS, notes_of, sentence
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import SchedulerSettings, TrialSettings
-from distilbench.tracking import MlflowStore
-from distilbench.trials.prepared import Job, prepared_trial
+from distilbench.trials.prepared import prepared_trial
 from distilbench.trials.run import Trial
 
 _WIDTH = 100
@@ -28,14 +27,14 @@ _MOST_LABELS = 8
 """Labels whose examples a summary counts."""
 
 
-def print_outcome(job: Job, trial: Trial, store: MlflowStore | None, console: Console | None = None) -> None:
+def print_outcome(trial: Trial, console: Console | None = None) -> None:
     """Print what a person asked for with one trial; readable without a terminal too."""
-    console = console or Console()
+    console, job, store = console or Console(), trial.job, trial.store
     width = min(console.width, _WIDTH)
     console.print()
     console.print(_heading(trial), width=width)
     console.print(_facts(trial), width=width)
-    for line in _comparison_lines(job, trial, width):
+    for line in _comparison_lines(trial, width):
         console.print(line, width=width)
     lines = {
         "baseline": None if job.is_baseline or trial.comparison else job.baseline_command(),
@@ -191,7 +190,7 @@ def _time(result: TrialResult) -> str:
     )
 
 
-def _comparison_lines(job: Job, trial: Trial, width: int) -> Iterator[Table | Text]:
+def _comparison_lines(trial: Trial, width: int) -> Iterator[Table | Text]:
     comparison = trial.comparison
     if comparison is not None:
         yield rich_table([comparison.row, comparison.baseline], COLUMNS, width)
@@ -200,7 +199,7 @@ def _comparison_lines(job: Job, trial: Trial, width: int) -> Iterator[Table | Te
         if comparison.slices:
             yield rich_table(comparison.slices, SLICES, width)
             yield Text(SLICES_NOTE)
-    elif not job.is_baseline:
+    elif not trial.job.is_baseline:
         told = "Not compared: there is no finished baseline of this protocol yet. The next line trains one."
         yield Text(f"\n{told}", "bold")
     elif trial.result.report is not None:

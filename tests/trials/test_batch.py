@@ -52,7 +52,7 @@ def test_slices_of_pairs_are_kept_with_the_predictions_and_told_beside_the_basel
 def test_a_batch_has_left_memory_before_the_next_is_trained(settings, tmp_path, monkeypatch):
     def trials() -> int:
         gc.collect()
-        return sum(type(it) is Trial for it in gc.get_objects())
+        return sum(type(it) is Trial and it.ended is not None for it in gc.get_objects())
 
     alive, told = [], summary.trial_line
     monkeypatch.setattr(summary, "trial_line", lambda trial: alive.append(trials()) or told(trial))

@@ -16,8 +16,8 @@ from distilbench.report.trial import sentence
 from distilbench.settings import TrackingSettings
 from distilbench.trials.batch import compare_with, conclude
 from distilbench.trials.card import write_card
-from distilbench.trials.prepared import SweepContext, prepare
-from distilbench.trials.run import run_batch
+from distilbench.trials.prepared import Job, SweepContext, prepare
+from distilbench.trials.run import Trial, run_batch
 from tests.conftest import compose_settings
 
 ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "scheduler=cosine", "optim.lr=1e-2")
@@ -26,8 +26,8 @@ ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "sch
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
-    (outcome,) = run_batch([settings], prepare(settings), None, [SweepContext("layers=1 seed=42")])
-    conclude(outcome, None, logs_best=True)
+    (outcome,) = run_batch([Trial(Job(settings, settings, str), prepare(settings), None)])
+    conclude(outcome)
     return outcome
 
 
@@ -58,7 +58,7 @@ def test_its_command_trains_the_same(outcome):
 
 def test_a_comparison_says_no_more_than_the_trial_did(outcome):
     compared = replace(outcome)
-    compare_with(lambda: replace(outcome.stored, name="other", seed=7), compared, None)
+    compare_with(lambda: replace(outcome.stored, name="other", seed=7), compared)
     write_card(compared)
     assert sentence(compared.comparison).split(":")[0] in card_of(outcome).text
     assert "Only the seed differs" in card_of(outcome).text
@@ -80,7 +80,8 @@ def test_files_are_told_by_their_names_and_not_by_where_they_stood(outcome, tmp_
                    label_column="label")  # fmt: skip
     used = replace(outcome.prepared.text.used, kind="files", name=data.train)
     prepared = replace(outcome.prepared, text=replace(outcome.prepared.text, used=used))
-    write_card(replace(outcome, settings=replace(outcome.settings, data=data), prepared=prepared))
+    job = replace(outcome.job, settings=replace(outcome.settings, data=data))
+    write_card(replace(outcome, job=job, prepared=prepared))
     written = Path(f"{outcome.settings.output.dir}/model/README.md").read_text()
     write_card(outcome)
     assert str(tmp_path) not in written
@@ -90,21 +91,21 @@ def test_files_are_told_by_their_names_and_not_by_where_they_stood(outcome, tmp_
 
 def test_a_trial_without_a_model_gets_no_card(outcome, tmp_path):
     settings = replace(outcome.settings, output=replace(outcome.settings.output, dir=str(tmp_path)))
-    write_card(replace(outcome, settings=settings))
+    write_card(replace(outcome, job=replace(outcome.job, settings=settings)))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("log_model", "logs_best", "logs"),
-    [("never", True, False), ("best", True, True), ("best", False, False), ("always", False, True)],
+    ("log_model", "is_swept", "logs"),
+    [("never", False, False), ("best", False, True), ("best", True, False), ("always", True, True)],
 )
-def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_model, logs_best, logs):
+def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_model, is_swept, logs):
     tracking = TrackingSettings(
         "mlflow", None, "distilbench", 0, log_model, None if log_model == "never" else "name@best"
     )
-    asked = replace(outcome, settings=replace(outcome.settings, tracking=tracking), run=SimpleNamespace(run_id="0"))
-    logged = []
+    logged, context = [], SweepContext("0 lr=0.01") if is_swept else None
+    job = replace(outcome.job, settings=replace(outcome.settings, tracking=tracking), context=context)
     store = SimpleNamespace(log_model=lambda *call: logged.append(call))
-    conclude(asked, store, logs_best)
+    conclude(replace(outcome, job=job, store=store, run=SimpleNamespace(run_id="0")))
     wanted = [("0", Path(outcome.settings.output.dir) / "model", "name@best")]
     assert logged == (wanted if logs else [])

@@ -120,6 +120,11 @@ class FakeEngine:
         return [done] * len(trials)
 
 
+def ready(settings, context, prepared, store) -> run.Trial:
+    """A trial that may begin."""
+    return run.Trial(Job(settings, settings, str, context), prepared, store)
+
+
 @pytest.fixture
 def train(store, prepared, trials, monkeypatch):
     """Train both trials at once with the fake engine."""
@@ -127,7 +132,7 @@ def train(store, prepared, trials, monkeypatch):
 
     def train(**changes):
         contexts = [SweepContext(name=f"trial {next(NUMBERS)}", is_quiet=True, **changes) for _ in trials]
-        return run.run_batch(trials, prepared, store, contexts)
+        return run.run_batch([ready(*given, prepared, store) for given in zip(trials, contexts, strict=True)])
 
     return train
 
@@ -171,7 +176,7 @@ BEFORE_RESULT = {
     "the run is made": (run, "_write_first", False),
     "the first record is written": (run, "_write_first", True),
     "the second run is made": (run, "_write_first", False),
-    "the engine is made": (run, "prepared_trial", False),
+    "the engine is made": (run, "engine_for", False),
     "the bar is shown": (Progress, "__enter__", False),
     "training": (FakeEngine, "train", False),
     "a step is logged": (MlflowRun, "on_step", False),
@@ -251,7 +256,7 @@ def test_seconds_are_a_trials_own_unless_others_train_on_its_cpu(
 ):
     monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
     monkeypatch.setattr("distilbench.trials.run.resolve_device", lambda name: torch.device(device))
-    outcome = run.run_batch([trials[0]], prepared, store, [SweepContext("trial", is_quiet=is_beside_others)])[0]
+    (outcome,) = run.run_batch([ready(trials[0], SweepContext("trial", is_quiet=is_beside_others), prepared, store)])
     assert outcome.stored.alone == store.newest_baseline(
         prepared.protocol.id, outcome.stored.treatment, outcome.stored.seed
     ).alone == alone  # fmt: skip
@@ -262,17 +267,18 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
 ):
     given = ("engine=trainer", "train.epochs=1", "train.logging_steps=1", "output.save_model=false")
     first, again = (settings(*given, f"output.dir={tmp_path / name}") for name in ("first", "again"))
-    ready, calls = prepare(first), []
+    sources, calls = prepare(first), []
     third = strike(monkeypatch, MlflowRun, "on_step", ENDS["SIGTERM"], only=lambda: calls.append(1) or len(calls) == 3)
+    context = SweepContext("0 lr=1", is_quiet=True, tags={"distilbench.trial": "0"})
     with pytest.raises(Terminated):
-        run.run_batch([first], ready, store, [SweepContext("0 lr=1", is_quiet=True, tags={"distilbench.trial": "0"})])
+        run.run_batch([ready(first, context, sources, store)])
     assert third
     assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
     left = read_record(tmp_path / "first")
     assert left.status is Status.INTERRUPTED
     tags = {"distilbench.trial": "8"}
     context = SweepContext("8 lr=1", is_quiet=True, continues=tmp_path / "first", tags=tags)
-    (outcome,) = run.run_batch([again], ready, store, [context])
+    (outcome,) = run.run_batch([ready(again, context, sources, store)])
     assert (outcome.result.status, outcome.run_id) == (Status.FINISHED, left.run_id)
     assert store._client.get_run(left.run_id).info.run_name == "8 lr=1", "called by the number that its row has"
     steps = [step for step, _ in store.history(left.run_id, "train/loss")]
@@ -285,7 +291,7 @@ def test_what_another_machine_left_behind_is_not_continued(store, settings, prep
     left.write(tmp_path / "left")
     context = SweepContext("trial", is_quiet=True, continues=tmp_path / "left")
     trial = settings("engine=trainer", "output.save_model=false", "train.checkpoints=false")
-    assert run.run_batch([trial], prepared, store, [context])[0].run_id != "r"
+    assert run.run_batch([ready(trial, context, prepared, store)])[0].run_id != "r"
     assert read_record(tmp_path / "left") == left
 
 
@@ -367,7 +373,7 @@ def test_a_trial_that_its_callback_stops_says_why(store, trials, train, monkeypa
 def test_a_comparison_that_fails_leaves_the_trial_as_it_is(store, prepared, trials, train, monkeypatch, caplog, end):
     outcome = train()[0]
     monkeypatch.setattr(batch, "compare", lambda *_: ENDS[end]())
-    batch.compare_with(lambda: outcome.stored, outcome, store)
+    batch.compare_with(lambda: outcome.stored, outcome)
     assert outcome.comparison is None
     assert "could not be compared with its baseline" in caplog.text
 
@@ -375,7 +381,7 @@ def test_a_comparison_that_fails_leaves_the_trial_as_it_is(store, prepared, tria
 def test_a_trial_that_was_stopped_is_not_compared(store, train, caplog):
     finished = train()[0]
     stopped = replace(finished, ended=replace(finished.result, status=Status.PRUNED))
-    batch.compare_with(lambda: finished.stored, stopped, store)
+    batch.compare_with(lambda: finished.stored, stopped)
     assert stopped.comparison is None
     assert caplog.text == ""
 
@@ -385,7 +391,7 @@ def test_a_store_that_is_gone_after_the_trial_leaves_it_without_a_comparison(sto
         raise SettingsError("tracking.uri must be a store that answers")
 
     outcome = train()[0]
-    batch.compare_with(gone, outcome, store)
+    batch.compare_with(gone, outcome)
     assert outcome.comparison is None
     assert "tracking.uri must be a store that answers" in caplog.text
 
@@ -406,6 +412,6 @@ def test_what_happens_while_the_summary_is_printed_changes_nothing_of_the_trial(
 
 def test_without_a_store_the_record_alone_is_kept(prepared, trials, monkeypatch):
     monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
-    outcome = run.run_batch([trials[0]], prepared, None, [SweepContext("layers=1 seed=42")])[0]
+    (outcome,) = run.run_batch([ready(trials[0], SweepContext("layers=1 seed=42"), prepared, None)])
     record = json.loads((Path(trials[0].output.dir) / "trial.json").read_text())
     assert (record["status"], record["run_id"], outcome.run_id) == ("FINISHED", None, None)

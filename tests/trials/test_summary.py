@@ -47,13 +47,12 @@ def outcome(settings) -> Trial:
         dropped={"duplicates": 34, "blank": 0},
     )
     return Trial(
-        settings=replace(asked, output=replace(asked.output, dir="/outputs/[bold]2026[/bold]")),
+        job=SimpleNamespace(
+            settings=replace(asked, output=replace(asked.output, dir="/outputs/[bold]2026[/bold]")),
+            context=SweepContext("freeze2-cosine"),
+        ),
         prepared=SimpleNamespace(model=model, text=text, engine=replace(asked.engine, name="trainer")),
-        name="freeze2-cosine",
-        record=None,
-        run=None,
-        alone=True,
-        context=SweepContext("layers=1 seed=42"),
+        store=SimpleNamespace(runs_url=lambda: RUNS, ui_command=None),
         ended=result,
         comparison=compare(stored(SAME), baseline(SAME)),
     )
@@ -64,9 +63,9 @@ RUNS = "http://127.0.0.1:5000/#/" + "x" * 150
 
 def shown(outcome: Trial, command: str | None = None, **console) -> str:
     """What is printed of a baseline, or of a trial whose baseline ``command`` makes."""
-    stream, store = io.StringIO(), SimpleNamespace(runs_url=lambda: RUNS, ui_command=None)
-    job = SimpleNamespace(is_baseline=command is None, baseline_command=lambda: command)
-    print_outcome(job, outcome, store, Console(file=stream, **({"width": 80} | console)))
+    stream = io.StringIO()
+    job = SimpleNamespace(**vars(outcome.job), is_baseline=command is None, baseline_command=lambda: command)
+    print_outcome(replace(outcome, job=job), Console(file=stream, **({"width": 80} | console)))
     return stream.getvalue()
 
 
@@ -80,7 +79,8 @@ def test_summary_tells_where_patience_ended_a_trial(outcome):
     assert outcome.result.report
     trained = replace(outcome.result, history=(outcome.result.report,))
     patient = replace(outcome.settings, train=replace(outcome.settings.train, patience=1))
-    told = [shown(replace(outcome, ended=trained, settings=each)) for each in (patient, outcome.settings)]
+    jobs = [SimpleNamespace(settings=one, context=outcome.context) for one in (patient, outcome.settings)]
+    told = [shown(replace(outcome, ended=trained, job=job)) for job in jobs]
     assert ["3 epochs, ended after 2 by patience, batch 16" in text for text in told] == [True, False]
 
 
