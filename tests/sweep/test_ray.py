@@ -33,6 +33,7 @@ pytestmark = [
 
 QUICK_TO_NOTICE = {
     "RAY_enable_metrics_collection": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 has a trial wait for all other tests that run beside it
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
