@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # until all is imported: what imports make stays, and looking through it takes a third of their time
+
+import atexit
 import os
 import re
 import signal
@@ -36,6 +41,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes: asked for by -m {mark}"))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
     items.sort(key=lambda item: (item.path.name != "test_stopped.py", item.path not in long))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all further collections: here, in forked processes, and at the very end.
+
+    That last one takes seconds; without it, libraries in C complain of what they find there.
+    """
+    gc.freeze()
+    gc.enable()
+    atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def compose_settings(*overrides: str) -> AppSettings:

@@ -7,6 +7,9 @@ modules, which import what only GPUs need.
 from __future__ import annotations
 
 import gc
+
+gc.disable()
+
 import importlib
 import pkgutil
 
@@ -37,3 +40,4 @@ ROOMS = [
 for name in (*LIBRARIES, *ROOMS):
     importlib.import_module(name)
 gc.freeze()  # collections in the children neither walk nor copy what is here
+gc.enable()
