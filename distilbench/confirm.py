@@ -62,7 +62,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     assert report.baseline is not None
     rows = {short_hash(row.treatment): row for row in (report.baseline, *by_score(report.candidates)[: settings.top])}
     started = {key: _settings_of(row, store, settings) for key, row in rows.items()}
-    number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(report, [*rows.values()])
+    number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, [*rows.values()])
     used = {trial.seed for row in report.rows for trial in row.all_trials}
     # seed by seed, so that an interruption leaves every setting with the same seeds
     seeds = islice((seed for seed in count(1) if seed not in used), number)
@@ -100,12 +100,13 @@ def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepR
     return first, report
 
 
-def _seeds_needed(report: Report, rows: Sequence[Row]) -> int:
+def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> int:
     """How many fresh seeds decide, or the line that says why none does."""
     from distilbench.report.comparison import needed_to_confirm
+    from distilbench.report.from_store import with_predictions
     from distilbench.report.words import what_decides
 
-    base, *best = rows
+    base, *best = (with_predictions(store, row) for row in rows)  # one may stand beyond those that the report tests
     needed = needed_to_confirm(best, base, report.margin)
     if needed and needed.seeds:
         return needed.seeds

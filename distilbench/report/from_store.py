@@ -120,9 +120,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
-    rows = [
-        _with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)
-    ]
+    rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
     rows, floor = judge(rows, baseline, request.margin, request.shown, picked_here)
@@ -140,7 +138,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     )
 
 
-def _with_predictions(store: MlflowStore, row: Row) -> Row:
+def with_predictions(store: MlflowStore, row: Row) -> Row:
     """Return a row whose trials carry what they said of every example."""
     return replace(row, trials=tuple(replace(one, predictions=store.predictions(one.run_id)) for one in row.trials))
 

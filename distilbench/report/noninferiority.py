@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -209,7 +208,6 @@ class _Region:
         return float(brentq(lambda loss: self.p(loss) - alpha, low, high, xtol=1e-9))
 
 
-@lru_cache(maxsize=4096)
 def _region(only_a: int, only_b: int, examples: int) -> _Region:
     from scipy.special import betaincinv
 

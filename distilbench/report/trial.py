@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from distilbench.cli import counted
 from distilbench.identity import value_of
-from distilbench.report.columns import CSV, markdown_table
+from distilbench.report.columns import CSV, attribute, markdown_table
 from distilbench.report.comparison import judge
 from distilbench.report.formats import interval, markdown, p_value, points
 from distilbench.report.names import name_of, varying_keys
@@ -22,6 +22,18 @@ COLUMNS = (
     replace(CSV["setting"], title=" "),
     *(CSV[key] for key in ("accuracy", "difference_points", "loss", "train_flops", "train_seconds")),
 )
+
+METRICS = {
+    "difference_points": "points",
+    "difference_low_points": "difference.low",
+    "difference_high_points": "difference.high",
+    "mcnemar_p": "difference.p",
+    "loses_at_most_points": "difference.loses_at_most",
+    "p_margin": "difference.p_loss",
+    "time_gain_percent": "saving.seconds",
+    "flops_gain_percent": "saving.flops",
+}
+"""What MLflow gets of a trial beside its baseline, and where it stands in the trial's row."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +120,10 @@ def comparison_headline(comparison: Comparison) -> str:
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:
     """Return the comparison's figures by the names that MLflow has, those that there are."""
-    row, found = comparison.row, comparison.row.difference
-    measured = not (row.cost.is_estimate or comparison.baseline.cost.is_estimate)
-    figures = {
-        "difference_points": row.points,
-        "time_gain_percent": row.saving.seconds if measured else None,
-        "flops_gain_percent": row.saving.flops,
-    }
-    if found is not None:
-        figures |= {
-            "difference_low_points": found.low,
-            "difference_high_points": found.high,
-            "mcnemar_p": found.p,
-            "loses_at_most_points": found.loses_at_most,
-            "p_margin": found.p_loss,
-        }
-    return {name: value for name, value in figures.items() if value is not None}
+    found = {name: attribute(path)(comparison.row) for name, path in METRICS.items()}
+    if comparison.row.cost.is_estimate or comparison.baseline.cost.is_estimate:
+        del found["time_gain_percent"]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def notes_of(comparison: Comparison) -> Iterator[str]:
