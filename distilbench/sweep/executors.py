@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -164,25 +163,16 @@ def _overrides(job: SweepJob) -> list[str]:
     return [*job.overrides, f"hydra.sweep.subdir={job.trial}", *(f"{key}={path}" for key, path in quoted.items())]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quieten() -> None:
     """Keep Optuna and launchers from announcing each step, of which the sweep says what there is to say itself.
 
     ``hydra.verbose`` lets them speak.
     """
     launchers = dict.fromkeys(("hydra_plugins", "hydra._internal.core_plugins"), logging.WARNING)
-    quieted = {"optuna": logging.ERROR} | launchers
-    before = {name: logging.getLogger(name).level for name in quieted}
-    for name, level in quieted.items():
+    for name, level in {"optuna": logging.ERROR, **launchers}.items():
         if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
             logging.getLogger(name).setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
 
 
 class Batches(Protocol):

@@ -99,8 +99,9 @@ def say(console: Console, line: str) -> None:
     console.print(f"[sweep] {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_plan(plan: SweepPlan, console: Console) -> None:
+def print_plan(plan: SweepPlan) -> None:
     """Print the points (or the space), their number, and a prediction from a few steps of one trial."""
+    console = Console()
     console.print(_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)

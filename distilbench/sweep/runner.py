@@ -25,7 +25,7 @@ from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_si
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
+from distilbench.sweep.executors import End, Executor, Pool, executor_for, quieten
 from distilbench.sweep.job import Orphaned, SweepJob, beating
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
@@ -56,7 +56,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     """
     plan = make_plan(options, arguments)
     if plan.settings.sweep.dry_run:
-        print_plan(plan, Console())
+        print_plan(plan)
         return None
     if not is_begun(plan):
         for data in plan.data:
@@ -73,21 +73,21 @@ def run_plan(
 ) -> str | None:
     """Run what has been planned, with ``tags`` on the sweep's own run; returns None, or in one line why it failed."""
     store = open_store(plan.settings.tracking)
-    with quiet():
-        try:
-            with SignalGuard() as guard:
-                plan, studies = open_studies(plan, storage, store.holds if store else None)
-                parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
-                runner = SweepRunner(plan, studies, storage, executor, parent, guard)
-                failure = runner.run()
-            runner.report(store)
-            return failure
-        except (*UNANSWERED, OSError) as error:
-            if is_disk_full(error):
-                return _no_space(plan)
-            if isinstance(error, OSError):
-                raise
-            return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
+    quieten()
+    try:
+        with SignalGuard() as guard:
+            plan, studies = open_studies(plan, storage, store.holds if store else None)
+            parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
+            runner = SweepRunner(plan, studies, storage, executor, parent, guard)
+            failure = runner.run()
+        runner.report(store)
+        return failure
+    except (*UNANSWERED, OSError) as error:
+        if is_disk_full(error):
+            return _no_space(plan)
+        if isinstance(error, OSError):
+            raise
+        return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
 
 
 def _open_parent_run(
