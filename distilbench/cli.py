@@ -316,6 +316,8 @@ def spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(spell, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{spell(one)}' for key, one in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)

@@ -70,6 +70,9 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     settled = dict(_leaves(OmegaConf.structured(settings_from(config))))
     changed = {key: value for key, value in _leaves(config) if value != usual[key]}
     told = {key: value if "${" in str(value) else settled[key] for key, value in changed.items()}
+    for key, value in changed.items():
+        if isinstance(value, dict):  # of a fallback no more than was given: Hydra takes no other
+            told[key] = {name: told[key][name] for name in value}
     return command("train", by_group + [override(key, value) for key, value in told.items()])
 
 
@@ -80,14 +83,17 @@ def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and unresolved values of all that says what a trial is, not where it goes or what it is held to."""
+    """Dotted keys and unresolved values of all that says what a trial is, not where it goes or what it is held to.
+
+    A fallback, another whole group of sources or null, is one value.
+    """
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
     while pending:
         prefix, node = pending.pop(0)
         for key, value in node.items():
             if prefix == "" and key in ("output", "baseline", "sweep", "margin"):
                 continue
-            if isinstance(value, dict):
+            if isinstance(value, dict) and key != "fallback":
                 pending.append((f"{prefix}{key}.", value))
             else:
                 yield f"{prefix}{key}", value

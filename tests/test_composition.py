@@ -32,6 +32,8 @@ def composed(*overrides: str):
         ["experiment=[quick,layer_freezing]", "seed=7"],
         ["model=tiny", "data=synthetic", "tracking=none", "data.label_names=['a=b','c, d']"],
         ["data=tweets", "optim=sgd", "train.precision=fp32", "train.eval_steps=5"],
+        ["data.fallback=null", "model.fallback=null"],
+        ["model=minilm", "model.fallback={source:random,checkpoint:bert,layers:2}", "data.fallback.source=synthetic"],
     ],
 )
 def test_a_printed_command_composes_to_the_trial_that_it_describes(composing, given):
