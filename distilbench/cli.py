@@ -132,6 +132,8 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] 
     open_streams()
     try:
         with errors_in_one_line(), _hydra_raises():
+            if not os.path.exists(os.curdir):
+                raise SettingsError("the current directory must exist, got one that was deleted; cd into another")
             for argument in sys.argv[1:]:
                 if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
                     raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
@@ -262,6 +264,8 @@ _MEANINGS = {
     r"Config group override must be a string or a list": (
         "{null} must name a choice of the group, got null; --help lists them"
     ),
+    r"override (\S+?)=(.*?)\n.*is not a ListConfig": "{0} must be a list, [{1}], got {1!r}",
+    r"Could not load '(\w+)/(.+?)'": "{0} must name choices of the group, got {1!r}; --help lists them",
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
 }
 """What Hydra and OmegaConf say of the commonest mistakes, and how we say it.

@@ -732,12 +732,12 @@ def settings_from(config: Any, kind: Any = AppSettings) -> Any:
     Raises :class:`SettingsError` for a value out of range.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+    from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue
 
     try:
         nodes = {f.name: config[f.name] for f in dataclasses.fields(kind)}
         values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
-    except (MissingMandatoryValue, InterpolationToMissingValueError) as error:
+    except (MissingMandatoryValue, InterpolationToMissingValueError, ConfigKeyError) as error:
         raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
     return _build(kind, values)
 
@@ -746,6 +746,8 @@ def _build(cls: Any, values: Any) -> Any:
     """Make the dataclass ``cls`` from nested dicts; paths become absolute."""
     hints, marks, made = get_type_hints(cls), _marks(cls), dict(values)
     for name, value in values.items():
+        known = name in hints  # ++optim.lrr=1 adds what no schema has
+        require(known, getattr(cls, "_prefix", "") + name, "a setting that there is", value, "--help lists them")
         if value is None:
             continue
         if nested := _dataclass_in(hints[name]):

@@ -280,8 +280,11 @@ def _write_text(file: Any, ending: str, frame: Any) -> None:
     if ending == ".jsonl":
         frame.to_json(file, orient="records", lines=True, force_ascii=False)
     else:
+        # csv quotes a field for its line terminator alone, but whoever reads takes a lone \r for one too
+        has_returns = any("\r" in text for column in frame for text in frame[column] if isinstance(text, str))
+        quoting = csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL
         separator = "\t" if ending == ".tsv" else ","
-        frame.to_csv(file, sep=separator, index=False, header=file.tell() == 0, lineterminator="\n")
+        frame.to_csv(file, sep=separator, index=False, header=file.tell() == 0, lineterminator="\n", quoting=quoting)
 
 
 def _parquet_writer(file: Any, closing: ExitStack) -> Write:

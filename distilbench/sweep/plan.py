@@ -15,16 +15,20 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 from optuna.distributions import distribution_to_json
 
-from distilbench.identity import short_hash
+from distilbench.identity import METRIC, SOURCES, short_hash
 from distilbench.models.resolve import resolve_model
-from distilbench.settings import AppSettings, DataSettings, SettingsError
+from distilbench.settings import AppSettings, DataSettings, SettingsError, require
 from distilbench.sweep.job import directions_of, objectives_of
-from distilbench.sweep.space import Composer, Point, Space, edges, fixed_of, read_space
+from distilbench.sweep.space import Composer, Point, Space, describe, edges, fixed_of, read_space
 from distilbench.sweep.trial import check_pruning, judged_by
 from distilbench.tracking.retries import reason_of
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
+
+
+HELD = ("sweep", "search", "tracking", "margin", "output")
+"""Groups and settings that hold for a sweep as a whole: no point of it trains another trial for them."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,19 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
                        partial(_depth, options))  # fmt: skip
+    _check_options(options)
+    for key in space.dimensions:
+        require(key.lstrip("+").partition(".")[0] not in HELD, key, "one value for a whole sweep",
+                describe(space.dimensions[key]), "run a sweep for each")  # fmt: skip
     composer = Composer(options.config, loader, space)
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
     objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)
     check_pruning(settings[0].sweep, objectives)
+    require("seed" not in space.dimensions or not settings[0].sweep.seeds, "sweep.seeds",
+            "null where seed varies", settings[0].sweep.seeds, "drop one of the two")  # fmt: skip
     sampler_of(options.sampler, trials=0)
-    points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked[0], space, composer)
+    points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked, space, composer)
     asked = options.n_trials or settings[0].sweep.trials
     if options.is_grid:
         points = points[: options.n_trials]  # of Optuna's grid sampler; None for a grid of Hydra's kind
@@ -151,6 +161,17 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         base=composer.base,
         sampler=options.sampler,
     )
+
+
+def _check_options(options: SweeperOptions) -> None:
+    """Raise :class:`SettingsError` for numbers of ``hydra.sweeper`` and ``hydra.launcher`` that make no sweep."""
+    for name in ("n_trials", "n_jobs"):
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"hydra.sweeper.{name}", "1 or more", value)
+    rate = options.max_failure_rate
+    require(rate is None or 0 <= rate <= 1, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
+    workers = options.config.hydra.launcher.get("n_jobs")
+    require(workers != 0, "hydra.launcher.n_jobs", "a number of workers, or -1 for all processors", workers)
 
 
 def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:
@@ -218,14 +239,22 @@ def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[P
     return ordered, [baseline for key, baseline in baselines.items() if key not in keys]
 
 
-def _baseline(sample: Point, space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
+def _baseline(checked: Sequence[Point], space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
     """Return the baseline as the first trial if it lies in the space, else beside it.
 
-    Where settings outside of the space are no trial by themselves, it is laid over the ``sample``.
+    Where the space varies model, text or metric, each of these has a baseline of its own, beside it: trials of several
+    protocols are never compared. Where settings outside of the space are no trial by themselves, the baseline is laid
+    over a ``checked`` point.
     """
-    if not composer.settings(sample).sweep.baseline:
+    if not composer.settings(checked[0]).sweep.baseline:
         return [], []
-    beside = composer.baseline_of(Point({}) if _is_valid(Point({}), composer) else sample)
+    varied = [key for key in space.dimensions if key in ("model", "data", *SOURCES, *METRIC)]
+    sources = [({key: point.params[key] for key in varied}, point) for point in (checked if varied else checked[:1])]
+    bases = [Point(params) if _is_valid(Point(params), composer) else point for params, point in sources]
+    found = {composer.result_key(baseline): baseline for baseline in map(composer.baseline_of, bases)}
+    if varied:
+        return [], list(found.values())
+    beside = next(iter(found.values()))
     inside = Point(composer.baseline_params(), is_baseline=True)
     is_inside = space.contains(inside.params) and _is_valid(inside, composer)
     if is_inside and composer.result_key(inside) == composer.result_key(beside):

@@ -163,7 +163,7 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
 def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistribution:
     from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
 
-    if override.is_discrete_sweep() and (is_grid or not (override.is_choice_sweep() or override.is_range_sweep())):
+    if override.is_choice_sweep() or (is_grid and override.is_range_sweep()):
         choices: list[Any] = list(dict.fromkeys(override.sweep_iterator(transformer=Transformer.encode)))
         if choices:
             return CategoricalDistribution(choices)

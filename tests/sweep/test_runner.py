@@ -91,6 +91,11 @@ def test_an_optuna_sweep_counts_its_trials_in_all_and_begins_with_the_baseline(w
                        "best_value": best.value}  # fmt: skip
 
 
+def test_each_text_that_a_space_of_optuna_varies_has_a_baseline_of_its_own(workspace):
+    done(workspace, "hydra/sweeper=optuna", "data.split_seed=1,2", "optim.lr=interval(1e-4,1e-3)", "sweep.trials=1")
+    assert [what for where, what in workspace.finished() if where.startswith("baseline/")] == ["0/2e-05/42"] * 2
+
+
 def test_a_baseline_outside_of_a_space_is_not_told_to_the_study(workspace):
     done(workspace, "hydra/sweeper=optuna", "optim.lr=interval(1e-3,1e-2)", "sweep.trials=2", "sweep.name=first")
     assert len(workspace.study("first")) == 2
@@ -281,6 +286,14 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["freeze.layerz=0,1"], "layerz"),
         (["optim.lr=fast,slow"], "optim.lr"),
         (["optim.lr=interval(0,1)"], "add hydra/sweeper=optuna"),
+        (["sweep.trials=2,3"], "sweep.trials must be one value for a whole sweep, got '2, 3'; run a sweep for each"),
+        (["margin=1,2"], "margin must be one value for a whole sweep"),
+        (["seed=1,2", "sweep.seeds=[3,4]"], "sweep.seeds must be null where seed varies, got [3, 4]; drop one"),
+        (["seed=1,2", "hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs must be 1 or more, got -1"),
+        (["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs must be a number"),
+        (["seed=1,2", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be 1 or more"),
+        (["seed=1,2", "hydra/sweeper=optuna", "hydra.sweeper.max_failure_rate=2"], "must be a share in [0, 1], got 2"),
+        (["++optim.lrr=1,2"], "optim.lrr must be a setting that there is, got 1; --help lists them"),
         (["seed=range(2000)"], "to train them all: sweep.max_grid=2000"),
         (["seed=1,2", "sweep.name=../elsewhere"], "sweep.name must be letters"),
         (["seed=1,2", "sweep.pruner=best"], "sweep.pruner must be one of none, median"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -188,6 +190,13 @@ def test_a_value_given_twice_is_tried_once():
 def test_what_is_no_space_is_refused_in_one_line(line, is_grid, refused):
     with pytest.raises(SettingsError, match=f"^{refused}"):
         read(line, is_grid=is_grid)
+
+
+def test_optuna_takes_groups_by_a_pattern_and_each_choice_once():
+    loader: Any = SimpleNamespace(get_group_options=lambda *_, **__: ["auto", "head", "none"])
+    space = read_space(None, ["freeze=glob([n*,h*])", "optim.lr=1e-5,0.00001,1e-4"], loader, is_grid=False)
+    assert space.dimensions["freeze"] == CategoricalDistribution(["none", "head"])
+    assert space.dimensions["optim.lr"] == CategoricalDistribution([1e-5, 1e-4])
 
 
 def test_a_custom_space_is_a_function_by_its_path():
