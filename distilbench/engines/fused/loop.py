@@ -25,6 +25,7 @@ from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix, prefix_depth
+from distilbench.engines.fused.threads import MOST, map_in_threads
 from distilbench.engines.running import SMALLER, Stopwatch, outcome_of
 from distilbench.models.build import build_model
 from distilbench.results import Status, TrialResult
@@ -34,11 +35,8 @@ log = logging.getLogger(__name__)
 _FEWEST_EVALUATED = 16
 """Examples that a group evaluates at once at least, however many trials it has: products of fewer rows are slow."""
 
-_TRIALS_PER_STEP = 4
-"""Trials that a CPU takes through a step together; the others of a group follow, over the same hidden states.
-
-Eight at once would save 2 % of the time (MiniLM on SST-2, batch 16) and take the activations of eight.
-"""
+_TRIALS_PER_STACK = 4
+"""Trials of a stack on a CPU: eight would save 2 % of the time (MiniLM on SST-2, batch 16) and take more memory."""
 
 Outcome = tuple[Status, str | None]
 """How a trial ended, and in one line why."""
@@ -94,12 +92,12 @@ class TrialGroup:
         self.step = self.recorded = members[0].trial.progress.step
         self.evaluation_due = False
         self.taken = 0
-        in_turn = not use_graphs and self.context.device.type == "cpu"
-        self.stacked = _TRIALS_PER_STEP if in_turn else len(members)
-        # each trial has hidden states of its own: together, no more than one alone would evaluate at once
-        together = min(self.stacked, len(members))
-        self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // together)
         self.use_graphs = use_graphs
+        on_cpu = self.context.device.type == "cpu" and not use_graphs
+        self.at_once = min(MOST, torch.get_num_threads()) if on_cpu else 1
+        """Stacks that take a step beside each other."""
+        # each trial has hidden states of its own: together, no more than one alone would evaluate at once
+        self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // self._stack_size())
         self.trained_from = -1  # not begun
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
@@ -126,7 +124,7 @@ class TrialGroup:
         return [losses, norms, *state]
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
-        """Go on from ``state``, (members, ...) each; the first stack lends the others its room for gradients."""
+        """Go on from ``state``, (members, ...) each; a stack whose turn is later borrows room for gradients."""
         self.graph_steps, self.stacks = None, []  # first of all, for its recordings hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         if self.trained_from != self.context.trained_from(self.step):
@@ -134,9 +132,12 @@ class TrialGroup:
             # run once for all trials, unless each has trained what is frozen from now on
             frozen = self._weights(self.flat_params.new_empty(0, self.context.layout.size))
             self.prefix = self._prefix_of([frozen]) if "word" in self.context.frozen else None
-        for start in range(0, len(self.members), self.stacked):
-            own = slice(start, start + self.stacked)
-            weights = self._weights(self.flat_params[own], self.stacks[0].weights if self.stacks else None)
+        size = self._stack_size()
+        for start in range(0, len(self.members), size):
+            own = slice(start, start + size)
+            place = len(self.stacks) % self.at_once
+            lender = self.stacks[place].weights if place < len(self.stacks) else None
+            weights = self._weights(self.flat_params[own], lender)
             settings = [m.trial.settings.optim for m in self.members[own]]
             moments = [moment[own] for moment in self.moments]
             optimizer = StackedOptimizer(weights, moments, settings, self.context.first_steps)
@@ -144,6 +145,14 @@ class TrialGroup:
             orders = seeds[:1] if len(set(seeds)) == 1 else seeds
             prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
             self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
+
+    def _stack_size(self) -> int:
+        """How many members a stack has: all, but on a CPU a few, and stacks enough to run beside each other."""
+        count = len(self.members)
+        if self.use_graphs or self.context.device.type != "cpu":
+            return count
+        stacks = max(-(-count // _TRIALS_PER_STACK), min(2, self.at_once, count))
+        return -(-count // stacks)
 
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
@@ -244,17 +253,31 @@ class TrialGroup:
             self._graph_step()
         else:
             self.graph_steps = None  # where memory has run out: its recordings hold some
-            for stack in self.stacks:
-                own = stack.trial_slice
-                if own.start >= self.taken:
-                    losses, lrs = self._differentiate(stack), [member.lrs[self.step] for member in self.members[own]]
-                    self.norms[own] = stack.optimizer.step(self.step + 1, lrs)
-                    self.losses[own] += losses
-                    self.taken = own.stop
+            for start in range(0, len(self.stacks), self.at_once):
+                stacks = self.stacks[start : start + self.at_once]
+                if stacks[0].trial_slice.start >= self.taken:
+                    self._step(stacks)
+                    self.taken = stacks[-1].trial_slice.stop
         self.step, self.taken = self.step + 1, 0
         self.evaluation_due = self.schedule.evaluates_after(self.step)
         if self.schedule.records_after(self.step):
             self._record()
+
+    def _step(self, stacks: Sequence[Stack]) -> None:
+        """Take a step of ``stacks`` beside each other; none is taken where memory runs out for one."""
+        for stack in stacks:
+            if stack.prefix is not None:  # with all threads, and once for stacks that share it
+                stack.prefix.prepare(stack.orders, self.step, stack.prefix.window * self.members[0].micro_batch)
+        losses = map_in_threads(self._differentiate, stacks)
+
+        def update(stack: Stack) -> torch.Tensor:
+            lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
+            return stack.optimizer.step(self.step + 1, lrs)
+
+        norms = map_in_threads(update, stacks)
+        for stack, loss, norm in zip(stacks, losses, norms, strict=True):
+            self.losses[stack.trial_slice] += loss
+            self.norms[stack.trial_slice] = norm
 
     def _takes_whole_batch(self) -> bool:
         """Whether a batch is taken at once."""

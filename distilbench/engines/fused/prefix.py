@@ -68,6 +68,11 @@ class Prefix:
             row[: len(states)] = states
         return hidden
 
+    def prepare(self, orders: Sequence[int], step: int, at_once: int) -> None:
+        """Run what :meth:`hidden` of a step would have to: after it, threads may call that beside each other."""
+        for trial in range(max(len(orders), len(self._weights))):
+            self._of_order(trial % len(self._weights), orders[trial % len(orders)], step, at_once)
+
     def hidden_without_dropout(self, split: EncodedSplit, examples: np.ndarray, batch: Batch) -> torch.Tensor:
         """Return the hidden states of ``batch``, which are ``examples`` of ``split``, ``(1, rows, width)``."""
         hidden = self.empty(batch)

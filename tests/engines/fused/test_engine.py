@@ -513,14 +513,19 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
     ["freeze=none", "freeze=gradual train.eval_steps=3", "freeze=scheduled freeze.layers=2 train.eval_steps=3"],
 )
 @pytest.mark.parametrize(
-    ("count", "short"),
-    [(3, lambda group, stack: len(group.members) > 1), (6, lambda group, stack: stack.trial_slice.start > 0)],
-    ids=["within a stack", "between two stacks"],
+    ("count", "threads", "short"),
+    [
+        (3, 1, lambda group, stack: len(group.members) > 1),
+        (6, 1, lambda group, stack: stack.trial_slice.start > 0),
+        (6, 2, lambda group, stack: stack.trial_slice.start > 0),
+    ],
+    ids=["within a stack", "between two stacks", "in one of two threads"],
 )
 def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
-    trial, splits_of, recorder, monkeypatch, count, short, freezing
+    trial, splits_of, recorder, monkeypatch, count, threads, short, freezing
 ):
     """Those that wait go on from that step, whatever is frozen by then in those before."""
+    torch.set_num_threads(threads)
     own = [(f"optim.lr={seed}e-3", f"seed={seed}") for seed in range(1, count + 1)]
     trials = [trial(*freezing.split(), *overrides, still=False) for overrides in own]
     splits = splits_of(trials[0])
@@ -537,10 +542,23 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
     seen = recorder()
     results = FusedEngine().train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * count
-    assert refused[0] == (4 if count > 4 else 0)
+    assert refused[0] == (3 if count > 4 and threads == 1 else 0)
     for t in range(count):
         assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)
+
+
+@pytest.mark.parametrize("seeds", [(1,) * 5, (1, 2, 3, 4, 5)], ids=["one order", "orders of their own"])
+@pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1", "freeze.layers=1 freeze.dropout=false",
+                                      "freeze=gradual train.eval_steps=3"])  # fmt: skip
+def test_stacks_in_threads_train_as_they_do_one_after_the_other(trial, splits_of, recorder, freezing, seeds):
+    own = [(f"optim.lr={rate}e-3", f"seed={seed}") for rate, seed in enumerate(seeds, start=1)]
+    trials = [trial(*freezing.split(), "train.micro_batch_size=4", *overrides, still=False) for overrides in own]
+    splits = splits_of(trials[0])
+    in_turn, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
+    torch.set_num_threads(3)
+    in_threads, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
+    np.testing.assert_allclose(in_threads, in_turn, rtol=1e-11)
 
 
 def test_a_group_that_the_device_does_not_even_hold_is_halved(trial, splits_of, recorder, monkeypatch):
