@@ -72,7 +72,10 @@ class BatchRunner:
         ended: dict[int, Kept | Exception] = {}
         for index, job in enumerate(jobs):
             try:
-                ready[index] = self._ready(job)
+                store, prepared = self._store_of(job), self.prepare(job.settings)
+                if job.context and job.context.accept:
+                    job.context.accept(prepared)
+                ready[index] = Trial(job, prepared, store)
             except SettingsError as error:
                 if job.context is None:
                     raise
@@ -88,7 +91,7 @@ class BatchRunner:
                 ended |= dict.fromkeys(batch, error)
         return [ended[index] for index in range(len(jobs))]
 
-    def store_of(self, job: Job) -> MlflowStore | None:
+    def _store_of(self, job: Job) -> MlflowStore | None:
         """Open the store that a job's settings name, once."""
         if job.context:
             return sweep_store(job.settings.tracking)
@@ -106,19 +109,12 @@ class BatchRunner:
         require_parts(settings.freeze, BatchSchedule.of(settings.train, len(prepared.splits.train)))
         return prepared
 
-    def _ready(self, job: Job) -> Trial:
-        store, prepared = self.store_of(job), self.prepare(job.settings)
-        if job.context and job.context.accept:
-            job.context.accept(prepared)
-        return Trial(job, prepared, store)
-
     def _batches(self, ready: Mapping[int, Trial]) -> list[list[int]]:
         """Return indices of those to train at once, at most ``max_trials``; baselines first, to compare others with."""
         together: dict[Hashable, list[int]] = defaultdict(list)
         for index, trial in ready.items():
-            together[(_kind_of(trial), id(trial.store)) if trial.prepared.engine.name == "fused" else index].append(
-                index
-            )
+            is_fused = trial.prepared.engine.name == "fused"
+            together[(_kind_of(trial), id(trial.store)) if is_fused else index].append(index)
         size = self._max_trials
         batches = [some[start : start + size] for some in together.values() for start in range(0, len(some), size)]
         return sorted(batches, key=lambda batch: not any(ready[index].job.is_baseline for index in batch))
