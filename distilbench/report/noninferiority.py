@@ -50,26 +50,26 @@ _REACH = 7
 class NonInferiority(NamedTuple):
     """What A may lose against B: ``p`` of a loss of the margin or more, and the upper confidence ``bound`` of the loss.
 
-    Shares; ``p < alpha`` exactly where ``bound < margin``. Of one seed each, this speaks of two trained models only.
+    Shares; ``p < ALPHA`` exactly where ``bound < margin``. Of one seed each, this speaks of two trained models only.
     """
 
     p: float
     bound: float
 
 
-def noninferiority_over_seeds(seen: SeedSpread, margin: float, alpha: float = ALPHA) -> NonInferiority:
+def noninferiority_over_seeds(seen: SeedSpread, margin: float) -> NonInferiority:
     """Test whether A loses less than ``margin``; one pair is left to :func:`noninferiority_exact`.
 
-    Else the larger p and the larger bound of two tests are returned: the
-    exact one with the seeds taken as given (:func:`effective_counts`), and Cochran and Cox's on the variance over seeds
-    and examples. In the latter the variance is that of the hypothesis, as in Tango's score: where fewer examples differ
-    than a loss of ``margin`` would make differ, all its parts grow by the same factor. Without that, few examples that
-    differ by luck would pass for a small variance and a small loss at once (simulated: up to 4.3 % instead of 2.5).
+    Else the larger p and the larger bound of two tests are returned: the exact one with the seeds taken as given
+    (:func:`effective_counts`), and Cochran and Cox's on the variance over seeds and examples. In the latter the
+    variance is that of the hypothesis, as in Tango's score: where fewer examples differ than a loss of ``margin`` would
+    make differ, all its parts grow by the same factor. Without that, few examples that differ by luck would pass for a
+    small variance and a small loss at once (simulated: up to 4.3 % instead of 2.5).
     """
-    given = noninferiority_exact(*effective_counts(seen.by_example), margin, alpha)
+    given = noninferiority_exact(*effective_counts(seen.by_example), margin)
     if seen.n == 1:
         return given
-    p, bound = _p_over_seeds(seen, margin), _bound_over_seeds(seen, alpha)
+    p, bound = _p_over_seeds(seen, margin), _bound_over_seeds(seen)
     return NonInferiority(max(p, given.p), max(bound, given.bound))
 
 
@@ -79,10 +79,10 @@ def _p_over_seeds(spread: SeedSpread, margin: float) -> float:
     return half if distance > 0 else 1 - half
 
 
-def _bound_over_seeds(spread: SeedSpread, alpha: float) -> float:
+def _bound_over_seeds(spread: SeedSpread) -> float:
     from scipy.optimize import brentq
 
-    critical, loss = critical_difference(spread.parts, 2 * alpha), -spread.difference
+    critical, loss = critical_difference(spread.parts, 2 * ALPHA), -spread.difference
 
     def excess(bound: float) -> float:
         return (bound - loss) * _deflation(spread, bound) - critical
@@ -115,9 +115,7 @@ def effective_counts(by_example: np.ndarray) -> tuple[int, int, int]:
     return min(math.floor(gains / unit + 1e-9), examples - only_b), only_b, examples
 
 
-def noninferiority_exact(
-    only_a: int, only_b: int, examples: int, margin: float, alpha: float = ALPHA
-) -> NonInferiority:
+def noninferiority_exact(only_a: int, only_b: int, examples: int, margin: float) -> NonInferiority:
     """Test whether A loses less than ``margin`` against B, from the counts of examples that only one got right.
 
     An exact unconditional test and its bound; the module says which and why. 10 ms at 872 examples, 0.4 s at 100,000.
@@ -125,14 +123,14 @@ def noninferiority_exact(
     if examples < 1 or min(only_a, only_b) < 0 or only_a + only_b > examples:
         raise ValueError(f"discordant counts {only_a} and {only_b} do not fit {examples} examples")
     region = _region(only_a, only_b, examples)
-    return NonInferiority(region.p(margin), region.bound(alpha))
+    return NonInferiority(region.p(margin), region.bound())
 
 
 @dataclass(frozen=True)
 class _Region:
     """The outcomes that speak at least as clearly for a small loss as the observed one does.
 
-    Those whose upper limit of the loss, by Tango's score, is ``limit`` or less (at ``Z``, whatever level is tested).
+    Those whose upper limit of the loss, by Tango's score, is ``limit`` or less (at ``Z``).
     ``low`` and ``high`` confine the discordance.
     """
 
@@ -192,20 +190,20 @@ class _Region:
             inside, outside = np.where(open_ & within, middle, inside), np.where(open_ & ~within, middle, outside)
         return inside
 
-    def bound(self, alpha: float) -> float:
-        """Return the largest loss whose p is not below ``alpha``: searched from ``limit``, which is close to it."""
+    def bound(self) -> float:
+        """Return the largest loss whose p is not below ``ALPHA``: searched from ``limit``, which is close to it."""
         from scipy.optimize import brentq
 
         if self.limit >= 1:
             return 1.0
         low = high = self.limit
         step = 1 / self.examples
-        while self.p(low) < alpha:
+        while self.p(low) < ALPHA:
             low, step = max(low - step, -1.0), 2 * step
         step = 1 / self.examples
-        while self.p(high) >= alpha:
+        while self.p(high) >= ALPHA:
             high, step = min(high + step, 1.0), 2 * step
-        return float(brentq(lambda loss: self.p(loss) - alpha, low, high, xtol=1e-9))
+        return float(brentq(lambda loss: self.p(loss) - ALPHA, low, high, xtol=1e-9))
 
 
 def _region(only_a: int, only_b: int, examples: int) -> _Region:
@@ -238,7 +236,7 @@ def variance_at_loss(gains: np.ndarray | float, losses: np.ndarray | float, exam
     return np.asarray((2 * share + loss * (1 - loss)) / examples)
 
 
-def verdict_with_margin(low: float, high: float, p: float, p_loss: float, alpha: float = ALPHA) -> Verdict:
+def verdict_with_margin(low: float, high: float, p: float, p_loss: float) -> Verdict:
     """Decide between better, good enough, worse and undecided from both p-values, after any correction.
 
     ``p`` is that of no difference, ``p_loss`` that of a loss of the margin or more.
@@ -246,4 +244,4 @@ def verdict_with_margin(low: float, high: float, p: float, p_loss: float, alpha:
     margin, is good enough; a lead that is shown is better whatever else.
     """
     claim = verdict(low, high, p)
-    return Verdict.GOOD_ENOUGH if claim is not Verdict.BETTER and p_loss < alpha else claim
+    return Verdict.GOOD_ENOUGH if claim is not Verdict.BETTER and p_loss < ALPHA else claim

@@ -112,21 +112,20 @@ class Needed:
 
     ``seeds`` on the examples there are; None where no number of seeds will do, since examples alone leave ``floor``:
     half the width of an interval over infinitely many seeds, at the level of the corrected test. ``examples`` with
-    ``with_seeds`` seeds, where ``seeds`` is None or above ``MOST_SEEDS``; None elsewhere. ``loss`` is the true loss
-    that is assumed.
+    ``with_seeds`` seeds, where ``seeds`` is None or above ``MOST_SEEDS``; None elsewhere.
     """
 
     seeds: int | None
     examples: int | None
     with_seeds: int
     floor: float
-    loss: float
 
 
 def needed(spread: Spread, seeds: int, examples: int, margin: float, rows: int = 1, loss: float = 0.0) -> Needed:
     """Count the seeds, and where those won't do the examples, that decide with ``seeds`` of them trained or planned.
 
-    ``rows`` tests share the level: each is held to its first step of Holm's, which is the careful side.
+    ``rows`` tests share the level: each is held to its first step of Holm's, which is the careful side. ``loss`` is the
+    true loss that is assumed.
     """
     alpha = ALPHA / rows
 
@@ -141,7 +140,7 @@ def needed(spread: Spread, seeds: int, examples: int, margin: float, rows: int =
             with_seeds *= 2
         if enough is None or with_seeds < enough:  # else the examples that there are will do
             more = _fewest(lambda n: decides(with_seeds, n), at_least=examples)
-    return Needed(enough, more, with_seeds, floor, loss)
+    return Needed(enough, more, with_seeds, floor)
 
 
 def _fewest(holds: Callable[[int], bool], at_least: int) -> int | None:
@@ -166,12 +165,10 @@ def what_it_takes(seen: SeedSpread, margin: float, rows: int = 1) -> Needed:
     return found if found.seeds is None else replace(found, seeds=max(found.seeds, seen.n + 1))
 
 
-def plan(
-    examples: int, seeds: int, margin: float, rows: int = 1, discordance: float = DISCORDANCE
-) -> tuple[float, Needed]:
+def plan(examples: int, seeds: int, margin: float, rows: int = 1) -> tuple[float, Needed]:
     """Say before a sweep how likely ``rows`` settings that lose nothing, ``seeds`` each, are shown to be good enough.
 
     Returns that power of each, to be compared with ``POWER``, and what it would take.
     """
-    spread = spread_assumed(discordance)
+    spread = spread_assumed()
     return power(spread, seeds, examples, margin, ALPHA / rows), needed(spread, seeds, examples, margin, rows)

@@ -99,10 +99,6 @@ def test_more_gains_fewer_losses_and_a_wider_margin_speak_for_good_enough():
     assert (np.diff(p) <= 1e-12).all()
 
 
-def test_the_more_certain_level_has_the_higher_bound():
-    assert noninferiority_exact(20, 25, 872, 0.01, alpha=0.005).bound > noninferiority_exact(20, 25, 872, 0.01).bound
-
-
 def test_a_loss_beyond_the_margin_over_seeds_has_a_p_above_a_half():
     rng = np.random.default_rng(4)
     difference = -(rng.random((3, 400)) < [[0.10], [0.12], [0.14]]).astype(int)
@@ -164,7 +160,6 @@ def test_one_seed_on_each_side_and_seeds_that_agree_are_the_exact_test():
     a, b = pair(6, 3, 400)
     expected = noninferiority_exact(6, 3, 400, 0.02)
     assert noninferiority_over_seeds(spread_over_seeds({1: a}, {2: b}), 0.02) == expected
-    assert noninferiority_over_seeds(spread_over_seeds({1: a}, {2: b}), 0.02, alpha=0.005).bound > expected.bound
     found = noninferiority_over_seeds(spread_over_seeds(dict.fromkeys((1, 2, 3), a), dict.fromkeys((1, 2, 3), b)), 0.02)
     assert found.p == expected.p
     assert found.bound == expected.bound
