@@ -65,13 +65,12 @@ def _answers(endpoint: str) -> bool:
         return False
 
 
-def package_file(distribution_name: str, relative_path: str, sha256: str) -> Path:
-    """Return the path of a file that the installed distribution carries, without importing the package.
+def package_file(name: str, relative_path: str, sha256: str) -> Path:
+    """Return the path of a file that the installed distribution of that ``name`` carries, without importing it.
 
     ``sha256`` is what the file must hash to. Raises :class:`SettingsError` where the distribution is not installed,
     or the file is not there or altered.
     """
-    name = distribution_name
     try:
         path = Path(str(distribution(name).locate_file(relative_path)))
     except PackageNotFoundError:

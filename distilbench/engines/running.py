@@ -249,8 +249,12 @@ class RunningTrial:
         """Look how much is held now."""
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
 
-    def result(self, status: Status, error: str | None, micro_batch: int) -> TrialResult:
-        """Return what the trial has come to; ``micro_batch`` examples were taken at once."""
+    def end(self, status: Status, error: str | None, micro_batch: int) -> TrialResult:
+        """Return what the trial has come to; ``micro_batch`` examples were taken at once.
+
+        Its checkpoints stay where it may be resumed.
+        """
+        checkpoints.tidy(self.folder, status)
         progress, train, lengths = self.progress, self.settings.train, np.diff(self.splits.train.offsets)
         best = self.best if progress.history else None
         ends = sorted({progress.step, *(step for step in self.flops if step < progress.step)})

@@ -94,19 +94,20 @@ class _Run(TrainerCallback):
 
         Nothing half-written is left, nor any checkpoint of a trial that has come to its end.
         """
+        outcome: tuple[Status, str | None] = Status.FINISHED, None
         try:
             self._set_up()
             with quiet():
                 self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             self._finish()
-            result = self._result(Status.FINISHED, None)
         except Exception as error:  # the trial's boundary: other trials go on
-            result = self._result(*outcome_of(error, self.settings))
+            outcome = outcome_of(error, self.settings)
         except BaseException:
             checkpoints.tidy(self.trial.folder, Status.INTERRUPTED)
             raise
-        checkpoints.tidy(self.trial.folder, result.status)
-        return result
+        self.trial.sample_memory()
+        self.trial.setup_seconds = self.trial.setup_seconds or self.stopwatch.lap().seconds
+        return self.trial.end(*outcome, self.settings.train.examples_at_once)
 
     def _set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
@@ -235,12 +236,6 @@ class _Run(TrainerCallback):
             self.is_leaving = False
             self.observer.on_checkpoint()
         self.stopwatch.lap()
-
-    def _result(self, status: Status, error: str | None) -> TrialResult:
-        """Return what the engine returns of a trial that ended so."""
-        self.trial.sample_memory()
-        self.trial.setup_seconds = self.trial.setup_seconds or self.stopwatch.lap().seconds
-        return self.trial.result(status, error, self.settings.train.examples_at_once)
 
     def _copied_weights(self) -> dict[str, torch.Tensor]:
         """Return a copy of what is trained, on the CPU."""

@@ -71,7 +71,7 @@ def train_group(
                 checkpoints.tidy(member.trial.folder, Status.INTERRUPTED)
             raise
         outcome = outcome_of(error, members[0].trial.settings)
-        results.update({member.trial.index: member.result(*outcome) for member in left})
+        results.update({member.trial.index: member.trial.end(*outcome, member.micro_batch) for member in left})
 
 
 class TrialGroup:
@@ -430,7 +430,8 @@ class TrialGroup:
     def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
         """Give the results of members at these places, and go on with the others."""
         for t, outcome in outcomes.items():
-            self.results[self.members[t].trial.index] = self.members[t].result(*outcome)
+            member = self.members[t]
+            self.results[member.trial.index] = member.trial.end(*outcome, member.micro_batch)
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if outcomes and staying:

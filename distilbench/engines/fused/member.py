@@ -23,7 +23,6 @@ from distilbench.engines.running import RunningTrial
 from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
-from distilbench.results import Status, TrialResult
 from distilbench.settings import require
 
 _STATE = "state.safetensors"
@@ -127,8 +126,3 @@ class Member:
         untouched = untouched_factor(self.trial.settings.optim, lrs)
         context.layout.write(flat_params, untouched, dict(model.named_parameters()))
         export_trial(model, load_tokenizer(context.resolved), self.trial.settings)
-
-    def result(self, status: Status, error: str | None) -> TrialResult:
-        """Return what the engine returns of a trial that ended so; checkpoints stay where it may be resumed."""
-        checkpoints.tidy(self.trial.folder, status)
-        return self.trial.result(status, error, self.micro_batch)
