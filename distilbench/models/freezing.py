@@ -16,13 +16,12 @@ def levels(model: PreTrainedModel) -> dict[str, int]:
     0 are the embeddings (with ELECTRA's and ALBERT's projections), ``i + 1`` is encoder layer ``i``, and what follows
     the last layer comes last: a final norm, a pooler, the head. Raises as :func:`layer_list`.
     """
-    parts = [*embedding_modules(model), *layer_list(model)[1]]
-    layers = len(layer_list(model)[1])
-    level_of: dict[int, int] = {}
-    for number, module in enumerate(parts, start=1 - (len(parts) - layers)):
-        for parameter in module.parameters():
-            level_of.setdefault(id(parameter), max(0, number))
-    return {name: level_of.get(id(p), layers + 1) for name, p in model.named_parameters()}
+    _, layers = layer_list(model)
+    level_of = {id(parameter): 0 for module in embedding_modules(model) for parameter in module.parameters()}
+    for level, layer in enumerate(layers, start=1):
+        for parameter in layer.parameters():
+            level_of.setdefault(id(parameter), level)
+    return {name: level_of.get(id(p), len(layers) + 1) for name, p in model.named_parameters()}
 
 
 def is_head(model: PreTrainedModel, name: str) -> bool:
