@@ -195,7 +195,7 @@ def test_what_is_no_space_is_refused_in_one_line(line, is_grid, refused):
 def test_optuna_takes_groups_by_a_pattern_and_each_choice_once():
     loader: Any = SimpleNamespace(get_group_options=lambda *_, **__: ["auto", "head", "none"])
     space = read_space(None, ["freeze=glob([n*,h*])", "optim.lr=1e-5,0.00001,1e-4"], loader, is_grid=False)
-    assert space.dimensions["freeze"] == CategoricalDistribution(["none", "head"])
+    assert space.dimensions["freeze"] == CategoricalDistribution(["head", "none"])
     assert space.dimensions["optim.lr"] == CategoricalDistribution([1e-5, 1e-4])
 
 
