@@ -322,7 +322,8 @@ class SweepRunner:
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
 
     def _leaderboard(self) -> Leaderboard:
-        trials = [view for _, view in self._views() if view.status not in (Status.WAITING, Status.INTERRUPTED)]
+        views = self._views()
+        trials = [view for study, view in views if view.status is not Status.WAITING and not study.is_void(view)]
         return Leaderboard(trials, self._plan)
 
     def _show(self, taken: Sequence[TrialView]) -> None:

@@ -122,6 +122,8 @@ class Study:
         self.left: set[Owner] = set()
         """Processes, dead or frozen, that trials were taken from."""
         self._known: list[TrialView] | None = None
+        self._last: dict[str, int] = {}
+        """The last trial of each point that came to an end of its own: what it repeats counts no more."""
         self._random = random.Random(0)
 
     def path(self, number: int) -> str:
@@ -136,6 +138,8 @@ class Study:
         """Return every trial, by number, as of this process's own last change or the last :meth:`refresh`."""
         if self._known is None:
             self._known = [TrialView(t, self.path(t.number)) for t in self.study.get_trials(deepcopy=False)]
+            ended = [view for view in self._known if view.status in (*_STATES, *FAILURES)]
+            self._last = {view.point_key: view.number for view in ended}
         return self._known
 
     def refresh(self) -> None:
@@ -144,7 +148,7 @@ class Study:
 
     def counted(self) -> list[TrialView]:
         """Return the trials that count towards the total: launched, not void, not copied from others."""
-        return [v for v in self.views() if v.status not in (Status.WAITING, Status.REUSED) and not self._is_void(v)]
+        return [v for v in self.views() if v.status not in (Status.WAITING, Status.REUSED) and not self.is_void(v)]
 
     def has_more(self) -> bool:
         """Return whether a further trial is to be launched: a waiting one, or one that Optuna is to choose."""
@@ -160,14 +164,15 @@ class Study:
         if self._plan.space.size is None:
             return False
         inside = {
-            v.point_key for v in self.views() if not self._is_void(v) and self._plan.space.contains(v.point.params)
+            v.point_key for v in self.views() if not self.is_void(v) and self._plan.space.contains(v.point.params)
         }
         return len(inside) >= self._plan.space.size
 
-    def _is_void(self, view: TrialView) -> bool:
-        """Whether a trial counts for nothing: it was interrupted, is retried, or copied one that was still running."""
+    def is_void(self, view: TrialView) -> bool:
+        """Whether a trial counts for nothing: interrupted, or (to be) trained again, or a copy of one still running."""
         is_pending_copy = view.status is Status.REUSED and bool(view.attribute("pending"))
-        return view.status is Status.INTERRUPTED or view.number in self._retry or is_pending_copy
+        is_retried = view.number in self._retry or view.number < self._last.get(view.point_key, 0)
+        return view.status is Status.INTERRUPTED or is_pending_copy or is_retried
 
     def queue(self) -> None:
         """Queue the next of what is to be trained; what an earlier space had and this one lacks is taken out."""
@@ -184,8 +189,8 @@ class Study:
     def _unqueued(self) -> list[Point]:
         """Those of the plan's points, and of the void trials', that no other trial stands for."""
         void = [v.point for v in self.views()
-                if self._is_void(v) and v.trial.params and self._plan.space.contains(v.point.params)]  # fmt: skip
-        present = {view.point_key for view in self.views() if not self._is_void(view)}
+                if self.is_void(v) and v.trial.params and self._plan.space.contains(v.point.params)]  # fmt: skip
+        present = {view.point_key for view in self.views() if not self.is_void(view)}
         wanted = {point.key: point for point in [*void, *self._plan.points]}
         return [point for key, point in wanted.items() if key not in present]
 
@@ -254,7 +259,7 @@ class Study:
         size = self._plan.space.size
         if self._plan.is_grid or size is None or size > LARGEST_LISTED:
             return
-        tried = {view.point_key for view in self.views() if not self._is_void(view)}
+        tried = {view.point_key for view in self.views() if not self.is_void(view)}
         left = [point for point in self._plan.space.points() if point.key not in tried]
         if left:
             self._enqueue([self._random.choice(left)])

@@ -187,5 +187,5 @@ def test_trials_whose_runs_are_gone_are_trained_again_by_one_flag(tmp_path):
         run.data.tags["distilbench.status"] for run in workspace.runs() if "distilbench.trial" in run.data.tags
     )
     assert runs == {"FINISHED": 2}
-    ended(workspace, *command)
+    assert "lost: 2 of 2 trials" in ended(workspace, *command).stdout
     assert len(workspace.runs()) == 3, "what was trained again is not trained a third time"

@@ -326,7 +326,11 @@ def test_failed_trials_are_retried_when_asked_for(make):
     end(study, 0)
     retrying = make(ME, retry=[0])
     retrying.queue()
-    assert retrying.take().point.params == study.views()[0].trial.params
+    again = retrying.take()
+    assert again.point.params == study.views()[0].trial.params
+    finish(retrying, again.number)
+    end(retrying, again.number)
+    assert [view.number for view in make(ME).counted()] == [again.number], "without asking again, too"
 
 
 def test_the_size_of_a_space_is_known_where_it_can_be_counted():
