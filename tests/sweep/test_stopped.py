@@ -133,8 +133,7 @@ class Ground:
         latest = db_utils._get_latest_schema_revision()
         monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # reads a hundred files
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
-        warm = _tracked_in(folder / "warm", settings)  # what is imported here need not be by every process
-        _run(plan_of(warm, folder / "warm" / "sweep"), warm)
+        _warm_up(_tracked_in(folder / "warm", settings), folder / "warm" / "sweep")
         assert in_process(lambda: int(open_store(self.settings.tracking) is None)) == 0
         (folder / "mlruns").mkdir(exist_ok=True)
         self.keep("empty")
@@ -186,6 +185,20 @@ class Ground:
         runs = self.query(self.folder / "mlflow.db", "SELECT r.status, t.value FROM runs r JOIN tags t ON r.run_uuid = "
                           "t.run_uuid AND t.key = 'distilbench.status'")  # fmt: skip
         return {"study": Counter(study), "records": Counter(records), "runs": Counter(runs)}
+
+
+def _warm_up(settings, directory: Path) -> None:
+    """Stop and continue a sweep here: what is imported and compiled for that need not be by every process."""
+    settings = replace(settings, sweep=replace(settings.sweep, seeds=[1, 2]))
+
+    def cut_short(jobs: list[SweepJob]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trials, "engine_for", lambda settings: signal.raise_signal(signal.SIGINT))
+            return train_in(settings)(jobs)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        _run(plan_of(settings, directory), settings, cut_short)
+    _run(plan_of(settings, directory), settings)
 
 
 @contextmanager
