@@ -1,7 +1,7 @@
 """Does a sweep's winner still win? Its best settings and the baseline again, with fresh seeds, one trial at a time.
 
 A confirmation is a sweep of its own that names the first: its points are settings of that one with fresh seeds. Exit
-status: 0 all was trained, 1 a trial failed, 2 something to mend, 130 and 143 interrupted: the same command continues.
+status: 0 all was trained, 1 a trial failed, 2 a setting is invalid, 130 and 143 interrupted: the same command goes on.
 """
 
 from __future__ import annotations

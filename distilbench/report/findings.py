@@ -97,14 +97,15 @@ def answer(report: Report) -> list[str]:
         return [f"No trial finished: {', '.join(f'{count} {status}' for status, count in ended.items())}."]
     if base is None or not base.trials:
         finished = counted(len(candidates), "setting")
-        return [f"{finished} finished, compared with nothing: there is no finished baseline."]
+        return [f"{finished} finished, but there is no finished baseline to compare with."]
     if not candidates:
         return ["Only the baseline finished: there is nothing to compare it with."]
     if base.has_learned is False and report.floor:
         best = next((row for row in candidates if row.has_learned), None)
         other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else "Nor has any other setting."
         return [
-            f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. Nothing is judged beside it.",
+            f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. "
+            "No setting can be judged against it.",
             _confirmed(report.confirmation, []) or other,
         ]
     return [sentence for sentence in _of_candidates(report) if sentence]
@@ -124,7 +125,13 @@ def _of_candidates(report: Report) -> tuple[str, str]:
         wanted = f"to be better than the baseline, or to lose less than {counted(report.margin, 'point')}"
         return f"{nothing} was shown {wanted}{beside}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
-    rank = f"the cheapest of {len(good)} such, of" if len(good) > 1 else "alone among" if len(report.rows) > 2 else ""
+    rank = (
+        f"the cheapest of {len(good)} such settings, of"
+        if len(good) > 1
+        else "the only one of"
+        if len(report.rows) > 2
+        else ""
+    )
     saved = ", ".join(_savings(cheapest, report))
     first = f"{cheapest.name} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
     first += f"; {rank} {tried}." if rank else "."

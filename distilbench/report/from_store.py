@@ -206,19 +206,22 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
     if request.sweep is None:
         return []
     if sample.selection_split != sample.report_split:
-        return [f"The split {sample.selection_split} picked epochs and winners; {sample.report_split} only reports."]
+        return [
+            f"The {sample.selection_split} split picked epochs and winners; figures are of the {sample.report_split} "
+            "split alone."
+        ]
     if request.sweep.confirms:
         return [
-            f"Fresh seeds take away the luck of a seed, not that of the sentences: the split {sample.report_split} "
-            "also chose the winner. A sweep with data.selection_fraction=0.1 leaves it out of the choice."
+            f"Fresh seeds rule out a lucky seed, not lucky sentences: the {sample.report_split} split also chose the "
+            "winner. A sweep with data.selection_fraction=0.1 chooses on other sentences."
         ]
     if any(row.claim is Verdict.AHEAD for row in report.rows):
         confirm = command("confirm", [override("sweep", request.sweep.name)])
         return [
-            f"The split {sample.report_split} picked the winners and reports them, so a lead is optimistic; confirm it "
+            f"The {sample.report_split} split picked the winners and reports them: a lead is optimistic; confirm it "
             f"with fresh seeds ({confirm}), or sweep with data.selection_fraction=0.1."
         ]
-    return [f"The split {sample.report_split} picked epochs and winners, and reports."]
+    return [f"The {sample.report_split} split picked epochs and winners, and figures are of the same split."]
 
 
 def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[int, float]]], ...]:

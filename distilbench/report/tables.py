@@ -36,7 +36,8 @@ def protocol_lines(report: Report) -> list[str]:
     return [
         f"protocol {sample.protocol_id}: {one_line(sample.model)} on {one_line(sample.data)}",
         f"{sample.metric} on the split {sample.selection_split} picked epochs, figures are of the split "
-        f"{sample.report_split}" + (f"; the most frequent label alone scores {percent(floor)}" if floor else ""),
+        f"{sample.report_split}"
+        + (f"; always predicting the most frequent label scores {percent(floor)}" if floor else ""),
     ]
 
 
@@ -53,7 +54,7 @@ def notes_of(report: Report) -> list[str]:
     tests = (
         f"Good enough: shown to lose less than {counted(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
         "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
-        "number of settings tried (Holm); each interval, and what is lost at most, is of its own comparison."
+        "number of settings tried (Holm); intervals and largest losses are not corrected."
     )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"Not shown: {counted(more, 'setting')} more."] if more else []
@@ -65,7 +66,7 @@ def _notes_on_time(report: Report) -> Iterator[str]:
     noise, trials = noise_of_time([trial for row in report.rows for trial in row.trials])
     if trials:
         yield (
-            f"Equal work took ± {noise:.0f} % of time (standard deviation, {trials} trials); FLOPs are "
+            f"Times of equal work vary by ± {noise:.0f} % (standard deviation, {trials} trials); FLOPs are "
             "counted, not measured."
         )
     for reason in sorted({row.saving.time_note for row in report.table_rows if row.saving.time_note}):
@@ -105,7 +106,7 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
         console.print(rich_table(report.slices, SLICES, console.width))
     for line in details(report):
         console.print(Text(line))
-    for label, text in {"first": report.ui_command, "runs": report.url}.items():
+    for label, text in {"start": report.ui_command, "open": report.url}.items():
         if text:
             console.print(Text(f"{label:<8}{text}"), soft_wrap=True)  # never wrapped, so that it can be clicked
 

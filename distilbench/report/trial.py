@@ -93,10 +93,12 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
     if trial.treatment == baseline.treatment:
         if same_seed:
             return "Settings and seed are the baseline's: this repeats it."
-        return f"Only the seed differs ({trial.seed}, baseline {baseline.seed}): this shows what a seed can do."
+        return (
+            f"Only the seed differs ({trial.seed}, baseline {baseline.seed}): this shows how much a seed alone changes."
+        )
     seeds = f"One seed each ({trial.seed})" if same_seed else f"One seed each ({trial.seed}, baseline {baseline.seed})"
     swept = "; the sweep's report corrects for all that was tried" if trial.number else ""
-    return f"{seeds}: this speaks of two trained models, not yet of their settings{swept}."
+    return f"{seeds}: this compares two trained models, not yet their settings{swept}."
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -34,7 +34,7 @@ def _verdict(row: Row) -> str:
 
 def above_floor(accuracy: float, floor: float) -> str:
     """Set an accuracy beside that of the most frequent label alone."""
-    return f"{percent(accuracy)}, where the most frequent label alone scores {percent(floor)}"
+    return f"{percent(accuracy)}, while always predicting the most frequent label scores {percent(floor)}"
 
 
 def reason_untested(row: Row) -> str:
@@ -59,7 +59,7 @@ def what_decides(needed: Needed | None, examples_there: int) -> str:
     examples = f"about {needed.examples:,} examples with {needed.with_seeds} seeds" if needed.examples else ""
     if needed.seeds is None:
         limit = f"the {examples_there:,} examples alone leave ± {100 * needed.floor:.1f} points"
-        return f"no number of seeds decides it, for {limit}" + (f"; {examples} would" if examples else "")
+        return f"no number of seeds would decide it, because {limit}" + (f"; {examples} would" if examples else "")
     return f"{needed.seeds} seeds would decide it" + (f", or {examples}" if examples else "")
 
 
@@ -85,6 +85,6 @@ def survival(row: Row) -> str:
     survived = row.again.verdict is Verdict.BETTER
     word = "survived fresh seeds" if survived else "did not survive fresh seeds"
     if (row.points or 0) <= 0:
-        word = "shows only now" if survived else "was none in the sweep either"
+        word = "appears only now" if survived else "was not there in the sweep either"
     then, now = size_of(row), size_of(row.again)
     return f"The advantage of {row.name} {word}: {then} in the sweep; {now} in the confirmation."

@@ -115,7 +115,7 @@ def print_plan(plan: SweepPlan) -> None:
     line = f"{plan.name}: {what}; {prediction}, by a few steps of one; nothing was trained or kept"
     say(console, line)
     if len(plan.objectives) > 1:
-        say(console, f"trials are chosen by {plan.chosen_by}")
+        say(console, f"trials are ranked by {plan.chosen_by}")
     if warning := _warning(plan, len(prepared.splits.report)):
         say(console, warning)
 

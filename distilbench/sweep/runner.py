@@ -87,7 +87,7 @@ def run_plan(
             return _no_space(plan)
         if isinstance(error, OSError):
             raise
-        return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; the same command continues"
+        return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; run the same command again to continue"
 
 
 def _open_parent_run(
@@ -152,7 +152,7 @@ class SweepRunner:
                 if not self._under_way_elsewhere():
                     self._finish_parent()
             if isinstance(error, KeyboardInterrupt):
-                self._say(f"interrupted: {self._leaderboard().line()}; the same command continues")
+                self._say(f"interrupted: {self._leaderboard().line()}; run the same command again to continue")
             raise
 
     def _wait_for_jobs(self, trials: Sequence[tuple[Study, int]]) -> None:
@@ -166,7 +166,7 @@ class SweepRunner:
     def _finish_parent(self) -> None:
         """End the run of a sweep that this process leaves: it is complete, or to be continued."""
         if any(study.has_more() for study in self._studies):
-            self._parent.finish(Status.INTERRUPTED, "interrupted; the same command continues")
+            self._parent.finish(Status.INTERRUPTED, "interrupted; run the same command again to continue")
         else:
             self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
 
@@ -303,7 +303,7 @@ class SweepRunner:
         if not study.holds(number):
             study.mine.pop(number, None)
             raise_if_signalled()
-            self._say(f"trial {study.path(number)} was taken over by another process: what came of it here is dropped")
+            self._say(f"trial {study.path(number)} was taken over by another process: its result here is dropped")
             return
         is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
         record = study.end_of(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
@@ -357,7 +357,7 @@ class SweepRunner:
             self._parent.catch_up(self._is_over, plan.settings.tracking.patience_seconds)
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
-        self._say(f"trials are chosen by {plan.chosen_by}")
+        self._say(f"trials are ranked by {plan.chosen_by}")
         if not plan.is_grid and plan.asked > plan.total and self._studies[-1].is_exhausted():
             self._say(f"every point of the space ({plan.total}) has been evaluated: no more to try")
         elif self._ended is None and self._studies[-1].has_more():
@@ -376,7 +376,7 @@ class SweepRunner:
 
 
 def _no_space(plan: SweepPlan) -> str:
-    return f"no space left on the disk of {plan.directory}; make room, and the same command continues"
+    return f"no space left on the disk of {plan.directory}; make room, then run the same command again to continue"
 
 
 def _said(end: End) -> str | None:

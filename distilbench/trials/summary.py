@@ -39,8 +39,8 @@ def print_outcome(trial: Trial, console: Console | None = None) -> None:
     lines = {
         "baseline": None if job.is_baseline or trial.comparison else job.baseline_command(),
         "output": trial.settings.output.dir,
-        "first": store.ui_command if store else None,
-        "runs": store.runs_url() if store else None,
+        "start": store.ui_command if store else None,
+        "open": store.runs_url() if store else None,
     }
     for label, text in lines.items():
         if text:  # never wrapped, so that it can be clicked or copied
@@ -63,7 +63,7 @@ def trial_line(trial: Trial) -> str:
     if result.alone:
         return "; ".join([*parts, f"{duration(result.train_seconds)} training"])
     estimate = result.solo_seconds_estimate
-    solo = f", one alone about {duration(estimate)} (estimate)" if estimate is not None else ""
+    solo = f", alone about {duration(estimate)} (estimate)" if estimate is not None else ""
     others = counted(result.num_trials_in_batch - 1, "other")
     return "; ".join([*parts, f"{duration(result.train_seconds)} training at once with {others}{solo}"])
 
@@ -178,8 +178,12 @@ def _result(result: TrialResult, report: Evaluation) -> str:
 
 def _floor(predictions: Predictions, seed: int) -> str:
     """Return the accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
-    learned = "above it" if has_learned({seed: predictions}) else "not shown to be above it: this trial HAS NOT LEARNED"
-    return f"{percent(floor_of(predictions.labels))} by the most frequent label alone; {learned}"
+    learned = (
+        "this trial is above it"
+        if has_learned({seed: predictions})
+        else "this trial is not shown to be above it: it HAS NOT LEARNED"
+    )
+    return f"{percent(floor_of(predictions.labels))} for always predicting the most frequent label; {learned}"
 
 
 def _time(result: TrialResult) -> str:
@@ -203,5 +207,5 @@ def _comparison_lines(trial: Trial, width: int) -> Iterator[Table | Text]:
         told = "Not compared: there is no finished baseline of this protocol yet. The next line trains one."
         yield Text(f"\n{told}", "bold")
     elif trial.result.report is not None:
-        yield Text("\nThis is a baseline: what other trials of its protocol are compared with.", "bold")
+        yield Text("\nThis is a baseline: other trials of its protocol are compared with it.", "bold")
     yield Text()

@@ -33,7 +33,8 @@ def test_the_cheapest_good_enough_setting_is_named_with_what_it_saves_and_costs_
     row = next(row for row in three().candidates if row.label == "layers=3")
     assert told == (
         f"layers=3 is good enough: it loses at most {row.difference.loses_at_most:.2f} points, "
-        "and takes 47 % fewer FLOPs, 38 % less time, 25 % less memory; the cheapest of 2 such, of the 2 settings tried."
+        "and takes 47 % fewer FLOPs, 38 % less time, 25 % less memory; "
+        "the cheapest of 2 such settings, of the 2 settings tried."
     )
 
 
@@ -52,7 +53,7 @@ def test_a_more_accurate_one_is_named_second():
 def test_a_better_one_alone_tells_its_size_and_a_lead_that_it_is_to_be_confirmed():
     (told,) = answer(three(best=0.95, frozen=0.6))
     assert told.startswith("scheduler=cosine is better, +4.93 points (95 % +3.")
-    assert told.endswith("; alone among the 2 settings tried.")
+    assert told.endswith("; the only one of the 2 settings tried.")
     (told,) = answer(three(best=0.95, frozen=0.6, is_picked_here=True))
     assert told.startswith("scheduler=cosine is ahead, yet to be confirmed, +4.93 points (95 % +3.")
 
@@ -89,8 +90,8 @@ def test_beside_a_baseline_that_has_not_learned_nothing_is_praised():
         "not judged: the baseline has not learned", "has not learned"
     ]  # fmt: skip
     assert answer(report) == [
-        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. "
-        "Nothing is judged beside it.",
+        "The baseline has not learned: 50.00 %, while always predicting the most frequent label scores 50.00 %. "
+        "No setting can be judged against it.",
         "Most accurate: layers=3, 90.02 %.",
     ]
 
@@ -115,7 +116,7 @@ def test_estimates_of_time_are_called_so():
         ([failed(Status.DIVERGED, 1, FROZEN), failed(Status.OUT_OF_MEMORY, 2, COSINE)],
          "No trial finished: 1 DIVERGED, 1 OUT_OF_MEMORY."),
         ([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)],
-         "1 setting finished, compared with nothing: there is no finished baseline."),
+         "1 setting finished, but there is no finished baseline to compare with."),
         ([trial(0.9)], "Only the baseline finished: there is nothing to compare it with."),
         ([trial(0.9, 42), trial(0.9, 1, 1, FROZEN), trial(0.9, 2, 1, FROZEN)],
          "Nothing could be tested against the baseline: the baseline lacks seeds 1, 2."),
@@ -142,7 +143,7 @@ def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures()
     assert ", n = 1) in the sweep; +4.93 points (" in second
     assert second.endswith(", n = 3) in the confirmation.")
     assert "did not survive fresh seeds: +4.93" in answer(confirmed(0.95, 0.90))[1]
-    assert "was none in the sweep either" in answer(confirmed(0.89, 0.89))[1]
+    assert "was not there in the sweep either" in answer(confirmed(0.89, 0.89))[1]
 
 
 def test_settings_that_were_pruned_or_failed_were_tried_and_are_counted():

@@ -53,14 +53,14 @@ def test_coins_are_called_learned_in_at_most_the_level():
 
 def test_a_baseline_that_has_not_learned_is_told_of_first_and_everywhere():
     report = report_of([made(ALWAYS), made(LEARNED, place=1, settings=FROZEN)], is_picked_here=False)
-    first = "The baseline has not learned: 51.03 %, where the most frequent label alone scores 51.03 %."
+    first = "The baseline has not learned: 51.03 %, while always predicting the most frequent label scores 51.03 %."
     assert answer(report)[0].startswith(first)
     stream = io.StringIO()
     print_report(Console(file=stream, width=200), report)
     texts = [stream.getvalue(), markdown_report(report), note(report), latex_report(report)]
     for text in texts:
         assert "has not learned" in text
-        assert "the most frequent label alone scores 51.03" in text
+        assert "always predicting the most frequent label scores 51.03" in text
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_confirmation_stands_beside_the_sweep():
     row = report.candidates[0]
     words = Document(page(report_of([trial(0.9)], confirmation=(replace(row, again=row),)))).words
     assert "Confirmed with fresh seeds?" in words
-    assert "The advantage of layers=3 was none in the sweep either: " in words
+    assert "The advantage of layers=3 was not there in the sweep either: " in words
 
 
 def test_a_chart_of_very_many_settings_stays_drawable():

@@ -63,9 +63,9 @@ def test_comparison_counts_tests_and_times_the_same_examples():
     assert result.row.saving.time_note == ""
     assert sentence(result) == (
         f"Undecided on these 100 examples: it may lose up to {result.row.difference.loses_at_most:.2f} points, and the "
-        "margin is 1 point; no number of seeds decides it, for the 100 examples alone leave ± 3.4 points; about 3,212 "
-        "examples with 5 seeds would. "
-        "One seed each (42): this speaks of two trained models, not yet of their settings."
+        "margin is 1 point; no number of seeds would decide it, because the 100 examples alone leave ± 3.4 points; "
+        "about 3,212 examples with 5 seeds would. "
+        "One seed each (42): this compares two trained models, not yet their settings."
     )
 
 
@@ -178,11 +178,12 @@ def test_formats(text, expected):
 def test_a_comparison_with_a_baseline_that_has_not_learned_says_that_first():
     half = "10" * 50
     assert sentence(compare(stored(BETTER), baseline(half))).startswith(
-        "The baseline has not learned: 50.00 %, where the most frequent label alone scores 50.00 %. Not judged on"
+        "The baseline has not learned: 50.00 %, while always predicting the most frequent label scores 50.00 %. "
+        "Not judged on"
     )
 
 
 def test_a_trial_of_a_sweep_whose_split_chose_it_says_what_the_sweep_says():
     told = sentence(report.compare(stored(BETTER, number="3"), baseline(SAME), 1.0, picked_here=True))
     assert told.startswith("Ahead of the baseline on these 100 examples, to be confirmed: ")
-    assert told.endswith("not yet of their settings; the sweep's report corrects for all that was tried.")
+    assert told.endswith("not yet their settings; the sweep's report corrects for all that was tried.")

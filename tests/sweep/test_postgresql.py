@@ -150,7 +150,7 @@ def test_a_server_that_stops_answering_ends_the_sweep_in_one_line(workspace, nam
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("distilbench: ")]
     assert "no longer answers" in line
-    assert "the same command continues" in line
+    assert "run the same command again to continue" in line
     assert "Traceback" not in err
     ended(workspace.start(STORAGE, *GRID, f"sweep.name={name}"))
     check(workspace, name)

@@ -362,7 +362,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_its_trial_is_tried_again(gro
     said = ground.directory.with_name("said")
     assert in_process(lambda: said.write_text(_run(plan, ground.settings, full) or "") * 0) == 0
     assert said.read_text() == (
-        f"no space left on the disk of {ground.directory}; make room, and the same command continues"
+        f"no space left on the disk of {ground.directory}; make room, then run the same command again to continue"
     )
     assert ground.ends()["records"] == Counter({"INTERRUPTED": 1})
     assert ground.sweep(plan, ground.settings) == 0

@@ -43,7 +43,7 @@ def test_the_dead_and_the_frozen_lose_their_trials_and_the_slow_does_not(workspa
     ended = [process.communicate(timeout=120) for process in (frozen, slow)]
     assert [frozen.returncode, slow.returncode] == [0, 0], ended
     assert "that a killed process left" in out + ended[1][0], "whichever of the living is free first"
-    assert "trial 2 was taken over by another process: what came of it here is dropped" in ended[0][0]
+    assert "trial 2 was taken over by another process: its result here is dropped" in ended[0][0]
 
     statuses = {trial.number: trial.user_attrs["status"] for trial in workspace.study("shared")}
     assert Counter(statuses.values()) == {"FINISHED": 6, "INTERRUPTED": 2}

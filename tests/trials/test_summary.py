@@ -122,16 +122,16 @@ def test_summary_tells_what_was_trained_and_how_it_compares(outcome):
 def test_piped_summary_has_no_control_codes_fits_and_leaves_links_whole(outcome):
     lines = shown(outcome).splitlines()
     assert "\x1b" not in "".join(lines)
-    assert f"runs      {RUNS}" in lines
+    assert f"open      {RUNS}" in lines
     assert "output    /outputs/[bold]2026[/bold]" in lines
-    assert all(len(line) <= 80 for line in lines if not line.startswith(("runs", "output")))
+    assert all(len(line) <= 80 for line in lines if not line.startswith(("open", "output")))
 
 
 def test_terminal_summary_has_colour_and_stays_narrow_on_a_wide_screen(outcome):
     text = shown(outcome, width=200, force_terminal=True, color_system="standard", no_color=False)
     assert "\x1b[1;32mFINISHED" in text
     plain = shown(outcome, width=200).splitlines()
-    assert all(len(line) <= 100 for line in plain if not line.startswith(("runs", "output")))
+    assert all(len(line) <= 100 for line in plain if not line.startswith(("open", "output")))
 
 
 def test_a_fallback_is_said_at_the_top_and_beside_the_source(outcome):
@@ -199,7 +199,8 @@ def test_a_trial_not_above_the_most_frequent_label_alone_is_called_so(outcome, m
     always = Predictions(labels.astype(int), np.tile([0.0, 1.0], (100, 1)))
     monkeypatch.setattr(Trial, "predictions", always)
     words = " ".join(shown(outcome).split())
-    assert "60.00 % by the most frequent label alone; not shown to be above it: this trial HAS NOT LEARNED" in words
+    assert "60.00 % for always predicting the most frequent label; this trial is not shown to be above it" in words
+    assert "it HAS NOT LEARNED" in words
     good = Predictions(labels.astype(int), np.eye(2)[labels.astype(int)])
     monkeypatch.setattr(Trial, "predictions", good)
-    assert "alone; above it" in " ".join(shown(outcome).split())
+    assert "label; this trial is above it" in " ".join(shown(outcome).split())
