@@ -87,7 +87,7 @@ Executor = Sequential | Pool
 def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:
     """Return what suits a launcher: ``n_jobs`` trials at once, by default one where they share one process."""
     launch = partial(_launch_through, launcher)
-    if type(launcher) is BasicLauncher:
+    if isinstance(launcher, BasicLauncher):
         return Sequential(launch, 1)
     if config._target_.endswith(".JoblibLauncher") and config.backend in (None, "loky"):
         from joblib import effective_n_jobs

@@ -131,7 +131,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     composer = Composer(options.config, loader, space)
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
-    objectives = objectives_of(settings[0], type(options.launcher) is BasicLauncher or options.n_jobs == 1)
+    objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)
     check_pruning(settings[0].sweep, objectives)
     require("seed" not in space.dimensions or not settings[0].sweep.seeds, "sweep.seeds",
             "null where seed varies", settings[0].sweep.seeds, "drop one of the two")  # fmt: skip

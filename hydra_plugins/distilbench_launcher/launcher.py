@@ -9,6 +9,9 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
 @dataclass
@@ -23,7 +26,7 @@ class FusedLauncherConf:
 ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedLauncherConf, provider="distilbench")
 
 
-class FusedLauncher(BasicLauncher):
+class FusedLauncher(Launcher):
     """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
 
     Such a function carries an attribute ``takes_batches``: given how many jobs may be trained at once, it makes the
@@ -31,19 +34,22 @@ class FusedLauncher(BasicLauncher):
     """
 
     def __init__(self, max_trials: int) -> None:
-        super().__init__()
         self._max_trials = max_trials
+        self._basic = BasicLauncher()
         self._batches: Any = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra hands over."""
+        self._context, self._task, self._config = hydra_context, task_function, config
+        self._basic.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; returns keep their order."""
-        takes_batches = getattr(self.task_function, "takes_batches", None)
+        takes_batches = getattr(self._task, "takes_batches", None)
         if takes_batches is None:
-            return super().launch(job_overrides, initial_job_idx)
+            return self._basic.launch(job_overrides, initial_job_idx)
         from distilbench.sweep.executors import launch_batch
 
-        assert self.config is not None  # Hydra has called setup
-        assert self.hydra_context is not None
         if self._batches is None:
             self._batches = takes_batches(self._max_trials)
-        return launch_batch(self._batches, self.config, self.hydra_context, job_overrides, initial_job_idx)
+        return launch_batch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
