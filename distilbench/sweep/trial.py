@@ -123,13 +123,10 @@ class Seeds:
 
     def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
         output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
-        seed_job = replace(self._sweep_job, prunes=False)  # seeds are pruned as a whole
-        context = replace(
-            context_of(seed_job, job.settings, self._lease),
-            name=f"{self._sweep_job.run_name} seed={seed}",
-            parent_run_id=self._parent.run_id,
-            continues=before,
-        )
+        name, parent = f"{self._sweep_job.name} seed={seed}", self._parent.run_id
+        # seeds are pruned as a whole
+        seed_job = replace(self._sweep_job, name=name, parent_run_id=parent, continues=before, prunes=False)
+        context = context_of(seed_job, job.settings, self._lease)
         settings = replace(job.settings, seed=seed, output=output)
         return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
