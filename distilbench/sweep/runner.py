@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -201,8 +200,7 @@ class SweepRunner:
         """
         if not any(owner in study.left for study in self._studies):
             return owner == self._owner or owner.is_dead()
-        running = [view for _, view in self._views() if view.status is Status.RUNNING]
-        return asdict(owner) not in [view.attribute("owner") for view in running]
+        return owner not in [view.owner for _, view in self._views() if view.status is Status.RUNNING]
 
     def _views(self) -> list[tuple[Study, TrialView]]:
         """Read every trial anew."""

@@ -90,6 +90,12 @@ class TrialView:
         return str(self.attribute("name") or "")
 
     @property
+    def owner(self) -> Owner | None:
+        """The process of the sweep that has it; None where that was killed between asking and signing."""
+        signed = self.attribute("owner")
+        return Owner(**signed) if signed else None
+
+    @property
     def values(self) -> tuple[float, ...]:
         """Its objectives, empty without a result."""
         return tuple(self.trial.values) if self.trial.state == TrialState.COMPLETE else ()
@@ -336,7 +342,7 @@ class Study:
         if number not in self.mine:
             return False
         view = self._view(number)
-        return view.status is Status.RUNNING and view.attribute("owner") == asdict(self._owner)
+        return view.status is Status.RUNNING and view.owner == self._owner
 
     def beat(self) -> None:
         """Have the hearts of this process's trials beat; whose stand still are :meth:`adopt_dead`'s, on any host."""
@@ -350,10 +356,9 @@ class Study:
         running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
         found = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
         for view in found:
-            # its sweep's process and its job's, as far as they signed
-            owner, record = view.attribute("owner"), read_record(self.directory(view.number))
-            self.left |= {Owner(**owner)} if owner else set()
-            self.left |= {record.owner} if record else set()
+            record = read_record(self.directory(view.number))
+            workers = view.owner, record and record.owner  # its sweep's process and its job's, as far as they signed
+            self.left |= {owner for owner in workers if owner}
             self.mine[view.number] = view.trial._trial_id
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
@@ -365,8 +370,7 @@ class Study:
 
         That is the quick answer; of processes on other hosts only their hearts tell.
         """
-        owner = view.attribute("owner")  # None: killed between asking and signing, under the lock that we hold
-        if owner is not None and owner != asdict(self._owner) and not Owner(**owner).is_dead():
+        if view.owner and view.owner != self._owner and not view.owner.is_dead():
             return False
         record = read_record(self.directory(view.number))
         return record is None or record.status is not Status.RUNNING or record.owner.is_dead()

@@ -369,6 +369,13 @@ def test_a_trial_that_its_callback_stops_says_why(store, trials, train, monkeypa
     assert outcomes[0].result.error == "pruned after step 4 of 4: accuracy 1.0 is below the median"
 
 
+def test_a_trial_of_this_process_is_compared_as_what_its_run_tells(store, train):
+    outcome = train()[0]
+    (kept,) = store.search({}, [outcome.run_id])
+    assert repr(replace(kept, url="", started_ms=0)) == repr(replace(outcome.stored, predictions=None))
+    assert kept.accuracy == 1.0
+
+
 @pytest.mark.parametrize("end", ["error", "full disk"])
 def test_a_comparison_that_fails_leaves_the_trial_as_it_is(store, prepared, trials, train, monkeypatch, caplog, end):
     outcome = train()[0]
