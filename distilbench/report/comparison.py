@@ -140,7 +140,6 @@ def difference_of(seen: SeedSpread, margin: float) -> Difference:
         p_loss=loss.p,
         p_loss_holm=loss.p,
         n=seen.n,
-        examples=len(seen.by_example),
     )
 
 

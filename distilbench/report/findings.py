@@ -205,7 +205,7 @@ def _undecided(report: Report) -> str:
     assert found is not None
     saved = ", ".join(_savings(row, report))
     told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
-    return f"Undecided: {told}; {what_decides(found.needed, found.examples)}."
+    return f"Undecided: {told}; {what_decides(found.needed, row.evidence.examples)}."
 
 
 def tried_settings(report: Report) -> str:

@@ -119,8 +119,7 @@ class Difference:
     """A setting minus the baseline in points of accuracy: 95 % interval, p as tested and after Holm's correction.
 
     ``loses_at_most`` bounds the loss, one-sided at 97.5 %; ``p_loss`` is that of a loss of the margin or more. ``n``
-    counts seeds, or pairs of them; ``examples`` are those that both were asked. ``needed`` is what would
-    decide, where nothing is decided.
+    counts seeds, or pairs of them. ``needed`` is what would decide, where nothing is decided.
     """
 
     points: float
@@ -132,7 +131,6 @@ class Difference:
     p_loss: float
     p_loss_holm: float
     n: int
-    examples: int
     needed: Needed | None = None
 
 

@@ -55,7 +55,7 @@ class SeedSpread:
 
     ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_parts`` are ``(variance, degrees of freedom)``
     of the grand mean over seeds, none of one pair; ``noise`` is what of that variance comes from seed x example noise.
-    ``n`` as in :class:`SeedComparison`.
+    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
     """
 
     by_example: np.ndarray
@@ -110,16 +110,12 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Accuracy of A minus that of B as a share, its interval, the p of no difference, and the seeds behind it.
-
-    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
-    """
+    """Accuracy of A minus that of B as a share, its interval, and the p of no difference."""
 
     difference: float
     low: float
     high: float
     p: float
-    n: int
 
 
 def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
@@ -137,11 +133,11 @@ def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
     if seen.n == 1:
         only_a, only_b = int(np.sum(by_example > 0)), int(np.sum(by_example < 0))
         interval = paired_accuracy_interval(only_a, only_b, len(by_example))
-        return SeedComparison(*interval, mcnemar_exact(only_a, only_b), n=1)
+        return SeedComparison(*interval, mcnemar_exact(only_a, only_b))
     given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
     half = max(critical_difference(parts, 1 - LEVEL), Z * given)
     p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
-    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p, seen.n)
+    return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p)
 
 
 def _seed_variance(values: np.ndarray) -> tuple[float, float]:

@@ -66,7 +66,7 @@ def sentence(comparison: Comparison) -> str:
     if found is None:
         size = points(comparison.row.points or 0.0)
         return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
-    on_these, margin = f"on these {found.examples:,} examples", counted(comparison.margin, "point")
+    on_these, margin = f"on these {comparison.row.examples:,} examples", counted(comparison.margin, "point")
     idle = "".join(
         f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
         for name, row in (("baseline", comparison.baseline), ("trial", comparison.row))
@@ -82,7 +82,7 @@ def sentence(comparison: Comparison) -> str:
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
         Verdict.UNDECIDED: f"Undecided {on_these}: it may lose up to {found.loses_at_most:.2f} points, "
         f"and the margin is {margin}; "
-        f"{what_decides(found.needed, found.examples)}.",
+        f"{what_decides(found.needed, comparison.row.examples)}.",
     }[comparison.row.verdict]
     return f"{idle}{outcome} {_scope(trial, base)}"
 

@@ -94,7 +94,7 @@ def test_one_seed_each_is_mcnemar():
     result = compared({1: a}, {2: b})
     assert result.p == pytest.approx(2 / 2**7)
     assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
-    assert result.n == 1
+    assert spread_over_seeds({1: a}, {2: b}).n == 1
 
 
 def blocks(*sizes):
@@ -109,7 +109,6 @@ def test_without_example_spread_paired_seeds_give_the_one_sample_t_test():
     expected = stats.ttest_1samp([0.2, 0.3, 0.5], 0)
     assert result.p == pytest.approx(expected.pvalue, rel=1e-6)
     assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval()))
-    assert result.n == 3
 
 
 def test_without_example_spread_independent_seeds_give_cochran_and_cox():
@@ -123,7 +122,7 @@ def test_without_example_spread_independent_seeds_give_cochran_and_cox():
 
     assert (result.low, result.high) == pytest.approx((1 / 12 - half(0.05), 1 / 12 + half(0.05)))
     assert half(result.p) == pytest.approx(1 / 12)
-    assert result.n == 3
+    assert spread_over_seeds(a, b).n == 3
 
 
 def test_paired_seeds_weigh_the_mean_squares_of_the_two_way_layout():
@@ -215,8 +214,8 @@ def test_shared_seeds_are_paired_and_others_left_aside():
     b = {s: rng.random(200) < 0.8 for s in (3, 2, 9)}
     result = compared(a, b)
     assert result == compared({s: a[s] for s in (2, 3)}, {s: b[s] for s in (2, 3)})
-    assert result.n == 2
-    assert compared(a, {2: b[2]}).n == 1
+    assert spread_over_seeds(a, b).n == 2
+    assert spread_over_seeds(a, {2: b[2]}).n == 1
 
 
 def test_seeds_that_cannot_be_compared_are_refused():
