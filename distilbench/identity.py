@@ -180,7 +180,7 @@ def point_key(settings: TrialSettings) -> str:
 
 def preparation_key(settings: TrialSettings) -> str:
     """Return a key equal for trials that can share their sources, encoded, and the engine."""
-    same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE))
+    same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE, "data.slice_column"))
     return short_hash([same, settings.needs_trainer])
 
 

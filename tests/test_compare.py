@@ -116,6 +116,15 @@ def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
     assert {row["verdict"] for row in rows(tmp_path / "none").values()} == {""}
 
 
+def test_trials_that_repeat_a_setting_and_a_seed_are_counted_where_they_are_left_out(tmp_path, capsys):
+    store = make_store(tmp_path)
+    for overrides in ((), ("freeze.layers=1",), ("freeze.layers=1", "engine=trainer")):
+        add_trial(store, *overrides, tags={SWEEP: "engines"})
+    compare(tmp_path, tmp_path / "report", "sweep=engines")
+    assert rows(tmp_path / "report")["layers=1"]["seeds"] == "42"
+    assert "Left out: 1 finished trial whose setting and seed a newer one has." in capsys.readouterr().out
+
+
 def test_the_margin_decides_what_is_good_enough(folder, tmp_path):
     compare(folder, tmp_path / "wide", "sweep=first", "margin=40")
     assert rows(tmp_path / "wide")["layers=1"]["verdict"] == "good enough"

@@ -120,6 +120,10 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
+    asked = {trial.run_id for trial in trials}
+    repeated = [one for row in rows for one in row.other_trials if one.status is Status.FINISHED]
+    if repeats := sum(one.run_id in asked for one in repeated):  # such as with another engine
+        notes += (f"Left out: {counted(repeats, 'finished trial')} whose setting and seed a newer one has.",)
     rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split

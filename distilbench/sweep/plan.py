@@ -12,7 +12,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import distribution_to_json
 
 from distilbench.identity import METRIC, SOURCES, short_hash
@@ -129,6 +129,9 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         require(key.lstrip("+").partition(".")[0] not in HELD, key, "one value for a whole sweep",
                 describe(space.dimensions[key]), "run a sweep for each")  # fmt: skip
     composer = Composer(options.config, loader, space)
+    own = OmegaConf.to_container(composer.base.output, resolve=False)["dir"]  # type: ignore[index, call-overload]
+    require(own == "${hydra:runtime.output_dir}", "output.dir", "left to a sweep, which gives each trial its own", own,
+            "set hydra.sweep.dir")  # fmt: skip
     checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
     objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)

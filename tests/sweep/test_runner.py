@@ -287,6 +287,10 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["optim.lr=fast,slow"], "optim.lr"),
         (["optim.lr=interval(0,1)"], "add hydra/sweeper=optuna"),
         (["sweep.trials=2,3"], "sweep.trials must be one value for a whole sweep, got '2, 3'; run a sweep for each"),
+        (
+            ["seed=1,2", "output.dir=here"],
+            "output.dir must be left to a sweep, which gives each trial its own, got 'here'",
+        ),
         (["margin=1,2"], "margin must be one value for a whole sweep"),
         (["seed=1,2", "sweep.seeds=[3,4]"], "sweep.seeds must be null where seed varies, got [3, 4]; drop one"),
         (["seed=1,2", "hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs must be 1 or more, got -1"),
