@@ -1,12 +1,12 @@
-"""Batches of few fixed sizes, laid out for a whole window of steps at once and kept on the device.
+"""Batches padded to a few fixed sizes, laid out on the device for a whole window of steps at once.
 
-A GPU that replays a recorded step wants the same shapes and the same addresses each time. So every batch is filled up
-to one of a few *buckets*; a step reads its numbers with a single copy on the device, and the host packs nothing in it.
-Attention gets one sentence a bin: at these lengths its products are next to nothing, and the layout needs no search.
+A CUDA graph needs the same shapes and addresses at every replay. Every batch is therefore padded to one of a few
+*buckets*. A step reads its inputs with a single copy on the device, and the host packs nothing during the step.
+Attention uses one bin per sentence: at these lengths its products cost very little, and the layout needs no search.
 
-SST-2, batch 16, 12,630 steps of 213 tokens in the mean, one order: 8 buckets (208, 240, 288 or 432 tokens, 48 or 72
-wide). 11.4 % of their tokens are filler, where 1 level would make it 51 %, 3 16 % and 6 8 %; and 73 % of the slots of
-their attention. Three orders side by side, each filled up to the longest: 21 % of the tokens; 32 orders: 33 %.
+SST-2, batch 16, 12,630 steps of 213 tokens on average, one order: 8 buckets (208, 240, 288 or 432 tokens, width 48 or
+72). Padding is 11.4 % of the tokens (51 % with 1 token level, 16 % with 3, 8 % with 6) and 73 % of the attention slots.
+With three orders side by side, each padded to the longest, it is 21 % of the tokens; with 32 orders, 33 %.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from distilbench.engines.fused.dropout import key_of
 from distilbench.engines.fused.packing import FILLER, Batch, Placement
 
 TOKEN_MULTIPLE, TOKEN_LEVELS = 16, 4
-"""Buckets hold a multiple of so many tokens, and there are so many different numbers of them at most."""
+"""The token count of a bucket is a multiple of the first; there are at most as many different counts as the second."""
 
 WIDTH_MULTIPLE, WIDTH_LEVELS = 8, 2
-"""The same for the longest sentence. Draws of dropout come eight at a time, along the width."""
+"""The same for the width (the longest sentence). Dropout draws eight values at a time along the width."""
 
 WINDOW = 512
-"""Steps that are laid out and shipped at once: on SST-2 about 3 MB an order of examples."""
+"""Steps that are laid out and copied to the device at once: on SST-2 about 3 MB per order of examples."""
 
 IGNORED = -100
-"""The label of a sentence that is not there, which :func:`torch.nn.functional.cross_entropy` leaves out."""
+"""The label of an absent sentence, which :func:`torch.nn.functional.cross_entropy` ignores."""
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The size of a batch: ``tokens`` in a row, and ``sentences`` bins of ``width`` slots."""
+    """The size of a padded batch: ``tokens`` end to end, and ``sentences`` attention bins of ``width`` slots."""
 
     tokens: int
     width: int
@@ -46,12 +46,12 @@ class Bucket:
 
     @property
     def fields(self) -> int:
-        """How many numbers describe a batch of one order; :func:`batch_of` and :func:`_lay_out` share the layout."""
+        """How many integers describe a batch of one order, in the layout of :func:`fields_of`."""
         return 4 * self.tokens + 3 * self.sentences + 2
 
 
 class BucketedBatches:
-    """Where every step of a course finds its batch, in the orders of ``seeds``."""
+    """The padded batch of every training step, in the example orders of ``seeds``."""
 
     def __init__(
         self, split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int], device: torch.device
@@ -73,17 +73,17 @@ class BucketedBatches:
         self._places = np.empty(0, dtype=np.int64)
 
     def bucket(self, step: int) -> Bucket:
-        """Return the size that step ``step`` (from 0) is filled up to."""
+        """Return the bucket that step ``step`` (from 0) is padded to."""
         return self._buckets[step]
 
     def inputs(self, step: int) -> torch.Tensor:
-        """Return what describes the batch of a step, ``(orders, fields)`` int64 on the device."""
+        """Return the description of a step's batch, ``(orders, fields)`` int64 on the device."""
         if step // WINDOW != self._window:
             self._ship(step // WINDOW)
         return self._inputs[self._buckets[step]][int(self._places[step % WINDOW])]
 
     def _ship(self, window: int) -> None:
-        """Lay out the steps of a window and move them to the device, one transfer for each size."""
+        """Lay out the steps of a window and copy them to the device, one transfer per bucket."""
         steps = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.schedule.steps))
         buckets = [self._buckets[step] for step in steps]
         self._places = np.empty(len(steps), dtype=np.int64)
@@ -102,7 +102,7 @@ def _shipped(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _chosen(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
-    """Return the examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 fills a short batch."""
+    """Return the examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 pads a short batch."""
     epochs, numbers = np.divmod(steps, schedule.steps_per_epoch)
     places = numbers[:, None] * schedule.batch_size + np.arange(schedule.batch_size)
     chosen = np.full(places.shape, -1)
@@ -117,19 +117,19 @@ def _lengths(split: EncodedSplit, chosen: np.ndarray) -> np.ndarray:
 
 
 def _sizes(split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and the longest sentence of every step, ``(steps, orders)`` each."""
+    """Return the token count and the longest sentence of every step, ``(steps, orders)`` each."""
     each = [_lengths(split, _chosen(schedule, seed, np.arange(schedule.steps))) for seed in seeds]
     return np.stack([e.sum(1) for e in each], axis=1), np.stack([e.max(1) for e in each], axis=1)
 
 
 def levels(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarray:
-    """Choose at most ``most`` multiples of ``multiple`` that ``sizes`` are filled up to, so that little is added.
+    """Choose at most ``most`` multiples of ``multiple`` to pad ``sizes`` to, at the lowest cost.
 
-    What counts is the sum of sizes to the ``power``. Found exactly, by the best split of the sorted sizes into runs.
+    The cost is the sum of the padded sizes to the ``power``. Dynamic programming over runs of sorted sizes is exact.
     """
     values, counts = np.unique(-(-sizes // multiple) * multiple, return_counts=True)
     seen = np.concatenate([[0], np.cumsum(counts)])
-    # cost[k][j]: the least that the first j values cost at k levels; the last run then ends with value j - 1
+    # cost[k][j]: the lowest cost of the first j values with k levels; the last run then ends with value j - 1
     cost = np.full((most + 1, len(values) + 1), np.inf)
     cost[:, 0] = 0
     start = np.zeros((most + 1, len(values) + 1), dtype=int)
@@ -147,7 +147,7 @@ def levels(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarra
 
 
 def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """Describe the batches of ``steps`` in one order, ``(steps, fields)`` int64."""
+    """Return the description of the batches of ``steps`` in one order, ``(steps, fields)`` int64."""
     chosen = _chosen(schedule, seed, steps)
     lengths = _lengths(split, chosen)  # (steps, sentences)
     counts = lengths.sum(1)
@@ -173,8 +173,8 @@ def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.
 
 
 def fields_of(inputs, bucket: Bucket):  # type: ignore[no-untyped-def]  # arrays or tensors alike
-    """Cut ``inputs`` (..., fields) into views: ids, positions, types and sentences of tokens; first tokens, lengths and
-    labels of sentences; dropout's key; how many tokens are real.
+    """Split ``inputs`` (..., fields) into views: each token's id, position, type and sentence; each sentence's first
+    token, length and label; the dropout key; the number of tokens without padding.
     """
     t, s = bucket.tokens, bucket.sentences
     ends = np.cumsum([0, t, t, t, t, s, s, s, 1, 1]).tolist()
@@ -182,10 +182,10 @@ def fields_of(inputs, bucket: Bucket):  # type: ignore[no-untyped-def]  # arrays
 
 
 def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]:
-    """Make a batch of ``inputs`` (orders, fields), and dropout's keys (orders,).
+    """Return the batch described by ``inputs`` (orders, fields), and its dropout keys (orders,).
 
-    Everything is computed on the device with shapes that ``bucket`` knows. A sentence that is not there has a bin of
-    filler and no label; filler queries see filler keys, so that no row of scores is masked throughout.
+    Everything is computed on the device, with shapes fixed by ``bucket``. An absent sentence has a bin of padding and
+    the label ``IGNORED``; padding queries attend to padding keys, so that no row of scores is masked completely.
     """
     ids, positions, types, sentence, first, length, labels, key, count = fields_of(inputs, bucket)
     orders, device = len(inputs), inputs.device

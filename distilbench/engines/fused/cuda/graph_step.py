@@ -1,11 +1,11 @@
-"""The step of a group as one function over buffers that stay where they are, for a GPU to record and replay.
+"""The training step of a group as a function over static buffers, captured and replayed as a CUDA graph.
 
-Forward, backward, clipping, the look-up of learning rates, the optimizer and the sum of losses read and write fixed
-tensors in shapes that a :class:`~distilbench.engines.fused.cuda.buckets.Bucket` fixes; nothing waits for the device.
-Before a step its numbers are copied into place, on the device, and the hidden states under the trained part likewise.
+Forward, backward, clipping, learning rates, the optimizer and the sum of losses read and write fixed tensors whose
+shapes a :class:`~distilbench.engines.fused.cuda.buckets.Bucket` determines; nothing synchronizes with the device.
+Before a step, its inputs and the hidden states that enter the trained part are copied into the buffers on the device.
 
-A step is repeatable to the bit on one device and library version: gradients of embeddings are added up by a product in
-a fixed order, norms by a fixed tree, and no two different values are added by atomics.
+A step is reproducible to the bit on one device and library version: gradients of embeddings are summed by a matrix
+product in a fixed order, norms by a fixed tree, and atomics never add two different values.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from distilbench.engines.optimization import Loss
 log = logging.getLogger(__name__)
 
 MIN_REPLAYS = 8
-"""Steps that a bucket must still have ahead: recording takes a rehearsal, and each replay saves most of a step."""
+"""A bucket is captured only if at least this many steps remain in it: the warm-up costs time that replays must save."""
 
 
 @dataclass
 class Buffers:
-    """What a step of one bucket reads: ``hidden`` unless embeddings train. ``shape`` is a batch of that size."""
+    """Static inputs of one bucket. ``hidden`` is None if embeddings train; ``shape`` is a batch of that size."""
 
     inputs: torch.Tensor
     hidden: torch.Tensor | None
@@ -46,9 +46,9 @@ class Buffers:
 
 
 class GraphSteps:
-    """Takes the steps of a stack of trials; made anew whenever the stack changes.
+    """The training steps of a stack of trials; rebuilt whenever the stack changes.
 
-    ``losses`` (trials,) is added to in place; ``norms`` (trials,) takes the last step's gradient norms.
+    Each step adds to ``losses`` (trials,) in place and writes its gradient norms into ``norms`` (trials,).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class GraphSteps:
         bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
         loss: Loss, deterministic_layers: int, runner: GraphRunner | None,
     ) -> None:  # fmt: skip
-        """``lrs`` (steps, trials) are those of the whole course; see :class:`Forward` for ``deterministic_layers``."""
+        """``lrs`` (steps, trials) cover the whole training; see :class:`Forward` for ``deterministic_layers``."""
         self.weights, self.prefix, self.bucketed_batches = weights, prefix, bucketed_batches
         self.losses, self.norms, self._loss = losses, norms, loss
         self._deterministic_layers, self._runner = deterministic_layers, runner
@@ -66,10 +66,10 @@ class GraphSteps:
         self._recorded = False
 
     def take(self, step: int, stop: int) -> float:
-        """Take step ``step`` (from 0), and return the seconds that recording took, which it does once.
+        """Take step ``step`` (from 0); return the seconds spent on capturing graphs, which happens once.
 
-        What is recorded serves the steps before ``stop``, where others begin. The first step is run as it is: it
-        compiles kernels and makes libraries' workspaces, which no recording may.
+        Graphs are valid for the steps before ``stop``, where what is trained changes. The first step runs eagerly: it
+        compiles kernels and allocates library workspaces, which can't happen during capture.
         """
         bucket = self.bucketed_batches.bucket(step)
         self._fill(step, self._buffers_of(bucket))
@@ -98,7 +98,7 @@ class GraphSteps:
         return self._buffers[bucket]
 
     def _fill(self, step: int, buffers: Buffers) -> None:
-        """Bring what belongs to ``step`` to where the step looks for it."""
+        """Copy the inputs of ``step`` into the static buffers."""
         buffers.inputs.copy_(self.bucketed_batches.inputs(step))
         self._step_scalars.copy_(self._optimizer.table[step])
         if self.prefix is not None and buffers.hidden is not None:
@@ -112,7 +112,7 @@ class GraphSteps:
         self.losses += losses
 
     def _differentiate(self, bucket: Bucket) -> torch.Tensor:
-        """Fill the gradient, and return the mean loss of each trial, ``(trials,)``."""
+        """Compute the gradient in place, and return the mean loss of each trial, ``(trials,)``."""
         buffers = self._buffers[bucket]
         batch, keys = batch_of(buffers.inputs, bucket)
         forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
@@ -124,10 +124,10 @@ class GraphSteps:
 
 
 class GraphRunner:
-    """CUDA graphs that share one pool of memory, for they never run at once; nothing in it outlives a replay.
+    """CUDA graphs that share one memory pool: they never run at once, and nothing in the pool outlives a replay.
 
-    An error while recording is logged once, and from then on every step that was not recorded is taken as it is. Being
-    out of memory is no such error: the group has its own answer to that.
+    The first error during capture is logged; after it nothing more is captured, and steps without a graph run eagerly.
+    ``torch.OutOfMemoryError`` is raised instead, since the group handles it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -138,7 +138,7 @@ class GraphRunner:
         self._broken = False
 
     def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
-        """Rehearse on a stream of its own, as CUDA graphs want it, and record there; waits for the device."""
+        """Warm up with ``rehearsal`` and capture ``step``, both on a side stream; return the seconds, synchronized."""
         if self._broken:
             return 0.0
         torch.cuda.synchronize(self._device)
@@ -162,7 +162,7 @@ class GraphRunner:
         return time.perf_counter() - began
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Replay, or take ``step``."""
+        """Replay the graph of ``key``, or call ``step`` if there is none."""
         graph = self._graphs.get(key)
         if graph is None:
             step()
@@ -171,5 +171,5 @@ class GraphRunner:
 
 
 def runner_for(device: torch.device) -> GraphRunner | None:
-    """Return what records steps; None on a CPU."""
+    """Return a runner on a CUDA device, None elsewhere."""
     return GraphRunner(device) if device.type == "cuda" else None

@@ -1,7 +1,7 @@
-"""AdamW and SGD on stacked rows from tensors alone: learning rates and clipping never pass through the host.
+"""AdamW and SGD for stacked trials with all values in tensors: learning rates and clipping never pass through the host.
 
-What :class:`~distilbench.engines.fused.optimizer.StackedOptimizer` does row by row, done for all trials at once, with
-tables where it has numbers. Norms are sums in a fixed order, so that a step is the same whenever it is repeated.
+The update is that of :class:`~distilbench.engines.fused.optimizer.StackedOptimizer`, for all trials at once instead of
+one by one. Norms are summed in a fixed order, so that a step is reproducible.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from distilbench.engines.optimization import lr_scale
 from distilbench.settings import OptimSettings
 
 NUM_STEP_SCALARS = 4
-"""What changes with the step: the rate; the share that decay takes; AdamW's step size, rate / (1 - beta1^t); and
+"""Values that change with the step: lr; lr * weight_decay; AdamW's step size, lr / (1 - beta1^t); and
 1 / sqrt(1 - beta2^t)."""
 
 
 class CapturableOptimizer:
-    """The rule of ``optimizer`` for rates ``(steps, trials)``; its moments stay that optimizer's."""
+    """Apply the update rule of ``optimizer`` with ``lrs`` (steps, trials); the moments stay shared with it."""
 
     def __init__(self, optimizer: StackedOptimizer, lrs: np.ndarray) -> None:
         weights, settings = optimizer.weights, optimizer.settings
@@ -39,11 +39,11 @@ class CapturableOptimizer:
         self.parts = [(slice(0, weights.layout.size), 0)] if self.is_whole else [*weights.parts(by_level=True)]
         for grad in (weights.grad, weights.compute_grad):
             if weights.trained_from and grad is not None:
-                grad.zero_()  # what is frozen adds nothing to the norm
+                grad.zero_()  # so that frozen parameters add nothing to the norm
 
     @torch.no_grad()
     def step(self, step_scalars: torch.Tensor, norms: torch.Tensor) -> None:
-        """Clip each gradient, take a step with ``step_scalars`` (1 or levels, trials, NUMBERS), and write the norms."""
+        """Clip, take a step with ``step_scalars`` (1 or levels, trials, NUM_STEP_SCALARS), and write ``norms``."""
         weights = self.weights
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
@@ -67,7 +67,7 @@ class CapturableOptimizer:
 
 
 def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> torch.Tensor:
-    """Return the factor on the learning rate of each parameter, ``(trials, size)``."""
+    """Return the learning-rate factor of each parameter, ``(trials, size)``."""
     scales = torch.ones_like(weights.flat_params)
     for trial, own in enumerate(settings):
         for part, level in weights.parts(by_level=True):
@@ -76,7 +76,7 @@ def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> to
 
 
 def gradient_norms(weights: StackedWeights) -> torch.Tensor:
-    """Return the norm of each trial's gradient, ``(trials,)`` in the precision of the rows."""
+    """Return the norm of each trial's gradient, ``(trials,)`` in the dtype of ``flat_params``."""
     parts = [weights.grad]
     if weights.compute_grad is not None:
         layout = weights.layout
@@ -87,9 +87,9 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
 
 
 def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return the table ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials).
+    """Return ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials).
 
-    It is for what is trained from step ``first`` on.
+    AdamW's bias correction counts steps from ``first``, the first step that trains the parameters.
     """
     steps = np.arange(1 - first, len(lrs) + 1 - first).clip(1)[:, None]
     decay, beta1, beta2 = (np.array([getattr(s, n) for s in settings]) for n in ("weight_decay", "beta1", "beta2"))
@@ -98,7 +98,7 @@ def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray, first: i
 
 
 def _constants(settings: OptimSettings) -> list[float]:
-    """1 - beta1, beta2, 1 - beta2 and eps of AdamW; momentum and decay of SGD."""
+    """Return AdamW's 1 - beta1, beta2, 1 - beta2 and eps, then SGD's momentum and weight decay."""
     decay = 0.0 if settings.name == "adamw" else settings.weight_decay
     return [1 - settings.beta1, settings.beta2, 1 - settings.beta2, settings.eps, settings.momentum, decay]
 
@@ -108,7 +108,7 @@ def adamw(
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
     scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``torch.optim.AdamW`` on ``flat_params`` (trials, size), whose first ``decayed`` columns decay."""
+    """Mirror ``torch.optim.AdamW`` on ``flat_params`` (trials, size); weight decay applies to the first ``decayed``."""
     _, lr_times_weight_decay, step_size, root = step_scalars[:, :, None].unbind(1)
     to_mean, keep_square, to_square, eps = constants[:, :4, None].unbind(1)
     mean, square = moments
@@ -126,7 +126,7 @@ def sgd(
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
     scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``torch.optim.SGD`` on ``flat_params`` (trials, size); decay is an L2 term on the first ``decayed`` columns."""
+    """Mirror ``torch.optim.SGD`` on ``flat_params`` (trials, size); the first ``decayed`` columns get the L2 term."""
     momentum, decay = constants[:, 4:, None].unbind(1)
     grad = grad * factors[:, None]
     grad[:, :decayed].add_(flat_params[:, :decayed] * decay)

@@ -1,7 +1,7 @@
-"""A second stream for what a recorded backward pass does not wait for: gradients of matrices and biases.
+"""A second CUDA stream for results that a captured backward pass need not wait for: gradients of matrices and biases.
 
-A step of one trial leaves most of a GPU idle, for its products are small and each waits for the one before. Of several
-trials in a stack the products fill it, and one stream does.
+A step of one trial leaves most of a GPU idle, because its products are small and each waits for the previous one. The
+products of several stacked trials fill the GPU with one stream.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import cache
 import torch
 
 MOST_TRIALS = 1
-"""Trials of a stack that leave room for a second stream."""
+"""The second stream is used for stacks of at most this many trials."""
 
 _held: list[torch.Tensor] = []
-"""What the second stream reads: kept until :func:`join`, so that the first does not use its memory again."""
+"""Tensors that the second stream reads: kept until :func:`join`, so that the first stream can't reuse their memory."""
 
 
 @cache
@@ -26,9 +26,9 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def beside(x: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[None]:
-    """Have what is launched within, which reads these, recorded on the second stream; outside a recording, do nothing.
+    """Capture the kernels launched in this context on the second stream; without an active capture, do nothing.
 
-    Nothing may read its results before :func:`join`.
+    The kernels may read ``x`` and ``gradient``. Their results must not be read before :func:`join`.
     """
     alone = len(gradient) <= MOST_TRIALS and gradient.is_cuda
     if not alone or not torch.cuda.is_current_stream_capturing():
@@ -42,12 +42,12 @@ def beside(x: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[None]:
 
 
 def join(device: torch.device) -> None:
-    """Have the current stream wait for the second one."""
+    """Make the current stream wait for the second one."""
     if _held:
         torch.cuda.current_stream(device).wait_stream(_stream(device))
         let_go()
 
 
 def let_go() -> None:
-    """Keep nothing for the second stream: there is no more recording that reads it, however it ended."""
+    """Release the tensors held for the second stream, after a capture has ended or failed."""
     _held.clear()
