@@ -1,7 +1,7 @@
-"""The settings of a trial: frozen dataclasses with their ranges, and the schema that Hydra composes into.
+"""All settings as frozen dataclasses with range checks, and the schema that Hydra composes into.
 
-Values live in ``conf/*.yaml``; this module states what each key means and which values it may take. The one
-conversion from a composed config is :func:`settings_from`.
+Values live in ``conf/*.yaml``; this module states what each key means and which values it may take.
+:func:`settings_from` converts a composed config.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib.parse import quote
 
 _PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "pyproject.toml").is_file() else Path.cwd()
-"""The checkout, or the current directory of an installed package."""
-os.environ["DISTILBENCH_ROOT"] = os.path.abspath(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)  # as conf/ has it
+"""The root of the checkout; for an installed package, the current directory."""
+os.environ["DISTILBENCH_ROOT"] = os.path.abspath(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)  # conf/ reads it
 CONF = _PACKAGE.parent / "conf" if (_PACKAGE.parent / "conf").is_dir() else _PACKAGE / "conf"
-"""The configuration groups: beside the package in a checkout, inside it when installed."""
+"""The configuration groups: next to the package in a checkout, inside it if installed."""
 
 METRICS = ("accuracy", "f1", "mcc", "loss")
 ADAPTERS = ("none", "lora", "ia3")
@@ -31,19 +31,19 @@ DATA_SOURCES = ("hub", "files", "tweets", "synthetic")
 ENGINES = ("auto", "trainer", "fused")
 PRUNERS = ("none", "median", "percentile", "patient", "successive_halving", "hyperband", "threshold", "wilcoxon")
 OBJECTIVES = (*METRICS, "train_seconds", "train_flops", "cost", "trainable_parameters")
-"""What a sweep may optimise; of these, accuracy, f1 and mcc are to go up, the others down."""
+"""What a sweep may optimise: accuracy, f1 and mcc are maximised, the others minimised."""
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # fmt: skip
-"""Names that ``transformers.get_scheduler`` takes without further arguments and that depend on the step alone."""
+"""Schedules of ``transformers.get_scheduler`` that need no further arguments and depend only on the step."""
 
 
 def root() -> Path:
-    """Return where outputs/, mlruns/ and mlflow.db stand: ``DISTILBENCH_ROOT``, unless set :data:`CHECKOUT`."""
+    """Return the directory of outputs/, mlruns/ and mlflow.db: ``DISTILBENCH_ROOT``, or :data:`CHECKOUT` if unset."""
     return Path(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)
 
 
 class SettingsError(ValueError):
-    """A setting that the user can mend: one line with setting, value, what is allowed, and what to do."""
+    """An error that the user can fix; the message is one line: setting, allowed values, value received, remedy."""
 
 
 def require(holds: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
@@ -56,7 +56,7 @@ def require(holds: bool, setting: str, allowed: str, value: object, remedy: str 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a setting may have, in words and as a test; ``each`` asks it of every element of a list."""
+    """The allowed values of a setting, in words and as a predicate; ``each`` applies it to every element of a list."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -64,12 +64,12 @@ class Rule:
 
 
 def one_of(allowed: Sequence[str], each: bool = False) -> Rule:
-    """Allow these words, or lists of them."""
+    """Allow these strings, or with ``each``, lists of them."""
     return Rule("one of " + ", ".join(allowed), allowed.__contains__, each)
 
 
 def at_least(low: float) -> Rule:
-    """Allow finite numbers from ``low`` on."""
+    """Allow finite numbers >= ``low``."""
     return Rule(f"{low} or more", lambda value: math.isfinite(value) and value >= low)
 
 
@@ -78,20 +78,20 @@ DISTINCT = Rule("null or a list of different values", lambda values: 0 < len(set
 
 
 def within(interval: str) -> Rule:
-    """Allow the numbers of an interval as mathematics writes it: ``[0, 1)`` has 0 and not 1."""
+    """Allow the numbers of an interval in mathematical notation: ``[0, 1)`` includes 0 but not 1."""
     low, high = map(float, interval[1:-1].split(","))
     ends = {end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"}
     return Rule(f"in {interval}", lambda value: low < value < high or value in ends)
 
 
 def named(allowed: str, pattern: str, most: int) -> Rule:
-    """Allow texts that match ``pattern`` and have at most so many bytes."""
+    """Allow strings that match ``pattern`` and have at most ``most`` bytes in UTF-8."""
     return Rule(allowed, lambda value: len(value.encode()) <= most and bool(re.fullmatch(pattern, value, re.DOTALL)))
 
 
 @dataclass(frozen=True)
 class PathIf:
-    """Marks a path, which means the directory in which the command was typed; one where ``source`` is that, or None."""
+    """Marks a path relative to where the command was typed; with ``source``, only for settings of that source."""
 
     source: str | None = None
 
@@ -103,22 +103,22 @@ REGISTERED = named("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
                    r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
 
 DATABASE = "database"
-"""Marks a URL that may name a file of SQLite, in the directory in which the command was typed."""
+"""Marks a URL that may name an SQLite file, relative to the directory in which the command was typed."""
 
 AS_TYPED = "as typed"
-"""Marks words that the command line takes for more: ``true`` and ``1`` are names here."""
+"""Marks a list of strings that Hydra would parse as other types: ``true`` and ``1`` are names here."""
 
 
 @cache
 def _marks(cls: Any) -> dict[str, tuple[Any, ...]]:
-    """Return what the annotations of a dataclass say of its fields beside their types, by name."""
+    """Return the ``Annotated`` metadata of a dataclass's fields, by name."""
     hints = get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__ for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Settings that hold their rules: fields one by one, null against none, then what they must be together."""
+    """Settings that are validated on creation: the :class:`Rule` of each field (null passes), then :meth:`_check`."""
 
     _prefix: ClassVar[str] = ""
 
@@ -149,9 +149,9 @@ class ModelSettings(Checked, group="model"):
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
     layers: Optional[int] = None
-    """Encoder layers of a random model (1 or more); null elsewhere."""
+    """Number of encoder layers of a random model (1 or more); null for other sources."""
     fallback: Optional[ModelSettings] = None
-    """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
+    """Used, with a warning, if the hub can't be reached and nothing is cached; null raises an error instead."""
 
     def _check(self) -> None:
         if self.source == "local":
@@ -163,46 +163,47 @@ class ModelSettings(Checked, group="model"):
 
 @dataclass(frozen=True)
 class DataSettings(Checked, group="data"):
-    """Where text and labels come from, how they are split, and how many are used."""
+    """Where text and labels come from, how they are split, and how many examples are used."""
 
     source: Annotated[str, one_of(DATA_SOURCES)]
     """hub | files | tweets | synthetic."""
     hub_name: Optional[str] = None
     """Data set id on the hub (source=hub)."""
     hub_config: Optional[str] = None
-    """Configuration of the hub data set, where it has several."""
+    """Configuration of the hub data set, if it has several."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
     train: Annotated[Optional[str], PathIf("files")] = None
     """Training split: its name (hub) or a CSV, TSV, JSON, JSONL or Parquet file (files)."""
     validation: Annotated[Optional[str], PathIf("files")] = None
-    """Validation split or file; null carves `validation_fraction` out of train, stratified and seeded. Of the hub also
-    several, `one+another`, which are reported as slices."""
+    """Validation split or file; null splits `validation_fraction` off train, stratified and seeded. `one+another`
+    combines several hub splits, which are then also reported as slices."""
     text_column: Optional[str] = None
     """Column that holds the text."""
     pair_column: Optional[str] = None
-    """Column that holds a second text, which is encoded with the first as a pair; null is single texts."""
+    """Column that holds a second text, encoded with the first as a pair; null means single texts."""
     label_column: Optional[str] = None
     """Column that holds the label."""
     slice_column: Optional[str] = None
-    """Column, such as source, by whose values results are also reported; null reports them as a whole."""
+    """Column, such as the origin of a text, by whose values results are also reported; null means no slices."""
     label_names: Annotated[Optional[list[str]], AS_TYPED, LABEL_NAMES] = None
-    """Names of the labels in the order of their numbers, as they are written; null takes them from the data."""
+    """Names of the labels, in the order of their numbers; null takes them from the data."""
     validation_fraction: Annotated[float, within("(0, 1)")] = 0.1
-    """Share of train used as validation where there is none, in (0, 1)."""
+    """Share of train used for validation if `validation` is null, in (0, 1)."""
     selection_fraction: Annotated[float, within("[0, 1)")] = 0.0
-    """Share of train that picks epochs and winners, in [0, 1); 0 lets validation do both, as the report did."""
+    """Share of train split off to pick epochs and winners, in [0, 1); 0 uses validation, as in the course report."""
     report_fraction: Annotated[float, within("[0, 1)")] = 0.0
-    """Share of train carved out to report on alone, in [0, 1), for those whose validation is small: validation then
-    picks epochs and winners, and `selection_fraction` stays 0."""
+    """Share of train split off only to report on, in [0, 1), if validation is small; validation then picks epochs and
+    winners, and `selection_fraction` must be 0."""
     split_seed: int = 0
-    """Seed of every split that is carved out; part of the protocol, unlike `seed`."""
+    """Seed of every split taken from train and of the examples drawn; part of the protocol, unlike `seed`."""
     max_train_examples: Annotated[Optional[int], at_least(1)] = None
-    """Training examples, 1 or more: the first of one stratified order, seeded by `split_seed`; null uses all."""
+    """Maximum number of training examples, 1 or more, drawn stratified with `split_seed`; a smaller number gives a
+    subset of a larger one; null uses all."""
     max_validation_examples: Annotated[Optional[int], at_least(1)] = None
-    """Cap on validation examples, drawn likewise; null uses all."""
+    """Maximum number of validation examples, 1 or more, drawn in the same way; null uses all."""
     fallback: Optional[DataSettings] = None
-    """What to use, loudly, when the hub can't be reached and nothing is cached; null refuses."""
+    """Used, with a warning, if the hub can't be reached and nothing is cached; null raises an error instead."""
 
     def _check(self) -> None:
         source, files = self.source, {"train": self.train, "validation": self.validation}
@@ -227,18 +228,18 @@ class DataSettings(Checked, group="data"):
 
 @dataclass(frozen=True)
 class FreezeSettings(Checked, group="freeze"):
-    """How much of the encoder stays as it was."""
+    """Which parameters are frozen."""
 
     layers: Annotated[int, at_least(0)]
-    """Encoder layers 0..layers-1 are frozen; 0 freezes nothing, the model's depth freezes the whole encoder."""
+    """Freezes encoder layers 0..layers-1: 0 freezes none, the model's depth all of them."""
     embeddings: Annotated[Union[bool, str], Rule("auto, true or false", (True, False, "auto").__contains__)]
     """auto (frozen when layers > 0) | true | false."""
     dropout: bool
     """Whether dropout stays active in the frozen part, as in the report."""
     policy: Annotated[str, one_of(FREEZE_POLICIES)]
-    """depth (`layers` and `embeddings` say what is frozen) | head (all but the classifier is frozen) | bias (all but
-    biases and the classifier is, as in BitFit) | and, moving at each evaluation: gradual (from the head alone, one more
-    layer from the top) | scheduled (from nothing to `layers`) | auto (from nothing to what gradients say)."""
+    """Fixed: depth (freezes `embeddings` and `layers`) | head (trains only the classifier) | bias (trains only biases
+    and the classifier: BitFit). Changing at each evaluation: gradual (trains the head, then one more layer each time,
+    from the top) | scheduled (freezes more, up to `layers`) | auto (freezes where gradient norms change least)."""
 
     def _check(self) -> None:
         given = f"with freeze.policy={self.policy}, which says what is frozen"
@@ -258,35 +259,34 @@ class FreezeSettings(Checked, group="freeze"):
 
     @property
     def fewest_parts(self) -> int:
-        """In how many parts evaluations must cut a trial for anything to move; auto compares two before it does."""
+        """The fewest parts between evaluations for anything to change; auto must compare two parts first."""
         return 3 if self.policy == "auto" else 2
 
     @property
     def freezes_embeddings(self) -> bool:
-        """`embeddings` with auto decided."""
+        """`embeddings` with auto resolved."""
         frozen = self.layers > 0 or self.policy in ("head", "bias")
         return frozen if self.embeddings == "auto" else bool(self.embeddings)
 
     def deterministic_layers(self, depth: int) -> int:
-        """Return how many of `depth` encoder layers go without dropout, from the bottom."""
+        """Return how many of `depth` encoder layers, from the bottom, have no dropout."""
         return 0 if self.dropout else depth if self.policy == "head" else self.layers
 
 
 @dataclass(frozen=True)
 class AdapterSettings(Checked, group="adapter"):
-    """What is trained beside an encoder that stays as it was, through peft."""
+    """The peft adapter that is trained with the classifier, while the encoder is frozen."""
 
     name: Annotated[str, one_of(ADAPTERS)]
     """none | lora | ia3."""
     rank: Annotated[Optional[int], at_least(1)]
-    """LoRA's rank, 1 .. the model's width; null for other adapters."""
+    """LoRA's rank, from 1 to the model's width; null for other adapters."""
     alpha: Annotated[Optional[float], ABOVE_ZERO]
-    """LoRA's scale, above 0: what it adds is multiplied by alpha / rank; null for other adapters."""
+    """LoRA's alpha, above 0: the update is scaled by alpha / rank; null for other adapters."""
     dropout: Annotated[Optional[float], within("[0, 1)")]
-    """Dropout in front of LoRA's maps, in [0, 1); null for other adapters."""
+    """Dropout probability on the input of LoRA's matrices, in [0, 1); null for other adapters."""
     merge: bool
-    """Whether `model/` is saved too, with the adapter merged into the weights, for plain Transformers; `adapter/`
-    always is, for peft."""
+    """Whether to save, besides `adapter/` for peft, also `model/` with the adapter merged, for plain Transformers."""
 
     def _check(self) -> None:
         is_lora = self.name == "lora"
@@ -297,14 +297,14 @@ class AdapterSettings(Checked, group="adapter"):
 
 @dataclass(frozen=True)
 class SchedulerSettings(Checked, group="scheduler"):
-    """How the learning rate moves over the steps of a trial."""
+    """The learning-rate schedule over the steps of a trial."""
 
     name: Annotated[str, one_of(SCHEDULERS)]
     """linear | cosine | cosine_with_restarts | polynomial | constant | constant_with_warmup | inverse_sqrt."""
     warmup_ratio: Annotated[float, within("[0, 1]")]
-    """Share of all steps spent warming up, in [0, 1]; rounded up to whole steps as in transformers."""
+    """Share of all steps used for warm-up, in [0, 1]; rounded up to whole steps as in transformers."""
     warmup_steps: Annotated[Optional[int], at_least(0)]
-    """Steps spent warming up (0 or more); null leaves it to `warmup_ratio`."""
+    """Number of warm-up steps, 0 or more; null or 0 means `warmup_ratio` decides."""
 
     def _check(self) -> None:
         require(not self.warmup_steps or self.warmup_ratio == 0, "scheduler.warmup_ratio",
@@ -316,69 +316,69 @@ class SchedulerSettings(Checked, group="scheduler"):
                 "use scheduler=constant_with_warmup")  # fmt: skip
 
     def warmup(self, steps: int) -> int:
-        """Warm-up steps of a trial of ``steps`` steps; rounds up like ``TrainingArguments.get_warmup_steps``."""
+        """Return the warm-up steps of ``steps`` steps, rounded up as in ``TrainingArguments.get_warmup_steps``."""
         return self.warmup_steps or math.ceil(steps * self.warmup_ratio)
 
 
 @dataclass(frozen=True)
 class OptimSettings(Checked, group="optim"):
-    """The optimizer and what bounds its steps."""
+    """The optimizer and gradient clipping."""
 
     name: Annotated[str, one_of(("adamw", "sgd"))]
     """adamw | sgd."""
     lr: Annotated[float, ABOVE_ZERO]
     """Peak learning rate, above 0."""
     weight_decay: Annotated[float, at_least(0)]
-    """Decoupled for adamw, an L2 term for sgd; 0 or more; none on biases and LayerNorm."""
+    """Weight decay, 0 or more: decoupled for adamw, L2 for sgd; not applied to biases and LayerNorm."""
     max_grad_norm: Annotated[float, at_least(0)]
-    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    """Maximum gradient norm for clipping, 0 or more; 0 turns clipping off."""
     beta1: Annotated[float, within("[0, 1)")]
-    """AdamW's decay of the first moment, in [0, 1)."""
+    """AdamW's decay rate of the first moment, in [0, 1)."""
     beta2: Annotated[float, within("[0, 1)")]
-    """AdamW's decay of the second moment, in [0, 1)."""
+    """AdamW's decay rate of the second moment, in [0, 1)."""
     eps: Annotated[float, at_least(0)]
-    """AdamW's term against division by zero, 0 or more."""
+    """AdamW's epsilon, 0 or more: added to the denominator."""
     momentum: Annotated[float, within("[0, 1)")]
     """SGD's momentum, in [0, 1)."""
     layer_decay: Annotated[float, within("(0, 1]")]
-    """What each encoder layer's learning rate is of that of the layer above, in (0, 1]: the head has `lr`, the
-    embeddings the least."""
+    """Layer-wise decay, in (0, 1]: each layer's learning rate is this times that of the layer above; the head has `lr`,
+    the embeddings have the lowest rate."""
 
 
 @dataclass(frozen=True)
 class TrainSettings(Checked, group="train"):
-    """How long, in what batches, and what is measured on the way."""
+    """Length of training, batches, evaluations and checkpoints."""
 
     epochs: Annotated[int, at_least(1)]
     """Passes over the training examples, 1 or more."""
     batch_size: Annotated[int, at_least(1)]
-    """Examples a step, 1 or more; the last batch of an epoch may be smaller."""
+    """Examples per step, 1 or more; the last batch of an epoch may be smaller."""
     micro_batch_size: Annotated[Optional[int], at_least(1)]
-    """Examples whose gradients are computed at once and added up to those of `batch_size`, which it must divide; null
-    is all. Halved where memory runs out; changes memory and speed only."""
+    """Gradient accumulation: examples per forward and backward pass, a divisor of `batch_size`; null uses the whole
+    batch. Reduced automatically if memory runs out; affects only memory and speed."""
     eval_batch_size: Annotated[int, at_least(1)]
-    """Examples a batch in evaluation, 1 or more; changes speed only."""
+    """Examples per evaluation batch, 1 or more; affects only speed."""
     max_length: Annotated[int, at_least(3)]
-    """Tokens an input is cut at, [CLS] and [SEP] included, 3 or more."""
+    """Maximum input length in tokens, including [CLS] and [SEP], 3 or more; longer inputs are truncated."""
     precision: Annotated[str, one_of(("auto", "fp32", "bf16", "fp16"))]
-    """auto | fp32 | bf16 | fp16; auto is bf16 on a CUDA device that has it, fp32 elsewhere."""
+    """auto | fp32 | bf16 | fp16; auto means bf16 on CUDA devices that support it, otherwise fp32."""
     metric: Annotated[str, one_of(METRICS)]
-    """accuracy | f1 | mcc | loss: what keeps the best epoch; part of the protocol."""
+    """accuracy | f1 | mcc | loss: the metric that picks the best epoch; part of the protocol."""
     eval_steps: Annotated[Optional[int], at_least(1)]
-    """Evaluate every this many steps instead of after each epoch; null is each epoch."""
+    """Steps between evaluations, 1 or more; null evaluates after each epoch."""
     patience: Annotated[Optional[int], at_least(1)]
-    """Evaluations in a row that may fail to improve `metric`, after which the trial ends, 1 or more; null is any."""
+    """Early stopping after this many evaluations in a row without a better `metric`, 1 or more; null never stops."""
     label_smoothing: Annotated[float, within("[0, 1)")]
-    """Share of each training target that is spread over all labels, in [0, 1); evaluations know nothing of it."""
+    """Share of each training target that is spread over all labels, in [0, 1); evaluations are not affected."""
     class_weights: Annotated[str, one_of(("none", "balanced"))]
-    """none | balanced: what an example's loss is multiplied by in training; balanced is examples / (labels x examples
-    of its label)."""
+    """none | balanced: weight of each example's training loss; balanced is examples / (labels x examples of its
+    label)."""
     logging_steps: Annotated[int, at_least(1)]
-    """Steps between two records of loss, learning rate and gradient norm, 1 or more."""
+    """Steps between logged values of loss, learning rate and gradient norm, 1 or more."""
     checkpoints: bool
-    """Whether each evaluation leaves a checkpoint to resume from; they go when the trial finishes."""
+    """Whether to save a checkpoint at each evaluation, for resuming; deleted when the trial finishes."""
     resume: bool
-    """Continue an interrupted trial of the same settings from its last checkpoint in the same `output.dir`."""
+    """Whether to continue an interrupted trial of the same settings from its last checkpoint in `output.dir`."""
 
     def _check(self) -> None:
         require(self.batch_size % self.examples_at_once == 0, "train.micro_batch_size",
@@ -391,39 +391,39 @@ class TrainSettings(Checked, group="train"):
 
     @property
     def examples_at_once(self) -> int:
-        """`micro_batch_size` with null decided."""
+        """`micro_batch_size` with null resolved."""
         return self.micro_batch_size or self.batch_size
 
     def smaller_micro_batch(self, size: int) -> Optional[int]:
-        """Return the largest divisor of `batch_size` that is at most half of `size`; None for a single example."""
+        """Return the largest divisor of `batch_size` that is at most half of `size`; None if `size` is 1."""
         return next((part for part in range(size // 2, 0, -1) if self.batch_size % part == 0), None)
 
 
 @dataclass(frozen=True)
 class EngineSettings(Checked, group="engine"):
-    """What trains the trial; changes speed, never results beyond rounding."""
+    """What trains the trial; affects speed, never results beyond rounding."""
 
     name: Annotated[str, one_of(ENGINES)]
-    """trainer (Hugging Face Trainer) | fused (several trials at once; encoders of DistilBERT's and BERT's shape) |
-    auto (fused on a CPU or CUDA device where it takes the model and the precision, else trainer)."""
+    """trainer (Hugging Face Trainer) | fused (trains several trials at once; DistilBERT's and BERT's architecture) |
+    auto (fused on a CPU or CUDA device if it supports the model and the precision, otherwise trainer)."""
     device: Annotated[str, DEVICE]
-    """auto | cpu | cuda | cuda:NUMBER (of those that CUDA_VISIBLE_DEVICES shows) | mps; auto takes CUDA, else MPS, else
-    the CPU. Always exactly one device."""
+    """auto | cpu | cuda | cuda:NUMBER (counted within CUDA_VISIBLE_DEVICES) | mps; auto takes CUDA, else MPS, else the
+    CPU. Always exactly one device."""
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What a trial leaves in its directory."""
+    """Where a trial writes, and what it keeps."""
 
     dir: Annotated[str, PathIf()]
-    """The trial's directory; Hydra's by default."""
+    """The trial's directory; by default Hydra's output directory."""
     save_model: bool
-    """Whether the best epoch's model and tokenizer are saved there, under `model/`."""
+    """Whether to save the best epoch's model and tokenizer in `model/` of that directory."""
 
 
 @dataclass(frozen=True)
 class TrialSettings(Checked):
-    """Everything that one trial needs; the report's baseline is what `conf/config.yaml` composes to."""
+    """The settings of one trial; the values in `conf/` are those of the course report's baseline."""
 
     model: ModelSettings
     data: DataSettings
@@ -435,7 +435,7 @@ class TrialSettings(Checked):
     engine: EngineSettings
     output: OutputSettings
     seed: Annotated[int, Rule("0 .. 2**32 - 1", range(2**32).__contains__)]
-    """Seeds the head, an adapter, dropout and the order of examples; 0 .. 2**32 - 1."""
+    """Seed of the initial head and adapter, of dropout and of the order of examples; 0 .. 2**32 - 1."""
 
     def _check(self) -> None:
         if self.adapter.name != "none":
@@ -454,7 +454,7 @@ class TrialSettings(Checked):
 
     @property
     def needs_trainer(self) -> bool:
-        """Whether only the reference engine trains this, whatever the model."""
+        """Whether only the trainer engine supports these settings, whatever the model."""
         return self.adapter.name != "none" or self.freeze.policy == "auto"
 
 
@@ -465,16 +465,16 @@ class TrackingSettings(Checked, group="tracking"):
     name: Annotated[str, one_of(("mlflow", "none"))]
     """mlflow | none."""
     uri: Annotated[Optional[str], DATABASE]
-    """MLflow tracking URI; null means MLFLOW_TRACKING_URI, else mlflow.db at the project's root."""
+    """MLflow tracking URI; null means MLFLOW_TRACKING_URI if set, otherwise mlflow.db in the project's root."""
     experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
-    """Name of the MLflow experiment."""
+    """Name of the MLflow experiment, at most 256 bytes."""
     patience_seconds: Annotated[float, at_least(0)]
-    """How long, in seconds, a store that is gone is waited for: after a trial, at a sweep's end, and by its workers."""
+    """Seconds (0 or more) to wait for an unreachable store: after a single trial, a sweep, and as a worker starts."""
     log_model: Annotated[str, one_of(("never", "best", "always"))] = "never"
-    """never | best | always: whether a finished trial's model is logged as an MLflow model, after its training; best is
-    a trial on its own, and of a sweep the answer alone, at its end."""
+    """never | best | always: which finished trials are logged as MLflow models, after training; best logs every single
+    trial, but of a sweep only its answer, at its end."""
     register: Annotated[Optional[str], REGISTERED] = None
-    """Name in MLflow's registry under which a logged model becomes the newest version, with an alias; null is none."""
+    """NAME or NAME@ALIAS: registers each logged model as a new version of this name in MLflow; null registers none."""
 
     def _check(self) -> None:
         require(self.register is None or self.log_model != "never", "tracking.register",
@@ -493,9 +493,9 @@ class BaselineSettings:
     """The trial that others are compared with."""
 
     overrides: list[str]
-    """Hydra overrides that turn a trial's settings into its baseline's; a group's choice replaces the whole group."""
+    """Hydra overrides that turn a trial's settings into its baseline's; group=choice replaces the whole group."""
     ensure: bool
-    """Train the baseline first where no finished one of the same protocol is found."""
+    """Whether to train the baseline first if there is no finished one of the same protocol."""
 
 
 SWEEP_NAME = named("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)
@@ -504,45 +504,45 @@ COUNT_OR_SHARE = Rule("a whole number or a share below 1", lambda value: value <
 
 @dataclass(frozen=True)
 class SweepSettings(Checked, group="sweep"):
-    """How the trials of one ``--multirun`` are chosen, counted and ended."""
+    """How the trials of one ``--multirun`` are chosen, counted, pruned and retried."""
 
     name: Annotated[str, SWEEP_NAME]
-    """Names study, MLflow parent run and directory; the same name continues the same sweep."""
+    """Name of the study, the MLflow parent run and the directory; the same name continues the same sweep."""
     trials: Annotated[int, at_least(1)]
-    """Trials of an Optuna sweep in all, those of earlier calls included, 1 or more; a grid has as many as cells."""
+    """Total number of trials of an Optuna sweep, including earlier calls, 1 or more; a grid trains all of its cells."""
     baseline: bool
-    """Whether the baseline is trained first: as a trial of the sweep where it lies in the space, else beside it."""
+    """Whether to train the baseline first: as a trial of the sweep if it lies in the search space, else beside it."""
     objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True), DISTINCT]
-    """What is optimised: accuracy, f1, mcc, loss (selection split), train_seconds, train_flops, trainable_parameters;
-    cost is seconds where trials run alone, FLOPs where they share a device; null is `train.metric`. Several make a
-    Pareto front."""
+    """What to optimise: accuracy, f1, mcc, loss (on the selection split), train_seconds, train_flops, cost (seconds if
+    trials run alone, FLOPs if they share a device), trainable_parameters; null means `train.metric`. Several objectives
+    give a Pareto front."""
     seeds: Annotated[Optional[list[int]], DISTINCT]
-    """Seeds of every trial, whose objective is then the mean over them; null is `seed` alone."""
+    """Trains every trial with each of these seeds; its objective is the mean over them. null uses only `seed`."""
     pruner: Annotated[str, one_of(PRUNERS)]
     """none | median | percentile | patient | successive_halving | hyperband | threshold | wilcoxon, as in Optuna."""
     pruner_options: dict[str, Any]
-    """Arguments of Optuna's pruner, such as n_startup_trials: numbers (a resource may be auto); null is its default."""
+    """Arguments of Optuna's pruner, such as n_startup_trials: numbers (a resource may be auto); null means default."""
     max_failures: Annotated[Optional[float], at_least(0.0), COUNT_OR_SHARE]
-    """Failed trials that a sweep bears: a count (0 or more) or a share of all its trials (below 1); null is any."""
+    """How many failed trials a sweep tolerates: a count (0 or more) or a share of its trials (below 1); null: any."""
     timeout_minutes: Annotated[Optional[float], at_least(0)]
-    """Minutes after which no new trial starts; null is no limit."""
+    """Minutes after which no new trial starts, 0 or more; null means no limit."""
     dry_run: bool
-    """Print what would be trained, and how long that would take, and train nothing."""
+    """Whether to print only what would be trained and how long it would take."""
     max_grid: Annotated[int, at_least(1)]
-    """Cells that a grid may have without a word: raise it to confirm a larger one."""
+    """Maximum number of grid cells, 1 or more; raise it to confirm a larger grid."""
     warm_start: Annotated[Optional[str], SWEEP_NAME]
-    """An earlier sweep of the same protocol whose finished trials a new study of Optuna begins with, where their points
-    lie in its space; null is none."""
+    """Name of an earlier sweep of the same protocol and objectives; a new Optuna study starts with those of its
+    finished trials that lie in the search space. null means none."""
     on_change: Annotated[str, one_of(("refuse", "extend"))]
-    """refuse | extend: what becomes of a sweep that is continued with another space. extend takes other ends of a
-    range, and dimensions that come or go; lists keep their values and ranges their kind, as Optuna asks, and what lies
-    outside of the space must stay. More trials are no change."""
+    """refuse | extend: what happens if a sweep is continued with another search space. extend allows other bounds of a
+    range, and added or removed dimensions. Optuna requires that lists keep their values and ranges their kind. Fixed
+    settings must stay the same; more trials are always allowed."""
     retry_failed: bool
-    """Train failed trials of a continued sweep again (DIVERGED ones excepted: they would diverge again)."""
+    """Whether to train failed trials of a continued sweep again, except DIVERGED ones, which would diverge again."""
     retry_lost: bool
-    """Train trials of a continued sweep again whose runs the store no longer holds, as after it was deleted."""
+    """Whether to train trials of a continued sweep again if their runs are gone, e.g. because mlflow.db was deleted."""
     grace_seconds: Annotated[int, at_least(2)]
-    """Seconds without a sign of life from its process after which a trial is closed and tried again, 2 or more."""
+    """Seconds without a heartbeat from its process after which a trial is closed and tried again, 2 or more."""
 
     def _check(self) -> None:
         for name, value in self.pruner_options.items():
@@ -554,13 +554,13 @@ class SweepSettings(Checked, group="sweep"):
 
 @dataclass(frozen=True)
 class AppSettings(TrialSettings):
-    """The whole configuration of `python -m distilbench.train`."""
+    """The configuration of `python -m distilbench.train`."""
 
     tracking: TrackingSettings
     baseline: BaselineSettings
     sweep: SweepSettings
     margin: Annotated[float, MARGIN]
-    """Points of accuracy that a treatment may cost and still count as good enough; above 0, up to 100."""
+    """Loss of accuracy, in percentage points, at which a treatment is still good enough; above 0, up to 100."""
 
     def _check(self) -> None:
         super()._check()
@@ -569,7 +569,7 @@ class AppSettings(TrialSettings):
 
     @property
     def trial(self) -> TrialSettings:
-        """The part that an engine sees."""
+        """The part that an engine needs."""
         return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
 
 
@@ -578,31 +578,31 @@ FORMATS = ("html", "markdown", "latex", "csv")
 
 @dataclass(frozen=True)
 class CompareSettings(Checked):
-    """The whole configuration of `python -m distilbench.compare`; of the first four, all that are given must hold."""
+    """The configuration of `python -m distilbench.compare`; the first four keys select trials that match all given."""
 
     sweep: Optional[str]
-    """Name of a sweep."""
+    """Name of a sweep; null means any."""
     runs: list[str]
-    """Ids of runs."""
+    """Ids of runs; an empty list means any."""
     experiments: list[str]
-    """Names of files in conf/experiment/ (typed experiment=a,b): runs that have their settings, however composed."""
+    """Names of files in conf/experiment/ (typed experiment=a,b): selects the runs that have these settings."""
     protocol: Optional[str]
-    """A protocol's id, where what is asked for holds several."""
+    """Id of a protocol, needed if the selected trials have several; null means any."""
     baseline: Optional[str]
-    """Id of the run (or of one of its seeds) that others are compared with; null finds it; none does without."""
+    """Id of the baseline's run (of any seed); null finds the baseline; none compares without one."""
     margin: Annotated[Optional[float], MARGIN]
-    """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own, or train's
-    default."""
+    """Loss of accuracy, in percentage points, at which a treatment is still good enough; null is the sweep's own
+    margin, or train's default."""
     untested: Annotated[str, one_of(("refuse", "show"))]
-    """refuse | show: what becomes of finished trials whose predictions are missing."""
+    """refuse | show: what happens to finished trials whose predictions are missing."""
     layout: Annotated[str, one_of(("full", "paper"))]
     """full | paper: all columns, or those of the course report's table."""
     rows: Annotated[int, at_least(1)]
-    """Settings that are tested and shown, best first, 1 or more; the correction counts the others too."""
+    """How many settings to test and show, best first, 1 or more; the correction for multiple tests counts all."""
     formats: Annotated[list[str], one_of(FORMATS, each=True)]
     """Files to write: html, markdown, latex, csv."""
     output: Annotated[Optional[str], PathIf()]
-    """Folder of those files; null is outputs/reports/<what was asked for>."""
+    """Folder for those files; null is outputs/reports/NAME, named after the sweep, the experiments or the runs."""
     tracking: TrackingSettings
 
     def _check(self) -> None:
@@ -616,25 +616,25 @@ WITHOUT_PATH = Rule("a name without a path in it", lambda name: not re.search(r"
 
 @dataclass(frozen=True)
 class ConfirmSettings(Checked):
-    """The whole configuration of `python -m distilbench.confirm`."""
+    """The configuration of `python -m distilbench.confirm`."""
 
     sweep: Annotated[Optional[str], WITHOUT_PATH]
-    """Name of the sweep whose best settings are trained again."""
+    """Name of the sweep whose best settings are trained again; required."""
     top: Annotated[int, at_least(1)]
-    """How many of them, 1 or more."""
+    """How many of its best settings to train, 1 or more."""
     seeds: Annotated[
         Union[int, str], Rule("auto, or 2 or more", lambda n: n == "auto" or (isinstance(n, int) and n > 1))
     ]
-    """Fresh seeds for each, and for the baseline, 2 or more; auto is as many as show, with a chance of 80 %, that a
-    setting which loses nothing loses less than the margin."""
+    """Number of fresh seeds for each setting and the baseline, 2 or more; auto takes as many as give a power of 80 %
+    to show that a setting that loses nothing is within the margin."""
     margin: Annotated[Optional[float], MARGIN]
-    """Points of accuracy that a treatment may cost and still count as good enough; null is the sweep's own."""
+    """Loss of accuracy, in percentage points, at which a treatment is still good enough; null is the sweep's own."""
     name: Annotated[Optional[str], WITHOUT_PATH]
-    """Name of the confirmation, a sweep of its own; null is `<sweep>-confirm`."""
+    """Name of the confirmation, which is a sweep of its own; null is `<sweep>-confirm`."""
     output: Annotated[Optional[str], PathIf()]
-    """Its folder; null is outputs/sweeps/<name>."""
+    """Folder of the confirmation; null is outputs/sweeps/<name>."""
     dry_run: bool
-    """Say what would be trained and how long it would take, and train nothing."""
+    """Whether to print only what would be trained and how long it would take."""
     tracking: TrackingSettings
 
     def _check(self) -> None:
@@ -643,42 +643,42 @@ class ConfirmSettings(Checked):
 
 @dataclass(frozen=True)
 class PredictDataSettings(Checked, group="data"):
-    """The texts that a model is asked about; what is null the model says itself, as it was trained."""
+    """The texts to predict; null means what the model was trained on."""
 
     test: str
-    """A CSV, TSV, JSON, JSONL or Parquet file, or the name of a split of a data set of the hub."""
+    """A CSV, TSV, JSON, JSONL or Parquet file, or the name of a split of a hub data set."""
     hub_name: Optional[str]
-    """Data set id on the hub that has the split; null is the one that the model was trained on."""
+    """Id of the hub data set that has the split; null is the one that the model was trained on."""
     hub_config: Optional[str]
-    """Configuration of the hub data set, where it has several."""
+    """Configuration of the hub data set, if it has several."""
     revision: Optional[str]
     """Hub branch, tag or commit; null takes the default branch."""
     text_column: Optional[str]
-    """Column that holds the text; null is the one that the model was trained on, else text."""
+    """Column that holds the text; null is the one that the model was trained on, otherwise text."""
     pair_column: Optional[str]
     """Column that holds the second text of a pair; null is the one that the model was trained on, if any."""
 
 
 @dataclass(frozen=True)
 class PredictSettings(Checked):
-    """The whole configuration of `python -m distilbench.predict`; one of the first three names the model."""
+    """The configuration of `python -m distilbench.predict`; exactly one of the first three keys names the model."""
 
     run: Optional[str]
     """Id of a trial's run."""
     dir: Annotated[Optional[str], PathIf()]
-    """Directory of a model of Transformers with a classification head, such as model/ of a trial's directory."""
+    """Directory of a Transformers model with a classification head, such as model/ in a trial's directory."""
     sweep: Optional[str]
-    """Name of a sweep, of which `best` picks the trial."""
+    """Name of a sweep, from which `best` picks the trial."""
     best: Annotated[str, one_of(("answer", "accuracy"))]
-    """answer | accuracy: the sweep's answer (its baseline where no setting is shown to be good enough), or the trial
-    with the best accuracy by which the sweep chooses."""
+    """answer | accuracy: the sweep's answer (its baseline if no setting is shown to be good enough), or the trial with
+    the best `train.metric` on the selection split."""
     data: PredictDataSettings
     output: Annotated[str, PathIf()]
-    """File to write: CSV, TSV, JSONL or Parquet by its ending; format=glue takes a folder too."""
+    """File to write: CSV, TSV, JSONL or Parquet by its extension; with format=glue, a folder works too."""
     format: Annotated[str, one_of(("table", "glue"))]
-    """table | glue: texts, labels and probabilities, or GLUE's submission files (SST-2.tsv: index, prediction)."""
+    """table | glue: texts, labels and probabilities, or GLUE's submission format (SST-2.tsv: index, prediction)."""
     batch_size: Annotated[int, at_least(1)]
-    """Texts a batch, 1 or more; changes speed only."""
+    """Texts per batch, 1 or more; affects only speed."""
     device: Annotated[str, DEVICE]
     """auto | cpu | cuda | cuda:NUMBER | mps; auto takes CUDA, else MPS, else the CPU."""
     tracking: TrackingSettings
@@ -693,28 +693,28 @@ class PredictSettings(Checked):
 
 
 BENCH_WINDOW = 8
-"""Steps of a benchmark come in multiples of this: engines may run parts of so many steps ahead."""
+"""A benchmark's steps are a multiple of this, because engines may compute this many steps ahead."""
 
 
 @dataclass(frozen=True)
 class BenchSettings(Checked, group="bench"):
-    """What a benchmark measures: short runs, each in a process of its own, interleaved and repeated."""
+    """What a benchmark measures: short runs, each in its own process, interleaved and repeated."""
 
     trials: Annotated[int, at_least(2)]
-    """Trials of the fused batch, 2 or more; they differ in learning rate and weight decay."""
+    """Number of trials in the fused batch, 2 or more; they differ in learning rate."""
     steps: Annotated[int, Rule(f"a multiple of {BENCH_WINDOW}", lambda n, of=BENCH_WINDOW: n > 0 and n % of == 0)]
-    """Optimisation steps that are timed in each run, after 8 that are not; a multiple of 8."""
+    """Timed optimisation steps per run, after 8 untimed ones; a multiple of 8."""
     eval_examples: Annotated[int, at_least(1)]
     """Examples of the selection split that each run evaluates, 1 or more."""
     repeats: Annotated[int, at_least(1)]
-    """Times that each row is measured, 1 or more."""
+    """How often each row is measured, 1 or more."""
     processes: Annotated[int, Rule("0, or 2 or more", lambda count: count == 0 or count >= 2)]
-    """Tuned Trainers that share the device as one more row, each in a process of its own; 0 for none, or 2 or more."""
+    """Adds a row of this many tuned Trainers that share the device, each in its own process: 0 (no row), or 2+."""
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings(AppSettings):
-    """The whole configuration of `python -m distilbench.benchmark`."""
+    """The configuration of `python -m distilbench.benchmark`."""
 
     bench: BenchSettings
 
@@ -727,9 +727,9 @@ def settings_from(config: Any) -> AppSettings: ...
 @overload
 def settings_from(config: Any, kind: type[Kind]) -> Kind: ...
 def settings_from(config: Any, kind: Any = AppSettings) -> Any:
-    """Convert a composed config once, at the edge, to a ``kind`` of settings.
+    """Convert a composed config to the settings class ``kind``.
 
-    Raises :class:`SettingsError` for a value out of range.
+    Raises :class:`SettingsError` for a value that is missing, unknown or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue
@@ -743,10 +743,10 @@ def settings_from(config: Any, kind: Any = AppSettings) -> Any:
 
 
 def _build(cls: Any, values: Any) -> Any:
-    """Make the dataclass ``cls`` from nested dicts; paths become absolute."""
+    """Build the dataclass ``cls`` from nested dicts, with absolute paths."""
     hints, marks, made = get_type_hints(cls), _marks(cls), dict(values)
     for name, value in values.items():
-        known = name in hints  # ++optim.lrr=1 adds what no schema has
+        known = name in hints  # ++optim.lrr=1 bypasses the schema
         require(known, getattr(cls, "_prefix", "") + name, "a setting that there is", value, "--help lists them")
         if value is None:
             continue
@@ -764,25 +764,25 @@ def _build(cls: Any, values: Any) -> Any:
 
 
 def typed_in() -> Path:
-    """Return the directory in which the command was typed, wherever Hydra has gone since (hydra.job.chdir)."""
+    """Return the directory in which the command was typed, which Hydra may have left since (hydra.job.chdir)."""
     from hydra.core.hydra_config import HydraConfig
 
     return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
 
 
 def with_absolute_file(url: str) -> str:
-    """Return a database's URL, its file absolute where it is one of SQLite (``sqlite:///my.db``)."""
+    """Return a database's URL; a relative SQLite file (``sqlite:///my.db``) becomes absolute."""
     here = quote(typed_in().as_posix().rstrip("/"))
     return re.sub("^sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{here}/", url)
 
 
 def spelled(value: object) -> str | None:
-    """Return a value as it is typed on the command line, which takes ``true`` and ``1`` for more than words."""
+    """Return a value as a string, spelled as on the command line (``true``, not ``True``); None stays None."""
     return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def names_of(cls: Any, prefix: str = "") -> list[str]:
-    """Return the dotted names of all settings in ``cls``; a fallback, another whole group of sources, counts as one."""
+    """Return the dotted names of all settings in ``cls``; a fallback counts as one setting."""
     names: list[str] = []
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -792,13 +792,13 @@ def names_of(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """Return the dataclass that ``hint`` is, or is optionally; None for any other type."""
+    """Return the dataclass in ``hint`` (``Data`` or ``Optional[Data]``); None for any other type."""
     return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
 
 
-@cache  # whatever registers it again, what was composed before stays of the same types
+@cache  # so that configs composed before and after another registration have the same types
 def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
-    """Make a mutable twin of ``cls``: nodes of frozen dataclasses are read-only, even while Hydra composes."""
+    """Make a mutable copy of ``cls``: nodes of frozen dataclasses are read-only, even while Hydra composes."""
     fields = []
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]
@@ -813,7 +813,7 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
 
 
 def register_schema(app: type[AppSettings] = AppSettings) -> None:
-    """Register the schemas that the main configurations in ``conf/`` build on; ``app`` is that of ``config.yaml``."""
+    """Register the schemas of the main configurations in ``conf/``; ``app`` is the one of ``config.yaml``."""
     from hydra.core.config_store import ConfigStore
 
     kinds = {"schema": app, "compare_schema": CompareSettings, "confirm_schema": ConfirmSettings,
