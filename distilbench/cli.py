@@ -264,6 +264,7 @@ _MEANINGS = {
     r"Config group override must be a string or a list": (
         "{null} must name a choice of the group, got null; --help lists them"
     ),
+    r"Environment variable '(.+?)' not found": "{key} must have its variable, got none; run: export {0}=...",
     r"override (\S+?)=(.*?)\n.*is not a ListConfig": "{0} must be a list, [{1}], got {1!r}",
     r"Could not load '(\w+)/(.+?)'": "{0} must name choices of the group, got {1!r}; --help lists them",
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",

@@ -68,9 +68,9 @@ class Evaluation:
     """One pass over a split: mean cross-entropy, metrics in [0, 1] (MCC in [-1, 1]) and what was predicted.
 
     ``logits`` is ``(examples, labels)`` float32 in the split's order, or None where an evaluation was restored from a
-    checkpoint. F1 is binary for two labels (the second is positive) and macro above. ``brier`` is the mean squared
-    error of the probabilities (in [0, 1] for two labels, [0, 2] above), ``ece`` their expected calibration error; NaN
-    where a checkpoint was written before they were measured.
+    checkpoint. F1 is binary for two labels (the second is positive) and macro above, over those that the split has.
+    ``brier`` is the mean squared error of the probabilities (in [0, 1] for two labels, [0, 2] above), ``ece`` their
+    expected calibration error; NaN where a checkpoint was written before they were measured.
     """
 
     split: str

@@ -43,6 +43,7 @@ def mistake(*overrides: str) -> str:
         ("~scheduler", "scheduler must be given, got nothing; add scheduler=..."),
         ("~optim", "optim must be given, got nothing; add optim=..."),
         ("~tracking", "tracking must be given, got nothing; add tracking=..."),
+        ("optim.lr=${oc.env:NOSUCH}", "optim.lr must have its variable, got none; run: export NOSUCH=..."),
         ("~margin", "margin must be given, got nothing; add margin=..."),
         ("++optim.lrr=1", "optim.lrr must be a setting that there is, got 1; --help lists them"),
         ("sweep.objectives=f1", "sweep.objectives must be a list, [f1], got 'f1'"),

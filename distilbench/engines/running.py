@@ -98,7 +98,8 @@ CALIBRATION_BINS = 15
 def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int, epoch: float) -> Evaluation:
     """Measure ``logits`` (examples, labels) float32 against ``labels`` (examples,) in the same order."""
     predicted = logits.argmax(axis=1)
-    average = "binary" if logits.shape[1] == 2 else "macro"
+    # macro over the split's own classes: another that is predicted there would change what the mean is of
+    average, classes = ("binary", None) if logits.shape[1] == 2 else ("macro", np.unique(labels))
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)  # (examples, labels)
     probabilities = np.exp(log_probabilities)
     names = np.arange(logits.shape[1])
@@ -109,7 +110,7 @@ def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int
         epoch=epoch,
         loss=float(-log_probabilities[np.arange(len(labels)), labels].mean()),
         accuracy=float(accuracy_score(labels, predicted)),
-        f1=float(f1_score(labels, predicted, average=average, zero_division=0.0)),
+        f1=float(f1_score(labels, predicted, labels=classes, average=average, zero_division=0.0)),
         mcc=float(matthews_corrcoef(labels, predicted)),
         brier=float(brier_score_loss(labels, probabilities, labels=names)) if is_finite else math.nan,
         ece=expected_calibration_error(probabilities, labels) if is_finite else math.nan,

@@ -30,6 +30,12 @@ def test_more_than_two_labels_have_a_macro_f1():
     assert evaluation.loss == pytest.approx((4 * math.log(1 + 2 * math.exp(-9)) + 9) / 4)
 
 
+def test_a_label_that_the_split_lacks_is_none_of_those_that_macro_f1_is_the_mean_of():
+    labels, predicted = np.array([0, 0, 1, 1]), [0, 2, 1, 1]
+    evaluation = evaluate_logits("validation", np.eye(3, dtype=np.float32)[predicted], labels, step=4, epoch=1.0)
+    assert evaluation.f1 == pytest.approx((2 / 3 + 1) / 2)
+
+
 def test_huge_logits_have_a_finite_loss():
     logits = np.array([[3e38, -3e38], [-3e38, 3e38]], dtype=np.float32)
     assert evaluate_logits("validation", logits, np.array([0, 1]), 1, 1.0).loss == 0.0
