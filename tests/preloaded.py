@@ -13,11 +13,14 @@ gc.disable()
 import importlib
 import pkgutil
 
+from hydra.core.plugins import Plugins
+
 import distilbench
 
 LIBRARIES = (
     "accelerate",
     "alembic.command",
+    "alembic.config",
     "datasets",
     "matplotlib.backends.backend_agg",
     "mlflow.data",
@@ -39,5 +42,6 @@ ROOMS = [
 
 for name in (*LIBRARIES, *ROOMS):
     importlib.import_module(name)
+Plugins.instance()  # Hydra looks for them, and imports them, once a process
 gc.freeze()  # collections in the children neither walk nor copy what is here
 gc.enable()

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distilbench.composition import _choice, baseline_config, command_for, overrides_between
+from distilbench.composition import _composed, baseline_config, command_for, overrides_between
 from distilbench.settings import register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 def composing():
     """Hydra initialised on the project's configurations, as inside a job."""
     register_schema()
-    _choice.cache_clear()  # of another registration, whose classes are others
+    _composed.cache_clear()  # of another registration, whose classes are others
     with initialize_config_dir(str(ROOT / "conf")):
         yield
 

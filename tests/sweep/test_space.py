@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from distilbench.composition import _choice
+from distilbench.composition import _composed
 from distilbench.settings import SettingsError, register_schema
 from distilbench.sweep.space import Composer, Point, Space, describe, edges, fixed_of, read_space
 from tests.conftest import ROOT, TINY
@@ -215,7 +215,7 @@ def test_a_custom_space_is_a_function_by_its_path():
 def composer():
     """Return ``composer(space, *overrides)``: over the tiny model, as a sweep of that command line makes it."""
     register_schema()
-    _choice.cache_clear()  # of another registration, whose classes are others
+    _composed.cache_clear()  # of another registration, whose classes are others
 
     def make(space: Space, *overrides: str) -> Composer:
         fixed = [*TINY, "output.dir=.", "sweep.name=unused", *space.fixed, *overrides]
