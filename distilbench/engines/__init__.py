@@ -1,4 +1,4 @@
-"""What trains trials: one protocol, several engines."""
+"""Engines, which train trials: selection by the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distilbench.settings import EngineSettings, SettingsError, TrialSettings
 
 
 def engine_for(settings: EngineSettings) -> Engine:
-    """Return the engine that ``engine.name`` names, auto resolved; its libraries are imported here and not before."""
+    """Return the engine of ``settings``, whose name is no longer auto; only here are its libraries imported."""
     if settings.name == "fused":
         from distilbench.engines.fused.engine import FusedEngine
 
@@ -22,18 +22,18 @@ def engine_for(settings: EngineSettings) -> Engine:
 
 
 def check_engine(trial: TrialSettings, model: ResolvedModel, precision: str) -> None:
-    """Raise :class:`SettingsError` for a trial, a model or a precision that its engine does not train; needs no torch.
+    """Raise :class:`SettingsError` if the trial's engine does not support its settings, model or precision.
 
-    ``precision`` is the one really used, or the one asked for.
+    ``precision`` is the resolved one or the setting. Does not import torch.
     """
     if trial.engine.name == "fused":
         check_fusable(trial, model, precision)
 
 
 def resolve_engine(trial: TrialSettings, model: ResolvedModel, precision: str, device: str) -> EngineSettings:
-    """Return the engine with auto resolved for trial, model and kind of device; raises as :func:`check_engine`.
+    """Return the engine's settings with auto resolved; raises as :func:`check_engine`.
 
-    On MPS, auto is the reference engine: the fused one has been measured on CPUs and on a CUDA device.
+    On MPS, auto means the reference engine: the fused one has been measured only on CPUs and CUDA devices.
     """
     check_engine(trial, model, precision)
     if trial.engine.name != "auto":

@@ -1,4 +1,4 @@
-"""The seam between what is to be trained and what trains it."""
+"""The protocols of an engine and of the observer that follows its trials."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from distilbench.settings import TrialSettings
 
 
 class TrialObserver(Protocol):
-    """Receives what happens, as it happens; ``trial`` is the position in the sequence given to the engine."""
+    """Callbacks during training; ``trial`` is the position in the sequence given to the engine."""
 
     def on_step(self, trial: int, record: StepRecord) -> None:
-        """Learn of a logged optimisation step."""
+        """Receive a logged optimisation step."""
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Learn of an evaluation on the selection split; return whether the trial is to stop here (PRUNED)."""
+        """Receive an evaluation on the selection split; return whether to stop the trial here (PRUNED)."""
 
     def wants_checkpoint(self) -> bool:
-        """Say, after every step, whether to leave a checkpoint now, since the process is to end."""
+        """Return, after every step, whether to write a checkpoint now because the process is about to end."""
 
     def on_checkpoint(self) -> None:
-        """Learn that the checkpoint asked for is written, or unwanted; as a rule, end the training by an exception."""
+        """Continue once the requested checkpoint is written, or checkpoints are off; usually raises to end training."""
 
 
 class Engine(Protocol):
-    """What trains trials. It may change speed, never results beyond rounding.
+    """Train trials. Engines may differ in speed, but in results only by rounding.
 
-    Results keep the order of ``trials``. What goes wrong inside one trial becomes its result's status and error and
-    leaves the others alone; KeyboardInterrupt passes through.
+    An exception inside one trial becomes the status and error of its result and does not affect the others;
+    KeyboardInterrupt propagates.
     """
 
     def train(

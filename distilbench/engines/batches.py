@@ -1,4 +1,4 @@
-"""Which examples a step trains on, what is due after it, and batches padded to their longest row."""
+"""The examples of each step, the evaluations and records due after it, and batches padded to their longest row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distilbench.settings import TrainSettings
 
 @lru_cache(maxsize=64)
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of ``examples`` in an epoch, ``(examples,)`` int64, as Hugging Face Trainer has it.
+    """Return the order of ``examples`` in an epoch, ``(examples,)`` int64, as in Hugging Face Trainer.
 
     Mirrors ``accelerate.data_loader.SeedableRandomSampler``, which seeds a new permutation with ``seed + epoch``.
     """
@@ -26,10 +26,10 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """How the examples of a training split are spread over steps, and what is due after which of them.
+    """How the examples of a training split are divided into steps, and what is due after each step.
 
-    Evaluations come every ``eval_steps``, after each epoch with None, and after the last step; they cut training into
-    parts. Records come every ``logging_steps`` and before each evaluation, so that none spans one.
+    Evaluations are due every ``eval_steps`` (None: after each epoch) and after the last step; they divide training into
+    parts. Records are due every ``logging_steps`` and before each evaluation, so that no record spans an evaluation.
     """
 
     examples: int
@@ -40,12 +40,12 @@ class BatchSchedule:
 
     @classmethod
     def of(cls, train: TrainSettings, examples: int) -> BatchSchedule:
-        """Return that of a trial on so many ``examples``."""
+        """Return the schedule of a trial with ``examples`` training examples."""
         return cls(examples, train.batch_size, train.epochs, train.eval_steps, train.logging_steps)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch, the last of them smaller where it has to be."""
+        """Batches of an epoch; the last one may be smaller."""
         return math.ceil(self.examples / self.batch_size)
 
     @property
@@ -55,7 +55,7 @@ class BatchSchedule:
 
     @property
     def part_starts(self) -> range:
-        """The step after which each part begins: what is frozen may move there."""
+        """The step after which each part begins; freeze policies may change what is frozen there."""
         return range(0, self.steps, self.eval_steps or self.steps_per_epoch)
 
     def evaluates_after(self, step: int) -> bool:
@@ -85,9 +85,9 @@ class BatchSchedule:
 
 
 def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:
-    """Yield the examples' numbers, ``(at most size,)`` at a time, the longest rows first.
+    """Yield indices of the examples, ``(at most size,)`` at a time, the longest rows first.
 
-    Rows of like length share a batch, so that little is padded; a batch too large for the memory fails at once.
+    Rows of similar length share a batch, to limit padding; a batch that does not fit into memory fails at once.
     """
     order = np.argsort(-np.diff(split.offsets), kind="stable")
     yield from (order[start : start + size] for start in range(0, len(order), size))
@@ -96,9 +96,9 @@ def batches_by_length(split: EncodedSplit, size: int) -> Iterator[np.ndarray]:
 def padded_batch(
     split: EncodedSplit, indices: np.ndarray, pad_token_id: int, with_labels: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return rows ``indices`` as ``input_ids`` and ``attention_mask``, (rows, longest of them) int64.
+    """Return rows ``indices`` as ``input_ids`` and ``attention_mask``, (rows, longest row) int64.
 
-    A split with token types adds ``token_type_ids``, 0 where a row is filled up; ``with_labels``, ``labels`` (rows,).
+    A split with token types adds ``token_type_ids``, 0 for padding; ``with_labels`` adds ``labels`` (rows,).
     """
     starts, lengths = split.offsets[indices], split.offsets[indices + 1] - split.offsets[indices]
     columns = np.arange(lengths.max())

@@ -1,7 +1,7 @@
-"""Checkpoints that an interrupted trial continues from: which of them are whole, and whose they are.
+"""Checkpoints from which an interrupted trial resumes: whether they are complete, and which trial they belong to.
 
-A checkpoint is the directory that Hugging Face Trainer writes, made valid by ``seal.json``, which is put there last
-and at once. What a kill or a loss of power cut short has no seal, or other sizes than it says, and is passed over.
+A checkpoint is a directory, such as Hugging Face Trainer writes. It becomes valid with ``seal.json``, which is written
+last and atomically. A checkpoint cut short by a kill or power loss has no seal, or other file sizes, and is ignored.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _SEAL = "seal.json"
 
 @dataclass
 class Progress:
-    """How far a trial has come, over all the processes that worked on it.
+    """The progress of a trial, summed over all processes that have trained it.
 
-    ``train_seconds`` and ``train_cpu_seconds`` are what the result reports, ``step_seconds`` the part of the former
-    without evaluations, ``gradients`` those of :class:`~distilbench.engines.moving_freeze.MovingFreeze`.
+    ``train_seconds`` and ``train_cpu_seconds`` are reported in the result; ``step_seconds`` is ``train_seconds``
+    without evaluations. ``gradients`` is described in :class:`~distilbench.engines.moving_freeze.MovingFreeze`.
     """
 
     step: int = 0
@@ -45,9 +45,9 @@ class Progress:
 
 
 def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, precision: str) -> dict[str, object]:
-    """Return :func:`~distilbench.identity.checkpoint_identity` with the text that ``splits`` hold.
+    """Return :func:`~distilbench.identity.checkpoint_identity` for the tokens and labels of ``splits``.
 
-    ``weights`` is the fingerprint of the initial weights, ``precision`` the one really used.
+    ``weights`` is the fingerprint of the initial weights, ``precision`` the resolved one.
     """
     texts = hashlib.sha256()
     for split in (splits.train, splits.selection):
@@ -57,9 +57,9 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
 
 
 def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
-    """Return the newest whole checkpoint in ``directory`` and what had been done by then; None where there is none.
+    """Return the newest complete checkpoint in ``directory`` with its progress, or None.
 
-    Raises :class:`SettingsError` where that checkpoint belongs to a trial of another ``identity``.
+    Raises :class:`SettingsError` if that checkpoint belongs to a trial of another ``identity``.
     """
     folders = _folders(directory)
     sealed = {path: seal for path in folders if (seal := read_seal(path))}
@@ -76,24 +76,24 @@ def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progr
             f"train.resume must continue with the settings of {path}, which has {its}, got {own}; "
             "use the same settings, another output.dir, or train.resume=false"
         )
-    known = {field.name for field in fields(Progress)}  # other versions count more
+    known = {field.name for field in fields(Progress)}  # other versions may have more fields
     done = {name: value for name, value in seal["progress"].items() if name in known}
     return path, Progress(**done | {"history": [Evaluation(**values) for values in done["history"]]})
 
 
 def read_seal(path: Path) -> dict[str, Any] | None:
-    """Return the seal of a whole checkpoint, where nothing may be written again; None of one that was cut short."""
+    """Return the seal of a complete checkpoint, which must not be written again, or None for an incomplete one."""
     try:
         seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
         is_whole = all((path / name).stat().st_size == size for name, size in seal["sizes"].items())
-    except (OSError, ValueError, KeyError):  # a seal that isn't there or is cut short, a file that is gone
+    except (OSError, ValueError, KeyError):  # no seal, a truncated one, or a missing file
         return None
     return seal if is_whole else None
 
 
 def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
-    """Declare the checkpoint at ``path`` whole, then remove those before it."""
-    files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # of the same step, kept before
+    """Mark the checkpoint at ``path`` as complete, then remove all other checkpoints next to it."""
+    files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # a seal may exist for this step
     sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
     done = asdict(replace(progress, history=[])) | {"history": history}
@@ -106,7 +106,7 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
 
 
 def tidy(directory: Path, status: Status) -> None:
-    """Remove what was cut short, all of a trial that ended for good, and ``directory`` where nothing is left in it."""
+    """Remove incomplete checkpoints, or all if ``status`` is final, and ``directory`` if it is then empty."""
     if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
         shutil.rmtree(directory, ignore_errors=True)
     for path in _folders(directory):

@@ -1,4 +1,4 @@
-"""The one device that a trial runs on: which, in what precision, and what it holds."""
+"""The one device that a trial runs on: its selection, precision, description and memory."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
-    """Return the device that ``setting`` names; ``auto`` takes CUDA, else MPS, else the CPU.
+    """Return the device called ``name``; ``auto`` selects CUDA, else MPS, else the CPU.
 
-    CUDA means the first visible device, always exactly one: with ``cuda:2`` the others are hidden, since Trainer takes
-    the first that it sees. Raises :class:`SettingsError` for a device that this machine, or this build of torch, does
-    not have.
+    CUDA always means one device, the first visible one: ``cuda:2`` hides the others, since Trainer uses the first that
+    it sees. Raises :class:`SettingsError`, naming ``setting``, for a device that this machine or build of torch lacks.
     """
     name, _, index = name.partition(":")
     if index:
         _show_only(int(index))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, is_there in present.items() if is_there]  # the fastest first
+    there = [kind for kind, is_there in present.items() if is_there]  # fastest first
     allowed = f"one of auto, {', '.join(there)} on this machine (torch {torch.__version__})"
     require(name in ("auto", *there), setting, allowed, name, f"use {setting}=auto")
     chosen = there[0] if name == "auto" else name
@@ -43,7 +42,7 @@ def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
 
 @cache
 def _show_only(index: int) -> None:
-    """Hide all CUDA devices but one from this process, which has to come before it starts CUDA."""
+    """Hide all CUDA devices but one from this process; must be called before CUDA is initialized."""
     gpus = visible_gpus()
     found = f"cuda:0 to cuda:{len(gpus) - 1}" if gpus else "none"
     require(index < len(gpus), "engine.device", f"a CUDA device that this process sees ({found})", f"cuda:{index}",
@@ -52,9 +51,9 @@ def _show_only(index: int) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES names (a person, Slurm and Ray set it), else the numbers of all of the host.
+    """Return the entries of CUDA_VISIBLE_DEVICES (set by the user, Slurm or Ray), else the indices of all devices.
 
-    Does not start CUDA in the process, after which the variable would say nothing any more.
+    Does not initialize CUDA, after which changes of the variable would have no effect.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
@@ -63,10 +62,10 @@ def visible_gpus() -> list[str]:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """Return ``fp32``, ``bf16`` or ``fp16``; ``auto`` is bf16 on a CUDA device that has it, fp32 elsewhere.
+    """Return ``fp32``, ``bf16`` or ``fp16``; ``auto`` is bf16 on a CUDA device that supports it, fp32 elsewhere.
 
     Weights and optimizer state stay in float32; bf16 and fp16 mean autocast. Raises :class:`SettingsError` for a
-    precision that the device lacks.
+    precision that the device does not support.
     """
     allowed = _precisions(device)
     if name == "auto":
@@ -80,7 +79,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_bf16() -> None:
-    """Say once what bfloat16 costs here: on a Zen 3, with AVX2 alone, 130 times the time of float32."""
+    """Measure and log once how slow bfloat16 is on this CPU: 130 times slower than float32 on a Zen 3 (AVX2 only)."""
     squares = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     fp32, bf16 = (Timer("a @ a", globals={"a": square}).timeit(1).mean for square in squares)
     log.warning(
@@ -91,7 +90,7 @@ def _warn_of_slow_bf16() -> None:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Say whether the device has instructions for bfloat16; a CPU without them imitates it, any other lacks it."""
+    """Return whether the device has bfloat16 instructions; without them, only a CPU can emulate the type."""
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities()
         return any(flags.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
@@ -99,7 +98,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def _precisions(device: torch.device) -> tuple[str, ...]:
-    """Return what each kind of device computes natively; emulated bf16 (before Ampere) would be slower than fp32."""
+    """Return the precisions allowed on ``device``. CUDA devices before Ampere emulate bf16, slower than fp32."""
     if device.type == "cpu":
         return ("fp32", "bf16")
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -108,27 +107,27 @@ def _precisions(device: torch.device) -> tuple[str, ...]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name the device as times are compared by: the GPU's model, or the CPU's with the threads in use."""
+    """Return the name under which times are compared: the GPU's model, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.machine()} GPU"
-    told = Path("/proc/cpuinfo")  # Linux states the model, others the architecture
+    told = Path("/proc/cpuinfo")  # Linux only; elsewhere, platform gives the architecture
     found = re.search(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE) if told.exists() else None
     model = found[1] if found else platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of :func:`peak_memory` where the device keeps one."""
+    """Reset the peak that :func:`peak_memory` returns, on CUDA."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return bytes: CUDA's peak since :func:`reset_peak_memory`, elsewhere what is held now.
+    """Return bytes: on CUDA the peak since :func:`reset_peak_memory`, elsewhere the current use.
 
-    That is the driver's allocation on MPS and the process's resident set on the CPU; sample it to learn a peak.
+    That is the driver's allocation on MPS and the process's resident set on the CPU; sample it to find the peak.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -141,14 +140,14 @@ _LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|FORK_LAUNCHED|MPI_LOCAL(RANKID|NRANKS)"
     r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|TORCHELASTIC|OMPI|PMI|PMIX|MV2)_\w+"
 )
-"""Variables in which torchrun, accelerate, MPI and notebooks tell a process that it is one of several."""
+"""Environment variables with which torchrun, accelerate, MPI and notebooks configure a process of a group."""
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Hide what a launcher left in the environment: accelerate would wait for processes that are not there.
+    """Hide a launcher's environment variables, with which accelerate would wait for processes that don't exist.
 
-    Also hidden is what would change a trial behind its settings (``ACCELERATE_MIXED_PRECISION``, ``..._TORCH_DEVICE``).
+    Variables that would override a trial's settings (``ACCELERATE_MIXED_PRECISION``, ``..._TORCH_DEVICE``) as well.
     """
 
     def take_away() -> dict[str, str]:
@@ -158,13 +157,13 @@ def single_process() -> Iterator[None]:
     try:
         yield
     finally:
-        take_away()  # what accelerate set in the meantime
+        take_away()  # variables that accelerate has set meanwhile
         os.environ.update(hidden)
 
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Leave what was there before out of garbage collections: 0.25-0.5 s each for the libraries' objects alone."""
+    """Exclude existing objects from garbage collection: the libraries' objects alone take 0.25-0.5 s per collection."""
     gc.freeze()
     try:
         yield
@@ -173,7 +172,7 @@ def gc_frozen() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give back what a finished or failed trial held, so that the next one finds it free."""
+    """Free the memory of a finished or failed trial for the next one."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -182,7 +181,7 @@ def release_memory() -> None:
 
 
 def driver_version(device: torch.device) -> str | None:
-    """Return the version of a GPU's driver as ``nvidia-smi`` tells it; None where there is nothing to ask."""
+    """Return the version of an NVIDIA driver as reported by ``nvidia-smi``, or None."""
     command = shutil.which("nvidia-smi") if device.type == "cuda" else None
     if command is None:
         return None

@@ -1,7 +1,7 @@
-"""Moves what is frozen at each evaluation.
+"""Freeze policies that change which levels are frozen at each evaluation.
 
 A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.freezing.levels`: one
-frozen level is the embeddings, and of ``n`` encoder layers, ``n + 1`` frozen levels leave what stands above the last.
+frozen level means the embeddings; of ``n`` encoder layers, ``n + 1`` frozen levels leave only what follows the last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distilbench.settings import FreezeSettings, require
 
 
 def require_parts(settings: FreezeSettings, schedule: BatchSchedule) -> None:
-    """Raise :class:`SettingsError` where what is frozen is to move, but too few evaluations come before the end."""
+    """Raise :class:`SettingsError` if the freeze policy needs more evaluations than ``schedule`` has."""
     if settings.moves:
         every, most = schedule.eval_steps, (schedule.steps - 1) // (settings.fewest_parts - 1)
         allowed = f"at most {most} for {schedule.steps} steps with freeze.policy={settings.policy}, which moves "
@@ -29,12 +29,12 @@ def require_parts(settings: FreezeSettings, schedule: BatchSchedule) -> None:
 
 
 def planned_levels(settings: FreezeSettings, schedule: BatchSchedule, top: int) -> dict[int, int]:
-    """Return how many levels below the head, level ``top``, are frozen from which step on, as far as the settings say.
+    """Return the number of frozen levels by the step from which it applies; the head is level ``top``.
 
-    ``gradual`` freezes all of them at first, and one less in each part (Howard and Ruder, 2018, arXiv 1801.06146);
-    ``scheduled`` nothing at first, the embeddings and ``freeze.layers`` in the last part, and as many more in each
-    between (FreezeOut: Brock et al., 2017, arXiv 1706.04983, with a linear schedule, but at evaluations alone). Others
-    are ``{0: 0}``.
+    ``gradual`` first freezes all levels below the head, and one fewer in each part (Howard and Ruder, 2018, arXiv
+    1801.06146). ``scheduled`` first freezes nothing and in the last part the embeddings and ``freeze.layers``, growing
+    linearly in between (FreezeOut: Brock et al., 2017, arXiv 1706.04983, but changing only at evaluations). Other
+    policies give ``{0: 0}``.
     """
     starts = schedule.part_starts
     if settings.policy == "gradual":
@@ -46,7 +46,7 @@ def planned_levels(settings: FreezeSettings, schedule: BatchSchedule, top: int) 
 
 
 def planned_flops(model: PreTrainedModel, planned: Mapping[int, int]) -> dict[int, TrainFlops]:
-    """Return what an example costs from which step on, and leave of ``model`` frozen what never trains."""
+    """Return the FLOPs by the step from which they apply; freezes in ``model`` what ``planned`` never trains."""
     flops = {}
     for step, count in planned.items():
         freeze_levels(model, count)
@@ -56,11 +56,11 @@ def planned_flops(model: PreTrainedModel, planned: Mapping[int, int]) -> dict[in
 
 
 def auto_levels(gradients: Sequence[Sequence[float]], top: int) -> int:
-    """Freeze, from the bottom up, levels whose gradients change less than those of the median level below the head.
+    """Return how many levels to freeze: the lowest ones whose gradients change less than the median level's.
 
-    ``gradients`` holds, for each part before, the mean norm of each level's gradient; 0 where it was frozen. As in
-    AutoFreeze (Liu et al., 2021, arXiv 2102.01386) with its percentile of 50; the change from part to part is that of
-    the mean norm of the gradients, as clipped, instead of the norm of their sum.
+    ``gradients`` holds each past part's mean gradient norm of each level, 0 for a frozen one; the median is over the
+    unfrozen levels below ``top``, the head. As in AutoFreeze (Liu et al., 2021, arXiv 2102.01386) with its percentile
+    of 50, but the change is that of the mean norm of the clipped gradients, instead of the norm of their sum.
     """
     frozen = 0
     for before, now in pairwise(gradients):
@@ -71,11 +71,10 @@ def auto_levels(gradients: Sequence[Sequence[float]], top: int) -> int:
 
 
 class MovingFreeze:
-    """Freezes ``model`` part by part.
+    """Change what is frozen in ``model`` part by part.
 
-    What it does follows from the settings, the evaluations so far and ``gradients``: of each part, and of the running
-    one as far as it was noted, its steps and the sums of each level's gradient norms. A checkpoint that keeps those
-    continues to the same bits.
+    The state is the settings, the evaluations so far and ``gradients``: for each part up to the current one, the number
+    of steps and the sum of each level's gradient norms. A checkpoint with this state resumes bit for bit.
     """
 
     def __init__(
@@ -89,12 +88,12 @@ class MovingFreeze:
         self._sums = torch.zeros(self._top + 1, device=model.device)
         self._frozen = planned_levels(settings, schedule, self._top)
         self.flops = planned_flops(model, self._frozen)
-        """What an example costs from this step on."""
+        """The FLOPs by the step from which they apply."""
         self.parameters = parameter_counts(model)
-        """How many parameters are trained in one part or another, and how many there are."""
+        """The number of parameters that are trained in any part, and of all parameters."""
 
     def begin(self, history: Sequence[Evaluation]) -> None:
-        """Begin the part that follows ``history``, going through those before it, or continue it."""
+        """Begin or resume the part that follows the evaluations in ``history``, replaying the parts before it."""
         for part, step in enumerate([0, *(evaluation.step for evaluation in history)]):
             if step not in self._frozen:
                 means = [[total / steps for total in sums] for steps, *sums in self.gradients[:part] if steps]
@@ -107,12 +106,12 @@ class MovingFreeze:
         self._steps, self._sums = int(noted[0]), torch.tensor(noted[1:], device=self._model.device)
 
     def note(self) -> None:
-        """Note what the gradients of the running part have come to."""
+        """Store the current part's steps and gradient sums in ``gradients``."""
         self.gradients[self._part :] = [[self._steps, *self._sums.tolist()]]
 
     @torch.no_grad()
     def look_at_gradients(self) -> None:
-        """Add up the norms of each level's gradient, on the device, before a step is taken."""
+        """Add each level's gradient norm to the sums, on the device; call before the optimizer step."""
         if self._by_gradients:
             nothing = self._sums.new_zeros(())
             grads = [[p.grad for p in own if p.grad is not None] for own in self._by_level]
