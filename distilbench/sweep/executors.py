@@ -1,4 +1,4 @@
-"""Handing trials to Hydra's launchers: one after another, in batches, or each to the next free worker."""
+"""Hand trials to Hydra's launchers: one after another, in batches, or each to the next free worker."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 
 End = BaseException | None
-"""What a job ended with; None if it returned."""
+"""The exception that ended a job; None if it returned."""
 
 Launch = Callable[[Sequence[SweepJob]], Sequence[End]]
-"""Runs jobs to their end; returns keep their order."""
+"""Runs jobs and returns how each ended, in the order of the jobs."""
 
 
 class Sequential:
-    """Launches a batch in this thread and answers when all of it is done; ``at_once`` is its size, None for all.
+    """Launches a batch and blocks until all of its jobs have ended; ``at_once`` is its size, None for all jobs.
 
-    ``stop`` ends what the batch has under way elsewhere; what ran here has ended with what ends the sweep.
+    ``stop`` cancels jobs that run in other processes; those in this one end with the sweep's own exception.
     """
 
     def __init__(self, launch: Launch, at_once: int | None, stop: Callable[[], object] = lambda: None) -> None:
@@ -52,21 +52,21 @@ class Sequential:
 
 
 class Pool:
-    """Asks joblib's launcher for one trial at a time, from as many threads as it has workers."""
+    """Launches each trial by itself through joblib's launcher, with one thread per worker."""
 
     def __init__(self, launch: Launch, at_once: int) -> None:
         self._launch, self.at_once = launch, at_once
         self._threads = ThreadPoolExecutor(at_once)
 
     def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
-        """Hand each trial to a thread of its own, with Hydra's context."""
+        """Submit each trial to a thread, with a copy of the current context variables."""
         return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
 
     def _launch_one(self, job: SweepJob) -> End:
         return _ends_of(self._launch, [job])[0]
 
     def stop(self) -> None:
-        """Kill the workers: a signal to the sweep's process alone never reaches them."""
+        """Kill the workers, which a signal to the sweep's process alone does not reach."""
         from joblib.externals.loky import get_reusable_executor
 
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
@@ -76,16 +76,16 @@ class Pool:
 def _ends_of(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[End]:
     try:
         return launch(jobs)
-    except Exception as error:  # the boundary: a launcher that broke fails its trials, not the sweep
+    except Exception as error:  # boundary: a launcher that raises fails its trials, not the sweep
         return [error] * len(jobs)
 
 
 Executor = Sequential | Pool
-"""What launches trials: ``at_once`` is how many it works on at a time, None for any number."""
+"""Launches trials; ``at_once`` is how many it runs at a time, None for any number."""
 
 
 def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:
-    """Return what suits a launcher: ``n_jobs`` trials at once, by default one where they share one process."""
+    """Return the executor for a launcher: up to ``n_jobs`` trials at once, but one with Hydra's basic launcher."""
     launch = partial(_launch_through, launcher)
     if isinstance(launcher, BasicLauncher):
         return Sequential(launch, 1)
@@ -93,7 +93,7 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         from joblib import effective_n_jobs
 
         workers = effective_n_jobs(config.n_jobs)
-        if workers == 1:  # joblib then works in the thread that asks, which must be the main one for signals
+        if workers == 1:  # joblib then runs jobs in the calling thread: the main one, which signals need
             return Sequential(launch, 1)
         return Pool(launch, min(n_jobs or workers, workers))
     if config._target_.endswith(".RayLauncher"):
@@ -107,14 +107,14 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
 
 
 def _leave_ray() -> None:
-    """Leave the cluster, which kills this sweep's jobs there before their trials are closed."""
+    """Disconnect from the cluster, which kills this sweep's jobs there, before their trials are closed."""
     import ray
 
     ray.shutdown()
 
 
 def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[End]:
-    """Launch jobs, and keep what they are to Slurm in ``submitted``: Hydra's launcher tells nobody."""
+    """Launch jobs and keep their submitit handles in ``submitted``, since Hydra's launcher does not expose them."""
     from submitit import AutoExecutor
 
     submit: Any = AutoExecutor.map_array
@@ -131,9 +131,9 @@ def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence
 
 
 def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:
-    """Launch jobs with the variables that lead to the study and to MLflow: Ray's processes have the cluster's.
+    """Launch jobs with the environment variables for the study and MLflow: Ray's processes have the cluster's.
 
-    They travel with the function, which Ray keeps in memory: a setting would put a password on disk.
+    The variables are sent with the function, which Ray keeps in memory; a setting would write passwords to disk.
     """
     named = re.findall(r"\$\{oc\.env:(\w+)", " ".join(text for job in jobs for text in (job.storage, *job.overrides)))
     carried = {name: value for name, value in os.environ.items() if name in named or name.startswith("MLFLOW_")}
@@ -147,13 +147,13 @@ def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictC
 
 
 def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
-    """Launch jobs as Hydra's sweepers do, each with the overrides that lead it to its directory and ``job.json``."""
+    """Launch jobs as Hydra's sweepers do, each with the overrides that set its directory and its ``job.json``."""
     returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], jobs[0].number)
     return [None if r.status is JobStatus.COMPLETED else r._return_value for r in returns]
 
 
 def _overrides(job: SweepJob) -> list[str]:
-    """Return what leads a job to its trial, in absolute paths: Ray starts it elsewhere, with other variables."""
+    """Return a job's overrides, with absolute paths: Ray starts it in another directory and environment."""
     paths = {
         "hydra.sweep.dir": job.sweep_directory,
         f"++hydra.job.env_set.{ENVIRONMENT}": job.directory / JOB,
@@ -164,31 +164,31 @@ def _overrides(job: SweepJob) -> list[str]:
 
 
 def quieten() -> None:
-    """Keep Optuna and launchers from announcing each step, of which the sweep says what there is to say itself.
+    """Silence Optuna's and the launchers' messages about each step, since the sweep reports its own progress.
 
-    ``hydra.verbose`` lets them speak.
+    ``hydra.verbose`` keeps them.
     """
     launchers = dict.fromkeys(("hydra_plugins", "hydra._internal.core_plugins"), logging.WARNING)
     for name, level in {"optuna": logging.ERROR, **launchers}.items():
         if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
             logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", "Heartbeat of storage")  # Study.ask beats for nobody, as we do
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # expects Study.optimize; we send them ourselves
 
 
 class Batches(Protocol):
-    """What trains several jobs at once."""
+    """Trains several jobs at once."""
 
     def describe(self, config: DictConfig) -> Any:
-        """Say what a job is to do, called as the job would be; an exception becomes the job's own, the others go on."""
+        """Return what :meth:`train` needs of a job, called in the job's context; an exception fails that job alone."""
 
     def train(self, jobs: Sequence[Any]) -> Sequence[TaskFunction]:
-        """Train what :meth:`describe` returned; return a task function for each, which ends as the job did, at once."""
+        """Train what :meth:`describe` returned; return for each a task function that at once ends as the job did."""
 
 
 def launch_batch(
     batches: Batches, config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
-    """Train jobs numbered from ``first`` on; returns keep their order."""
+    """Train jobs together, numbered from ``first``; the returns keep their order."""
     setup_globals()
     _log_as_sweep(config, context)
     Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What a sweep tells the job of one trial.
+"""What a sweep passes to the job that trains one trial.
 
-The sweep's process writes ``job.json`` into the trial's directory and names it in the job's environment, which every
-launcher carries over; the job answers through ``trial.json``. Nothing else passes between the two.
+The sweep's process writes ``job.json`` into the trial's directory and its path into the job's environment, which every
+launcher passes on; the job answers through ``trial.json``. Beyond that, the two share only the study.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ log = logging.getLogger(__name__)
 
 
 ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
-"""Names the ``job.json`` of the trial that a job is to train."""
+"""Environment variable with the path of the job's ``job.json``."""
 
 JOB = "job.json"
 
 NOBODY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
-"""Identity of a trial whose sources have not been looked at yet."""
+"""Identity of a trial whose sources have not been resolved yet."""
 
 _GOES_UP = ("accuracy", "f1", "mcc")
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One trial as its sweep sees it."""
+    """One trial of a sweep, with all that its job needs to know."""
 
     sweep: str
     trial: str
-    """Its directory below the sweep's, by which people call it."""
+    """Its directory relative to the sweep's, which also identifies it in messages."""
     name: str
-    """What varies in the sweep."""
+    """What the sweep varies, with this trial's values: ``layers=3 scheduler=cosine``."""
     overrides: tuple[str, ...]
-    """The command line that makes its settings."""
+    """The Hydra overrides that give its settings."""
     is_baseline: bool
     parent_run_id: str | None
     owner: Owner
@@ -51,19 +51,19 @@ class SweepJob:
     directory: Path
     objectives: tuple[str, ...]
     storage: str
-    """Optuna's storage, with the trial in it. Interpolations such as ``${oc.env:NAME}`` stand in it unresolved,
+    """URL of the Optuna storage that holds the trial. Interpolations such as ``${oc.env:NAME}`` stay unresolved,
     since a password would be written to disk."""
     trial_id: int
     grace_seconds: int
     """``sweep.grace_seconds``."""
     is_quiet: bool = False
-    """Whether the job shows nothing of its own, since others run beside it."""
+    """Whether the job prints nothing, since others run at the same time."""
     prunes: bool = False
-    """Whether the trial may be stopped on the way."""
+    """Whether the trial may be pruned."""
     picks: bool = False
-    """Whether the sweep picks one of several settings."""
+    """Whether the sweep selects one of several settings."""
     continues: Path | None = None
-    """Directory of the interrupted trial that this one takes up."""
+    """Directory of the interrupted trial that this one continues."""
 
     @property
     def number(self) -> int:
@@ -72,7 +72,7 @@ class SweepJob:
 
     @property
     def run_name(self) -> str:
-        """What its runs are called, its number first; a baseline beside the space has none that tables show."""
+        """Name of its MLflow runs: number and name; without the number for a baseline outside of the search space."""
         return f"{self.trial} {self.name}" if self.trial.isdigit() else self.name
 
     @property
@@ -82,7 +82,7 @@ class SweepJob:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What each run of this trial is found by."""
+        """MLflow tags that identify the runs of this trial."""
         role = {"distilbench.role": "baseline"} if self.is_baseline else {}
         return {SWEEP: self.sweep, TRIAL: self.trial} | role
 
@@ -93,7 +93,7 @@ class SweepJob:
 
     @classmethod
     def from_environment(cls) -> SweepJob | None:
-        """Read the trial that this job was launched for; None outside of our sweeps."""
+        """Read the job that this process was launched for; None outside of distilbench's own sweepers."""
         path = os.environ.get(ENVIRONMENT)
         if path is None:
             return None
@@ -103,7 +103,7 @@ class SweepJob:
         return cls(**content | lists | paths | {"owner": Owner(**content["owner"])})
 
     def reached(self) -> tuple[float, ...]:
-        """Return the trial's objectives as ``trial.json`` tells them at its end, NaN if it has none."""
+        """Return the trial's final objectives from ``trial.json``, NaN if it has none."""
         record = read_record(self.directory)
         assert record is not None  # written by whatever trained the trial
         return tuple(record.objective(name) for name in self.objectives)
@@ -115,7 +115,7 @@ def directions_of(objectives: Sequence[str]) -> list[str]:
 
 
 def objectives_of(settings: AppSettings, alone: bool) -> tuple[str, ...]:
-    """Return what a sweep with these settings optimises; its ``cost`` is seconds where trials run ``alone``."""
+    """Return the objectives of a sweep; ``cost`` stands for seconds if trials run ``alone``, otherwise for FLOPs."""
     cost = "train_seconds" if alone else "train_flops"
     return tuple(cost if name == "cost" else name for name in settings.sweep.objectives or [settings.train.metric])
 
@@ -126,9 +126,9 @@ class Orphaned(RuntimeError):
 
 @contextmanager
 def beating(beat: Callable[[], object], seconds: float) -> Iterator[None]:
-    """Call ``beat`` every so many seconds, in a thread of its own, until the block is left; a first time at once.
+    """Call ``beat`` at once and then every ``seconds``, in a thread of its own, until the block ends.
 
-    The thread is not waited for: a storage that hangs would hold up the end of a trial.
+    The thread is not joined: a storage that hangs would delay the end of a trial.
     """
     left = threading.Event()
 
@@ -145,28 +145,28 @@ def beating(beat: Callable[[], object], seconds: float) -> Iterator[None]:
 
 
 class Lease:
-    """A trial as the job that trains it has it: for as long as no other process has taken it over."""
+    """A job's claim to its trial, which ends when another process takes the trial over."""
 
     def __init__(self, job: SweepJob) -> None:
         self._job = job
         self._is_silent = False
         self.is_lost = False
-        """What the study said when it was last asked."""
+        """Whether the claim had ended when the study was last read."""
 
     def announce(self) -> None:
-        """Say in ``trial.json`` that this process works on the trial.
+        """Record in ``trial.json`` that this process works on the trial.
 
-        Raises :class:`Orphaned` where it waited for so long that its sweep is dead, or another has taken the trial.
+        Raises :class:`Orphaned` if the sweep died before this job began, or if the trial was closed or taken over.
         """
         job = self._job
         if (job.owner.pid != os.getpid() and job.owner.is_dead()) or not self.holds():
             raise Orphaned(f"the sweep {job.sweep} went on without trial {job.trial} before it began; run it again")
-        found = read_record(job.directory)  # of this very job, which Slurm has put back into its queue
+        found = read_record(job.directory)  # by an earlier start of this job, if Slurm requeued it
         begun = found if found and not found.is_over else Record(NOBODY, Status.RUNNING, job.owner)
         replace(begun, status=Status.RUNNING, owner=Owner.of_this_process(), error=None).write(job.directory)
 
     def holds(self) -> bool:
-        """Ask the study whether the trial is still this job's; one that does not answer takes nothing away."""
+        """Return whether the trial is still this job's, and send a heartbeat if so; an outage changes nothing."""
         from omegaconf.errors import OmegaConfBaseException
 
         from distilbench.sweep.storage import UNANSWERED, storage_of
@@ -188,7 +188,7 @@ class Lease:
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Have the trial's heart beat while the block lasts."""
+        """Send the trial's heartbeats until the block ends."""
         from distilbench.sweep.storage import beat_seconds
 
         with beating(self.holds, beat_seconds(self._job.grace_seconds)):

@@ -1,4 +1,4 @@
-"""The space of ``search=methods``: an experiment a method, and the learning rate that each wants."""
+"""The search space of ``search=methods``: one experiment per method, each with its own range of learning rates."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RATES = {
     "lora": (2e-4, 5e-3),
     "ia3": (1e-3, 2e-2),
 }
-"""Experiment -> ends of the learning rates that are tried: few parameters want rates ten to a hundred times higher."""
+"""Experiment -> lowest and highest learning rate: few trained parameters need rates ten to a hundred times higher."""
 
 
 def suggest_lr(config: DictConfig, trial: Any) -> None:
-    """Suggest ``optim.lr`` for the experiment that ``trial`` has drawn: Hydra's sweep syntax knows no condition."""
+    """Suggest ``optim.lr`` in the range of the trial's experiment: Hydra's sweep syntax has no conditional ranges."""
     method = trial.params.get("experiment")
     if method not in RATES:
         raise SettingsError(

@@ -31,46 +31,46 @@ from distilbench.tracking.uri import sqlite_url
 ANSWER_SECONDS = 4.0
 
 LOCK_SECONDS = 120.0
-"""Longest wait for another process that takes or settles a trial; each holds the lock for well under a second."""
+"""Longest wait for the sweep's lock; a process that starts or ends a trial holds it for well under a second."""
 
 _LOCK_NUMBER = 0x64697374696C6265
-"""Of PostgreSQL's advisory locks: "distilbe" in ASCII, so that another program will hardly have it."""
+"""Key of the PostgreSQL advisory lock: "distilbe" in ASCII, unlikely to be another program's key."""
 
 UNANSWERED = (SQLAlchemyError, StorageInternalError)
-"""What a storage that no longer answers raises, from SQLAlchemy or from Optuna."""
+"""Exceptions that SQLAlchemy and Optuna raise when a storage no longer answers."""
 
 _DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Packages that bring a database's driver, by the module that SQLAlchemy looks for, where the two names differ."""
+"""Module of a database driver, as SQLAlchemy imports it -> package that provides it, where the two names differ."""
 
 _PASSWORDS = re.compile(r"//[^:/]*:([^@]+)@|[?&]password=([^&]+)")
-"""As SQLAlchemy and libpq read a URL."""
+"""Matches a password in a URL, in the places where SQLAlchemy and libpq read one."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where studies are kept; ``shown`` is the URL as it may be written down, a password being an interpolation."""
+    """The database that holds the studies; ``shown`` is its URL before interpolation, without a password."""
 
     url: str
     shown: str
 
     @property
     def file(self) -> Path | None:
-        """SQLite's file; None for a database behind a network."""
+        """The SQLite file; None for a database server."""
         named = sqlalchemy.make_url(self.url).database if self.url.startswith("sqlite") else None
         return Path(named) if named else None
 
     @property
     def is_missing(self) -> bool:
-        """Whether it is a file that there is not."""
+        """Whether the storage is a SQLite file that does not exist."""
         return self.file is not None and not self.file.exists()
 
     @contextlib.contextmanager
     def lock(self, seconds: float = LOCK_SECONDS, of_report: bool = False) -> Iterator[None]:
-        """Keep every other process from taking or settling trials; the system lets go of a lock whose holder dies.
+        """Hold the lock for starting and ending trials; the operating system releases it if its holder dies.
 
-        Another lock, ``of_report``, keeps others from writing a report. A file has them beside it, PostgreSQL ones of
-        its own, which end with their connection: for all sweeps in a database, since the first of them makes Optuna's
-        tables. Others go without. Raises :class:`SettingsError`, or one of :data:`UNANSWERED`, after ``seconds``.
+        ``of_report`` selects a second lock, for writing a report. SQLite has a file for each, next to the database;
+        PostgreSQL has advisory locks, shared by all sweeps of the database since the first creates Optuna's tables;
+        others have none. Raises :class:`SettingsError`, or one of :data:`UNANSWERED`, after ``seconds``.
         """
         with contextlib.ExitStack() as held:
             if self.file:
@@ -92,19 +92,19 @@ class Storage:
 
 
 BEATS = 6
-"""Beats of a trial's heart in the time after which it is taken for dead: one that is lost, or late, costs nothing."""
+"""Heartbeats in the time after which a silent trial counts as dead: a single lost or late one does no harm."""
 
 
 def beat_seconds(grace_seconds: int) -> int:
-    """Return the seconds between two beats."""
+    """Return the seconds between two heartbeats."""
     return max(1, grace_seconds // BEATS)
 
 
 @cache
 def storage_of(url: str, grace_seconds: int) -> RDBStorage:
-    """Open Optuna's storage at ``url``, whose interpolations are resolved in this process, once for all of it.
+    """Open Optuna's storage at ``url``, once per process; interpolations in ``url`` are resolved in this process.
 
-    A SQLite file waits a minute for its lock, since several processes write.
+    A write to SQLite waits up to a minute for the file's lock, since several processes write.
     """
     url = str(OmegaConf.create({"url": url}).url)
     arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -115,16 +115,16 @@ def storage_of(url: str, grace_seconds: int) -> RDBStorage:
 
 
 def storage_at(url: str | None, written: str | None, directory: Path) -> Storage:
-    """``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
+    """Return the storage of ``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
 
-    ``written`` is the setting before its interpolations are resolved. Raises :class:`SettingsError` for what is no
-    storage, has a password written out, or does not answer.
+    ``written`` is the setting before interpolation. Raises :class:`SettingsError` for an invalid URL, for one with a
+    password in clear text, and for a storage that does not answer.
     """
     if url is None:
         default = sqlite_url(directory / "study.db")
         return Storage(default, default)
     _check_url(url, written or url)
-    storage = Storage(with_absolute_file(url), with_absolute_file(written or url))  # a job may run elsewhere
+    storage = Storage(with_absolute_file(url), with_absolute_file(written or url))  # a job may run in another directory
     with _answering(storage):
         if not storage.file:
             sqlalchemy.create_engine(url, poolclass=NullPool).connect().close()
@@ -133,7 +133,7 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
 
 @contextlib.contextmanager
 def _answering(storage: Storage) -> Iterator[None]:
-    """Raise :class:`SettingsError` where a file is locked, or the storage fails in the block."""
+    """Raise :class:`SettingsError` if the SQLite file is locked, or if the storage fails in the block."""
     try:
         if storage.file:
             with contextlib.closing(sqlite3.connect(storage.file, timeout=ANSWER_SECONDS)) as connection:
@@ -153,7 +153,7 @@ def _answering(storage: Storage) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an error, or one that it came from, says that there is no space left."""
+    """Return whether an exception, or one in its chain, reports a full disk or an exceeded quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -178,7 +178,7 @@ def _check_url(url: str, written: str) -> None:
 
 
 def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: Any, grace_seconds: int) -> optuna.Study:
-    """Make the study or load it; raises :class:`SettingsError` where the file is locked or is no study."""
+    """Create the study or load it; raises :class:`SettingsError` if the storage is locked or can't hold a study."""
     if storage.file:
         storage.file.parent.mkdir(parents=True, exist_ok=True)
     with _answering(storage):
