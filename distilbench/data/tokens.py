@@ -1,4 +1,4 @@
-"""Encode text as token numbers, kept in a cache on disk."""
+"""Encode text as token ids, cached on disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Token rows without padding, end to end: row i is ``tokens[offsets[i]:offsets[i + 1]]``.
+    """Token ids without padding, concatenated: row i is ``tokens[offsets[i]:offsets[i + 1]]``.
 
     ``tokens`` (total tokens,) int32, ``offsets`` (examples + 1,) int64, ``labels`` (examples,) int64. ``types`` (total
-    tokens,) int8 tells the first text of a pair (0) from the second (1); None for single texts, and where the model
-    does without.
+    tokens,) int8 is 0 for the first text of a pair and 1 for the second; None for single texts, and for models without
+    token types.
     """
 
     tokens: np.ndarray
@@ -38,13 +38,13 @@ class EncodedSplit:
         return len(self.labels)
 
     def row(self, index: int) -> np.ndarray:
-        """Return the tokens of one example."""
+        """Return the token ids of one example."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
 @dataclass(frozen=True)
 class EncodedSplits:
-    """The three splits as token numbers; ``selection is report`` where one split does both."""
+    """The three splits as token ids; ``selection is report`` if one split serves as both."""
 
     train: EncodedSplit
     selection: EncodedSplit
@@ -54,12 +54,12 @@ class EncodedSplits:
 
 
 def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None) -> EncodedSplits:
-    """Return token numbers of every split, cut at ``max_length`` tokens a row, special tokens included.
+    """Return the token ids of every split, truncated to ``max_length`` tokens per row, special tokens included.
 
-    Of a pair, the longer text is cut first. Token types are kept where ``tokenizer`` gives them to its model.
+    In a pair, the longer text is truncated first. Token types are returned if the tokenizer's model uses them.
 
-    ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory in which tokens are kept under a name made
-    of everything that decides them; a file there that is not whole is written anew, and None keeps nothing.
+    ``tokenizer`` is a fast Hugging Face tokenizer. ``cache`` is a directory for files named by a hash of everything
+    that determines the tokens, or None for no cache; a damaged file is written again.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -73,7 +73,7 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
     path = cache / f"{_tokens_key(text, tokenizer, max_length)}.safetensors" if cache else Path(os.devnull)
     try:
         arrays = load_file(path)
-    except (SafetensorError, OSError):  # not there, or not whole
+    except (SafetensorError, OSError):  # missing or incomplete
         arrays = _tokenize(splits, tokenizer, max_length)
         if cache:
             _store_arrays(path, arrays)
@@ -88,7 +88,7 @@ def encode(text: TextSplits, tokenizer: Any, max_length: int, cache: Path | None
 
 
 def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-    """``<split>.tokens`` and ``<split>.offsets`` of every split, of pairs also ``<split>.types``."""
+    """Return ``<split>.tokens`` and ``<split>.offsets`` of every split, and ``<split>.types`` for pairs."""
     arrays = {}
     for name, split in splits.items():
         rows = tokenizer(
@@ -108,14 +108,14 @@ def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> 
 
 
 def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
-    """Return what decides the tokens, in 64 hexadecimal digits. The leading 2 is the version of the file's layout.
+    """Return a sha256 of everything that determines the tokens; the leading 2 is the version of the file layout.
 
-    The texts themselves do: of one pool, as many others are trained on with another ``data.split_seed``.
+    It includes the texts: the pool alone does not determine them, since another ``data.split_seed`` draws others.
     """
     import tokenizers
 
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend |= {"truncation": None, "padding": None}  # state that the last call left behind
+    backend |= {"truncation": None, "padding": None}  # state of the last call
     texts = fingerprint(text.label_names, (text.train, text.selection, text.report))
     parts = (2, tokenizers.__version__, texts, text.selection is text.report, max_length,
              tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
@@ -123,7 +123,7 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
 
 
 def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file whole or not at all; a cache that can't be written costs time and nothing else."""
+    """Write a cache file atomically; only warn if that fails."""
     from safetensors.numpy import save
 
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -133,12 +133,12 @@ def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
-        with suppress(OSError):  # a full disk has room for a part
+        with suppress(OSError):  # a full disk may hold a partial file
             temporary.unlink()
 
 
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:
-    """Random ``examples`` of a split, in its order."""
+    """Return a random subset of ``examples`` examples of a split, in its order."""
     chosen = np.sort(rng.choice(len(split), examples, replace=False))
     lengths = np.diff(split.offsets)
     kept = np.isin(np.repeat(np.arange(len(split)), lengths), chosen)  # (total tokens,)

@@ -1,4 +1,4 @@
-"""What training minimises, parameter groups, optimizers, and learning-rate factors as pure functions of the step."""
+"""The loss, parameter groups, optimizers, and learning-rate factors as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from distilbench.settings import OptimSettings, SchedulerSettings, TrainSettings
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 POLYNOMIAL_END_LR = 1e-7
-"""Where ``transformers.get_polynomial_decay_schedule_with_warmup`` ends unless told otherwise."""
+"""The default ``lr_end`` of ``transformers.get_polynomial_decay_schedule_with_warmup``."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy with smoothed targets (Szegedy et al., 2016, section 7) and ``class_weights`` (labels,)."""
+    """Cross-entropy with label smoothing (Szegedy et al., 2016, section 7) and ``class_weights`` (labels,)."""
 
     label_smoothing: float
     class_weights: torch.Tensor | None
 
     @classmethod
     def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device) -> Loss:
-        """Return that of a trial on training ``labels``; balanced weights are those of scikit-learn.
+        """Return the loss of a trial with training ``labels``; balanced weights are those of scikit-learn.
 
-        They stand on ``device``: a step that is recorded there may copy nothing from the host.
+        They are kept on ``device``, since a step captured as a CUDA graph can't copy from the host.
         """
         weights = None
         if settings.class_weights == "balanced":
@@ -43,39 +43,38 @@ class Loss:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what Transformers' models compute by themselves."""
+        """Whether it equals the loss that Transformers' models compute."""
         return not self.label_smoothing and self.class_weights is None
 
     def of_each(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return what each example of ``logits`` (examples, labels) loses, ``(examples,)``.
+        """Return the loss of each example of ``logits`` (examples, labels), ``(examples,)``.
 
-        A batch's loss is the mean over its examples, so that each batch counts as much as its examples, whatever their
-        labels; torch's own mean would divide by the sum of their weights.
+        The loss of a batch is their mean, whatever the labels; torch's own mean would divide by the sum of the weights.
         """
         weights = None if self.class_weights is None else self.class_weights.to(logits)
         return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=self.label_smoothing)
 
 
 def decay_parameter_names(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay applies to: neither biases nor inside a normalisation layer.
+    """Return the names of the parameters with weight decay: all but biases and normalisation layers.
 
-    The rule is that of ``transformers.Trainer.get_decay_parameter_names``.
+    Mirrors ``transformers.Trainer.get_decay_parameter_names``.
     """
     return set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
 
 
 def lr_scale(level: int, top: int, layer_decay: float) -> float:
-    """Return the factor on the learning rate of a parameter ``level`` steps from the input, where the head is ``top``.
+    """Return the learning-rate factor of parameters at ``level``, counted from the input; the head is at ``top``.
 
-    As in BEiT (Bao et al., 2021, arXiv 2106.08254): ``layer_decay`` for the last layer, and once more for each below.
+    As in BEiT (Bao et al., 2021, arXiv 2106.08254), each level below the head multiplies it by ``layer_decay`` again.
     """
     return float(layer_decay ** (top - level))
 
 
 def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[dict[str, Any]]:
-    """Return the trainable parameters by level, the head's first, with weight decay and without, in the model's order.
+    """Return the trainable parameters by level, the head first, each level with and without weight decay.
 
-    Without layer decay all are of one level.
+    Parameters keep the model's order. Without layer decay, all are on one level.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed, groups = decay_parameter_names(model), []
@@ -90,7 +89,7 @@ def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[di
 
 
 def build_optimizer(model: PreTrainedModel, settings: OptimSettings) -> torch.optim.Optimizer:
-    """Make the optimizer over the trainable parameters of a model that is on its device already."""
+    """Return an optimizer of the trainable parameters; the model must already be on its device."""
     groups, lr, betas = parameter_groups(model, settings), settings.lr, (settings.beta1, settings.beta2)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
@@ -100,9 +99,9 @@ def build_optimizer(model: PreTrainedModel, settings: OptimSettings) -> torch.op
 def lr_factors(settings: SchedulerSettings, steps: int, lr: float) -> np.ndarray:
     """Return the factor on the peak learning rate ``lr`` at each step, ``(steps,)`` float64.
 
-    The values are those of ``transformers.get_scheduler``, warm-up rounded as ``TrainingArguments.get_warmup_steps``
-    does. Only ``polynomial`` depends on ``lr``: it ends at 1e-7, not at a share of the peak; raises
-    :class:`SettingsError` for a peak that is not above that.
+    The values are those of ``transformers.get_scheduler``, with warm-up steps rounded as in
+    ``TrainingArguments.get_warmup_steps``. Only ``polynomial`` depends on ``lr``: it ends at the absolute rate 1e-7;
+    raises :class:`SettingsError` for an ``lr`` not above that.
     """
     if settings.name == "polynomial":
         require(lr > POLYNOMIAL_END_LR, "optim.lr", "above 1e-07 with scheduler=polynomial", lr, "raise optim.lr")

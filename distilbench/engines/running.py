@@ -1,4 +1,4 @@
-"""A trial while it trains, alike in every engine: what it tells, what its clock says, how it ends."""
+"""The state of a trial in training, shared by all engines: evaluations, timing, observer calls and result."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 _MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
-"""Said where a trial goes on with fewer rows at once."""
+"""Logged when a trial continues with smaller micro-batches."""
 
 
 class TrialEnded(Exception):
-    """A trial is over before its last step; the message is one line for the user."""
+    """Raised to end a trial before its last step; the message is one line for the user."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
@@ -46,15 +46,15 @@ class TrialEnded(Exception):
 
 
 def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
-    """Return the status that an exception inside a trial stands for, and one line that says what to change.
+    """Return the trial status for an exception, and a one-line message that says what to change.
 
-    An error that nobody foresaw is FAILED; its traceback goes to the log.
+    An unexpected error means FAILED; its traceback is logged.
     """
     if isinstance(error, TrialEnded):
         return error.status, str(error)
     if isinstance(error, SettingsError):
         return Status.FAILED, str(error)
-    # CUDA has a class for it; the CPU's allocator and MPS say it in a RuntimeError
+    # CUDA has an exception class for it; the CPU's allocator and MPS raise a RuntimeError
     said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _MEMORY_MESSAGES)
     if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return Status.OUT_OF_MEMORY, (
@@ -66,17 +66,17 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
 
 
 class Lap(NamedTuple):
-    """Wall time, and CPU time of this process with all its threads; both in seconds."""
+    """Wall time, and CPU time of all threads of this process; both in seconds."""
 
     seconds: float
     cpu_seconds: float
 
 
 class Stopwatch:
-    """Tells the time from lap to lap."""
+    """Measure consecutive laps."""
 
     def __init__(self, began: float) -> None:
-        """Start the first lap: wall time at ``began``, as ``time.perf_counter`` has it, CPU time now."""
+        """Start the first lap: wall time from ``began``, a value of ``time.perf_counter``, CPU time from now."""
         self._seconds, self._cpu_seconds = began, time.process_time()
 
     def lap(self) -> Lap:
@@ -87,23 +87,23 @@ class Stopwatch:
         return lap
 
     def leave_out(self, seconds: float) -> None:
-        """Keep ``seconds`` that have passed since the last call out of this lap."""
+        """Exclude ``seconds`` of wall time from the current lap."""
         self._seconds += seconds
 
 
 CALIBRATION_BINS = 15
-"""As many as Guo et al. (2017, arXiv 1706.04599) take."""
+"""As in Guo et al. (2017, arXiv 1706.04599)."""
 
 
 def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int, epoch: float) -> Evaluation:
-    """Measure ``logits`` (examples, labels) float32 against ``labels`` (examples,) in the same order."""
+    """Return the measures of ``logits`` (examples, labels) float32 against ``labels`` (examples,)."""
     predicted = logits.argmax(axis=1)
     # macro over the split's own classes: another that is predicted there would change what the mean is of
     average, classes = ("binary", None) if logits.shape[1] == 2 else ("macro", np.unique(labels))
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)  # (examples, labels)
     probabilities = np.exp(log_probabilities)
     names = np.arange(logits.shape[1])
-    is_finite = bool(np.isfinite(probabilities).all())  # else the loss tells that the trial diverged
+    is_finite = bool(np.isfinite(probabilities).all())  # otherwise the loss shows that the trial diverged
     return Evaluation(
         split=name,
         step=step,
@@ -119,11 +119,11 @@ def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return how far the winning label's probability and its accuracy lie apart, 0 to 1, on average over bins.
+    """Return the mean gap between the predicted label's probability and its accuracy over bins, 0 to 1.
 
-    ``probabilities`` is (examples, labels). The measure is that of Naeini et al. (2015, AAAI); its bins hold equally
-    many examples, by rank of confidence, as Nixon et al. (2019, arXiv 1904.01685) advise: of bins of equal width nearly
-    all examples of a fine-tuned model share the last.
+    ``probabilities`` is (examples, labels). The measure is that of Naeini et al. (2015, AAAI), but with bins of equally
+    many examples by rank of confidence, as Nixon et al. (2019, arXiv 1904.01685) advise: with bins of equal width,
+    nearly all examples of a fine-tuned model fall into the last.
     """
     confidence = probabilities.max(axis=1)  # (examples,)
     excess = confidence - (probabilities.argmax(axis=1) == labels)
@@ -133,11 +133,11 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray) ->
 
 @dataclass
 class RunningTrial:
-    """A trial in training, but for its weights.
+    """The state of a trial in training, except its weights.
 
-    ``about`` says, in the words of :class:`TrialResult`, what device and precision it has and how much is trained;
-    ``flops`` is what an example costs from which step on, nothing before its model is there. ``report`` is the best
-    weights' evaluation on a report split of its own.
+    ``about`` holds fields of :class:`TrialResult`: device, precision and parameter counts. ``flops`` holds the FLOPs
+    by the step from which they apply, empty until the model is built. ``report`` is the evaluation of the best weights
+    on the report split, if that is not the selection split.
     """
 
     index: int
@@ -154,17 +154,17 @@ class RunningTrial:
 
     @cached_property
     def schedule(self) -> BatchSchedule:
-        """How its examples are spread over steps."""
+        """Its batch schedule."""
         return BatchSchedule.of(self.settings.train, len(self.splits.train))
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints are."""
+        """The directory of its checkpoints."""
         return Path(self.settings.output.dir) / checkpoints.DIRECTORY
 
     @property
     def best_place(self) -> int:
-        """Where the best evaluation by ``train.metric`` stands in the history so far, the first among equals."""
+        """The index in the history of the best evaluation by ``train.metric``, the first one in case of ties."""
         history, train = self.progress.history, self.settings.train
         sign = 1 if train.greater_is_better else -1
         return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
@@ -176,14 +176,14 @@ class RunningTrial:
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether it ends here: its last ``train.patience`` evaluations brought no better one than those before."""
+        """Whether to stop early: none of the last ``train.patience`` evaluations was better than those before."""
         history, patience = self.progress.history, self.settings.train.patience
         return bool(patience and history and len(history) - 1 - self.best_place >= patience)
 
     def take_up(self, weights: str) -> Path | None:
-        """Return the checkpoint to continue from; ``weights`` is the fingerprint of the initial ones.
+        """Return the checkpoint to resume from and load its progress, or remove old checkpoints and return None.
 
-        What an earlier trial left is removed where this one starts from scratch.
+        ``weights`` is the fingerprint of the initial weights.
         """
         self.identity = checkpoints.identity_of(self.settings, self.splits, weights, self.about["precision"])
         resume = self.settings.train.resume
@@ -198,7 +198,7 @@ class RunningTrial:
         return path
 
     def record(self, step: int, lap: Lap, loss: float, learning_rate: float, gradient_norm: float) -> None:
-        """Tell of the steps since the last record, up to ``step``; raises :class:`TrialEnded` where it diverged."""
+        """Report the steps since the last record to the observer; raises :class:`TrialEnded` for a non-finite loss."""
         progress, schedule = self.progress, self.schedule
         before, progress.step = progress.step, step
         progress.step_seconds += lap.seconds
@@ -210,7 +210,7 @@ class RunningTrial:
         self.observer.on_step(self.index, told)
 
     def evaluate(self, logits: np.ndarray, lap: Lap) -> bool:
-        """Note what the selection split's ``logits`` amount to; return whether no evaluation before was as good."""
+        """Evaluate the selection split's ``logits``; return whether it is the best so far; raises as :meth:`record`."""
         step, splits = self.progress.step, self.splits
         self._spend(lap)
         name = "validation" if splits.selection is splits.report else "selection"
@@ -234,12 +234,12 @@ class RunningTrial:
             )
 
     def ask_to_go_on(self) -> None:
-        """Tell of the newest evaluation; raises :class:`TrialEnded` where the observer prunes the trial."""
+        """Report the newest evaluation to the observer; raises :class:`TrialEnded` if it prunes the trial."""
         if self.observer.on_evaluation(self.index, self.progress.history[-1]):
             raise TrialEnded(Status.PRUNED, f"pruned after step {self.progress.step} of {self.schedule.steps}")
 
     def note_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
-        """Note the best weights' logits: on the selection split, which a checkpoint lacks, and on a report split."""
+        """Store the best weights' logits: on the selection split if a checkpoint lacked them, and the report split."""
         if selection is not None:
             self.progress.history[self.best_place] = replace(self.best, logits=selection)
         if report is not None:
@@ -247,13 +247,13 @@ class RunningTrial:
             self.report = evaluate_logits("validation", report, labels, at.step, at.epoch)
 
     def sample_memory(self) -> None:
-        """Look how much is held now."""
+        """Update the peak with the memory used now."""
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, peak_memory(self.device))
 
     def end(self, status: Status, error: str | None, micro_batch: int) -> TrialResult:
-        """Return what the trial has come to; ``micro_batch`` examples were taken at once.
+        """Return the trial's result; ``micro_batch`` is the number of examples per forward pass.
 
-        Its checkpoints stay where it may be resumed.
+        Checkpoints are removed unless the trial may be resumed.
         """
         checkpoints.tidy(self.folder, status)
         progress, train, lengths = self.progress, self.settings.train, np.diff(self.splits.train.offsets)

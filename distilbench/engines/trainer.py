@@ -44,22 +44,22 @@ _BEST_WEIGHTS = "best.safetensors"
 
 
 class TrainerEngine:
-    """Train each trial with ``transformers.Trainer``: the report's protocol, and what other engines are held to."""
+    """Train each trial with ``transformers.Trainer``: the report's protocol, and the reference for other engines."""
 
     def train(
         self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
     ) -> list[TrialResult]:
-        """Train the trials in their order; see :class:`distilbench.engines.base.Engine`."""
+        """Train the trials one after another; see :class:`distilbench.engines.base.Engine`."""
         results = []
         with single_process(), gc_frozen():
             for index, settings in enumerate(trials):
                 results.append(_train_one(index, settings, splits, observer))
-                release_memory()  # not before: until then, the trial's own frame holds model and optimizer
+                release_memory()  # only here: until it returns, _train_one's frame refers to model and optimizer
         return results
 
 
 def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver) -> TrialResult:
-    """Train one trial; where memory runs out, again from its newest checkpoint, about half as much at once."""
+    """Train one trial; when out of memory, resume from its newest checkpoint with about half the micro-batch."""
     began, train = time.perf_counter(), settings.train
     while True:
         result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
@@ -72,15 +72,15 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
 
 
 class _Run(TrainerCallback):
-    """One trial: what Trainer calls on the way, and what is kept of it.
+    """One trial: Trainer's callbacks and the trial's state.
 
-    Evaluations are its own: they take no second data loader, and draw nothing from the training's RNG.
+    It evaluates by itself instead of through Trainer, without a second data loader or draws from the training's RNG.
     """
 
     def __init__(
         self, index: int, settings: TrialSettings, splits: EncodedSplits, observer: TrialObserver, began: float
     ) -> None:
-        """Count the set-up from ``began``, as ``time.perf_counter`` has it."""
+        """Measure the set-up time from ``began``, a value of ``time.perf_counter``."""
         self.trial = RunningTrial(index, settings, splits, observer)
         self.settings, self.splits, self.observer = settings, splits, observer
         self.schedule, self.steps = self.trial.schedule, self.trial.schedule.steps
@@ -90,9 +90,9 @@ class _Run(TrainerCallback):
         self.stopwatch = Stopwatch(began)
 
     def attempt(self) -> TrialResult:
-        """Train as far as it goes; whatever goes wrong becomes the result's status and error.
+        """Train until the end or an error, which becomes the result's status and message.
 
-        Nothing half-written is left, nor any checkpoint of a trial that has come to its end.
+        Leaves no incomplete checkpoint, and none at all of a trial that can't be resumed.
         """
         outcome: tuple[Status, str | None] = Status.FINISHED, None
         try:
@@ -110,7 +110,7 @@ class _Run(TrainerCallback):
         return self.trial.end(*outcome, self.settings.train.examples_at_once)
 
     def _set_up(self) -> None:
-        """Build model, optimizer, schedule and Trainer, and find the checkpoint to continue from."""
+        """Build model, optimizer, schedule and Trainer, and find the checkpoint to resume from."""
         settings, trial = self.settings, self.trial
         self.device = trial.device = resolve_device(settings.engine.device)
         precision = resolve_precision(settings.train.precision, self.device)
@@ -134,13 +134,13 @@ class _Run(TrainerCallback):
     def _trainer(self, precision: str) -> Trainer:
         optimizer = build_optimizer(self.model, self.settings.optim)
         factors = lr_factors(self.settings.scheduler, self.steps, self.settings.optim.lr).tolist()
-        last = self.steps - 1  # the scheduler asks for one step more than there are
+        last = self.steps - 1  # the scheduler asks for one step more
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
         train, splits = self.settings.train, self.splits
         loss = Loss.of(train, splits.train.labels, len(splits.label_names), self.device)
 
         def share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-            return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch  # a mean of means would be another
+            return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch  # not a mean of micro-batch means
 
         trainer = Trainer(
             model=self.model,
@@ -152,12 +152,12 @@ class _Run(TrainerCallback):
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
-        # which walks over all modules in every step, and nobody reads
+        # it would walk over all modules in every step for an unused result
         trainer.floating_point_ops = lambda inputs: 0  # type: ignore[method-assign]
         return trainer
 
     def _finish(self) -> None:
-        """Go back to the best weights, evaluate them on the report split, and export them."""
+        """Restore the best weights, evaluate them on the report split, and export them."""
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights, strict=False)
         selection = self._predict(self.splits.selection) if self.trial.best.logits is None else None
@@ -172,7 +172,7 @@ class _Run(TrainerCallback):
                 export_trial(model, tokenizer, self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up what a checkpoint holds beside Trainer's own state, and start the clock."""
+        """Restore what the checkpoint holds beside Trainer's state, and start timing."""
         if self.checkpoint is not None:
             stored = self.checkpoint / _BEST_WEIGHTS
             if stored.is_file():
@@ -184,12 +184,12 @@ class _Run(TrainerCallback):
         self.trial.setup_seconds = self.stopwatch.lap().seconds
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let a policy that moves by gradients look at them."""
+        """Pass the gradients to the freeze policy."""
         if self.moving is not None:
             self.moving.look_at_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what is due after this step."""
+        """Determine what is due after this step."""
         step, train = state.global_step, self.settings.train
         self.evaluation_due = self.schedule.evaluates_after(step)
         control.should_log = self.schedule.records_after(step)
@@ -200,7 +200,7 @@ class _Run(TrainerCallback):
                 self.is_leaving = control.should_log = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the steps since the last record; the only place where training waits for the device."""
+        """Record the steps since the last record; only here does training synchronize with the device."""
         logs = kwargs["logs"]
         if "loss" not in logs:  # Trainer's own summary at the end
             return
@@ -211,7 +211,7 @@ class _Run(TrainerCallback):
             self._evaluate(control)
 
     def _evaluate(self, control: Any) -> None:
-        """Evaluate on the selection split, keep the best weights, and ask the observer whether to go on."""
+        """Evaluate on the selection split, keep the best weights, and let the observer prune the trial."""
         last = self.trial.progress.step == self.steps
         logits = self._predict(self.splits.selection)
         if self.trial.evaluate(logits, self.stopwatch.lap()):
@@ -225,7 +225,7 @@ class _Run(TrainerCallback):
         self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete and seal the checkpoint that Trainer has just written."""
+        """Add the best weights and the seal to the checkpoint that Trainer has just written."""
         path = self.trial.folder / f"checkpoint-{state.global_step}"
         if self.best_weights is not None and self.trial.best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
@@ -238,12 +238,12 @@ class _Run(TrainerCallback):
         self.stopwatch.lap()
 
     def _copied_weights(self) -> dict[str, torch.Tensor]:
-        """Return a copy of what is trained, on the CPU."""
+        """Return a copy of the trained parameters on the CPU."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name].detach().to("cpu", copy=True) for name in self.trained}
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
-        """Logits (examples, labels) float32 of ``split``, in its order, without drawing from any RNG."""
+        """Return the logits (examples, labels) float32 of ``split``, in its order, without drawing from any RNG."""
         logits = np.empty((len(split), len(self.splits.label_names)), dtype=np.float32)
         self.model.eval()
         with torch.no_grad():
@@ -257,14 +257,14 @@ class _Run(TrainerCallback):
 def training_arguments(
     settings: TrialSettings, device: torch.device, precision: str, directory: Path, **stock: Any
 ) -> TrainingArguments:
-    """Return Trainer's arguments: the protocol's numbers, and everything that Trainer does unasked turned off.
+    """Return Trainer's arguments: the protocol's values, with Trainer's own logging, evaluation and saving disabled.
 
-    ``stock`` turns some of it back, for a Trainer that is to be as it comes.
+    ``stock`` overrides the disabled ones, to measure an unmodified Trainer.
     """
     train = settings.train
     ours: dict[str, Any] = {
         "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # it would look at the loss on the host in every step
+        "logging_nan_inf_filter": False,  # it would synchronize to read the loss in every step
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "no",
@@ -284,5 +284,5 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         **ours | stock,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would mean DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several visible GPUs, Trainer would use DataParallel
     return arguments
