@@ -176,6 +176,20 @@ def test_on_a_full_disk_a_first_record_fails_and_leaves_nothing(tmp_path, no_roo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_no_file_can_be_begun_the_reason_is_told_and_a_record_is_written_over(tmp_path, monkeypatch):
+    def refuse(self, text):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        with pytest.raises(OSError, match="quota exceeded"):
+            RUNNING.write(tmp_path)
+    RUNNING.write(tmp_path)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    FULL.write(tmp_path)
+    assert read_record(tmp_path) == FULL
+
+
 def content_of(tmp_path) -> dict:
     FULL.write(tmp_path)
     return json.loads((tmp_path / RECORD).read_text())

@@ -56,6 +56,10 @@ def test_every_choice_of_every_group_composes(group, choice, monkeypatch):
     assert isinstance(composed(f"{group}={choice}", *NEEDED.get(choice, [])), AppSettings)
 
 
+def test_a_value_may_refer_to_one_that_a_user_has_added():
+    assert composed("+mine.rate=0.25", "optim.lr=${mine.rate}").optim.lr == 0.25
+
+
 def test_every_documented_group_has_choices():
     assert {group for group, _ in CHOICES} == set(GROUPS)
 

@@ -94,7 +94,8 @@ def test_one_seed_each_is_mcnemar():
     result = compared({1: a}, {2: b})
     assert result.p == pytest.approx(2 / 2**7)
     assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
-    assert spread_over_seeds({1: a}, {2: b}).n == 1
+    spread = spread_over_seeds({1: a}, {2: b})
+    assert (spread.n, spread.seed_parts, spread.noise) == (1, (), 0), "one pair tells nothing of seeds"
 
 
 def blocks(*sizes):
