@@ -148,14 +148,15 @@ def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictC
 
 def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
     """Launch jobs as Hydra's sweepers do, each with the overrides that set its directory and its ``job.json``."""
-    returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], jobs[0].number)
+    first = int(jobs[0].directory.name)
+    returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], first)
     return [None if r.status is JobStatus.COMPLETED else r._return_value for r in returns]
 
 
 def _overrides(job: SweepJob) -> list[str]:
     """Return a job's overrides, with absolute paths: Ray starts it in another directory and environment."""
     paths = {
-        "hydra.sweep.dir": job.sweep_directory,
+        "hydra.sweep.dir": job.directory.parents[len(Path(job.trial).parts) - 1],
         f"++hydra.job.env_set.{ENVIRONMENT}": job.directory / JOB,
         "++hydra.job.env_set.DISTILBENCH_ROOT": root().absolute(),
     }

@@ -66,19 +66,9 @@ class SweepJob:
     """Directory of the interrupted trial that this one continues."""
 
     @property
-    def number(self) -> int:
-        """Its number in its study."""
-        return int(self.directory.name)
-
-    @property
     def run_name(self) -> str:
         """Name of its MLflow runs: number and name; without the number for a baseline outside of the search space."""
         return f"{self.trial} {self.name}" if self.trial.isdigit() else self.name
-
-    @property
-    def sweep_directory(self) -> Path:
-        """The directory of the whole sweep."""
-        return self.directory.parents[len(Path(self.trial).parts) - 1]
 
     @property
     def tags(self) -> dict[str, str]:

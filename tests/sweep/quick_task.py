@@ -36,9 +36,9 @@ LAST = int(os.environ.get("TASK_LAST", "0"))
 def take_time(job: SweepJob) -> None:
     """Train nothing, for as long as a trial would."""
     time.sleep(SECONDS)
-    while len(list(job.sweep_directory.glob("*/trial.json"))) < MEET:
+    while len(list(job.directory.parent.glob("*/trial.json"))) < MEET:
         time.sleep(0.05)
-    while job.number == 0 and LAST and len(LOG.read_text().splitlines() if LOG.exists() else ()) < LAST:
+    while job.directory.name == "0" and LAST and len(LOG.read_text().splitlines() if LOG.exists() else ()) < LAST:
         time.sleep(0.05)
 
 
