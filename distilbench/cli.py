@@ -1,6 +1,6 @@
-"""What all commands share: signals, streams, exit statuses, errors in one line, command lines that can be typed.
+"""What all commands share: signals, streams, exit statuses, one-line errors, and quoting of command lines.
 
-Exit statuses: 0 done, 1 it failed, 2 something to mend, 128 and more ended by a signal: 130 by Ctrl-C, 143 by SIGTERM.
+Exit statuses: 0 success, 1 failure, 2 a setting is invalid, 128 + n ended by signal n (130 Ctrl-C, 143 SIGTERM).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STATUS = {getattr(signal, name): 128 + getattr(signal, name)
 
 
 class CommandFailed(RuntimeError):
-    """What a command was asked for was not done, or not all of it; the message is one line."""
+    """The command failed, or did only part of its work; the message is one line."""
 
 
 class Terminated(KeyboardInterrupt):
-    """Any other signal than Ctrl-C, as an exception: ends a trial as cleanly."""
+    """A signal other than Ctrl-C as an exception, which ends a trial as cleanly as KeyboardInterrupt does."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -43,30 +43,30 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_immediately() -> None:
-    """From here on, signals end the process without a word: there is nothing to close yet.
+    """Let signals end the process silently from now on, while there is nothing to clean up yet.
 
-    An exception out of a signal in the middle of an import or of a composition would come out as whatever the
-    interrupted code makes of it; OmegaConf for one turns it into an error of its own.
+    An exception raised by a signal during an import or a composition could be swallowed or converted by the interrupted
+    code; OmegaConf, for one, turns it into an error of its own.
     """
     for number in STATUS:
-        if signal.getsignal(number) is not signal.SIG_IGN or number != getattr(signal, "SIGHUP", None):  # nohup
+        if signal.getsignal(number) is not signal.SIG_IGN or number != getattr(signal, "SIGHUP", None):  # under nohup
             signal.signal(number, _exit)
 
 
 def raise_on_signal() -> None:
-    """From here on there is something to close: signals are exceptions, where :func:`exit_immediately` was called."""
+    """Let signals raise exceptions from now on, for clean-up; only after :func:`exit_immediately`."""
     for number in STATUS:
         if signal.getsignal(number) is _exit:
             signal.signal(number, _raise_once)
 
 
 def was_signalled() -> bool:
-    """Return whether a signal has become an exception, whatever the code that it interrupted made of that."""
+    """Return whether a signal has raised an exception, even if the interrupted code has swallowed it."""
     return bool(_received)
 
 
 def raise_if_signalled() -> None:
-    """Raise, once more, what the first signal raised, if there was one."""
+    """Raise the exception of the first signal again, if there was one."""
     if _received:
         raise KeyboardInterrupt if _received[0] == signal.SIGINT else Terminated(_received[0])
 
@@ -76,7 +76,7 @@ def _exit(signum: int, frame: Any) -> NoReturn:
 
 
 def _raise_once(signum: int, frame: Any) -> None:
-    """Raise at the first signal and leave others unheard while things are closed; a third Ctrl-C ends at once."""
+    """Raise at the first signal and ignore later ones during clean-up; exit immediately at a third Ctrl-C."""
     _received.append(signum)
     if len(_received) == 1:
         raise_if_signalled()
@@ -91,15 +91,15 @@ _received: list[int] = []
 
 
 def open_streams() -> None:
-    """Make output take any text and outlive its reader: what can't be shown is replaced, what nobody reads is dropped.
+    """Make stdout and stderr robust: replace characters that can't be encoded, drop output that can't be written.
 
-    So a trial whose pipe or terminal is closed trains on; only a signal ends it.
+    A trial whose pipe or terminal is closed thus keeps training; only a signal ends it.
     """
-    logging.raiseExceptions = False  # a line of the log that finds no room is no traceback either
+    logging.raiseExceptions = False  # no traceback for a log line that can't be written
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed by the shell (>&-): the next file to be opened would take its place
+        except OSError:  # closed by the shell (>&-): the next opened file would get this descriptor
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -110,7 +110,7 @@ def open_streams() -> None:
 
 
 class _Droppable(io.FileIO):
-    """A stream that goes on as /dev/null once it can't be written: a closed pipe or terminal, a full disk."""
+    """A file that is redirected to /dev/null once a write fails: a closed pipe or terminal, a full disk."""
 
     def write(self, data: Any) -> int:
         try:
@@ -124,9 +124,9 @@ class _Droppable(io.FileIO):
 
 
 def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] = str) -> None:
-    """Run a Hydra entrypoint as the command line does: streams, signals, statuses, errors in one line.
+    """Run a Hydra entrypoint as a command: with our streams, signals, exit statuses and one-line errors.
 
-    ``respell`` makes of an argument that is typed what Hydra is to read.
+    ``respell`` converts each typed argument into Hydra's grammar.
     """
     exit_immediately()
     open_streams()
@@ -135,20 +135,20 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] 
             if not os.path.exists(os.curdir):
                 raise SettingsError("the current directory must exist, got one that was deleted; cd into another")
             for argument in sys.argv[1:]:
-                if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8, which no file of ours could keep
+                if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
                     raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
             sys.argv[1:] = map(respell, sys.argv[1:])
-            if sys.argv[1:] == ["--version"]:  # Hydra would tell its own
+            if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
                 print(f"distilbench {__version__}")
             else:
                 entrypoint()
     except KeyboardInterrupt as interrupt:
-        exec("")  # CPython notes an interrupt inside of exec (as dataclasses do), and would die of SIGINT after all
+        exec("")  # resets CPython's flag of an interrupt inside exec (dataclasses), which would end us by SIGINT
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
 
 
 def run_inside(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
-    """Run a Hydra entrypoint in a process that goes on; what would end it in one line is raised instead."""
+    """Run a Hydra entrypoint within a running process; raise the error that would end a command."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = sys.argv
@@ -166,7 +166,7 @@ def run_inside(entrypoint: Callable[[], object], arguments: Sequence[str]) -> No
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the process with one line and its status on what a person can mend, or on a command that failed."""
+    """Exit with one line: status 1 for :class:`CommandFailed`, 2 for an error that the user can fix."""
     try:
         yield
     except CommandFailed as error:
@@ -187,7 +187,7 @@ def say(line: object) -> None:
 
 @contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Have Hydra raise what it would report by itself, in several lines and always with status 1."""
+    """Make Hydra raise errors, which it would otherwise print in several lines and always with status 1."""
     is_asked = "HYDRA_FULL_ERROR" in os.environ
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
@@ -198,14 +198,14 @@ def _hydra_raises() -> Iterator[None]:
 
 
 _WANTS_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
-"""Whether the user asks to see where an error comes from, as Hydra's users do."""
+"""Whether the user asks for tracebacks, with Hydra's own variable."""
 
 _WRITING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
             errno.EEXIST, errno.ENAMETOOLONG}  # fmt: skip
 
 
 def as_settings_error(error: Exception) -> SettingsError | None:
-    """Return in one line what Hydra, OmegaConf, YAML or the system say of a mistake; None for any other error."""
+    """Convert an error of Hydra, OmegaConf, YAML or the file system that the user can fix; None for any other error."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -231,7 +231,7 @@ def as_settings_error(error: Exception) -> SettingsError | None:
 
 
 def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
-    """Say what Hydra or OmegaConf mean: setting, what it may be, what it got; what it says itself where that is new."""
+    """Reword an error of Hydra or OmegaConf as setting, allowed values, value received; keep unknown messages."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -269,13 +269,13 @@ _MEANINGS = {
     r"Could not load '(\w+)/(.+?)'": "{0} must name choices of the group, got {1!r}; --help lists them",
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
 }
-"""What Hydra and OmegaConf say of the commonest mistakes, and how we say it.
+"""Patterns of Hydra's and OmegaConf's most common messages, and our wording.
 
-``key`` is OmegaConf's ``full_key``, ``null`` what was typed."""
+``key`` is OmegaConf's ``full_key``, ``null`` the typed argument that sets a group to null."""
 
 
 def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
-    """Suggest a setting of the command whose configuration OmegaConf's error comes from."""
+    """Return the message for an unknown setting, with the most similar name in the command's configuration."""
     from difflib import get_close_matches
 
     from omegaconf import OmegaConf
@@ -290,7 +290,7 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
 
 
 def counted(number: float, noun: str) -> str:
-    """``1 epoch``, ``2,000 epochs``, ``0.5 points``: a count, or an amount, with its noun."""
+    """Return a count or an amount with its noun: ``1 epoch``, ``2,000 epochs``, ``0.5 points``."""
     return f"{number:{',' if isinstance(number, int) else 'g'}} {noun}" + ("" if number == 1 else "s")
 
 
@@ -298,21 +298,21 @@ def counted(number: float, noun: str) -> str:
 
 
 def command(name: str, overrides: Iterable[str]) -> str:
-    """Return the line that runs one of our commands, quoted for the shell, as this process was started."""
+    """Return a command line for one of our commands, quoted for the shell, in the form that started this process."""
     installed = Path(sys.argv[0]).stem == "distilbench"
     return shlex.join([*(["distilbench", name] if installed else ["python", "-m", f"distilbench.{name}"]), *overrides])
 
 
 def override(key: str, value: Any) -> str:
-    """Return ``key=value`` quoted for Hydra's grammar; a string comes back as a string, its interpolations unresolved.
+    """Return ``key=value``, quoted for Hydra's grammar so that a string stays a string; interpolations are kept.
 
-    Unquoted, ``=``, commas, brackets and letters outside of ASCII are errors, and ``1e-3`` and ``null`` no strings.
+    Unquoted, ``=``, commas, brackets and non-ASCII letters are errors, and ``1e-3`` and ``null`` are not strings.
     """
     return f"{key}={spell(value)}"
 
 
 def spell(value: Any) -> str:
-    """Return a value as Hydra's grammar takes it."""
+    """Return a value, quoted if necessary, in Hydra's override grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if value is None:

@@ -1,4 +1,4 @@
-"""What is composed besides the trial itself: its baseline, a command line, and every job before the first starts."""
+"""Compositions besides the trial's own: its baseline, a command line that repeats it, and checks before any job."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from distilbench.settings import AppSettings, settings_from
 
 
 def baseline_config(config: DictConfig) -> DictConfig:
-    """Return the baseline of a composed config: ``baseline.overrides`` put over a copy of it.
+    """Return the baseline of a composed config: a copy with ``baseline.overrides`` applied.
 
-    ``group=choice`` replaces the whole group by what a plain composition gives it, ``key=value`` sets one value.
-    Needs an initialised Hydra, as inside a job.
+    ``group=choice`` replaces the whole group by its default composition, ``key=value`` sets one value. Needs an
+    initialised Hydra, as inside a job.
     """
     loader = GlobalHydra.instance().config_loader()
     groups = set(loader.list_groups(""))
@@ -40,7 +40,7 @@ def baseline_config(config: DictConfig) -> DictConfig:
 
 
 def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
-    """Return the treatment that a plain composition has, with ``overrides``; precision is left to the trials.
+    """Return the default treatment with ``overrides`` applied, without precision.
 
     Needs an initialised Hydra, as inside a job.
     """
@@ -49,21 +49,21 @@ def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
 
 
 def default_margin() -> float:
-    """Return the margin that a plain composition has, in points; needs an initialised Hydra."""
+    """Return the default margin, in percentage points; needs an initialised Hydra."""
     return float(_composed().margin)
 
 
 @lru_cache(maxsize=64)
 def _composed(*choices: str) -> DictConfig:
-    """Compose these choices alone; 0.15 s, so once only for all the cells of a grid."""
+    """Compose the default configuration with ``choices``; cached, because it takes 0.15 s per cell of a grid."""
     return compose("config", list(choices))
 
 
 def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
-    """Return the line that composes ``config``: its choices of model and data, then each value that still differs.
+    """Return a command that composes ``config``: its choices of model and data, then every value that still differs.
 
-    What a sweep, an experiment or a baseline changed comes out as plain ``key=value``, so the line stands alone, and
-    paths are absolute, so that it may be typed anywhere. What stands in an interpolation, as a secret may, stays there.
+    Changes by a sweep, an experiment or a baseline become plain ``key=value``, and paths are absolute, so the command
+    works anywhere. Interpolations, which may refer to secrets, are not resolved.
     """
     groups = [f"{group}={choices[group]}" for group in ("model", "data", "engine", "tracking")]
     default = dict(_leaves(_composed()))
@@ -73,21 +73,21 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     changed = {key: value for key, value in _leaves(config) if value != usual[key]}
     told = {key: value if "${" in str(value) else settled[key] for key, value in changed.items()}
     for key, value in changed.items():
-        if isinstance(value, dict):  # of a fallback no more than was given: Hydra takes no other
+        if isinstance(value, dict):  # of a fallback, only the given keys: Hydra accepts no others
             told[key] = {name: told[key][name] for name in value}
     return command("train", by_group + [override(key, value) for key, value in told.items()])
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
-    """Return the overrides that turn one composed config into another, value by value."""
+    """Return the overrides, one per value, that turn one composed config into another."""
     present = dict(_leaves(config))
     return [override(key, value) for key, value in _leaves(wanted) if present[key] != value]
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and unresolved values of all that says what a trial is, not where it goes or what it is held to.
+    """Yield dotted keys and unresolved values of all settings that describe the trial, without output and comparison.
 
-    A fallback, another whole group of sources or null, is one value.
+    A fallback (a whole group, or null) is one value.
     """
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(config, resolve=False))]
     while pending:
@@ -102,13 +102,13 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
 
 
 class CheckFirst(Callback):
-    """Checks every job before the first one starts, so that a mistake costs two seconds and leaves nothing behind.
+    """Checks every job before the first one starts, so that an invalid setting fails within two seconds.
 
-    Hydra turns exceptions of callbacks into warnings, but lets SystemExit through; each job is checked again anyhow.
+    Hydra turns exceptions in callbacks into warnings, but lets SystemExit through; every job is checked again anyway.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the one job of a plain run."""
+        """Check the job of a single run."""
         with errors_in_one_line():
             check(config, ask_hub=False)
 
@@ -126,9 +126,9 @@ class CheckFirst(Callback):
 
 
 def check(config: DictConfig, ask_hub: bool) -> AppSettings:
-    """Return the settings of a job that has not begun; raises :class:`SettingsError` for what a person can mend.
+    """Check and return the settings of a job that has not started; raises :class:`SettingsError` if any is invalid.
 
-    Deciding on the hub can take seconds: without ``ask_hub`` a model from there is left to the job itself.
+    Asking the hub can take seconds: without ``ask_hub``, the job itself checks a model from the hub.
     """
     from distilbench.engines import check_engine
     from distilbench.models.resolve import check_trial, resolve_model

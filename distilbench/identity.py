@@ -1,6 +1,6 @@
-"""By what two trials are the same: every key is a selection of the tables below, and each setting stands in one table.
+"""Keys that decide whether two trials are "the same": each combines some of the tables of settings below.
 
-A new setting of a trial has to be placed; ``tests/test_identity.py`` fails for one that is in no table, or in two.
+Every setting of a trial belongs to exactly one table; ``tests/test_identity.py`` checks that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SOURCES = (
     *_of("data", "text_column pair_column label_column label_names"),
     *_of("data", "validation_fraction selection_fraction report_fraction split_seed max_validation_examples"),
 )
-"""Where weights and text come from; a protocol has what was really found there instead."""
+"""Where weights and text come from. A protocol contains what was really found there instead."""
 
 AMOUNT = "data.max_train_examples"
-"""How much of the pool is trained on: the one setting of the data that is treatment, and no part of the protocol."""
+"""The amount of training text: the only setting in ``data`` that belongs to the treatment, not to the protocol."""
 
 METRIC = ("train.metric",)
-"""What keeps an epoch and picks a winner: with the sources, the protocol."""
+"""The metric that picks epochs and winners; part of the protocol, with the sources."""
 
 ADDED: dict[str, object] = {
     "data.split_seed": 0,
@@ -42,13 +42,13 @@ ADDED: dict[str, object] = {
     "train.label_smoothing": 0.0,
     "train.class_weights": "none",
 }
-"""Treatment that earlier versions did not have: it stands in a trial's treatment where it is not what it was then."""
+"""Treatment settings that earlier versions lacked, with their values then; a treatment contains only other values."""
 
 CHOICES = ("freeze.", "adapter.", "scheduler.", "optim.")
-"""Beginnings of what an experiment, or a baseline, chooses as a whole."""
+"""Prefixes of the settings that an experiment or a baseline sets."""
 
 TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
-"""Treatment that decides what is prepared before the first step."""
+"""Treatment that affects what is prepared before the first step."""
 
 TREATMENT_OF_LOOP = (
     *_of("freeze", "policy layers embeddings dropout"),
@@ -56,14 +56,14 @@ TREATMENT_OF_LOOP = (
     *_of("train", "epochs batch_size eval_steps label_smoothing class_weights"),
     "optim.name",
 )
-"""Treatment that shapes the steps: one for all trials that train at once."""
+"""Treatment that must be equal for trials that are trained together."""
 
 TREATMENT_OF_STEP = (
     *_of("scheduler", "name warmup_ratio warmup_steps"),
     *_of("optim", "lr layer_decay weight_decay max_grad_norm beta1 beta2 eps momentum"),
     "train.patience",
 )
-"""Treatment of which each trial has its own beside others too: numbers in a step, and when it ends."""
+"""Treatment that may differ between trials that are trained together."""
 
 SEED = ("seed",)
 
@@ -72,10 +72,10 @@ ENGINE = ("engine.name",)
 DEVICE = ("engine.device",)
 
 SPEED = (*_of("train", "micro_batch_size eval_batch_size logging_steps"), "data.slice_column")
-"""What changes speed, memory and records alone, and yet is one for all trials that train at once."""
+"""Affects only speed, memory and records, but must be equal for trials that are trained together."""
 
 OWN = (*_of("train", "checkpoints resume"), *_of("output", "dir save_model"), "adapter.merge")
-"""Where a trial writes and what it keeps: part of no key."""
+"""Where a trial writes and what it keeps; part of no key."""
 
 TABLES = (SOURCES, METRIC, TREATMENT_OF_INPUT, TREATMENT_OF_LOOP, TREATMENT_OF_STEP, SEED, ENGINE, DEVICE, SPEED, OWN)
 
@@ -83,16 +83,16 @@ TREATMENT = (*TREATMENT_OF_LOOP, *TREATMENT_OF_STEP, *TREATMENT_OF_INPUT)
 """What a sweep may vary within a protocol."""
 
 SWEEP = (*SOURCES, *METRIC, *TREATMENT, *SEED)
-"""What a sweep fixes where it does not vary it, and must still have when it is continued."""
+"""Settings that, if a sweep does not vary them, must not change when it is continued."""
 
 
 @dataclass(frozen=True)
 class SourceUsed:
     """The text or the weights that were really used.
 
-    ``kind`` is the source's kind (hub, package, ...), ``name`` what a person calls it, ``revision`` a commit or a
-    version where there is one, ``fingerprint`` a sha256 of the content itself. ``fallback_for`` names what was asked
-    for where this is a fallback.
+    ``kind`` is the kind of source (hub, package, ...), ``name`` its name for people, ``revision`` its commit or
+    version, if any, and ``fingerprint`` the sha256 of its content. If this is a fallback, ``fallback_for`` names the
+    source that was asked for.
     """
 
     kind: str
@@ -102,7 +102,7 @@ class SourceUsed:
     fallback_for: str | None = None
 
     def describe(self) -> str:
-        """Return one line for people, which says so where this stands in for something else."""
+        """Return one line for people, which says so if this is a fallback."""
         version = f" ({self.revision[:12]})" if self.revision else ""
         instead = f", FALLBACK for {self.fallback_for}" if self.fallback_for else ""
         return f"{self.name}{version}{instead}"
@@ -110,7 +110,7 @@ class SourceUsed:
 
 @dataclass(frozen=True)
 class ProtocolIdentity:
-    """What must be equal for two trials to be comparable at all; ``id`` names it in twelve hexadecimal digits."""
+    """What must be equal for two trials to be comparable at all; ``id`` has twelve hexadecimal digits."""
 
     model: SourceUsed
     data: SourceUsed
@@ -120,14 +120,14 @@ class ProtocolIdentity:
 
     @property
     def id(self) -> str:
-        """A hash of contents, not of names: the same text from two places is the same protocol."""
+        """A hash of contents, not of names: the same text from two sources gives the same protocol."""
         return short_hash((self.model.fingerprint, self.data.fingerprint, self.metric, self.selection_split,
                            self.report_split))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrialIdentity:
-    """What names one trial among all: its protocol's id, its treatment's hash, its seed."""
+    """What identifies a trial: its protocol's id, its treatment's hash, its seed."""
 
     protocol: str
     treatment: str
@@ -135,15 +135,15 @@ class TrialIdentity:
 
 
 def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings of these dotted names, flat."""
+    """Return the settings with these dotted names as a flat dict."""
     return {name: attrgetter(name)(settings) for name in names}
 
 
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
-    """Return what a sweep may vary, flat and without the seed; ``precision`` is the one really used.
+    """Return the treatment as a flat dict, without the seed; ``precision`` is the one really used.
 
-    What earlier versions did not have stands in it where it is another than theirs, so that a treatment stored by them
-    stays the same. With an amount of text goes the seed that draws it: the protocol has the pool alone.
+    Settings of :data:`ADDED` are left out if they have their former value, so that stored treatments of earlier
+    versions stay equal. If the amount of text is limited, ``data.split_seed``, which draws it, is included.
     """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
     drawn = ("data.split_seed",) if settings.data.max_train_examples is not None else ()
@@ -152,51 +152,51 @@ def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
 
 
 def without_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """Return settings without those of :data:`ADDED` that are what they were in earlier versions."""
+    """Drop the settings of :data:`ADDED` that have the value of earlier versions."""
     return {name: value for name, value in values.items() if name not in ADDED or value != ADDED[name]}
 
 
 def value_of(treatment: Mapping[str, object], name: str) -> object:
-    """Return a setting of a treatment; one that does not stand there is what it was in earlier versions."""
+    """Return a setting of a treatment; if it is missing there, its value in earlier versions."""
     return treatment.get(name, ADDED.get(name))
 
 
 def has_choices_of(treatment: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
-    """Whether a treatment has the same :data:`CHOICES` as another."""
+    """Return whether two treatments agree in all settings of :data:`CHOICES`."""
     keys = {key for key in (*wanted, *ADDED) if key.startswith(CHOICES)}
     return all(value_of(treatment, key) == value_of(wanted, key) for key in keys)
 
 
 def trial_identity(protocol: ProtocolIdentity, settings: TrialSettings, precision: str) -> TrialIdentity:
-    """Return what names a trial of these settings; ``precision`` is the one really used."""
+    """Return the identity of a trial with these settings; ``precision`` is the one really used."""
     return TrialIdentity(protocol.id, short_hash(treatment_of(settings, precision)), settings.seed)
 
 
 def point_key(settings: TrialSettings) -> str:
-    """Return a key equal for points of a search space that would train the same trial."""
+    """Return a key that is equal for points of a search space that give the same trial."""
     treatment = sorted(treatment_of(settings, settings.train.precision).items())
     return short_hash([select(settings, (*SOURCES, *METRIC, *SEED, *ENGINE)), treatment])
 
 
 def preparation_key(settings: TrialSettings) -> str:
-    """Return a key equal for trials that can share their sources, encoded, and the engine."""
+    """Return a key that is equal for trials that can share encoded text, resolved model and engine."""
     same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE, "data.slice_column"))
     return short_hash([same, settings.needs_trainer])
 
 
 def fusion_key(settings: TrialSettings) -> str:
-    """Return a key equal for trials that the fused engine can train at once."""
+    """Return a key that is equal for trials that the fused engine can train together."""
     shared = (*SOURCES, *TREATMENT_OF_INPUT, *TREATMENT_OF_LOOP, *ENGINE, *DEVICE, *SPEED)
     return short_hash(select(settings, shared))
 
 
 def checkpoint_identity(settings: TrialSettings, weights: str, text: str, precision: str) -> dict[str, object]:
-    """Return, flat, all that must be the same for a checkpoint to be continued to the same result.
+    """Return, as a flat dict, all that must be equal for a resumed checkpoint to give the same result.
 
-    ``weights`` and ``text`` are fingerprints of the initial weights and the token numbers, ``precision`` is the one
+    ``weights`` and ``text`` are fingerprints of the initial weights and the token ids, ``precision`` is the one
     really used.
     """
-    names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != AMOUNT]  # the text itself says it
+    names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != AMOUNT]  # covered by ``text``
     named = without_defaults(select(settings, names))
     return named | {"model": weights, "data": text, "train.precision": precision}
 

@@ -1,4 +1,4 @@
-"""What comes out of a trial and what is kept of it: the records that engines write and reports read."""
+"""The results of trials: the records that engines write and reports read, and ``trial.json``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Status(StrEnum):
-    """How a trial stands or ended; the same words in MLflow, in a study and in tables."""
+    """The state of a trial; the same words in MLflow, in the study and in tables."""
 
     RUNNING = "RUNNING"
     FINISHED = "FINISHED"
@@ -29,17 +29,17 @@ class Status(StrEnum):
     WAITING = "WAITING"
     """Queued in a sweep."""
     REUSED = "REUSED"
-    """Not trained: another trial of the sweep had the same settings, and its result is this one's."""
+    """Not trained: takes the result of another trial of the sweep with the same settings."""
 
 
 class Verdict(StrEnum):
-    """What may be claimed of a treatment against the baseline; the same words in MLflow and in tables."""
+    """The outcome of comparing a treatment with the baseline; the same words in MLflow and in tables."""
 
     BETTER = "better"
     AHEAD = "ahead"
-    """Better on a split that also chose it: to be confirmed with fresh seeds."""
+    """Better, but on the split that also selected it: to be confirmed with fresh seeds."""
     GOOD_ENOUGH = "good enough"
-    """Its loss is shown to be below the margin."""
+    """The loss of accuracy is shown to be below the margin."""
     WORSE = "worse"
     UNDECIDED = "undecided"
 
@@ -47,12 +47,12 @@ class Verdict(StrEnum):
 MEASURES = ("accuracy", "loss", "f1", "mcc", "brier", "ece")
 """What an evaluation measures."""
 METRICS_KEPT = (*MEASURES, "epoch")
-"""What is kept of an evaluation, beside its predictions."""
+"""What is stored of an evaluation, besides its predictions."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one logged optimisation step did. ``loss`` is the mean since the last record."""
+    """The logged values of one optimisation step. ``loss`` is the mean since the previous record."""
 
     step: int
     steps: int
@@ -65,12 +65,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One pass over a split: mean cross-entropy, metrics in [0, 1] (MCC in [-1, 1]) and what was predicted.
+    """One pass over a split: mean cross-entropy, metrics in [0, 1] (MCC in [-1, 1]) and predictions.
 
-    ``logits`` is ``(examples, labels)`` float32 in the split's order, or None where an evaluation was restored from a
-    checkpoint. F1 is binary for two labels (the second is positive) and macro above, over those that the split has.
-    ``brier`` is the mean squared error of the probabilities (in [0, 1] for two labels, [0, 2] above), ``ece`` their
-    expected calibration error; NaN where a checkpoint was written before they were measured.
+    ``logits`` is ``(examples, labels)`` float32 in the split's order, or None if the evaluation was restored from a
+    checkpoint. F1 is binary for two labels (the second is positive); for more, it is macro over those in the split.
+    ``brier`` is the mean squared error of the probabilities (in [0, 1] for two labels, [0, 2] for more), ``ece`` their
+    expected calibration error; both NaN if restored from a checkpoint of a version that did not measure them.
     """
 
     split: str
@@ -91,21 +91,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What an engine returns for one trial, whatever its end.
+    """What an engine returns for one trial, however it ended.
 
-    ``selection`` is the best evaluation on the split that picks epochs, ``report`` the same weights on the split
-    that reports (the same object where one split does both); both are None where a trial ended before its first
-    evaluation. ``history`` holds all evaluations on the selection split in order. Seconds are wall time:
-    ``train_seconds`` covers optimisation steps and evaluations on the way, without checkpoints; ``train_cpu_seconds``
-    is the process's CPU time meanwhile, all threads added up, None unless it trained on a CPU; ``setup_seconds`` is
-    what came before the first step, attempts that ran out of memory included. ``train_flops`` are those of the
-    optimisation steps alone (:mod:`distilbench.models.flops`), ``peak_memory_bytes`` is the device's, or the process's
-    resident set on a CPU. ``micro_batch_size`` counts the examples whose gradients were computed at once in the end,
-    where those were fewer than a batch.
+    ``selection`` is the best evaluation on the selection split, ``report`` that of the same weights on the report
+    split (the same object if one split does both); both are None if the trial ended before its first evaluation.
+    ``history`` holds all evaluations on the selection split in order. Seconds are wall time: ``train_seconds`` covers
+    optimisation steps and the evaluations between them, without checkpoints; ``train_cpu_seconds`` is the process's
+    CPU time over the same period, summed over all threads, None unless trained on a CPU; ``setup_seconds`` is the time
+    before the first step, including attempts that ran out of memory. ``train_flops`` counts only the optimisation steps
+    (:mod:`distilbench.models.flops`); ``peak_memory_bytes`` is that of the device or, on a CPU, the process's resident
+    set. ``micro_batch_size`` is the final micro-batch size, if it was smaller than the batch.
 
-    A trial that was trained at once with others took part in all of their seconds: ``num_trials_in_batch`` counts them,
-    itself included, ``batch_seconds`` is wall time of the call that trained them all, set-up included, and
-    ``solo_seconds_estimate`` what ``train_seconds`` would have been alone, estimated from a probe.
+    For trials that were trained together: ``num_trials_in_batch`` counts them, including this one; ``batch_seconds`` is
+    the wall time of the whole call, including set-up; ``solo_seconds_estimate`` is what ``train_seconds`` would have
+    been for this trial alone, estimated from a probe.
     """
 
     status: Status
@@ -132,15 +131,15 @@ class TrialResult:
 
     @property
     def alone(self) -> bool:
-        """Whether the trial had the device to itself, so that its seconds are its own."""
+        """Whether the trial was trained alone, so that its seconds are its own."""
         return self.num_trials_in_batch == 1
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a trial said of every example of the report split: ``labels`` (examples,), ``logits`` (examples, labels).
+    """A trial's predictions on the report split: true ``labels`` (examples,) and ``logits`` (examples, labels).
 
-    ``slices`` (examples,) str are values by which results are also reported; None where there are none.
+    ``slices`` (examples,) str holds the values by which results are also reported; None without slices.
     """
 
     labels: np.ndarray
@@ -154,20 +153,19 @@ class Predictions:
 
 
 BASELINE_ROLE = "baseline"
-"""``StoredTrial.role`` of the trial that a sweep compares its others with."""
+"""``StoredTrial.role`` of a sweep's baseline."""
 
 
 @dataclass(frozen=True)
 class StoredTrial:
-    """A trial as it stands in the store, NaN where a figure is missing.
+    """A trial as read from the store; missing figures are NaN.
 
-    ``measured_on`` joins device, engine and library versions: times of two trials are comparable only where it agrees
-    and both were trained ``alone`` (not in a batch), ``train_flops`` always; ``solo_seconds_estimate`` is what one of a
-    batch would have taken alone. ``model`` and ``data`` describe what was really used, ``metric`` and the two splits
-    belong to the protocol; ``score`` is that metric on the selection split. ``role`` is what a sweep meant the trial
-    for, ``number`` is its place in the ``sweep`` of that name, ``url`` opens its run, which ``is_compared`` if
-    it tells the difference to its baseline. ``train_cpu_seconds`` is NaN
-    unless it trained on a CPU.
+    ``measured_on`` combines device, engine and library versions: times of two trials are comparable only if it is equal
+    and both were trained ``alone`` (not in a batch); ``train_flops`` is always comparable. ``solo_seconds_estimate`` is
+    the estimated time alone of a trial of a batch. ``model`` and ``data`` describe what was really used; ``metric`` and
+    the two splits belong to the protocol; ``score`` is that metric on the selection split. ``role`` is
+    :data:`BASELINE_ROLE` or empty, ``number`` the trial's number in the sweep named ``sweep``, ``url`` that of its run.
+    ``is_compared``: the run has metrics against its baseline. ``train_cpu_seconds`` is NaN unless trained on a CPU.
     """
 
     run_id: str
@@ -210,15 +208,15 @@ RECORD = "trial.json"
 PREDICTIONS = "predictions.parquet"
 
 MODEL, ADAPTER = "model", "adapter"
-"""The directories, in a trial's own, of its model, and of its adapter."""
+"""Subdirectories of a trial's directory for its model and its adapter."""
 
 _CLOCK_SECONDS = 2.0
-"""How far two readings of one process's start time may lie apart: the system's clock is set now and then."""
+"""Tolerance between two readings of a process's start time: the system clock may have been adjusted."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from any other by host, pid and the time at which it started (seconds since 1970)."""
+    """A process, identified by host, pid and start time (seconds since 1970)."""
 
     host: str
     pid: int
@@ -226,13 +224,13 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """Return the process that asks."""
+        """Return the owner that stands for the current process."""
         import psutil
 
         return cls(socket.gethostname(), os.getpid(), round(psutil.Process().create_time(), 2))
 
     def is_dead(self) -> bool:
-        """Whether the process is known to be gone; of those on other hosts nothing is."""
+        """Return whether the process is known to have ended; False for other hosts, where this can't be known."""
         import psutil
 
         if self.host != socket.gethostname():
@@ -249,11 +247,11 @@ class Owner:
 
 @dataclass(frozen=True)
 class Record:
-    """A trial as its directory tells of it.
+    """A trial as recorded in its directory, in ``trial.json``.
 
-    ``identity`` is protocol, treatment and seed. ``scores`` are the kept epoch's on the report split, ``selection``
-    those on the split that picked it, each by name; both are empty where a trial has no result. ``figures`` is what
-    else a trial amounts to: seconds, counts, rates.
+    ``identity`` holds protocol, treatment and seed. ``scores`` are the kept epoch's metrics on the report split,
+    ``selection`` those on the selection split, by name; both are empty without a result. ``figures`` holds all other
+    numbers: seconds, counts, rates.
     """
 
     identity: Mapping[str, object]
@@ -267,13 +265,13 @@ class Record:
 
     @cached_property
     def is_over(self) -> bool:
-        """Whether the trial came to an end of its own."""
+        """Whether the trial ended other than by an interruption."""
         return self.status not in (Status.RUNNING, Status.INTERRUPTED)
 
     def objective(self, name: str) -> float:
-        """Return the value that a sweep optimises; NaN where there is none.
+        """Return the value of an objective of a sweep; NaN if there is none.
 
-        The time of a trial that shared the device with others is what it would take alone, as far as that is known.
+        ``train_seconds`` of a trial that was trained with others is the estimate of its time alone, if there is one.
         """
         known = {**self.figures, **self.selection}
         if name == "train_seconds" and "solo_seconds_estimate" in known:
@@ -281,15 +279,15 @@ class Record:
         return float(known.get(name, "nan"))
 
     def with_result(self, result: TrialResult, figures: Mapping[str, float]) -> Record:
-        """Return the record of a trial that ended so."""
+        """Return the record of the trial after it ended with ``result``."""
         kept = {"scores": result.report, "selection": result.selection}
         scores = {name: {k: float(getattr(e, k)) for k in METRICS_KEPT} if e else {} for name, e in kept.items()}
         return Record(self.identity, result.status, self.owner, self.run_id, result.error, figures=figures, **scores)
 
     def write(self, directory: Path) -> None:
-        """Replace the file at once, so that a kill leaves the old or the new one.
+        """Replace the file atomically, so that a kill leaves the old or the new one.
 
-        Where there is no room for a second file, the first is written over, which needs none.
+        If there is no space for a second file, overwrite the first in place.
         """
         content = {**self.identity, "run_id": self.run_id, "status": self.status, "error": self.error, **self.scores,
                    "selection": self.selection, "figures": self.figures, "owner": asdict(self.owner)}  # fmt: skip
@@ -310,7 +308,7 @@ class Record:
 
 
 def read_record(directory: Path) -> Record | None:
-    """Return what stands in ``directory``; None where no trial began, or a loss of power cut its record short."""
+    """Read the record in ``directory``; None if there is none, or if a power loss truncated it."""
     try:
         content: dict[str, Any] = json.loads((directory / RECORD).read_text())
         return Record(
