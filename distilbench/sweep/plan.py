@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,8 @@ def sampler_of(config: DictConfig | None, trials: int) -> Any:
 
     if config is None or config._target_ == "optuna.samplers.GridSampler":
         return None
+    lacks = config._target_.endswith(".CmaEsSampler") and find_spec("cmaes") is None  # which Optuna asks for in a trial
+    require(not lacks, "hydra.sweeper.sampler", "another without the package cmaes", "cmaes", "run: pip install cmaes")
     seed = config.get("seed")
     moved = {} if seed is None else {"seed": seed + trials}
     try:

@@ -321,6 +321,11 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         ([*SPACE, "hydra.sweeper.custom_search_space=no.such.function"], "custom_search_space must be"),
         ([*SPACE, "hydra.sweeper.sampler.n_startup_trials=many"], "n_startup_trials"),
         ([*SPACE, "hydra/sweeper/sampler=motpe", "sweep.dry_run=true"], "hydra.sweeper.sampler must be a sampler"),
+        pytest.param(
+            [*SPACE, "hydra/sweeper/sampler=cmaes"],
+            "hydra.sweeper.sampler must be another without the package cmaes, got 'cmaes'; run: pip install cmaes",
+            marks=pytest.mark.skipif(bool(find_spec("cmaes")), reason="is about what lacks"),
+        ),
         ([*SPACE, "hydra/sweeper/sampler=motpe"], "hydra.sweeper.sampler must be a sampler"),
         (["hydra/sweeper=optuna", "hydra/sweeper/sampler=best", "seed=1,2"], "hydra/sweeper/sampler must be one of"),
     ],
