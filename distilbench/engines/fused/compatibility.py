@@ -1,4 +1,4 @@
-"""Which trials the fused engine takes; needs no torch."""
+"""Which trials the fused engine supports; does not import torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import TrialSettings, require
 
 ARCHITECTURES = ("distilbert", "bert")
-"""Values of ``model_type`` whose encoder the fused engine knows."""
+"""Values of ``model_type`` that the fused engine supports."""
 
 
 def check_fusable(trial: TrialSettings, resolved: ResolvedModel, precision: str) -> None:
-    """Raise :class:`SettingsError` for a trial, a model or a precision that only the reference engine trains."""
+    """Raise :class:`SettingsError` if only the reference engine supports the trial, model or precision."""
     config, name = resolved.config, resolved.used.name
 
     def check(holds: bool, setting: str, allowed: str, value: str) -> None:

@@ -1,9 +1,9 @@
-"""Dropout whose draws belong to a trial: a function of its seed and the step, whoever else is in the batch.
+"""Dropout masks that depend only on a trial's seed and the step, not on the other trials in the batch.
 
-There are two ways to draw. :class:`Dropout` takes numpy's generators, one for each order of examples: the fastest on a
-CPU, in half of the time of torch's. :class:`CounterDropout` computes every draw from its place alone, with keys that
-are tensors: what a recorded step on a GPU needs. For the masks of one step of MiniLM, 16 sentences of 240 tokens, they
-take 6 and 45 ms of CPU time.
+There are two implementations. :class:`Dropout` uses numpy's generators, one for each order of examples: the fastest on
+a CPU, in half the time of torch's. :class:`CounterDropout` computes every draw from its position and from keys in
+tensors, as a step captured in a CUDA graph requires. The masks of one step of MiniLM, 16 sentences of 240 tokens, take
+them 6 and 45 ms of CPU time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from distilbench.engines.fused import kernels
 from distilbench.engines.fused.kernels import EXTENT, LANES
 
 _LEVELS = 1 << 16
-"""A draw is 16 bits, a quarter of what the generator yields at once: dropping 0.1 becomes dropping 0.100006."""
+"""A draw has 16 bits, a quarter of what the generator yields at once: a rate of 0.1 becomes 0.100006."""
 
 
 class Dropout:
-    """Masks of numpy's generators."""
+    """Masks from numpy's generators."""
 
     def __init__(self, seeds: Sequence[int], stage: str, step: int, device: torch.device) -> None:
-        """Key one generator for each order of examples by its trial's seed, ``stage`` and ``step``."""
+        """Seed one generator for each order of examples with its trial's seed, ``stage`` and ``step``."""
         self._generators = [SFC64(key_of(seed, stage, step)) for seed in seeds]
         self._device = device
 
@@ -35,8 +35,8 @@ class Dropout:
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
 
-        ``shapes`` are what is real of each order. Only that is drawn, so that a trial's mask does not depend on its
-        neighbours' sizes; the rest is zero.
+        ``shapes`` are the shapes of each order without padding. Only these are drawn, so that a trial's mask does not
+        depend on the sizes of other trials; padding is zero.
         """
         masks = torch.empty(len(shapes), *whole, dtype=dtype, device=self._device)
         least = torch.tensor(_dropped(rate) - _LEVELS // 2, dtype=torch.int16)
@@ -51,11 +51,11 @@ class Dropout:
 
 
 class CounterDropout:
-    """Masks that are a function of ``keys`` (orders,) int64, the site and the place, by Philox4x32-10.
+    """Masks that are a function of ``keys`` (orders,) int64, site and position, by Philox4x32-10.
 
-    (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.) Sites are numbered as the layers ask.
-    Places are numbered alike whatever a batch is filled up to: by token and column, and in attention, which has one
-    sentence a bin, by sentence, head, query and key.
+    (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.) Sites are numbered in the order of calls.
+    Positions are numbered independently of padding: by token and column, and in attention, with one sentence per bin,
+    by sentence, head, query and key.
     """
 
     def __init__(self, keys: torch.Tensor) -> None:
@@ -64,32 +64,32 @@ class CounterDropout:
     def draw(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; filler is drawn for, too."""
+        """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; padding is drawn, too."""
         draw = kernels.dropout_mask if kernels.runs("dropout", self._keys.device) else philox_mask
         return draw(self.site(rate), whole, dtype)
 
     def site(self, rate: float) -> kernels.DropoutSite:
-        """Go to the next site."""
+        """Advance to the next site and return it."""
         self._site += 1
         return kernels.DropoutSite(self._keys, self._site, _dropped(rate))
 
 
 DropoutMasks = Dropout | CounterDropout
-"""The masks of one forward pass, drawn in the order in which the layers ask for them."""
+"""The masks of one forward pass, drawn in the order in which the layers request them."""
 
 
 def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch.device) -> DropoutMasks:
-    """Return the way to draw that suits the device, keyed for each order of examples."""
+    """Return the implementation for the device, keyed for each order of examples."""
     if device.type != "cuda":
         return Dropout(seeds, stage, step, device)
     return CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds], device=device))
 
 
 def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return ones where a draw of 16 bits is kept, ``(orders, *whole)``.
+    """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
 
-    ``whole`` is (rows, columns), or of attention (bins, heads, queries, keys), numbered as if there were ``EXTENT`` of
-    the latter two.
+    ``whole`` is (rows, columns), or in attention (bins, heads, queries, keys), numbered as if there were ``EXTENT``
+    queries and keys.
     """
     keys, site, dropped = draws
     *outer, rows, columns = whole
@@ -105,20 +105,20 @@ def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.d
 
 
 def philox(counter: torch.Tensor, site: int, key: torch.Tensor) -> list[torch.Tensor]:
-    """Return four words of 32 bits for ``counter`` (its low 32) under ``site`` and ``key`` (64 bits), all int64."""
+    """Return four 32-bit words for ``counter`` (its low 32 bits), ``site`` and ``key`` (64 bits), all int64."""
     word = 0xFFFFFFFF
     c0, c1 = counter & word, torch.full_like(counter, site)
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = key & word, (key >> 32) & word
     for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # overflow wraps, and the mask takes the bits of the sign away
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # overflow wraps; the mask removes the sign bits
         c0, c1, c2, c3 = (b >> 32) & word ^ c1 ^ k0, b & word, (a >> 32) & word ^ c3 ^ k1, a & word
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
     return [c0, c1, c2, c3]
 
 
 def dropout_scale(rate: float) -> float:
-    """Return what kept values are multiplied by, so that the mean stays: one over the probability to be kept."""
+    """Return the factor on kept values that preserves the mean: one over the keep probability."""
     return _LEVELS / (_LEVELS - _dropped(rate))
 
 
@@ -127,5 +127,5 @@ def _dropped(rate: float) -> int:
 
 
 def key_of(seed: int, stage: str, step: int) -> int:
-    """Return a number of 56 bits that is a trial's own in a step."""
+    """Return a 56-bit hash of its arguments."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {stage} {step}".encode(), digest_size=7).digest())

@@ -1,9 +1,9 @@
 """The fused engine: trials that share a :func:`~distilbench.identity.fusion_key` train in one forward pass.
 
-Compared with Hugging Face Trainer it leaves out what does not change the result: padding, vocabulary rows that never
-occur, all but [CLS] in the last layer, and repeated passes through a frozen part (:mod:`.packing`, :mod:`.encoder`,
-:mod:`.prefix`). Results are Trainer's up to rounding and, with dropout on, up to the draw: masks are keyed by seed and
-step (:mod:`.dropout`), so that a trial's result does not depend on who else is in its group.
+Compared with Hugging Face Trainer, it skips what does not change the result: padding, vocabulary rows that never
+occur, all but [CLS] in the last layer, and repeated passes through the frozen prefix (:mod:`.packing`, :mod:`.encoder`,
+:mod:`.prefix`). Results equal Trainer's up to rounding and, with dropout, up to the random draw: masks are keyed by
+seed and step (:mod:`.dropout`), so that a trial's result does not depend on the other trials of its group.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from distilbench.settings import TrialSettings
 log = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.8
-"""Share of the free memory that a group is planned for."""
+"""Share of the free memory that a group may use."""
 
 
 class FusedEngine:
-    """Train trials together where they may, one stacked model per group; see :class:`distilbench.engines.base.Engine`.
+    """Train trials in groups, one stacked model per group; see :class:`distilbench.engines.base.Engine`.
 
-    ``dtype`` is that of weights and optimizer: float32, or float64 to compare with exactly. ``graph_steps``, for
-    :mod:`.cuda.graph_step`, are what CUDA gets unless told otherwise. On a CPU, which records nothing, they are slower:
-    MiniLM on SST-2, batch 16, take 2.7 times the CPU time a step, at freeze=3 1.6 to 2 times.
+    ``dtype`` is that of weights and optimizer: float32, or float64 for exact comparisons. ``graph_steps`` selects
+    :mod:`.cuda.graph_step`, by default on CUDA only. A CPU captures no graphs, and such steps are slower there: MiniLM
+    on SST-2, batch 16, takes 2.7 times the CPU time per step, with freeze=3 1.6 to 2 times.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, graph_steps: bool | None = None) -> None:
@@ -65,7 +65,7 @@ class FusedEngine:
     def train(
         self, trials: Sequence[TrialSettings], splits: EncodedSplits, observer: TrialObserver
     ) -> list[TrialResult]:
-        """Train every trial on ``splits``; results keep the order of ``trials``."""
+        """Train every trial on ``splits``; see :class:`distilbench.engines.base.Engine`."""
         results: dict[int, TrialResult] = {}
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, settings in enumerate(trials):
@@ -83,11 +83,11 @@ class FusedEngine:
         observer: TrialObserver,
         results: dict[int, TrialResult],
     ) -> None:
-        """Train trials of one fusion key, as many at once as fit and stand at the same step."""
+        """Train trials of one fusion key, at once those that fit into memory and resume from the same step."""
         began = time.perf_counter()
         try:
             context = _group_context(next(iter(trials.values())), splits, self.dtype)
-        except Exception as error:  # the trials' boundary: other groups go on
+        except Exception as error:  # the trials' boundary: other groups continue
             results.update({i: TrialResult(*outcome_of(error, settings)) for i, settings in trials.items()})
             return
         seeds = sorted({settings.seed for settings in trials.values()})
@@ -103,7 +103,7 @@ class FusedEngine:
                 shared = splits, observer, context.device, {**context.about}, context.flops
                 member = Member.of(RunningTrial(index, settings, *shared), context)
                 waiting[member.trial.progress.step].append(member)
-            except Exception as error:  # the trial's boundary: its neighbours go on
+            except Exception as error:  # the trial's boundary: the others continue
                 results[index] = TrialResult(*outcome_of(error, settings))
         for members in waiting.values():
             size = _trials_that_fit(context, members[0].trial.settings) if len(members) > 1 else 1
@@ -114,7 +114,7 @@ class FusedEngine:
 
 
 def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> GroupContext:
-    """Resolve what the trials share."""
+    """Build what the trials share."""
     device = resolve_device(settings.engine.device)
     precision = resolve_precision(settings.train.precision, device)
     reset_peak_memory(device)
@@ -152,7 +152,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
 
 
 def _differs_by_seed(context: GroupContext, splits: EncodedSplits, seeds: Sequence[int]) -> bool:
-    """Whether what is frozen is not the same for all: a pooler that the checkpoint lacks is drawn from each seed."""
+    """Return whether frozen weights differ between seeds: a pooler that the checkpoint lacks is drawn by seed."""
     if "dense.weight" not in context.frozen:
         return False
     models = [build_model(context.resolved, splits.label_names, seed) for seed in seeds[:2]]
@@ -161,7 +161,7 @@ def _differs_by_seed(context: GroupContext, splits: EncodedSplits, seeds: Sequen
 
 
 def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
-    """Renumber tokens by the words that occur in any split; what only evaluations meet must be there, decayed."""
+    """Renumber tokens over the words of all splits; weight decay also changes words that only evaluations contain."""
     parts = {id(s): s for s in (splits.train, splits.selection, splits.report)}
     words = np.unique(np.concatenate([s.tokens for s in parts.values()])).astype(np.int64)
     positions = max(int(np.diff(s.offsets).max()) for s in parts.values())
@@ -174,20 +174,20 @@ def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
 
 
 def _trials_that_fit(context: GroupContext, settings: TrialSettings) -> int:
-    """Return how many trials fit into the memory that is free, at least one."""
+    """Return how many trials fit into the free memory, at least one."""
     on_gpu = context.device.type == "cuda"
     free = torch.cuda.mem_get_info(context.device)[0] if on_gpu else psutil.virtual_memory().available
     return max(1, int(free * MEMORY_SHARE / bytes_per_trial(context, settings)))
 
 
 def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
-    """Estimate the memory that one more trial takes.
+    """Estimate the memory in bytes that one more trial takes.
 
-    Its row is there five times (weights, gradient, two moments, best weights), and twice more in bf16 where products
-    use that: a copy, and the gradient, whose room among the others a CPU then never touches. Added to it is what the
-    forward pass of a batch of the longest examples keeps for the backward, twice, for the backward makes as much again
-    on its way: in a trained layer 17 values a token and unit of width, and 2.5 a head and pair of tokens (Korthikanti
-    et al., 2022, arXiv 2205.05198, section 4.1).
+    Parameters count five times (weights, gradient, two moments, best weights) and, if products use bf16, twice more in
+    bf16: a copy and its gradient, whose space in the float32 gradient a CPU then never touches. Activations saved by
+    the forward pass of a batch of the longest examples count twice, since the backward pass allocates as much again:
+    in a trained layer 17 values per token and unit of width, and 2.5 per head and pair of tokens (Korthikanti et al.,
+    2022, arXiv 2205.05198, section 4.1).
     """
     layout, train = context.layout, context.splits.train
     lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_at_once))]

@@ -1,4 +1,4 @@
-"""One trial of a fused group: its own numbers, what has become of it, and what it leaves on disk."""
+"""One trial of a fused group: its learning rates and state, its checkpoints and its exported model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _STATE = "state.safetensors"
 
 @dataclass(frozen=True)
 class GroupContext:
-    """What all trials of a group stand on.
+    """What all trials of a group share.
 
-    ``frozen`` are the weights that stay as they are, of :meth:`FlatParamLayout.frozen_weights`; ``dtype`` is the
-    precision of the others, ``compute_dtype`` that of products. ``frozen_levels`` are as many of the lowest as are
-    frozen from which step on, and ``flops`` what an example costs from there.
+    ``frozen`` are the frozen weights of :meth:`FlatParamLayout.frozen_weights`; ``dtype`` is that of the trained
+    weights, ``compute_dtype`` that of matrix products. ``frozen_levels`` is the number of frozen levels, and ``flops``
+    the FLOPs, by the step from which they apply.
     """
 
     splits: EncodedSplits
@@ -51,16 +51,16 @@ class GroupContext:
     compute_dtype: torch.dtype
 
     def trained_from(self, step: int) -> int:
-        """Return the lowest level that step ``step`` trains."""
+        """Return the lowest level that is trained in step ``step``."""
         return self.frozen_levels[max(start for start in self.frozen_levels if start <= step)]
 
     def trained_until(self, step: int) -> int:
-        """Return the first step after ``step`` that trains other levels, or one past the last."""
+        """Return the next step from which other levels are trained, or the number of steps."""
         return min((start for start in self.frozen_levels if start > step), default=self.schedule.steps)
 
     @cached_property
     def first_steps(self) -> list[int]:
-        """The first step that trains each level; empty where that is one step for all."""
+        """The first step that trains each level; empty if that is step 0 for all."""
         levels = range(self.layout.top + 1)
         first = [next((step for step, count in self.frozen_levels.items() if level >= count), 0) for level in levels]
         return first if any(first) else []
@@ -68,10 +68,10 @@ class GroupContext:
 
 @dataclass
 class Member:
-    """A trial in a group.
+    """A trial of a group.
 
-    ``best_params`` (size,) holds the weights of its best evaluation once others have followed. ``micro_batch`` and
-    ``eval_batch`` are examples taken at once: what the settings say, until memory runs out.
+    ``best_params`` (size,) are the weights of the best evaluation, None before the first and if the last one is best.
+    ``micro_batch`` and ``eval_batch`` are examples per forward pass: those of the settings, until memory runs out.
     """
 
     trial: RunningTrial
@@ -84,7 +84,7 @@ class Member:
 
     @classmethod
     def of(cls, trial: RunningTrial, context: GroupContext) -> Member:
-        """Prepare a trial, from its newest checkpoint where it is to resume."""
+        """Prepare a trial, with ``train.resume`` from its newest checkpoint."""
         train, lr = trial.settings.train, trial.settings.optim.lr
         lrs = lr * lr_factors(trial.settings.scheduler, context.schedule.steps, lr)
         checkpoint = trial.take_up(context.resolved.used.fingerprint)
@@ -96,7 +96,7 @@ class Member:
         return cls(trial, context, lrs, checkpoint, train.examples_at_once, train.eval_batch_size)
 
     def start(self, initial: torch.Tensor | None) -> list[torch.Tensor]:
-        """Return the row (size,) and the moments like it to begin with: a checkpoint's, or ``initial`` and no more."""
+        """Return parameters and moments (size,) of the checkpoint or, without one, only ``initial``."""
         if self.checkpoint is None:
             assert initial is not None
             return [initial]
@@ -106,10 +106,10 @@ class Member:
         return [state["row"], *(state[name] for name in sorted(state) if name.startswith("moment"))]
 
     def save(self, flat_params: torch.Tensor, moments: Sequence[torch.Tensor]) -> None:
-        """Leave a checkpoint of the state after the newest record."""
+        """Write a checkpoint of the state after the newest record."""
         path = self.trial.folder / f"checkpoint-{self.trial.progress.step}"
         if checkpoints.read_seal(path) is not None:
-            return  # the evaluation after this very step has left it: a kill would find it half written over
+            return  # the evaluation after this step has written it; overwriting it could be interrupted by a kill
         path.mkdir(parents=True, exist_ok=True)
         state = {"row": flat_params, **{f"moment{i}": moment for i, moment in enumerate(moments)}}
         if self.best_params is not None and self.trial.best.step != self.trial.progress.step:
@@ -118,7 +118,7 @@ class Member:
         checkpoints.seal(path, self.trial.identity, self.trial.progress)
 
     def export(self, flat_params: torch.Tensor) -> None:
-        """Write the model of ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""
+        """Write ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""
         context = self.context
         model = build_model(context.resolved, context.splits.label_names, self.trial.settings.seed)
         scale = lr_scale(0, context.layout.top, self.trial.settings.optim.layer_decay)

@@ -1,4 +1,4 @@
-"""AdamW and SGD on the rows of a stack: each trial with its own numbers, in the same kernels as torch's optimizers."""
+"""AdamW and SGD for stacked trials: each trial with its own settings, in the same kernels as torch's optimizers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from distilbench.settings import OptimSettings
 
 
 class StackedOptimizer:
-    """One step for all trials of ``weights``, each with ``settings`` of its own.
+    """An optimizer for all trials of ``weights``, each with its own ``settings``.
 
-    ``moments`` are what it remembers, as many as :func:`num_moments` says, each like the rows ``(trials, size)``.
+    ``moments``, as many as :func:`num_moments` returns, are ``(trials, size)`` each.
 
-    A trial's row is updated as ``torch.optim.AdamW`` or ``torch.optim.SGD`` would: decoupled decay for the former, an
-    L2 term for the latter, on all but biases and norms.
+    Parameters are updated as by ``torch.optim.AdamW`` (decoupled weight decay) or ``torch.optim.SGD`` (an L2 term);
+    weight decay excludes biases and norms.
     """
 
     def __init__(
         self, weights: StackedWeights, moments: Sequence[torch.Tensor], settings: Sequence[OptimSettings],
         first_steps: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """``first_steps`` are those from which on each level is trained, where that is not 0 for all."""
+        """``first_steps`` is the first step that trains each level; empty if that is step 0 for all."""
         self.weights, self.moments, self.settings, self.first_steps = weights, moments, settings, first_steps
 
     @torch.no_grad()
     def step(self, number: int, lrs: Sequence[float]) -> torch.Tensor:
-        """Clip each trial's gradient, take its step ``number`` (from 1) at its rate, and return the norms (trials,).
+        """Clip each trial's gradient, take step ``number`` (from 1) with its lr, and return the norms (trials,).
 
-        Clipping mirrors ``torch.nn.utils.clip_grad_norm_``: by ``limit / (norm + 1e-6)`` where that is below 1.
+        Clipping mirrors ``torch.nn.utils.clip_grad_norm_``: the factor is ``limit / (norm + 1e-6)`` if below 1.
         """
         norms = []
         for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
@@ -44,7 +44,7 @@ class StackedOptimizer:
             for part, scale, before in self._parts(settings):
                 grad, divisor = self.weights.grad_of(trial, part), None
                 if factor is not None and grad.dtype == torch.float32:
-                    divisor = 1 / factor  # torch takes one in this precision alone
+                    divisor = 1 / factor  # torch's kernels support grad_scale only in float32
                 elif factor is not None:
                     grad.mul_(factor)
                 decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
@@ -55,7 +55,7 @@ class StackedOptimizer:
         return torch.stack(norms)
 
     def _parts(self, settings: OptimSettings) -> Iterator[tuple[slice, float, int]]:
-        """Yield parts of a flat vector, each with the factor on its learning rate and the steps before its first."""
+        """Yield parts of the parameters, each with its learning-rate factor and the first step that trains it."""
         layered = settings.layer_decay != 1
         for part, level in self.weights.parts(by_level=layered or bool(self.first_steps)):
             scale = lr_scale(level, self.weights.layout.top, settings.layer_decay) if layered else 1.0
@@ -63,17 +63,17 @@ class StackedOptimizer:
 
 
 def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """Return what clipping multiplies a gradient of this ``norm`` by, or None where it does not."""
+    """Return the factor that clips a gradient of this ``norm``, or None for no clipping."""
     if not limit:
         return None
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    if norm.device.type == "cpu" and not factor < 1:  # elsewhere, asking would wait for the device
+    if norm.device.type == "cpu" and not factor < 1:  # on a GPU, the test would synchronize
         return None
     return factor
 
 
 def num_moments(settings: Sequence[OptimSettings]) -> int:
-    """How many vectors like a row the optimizer of a group remembers."""
+    """Return how many moments the optimizer of a group has."""
     return 2 if settings[0].name == "adamw" else int(any(s.momentum for s in settings))
 
 
@@ -81,7 +81,7 @@ def _update(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor], settings: OptimSettings,
     number: int, lr: float, decay: float, divisor: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Take step ``number`` (from 1) with ``grad``, which torch's kernel divides by ``divisor`` on its way."""
+    """Take step ``number`` (from 1) with ``grad``, which torch's kernel first divides by ``divisor``."""
     common: dict[str, Any] = {
         "fused": True, "grad_scale": divisor, "lr": lr, "weight_decay": decay, "maximize": False,
     }  # fmt: skip
@@ -96,9 +96,9 @@ def _update(
 
 
 def untouched_factor(settings: OptimSettings, lrs: Sequence[float]) -> float:
-    """Return what steps at ``lrs`` make of a decayed weight that never has a gradient, as a factor.
+    """Return the factor by which steps at ``lrs`` change a decayed weight that never has a gradient.
 
-    AdamW multiplies by ``1 - lr * decay``. For SGD the L2 term is a gradient of its own and gathers momentum.
+    AdamW multiplies by ``1 - lr * decay``. With SGD, the L2 term is part of the gradient and gathers momentum.
     """
     value, velocity = 1.0, 0.0
     for lr in lrs:

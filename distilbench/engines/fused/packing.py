@@ -1,8 +1,8 @@
-"""Batches without padding: tokens end to end, and the bins in which attention looks at them.
+"""Batches without padding: tokens concatenated for linear layers, and packed into bins for attention.
 
-Linear layers see the tokens of a batch in one row. Attention wants rectangles, so sentences are packed into *bins* as
-wide as the longest of them, several short ones to a bin, and a mask keeps them apart. What a trial's batch looks like
-depends on that trial alone; batches of several orders are stacked by filling up to the largest of them.
+Attention needs rectangles, so sentences are packed into *bins* as wide as the longest sentence, several short ones to a
+bin, with a mask between them. A trial's batch depends on that trial alone; batches of several orders are stacked by
+padding them to the largest.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 from distilbench.data.tokens import EncodedSplit
 
 FILLER = -1
-"""The sentence number of a token or a slot that is nobody's; nobody attends to it but its like."""
+"""The sentence number of padding tokens and empty slots, which attend only to each other."""
 
 PAD_MULTIPLE = 16
-"""Tokens of a batch and columns of a bin are filled up to a multiple of so many, or more where there are many: oneDNN,
-which takes a CPU's products in bf16, compiles them anew for every new shape, and keeps a thousand of them.
+"""Tokens of a batch and columns of a bin are padded to a multiple of this, or of more for large sizes: oneDNN, which
+computes bf16 products on a CPU, compiles a kernel for every new shape and caches a thousand of them.
 """
 
 APART = -1e30
-"""Added to the scores of tokens of different sentences: finite, for a filler query may find no key of its own."""
+"""Added to the scores between different sentences: finite, because a padding query may have no key of its own."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One batch of one order of examples: ``tokens`` long, ``sentences`` deep, in ``bins`` of ``width`` slots.
+    """One batch in one order of examples: concatenated tokens, and ``bins`` of ``width`` slots.
 
-    ``ids``, ``positions`` and ``types`` (tokens,): rows of the word, the position and the token type table. A pair is
-    one sentence here, whose texts attend to each other. ``first`` (sentences,): where each sentence's [CLS] is.
-    ``labels`` (sentences,). ``sentence`` (tokens,): whose token it is. ``bin`` (sentences,) and ``column``
-    (sentences,): where each sentence starts.
+    ``ids``, ``positions`` and ``types`` (tokens,) are rows of the word, position and token type tables. A pair counts
+    as one sentence, whose texts attend to each other. ``first`` (sentences,) is the index of each sentence's [CLS].
+    ``labels`` (sentences,). ``sentence`` (tokens,) is the sentence of each token. ``bin`` (sentences,) and ``column``
+    (sentences,) are the slot in which each sentence starts.
     """
 
     ids: np.ndarray
@@ -52,9 +52,9 @@ class Packed:
 
 
 def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packed:
-    """Pack ``examples`` (sentences,), numbers of rows of ``split``, in the order given.
+    """Pack ``examples`` (sentences,), indices into ``split``, in the given order.
 
-    They ``share`` bins, or have one each.
+    With ``share``, several sentences may share a bin; otherwise each has its own.
     """
     starts = split.offsets[examples]
     lengths = split.offsets[examples + 1] - starts
@@ -79,7 +79,7 @@ def pack(split: EncodedSplit, examples: np.ndarray, share: bool = True) -> Packe
 
 
 def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put each sentence, the longest first, into the first bin with room: its bin, and its first column there."""
+    """Assign each sentence, longest first, to the first bin with room; return its bin and its first column there."""
     used: list[int] = []
     places = np.empty((2, len(lengths)), dtype=np.int64)
     for i in np.argsort(-lengths, kind="stable").tolist():
@@ -93,10 +93,10 @@ def _fill_bins(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class _Move(torch.autograd.Function):
-    """A gather whose gradient is a gather too: each row is read once, so nothing has to be added up.
+    """A gather whose gradient is a gather, too: each row is read once, so no sums are needed.
 
-    ``index`` (written,) names the row that is read for each row written; ``inverse`` (read,) names, for each row read,
-    where it went. Where what is read are the rows of ``trials``, ``empty`` marks filler, whose gradient is zero.
+    ``index`` (written,) is the source row of each written row; ``inverse`` (read,) is the target of each source row.
+    If the sources are token rows of ``trials`` trials, ``empty`` marks padding rows, whose gradient is zero.
     """
 
     @staticmethod
@@ -107,18 +107,18 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         back = gradient.index_select(0, ctx.inverse)
-        if ctx.empty is not None:  # the inverse of these is some slot of their own trial
+        if ctx.empty is not None:  # ctx.inverse of a padding row is an arbitrary slot of its trial
             back.view(ctx.trials, ctx.empty.shape[1], -1).masked_fill_(ctx.empty[:, :, None], 0.0)
         return back, None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where tokens, a row each, stand in the bins. The leading size is 1 or the trials'.
+    """The mapping between token rows and slots of bins. The leading size is 1 or the number of trials.
 
-    ``slot`` (orders, rows): that of each row, of the ``bins * columns`` there are. ``row`` (orders, bins, columns): the
-    row of each slot, 0 where there is none. ``owner`` (orders, bins, columns): the sentence of each slot, or FILLER.
-    ``empty`` (orders, rows) marks rows that are filler; None where there are none.
+    ``slot`` (orders, rows) is the slot of each row, in ``bins * columns``. ``row`` (orders, bins, columns) is the row
+    of each slot, 0 for an empty slot. ``owner`` (orders, bins, columns) is the sentence of each slot, or FILLER.
+    ``empty`` (orders, rows) marks padding rows; None if there are none.
     """
 
     slot: torch.Tensor
@@ -139,7 +139,7 @@ class Placement:
     def to_rows(self, slots: torch.Tensor) -> torch.Tensor:
         """Move ``(trials, bins, heads, columns, size)`` to ``(trials, rows, heads * size)``.
 
-        The gradient of an empty slot is some row's of its trial: no number comes from there, for nobody attends to it.
+        An empty slot gets the gradient of an arbitrary row of its trial, which has no effect: nothing attends to it.
         """
         trials, _, heads, _, size = slots.shape
         sources, targets = self._between(trials, 1, heads)
@@ -147,7 +147,7 @@ class Placement:
         return moved.view(trials, self.slot.shape[1], heads * size)
 
     def _between(self, trials: int, pieces: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of the rows' vectors each slot reads, and in which slot each of them is, ``(vectors,)`` each."""
+        """Return the row vector that each slot vector reads, and the slot of each row vector, ``(vectors,)`` each."""
         key = trials, pieces, heads
         if key not in self._moves:
             _, bins, columns = self.row.shape
@@ -165,13 +165,12 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Batches of one or several orders, stacked; the leading size ``orders`` is 1 where all trials share one.
+    """Stacked batches of one or several orders; the leading size ``orders`` is 1 if all trials share one order.
 
-    ``ids``, ``positions``, ``types`` (orders, tokens), filled up with zeros; ``first``, ``labels`` (orders, sentences).
-    ``packs`` are what was stacked. ``shared`` is where tokens stand in as few bins as will do, ``alone`` where they
-    stand in bins of one sentence each. A batch of fixed size, whose shapes say nothing about what is in it, has
-    ``lengths`` (orders, sentences) and knows bins of one sentence only; it is worked on without a loop over trials and
-    without a sum whose order is left open.
+    ``ids``, ``positions``, ``types`` (orders, tokens) are padded with zeros; ``first``, ``labels`` are (orders,
+    sentences). ``packs`` are the stacked batches. ``shared`` places tokens in as few bins as possible, ``alone`` in
+    bins of one sentence each. A batch whose shapes don't depend on its content (a bucket) has ``lengths`` (orders,
+    sentences) and only bins of one sentence; it is processed without loops over trials, and sums have a fixed order.
     """
 
     packs: tuple[Packed, ...]
@@ -186,27 +185,27 @@ class Batch:
 
     @cached_property
     def token_mask(self) -> torch.Tensor:
-        """What is added to the scores of a token for every other of its bin, ``(orders, bins, 1, width, width)``."""
+        """The mask added to the attention scores within a bin, ``(orders, bins, 1, width, width)``."""
         owner = self.shared.owner[:, :, None]
         return _mask(owner[..., None], owner[..., None, :])
 
     @cached_property
     def first_mask(self) -> torch.Tensor:
-        """What is added to the scores of [CLS] for every token of its own, ``(orders, sentences, 1, width)``."""
+        """The mask added to the attention scores of [CLS] in its sentence's bin, ``(orders, sentences, 1, width)``."""
         owner = self.alone.owner[:, :, None]
         return _mask(owner[..., :1], owner)
 
 
 def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """0 within a sentence, ``APART`` elsewhere."""
+    """Return 0 within a sentence, ``APART`` elsewhere."""
     shape = torch.broadcast_shapes(queries.shape, keys.shape)
     return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
 
 
 def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Batch:
-    """Stack the batches of several orders; they hold the same number of sentences each.
+    """Stack the batches of several orders, which have the same number of sentences.
 
-    Products are in ``dtype``: a CPU's library takes any number of rows as they are, but in bf16.
+    ``dtype`` is that of matrix products: on a CPU, only bf16 needs padding to ``PAD_MULTIPLE``.
     """
 
     def stacked(arrays: Sequence[np.ndarray], size: int) -> torch.Tensor:
@@ -236,7 +235,7 @@ def _placement(
     packs: Sequence[Packed], starts: Sequence[tuple[np.ndarray, np.ndarray]], bins: int, rows: int,
     device: torch.device,
 ) -> Placement:  # fmt: skip
-    """Lay ``rows`` into ``bins``; each sentence ``starts`` in a bin (sentences,) at a column (sentences,)."""
+    """Place ``rows`` in ``bins``; ``starts`` holds each sentence's bin (sentences,) and first column (sentences,)."""
     columns = max(p.width for p in packs)
     slot = np.zeros((len(packs), rows), dtype=np.int64)
     row = np.zeros((len(packs), bins * columns), dtype=np.int64)
@@ -256,7 +255,7 @@ def _placement(
 
 
 def _one_per_bin(sentences: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each sentence starts in bins of one sentence."""
+    """Return each sentence's bin and first column with one sentence per bin."""
     return np.arange(sentences), np.zeros(sentences, dtype=np.int64)
 
 

@@ -1,6 +1,6 @@
-"""Stacks of trials beside each other on a CPU, each with its share of the threads.
+"""Run stacks of trials in parallel on a CPU, each with its share of the threads.
 
-A step has many small operations, during which all threads but one would wait.
+A step has many small operations, during which all threads but one would be idle.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 MOST = 4
-"""Stacks that run beside each other at most: Python itself runs one of them at a time, for a tenth of a step or so."""
+"""Maximum number of parallel stacks: each holds Python's GIL for about a tenth of its step."""
 
 _POOL = ThreadPoolExecutor(MOST, thread_name_prefix="stack")
 
@@ -21,14 +21,14 @@ Result = TypeVar("Result")
 
 
 def map_in_threads(act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Call ``act`` with each of at most ``MOST`` items at the same time; returns or raises when all have ended."""
+    """Call ``act`` with all items in parallel, at most ``MOST``; returns or raises when all calls have ended."""
     if len(items) == 1:
         return [act(items[0])]
     threads = torch.get_num_threads()
     share = max(1, threads // len(items))
 
     def run(item: Item) -> Result:
-        torch.set_num_threads(share)  # OpenMP's number belongs to the thread that calls
+        torch.set_num_threads(share)  # OpenMP's setting is per calling thread
         return act(item)
 
     futures = [_POOL.submit(run, item) for item in items]
