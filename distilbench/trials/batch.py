@@ -49,7 +49,7 @@ class BatchRunner:
 
     def __init__(self, max_trials: int) -> None:
         self._max_trials = max_trials
-        self._stores: dict[TrackingSettings, MlflowStore | None] = {}
+        self._open_store = cache(open_store)
         self._prepared: dict[str, Prepared] = {}
         self._solo_seconds: dict[Hashable, float | None] = {}
         self._baselines: dict[Hashable, StoredTrial] = {}
@@ -72,7 +72,8 @@ class BatchRunner:
         ended: dict[int, Kept | Exception] = {}
         for index, job in enumerate(jobs):
             try:
-                store, prepared = self._store_of(job), self.prepare(job.settings)
+                store_of = sweep_store if job.context else self._open_store
+                store, prepared = store_of(job.settings.tracking), self.prepare(job.settings)
                 if job.context and job.context.accept:
                     job.context.accept(prepared)
                 ready[index] = Trial(job, prepared, store)
@@ -90,14 +91,6 @@ class BatchRunner:
             except Exception as error:  # the jobs' boundary: other batches go on
                 ended |= dict.fromkeys(batch, error)
         return [ended[index] for index in range(len(jobs))]
-
-    def _store_of(self, job: Job) -> MlflowStore | None:
-        """Open the store that a job's settings name, once."""
-        if job.context:
-            return sweep_store(job.settings.tracking)
-        if job.settings.tracking not in self._stores:
-            self._stores[job.settings.tracking] = open_store(job.settings.tracking)
-        return self._stores[job.settings.tracking]
 
     def prepare(self, settings: AppSettings) -> Prepared:
         """Resolve and encode what trials of such settings share, once; raises where one of these can't be trained."""
