@@ -1,4 +1,4 @@
-"""What a sweep will do, checked to the last point before anything is written."""
+"""The plan of a sweep, with every setting checked before anything is written."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from distilbench.sweep.trial import check_pruning, judged_by
 from distilbench.tracking.retries import reason_of
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
-"""What ``hydra.sweeper.sampler`` may name: the list of hydra-optuna-sweeper itself."""
+"""Patterns of what ``hydra.sweeper.sampler`` may instantiate, the same as in hydra-optuna-sweeper."""
 
 
 HELD = ("sweep", "search", "tracking", "margin", "output")
-"""Groups and settings that hold for a sweep as a whole: no point of it trains another trial for them."""
+"""Groups and settings that can't vary within a sweep, since they do not change what a trial trains."""
 
 
 @dataclass(frozen=True)
 class SweeperOptions:
-    """What Hydra hands to a sweeper, and what ``hydra.sweeper`` says, in the words of Hydra's own sweepers."""
+    """What Hydra passes to a sweeper, and the keys of ``hydra.sweeper``, named as in Hydra's own sweepers."""
 
     config: DictConfig
     context: HydraContext
@@ -44,7 +44,7 @@ class SweeperOptions:
     study_name: str
     is_grid: bool
     n_jobs: int | None
-    """Trials handed to the launcher together; None leaves it to the kind of launcher."""
+    """Trials to launch at once; None for the launcher's default."""
     n_trials: int | None = None
     direction: Any = None
     max_failure_rate: float | None = None
@@ -56,8 +56,8 @@ class SweeperOptions:
 class SweepPlan:
     """A sweep before its first trial.
 
-    ``points`` are queued first: all of a grid, the baseline alone otherwise. ``beside`` are baselines that lie outside
-    of the space; ``total`` counts the trials inside, which are fewer than were ``asked`` for in a small space.
+    ``points`` are queued first: all of a grid, otherwise the baseline alone. ``beside`` are baselines outside of the
+    space. ``total`` counts the trials inside; in a small space it is below ``asked``, the number requested.
     """
 
     settings: AppSettings
@@ -71,26 +71,26 @@ class SweepPlan:
     name: str
     directory: Path
     fixed: Mapping[str, str]
-    """What every trial shares, and a continued sweep must still have."""
+    """Settings that all trials share and that a continued sweep must keep."""
     result_key: Callable[[Point], str]
-    """Checks a point; returns a hash, equal for points that would train the same trial."""
+    """Checks a point and returns a hash, equal for points that would train the same trial."""
     name_of: Callable[[Point], str]
-    """Says what varies, for people."""
+    """Returns a point's display name."""
     failures_borne: float = math.inf
-    """Failed trials that do not end the sweep yet; infinite without a limit."""
+    """Number of failed trials that the sweep tolerates; infinite without a limit."""
     asked: int = 0
     data: Sequence[DataSettings] = ()
-    """What text the trials read, to be checked before the first of a new sweep."""
+    """The trials' text sources, to be loaded and checked before a new sweep starts."""
     needs_all: bool = False
-    """Whether one failed trial makes the sweep fail, once the others are trained."""
+    """Whether a single failed trial makes the sweep fail, after all others have been trained."""
     base: DictConfig | None = None
-    """What ``hydra.sweeper.custom_search_space`` is called with."""
+    """The config that ``hydra.sweeper.custom_search_space`` is called with."""
     sampler: DictConfig | None = None
     """``hydra.sweeper.sampler``; None for Optuna's default."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a continued sweep must still have."""
+        """What a continued sweep must keep."""
         return {
             "fixed": self.fixed,
             "space": {key: distribution_to_json(kind) for key, kind in self.space.dimensions.items()},
@@ -100,13 +100,13 @@ class SweepPlan:
 
     @property
     def picks(self) -> bool:
-        """Whether it picks one of several settings beside the baseline, as a confirmation does not."""
+        """Whether the sweep selects one of several settings besides the baseline; a confirmation does not."""
         settings = {frozenset({**point.params, "seed": None}.items()) for point in self.points if not point.is_baseline}
         return "confirms" not in self.fixed and (len(settings) > 1 or not self.is_grid)
 
     @property
     def chosen_by(self) -> str:
-        """By what, and on which split, winners are picked and trials pruned."""
+        """The objectives and the split that rank and prune trials, as text."""
         split = "validation split, which also reports"
         if self.settings.data.report_fraction:
             split = "validation split; a part of train only reports"
@@ -118,9 +118,9 @@ class SweepPlan:
 
 
 def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
-    """Read the space and check every point of a grid, every value of another space on its own.
+    """Read the search space and check every point of a grid, or every value of any other space by itself.
 
-    Raises :class:`SettingsError` for the first thing that a person can mend.
+    Raises :class:`SettingsError` for the first invalid setting.
     """
     loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
@@ -143,7 +143,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked, space, composer)
     asked = options.n_trials or settings[0].sweep.trials
     if options.is_grid:
-        points = points[: options.n_trials]  # of Optuna's grid sampler; None for a grid of Hydra's kind
+        points = points[: options.n_trials]  # a number with Optuna's grid sampler, else None
     total = len(points) if options.is_grid else min(asked, space.size or asked)
     return SweepPlan(
         settings=settings[0],
@@ -168,7 +168,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
 
 
 def _check_options(options: SweeperOptions) -> None:
-    """Raise :class:`SettingsError` for numbers of ``hydra.sweeper`` and ``hydra.launcher`` that make no sweep."""
+    """Raise :class:`SettingsError` for invalid numbers in ``hydra.sweeper`` and ``hydra.launcher``."""
     for name in ("n_trials", "n_jobs"):
         value = getattr(options, name)
         require(value is None or value >= 1, f"hydra.sweeper.{name}", "1 or more", value)
@@ -179,7 +179,7 @@ def _check_options(options: SweeperOptions) -> None:
 
 
 def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:
-    """Return the number of encoder layers of the model, of the shallowest one where the sweep tries several."""
+    """Return the number of encoder layers of the model, or of the shallowest one if the model varies."""
     loader = options.context.config_loader
     space = read_space(None, lines, loader, options.is_grid)
     composer, (low, _) = Composer(options.config, loader, space), space.corners()
@@ -198,7 +198,7 @@ def _failures_borne(options: SweeperOptions, settings: AppSettings, trials: int)
 
 
 def _grid_points(space: Space, composer: Composer) -> list[Point]:
-    """Every point of a grid, once its size has been confirmed."""
+    """Return every point of a grid; raises :class:`SettingsError` for more than ``sweep.max_grid``."""
     limit = composer.settings(space.corners()[0]).sweep.max_grid
     if (space.size or 0) > limit:
         raise SettingsError(
@@ -209,9 +209,9 @@ def _grid_points(space: Space, composer: Composer) -> list[Point]:
 
 
 def _checked_values(space: Space, composer: Composer) -> list[Point]:
-    """Points that hold each choice and each end of a range, beside which others are at one of their ends.
+    """Return points that cover each choice and each end of a range, with all other dimensions at one of their ends.
 
-    Raises :class:`SettingsError` for a value that neither end of the others bears.
+    A value that is invalid with either end of the others is returned all the same, so that the caller's check fails.
     """
     low, high = space.corners()
     found = []
@@ -231,7 +231,7 @@ def _is_valid(point: Point, composer: Composer) -> bool:
 
 
 def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[Point], list[Point]]:
-    """Return the points of a grid, baselines first, and the baselines of others that are no points themselves."""
+    """Return the points of a grid, baselines first, and the baselines that are not among these points."""
     if not composer.settings(points[0]).sweep.baseline:
         return list(points), []
     baselines: dict[str, Point] = {}
@@ -244,11 +244,11 @@ def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[P
 
 
 def _baseline(checked: Sequence[Point], space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
-    """Return the baseline as the first trial if it lies in the space, else beside it.
+    """Return the baseline as the first trial if it lies in the space, otherwise as a trial beside it.
 
-    Where the space varies model, text or metric, each of these has a baseline of its own, beside it: trials of several
-    protocols are never compared. Where settings outside of the space are no trial by themselves, the baseline is laid
-    over a ``checked`` point.
+    If the space varies model, text or metric, each of their values gets a baseline of its own, beside the space: trials
+    of different protocols are never compared. If the settings outside of the space are invalid by themselves, a
+    ``checked`` point completes the baseline.
     """
     if not composer.settings(checked[0]).sweep.baseline:
         return [], []
@@ -267,7 +267,7 @@ def _baseline(checked: Sequence[Point], space: Space, composer: Composer) -> tup
 
 
 def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:
-    """``hydra.sweeper.direction`` as a list, by default what each objective is for."""
+    """Return ``hydra.sweeper.direction`` as a list, by default the natural direction of each objective."""
     if direction is None:
         return directions_of(objectives)
     given = [direction] if isinstance(direction, str) or not hasattr(direction, "__iter__") else list(direction)
@@ -281,9 +281,9 @@ def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:
 
 
 def sampler_of(config: DictConfig | None, trials: int) -> Any:
-    """Make Optuna's sampler as ``hydra.sweeper.sampler`` names it; None, Optuna's default, for a grid.
+    """Create the sampler of ``hydra.sweeper.sampler``; None, Optuna's default, for a grid.
 
-    A seed moves on with the ``trials`` that there are, or a continued sweep would draw its first points again.
+    The number of existing ``trials`` is added to the seed; otherwise, a continued sweep would draw the same points.
     """
     from hydra.utils import instantiate
 
@@ -295,7 +295,7 @@ def sampler_of(config: DictConfig | None, trials: int) -> Any:
     moved = {} if seed is None else {"seed": seed + trials}
     try:
         return instantiate(config, _execution_whitelist_=SAMPLERS, **moved)
-    except Exception as error:  # whatever a sampler says of its own arguments
+    except Exception as error:  # a sampler may raise anything for its arguments
         raise SettingsError(
             f"hydra.sweeper.sampler must be a sampler of Optuna's with its arguments: {reason_of(error)}"
         ) from None

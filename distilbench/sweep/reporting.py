@@ -1,7 +1,7 @@
-"""What a sweep says: how it stands while it runs, its report at the end, and what a dry run prints of a plan.
+"""What a sweep prints: its progress while it runs, its report at the end, and the plan in a dry run.
 
-What trials amount to statistically is the report's to say, which reads what MLflow keeps; the leaderboard is what the
-study knows, while the sweep runs and if nothing is tracked.
+The report, which reads from MLflow, gives the statistics. The leaderboard shows what the study knows, while the sweep
+runs and if nothing is tracked.
 """
 
 from __future__ import annotations
@@ -41,19 +41,18 @@ from distilbench.tracking import MlflowStore, model_directory
 log = logging.getLogger(__name__)
 
 REPORTED = "reported"
-"""Attribute of the study: when a report was last written, and of how many ended trials."""
+"""Attribute of the study: when the last report was written, and for how many ended trials."""
 
 
 @contextmanager
 def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, grace_seconds: float) -> Iterator[bool]:
-    """Wait until no other worker writes a report; yields whether there is none yet of ``ends`` trials.
+    """Wait until no other worker writes a report; yields whether a report on ``ends`` ended trials is still due.
 
-    The system lets go of a lock whose holder dies, so that the next worker writes it then.
-    What was known ``before`` this process worked on the sweep does not count: the same command, typed again, writes
-    the report again.
+    If the worker that holds the lock dies, the lock is released and the next worker writes the report. The report that
+    existed ``before`` this process began does not count: the same command, run again, writes the report again.
     """
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(SettingsError, *UNANSWERED):  # whoever takes so long stands still
+        with contextlib.suppress(SettingsError, *UNANSWERED):  # a holder that takes so long is stuck
             held.enter_context(storage.lock(grace_seconds, of_report=True))
         known = study.user_attrs.get(REPORTED)
         is_due = known is None or known == before or known["ends"] != ends
@@ -64,15 +63,15 @@ def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, gra
 
 
 def write_report(plan: SweepPlan, store: MlflowStore | None) -> bool:
-    """Write the report, and log the model of its answer where that is asked; returns whether there is a report.
+    """Write the report, and log its answer's model if ``tracking.log_model=best``; returns whether there is a report.
 
-    What can't be made costs the ended sweep no more than that.
+    Errors cost a warning only, since the sweep itself has ended.
     """
     if store is None:
         return False
     try:
         report = report_sweep(store, plan.name, plan.directory, default_treatment(), plan.settings.margin)
-    except Exception as error:  # the report's boundary
+    except Exception as error:  # boundary: the sweep has ended
         log.warning("no report of %s: %s", plan.name, error)
         return False
     if report and plan.settings.tracking.log_model == "best":
@@ -86,12 +85,12 @@ def _log_answer(report: Report, store: MlflowStore, tracking: TrackingSettings) 
     try:
         if trial:
             store.log_model(trial.run_id, model_directory(store, trial.run_id), tracking.register)
-    except SettingsError as error:  # its directory is gone, or another's by now
+    except SettingsError as error:  # its directory is gone, or in use by another trial
         log.warning("the sweep's answer is not logged as a model: %s", error)
 
 
 LONGEST_GRID = 40
-"""Points of a grid that a dry run lists."""
+"""Number of points of a grid that a dry run lists at most."""
 
 
 def say(console: Console, line: str) -> None:
@@ -100,13 +99,13 @@ def say(console: Console, line: str) -> None:
 
 
 def print_plan(plan: SweepPlan) -> None:
-    """Print the points (or the space), their number, and a prediction from a few steps of one trial."""
+    """Print the points (or the space), the number of trials, and a time estimate from a few steps of one trial."""
     console = Console()
     console.print(_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
     what = counted(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
-    from distilbench.trials.estimate import estimate_alone  # torch, which a sweep is checked without
+    from distilbench.trials.estimate import estimate_alone  # torch: not needed until here
     from distilbench.trials.prepared import prepare
 
     prepared = prepare(plan.settings)
@@ -121,7 +120,7 @@ def print_plan(plan: SweepPlan) -> None:
 
 
 def _warning(plan: SweepPlan, examples: int) -> str | None:
-    """Say beforehand where the margin can't be shown with the seeds planned and the examples that report."""
+    """Return a warning if the planned seeds and the report split are likely too few to show the margin; else None."""
     in_space = len({point.params.get("seed") for point in plan.points}) if "seed" in plan.space.dimensions else 1
     seeds = max(len(plan.settings.sweep.seeds or []), in_space)
     rows = max(plan.total // in_space - any(point.is_baseline for point in plan.points), 1)
@@ -157,29 +156,29 @@ _SHARES = ("accuracy", "f1")
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The trials of a plan that count, in order, the baselines beside its space first."""
+    """The trials of a plan that count, in order, starting with the baselines beside its space."""
 
     trials: Sequence[TrialView]
     plan: SweepPlan
 
     @property
     def total(self) -> int:
-        """Trials to come in all."""
+        """Number of trials of the whole plan."""
         return self.plan.total + len(self.plan.beside)
 
     @cached_property
     def counts(self) -> Counter[Status]:
-        """Trials by status."""
+        """Number of trials by status."""
         return Counter(trial.status for trial in self.trials)
 
     @property
     def failed(self) -> int:
-        """Trials that diverged, ran out of memory, or failed."""
+        """Number of trials that diverged, ran out of memory, or failed."""
         return sum(self.counts[status] for status in FAILURES)
 
     @property
     def done(self) -> int:
-        """Trials that came to an end of their own."""
+        """Number of trials that finished, were pruned, or failed."""
         return self.counts[Status.FINISHED] + self.counts[Status.PRUNED] + self.failed
 
     @cached_property
@@ -189,7 +188,7 @@ class Leaderboard:
 
     @cached_property
     def best(self) -> list[TrialView]:
-        """The best trial, or with several objectives all that no other beats in each of them."""
+        """The best trial, or with several objectives the Pareto front."""
         finished = [trial for trial in self.trials if trial.values and trial.status is Status.FINISHED]
         signs = [1 if direction == "maximize" else -1 for direction in self.plan.directions]
 
@@ -201,7 +200,7 @@ class Leaderboard:
         return front if len(self.plan.objectives) > 1 else front[:1]
 
     def line(self, at_once: int = 1) -> str:
-        """Return the sweep in one line."""
+        """Return the sweep's progress in one line."""
         words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
                  "reused": self.counts[Status.REUSED]}  # fmt: skip
         parts = [f"{self.done} of {counted(self.total, 'trial')}"]
@@ -225,7 +224,7 @@ class Leaderboard:
         return f"{text} against the baseline's {shown(objective, self.baseline.values[0])}"
 
     def metrics(self) -> dict[str, float]:
-        """Return counts, best and baseline, as metrics of the sweep's own run."""
+        """Return counts, best and baseline values, as metrics of the sweep's own run."""
         values: dict[str, float] = {"trials_done": self.done, "trials_failed": self.failed}
         for status in (Status.FINISHED, Status.PRUNED, Status.RUNNING, Status.REUSED):
             values[f"trials_{status.lower()}"] = self.counts[status]
@@ -236,7 +235,7 @@ class Leaderboard:
         return values
 
     def results(self) -> dict[str, Any]:
-        """Return what hydra-optuna-sweeper writes to ``optimization_results.yaml``, with each trial's number."""
+        """Return the contents of ``optimization_results.yaml`` as in hydra-optuna-sweeper, with the trials' numbers."""
         if len(self.plan.objectives) > 1:
             return {"name": "optuna", "solutions": [
                 {"trial": trial.path, "params": trial.trial.params, "values": list(trial.values)} for trial in self.best
@@ -246,9 +245,9 @@ class Leaderboard:
                 "best_value": best and best.values[0]}  # fmt: skip
 
     def table(self, longest: int | None = None) -> Table:
-        """Show the trials that run, then the best ones; ``longest`` is for a table that changes in place.
+        """Return a table of the running trials, then the ended ones, best first.
 
-        It bounds the second part, and has a narrow terminal cut the settings alone.
+        ``longest`` is for a table updated in place: it limits the ended ones, and cells are cut instead of wrapped.
         """
         running = [trial for trial in self.trials if trial.status is Status.RUNNING]
         ended = [trial for trial in self.trials if trial.status is not Status.RUNNING]
@@ -268,7 +267,7 @@ class Leaderboard:
 
 
 def _status(trial: TrialView, has_error: bool) -> str:
-    """Return the status in words, with its reason if it ``has_error``."""
+    """Return the status in words, with its reason if ``has_error``."""
     if trial.status is Status.REUSED:
         return f"REUSED from {trial.attribute('reused_from')}"
     error = trial.attribute("error") if has_error and trial.status in (*FAILURES, Status.PRUNED) else None
@@ -276,7 +275,7 @@ def _status(trial: TrialView, has_error: bool) -> str:
 
 
 def shown(objective: str, value: float) -> str:
-    """Return a value of an objective, for people."""
+    """Return an objective's value as text."""
     if objective in _SHARES:
         return percent(value)
     return duration(value) if objective.endswith("seconds") else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Making a sweep's studies, or taking them up again: what must not have changed in between."""
+"""Create a sweep's studies, or load them to continue it after a check that nothing fixed has changed."""
 
 from __future__ import annotations
 
@@ -35,18 +35,16 @@ log = logging.getLogger(__name__)
 _LONGEST_SHOWN = 6
 
 MARKER = "sweep.json"
-"""In a sweep's directory: the sweep's name, and the id that its study has too."""
+"""File in a sweep's directory: the sweep's name, and the id that its study stores too."""
 
 
 def open_studies(
     plan: SweepPlan, storage: Storage, holds: Callable[[str], bool] | None
 ) -> tuple[SweepPlan, list[Study]]:
-    """Make or load the sweep's studies, that of baselines beside its space, if any, before its own.
+    """Create or load the sweep's studies; the one for baselines outside of its space, if any, comes first.
 
-    With them returns the plan, its choices in the order that the study knows.
-
-    ``holds`` tells whether the store has a run; None without tracking. Raises :class:`SettingsError` for a plan that
-    does not continue what is there.
+    Also returns the plan, with its choices in the order that the study stores. ``holds`` returns whether MLflow has a
+    run; None without tracking. Raises :class:`SettingsError` if the plan does not continue what is there.
     """
     _refuse_others(plan, has_study=not storage.is_missing)
     warm, sources = ([], None) if is_begun(plan) else find_warm_trials(plan, storage)
@@ -65,13 +63,13 @@ def open_studies(
         if known is None:
             main.set_user_attr("id", ours["id"])
         if kept is None:
-            there = {trial.user_attrs.get("reused_from") for trial in trials}  # of a call that was killed here
+            there = {trial.user_attrs.get("reused_from") for trial in trials}  # added by a call that was killed
             main.add_trials(trial for trial in warm if trial.user_attrs["reused_from"] not in there)
         if kept is None and sources:
             main.set_user_attr(PINNED, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
-        if ours != _marker(plan):  # only now: where it stands, no call looks for a warm start again
+        if ours != _marker(plan):  # last: once it exists, no call looks for a warm start again
             (plan.directory / MARKER).write_text(json.dumps(ours) + "\n")
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
         beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
@@ -83,14 +81,14 @@ def open_studies(
 
 
 def is_begun(plan: SweepPlan) -> bool:
-    """Return whether an earlier call has begun a sweep in this directory."""
+    """Return whether an earlier call has started a sweep in this directory."""
     return (plan.directory / MARKER).exists()
 
 
 def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
-    """Raise :class:`SettingsError` for a directory of another sweep, or with trials of which there is no study.
+    """Raise :class:`SettingsError` if the directory belongs to another sweep, or holds trials whose study is gone.
 
-    Trials are known by their numbers, which another study would give again.
+    Trials are identified by their numbers, which another study would assign again.
     """
     other = _marker(plan).get("sweep", plan.name)
     records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BESIDE}/*/{RECORD}"))
@@ -105,12 +103,12 @@ def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
 def _marker(plan: SweepPlan) -> dict[str, str]:
     try:
         return dict(json.loads((plan.directory / MARKER).read_text()))
-    except (OSError, ValueError):  # not there, or cut short by a kill
+    except (OSError, ValueError):  # missing, or truncated by a kill
         return {}
 
 
 def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool] | None) -> list[int]:
-    """Numbers of trials to train again: failed ones (one that diverged would again), and those whose runs are gone."""
+    """Return the numbers of trials to train again: failed ones, except DIVERGED, and those whose runs are gone."""
     sweep = plan.settings.sweep
     again = (Status.FAILED, Status.OUT_OF_MEMORY) if sweep.retry_failed else ()
     told = {trial.number: trial.user_attrs for trial in study.get_trials(deepcopy=False)}
@@ -121,18 +119,18 @@ def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool]
 
 
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
-    """Raise :class:`SettingsError` where a sweep is continued as another: its difference, and what to do.
+    """Raise :class:`SettingsError`, naming the differences, if a sweep is continued with other settings.
 
-    With ``extend`` the space may change, what it is laid over may not.
+    With ``extend``, the search space may change, but not the fixed settings.
     """
     earlier = {key: spelled(value) for key, value in ADDED.items()}
     parts = [{**earlier, **one["fixed"], "objectives": one["objectives"], "directions": one["directions"],
               **{key: describe(json_to_distribution(text)) for key, text in one["space"].items()}}
              for one in (kept, now)]  # fmt: skip
-    had, has = ({key: value for key, value in part.items() if value != "null"} for part in parts)  # unset: older ones
+    had, has = ({key: value for key, value in part.items() if value != "null"} for part in parts)  # null: unset
     dimensions = {*kept["space"], *now["space"]}
     changed = [key for key in {**had, **has} if had.get(key) != has.get(key)]
-    # of a group that varied in one of the two alone, the other holds the single values
+    # if a config group varies in only one of the two, the other has its members among the fixed values
     fixed = [key for key in changed if not any(f"{key}.".startswith(f"{group}.") for group in dimensions)]
     if fixed or (changed and not extend):
         told = [f"{key} {had.get(key, 'unset')} (now {has.get(key, 'unset')})"
@@ -146,10 +144,10 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
 
 
 def _as_known(space: Space, trials: Sequence[FrozenTrial]) -> Space:
-    """Return the space with lists of choices in the study's own order: Optuna keeps a choice by its place in the list.
+    """Return the space with choices in the study's order, since Optuna stores a choice as its index in the list.
 
-    Raises :class:`SettingsError` for what Optuna fixes: the choices, whether a parameter is whole, continuous or a
-    choice, and whether it is logarithmic.
+    Raises :class:`SettingsError` for changes that Optuna does not allow: of the choices, of a parameter's kind
+    (integer, float or categorical), and of whether it is logarithmic.
     """
     dimensions = dict(space.dimensions)
     for key, now in space.dimensions.items():
@@ -167,11 +165,11 @@ def _as_known(space: Space, trials: Sequence[FrozenTrial]) -> Space:
 
 
 def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTrial], Any]:
-    """Return the finished trials of ``sweep.warm_start`` whose points lie in the plan's space, as those of a new study.
+    """Return copies, for a new study, of the finished trials of ``sweep.warm_start`` that lie in the plan's space.
 
-    With them comes what their sources were, which the new study's are held to. They have the status REUSED and so do
-    not count towards the sweep's total. The others are counted, and that is said.
-    Raises :class:`SettingsError` where there is no such sweep, or one of another protocol or other objectives.
+    Also returns their sources, which the new study must use too. The copies have the status REUSED, so that they do not
+    count towards the sweep's total; a message says how many there are. Raises :class:`SettingsError` if there is no
+    such sweep, or if its protocol or objectives differ.
     """
     name = plan.settings.sweep.warm_start
     if name is None:
@@ -213,7 +211,7 @@ def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None
 
 
 def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the trial's point in the plan's space; None outside of it, or of what the plan holds fixed."""
+    """Return the trial's point in the plan's space; None if it lies outside, or if fixed settings differ."""
     had = {**fixed, **{key: spelled(value) for key, value in trial.params.items()}}
     params: dict[str, Any] = {}
     for key, distribution in plan.space.dimensions.items():
@@ -237,7 +235,7 @@ def _typed(text: str, distribution: BaseDistribution) -> Any:
 def _as_own(
     trial: FrozenTrial, params: dict[str, Any], plan: SweepPlan, objectives: Sequence[str], name: str
 ) -> FrozenTrial:
-    """Return the trial as one of the plan's study, whose numbers and directories it has no part in."""
+    """Return a copy of the trial with the plan's objectives, for the plan's study."""
     point = Point(params)
     told = {key: trial.user_attrs.get(key) for key in RESULT}
     return optuna.trial.create_trial(

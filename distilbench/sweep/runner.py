@@ -1,7 +1,7 @@
-"""The loop of every sweep: take, launch, settle; and whatever happens, leave it so that it can go on.
+"""The main loop of every sweep: take, launch and settle trials, so that the sweep can be continued whatever happens.
 
-A trial's end is written in one order: ``trial.json``, MLflow, the study. Only with the last it counts, so that a
-sweep stopped between any two writes finds the trial still RUNNING there, and writes what is missing.
+A trial's end is always written in the order ``trial.json``, MLflow, study, and counts with the last. A sweep that was
+stopped between two writes finds the trial still RUNNING in the study, and writes what is missing.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 LONGEST = 8
-"""Trials of the live table beside those that run: the best ones."""
+"""Number of ended trials, the best ones, in the live table."""
 
 LEAVING_SECONDS = 10.0
-"""Longest wait for jobs of this host that were told to leave; each writes how its trial ended, if it can."""
+"""Longest wait for jobs on this host that were told to stop; each records how its trial ended, if it can."""
 
 LONGEST_PAUSE = 10.0
-"""Seconds between two looks at the study, and at most where there is nothing to do: many may wait for the last."""
+"""Longest time between two reads of the study with nothing to do: many processes may wait for the last trial."""
 
 
 def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
-    """Run a sweep to its end, or continue it; returns None, or in one line why it failed.
+    """Run a sweep to its end, or continue it; returns None, or why it failed, in one line.
 
-    Raises :class:`SettingsError`, before anything is written, for all that a person can mend.
+    Raises :class:`SettingsError` for an invalid setting, before anything is written.
     """
     plan = make_plan(options, arguments)
     if plan.settings.sweep.dry_run:
@@ -59,7 +59,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
         return None
     if not is_begun(plan):
         for data in plan.data:
-            load_text(data)  # raises what the first trial would, once there is something to clear away
+            load_text(data)  # raises now what the first trial would raise after files were written
     raise_on_signal()
     written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
     storage = storage_at(options.storage, written["storage"], plan.directory)
@@ -70,7 +70,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
 def run_plan(
     plan: SweepPlan, storage: Storage, executor: Executor, tags: Mapping[str, str] | None = None
 ) -> str | None:
-    """Run what has been planned, with ``tags`` on the sweep's own run; returns None, or in one line why it failed."""
+    """Run a plan, with ``tags`` on the sweep's own MLflow run; returns None, or why it failed, in one line."""
     store = open_store(plan.settings.tracking)
     quieten()
     try:
@@ -92,18 +92,18 @@ def run_plan(
 def _open_parent_run(
     plan: SweepPlan, study: optuna.Study, storage: Storage, store: MlflowStore | None, tags: Mapping[str, str]
 ) -> ParentRun:
-    """Return the sweep's own run: the one that it had before, if any."""
+    """Create the sweep's own MLflow run, or reopen an earlier one."""
     if store is None:
         return ParentRun()
     known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
-    with storage.lock():  # of several processes that begin at once, one makes it
+    with storage.lock():  # if several processes begin at once, only one creates it
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
         study.set_user_attr("run_id", parent.run_id)
     return parent
 
 
 class SweepRunner:
-    """One process at work on a sweep; signals come through while it waits and while trials train, else they wait."""
+    """One process that works on a sweep; signals are delivered while it waits and while trials train, else deferred."""
 
     def __init__(self, plan: SweepPlan, studies: Sequence[Study], storage: Storage, executor: Executor,
                  parent: ParentRun, guard: SignalGuard) -> None:  # fmt: skip
@@ -112,18 +112,18 @@ class SweepRunner:
         self._console = Console()
         is_live = isinstance(executor, Pool) and self._console.is_terminal
         self._live = Live(console=self._console, transient=True) if is_live else None
-        """A table that changes in place, where trials run beside each other; else each shows a bar of its own."""
+        """A table that is updated in place if trials run in parallel; otherwise each shows a progress bar."""
         self._owner = Owner.of_this_process()
         self._began = time.monotonic()
         self._ended: str | None = None
-        """Why no further trial is taken."""
+        """Why no further trial is started."""
         self._failed = False
-        """Whether that is a failure of the sweep."""
+        """Whether that counts as a failure of the sweep."""
         self._pause = POLL_SECONDS
         self._reported = studies[-1].study.user_attrs.get(REPORTED)
 
     def run(self) -> str | None:
-        """Work until there is nothing left to do; returns why the sweep failed, if it did."""
+        """Work until nothing is left to do; returns why the sweep failed, or None."""
         grace = self._plan.settings.sweep.grace_seconds
         with self._live or contextlib.nullcontext(), self._closing(), beating(self._beat, beat_seconds(grace)):
             self._end_dead()
@@ -132,14 +132,14 @@ class SweepRunner:
             return self._finish()
 
     def _beat(self) -> None:
-        """Have the hearts of all trials of this process beat, those too whose jobs wait in a queue or run elsewhere."""
+        """Send heartbeats for all trials of this process, also for jobs that wait in a queue or run elsewhere."""
         for study in self._studies:
-            with contextlib.suppress(*UNANSWERED):  # until the next beat
+            with contextlib.suppress(*UNANSWERED):  # the next heartbeat tries again
                 study.beat()
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
-        """On a signal or an error, leave no trial of this process RUNNING."""
+        """Leave no trial of this process RUNNING after a signal or an error."""
         try:
             yield
         except BaseException as error:
@@ -155,7 +155,7 @@ class SweepRunner:
             raise
 
     def _wait_for_jobs(self, trials: Sequence[tuple[Study, int]]) -> None:
-        """Give processes of this host that were told to leave some seconds to be gone, before their runs are closed."""
+        """Wait up to :data:`LEAVING_SECONDS` for stopped jobs on this host to exit, before their runs are closed."""
         records = [read_record(study.directory(number)) for study, number in trials]
         owners = {record.owner for record in records if record and record.status is Status.RUNNING} - {self._owner}
         here, until = [one for one in owners if one.host == self._owner.host], time.monotonic() + LEAVING_SECONDS
@@ -163,14 +163,14 @@ class SweepRunner:
             time.sleep(0.05)
 
     def _finish_parent(self) -> None:
-        """End the run of a sweep that this process leaves: it is complete, or to be continued."""
+        """End the sweep's run as this process leaves it: complete, or INTERRUPTED if there are more trials."""
         if any(study.has_more() for study in self._studies):
             self._parent.finish(Status.INTERRUPTED, "interrupted; run the same command again to continue")
         else:
             self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
 
     def _end_all(self, trials: Sequence[tuple[Study, int]], error: str) -> None:
-        """End trials that have no job any more: as their records say, or as INTERRUPTED."""
+        """End trials that no longer have a job: as their records say, otherwise as INTERRUPTED."""
         trials = [(study, number) for study, number in trials if study.holds(number)]
         records = [study.end_of(number, Status.INTERRUPTED, error) for study, number in trials]
         self._close_runs()
@@ -182,7 +182,7 @@ class SweepRunner:
             study.tell(number, record)
 
     def _end_dead(self) -> None:
-        """End what killed processes left, and say so."""
+        """End the trials of killed processes, and print how many."""
         with self._storage.lock():
             dead = [(study, number) for study in self._studies for number in study.adopt_dead()]
         if dead:
@@ -190,26 +190,26 @@ class SweepRunner:
             self._say(f"continued: closed {counted(len(dead), 'trial')} that a killed process left")
 
     def _close_runs(self) -> None:
-        """End every run of the sweep that is RUNNING and has no process, as the records say."""
+        """End every RUNNING run of the sweep whose process is gone, as the records say."""
         self._parent.catch_up(self._is_over)
 
     def _is_over(self, owner: Owner) -> bool:
-        """Whether a run that is RUNNING has no process: called when this one has no trial under way.
+        """Return whether the owner of a RUNNING run is gone; called when this process has no trial under way.
 
-        Of a process on another host it is known where its trials were taken from it and it has begun no other since.
+        A process on another host counts as gone if its trials were taken over and it has begun no other since.
         """
         if not any(owner in study.left for study in self._studies):
             return owner == self._owner or owner.is_dead()
         return owner not in [view.owner for _, view in self._views() if view.status is Status.RUNNING]
 
     def _views(self) -> list[tuple[Study, TrialView]]:
-        """Read every trial anew."""
+        """Read every trial again."""
         for study in self._studies:
             study.refresh()
         return [(study, view) for study in self._studies for view in study.views()]
 
     def _work(self) -> None:
-        """Launch and settle until there are no more trials to give: baselines first, but nobody waits for them."""
+        """Launch and settle trials until none is left; baselines come first, but other trials do not wait for them."""
         running: dict[Future[End], tuple[Study, int]] = {}
         while True:
             taken = self._take(len(running))
@@ -227,7 +227,7 @@ class SweepRunner:
                 self._settle(*running.pop(future), future.result())
 
     def _wait_for_others(self) -> bool:
-        """Return whether trials are under way in other processes, after a while if so."""
+        """Return whether other processes are training trials, after a pause if so."""
         others = self._under_way_elsewhere()
         if others:
             if self._pause == POLL_SECONDS:
@@ -237,11 +237,11 @@ class SweepRunner:
         return others > 0
 
     def _under_way_elsewhere(self) -> int:
-        """Count the trials that other processes are at work on."""
+        """Count the trials that other processes are training."""
         return sum(view.status is Status.RUNNING and view.number not in study.mine for study, view in self._views())
 
     def _take(self, running: int) -> list[tuple[Study, TrialView]]:
-        """Begin as many trials as the executor has room for, after ending and queueing what calls for it."""
+        """Begin as many trials as the executor has room for, after closing dead ones and filling the queue."""
         self._end_dead()
         taken: list[tuple[Study, TrialView]] = []
         at_once = self._executor.at_once
@@ -257,7 +257,7 @@ class SweepRunner:
         return taken
 
     def _is_ended(self) -> bool:
-        """Whether the sweep's limits, of failures or of time, have been reached."""
+        """Return whether the sweep has reached its limit of failures or of time."""
         failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.failures_borne:
@@ -272,7 +272,7 @@ class SweepRunner:
             self._say(reason)
 
     def _job(self, study: Study, trial: TrialView) -> SweepJob:
-        """Write what the trial's job is to know."""
+        """Write and return the job of a trial."""
         plan, storage = self._plan, self._storage
         continued = trial.attribute("continues")
         job = SweepJob(
@@ -297,7 +297,7 @@ class SweepRunner:
         return job
 
     def _settle(self, study: Study, number: int, end: End) -> None:
-        """Write how a trial ended, say so, and end the sweep where every other trial would end alike."""
+        """Record how a trial ended and print it; end the sweep if every other trial would end the same way."""
         if not study.holds(number):
             study.mine.pop(number, None)
             raise_if_signalled()
@@ -310,7 +310,7 @@ class SweepRunner:
         self._tell(study, number, record)
         if isinstance(end, SettingsError):
             raise end
-        raise_if_signalled()  # its exception may have been lost in the code that it came upon
+        raise_if_signalled()  # the interrupted code may have swallowed the exception
         if is_disk_full(end) or NO_SPACE in (record.error or ""):
             self._end(_no_space(self._plan), failed=True)
         elif record.status is Status.FAILED and not any(
@@ -325,7 +325,7 @@ class SweepRunner:
         return Leaderboard(trials, self._plan)
 
     def _show(self, taken: Sequence[TrialView]) -> None:
-        """Show how the sweep stands, and name what is about to be trained if the table does not."""
+        """Show the sweep's progress, and without a table also the names of the trials that begin."""
         leaderboard = self._leaderboard()
         line = leaderboard.line(self._executor.at_once or 1)
         if self._live:
@@ -337,7 +337,7 @@ class SweepRunner:
             self._say(f"trial {trial.path}: {trial.name}")
 
     def report(self, store: MlflowStore | None) -> None:
-        """Write the report, if no other worker has done so; where there is none, show what the study knows."""
+        """Write the report, unless another worker has; if it can't be written, print the leaderboard."""
         ends = sum(view.trial.state.is_finished() for _, view in self._views())
         grace = self._plan.settings.sweep.grace_seconds
         with reporting(self._studies[-1].study, self._storage, ends, self._reported, grace) as is_due:
@@ -349,7 +349,7 @@ class SweepRunner:
                 self._console.print(self._leaderboard().table())
 
     def _finish(self) -> str | None:
-        """Return the sweep's end, for people, in its directory and in MLflow."""
+        """Print the outcome and record it in the directory and in MLflow; returns why the sweep failed, or None."""
         plan, leaderboard = self._plan, self._leaderboard()
         with self._guard.released():
             self._parent.catch_up(self._is_over, plan.settings.tracking.patience_seconds)
@@ -378,7 +378,7 @@ def _no_space(plan: SweepPlan) -> str:
 
 
 def _said(end: End) -> str | None:
-    """Return what a job ended with, in part of a line."""
+    """Return a job's error as text on one line; None without an error."""
     if end is None:
         return None
     said = " ".join(str(end).split())

@@ -1,4 +1,4 @@
-"""What a sweep may try: Hydra's sweep syntax read into Optuna's distributions, and each point's settings."""
+"""The search space of a sweep: Hydra's sweep syntax as Optuna distributions, and the settings of each point."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
 
 Params = dict[str, Any]
-"""Override key -> value, as Optuna keeps it and as it is written into an override."""
+"""Override key -> value, as Optuna stores it and as it is written into an override."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one trial is to be: a value for each dimension of a space, and overrides that stand outside of it.
+    """The settings of one trial: a value for each dimension of a space, and ``extra`` overrides outside of it.
 
     A baseline outside of the space consists of ``extra`` overrides alone.
     """
@@ -46,13 +46,13 @@ class Point:
 
     @property
     def overrides(self) -> list[str]:
-        """Its own part of a command line."""
+        """The point's own overrides on a command line."""
         return [*(f"{key}={value}" for key, value in self.params.items()), *self.extra]
 
 
 @dataclass(frozen=True)
 class Space:
-    """``dimensions`` that vary, over ``fixed`` overrides that do not; ``custom`` may suggest further ones."""
+    """``dimensions`` vary and ``fixed`` overrides do not; the ``custom`` function may suggest further dimensions."""
 
     dimensions: Mapping[str, BaseDistribution]
     fixed: Sequence[str]
@@ -65,24 +65,24 @@ class Space:
         return None if self.custom or None in values else math.prod(len(one or ()) for one in values)
 
     def points(self) -> list[Point]:
-        """List every point, the last dimension running fastest; only where :attr:`size` is a number, or of a grid."""
+        """List every point, the last dimension varying fastest; only for a grid or if :attr:`size` is not None."""
         values = [_values(distribution) or () for distribution in self.dimensions.values()]
         return [Point(dict(zip(self.dimensions, chosen, strict=True))) for chosen in itertools.product(*values)]
 
     def corners(self) -> tuple[Point, Point]:
-        """Return the points of all first choices and low ends, and of all last choices and high ends."""
+        """Return two points: one of first choices and lower ends, one of last choices and upper ends."""
         ends = {key: edges(distribution) for key, distribution in self.dimensions.items()}
         return Point({k: v[0] for k, v in ends.items()}), Point({k: v[-1] for k, v in ends.items()})
 
     def contains(self, params: Mapping[str, Any]) -> bool:
-        """Return whether ``params`` lie inside: they name every dimension, with a value that it has."""
+        """Return whether ``params`` lie in the space: they name every dimension, each with a valid value."""
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
         return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
 
     def name_of(self, point: Point, baseline: Mapping[str, Any]) -> str:
-        """Return what a trial is called, as reports call it: ``layers=3 scheduler=cosine``, ``baseline: layers=0``.
+        """Return a trial's display name, as in reports: ``layers=3 scheduler=cosine``, ``baseline: layers=0``.
 
-        ``baseline`` has the baseline's value of each dimension, and nothing in a sweep that has none.
+        ``baseline`` holds the baseline's value of each dimension; it is empty in a sweep without a baseline.
         """
         if not point.is_baseline:
             return name_beside(point.params, baseline, [*self.dimensions]) or " ".join(point.extra) or "trial"
@@ -94,7 +94,7 @@ class Space:
 
 
 def edges(distribution: BaseDistribution) -> Sequence[Any]:
-    """Return every choice, or the two ends of a range."""
+    """Return every choice, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
@@ -102,7 +102,7 @@ def edges(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def describe(distribution: BaseDistribution) -> str:
-    """Return a dimension for people, its choices in any order the same: ``0, 3`` or ``1e-05 to 0.1, logarithmic``."""
+    """Return a dimension as text, with its choices sorted: ``0, 3`` or ``1e-05 to 0.1, logarithmic``."""
     if isinstance(distribution, CategoricalDistribution):
         numbers = [choice for choice in distribution.choices if isinstance(choice, int | float)]
         return ", ".join([*map(str, sorted(numbers)), *sorted(map(str, {*distribution.choices} - {*numbers}))])
@@ -113,7 +113,7 @@ def describe(distribution: BaseDistribution) -> str:
 
 
 def _values(distribution: BaseDistribution) -> Sequence[Any] | None:
-    """Return every value, None for an interval."""
+    """Return every value; None for a continuous interval."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     if isinstance(distribution, IntDistribution):
@@ -137,12 +137,10 @@ _DEPTH = re.compile(r"^(freeze\.layers=.*)\bdepth\b")
 
 def read_space(params: DictConfig | None, arguments: Sequence[str], loader: ConfigLoader, is_grid: bool,
                custom: str | None = None, depth_of: Callable[[Sequence[str]], int] | None = None) -> Space:  # fmt: skip
-    """Read ``hydra.sweeper.params`` and the command line, which goes before it and replaces a key's values.
+    """Read ``hydra.sweeper.params`` and the command line, which replaces the entry for a key that both have.
 
-    In a space of ``freeze.layers`` the word ``depth`` is the number of the model's layers, which ``depth_of`` finds by
-    the other lines.
-
-    Raises :class:`SettingsError` for what is no sweep, or none that can be counted where ``is_grid``.
+    In a range of ``freeze.layers``, the word ``depth`` stands for the number of encoder layers, which ``depth_of``
+    finds from the other lines. Raises :class:`SettingsError` for invalid syntax, and for a range if ``is_grid``.
     """
     lines = [*(f"{key!s}={value}" for key, value in (params or {}).items()), *arguments]
     others = [line for line in lines if not _DEPTH.search(line)]
@@ -175,7 +173,7 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
         )
     try:
         distribution = create_optuna_distribution_from_override(override)
-    except (ValueError, AssertionError, NotImplementedError) as error:  # the plugin asserts what a person may type
+    except (ValueError, AssertionError, NotImplementedError) as error:  # the plugin checks user input by assert
         raise SettingsError(f"{key} must be a space that Optuna takes, got {override.input_line!r}: {error}") from None
     assert isinstance(distribution, BaseDistribution)
     return distribution
@@ -197,7 +195,7 @@ def _custom_function(path: str | None) -> Callable[[DictConfig, Any], None] | No
 
 
 class Composer:
-    """Composes points of a space into settings, checked as the job itself would check them."""
+    """Composes points of a space into settings, with the same checks as in the job itself."""
 
     def __init__(self, config: DictConfig, loader: ConfigLoader, space: Space) -> None:
         self._config, self._loader, self._space = config, loader, space
@@ -208,7 +206,7 @@ class Composer:
         """The config that all points share."""
 
     def settings(self, point: Point) -> AppSettings:
-        """Compose and check one point; raises :class:`SettingsError` for what a person can mend."""
+        """Compose and check one point; raises :class:`SettingsError` if it is invalid."""
         if point.key not in self._settings:
             self._settings[point.key] = check(self._compose(point), ask_hub=True)
         return self._settings[point.key]
@@ -218,19 +216,19 @@ class Composer:
         return point_key(self.settings(point))
 
     def baseline_of(self, point: Point) -> Point:
-        """Return what a point is to be compared with: its own overrides, and those that make it the baseline."""
+        """Return the baseline of a point: the point's own overrides, then those that turn it into the baseline."""
         config = self._compose(point)
         between = overrides_between(config, baseline_config(config))
         return Point({}, (*point.overrides, *between), is_baseline=True)
 
     def _compose(self, point: Point) -> DictConfig:
-        """Compose the groups once for all points that share them (0.15 s), then put each point's values over them."""
+        """Compose the groups once for all points that share them (0.15 s), then apply the point's values."""
         try:
             groups = tuple(line for line in point.overrides if line.partition("=")[0] in self._choices)
             if groups not in self._composed:
                 config = self._loader.load_sweep_config(self._config, [*self._space.fixed, *groups])
                 with open_dict(config):
-                    del config["hydra"]  # most of a config, and nothing that a trial's settings say
+                    del config["hydra"]  # most of a config, and no part of a trial's settings
                 self._composed[groups] = config
             config = self._composed[groups].copy()
             for override in point.overrides:
@@ -244,7 +242,7 @@ class Composer:
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
     def baseline_params(self) -> Params:
-        """Return the baseline's value of each dimension, a choice for a group; nothing in a sweep that has none."""
+        """Return the baseline's value of each dimension, a choice for a group; empty in a sweep without a baseline."""
         if not self.base.sweep.baseline:
             return {}
         named = dict(override.partition("=")[::2] for override in self.base.baseline.overrides)
@@ -260,7 +258,7 @@ class Composer:
 
 
 def fixed_of(settings: Sequence[AppSettings], space: Space) -> dict[str, str]:
-    """Return, flat, what trials share and must keep when their sweep is continued: all but what ``space`` varies."""
+    """Return the flat settings that trials share and a continued sweep must keep: all that ``space`` does not vary."""
     groups = tuple(f"{key}." for key in space.dimensions)
     first, *others = ({**params_of(one.trial), "sweep.seeds": str(one.sweep.seeds)} for one in settings)
     return {

@@ -1,10 +1,9 @@
-"""An Optuna study that keeps a sweep: which trials there are, whose they are, how they ended.
+"""The Optuna study of a sweep: which trials there are, which process owns each, and how they ended.
 
-A trial counts as what ``trial.json`` in its directory says. Optuna's own states follow: FINISHED is COMPLETE, PRUNED
-is PRUNED (of several objectives FAIL: Optuna's samplers rank pruned trials by one), every other end is FAIL with the
-true word in the attribute ``status``. Trials that are to be trained wait
-in the study's own queue, so that any process may take the next one; a trial that was interrupted is void, and its
-point is queued again under the next free number.
+A trial's status is what ``trial.json`` in its directory says. Optuna's states follow: FINISHED is COMPLETE, PRUNED is
+PRUNED (with several objectives FAIL: Optuna's samplers rank pruned trials by one), and every other end is FAIL with
+the status in the attribute ``status``. Trials to train wait in the study's queue, from which any process may take the
+next. An interrupted trial is void, and its point is queued again under the next free number.
 """
 
 from __future__ import annotations
@@ -28,30 +27,30 @@ from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point
 
 BESIDE = "baseline"
-"""Directory, and end of the study's name, of baselines that lie outside of the space."""
+"""Directory, and suffix of the study's name, for baselines that lie outside of the space."""
 
 FAILURES = (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED)
 
 AHEAD = 32
-"""Trials that wait in the study at most: it is read several times a trial, which takes 0.15 ms for each that waits."""
+"""Maximum of waiting trials: the study is read several times per trial, and each waiting trial adds 0.15 ms."""
 
 PATIENCE = 10
-"""Points drawn in a row that were all evaluated before, after which one that was not is taken at random."""
+"""Number of draws in a row without a new point after which an untried point is chosen at random."""
 
 LARGEST_LISTED = 100_000
 
 NO_SPACE = os.strerror(errno.ENOSPC)
-"""What the error of a trial says that found the disk full: no fault of its point, which is tried again."""
+"""Text in the error of a trial that found the disk full; its point is tried again."""
 
 RESULT = ("run_id", "scores", "figures")
-"""Attributes that tell what a trial came to, beside its values and its error."""
+"""Attributes that hold a trial's result, besides its values and its error."""
 
 _STATES = {Status.FINISHED: TrialState.COMPLETE, Status.PRUNED: TrialState.PRUNED}
 
 
 @dataclass(frozen=True)
 class TrialView:
-    """A trial as the study has it; ``path`` is its directory below the sweep's, by which people call it."""
+    """A trial as the study has it; ``path`` is its directory relative to the sweep's, also shown in messages."""
 
     trial: FrozenTrial
     path: str
@@ -63,14 +62,14 @@ class TrialView:
 
     @property
     def status(self) -> Status:
-        """How it stands or ended."""
+        """Its current or final status."""
         if self.trial.state.is_finished():
             return Status(self.trial.user_attrs["status"])
         return Status.WAITING if self.trial.state == TrialState.WAITING else Status.RUNNING
 
     @property
     def point(self) -> Point:
-        """What it was queued as, or drawn."""
+        """The point that was queued for it, or drawn."""
         params = self.trial.params or self.trial.system_attrs.get("fixed_params", {})
         return Point(dict(params), tuple(self.attribute("extra") or ()), self.is_baseline)
 
@@ -86,23 +85,23 @@ class TrialView:
 
     @property
     def name(self) -> str:
-        """What varies, as its run is called."""
+        """Its display name, which says what varies."""
         return str(self.attribute("name") or "")
 
     @property
     def owner(self) -> Owner | None:
-        """The process of the sweep that has it; None where that was killed between asking and signing."""
+        """The sweep's process that owns it; None if that was killed between asking Optuna and recording itself."""
         signed = self.attribute("owner")
         return Owner(**signed) if signed else None
 
     @property
     def values(self) -> tuple[float, ...]:
-        """Its objectives, empty without a result."""
+        """Its objectives; empty without a result."""
         return tuple(self.trial.values) if self.trial.state == TrialState.COMPLETE else ()
 
     @property
     def seconds(self) -> float:
-        """What it took to train, 0 if unknown or not trained."""
+        """Training time in seconds; 0 if unknown or not trained."""
         figures = {} if self.status is Status.REUSED else self.attribute("figures") or {}
         return float(figures.get("train_seconds", 0.0))
 
@@ -112,28 +111,28 @@ class TrialView:
 
 
 class Study:
-    """The trials of a plan, or of that of the baselines beside its space, as the process ``owner`` works on them.
+    """The trials of a plan, or of the baselines beside its space, for the process ``owner`` that works on them.
 
-    ``retry`` holds numbers of failed trials that are to be trained again. Whoever calls :meth:`queue`, :meth:`take` or
-    :meth:`adopt_dead` holds the sweep's lock.
+    ``retry`` holds the numbers of trials to train again. Callers of :meth:`queue`, :meth:`take` and
+    :meth:`adopt_dead` must hold the sweep's lock.
     """
 
     def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_beside: bool = False,
                  retry: Sequence[int] = ()) -> None:  # fmt: skip
         self.study, self.is_beside = study, is_beside
-        self._storage: Any = study._storage  # also of its methods for hearts and for trials that wait
+        self._storage: Any = study._storage  # Any: private methods are used as well
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
         self.mine: dict[int, int] = {}
-        """Trials that this process has to bring to their end: Optuna's id of each by its number."""
+        """Trials that this process must bring to an end: number -> Optuna's trial id."""
         self.left: set[Owner] = set()
-        """Processes, dead or frozen, that trials were taken from."""
+        """Dead or frozen processes whose trials were taken over."""
         self._known: list[TrialView] | None = None
         self._last: dict[str, int] = {}
-        """The last trial of each point that came to an end of its own: what it repeats counts no more."""
+        """Point key -> number of its last trial that ended by itself; earlier ones no longer count."""
         self._random = random.Random(0)
 
     def path(self, number: int) -> str:
-        """Return a trial's directory below the sweep's."""
+        """Return a trial's directory relative to the sweep's."""
         return f"{BESIDE}/{number}" if self.is_beside else str(number)
 
     def directory(self, number: int) -> Path:
@@ -141,7 +140,7 @@ class Study:
         return self._plan.directory / self.path(number)
 
     def views(self) -> list[TrialView]:
-        """Return every trial, by number, as of this process's own last change or the last :meth:`refresh`."""
+        """Return every trial by number, as of this process's last change or the last :meth:`refresh`."""
         if self._known is None:
             self._known = [TrialView(t, self.path(t.number)) for t in self.study.get_trials(deepcopy=False)]
             ended = [view for view in self._known if view.status in (*_STATES, *FAILURES)]
@@ -149,15 +148,15 @@ class Study:
         return self._known
 
     def refresh(self) -> None:
-        """Forget what was read: other processes write, too. A reading takes as long as there are trials queued."""
+        """Drop what was read, since other processes write too; reading takes time in proportion to queued trials."""
         self._known = None
 
     def counted(self) -> list[TrialView]:
-        """Return the trials that count towards the total: launched, not void, not copied from others."""
+        """Return the trials that count towards the total: launched, not void, and not copies of others."""
         return [v for v in self.views() if v.status not in (Status.WAITING, Status.REUSED) and not self.is_void(v)]
 
     def has_more(self) -> bool:
-        """Return whether a further trial is to be launched: a waiting one, or one that Optuna is to choose."""
+        """Return whether there is another trial to launch: a waiting one, or one that Optuna is to choose."""
         if self._plan.is_grid:
             return self._has_waiting() or bool(self._unqueued())
         return len(self.counted()) < self._plan.total and (self._has_waiting() or not self.is_exhausted())
@@ -166,7 +165,7 @@ class Study:
         return any(view.status is Status.WAITING for view in self.views())
 
     def is_exhausted(self) -> bool:
-        """Return whether every point of a space that can be counted stands in the study, which may hold others too."""
+        """Return whether the study contains every point of a finite space; it may contain other points as well."""
         if self._plan.space.size is None:
             return False
         inside = {
@@ -175,16 +174,16 @@ class Study:
         return len(inside) >= self._plan.space.size
 
     def is_void(self, view: TrialView) -> bool:
-        """Whether a trial counts for nothing: interrupted, or (to be) trained again, or a copy of one still running."""
+        """Return whether a trial does not count: interrupted, (to be) trained again, or a copy of a running one."""
         is_pending_copy = view.status is Status.REUSED and bool(view.attribute("pending"))
         is_retried = view.number in self._retry or view.number < self._last.get(view.point_key, 0)
         return view.status is Status.INTERRUPTED or is_pending_copy or is_retried
 
     def queue(self) -> None:
-        """Queue the next of what is to be trained; what an earlier space had and this one lacks is taken out."""
+        """Queue the next trials to train, and remove waiting ones that lie outside of the current space."""
         for view in self.views():
             if view.status is Status.WAITING and not self._plan.space.contains(view.point.params):
-                ended = view.trial._trial_id  # Study.tell takes only those that run
+                ended = view.trial._trial_id  # Study.tell accepts only running trials
                 self._storage.set_trial_user_attr(ended, "status", Status.INTERRUPTED.value)
                 self._storage.set_trial_user_attr(ended, "error", "the sweep went on with another space")
                 self._storage.set_trial_state_values(ended, TrialState.FAIL)
@@ -193,7 +192,7 @@ class Study:
         self._enqueue(self._unqueued()[: max(0, AHEAD - waiting)])
 
     def _unqueued(self) -> list[Point]:
-        """Those of the plan's points, and of the void trials', that no other trial stands for."""
+        """Return the points of the plan and of void trials that no other trial covers."""
         void = [v.point for v in self.views()
                 if self.is_void(v) and v.trial.params and self._plan.space.contains(v.point.params)]  # fmt: skip
         present = {view.point_key for view in self.views() if not self.is_void(view)}
@@ -209,7 +208,7 @@ class Study:
             self.refresh()
 
     def take(self) -> TrialView | None:
-        """Begin the next trial; None if the same point is under way elsewhere, or draws bring nothing new."""
+        """Begin the next trial; None if its point is being trained elsewhere, or if draws give no new point."""
         drawn = 0
         while self.has_more() and (drawn < 2 * PATIENCE or self._has_waiting() or self._plan.is_grid):
             if not self._has_waiting():
@@ -223,7 +222,7 @@ class Study:
         return None
 
     def _draw(self) -> tuple[TrialView | None, bool]:
-        """Ask Optuna for one point: its trial, or none and whether the same point is under way elsewhere."""
+        """Draw a point; returns its trial, or None if it is not new, and whether it is being trained elsewhere."""
         self.refresh()
         others = self.counted()
         trial = self._ask()
@@ -250,7 +249,7 @@ class Study:
         return self._view(trial.number), False
 
     def _ask(self) -> optuna.Trial:
-        """Begin an interrupted trial first, which has a checkpoint, or is the baseline; else Optuna's next."""
+        """Begin an interrupted trial first, since it may have a checkpoint or be the baseline; else Optuna's next."""
         for view in self.views():
             if view.status is Status.WAITING and view.attribute("continues") is not None:
                 self._storage.set_trial_state_values(view.trial._trial_id, TrialState.RUNNING)
@@ -258,7 +257,7 @@ class Study:
         return self.study.ask()
 
     def _view(self, number: int) -> TrialView:
-        """One of this process's trials, read by itself."""
+        """Read one of this process's trials by itself."""
         return TrialView(self._storage.get_trial(self.mine[number]), self.path(number))
 
     def _enqueue_untried(self) -> None:
@@ -271,7 +270,7 @@ class Study:
             self._enqueue([self._random.choice(left)])
 
     def _reuse(self, trial: optuna.Trial, same: TrialView) -> None:
-        """End ``trial`` with what its twin came to."""
+        """End ``trial`` with the result of ``same``, a trial of the same settings."""
         result = {name: same.attribute(name) for name in RESULT}
         result |= {"reused_from": same.number, "pending": same.status is Status.RUNNING}
         if not same.values:
@@ -281,9 +280,9 @@ class Study:
         self._tell(trial.number, Status.REUSED, same.attribute("error"), result, same.values, state)
 
     def end_of(self, number: int, status: Status, error: str | None) -> Record:
-        """Return the record of a trial whose job is over; one without an end of its own gets ``status`` and ``error``.
+        """Return the record of a trial whose job is over; a record still RUNNING gets ``status`` and ``error``.
 
-        A result that Optuna can't take, an objective that is not finite, makes the trial FAILED.
+        A result that is not finite, which Optuna refuses, becomes FAILED, and a full disk becomes INTERRUPTED.
         """
         directory = self.directory(number)
         record = read_record(directory) or Record(NOBODY, Status.RUNNING, self._owner)
@@ -300,9 +299,9 @@ class Study:
         return record
 
     def tell(self, number: int, record: Record) -> None:
-        """Let the study know how a trial of this process ended: the last write of its end, with which it counts.
+        """Record in the study how a trial of this process ended: the last write of its end, which makes it count.
 
-        Does nothing to a trial that another process has taken over; whoever calls holds the sweep's lock.
+        Does nothing if another process has taken the trial over. Callers must hold the sweep's lock.
         """
         result = {"run_id": record.run_id, "scores": dict(record.scores), "figures": dict(record.figures)}
         values = [record.objective(name) for name in self._plan.objectives]
@@ -310,10 +309,10 @@ class Study:
         self._tell(number, record.status, record.error, result, values, states.get(record.status, TrialState.FAIL))
 
     def put_right(self) -> dict[str, tuple[Status, str | None]]:
-        """Give interrupted trials their ends back, which a process may have written over that had lost them.
+        """Restore the records of interrupted trials where a process that had lost them wrote another end.
 
-        It was frozen, for long, between making sure that a trial is its own and writing its end. Returns how the runs
-        of such trials, which others may have continued, ended.
+        Such a process was frozen between checking that it owned the trial and writing the end. Returns the true ends of
+        the trials' MLflow runs by run id; a later trial may have continued a run.
         """
         self.refresh()
         trained = [view for view in self.views() if view.status is not Status.REUSED]
@@ -329,7 +328,7 @@ class Study:
 
     def _tell(self, number: int, status: Status, error: str | None, attributes: Mapping[str, Any],
               values: Sequence[float] = (), state: TrialState = TrialState.FAIL) -> None:  # fmt: skip
-        if self.holds(number):  # another process may have found it first
+        if self.holds(number):  # another process may have taken it over
             for name, value in {**attributes, "status": status.value, "error": error}.items():
                 self._storage.set_trial_user_attr(self.mine[number], name, value)
             given = list(values) if state == TrialState.COMPLETE else None
@@ -338,26 +337,26 @@ class Study:
         self.mine.pop(number, None)
 
     def holds(self, number: int) -> bool:
-        """Return whether a trial is still this process's to end: none that was frozen for long can be sure of that."""
+        """Return whether this process still owns a trial: others take over those of a process that was frozen."""
         if number not in self.mine:
             return False
         view = self._view(number)
         return view.status is Status.RUNNING and view.owner == self._owner
 
     def beat(self) -> None:
-        """Have the hearts of this process's trials beat; whose stand still are :meth:`adopt_dead`'s, on any host."""
+        """Send heartbeats for this process's trials; without them, :meth:`adopt_dead` takes over, on any host."""
         for trial_id in tuple(self.mine.values()):
             self._storage.record_heartbeat(trial_id)
 
     def adopt_dead(self) -> list[int]:
-        """Make each RUNNING trial whose process is gone one of :attr:`mine`; returns their numbers."""
-        self.refresh()  # a process that is gone may have told how its last trials ended
+        """Take over each RUNNING trial whose process is gone, into :attr:`mine`; returns their numbers."""
+        self.refresh()  # a dead process may have recorded the ends of its last trials
         silent = self._storage._get_stale_trial_ids(self.study._study_id)
         running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
         found = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
         for view in found:
             record = read_record(self.directory(view.number))
-            workers = view.owner, record and record.owner  # its sweep's process and its job's, as far as they signed
+            workers = view.owner, record and record.owner  # the sweep's process and the job's, where recorded
             self.left |= {owner for owner in workers if owner}
             self.mine[view.number] = view.trial._trial_id
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
@@ -366,9 +365,9 @@ class Study:
         return [view.number for view in found]
 
     def _is_left(self, view: TrialView) -> bool:
-        """Whether nobody on this host will end a trial: its sweep's process is gone, and its job has ended or is gone.
+        """Return whether a trial is abandoned: its sweep's process is gone, and its job has ended or is gone.
 
-        That is the quick answer; of processes on other hosts only their hearts tell.
+        This is the fast check, for this host; for other hosts, only missing heartbeats tell.
         """
         if view.owner and view.owner != self._owner and not view.owner.is_dead():
             return False

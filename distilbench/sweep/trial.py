@@ -1,4 +1,4 @@
-"""One trial in its sweep: who may prune it, which sources it takes, and the mean over its seeds."""
+"""One trial in its sweep: pruning, pinned sources, the choice of a GPU, and the mean over seeds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
-    """Train one trial of a sweep; returns its objectives, NaN where it has none: ``trial.json`` says why."""
+    """Train one trial of a sweep; returns its objectives, or NaN where it has none (``trial.json`` says why)."""
     from distilbench.trials.batch import BatchRunner
 
     lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
@@ -47,13 +47,13 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
 
 
 def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> SweepContext:
-    """Return what a trial has from its sweep: name, parent, tags, who may prune it, which sources it takes."""
+    """Return what a sweep gives its trial: name, parent run, tags, pruning callback, and check of the sources."""
     from distilbench.trials.prepared import SweepContext
 
     prune, judged = pruning_callback(sweep_job, settings.sweep), judged_by(sweep_job.objectives)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
-        every = settings.train.eval_steps  # else once an epoch; a continued trial has had some of them before
+        every = settings.train.eval_steps  # else once per epoch; a resumed trial had some before
         count = math.ceil(evaluation.step / every if every else evaluation.epoch)
         return prune(evaluation.metric(judged), count) if prune and judged else None
 
@@ -71,7 +71,7 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 
 
 def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
-    """Train the trial once for each seed, one after another, for as long as its pruner lets it."""
+    """Train the trial with one seed after another, until one does not finish or the pruner stops it."""
     prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
     seeds = Seeds(job, sweep_job, lease, runner)
     reason = None
@@ -90,18 +90,18 @@ def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunne
 
 
 class Seeds:
-    """A trial of a sweep that is trained once for each seed: a run above theirs, and what they come to together.
+    """A trial of a sweep that is trained once per seed: its parent run, and the mean over the seeds.
 
-    ``jobs`` are the seeds', each in a run and a directory of its own. Those not ``left`` had finished before the trial
-    was interrupted: their records are taken.
+    ``jobs`` has one job per seed, each with its own run and directory. ``left`` are those still to train: the others
+    had finished before the trial was interrupted, and their records are kept.
     """
 
     def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
-        """Open the trial's run, the one that it had before if any, and say in ``trial.json`` that it is under way."""
+        """Open the trial's run, or reopen an earlier one, and write to ``trial.json`` that the trial is RUNNING."""
         from distilbench.tracking import ParentRun
         from distilbench.trials.batch import sweep_store
 
-        prepared = runner.prepare(job.settings)  # what is refused is refused before there is a run
+        prepared = runner.prepare(job.settings)  # refuse invalid settings before a run exists
         self._sweep_job, self._lease = sweep_job, lease
         before = sweep_job.continues or sweep_job.directory
         store, record = sweep_store(job.settings.tracking), read_record(before)
@@ -124,23 +124,23 @@ class Seeds:
     def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
         output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
         name, parent = f"{self._sweep_job.name} seed={seed}", self._parent.run_id
-        # seeds are pruned as a whole
+        # the trial is pruned as a whole
         seed_job = replace(self._sweep_job, name=name, parent_run_id=parent, continues=before, prunes=False)
         context = context_of(seed_job, job.settings, self._lease)
         settings = replace(job.settings, seed=seed, output=output)
         return replace(job, settings=settings, baseline=replace(job.baseline, seed=seed), context=context)
 
     def records(self, first: int | None = None) -> list[Record]:
-        """Return what the directories of the ``first`` seeds, or of all that have begun, tell; unfinished stand last.
+        """Return the records of the ``first`` seeds, by default of all that have begun; unfinished ones come last.
 
-        A job that a scheduler has put back finds, of seeds that are still to come, what its earlier start left.
+        In a job that a scheduler requeued, seeds that are still to come can have records from its earlier start.
         """
         found = (read_record(Path(seeded.settings.output.dir)) for seeded in self.jobs[:first])
         return sorted(filter(None, found), key=lambda record: record.status is not Status.FINISHED)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close the trial as INTERRUPTED if a signal ends what is inside before there is a result."""
+        """Close the trial as INTERRUPTED if a signal ends the block before there is a result."""
         try:
             yield
         except KeyboardInterrupt:
@@ -153,9 +153,9 @@ class Seeds:
             raise
 
     def finish(self, reason: str | None = None) -> None:
-        """Keep the seeds' means, and the spread of each objective; ``reason`` is why the pruner stopped them.
+        """Record the means over seeds and the standard deviation of each objective; ``reason`` is the pruner's.
 
-        A seed that did not finish gives the trial its status.
+        Without one, a seed that did not finish determines the status of the trial.
         """
         if not self._lease.holds():
             return
@@ -185,14 +185,14 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 PINNED = "sources"
-"""Attribute of a sweep's study: the model and the text that its first trials really used, by their settings."""
+"""Attribute of a sweep's study: the model and the text that trials first used, by a hash of their settings."""
 
 
 def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> None:
-    """Keep what this trial's model and text really are, for all of its sweep's later trials to be the same.
+    """Record which model and text this trial really uses, so that all later trials of its sweep use the same.
 
-    Raises :class:`SettingsError` if an earlier trial, of this call or another, had others under the same settings. A
-    study that does not answer here, which the trial's lease tells of, can't be asked.
+    Raises :class:`SettingsError` if the same settings gave an earlier trial, of any call, others. Does nothing if the
+    study does not answer, of which the trial's lease warns.
     """
     from omegaconf.errors import OmegaConfBaseException
 
@@ -223,11 +223,11 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
 
 
 _held: list[FileLock] = []
-"""Kept for as long as the process lives; the system lets go of a lock whose holder dies."""
+"""Locks that are held for the life of the process; the operating system releases them when it dies."""
 
 
 def claim_gpu(device: str) -> None:
-    """Leave this process one GPU, before CUDA starts in it, where ``engine.device`` names none and several are seen."""
+    """Reserve one GPU for this process, before CUDA starts, if ``engine.device`` names none and several are visible."""
     from distilbench.engines.device import visible_gpus
 
     gpus = visible_gpus() if device in ("auto", "cuda") else []
@@ -236,7 +236,7 @@ def claim_gpu(device: str) -> None:
 
 
 def claim_free(gpus: Sequence[str], folder: Path) -> str:
-    """Lock, in ``folder``, the first GPU that is free; the first of all where none is, which a line tells."""
+    """Lock the first free GPU by a file in ``folder`` and return it; warn and return the first GPU if none is free."""
     for gpu in gpus:
         lock = FileLock(folder / f"distilbench-{getpass.getuser()}-gpu-{gpu}.lock")
         try:
@@ -250,20 +250,20 @@ def claim_free(gpus: Sequence[str], folder: Path) -> str:
 
 
 PruningCallback = Callable[[float, int], str | None]
-"""Given the objective so far and how often it was measured: why the trial is to stop, or None."""
+"""Takes an objective's current value and how often it was measured; returns why the trial is to stop, or None."""
 
 
 def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
-    """Return Optuna's pruner of that name; raises :class:`SettingsError` for options that it does not take."""
+    """Return the pruner of ``sweep.pruner``; raises :class:`SettingsError` for options that it does not accept."""
     import optuna
 
     if settings.pruner == "none":
-        return optuna.pruners.NopPruner()  # options of a search's own pruner may be left
+        return optuna.pruners.NopPruner()  # a search may still set options for its own pruner
     options = {name: value for name, value in settings.pruner_options.items() if value is not None}
     within = {"wrapped_pruner": None} if settings.pruner == "patient" else {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # asked for by name
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the user chose it
             kind = getattr(optuna.pruners, f"{settings.pruner.title().replace('_', '')}Pruner")
             made: optuna.pruners.BasePruner = kind(**within, **options)
             return made
@@ -275,12 +275,12 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
 
 
 def judged_by(objectives: Sequence[str]) -> str | None:
-    """Return the objective by which trials are pruned, the first that is measured on the way; None without one."""
+    """Return the objective by which trials are pruned, the first one measured during training; None without one."""
     return next((name for name in objectives if name in METRICS), None)
 
 
 def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
-    """Raise :class:`SettingsError` for a pruner that these objectives leave without anything to judge."""
+    """Raise :class:`SettingsError` for a pruner that does not suit these objectives, or its options."""
     pruner_of(settings)
     if settings.pruner == "none":
         return
@@ -297,9 +297,9 @@ def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
 
 
 def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback | None:
-    """Make what reports to the study and asks its pruner; a trial's end is left to the sweep to tell.
+    """Return a callback that reports to the study and asks its pruner; the sweep itself records how a trial ends.
 
-    Optuna prunes studies of one objective alone. Of several, the pruner here sees the one that :func:`judged_by` names.
+    Optuna prunes only with one objective. With several, the pruner sees the one that :func:`judged_by` names.
     """
     name = judged_by(job.objectives)
     if not job.prunes or name is None:
@@ -310,7 +310,7 @@ def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback 
 
     storage = storage_of(job.storage, settings.grace_seconds)
     study = optuna.load_study(study_name=job.sweep, storage=storage, pruner=pruner_of(settings))
-    study._directions = [study.directions[job.objectives.index(name)]]  # in this process: the storage keeps them all
+    study._directions = [study.directions[job.objectives.index(name)]]  # in this process only: the storage has all
     trial = optuna.trial.Trial(study, job.trial_id)
 
     def report(value: float, count: int) -> str | None:
