@@ -119,7 +119,7 @@ def test_a_sweep_that_is_stopped_twice_continues_to_the_same_total_and_answers_w
 
 def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace, name):
     command = (STORAGE, *GRID, f"sweep.name={name}")
-    for process in [workspace.start(*command, TASK_SECONDS="0.4") for _ in range(2)]:
+    for process in [workspace.start(*command, TASK_MEET="2") for _ in range(2)]:
         ended(process)
     check(workspace, name)
     owners = {trial.user_attrs["owner"]["pid"] for trial in workspace.study(name, url=url())}

@@ -364,7 +364,7 @@ def test_a_locked_storage_is_one_line(workspace):
 
 def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace):
     command = ("freeze.layers=0,1,2", "seed=1,2,3,4", "sweep.name=shared")
-    both = [workspace.start(*command, TASK_SECONDS="0.3") for _ in range(2)]
+    both = [workspace.start(*command, TASK_MEET="2") for _ in range(2)]
     ended = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     trials = workspace.study("shared")
@@ -375,7 +375,7 @@ def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace):
 
 def test_joblib_gives_each_free_worker_the_next_trial(workspace):
     ended = done(workspace, "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2", "freeze.layers=0,1,2", "seed=1,2",
-                 "sweep.name=wide", TASK_SECONDS="0.5")  # fmt: skip
+                 "sweep.name=wide", TASK_MEET="2")  # fmt: skip
     assert "2 running" in ended.stdout
     assert len(set(workspace.finished())) == len(workspace.finished()) == 6
     owners = {workspace.record("wide", number)["owner"]["pid"] for number in range(6)}

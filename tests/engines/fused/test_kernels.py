@@ -223,7 +223,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(on_device):
 def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch, kind, freezing):
     """All kernels together: two orders of examples, dropout, and batches that lack a sentence; two steps."""
     common = (freezing, "train.epochs=2", "train.batch_size=3", "data.max_train_examples=2", "train.max_length=16",
-              "output.save_model=false")  # fmt: skip
+              "data.max_validation_examples=4", "output.save_model=false")  # fmt: skip
     trials = [trial(*common, f"seed={seed}", kind=kind, still=False) for seed in (1, 2)]
     splits = splits_of(trials[0])
     plain, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
