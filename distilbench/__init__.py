@@ -1,8 +1,8 @@
-"""How much training of a small Transformer can be left out, and what it costs: from Python, in notebooks and scripts.
+"""The Python interface, for notebooks and scripts; settings are overrides, as on the command line.
 
-Settings are overrides as on the command line. Importing this imports nothing heavy; each function does so when it is
-called, shows what the command of the same purpose shows while it works, and raises
-:class:`distilbench.settings.SettingsError`, one line, for what a person can mend. See ``docs/quickstart.py``.
+Importing this module is fast: each function imports what it needs when called. While working, it prints what the
+corresponding command prints. An error that the user can fix raises :class:`distilbench.settings.SettingsError` with a
+one-line message. See ``docs/quickstart.py``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = [
 
 
 def compose(*overrides: str) -> AppSettings:
-    """Return the settings that overrides such as ``freeze.layers=3`` compose to, checked."""
+    """Compose the settings from overrides such as ``freeze.layers=3``, and check them."""
     with _hydra():
         return _job(overrides).settings
 
 
 def train_trial(*overrides: str) -> Trial:
-    """Train one trial, print how it compares with its baseline, and return what came of it, whatever its end.
+    """Train one trial, print how it compares with its baseline, and return it, however it ended.
 
-    ``result`` has its figures, ``comparison`` the verdict (None without a baseline), ``predictions`` what it said.
+    Its ``result`` has the figures, ``comparison`` the verdict (None without a baseline), ``predictions`` the logits.
     """
     with _hydra():
         from distilbench.trials.batch import run_and_compare
@@ -52,9 +52,9 @@ def train_trial(*overrides: str) -> Trial:
 
 
 def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
-    """Train a trial for each list of overrides, at once where the engine takes them together; returns keep the order.
+    """Train a trial for each list of overrides, together if the engine can; the results keep the order.
 
-    A mistake is raised before any is trained, any other error of a trial once the others are done.
+    Raises for an invalid setting before any training, and for any other error of a trial once all trials have ended.
     """
     with _hydra():
         from distilbench.trials.batch import BatchRunner
@@ -69,9 +69,9 @@ def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
 
 
 def run_sweep(*overrides: str) -> None:
-    """Run a sweep, or continue it, as ``python -m distilbench.train --multirun`` does; :func:`make_report` reads it.
+    """Run or continue a sweep as ``python -m distilbench.train --multirun`` does; then call :func:`make_report`.
 
-    Raises :class:`distilbench.cli.CommandFailed` where too many of its trials fail.
+    Raises :class:`distilbench.cli.CommandFailed` if too many trials fail.
     """
     from distilbench.cli import run_inside
     from distilbench.train import main
@@ -89,7 +89,7 @@ def make_report(*overrides: str) -> Report:
 
 
 def to_table(report: Report) -> DataFrame:
-    """Return a report's rows as a pandas table with every column of ``report.csv``."""
+    """Return a report's rows as a pandas DataFrame with every column of ``report.csv``."""
     from io import StringIO
 
     from pandas import read_csv
@@ -100,7 +100,7 @@ def to_table(report: Report) -> DataFrame:
 
 
 def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> DataFrame:
-    """Return label and probabilities of each text, or pair, by the model that ``run=``, ``dir=`` or ``sweep=`` name."""
+    """Return label and probabilities of each text or pair; ``run=``, ``dir=`` or ``sweep=`` names the model."""
     with _hydra():
         from distilbench.predict import open_model, rows_of
         from distilbench.settings import PredictSettings, settings_from
@@ -118,7 +118,7 @@ def _composed(name: str, overrides: Iterable[str]) -> DictConfig:
 
 
 def _job(overrides: Sequence[str]) -> Job:
-    """Return the trial that overrides make, in a directory of its own unless they name one."""
+    """Return the trial for these overrides, in a new directory unless they name one."""
     from datetime import datetime
 
     from omegaconf import open_dict
@@ -138,7 +138,7 @@ def _job(overrides: Sequence[str]) -> Job:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Have Hydra compose from our configurations, and say in one line what it does not take."""
+    """Initialise Hydra with our configurations, and turn its errors into one-line ones."""
     from hydra import initialize_config_dir
 
     from distilbench.cli import as_settings_error

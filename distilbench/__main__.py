@@ -1,4 +1,4 @@
-"""The one command of an installed package: ``distilbench train ...`` is ``python -m distilbench.train ...``."""
+"""The command of the installed package: ``distilbench train ...`` runs ``python -m distilbench.train ...``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
 
 def main() -> None:
-    """Run the command that is named first; its arguments are those of the module of that name."""
+    """Run the command that the first argument names, with the remaining arguments."""
     exit_immediately()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":

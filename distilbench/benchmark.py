@@ -1,7 +1,7 @@
-"""Engines side by side with plain Hugging Face Trainer, on this machine: ``python -m distilbench.benchmark``.
+"""The benchmark command: compares the engines with plain Hugging Face Trainer on this machine.
 
-Every run is short, in a process of its own, from the same initial weights over the same batches; rows take turns, and
-what is stated are medians over the repeats. This is the only place where speed is claimed.
+Every run is short and has its own process, with the same initial weights and batches; runs of different rows alternate,
+and the table shows medians over the repeats. All claims about speed come from here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 register_schema(BenchmarkSettings)
 
 TABLE_WIDTH = 158
-"""Columns that the table takes, wherever it is shown: a narrower terminal wraps it, but hides no figure."""
+"""Fixed width of the table in characters: a narrower terminal wraps it, but no figure is cut off."""
 
 
 @hydra.main(config_path=str(CONF), config_name="benchmark", execution_whitelist=["distilbench.composition.CheckFirst"])
 def main(config: DictConfig) -> None:
-    """Measure, print a table, and write it with all figures into the output directory."""
+    """Measure, print the table, and write all figures to the output directory."""
     with errors_in_one_line():
         settings = settings_from(config, BenchmarkSettings)
         require(settings.optim.name == "adamw", "optim.name", "adamw in a benchmark", settings.optim.name)
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
 
 
 def benchmark(settings: BenchmarkSettings) -> None:
-    """Measure all rows; raises :class:`SettingsError` for what the fused engine does not take."""
+    """Measure all rows; raises :class:`SettingsError` for settings that the fused engine does not support."""
     import numpy as np
     import torch
     from rich.console import Console
@@ -59,7 +59,7 @@ def benchmark(settings: BenchmarkSettings) -> None:
     )
     check_engine(trial, prepared.model, prepared.precision)
     splits = short_splits(prepared.splits, settings.bench, settings.train.batch_size)
-    Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # not after minutes of measuring
+    Path(settings.output.dir).mkdir(parents=True, exist_ok=True)  # fail before minutes of measuring
     about: dict[str, Any] = {
         "device": prepared.device, "driver": driver_version(device), "day": date.today().isoformat(),
         "versions": {name: version_of(name) for name in ("torch", "transformers", "accelerate", "distilbench")}

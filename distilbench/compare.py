@@ -1,6 +1,6 @@
-"""The report entrypoint: which stored trials are better than their baseline, by how much, at what cost, how surely.
+"""The report command: compares stored trials with their baseline in accuracy and cost.
 
-Exit status: 0 a report was made, 2 something to mend.
+Exit status: 0 a report was made, 2 a setting is invalid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 register_schema()
 
 _LISTS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
-"""What may be typed as a,b,c, which Hydra takes for a sweep; ``experiment`` alone names a group of configurations."""
+"""Keys whose lists may be typed as a,b,c, which Hydra takes for a sweep, with the setting that each stands for."""
 
 
 @hydra.main(config_path=str(CONF), config_name="compare")
@@ -82,9 +82,9 @@ def report_of(settings: CompareSettings) -> Report:
 
 
 def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
-    """Return the trials that fulfil all that was asked for, and treatments' names where experiments were.
+    """Return the trials that match all given criteria, and the experiments' names by treatment hash.
 
-    Raises :class:`SettingsError` where there is nothing, or where a run is not there.
+    Raises :class:`SettingsError` if no trial matches, or if a run does not exist.
     """
     from distilbench.report.from_store import LOST, find_sweep
     from distilbench.tracking import SWEEP
@@ -112,11 +112,11 @@ def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[Stor
 
 
 def _experiments_of(trials: Sequence[StoredTrial], experiments: Sequence[str]) -> dict[str, str]:
-    """Return the treatments, by hash, that have the settings of an experiment, with the first such one's name."""
+    """Return the hashes of treatments that have the settings of an experiment, with the name of the first such one."""
     names: dict[str, str] = {}
     plain = default_treatment()
     for name in experiments:
-        wanted = default_treatment([f"experiment={name}"])  # of which freezing, schedule and optimizer count
+        wanted = default_treatment([f"experiment={name}"])
         changed = {key: value for key, value in wanted.items() if value_of(plain, key) != value}
         for treatment in (trial.treatment for trial in trials):
             is_same = all(value_of(treatment, key) == value for key, value in changed.items())
@@ -131,7 +131,7 @@ def _directory(settings: CompareSettings) -> Path:
 
 
 def spelled_for_hydra(argument: str) -> str:
-    """``experiment=a,b`` as Hydra takes it, ``experiments=[a,b]``; anything else as it is."""
+    """Return ``experiment=a,b`` in Hydra's grammar, as ``experiments=[a,b]``; any other argument unchanged."""
     key, equals, value = argument.partition("=")
     if not equals or key not in _LISTS:
         return argument

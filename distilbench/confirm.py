@@ -1,7 +1,7 @@
-"""Does a sweep's winner still win? Its best settings and the baseline again, with fresh seeds, one trial at a time.
+"""The confirm command: trains a sweep's best settings and its baseline again, with fresh seeds, one trial at a time.
 
-A confirmation is a sweep of its own that names the first: its points are settings of that one with fresh seeds. Exit
-status: 0 all was trained, 1 a trial failed, 2 a setting is invalid, 130 and 143 interrupted: the same command goes on.
+A confirmation is a sweep of its own, whose points are settings of the first sweep with fresh seeds. Exit status: 0 all
+was trained, 1 a trial failed, 2 a setting is invalid, 130 or 143 interrupted; the same command continues.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ register_schema()
 
 @hydra.main(config_path=str(CONF), config_name="confirm")
 def main(config: DictConfig) -> None:
-    """Train what is missing of the confirmation, then report it."""
+    """Train the missing trials of the confirmation, then report it."""
     with errors_in_one_line():
         if failure := confirm(settings_from(config, ConfirmSettings)):
             raise CommandFailed(failure)
 
 
 def confirm(settings: ConfirmSettings) -> str | None:
-    """Run the confirmation; returns in one line what failed. Raises :class:`SettingsError` before its first trial."""
+    """Run the confirmation; return one line about failures, or None. Raises :class:`SettingsError` before training."""
     from distilbench.report.findings import by_score
     from distilbench.sweep.executors import Sequential
     from distilbench.sweep.runner import run_plan
@@ -75,7 +75,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
         return None
     raise_on_signal()
     directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
-    if not (directory / "study.db").exists():  # what was trained, if any, was so on another host
+    if not (directory / "study.db").exists():  # any finished trials were trained on another host
         points = missing or points
     plan = _plan(name, directory, settings.sweep, rows, next(iter(started.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
@@ -85,7 +85,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
 
 
 def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepRun, Report]:
-    """Return the sweep and its own report; refuses one that has nothing to confirm, or nothing to compare it with."""
+    """Return the sweep and its report; raises :class:`SettingsError` without a candidate or a baseline."""
     from distilbench.report.from_store import find_sweep, report_of_sweep
 
     first = find_sweep(store, settings.sweep or "")
@@ -101,12 +101,12 @@ def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepR
 
 
 def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> int:
-    """How many fresh seeds decide, or the line that says why none does."""
+    """Return how many fresh seeds are needed; raises :class:`SettingsError` with the reason if no number will do."""
     from distilbench.report.comparison import needed_to_confirm
     from distilbench.report.from_store import with_predictions
     from distilbench.report.words import what_decides
 
-    base, *best = (with_predictions(store, row) for row in rows)  # one may stand beyond those that the report tests
+    base, *best = (with_predictions(store, row) for row in rows)  # the report loads them only for the rows it tests
     needed = needed_to_confirm(best, base, report.margin)
     if needed and needed.seeds:
         return needed.seeds
@@ -143,7 +143,7 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
 
 
 def _train(job: SweepJob, started: Mapping[str, AppSettings]) -> End:
-    """Train the trial of one point in this process; returns what it ended with, None for an end of its own."""
+    """Train the trial of one point in this process; return the error that ended it, or None."""
     from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep
     from distilbench.trials.prepared import Job
@@ -160,7 +160,7 @@ def _train(job: SweepJob, started: Mapping[str, AppSettings]) -> End:
 
 
 def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
-    """Raise :class:`SettingsError` if model or text are no longer what the sweep used."""
+    """Raise :class:`SettingsError` if model or text differ from what the sweep used."""
     from distilbench.trials.prepared import prepare
 
     found = prepare(settings).protocol
@@ -172,7 +172,7 @@ def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
 
 
 def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
-    """Return the settings of a row's first trial, from its run, but trained anew and by themselves."""
+    """Return the settings of a row's first trial, from its run, adapted for training it again on its own."""
     run_id = row.first.run_id
     try:
         started = settings_from(OmegaConf.create(store.config(run_id)))
@@ -189,7 +189,7 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
 
 
 def _announce(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> None:
-    """Say what is about to be trained and about how long that takes."""
+    """Print what is about to be trained and about how long it takes."""
     from distilbench.report.formats import duration, one_line
 
     each = [rows[point.extra[0]].cost.seconds for point in missing]

@@ -1,6 +1,6 @@
-"""The prediction entrypoint: what a saved model says of texts, as a file in their order.
+"""The prediction command: writes a saved model's predictions for texts to a file, in the same order.
 
-Exit status: 0 all was predicted, 2 something to mend.
+Exit status: 0 all was predicted, 2 a setting is invalid.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ register_schema()
 GLUE = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
         "mnli": "MNLI-m", "mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm",
         "mnli/test_mismatched": "MNLI-mm"}  # fmt: skip
-"""Names of GLUE's tasks on the hub, and of their submission files."""
+"""GLUE's submission file of each task, by the task's name (or name and split) on the hub."""
 NAMED_IN_GLUE = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
-"""Submission files that hold a label's name; others hold its number."""
+"""Submission files that contain label names; the others contain label numbers."""
 
 
 @hydra.main(config_path=str(CONF), config_name="predict")
 def main(config: DictConfig) -> None:
-    """Write the predictions and say how many there are of each label."""
+    """Write the predictions and print how many there are of each label."""
     with errors_in_one_line():
         predict(settings_from(config, PredictSettings))
 
 
 def predict(settings: PredictSettings) -> Counter[str | None]:
-    """Predict every text and write the file; returns how many got which label, None for the blank ones.
+    """Predict every text and write the file; return the number of texts by label (None: blank texts).
 
     Raises :class:`SettingsError` before anything is written.
     """
@@ -76,7 +76,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
 
 
 def open_model(settings: PredictSettings) -> Classifier:
-    """Load the model that is asked for; needs an initialised Hydra for that of a sweep."""
+    """Load the model that the settings name; with ``sweep``, this needs an initialised Hydra."""
     directory = _find_model(settings)
     from distilbench.engines.device import resolve_device
     from distilbench.models.classifier import load_classifier
@@ -85,9 +85,9 @@ def open_model(settings: PredictSettings) -> Classifier:
 
 
 def rows_of(texts: Iterable[str | Sequence[str]], classifier: Classifier) -> list[tuple[str | None, ...]]:
-    """Return a row a text, or pair; what pandas holds as missing is a blank, and a model of ours is given its columns.
+    """Return one row per text or pair; a missing value (as in pandas) becomes None, a blank.
 
-    Raises :class:`SettingsError` for anything else.
+    Raises :class:`SettingsError` for other values, or if a text and a pair are mixed up.
     """
     from pandas import isna
 
@@ -102,7 +102,7 @@ def rows_of(texts: Iterable[str | Sequence[str]], classifier: Classifier) -> lis
 
 
 def _find_model(settings: PredictSettings) -> Path:
-    """Return the directory of the model that is asked for, and say which trial of a sweep it is of."""
+    """Return the directory of the model that the settings name; print which trial of a sweep that is."""
     if settings.dir:
         return Path(settings.dir)
     from distilbench.tracking import find_store, model_directory
@@ -133,7 +133,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     codes = {name: name if is_named else str(number) for number, name in enumerate(names)}
     counts: Counter[str | None] = Counter()
     parts = _parts(settings, classifier, columns)
-    first = next(parts, None)  # what can't be read is told before anything is written
+    first = next(parts, None)  # so that an unreadable file raises before anything is written
     if first is None:
         raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file")
     with (
@@ -156,7 +156,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
 
 
 def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str]:
-    """Return the columns to read, by the settings that name them."""
+    """Return the columns to read, by the name of the setting for each."""
     given = zip(TEXTS, (settings.data.text_column, settings.data.pair_column), strict=True)
     columns = dict(zip(TEXTS, classifier.columns, strict=False)) | {key: column for key, column in given if column}
     require(len(set(columns.values())) == len(columns), "data.pair_column", "another column than data.text_column",
@@ -168,7 +168,7 @@ def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str
 
 
 def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
-    """Yield the texts, of a file that is there or else of the hub."""
+    """Return the texts in parts, from a file or from a split on the hub."""
     from distilbench.data.readers import read_file, read_split
 
     data, own = settings.data, classifier.trained_on
@@ -180,7 +180,7 @@ def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str,
 
 
 def _path(settings: PredictSettings, classifier: Classifier) -> Path:
-    """Return the file to write; of GLUE, the one that its server knows the task by."""
+    """Return the file to write; for GLUE, with the file name that its server expects for the task."""
     given = Path(settings.output)
     if settings.format == "table" or given.name in [f"{task}.tsv" for task in GLUE.values()]:
         return given

@@ -1,7 +1,7 @@
-"""The Hydra entrypoint: compose, check, train, compare, return the objective.
+"""The training command: compose, check, train, compare, return the objective.
 
-Exit status: 0 finished, 1 the trial failed, 2 a setting to mend, 129, 130 and 143 interrupted: the printed command
-continues.
+Exit status: 0 finished, 1 the trial failed, 2 a setting is invalid, 129, 130 or 143 interrupted; a printed command then
+tells how to continue.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ if TYPE_CHECKING:
 
 register_schema()
 
-log = logging.getLogger("distilbench.train")  # not __main__, which a command line makes of this module
+log = logging.getLogger("distilbench.train")  # with python -m, __name__ would be __main__
 
 
 class TrialFailed(CommandFailed):
-    """A trial ended without a result; the message is its own error."""
+    """A trial ended without a result; the message is the trial's error."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one Hydra job is to do: a trial, which may belong to a sweep of ours."""
+    """What a Hydra job has to do: train a trial, which may belong to one of our sweeps."""
 
     job: Job
     sweep_job: SweepJob | None
 
     @property
     def trains_by_itself(self) -> bool:
-        """Whether a pruner judges its seeds, one after another."""
+        """Whether the trial must be trained on its own, because a pruner decides after each of its seeds."""
         return bool(self.sweep_job and self.sweep_job.prunes and self.job.settings.sweep.seeds)
 
     def train(self) -> float | tuple[float, ...]:
-        """Train the trial; returns its objectives."""
+        """Train the trial and return its objectives."""
         raise_on_signal()
         if self.sweep_job:
             return run_in_sweep(self.job, self.sweep_job)
@@ -70,7 +70,7 @@ class Assignment:
 
 
 class Batches:
-    """How ``hydra/launcher=fused`` trains several jobs at once: each described, all trained, each concluded."""
+    """Trains the jobs of ``hydra/launcher=fused`` together: describes each, trains all, then concludes each."""
 
     def __init__(self, max_trials: int) -> None:
         with _ending():
@@ -79,15 +79,15 @@ class Batches:
         self._runner: BatchRunner | None = None
 
     def describe(self, config: DictConfig) -> Assignment:
-        """Return what a job is to do; raises or exits as the job itself would."""
+        """Return what a job has to do; raises or exits as the job itself would."""
         with _ending():
             return _assignment(config)
 
     def train(self, assignments: Sequence[Assignment]) -> list[TaskFunction]:
-        """Train the trials; returns task functions that end as :func:`main` would have.
+        """Train the trials; return task functions that end as :func:`main` would have.
 
-        The seeds of a trial with several (``sweep.seeds``) are trained at once too; a pruner, which judges them one
-        after another, has such a trial trained by itself.
+        The seeds of a trial (``sweep.seeds``) are trained together, too, unless a pruner decides after each seed; such
+        a trial is trained on its own, in its task function.
         """
         raise_on_signal()
         from distilbench.trials.batch import BatchRunner
@@ -105,9 +105,9 @@ class Batches:
 def _parts_of(
     own: Assignment, runner: BatchRunner, closing: ExitStack
 ) -> tuple[Sequence[Job], Seeds | SettingsError | None]:
-    """Return what is trained for an assignment: its trial, or each of its seeds that has not finished before.
+    """Return the jobs to train for an assignment: its trial, or each of its seeds that has not finished yet.
 
-    Beside these stands what holds the seeds together, or why they can't start.
+    The second value is the object that manages the seeds, if any, or the error that keeps them from starting.
     """
     job, sweep_job = own.job, own.sweep_job
     if own.trains_by_itself:
@@ -119,14 +119,14 @@ def _parts_of(
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
     try:
         seeds = Seeds(job, sweep_job, lease, runner)
-    except SettingsError as error:  # the trial's own: the others are trained
+    except SettingsError as error:  # concerns only this trial: the others are trained
         return [], error
     closing.enter_context(seeds.closing())
     return seeds.left, seeds
 
 
 def _takes_batches(task: TaskFunction) -> TaskFunction:
-    """Tell the launcher that :class:`Batches` can train several of these jobs at once."""
+    """Mark a task function for the fused launcher: :class:`Batches` can train several of its jobs together."""
     task.takes_batches = Batches  # type: ignore[attr-defined]
     return task
 
@@ -134,14 +134,14 @@ def _takes_batches(task: TaskFunction) -> TaskFunction:
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
 @_takes_batches
 def main(config: DictConfig) -> float | tuple[float, ...]:
-    """Train one trial; returns its objective: ``train.metric`` on the selection split, or those that its sweep has."""
+    """Train one trial; return ``train.metric`` on the selection split, or the objectives of its sweep."""
     with _ending():
         return _assignment(config).train()
 
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """End a job by itself in one line; the errors of a sweep's jobs are told by the sweep."""
+    """End a single job with a one-line error; a sweep reports the errors of its jobs itself."""
     try:
         yield
     except Exception as error:
@@ -163,7 +163,7 @@ def _assignment(config: DictConfig) -> Assignment:
 
 
 def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:
-    """Return the trial of a composed config; ``choices`` are Hydra's, by group."""
+    """Return the trial of a composed config; ``choices`` are Hydra's choices by group."""
     from distilbench.trials.prepared import Job
 
     baseline = baseline_config(config)
@@ -187,7 +187,7 @@ def _given(objective: float | TrialFailed) -> float:
 
 
 class _Told(NamedTuple):
-    """What stays in memory of a trial that has ended."""
+    """What is kept in memory of an ended trial."""
 
     line: str
     objective: float | TrialFailed
@@ -202,7 +202,7 @@ def _told(trial: Trial) -> _Told:
 def _conclude(
     assignment: Assignment, seeds: Seeds | SettingsError | None, ended: Sequence[_Told | Exception], config: DictConfig
 ) -> float | tuple[float, ...]:
-    """Say in one line how a trial ended; return its objective or raise its error. One on its own is trained here."""
+    """Log how a trial ended; return its objective or raise its error. Trials that train on their own train here."""
     with _ending():
         if assignment.trains_by_itself:
             return assignment.train()
@@ -220,7 +220,7 @@ def _conclude(
 
 
 def _say_how_to_continue() -> None:
-    """One line with the command that takes up an interrupted trial; a sweep's is said by whoever runs the sweep."""
+    """Print the command that resumes an interrupted single trial; a sweep prints its own."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.RUN:
         return
@@ -230,7 +230,7 @@ def _say_how_to_continue() -> None:
         return
     given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
     place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
-    where = shlex.quote(hydra_config.runtime.cwd)  # which relative paths mean
+    where = shlex.quote(hydra_config.runtime.cwd)  # relative paths refer to it
     say(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
 
 

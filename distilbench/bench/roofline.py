@@ -1,7 +1,7 @@
-"""What a machine could do at best: its matrix rate and copy bandwidth, and what a training step asks of them.
+"""The roofline: a machine's peak matrix and copy rates, and the least time that a training step takes at these rates.
 
-Nothing here knows an engine. A step's products and an optimizer's traffic are counted for the job itself (real tokens,
-words that occur), so that padding, say, shows as distance from the limit.
+This is independent of engines. Operations and optimizer traffic are counted for the task itself (real tokens, words
+that occur in the text), so overheads such as padding show as distance from the limit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _COPY_BYTES = 1 << 28
 _MEASURED_SECONDS = 1.0
 
 _ADAMW_BYTES = 28
-"""AdamW reads parameter, gradient and two moments and writes all but the gradient, 4 bytes each."""
+"""Per parameter: AdamW reads parameter, gradient and two moments, and writes all but the gradient, 4 bytes each."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates of a device: multiply-adds count as two operations, a copied byte as one read and one written."""
+    """Measured rates of a device: a multiply-add is two operations, a copied byte one byte read and one written."""
 
     operations_per_second: dict[str, float]
     """By precision: fp32, bf16, fp16."""
@@ -36,9 +36,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one optimisation step of one trial asks for at least.
+    """The least work of one optimisation step of one trial.
 
-    ``shared_operations`` are those of the frozen prefix's forward pass, which trials trained together need once.
+    ``shared_operations`` are those of the frozen prefix's forward pass, which trials trained together need only once.
     """
 
     operations: float
@@ -46,14 +46,14 @@ class StepCost:
     optimizer_bytes: float
 
     def seconds(self, machine: Machine, precision: str, trials: int = 1) -> float:
-        """Return what the machine needs at least: for the products or the optimizer's traffic, the longer one."""
+        """Return the least time per trial: of the operations or of the optimizer's traffic, whichever is longer."""
         operations = self.operations - self.shared_operations * (1 - 1 / trials)
         products = operations / machine.operations_per_second[precision]
         return max(products, self.optimizer_bytes / machine.bytes_per_second)
 
 
 def measure_machine(device: torch.device, precisions: set[str]) -> Machine:
-    """Measure the best rate of square products of 2,048 and of copies of 256 MiB, each for about a second."""
+    """Measure the peak rates of 2,048 x 2,048 matrix products and of copies of 256 MiB, for about a second each."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     rates = {}
     for precision in sorted(precisions):
@@ -64,26 +64,26 @@ def measure_machine(device: torch.device, precisions: set[str]) -> Machine:
 
 
 def _best_seconds(statement: str, **tensors: torch.Tensor) -> float:
-    """Return the shortest of many runs: others on the machine make runs longer, never shorter."""
+    """Return the time of the fastest run: other work on the machine makes runs slower, never faster."""
     timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=_MEASURED_SECONDS).times)
 
 
 def step_cost_of(model: PreTrainedModel, tokens: float, sentences: int, words: int) -> StepCost:
-    """Count one step over ``tokens`` in ``sentences``, where ``words`` of the vocabulary occur in the whole text.
+    """Count one step over ``tokens`` in ``sentences``; ``words`` is the number of distinct tokens in the whole text.
 
-    Products are those of :mod:`distilbench.models.flops` on sentences of the mean length, but the last layer's are
-    needed of [CLS] alone.
+    Operations are those of :mod:`distilbench.models.flops` on sentences of the mean length, except that the last layer
+    is counted for [CLS] only.
     """
     length = max(1, round(tokens / sentences))
     counted = count_flops_by_module(model, length)
     path, layers = layer_list(model)
     name = ".".join([type(model).__name__, model.base_model_prefix, *path])
-    each = [float(counted[f"{name}.{i}"]) for i in range(len(layers))]  # (layers,) of one sentence
+    each = [float(counted[f"{name}.{i}"]) for i in range(len(layers))]  # (layers,) for one sentence
     spared = each[-1] * (1 - 1 / length)
     each[-1] -= spared
     level_of, trained = levels(model), [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    frozen_layers = max(0, min(level_of[name] for name, _ in trained) - 1)  # the embeddings are a level of their own
+    frozen_layers = max(0, min(level_of[name] for name, _ in trained) - 1)  # level 0 is the embeddings
     vocabulary = model.get_input_embeddings().weight
     elements = sum(words * p.shape[1] if p is vocabulary else p.numel() for _, p in trained)
     return StepCost(

@@ -1,4 +1,4 @@
-"""What a benchmark puts side by side: stock Hugging Face Trainer and our engines, each timed in a new process."""
+"""The cases of a benchmark, stock Hugging Face Trainer and our engines, and how each is timed in a new process."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ from distilbench.results import Evaluation, Status, StepRecord
 from distilbench.settings import BENCH_WINDOW, BenchmarkSettings, BenchSettings, TrialSettings, require
 
 REPORTED, TUNED, ENGINE = "reported", "tuned", "engine"
-"""Trainer as the report ran it, Trainer tuned, the engine that the settings name."""
+"""Trainer as in the course report, Trainer tuned, and the engine that the settings name."""
 
 START_SECONDS = 900.0
-"""How long Trainers that are to run at once may wait for each other."""
+"""How long concurrent Trainers may wait for each other before their timed steps."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: ``trials`` of these settings (with learning rates of their own), one epoch of ``splits.train``.
+    """One row: ``trials`` trials with these settings (but different learning rates), one epoch over ``splits.train``.
 
-    Trials of a stock Trainer are as many processes at once. ``compiled`` is whether Trainer compiles its model.
+    Several trials of a stock Trainer run in as many processes. ``compiled``: Trainer compiles its model.
     """
 
     name: str
@@ -62,22 +62,21 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """What its products are computed in."""
+        """The precision of its matrix products."""
         return self.settings.train.precision
 
     @property
     def steps(self) -> int:
-        """Steps of the epoch, those of the warm-up included."""
+        """Steps of the epoch, including the untimed ones at the start."""
         return len(self.splits.train) // self.settings.train.batch_size
 
 
 def cases_of(
     settings: BenchmarkSettings, trial: TrialSettings, splits: EncodedSplits, device: torch.device
 ) -> list[Case]:
-    """Return what is measured of ``trial`` on the ``splits`` of :func:`short_splits`, in the table's order.
+    """Return the cases to measure for ``trial`` on the ``splits`` of :func:`short_splits`, in the table's order.
 
-    Where Trainer may be tuned in several ways (a precision, on a GPU compiled), each is run once here, and the fastest
-    is taken.
+    If Trainer can be tuned in several ways (precision; on a GPU, compilation), run each once and keep the fastest.
     """
     bench, ways = settings.bench, []
     for precision in precisions_to_try(settings.train.precision, trial, device):
@@ -90,7 +89,7 @@ def cases_of(
     return [
         Case("HF as reported", REPORTED, trial, splits),
         tuned,
-        *([at_once] if bench.processes else []),  # never compiled: each process would have to compile for itself
+        *([at_once] if bench.processes else []),  # not compiled: each process would compile separately
         Case("trainer", ENGINE, trainer, splits),
         Case("fused, alone", ENGINE, fused, splits),
         Case(f"fused, {bench.trials} trials", ENGINE, fused, splits, bench.trials),
@@ -98,7 +97,7 @@ def cases_of(
 
 
 def precisions_to_try(asked: str, trial: TrialSettings, device: torch.device) -> list[str]:
-    """Return those that the tuned Trainer is tried in: what is fast differs, and bf16 costs some CPUs a hundredfold."""
+    """Return the precisions to try for the tuned Trainer; without native bf16, bf16 can be a hundred times slower."""
     if asked != "auto":
         return [trial.train.precision]
     if has_native_bf16(device):
@@ -107,7 +106,7 @@ def precisions_to_try(asked: str, trial: TrialSettings, device: torch.device) ->
 
 
 def short_splits(splits: EncodedSplits, bench: BenchSettings, batch_size: int) -> EncodedSplits:
-    """Return random examples for the steps of a run, and the whole text's vocabulary where nothing is evaluated."""
+    """Return random examples for a run; ``report``, which is not evaluated, is all of train, for its vocabulary."""
     most = len(splits.train) // batch_size - BENCH_WINDOW
     require(bench.steps <= most, "bench.steps", f"at most {most} for {len(splits.train):,} training examples",
             bench.steps, "lower it, or give more text")  # fmt: skip
@@ -121,10 +120,10 @@ def short_splits(splits: EncodedSplits, bench: BenchSettings, batch_size: int) -
 
 
 class Measured(NamedTuple):
-    """What a run took, for all of its trials: wall and CPU seconds (of all threads) and bytes.
+    """What a run took for all of its trials together: wall seconds, CPU seconds (of all threads) and bytes.
 
-    ``steps`` are those after the warm-up. ``rest_seconds`` is what the run took besides them and the evaluation: model,
-    optimizer, compiling, recording, warm-up. ``loss`` is the mean training loss of all steps of the first trial.
+    ``steps_seconds`` covers the timed steps; ``rest_seconds`` everything except these and the evaluation: model,
+    optimizer, compiling, graph capture, untimed steps. ``loss`` is the first trial's mean training loss over all steps.
     """
 
     steps_seconds: float
@@ -136,9 +135,10 @@ class Measured(NamedTuple):
 
 
 class ProcessRun(NamedTuple):
-    """One process's part: the ends of warm-up, steps and evaluation, ``marks`` (3, clocks) of wall and CPU seconds.
+    """The measurements of one process.
 
-    The wall clock is one that all processes of the machine share.
+    ``marks`` (3, clocks) are wall and CPU seconds at the ends of the untimed steps, of all steps and of the evaluation;
+    all processes of the machine share the wall clock.
     """
 
     marks: np.ndarray
@@ -148,9 +148,9 @@ class ProcessRun(NamedTuple):
 
 
 def run_case(case: Case) -> Measured:
-    """Measure in a new process: no cache warmed by another row, and a peak of memory of its own.
+    """Measure a case in a new process, with cold caches and its own peak memory.
 
-    Trials of a stock Trainer run at once, each in a process, and begin their timed steps together.
+    Trials of a stock Trainer run concurrently, each in its own process, and start their timed steps together.
     """
     context = multiprocessing.get_context("spawn")
     processes = 1 if case.kind == ENGINE else case.trials
@@ -162,14 +162,14 @@ def run_case(case: Case) -> Measured:
 
 
 _START: list[Barrier] = []
-"""In a measuring process, where those that run at once wait for each other after their warm-up."""
+"""In a measuring process: the barrier at which concurrent processes wait after their untimed steps."""
 
 
 def together(runs: list[ProcessRun]) -> Measured:
-    """Sum up processes that ran at once: from the first one's first timed step to the last one's last, and so on."""
+    """Combine concurrent processes: wall time from the first start to the last end; sums of CPU time and memory."""
     marks = np.stack([run.marks for run in runs])  # (processes, 3, clocks)
     began, trained, evaluated = marks[:, 0, 0].min(), marks[:, 1, 0].max(), marks[:, 2, 0].max()
-    own = marks[:, 2, 0] - marks[:, 0, 0]  # (processes,) seconds of each for steps and evaluation
+    own = marks[:, 2, 0] - marks[:, 0, 0]  # (processes,) seconds for steps and evaluation
     return Measured(
         steps_seconds=float(trained - began),
         steps_cpu_seconds=float((marks[:, 1, 1] - marks[:, 0, 1]).sum()),
@@ -186,17 +186,17 @@ def _measure(case: Case) -> ProcessRun:
     began, clock = time.perf_counter(), _Clock(case.steps)
     loss = (_train_engine if case.kind == ENGINE else _train_stock)(case, device, clock)
     seconds, peak, status = time.perf_counter() - began, peak_memory(device), Path("/proc/self/status")
-    if device.type == "cpu" and status.exists():  # of a process, Linux keeps the peak itself
+    if device.type == "cpu" and status.exists():  # Linux records the peak of a process
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         peak = int(found[1]) * 1024 if found else peak
     return ProcessRun(np.array([clock.marks[name] for name in ("warm", "trained", "evaluated")]), seconds, peak, loss)
 
 
 class _Clock(TrainerCallback):
-    """Reads both clocks where an engine or a Trainer says that steps or the evaluation are done.
+    """Observer and callback: reads both clocks when the untimed steps, all steps and the evaluation have ended.
 
-    It ends an engine's trials there. Of several the first one's warm-up counts, and the last one's last step and
-    evaluation.
+    It stops an engine's trials after their evaluation. Of several trials, the first to end its untimed steps counts,
+    and the last to end its steps and its evaluation.
     """
 
     def __init__(self, last_step: int) -> None:
@@ -209,7 +209,7 @@ class _Clock(TrainerCallback):
         self.marks[name] = time.perf_counter(), time.process_time()
 
     def on_step(self, trial: int, record: StepRecord) -> None:
-        """Note the end of the warm-up and of the last step of an engine."""
+        """Note the end of an engine's untimed steps and of its last step."""
         if record.step == self.last_step:
             self.note("trained")
         elif record.step == BENCH_WINDOW and "warm" not in self.marks:
@@ -218,19 +218,19 @@ class _Clock(TrainerCallback):
             self.losses.append(record.loss)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Note the end of the evaluation; the rest of a trial is the same whatever trained it."""
+        """Note the end of the evaluation and stop the trial: what follows does not depend on the engine."""
         self.note("evaluated")
         return True
 
     def wants_checkpoint(self) -> bool:
-        """Never."""
+        """Return False: no checkpoint is timed."""
         return False
 
     def on_checkpoint(self) -> None:
         """Do nothing."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the end of the warm-up and of the last step of a Trainer."""
+        """Note the end of a Trainer's untimed steps and of its last step."""
         if state.global_step in (BENCH_WINDOW, self.last_step):
             if args.device.type != "cpu":
                 torch.accelerator.synchronize()
@@ -241,7 +241,7 @@ class _Clock(TrainerCallback):
 
 
 def _train_engine(case: Case, device: torch.device, clock: _Clock) -> float:
-    """Train with our engine, and return the loss; trials are a small grid over the learning rate, as of a sweep."""
+    """Train with our engine and return the mean loss; the trials are a small grid over the learning rate."""
     settings = case.settings
     train = replace(
         settings.train, epochs=1, eval_steps=None, logging_steps=BENCH_WINDOW, checkpoints=False, resume=False
@@ -258,13 +258,13 @@ def _train_engine(case: Case, device: torch.device, clock: _Clock) -> float:
 
 
 def _train_stock(case: Case, device: torch.device, clock: _Clock) -> float:
-    """Train as :func:`_train_engine` does, with stock Trainer, from the same weights on the same batches."""
+    """Train like :func:`_train_engine`, but with stock Trainer: from the same weights, on the same batches."""
     settings, splits, tuned = case.settings, case.splits, case.kind == TUNED
     resolved = resolve_model(settings.model)
     model = build_model(resolved, splits.label_names, settings.seed)
     freeze(model, settings.freeze)
     length = None if tuned else settings.train.max_length
-    grain = 8 if device.type == "cuda" else None  # rows of such a length suit a GPU's matrix units
+    grain = 8 if device.type == "cuda" else None  # multiples of 8 suit a GPU's tensor cores
     tokenizer = load_tokenizer(resolved)
     padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=grain)
     with single_process(), tempfile.TemporaryDirectory() as directory:
@@ -281,18 +281,18 @@ def _train_stock(case: Case, device: torch.device, clock: _Clock) -> float:
         tidied = time.perf_counter() - clock.marks["trained"][0]
         trainer.evaluate()
         clock.note("evaluated")
-    wall, cpu = clock.marks["evaluated"]  # what Trainer tidies up before the evaluation belongs to neither
+    wall, cpu = clock.marks["evaluated"]  # Trainer's clean-up before the evaluation is not counted
     clock.marks["evaluated"] = wall - tidied, cpu
     return loss
 
 
 def _stock_arguments(case: Case, device: torch.device, directory: str) -> TrainingArguments:
-    """Trainer's defaults with the report's numbers; tuned, what makes it faster without changing the result."""
+    """Return Trainer's defaults with the report's values; if tuned, with what is faster at the same result."""
     settings = case.settings
     stock: dict[str, Any] = {"remove_unused_columns": True, "logging_strategy": "steps"}
     if case.kind == TUNED:
         stock |= {"optim": "adamw_torch_fused", "torch_compile": case.compiled}
-        if device.type == "cuda":  # on a CPU, workers of the loader would take cores from the training
+        if device.type == "cuda":  # on a CPU, loader workers would compete with the training for cores
             stock |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     else:
         stock |= {"optim": "adamw_torch", "logging_nan_inf_filter": True}
@@ -311,7 +311,7 @@ def _stock_arguments(case: Case, device: torch.device, directory: str) -> Traini
 
 
 def _rows(split: EncodedSplit, tokenizer: Any, length: int | None) -> list[dict[str, Any]]:
-    """Return a split as Trainer takes it, each row padded to ``length`` tokens where that is given."""
+    """Return a split as a dataset for Trainer, each row padded to ``length`` tokens, if given."""
     padding = "max_length" if length else False
     rows = ({"input_ids": split.row(i).tolist()} for i in range(len(split)))
     return [

@@ -1,4 +1,4 @@
-"""The benchmark's table: its lines, ratios, caption and file."""
+"""The benchmark's table: rows, ratios, caption and JSON file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from distilbench.settings import BENCH_WINDOW, BenchmarkSettings
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything that was measured: of each case, every repeat.
+    """All measurements: every repeat of each case.
 
-    ``tokens`` are the real ones of a step of one trial; ``about`` says where: ``device``, ``driver``, ``day``,
+    ``tokens`` is the number of real tokens per step and trial; ``about`` has ``device``, ``driver``, ``day``,
     ``versions``, ``model`` and ``data``.
     """
 
@@ -35,11 +35,11 @@ class Benchmark:
 
 
 def lines_of(done: Benchmark) -> list[dict[str, Any]]:
-    """Return each case's figures: medians over the repeats, per trial, in seconds and bytes.
+    """Return each case's figures: medians over the repeats, per trial, in seconds; the peak in bytes.
 
-    ``speed`` and ``cpu_speed`` are the tuned Trainer's seconds a step to this case's, repeat by repeat: their median,
-    least and greatest. ``sweep_seconds`` is what the benchmark's number of trials takes, ``times_limit`` how many times
-    as long as the machine needs at least.
+    ``speed`` and ``cpu_speed`` are ratios of the tuned Trainer's seconds to this case's, repeat by repeat: median,
+    minimum and maximum. ``sweep_seconds`` is the time for the benchmark's number of trials, ``times_limit`` the ratio
+    of the step time to the least time that this machine could need.
     """
     bench = done.settings.bench
     tuned = DataFrame(next(runs for case, runs in done.runs if case.kind == TUNED))
@@ -88,7 +88,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def caption_of(done: Benchmark) -> str:
-    """Say what the figures mean and where they come from."""
+    """Return the caption, which says what the figures mean and how they were measured."""
     settings, machine, cost, about = done.settings, done.machine, done.step_cost, done.about
     rates = ", ".join(f"{p} {rate / 1e9:,.0f} GFLOP/s" for p, rate in machine.operations_per_second.items())
     driver = f" (driver {about['driver']}, CUDA {about['versions']['cuda']})" if about["driver"] else ""
@@ -108,7 +108,7 @@ def caption_of(done: Benchmark) -> str:
 
 
 def write(done: Benchmark, console: Console) -> None:
-    """Print the table; write JSON with every run."""
+    """Print the table and write every run to ``benchmark.json``."""
     table, lines = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)), lines_of(done)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
