@@ -94,7 +94,8 @@ def _bound_over_seeds(spread: SeedSpread) -> float:
 
 def _deflation(spread: SeedSpread, loss: float) -> float:
     """Return the standard error observed over that at a true ``loss``, with seeds as given; at most 1."""
-    observed = float(spread.by_example.var(ddof=1)) / len(spread.by_example)
+    examples = len(spread.by_example)
+    observed = float(spread.by_example.var(ddof=1)) / examples if examples > 1 else 0.0
     expected = float(variance_at_loss(*effective_counts(spread.by_example), loss))
     return math.sqrt(observed / expected) if 0 < observed < expected else 1.0
 

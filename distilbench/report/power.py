@@ -77,10 +77,8 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, alpha: float
     from scipy.special import ndtr
 
     error = math.sqrt(spread.of_seeds(seeds, examples) + spread.lasting / examples)
-    if error == 0:
-        return 1.0
-    half = _half_widths(spread, seeds, examples, margin, alpha)
-    return float(np.mean(ndtr((max(margin - loss, loss) - half) / error)))
+    room = max(margin - loss, loss) - _half_widths(spread, seeds, examples, margin, alpha)
+    return float(np.mean(ndtr(room / error) if error else room > 0))  # where nothing differed, few examples are few
 
 
 def _half_widths(spread: Spread, seeds: int, examples: int, margin: float, alpha: float) -> np.ndarray:

@@ -68,6 +68,14 @@ def test_without_any_spread_everything_is_shown():
     assert power(Spread(0.0, 0.0), 3, 872, 0.01) == 1.0
 
 
+def test_where_nothing_differed_few_examples_are_few_whatever_the_seeds():
+    found = needed(Spread(0.0, 0.0), seeds=2, examples=32, margin=0.01)
+    assert found.seeds is None
+    assert found.examples is not None
+    seen = [spread_over_seeds(*[{seed: np.ones(n, bool) for seed in (1, 2)}] * 2) for n in (32, found.examples)]
+    assert [noninferiority_over_seeds(one, 0.01).p < ALPHA for one in seen] == [False, True], "as the test will say"
+
+
 @pytest.mark.parametrize(("discordance", "examples"), [(0.04, 5_000), (0.10, 5_000), (0.06, 20_000)])
 def test_needed_seeds_are_the_fewest_that_suffice(discordance, examples):
     spread = spread_assumed(discordance)
