@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from m
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that tests start would inherit a SIGHUP that is ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background jobs would
 
+import hypothesis
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +31,10 @@ from tests.commands import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
+hypothesis.settings.register_profile(
+    "whatever-the-clock-says", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("whatever-the-clock-says")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from distilbench.settings import DataSettings, SettingsError
 from tests.data.made_files import FORMATS, files, numbered, raw, refusal, texts, write
 
 
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=60)
 @given(rows=st.lists(texts, min_size=4, max_size=12), strings=st.booleans())
 def test_every_format_gives_the_same_texts_and_fingerprint(folder, rows, strings):
     labels = [("no", "yes")[i % 2] if strings else i % 2 for i in range(len(rows))]
@@ -235,13 +235,13 @@ def loads_or_refuses(settings: DataSettings) -> None:
     assert message.encode()
 
 
-@examples(max_examples=150, deadline=None)
+@examples(max_examples=150)
 @given(suffix=st.sampled_from(FORMATS), content=st.binary(max_size=200))
 def test_arbitrary_bytes_load_or_are_refused_in_one_line(folder, suffix, content):
     loads_or_refuses(raw(folder / f"bytes{suffix}", content))
 
 
-@examples(max_examples=250, deadline=None)
+@examples(max_examples=250)
 @given(suffix=st.sampled_from(FORMATS), draw=st.data())
 def test_a_damaged_file_loads_or_is_refused_in_one_line(folder, suffix, draw):
     whole = write(folder / f"damaged{suffix}", numbered(8)).read_bytes()
@@ -256,7 +256,7 @@ json_values = st.recursive(
 )
 
 
-@examples(max_examples=150, deadline=None)
+@examples(max_examples=150)
 @given(rows=st.lists(st.tuples(json_values, json_values), max_size=6), names=st.none() | st.just(["0", "a"]))
 def test_arbitrary_values_load_or_are_refused_in_one_line(folder, rows, names):
     content = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)

@@ -29,7 +29,7 @@ def per_class(split: data.TextSplit, classes: int) -> np.ndarray:
     return np.bincount(split.labels, minlength=classes)
 
 
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=80)
 @given(counts=class_counts, fraction=st.floats(0.01, 0.99), seed=st.integers(-5, 2**40))
 def test_a_carved_split_is_disjoint_stratified_and_deterministic(folder, counts, fraction, seed):
     path = labelled_file(folder, counts)
@@ -53,7 +53,7 @@ def test_another_split_seed_draws_another_split(folder):
     assert one.used.fingerprint != other.used.fingerprint
 
 
-@examples(max_examples=80, deadline=None)
+@examples(max_examples=80)
 @given(counts=class_counts, cap=st.integers(5, 200), most=st.integers(5, 200))
 @example(counts=[2, 2, 10, 36], cap=36, most=5)
 def test_caps_are_met_exactly_stratified_and_keep_each_class(folder, counts, cap, most):
@@ -98,7 +98,7 @@ def test_the_selection_split_is_the_same_for_any_amount_of_training_text(folder,
     assert splits.used == whole.used, "one pool, one protocol"
 
 
-@examples(max_examples=60, deadline=None)
+@examples(max_examples=60)
 @given(counts=class_counts, few=st.integers(5, 100), more=st.integers(0, 100))
 def test_fewer_training_examples_are_a_part_of_more(folder, counts, few, more):
     path = labelled_file(folder, counts)

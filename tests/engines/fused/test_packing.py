@@ -22,7 +22,7 @@ def split_of(lengths):
 
 
 @given(LENGTHS, st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_tokens_come_in_the_order_asked_for(lengths, random):
     split = split_of(lengths)
     chosen = np.array(random.sample(range(len(lengths)), len(lengths)))
@@ -34,7 +34,7 @@ def test_tokens_come_in_the_order_asked_for(lengths, random):
 
 
 @given(LENGTHS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
     packed = pack(split_of(lengths), np.arange(len(lengths)))
     columns = packed.column[packed.sentence] + packed.positions
@@ -45,7 +45,7 @@ def test_every_token_has_a_slot_of_its_own_within_the_width(lengths):
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=3).filter(lambda orders: len({len(o) for o in orders}) == 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders):
     batch = stack_batches([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
     trials, tokens, heads = len(orders), batch.ids.shape[1], 2

@@ -23,7 +23,7 @@ def split_of(lengths):
 
 
 @given(st.lists(st.integers(3, 60), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
     split, seeds = split_of(lengths), (3, 8)
     schedule = BatchSchedule(len(lengths), size, epochs)
@@ -80,7 +80,7 @@ def test_levels_add_as_little_as_they_can():
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=50), st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_size_fits_a_level(sizes, most):
     found = levels(np.array(sizes), 16, most, power=1)
     assert len(found) <= most
