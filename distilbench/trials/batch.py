@@ -1,4 +1,4 @@
-"""Jobs trained to their ends: what they share is prepared once, and those that an engine takes at once go together."""
+"""Train jobs in batches: what they share is prepared once, and those that fit one engine call are trained together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kept = TypeVar("Kept")
 
 
 def run_and_compare(job: Job) -> Trial:
-    """Train one trial, with its baseline first where ``baseline.ensure`` asks for it, and print how they compare."""
+    """Train one trial, after its baseline if ``baseline.ensure`` is set, and print how they compare."""
     trial = BatchRunner(max_trials=1).train_one(job)
     print_outcome(trial)
     return trial
@@ -37,14 +37,14 @@ def run_and_compare(job: Job) -> Trial:
 
 @cache
 def sweep_store(settings: TrackingSettings) -> MlflowStore | None:
-    """Open a store once in a process, however many trials of sweeps it trains: it may be gone as a later one begins."""
+    """Open the store once per process, for all trials of sweeps: it may be unreachable when a later one begins."""
     return open_store(settings, patiently=True)
 
 
 class BatchRunner:
-    """Train batches of jobs; what one batch resolved, opened or measured serves the next.
+    """Train batches of jobs; what one batch resolved, opened or measured is reused by the next.
 
-    ``max_trials`` bounds how many trials are trained at once, and so how much a kill can cost.
+    ``max_trials`` limits how many trials are trained at once, and so how much work a kill can cost.
     """
 
     def __init__(self, max_trials: int) -> None:
@@ -55,18 +55,18 @@ class BatchRunner:
         self._baselines: dict[Hashable, StoredTrial] = {}
 
     def train_one(self, job: Job) -> Trial:
-        """Train one job; raises what kept it from its end."""
+        """Train one job; raises the exception that prevented its result."""
         (ended,) = self.train([job], lambda trial: trial)
         if isinstance(ended, Exception):
             raise ended
         return ended
 
     def train(self, jobs: Sequence[Job], keep: Callable[[Trial], Kept]) -> list[Kept | Exception]:
-        """Train every job; return what became of each: what ``keep`` makes of its trial, which then leaves memory.
+        """Train every job; returns, for each, ``keep(trial)`` or its exception. Trials are freed after each batch.
 
-        A job that can't start raises :class:`SettingsError` before anything is trained; a sweep's has that for its end,
-        and the others are trained. What goes wrong for a whole batch is the exception of each of its jobs; other
-        batches go on. KeyboardInterrupt passes through.
+        A job that can't start raises :class:`SettingsError` before anything is trained; in a sweep, it is returned as
+        that job's exception, and the others are trained. An error in a batch becomes the exception of all of its jobs;
+        other batches continue. KeyboardInterrupt propagates.
         """
         ready: dict[int, Trial] = {}
         ended: dict[int, Kept | Exception] = {}
@@ -87,13 +87,13 @@ class BatchRunner:
                 trials = [ready.pop(index) for index in batch]
                 self._train_batch(trials, trained_here)
                 ended |= zip(batch, map(keep, trials), strict=True)
-                del trials  # before the next batch
-            except Exception as error:  # the jobs' boundary: other batches go on
+                del trials  # free memory before the next batch
+            except Exception as error:  # boundary: other batches go on
                 ended |= dict.fromkeys(batch, error)
         return [ended[index] for index in range(len(jobs))]
 
     def prepare(self, settings: AppSettings) -> Prepared:
-        """Resolve and encode what trials of such settings share, once; raises where one of these can't be trained."""
+        """Resolve and encode, once, what trials share; raises :class:`SettingsError` if this one can't be trained."""
         key = preparation_key(settings)
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
@@ -103,7 +103,7 @@ class BatchRunner:
         return prepared
 
     def _batches(self, ready: Mapping[int, Trial]) -> list[list[int]]:
-        """Return indices of those to train at once, at most ``max_trials``; baselines first, to compare others with."""
+        """Return the indices of each batch, of at most ``max_trials``; batches with baselines come first."""
         together: dict[Hashable, list[int]] = defaultdict(list)
         for index, trial in ready.items():
             is_fused = trial.prepared.engine.name == "fused"
@@ -129,7 +129,7 @@ class BatchRunner:
             conclude(trial)
 
     def _solo(self, trial: Trial) -> float | None:
-        """Return the estimate for a trial of this kind alone, measured once in a sweep."""
+        """Return the solo estimate for trials of this kind, measured only once; None if it fails."""
         kind = _kind_of(trial)
         if kind not in self._solo_seconds:
             try:
@@ -140,7 +140,7 @@ class BatchRunner:
         return self._solo_seconds[kind]
 
     def _baseline_of(self, trial: Trial) -> StoredTrial | None:
-        """Find the newest finished baseline of a trial."""
+        """Return the newest finished baseline of a trial, or None."""
         key, baseline, prepared = _baseline_identity(trial), trial.job.baseline, trial.prepared
         if key not in self._baselines and trial.store:
             wanted = treatment_of(baseline, prepared.precision)
@@ -160,7 +160,7 @@ class BatchRunner:
 
 
 def _kind_of(trial: Trial) -> Hashable:
-    """Return what trials must share to be trained at once."""
+    """Return a key, equal for trials that can be trained at once."""
     return preparation_key(trial.settings), fusion_key(prepared_trial(trial.settings, trial.prepared))
 
 
@@ -169,10 +169,9 @@ def _baseline_identity(trial: Trial) -> TrialIdentity:
 
 
 def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) -> None:
-    """Compare a trial with its baseline and attach that to its run, where both have a result.
+    """Compare a trial with its baseline and attach the comparison to its run, if both have a result.
 
-    A comparison that can't be made costs a warning: the trial has ended, and stands without it, a sweep's until the
-    sweep's report.
+    An error costs a warning only, since the trial has ended; a sweep's report compares its trials again.
     """
     if trial.result.status is not Status.FINISHED or trial.result.report is None:
         return
@@ -186,14 +185,14 @@ def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) 
         if trial.store and trial.run_id:
             text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
             trial.store.add_comparison(trial.run_id, text, figures, comparison_headline(comparison))
-    except Exception as error:  # the boundary of a trial that has its result
+    except Exception as error:  # boundary: the trial has its result
         log.warning("%s could not be compared with its baseline: %s", trial.name, error)
     else:
         trial.comparison = comparison
 
 
 def conclude(trial: Trial) -> None:
-    """Write the model's card and log the model if that is asked; of a sweep, ``best`` is the sweep's to log."""
+    """Write the model card, and log the model as ``tracking.log_model`` asks; a sweep logs its best one itself."""
     write_or_warn(f"the card of {trial.name}", partial(write_card, trial))
     tracking, directory, store = trial.settings.tracking, trial.directory / MODEL, trial.store
     is_wanted = tracking.log_model == "always" or (tracking.log_model == "best" and trial.job.context is None)

@@ -1,4 +1,4 @@
-"""The model card beside a trial's model: what it was made of, what it reached, and no claim beyond the trial's own."""
+"""The model card beside a trial's model: its sources, its result, and no claim beyond that one trial."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 ON_DISK = ("files", "local")
-"""Sources that are named by a path of the machine that trained, which is nothing to publish."""
+"""Sources named by a path on the machine that trained, which must not be published."""
 
 
 def write_card(trial: Trial) -> None:
-    """Write ``README.md`` beside the model, as ``huggingface_hub`` reads it; nothing where the trial left no model."""
+    """Write ``README.md`` beside the model, as ``huggingface_hub`` reads it; does nothing if there is no model."""
     directory, report, prepared = trial.directory / MODEL, trial.result.report, trial.prepared
     if report is None or trial.result.error or not (directory / "config.json").is_file():
         return
@@ -59,12 +59,12 @@ def _source(used: SourceUsed) -> str:
 
 
 def _name(used: SourceUsed) -> str:
-    """Return what others may know a source by: of files, their names without the author's folders."""
+    """Return a source's public name: for files, without the author's folders."""
     return " + ".join(Path(path).name for path in used.name.split(" + ")) if used.kind in ON_DISK else used.name
 
 
 def _command(trial: Trial) -> str:
-    """Return the line that trains the same from what was really used, stand-ins by their own names."""
+    """Return the command that trains the same trial from the sources really used, fallbacks by their own names."""
     settings = prepared_trial(trial.settings, trial.prepared)
     if trial.prepared.text.used.fallback_for and settings.data.fallback:
         settings = replace(settings, data=settings.data.fallback)

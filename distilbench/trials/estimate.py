@@ -1,4 +1,4 @@
-"""How long a trial would take alone: a short run of the real thing, scaled up."""
+"""Estimate how long a trial takes alone: a short run of the real training, scaled up."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from distilbench.settings import AppSettings, FreezeSettings, SettingsError, Tri
 from distilbench.trials.prepared import Prepared, prepared_trial
 
 STEPS, GPU_STEPS = 8, 512
-"""Optimisation steps of a probe. On two cores a step of MiniLM takes 0.1-0.3 s. A GPU's takes milliseconds once it is
-recorded, which it is where many are to come: eight steps told fifteen times too much.
+"""Optimisation steps of a probe. On two cores, a step of MiniLM takes 0.1-0.3 s. On a GPU, a step takes milliseconds
+once it is recorded, which only a run with many steps does: a probe of eight steps predicted fifteen times too much.
 """
 
 
 _STOP_AT_EVALUATION = cast(TrialObserver, SimpleNamespace(
     on_step=lambda *_: None, on_evaluation=lambda *_: True, wants_checkpoint=lambda: False, on_checkpoint=lambda: None
 ))  # fmt: skip
-"""Ends a probe at its one evaluation, before the report split is looked at."""
+"""Ends a probe at its only evaluation, before the report split is evaluated."""
 
 
 def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     """Predict ``train_seconds`` of a trial that has the device to itself.
 
-    Where what is frozen moves, the most and the fewest levels are probed, and the mean stands between them; where
-    gradients say what is frozen, nothing is taken to be. Raises :class:`SettingsError` where a trial of these settings
-    fails within its first steps.
+    With a freeze policy that changes what is frozen, the most and the fewest frozen levels are probed, and the estimate
+    is interpolated at the mean; if gradients decide, nothing is assumed frozen. Raises :class:`SettingsError` if such a
+    trial fails within its first steps.
     """
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
     if not trial.freeze.moves:
@@ -52,8 +52,8 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
 def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits) -> float:
     """Estimate ``train_seconds`` of a trial that ``engine`` trains alone.
 
-    The probe trains on a few random batches and evaluates a like share of the selection split. It runs twice,
-    and the second run counts: the first warms libraries and caches. Raises :class:`SettingsError` where it fails.
+    The probe trains on a few random batches and evaluates a proportional share of the selection split. It runs twice,
+    and the second run counts: the first warms up libraries and caches. Raises :class:`SettingsError` if it fails.
     """
     probed, scale = _share_of(splits, settings)
     with tempfile.TemporaryDirectory() as directory:
@@ -68,7 +68,7 @@ def solo_seconds(engine: Engine, settings: TrialSettings, splits: EncodedSplits)
 
 
 def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSplits, float]:
-    """Return splits of a probe, and how many times its work the whole trial is."""
+    """Return the splits of a probe, and the factor from its work to that of the whole trial."""
     train, rng = settings.train, np.random.default_rng(0)
     most = GPU_STEPS if resolve_device(settings.engine.device).type == "cuda" else STEPS
     examples = min(most * train.batch_size, len(splits.train))
@@ -79,7 +79,7 @@ def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSp
         splits,
         train=random_part(splits.train, examples, rng),
         selection=random_part(splits.selection, evaluated, rng),
-        # never evaluated, since the probe stops before: it keeps the vocabulary of the whole text in the model
+        # never evaluated, since the probe stops before: gives the model the vocabulary of the whole training text
         report=splits.train,
     )
     return probed, scale

@@ -1,4 +1,4 @@
-"""Signals that wait: what opens and closes a trial is never cut short, and a step is taken to its end."""
+"""Deferred signals: opening and closing a trial is never interrupted, and a training step is completed first."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from typing import Any
 from distilbench.cli import STATUS
 
 _PATIENCE = 2
-"""How often Ctrl-C may be pressed while a trial is closed: a minute, where a server has stopped answering."""
+"""How often Ctrl-C is ignored while a trial is closed, which takes a minute if a server has stopped answering."""
 
 STEP_SECONDS = 10
-"""Longest wait for the end of a step, and a checkpoint, after a signal; Slurm kills 30 s after SIGTERM."""
+"""Longest wait after a signal for the step to end and a checkpoint to be written; Slurm kills 30 s after SIGTERM."""
 
 
 class TakenOver(RuntimeError):
-    """Another process has closed this trial, whose process had stood still for too long, and tries it again."""
+    """Another process has closed this trial, since its process was frozen for too long, and trains it again."""
 
 
 class SignalGuard:
-    """Hold signals back from here to the end of the block, but for the parts where they are :meth:`released`.
+    """Defer signals until the block ends, except in the parts where they are :meth:`released`.
 
-    The first signal in such a part does what it would have done; every other waits until the block is left, so that
-    nothing interrupts the closing of what the first has ended (a closed terminal often sends SIGHUP twice); whoever
-    presses Ctrl-C again and again is let go. Signals that are ignored, as under nohup, stay so. In another thread than
-    the main one, which gets no signals, this does nothing.
+    In such a part, the first signal takes effect; all others wait until the block ends, so that they do not interrupt
+    the clean-up after the first (a closed terminal often sends SIGHUP twice). Repeated Ctrl-C ends the process. Ignored
+    signals, as under nohup, stay ignored. Outside of the main thread, which alone gets signals, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -41,22 +40,22 @@ class SignalGuard:
 
     def __enter__(self) -> SignalGuard:
         if threading.current_thread() is threading.main_thread():
-            for number in STATUS:  # by USR1, USR2 or TERM Slurm, submitit and spot machines say that time is up
+            for number in STATUS:  # Slurm, submitit and spot machines announce their end by USR1, USR2 or TERM
                 handler = signal.getsignal(number)
-                if handler not in (signal.SIG_IGN, None):  # None: not installed from Python, and not to be restored
+                if handler not in (signal.SIG_IGN, None):  # None: not installed from Python, can't be restored
                     self._handlers[number] = handler
                     signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_left, self._is_held = True, False  # from here on a handler that is still ours passes signals on
+        self._is_left, self._is_held = True, False  # from now on, our handlers pass signals on
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.deliver()
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Let signals through in this block; those that waited come first."""
+        """Deliver signals in this block, starting with those that waited."""
         self._is_held = False
         self.deliver()
         try:
@@ -66,9 +65,9 @@ class SignalGuard:
 
     @contextmanager
     def released_at_steps(self) -> Iterator[None]:
-        """Let Ctrl-C through in this block, and other signals only by :meth:`deliver`, however many: Slurm sends two.
+        """Deliver Ctrl-C at once in this block; other signals (Slurm sends two) wait for :meth:`deliver`.
 
-        That is called between two steps, once there is a checkpoint; after :data:`STEP_SECONDS` by an alarm.
+        It is called between two steps, after a checkpoint, or by an alarm after :data:`STEP_SECONDS`.
         """
         can_wait = bool(self._handlers) and hasattr(signal, "alarm")
         before = signal.signal(signal.SIGALRM, lambda *_: self.deliver()) if can_wait else None
@@ -84,11 +83,11 @@ class SignalGuard:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a signal waits for the end of a step."""
+        """Whether a signal waits for the current step to end."""
         return self._waits_for_step and bool(self._waiting)
 
     def deliver(self) -> None:
-        """Have the signals do what they would have done, which as a rule ends the training by an exception."""
+        """Call the original handlers of the waiting signals, which usually raise and so end the training."""
         while self._waiting:
             self._handle(self._waiting.pop(0), None)
 
@@ -108,7 +107,7 @@ class SignalGuard:
         handler = self._handlers[number]
         self._is_held = not self._is_left
         if callable(handler):
-            handler(number, frame)  # raises, as a rule
+            handler(number, frame)  # usually raises
             self._is_held = False
         elif self._is_left:
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a trial begins with: a job, what its sweep says of it, and sources and text made ready."""
+"""The inputs of a trial: its job, the context of its sweep, and the resolved sources with the encoded text."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "h
 
 @dataclass(frozen=True)
 class Job:
-    """One trial as a person asked for it, with what it takes to compare it."""
+    """One trial as requested, with the settings of the baseline that it is compared with."""
 
     settings: AppSettings
     baseline: AppSettings
     baseline_command: Callable[[], str]
-    """Makes the command line that trains the baseline; that takes half a second, and few ask."""
+    """Returns the command line that trains the baseline; a function, since that takes half a second."""
     context: SweepContext | None = None
-    """Set for a trial of a sweep, which sees to the baseline itself."""
+    """Set for a trial of a sweep, which trains the baseline itself."""
 
     @property
     def is_baseline(self) -> bool:
@@ -41,47 +41,47 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What its run is called, as in reports: what tells it from its baseline, and the seed."""
+        """Name of its run: how its settings differ from the baseline's, as in reports, and the seed."""
         ours, baseline = treatment_of(self.settings, ""), treatment_of(self.baseline, "")
         told = {key: value_of(ours, key) for key in varying_keys([ours, baseline])}
         return f"{name_of(told) or 'baseline'} seed={self.settings.seed}"
 
 
 class Lease(Protocol):
-    """A trial that another process takes over once its own has stood still for long."""
+    """A process's claim to its trial, which another process takes over if this one is frozen for long."""
 
     is_lost: bool
-    """What was last known."""
+    """Whether the claim had ended at the last check."""
 
     def holds(self) -> bool:
-        """Ask whether the trial is still this process's."""
+        """Return whether the trial is still this process's."""
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What a trial has from the sweep that it belongs to; one on its own has a name alone."""
+    """What a trial gets from its sweep; a trial without a sweep has only a name."""
 
     name: str
-    """What its run is called."""
+    """The name of its run."""
     parent_run_id: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     pruning_callback: Callable[[Evaluation], str | None] | None = None
     """Called after each evaluation; returns why the trial is to stop there, or None."""
     is_quiet: bool = False
-    """Whether the trial shows nothing, since others run beside it and the sweep shows them all."""
+    """Whether the trial prints nothing, since others run at the same time and the sweep shows them all."""
     accept: Callable[[Prepared], None] | None = None
-    """Raises :class:`SettingsError` for sources that are not those of the sweep's other trials."""
+    """Raises :class:`SettingsError` for sources that differ from those of the sweep's other trials."""
     lease: Lease | None = None
-    """Whose the trial is, to be asked before anything is kept of it."""
+    """Checked before anything of the trial is recorded."""
     continues: Path | None = None
-    """Directory of the interrupted trial to continue, if what it left still fits: its own, or an earlier one."""
+    """Directory of the interrupted trial to continue (its own or an earlier one), if its checkpoint still fits."""
     picks: bool = False
-    """Whether the sweep picks one of several settings, so that a lead where it picks is yet to be confirmed."""
+    """Whether the sweep selects one of several settings, so that a lead on the selecting split needs confirmation."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that trials of one model, one text and one device share; ``seconds`` is what preparing took."""
+    """Everything that trials of one model, one text and one device share; ``seconds`` is the time to prepare it."""
 
     model: ResolvedModel
     text: TextSplits
@@ -94,12 +94,12 @@ class Prepared:
     seconds: float
 
     def identity_of(self, settings: AppSettings) -> TrialIdentity:
-        """Return what tells a trial with these settings from others in everything that a result depends on."""
+        """Return the identity of a trial with these settings: everything that its result depends on."""
         return trial_identity(self.protocol, settings, self.precision)
 
 
 def version_of(library: str) -> str:
-    """Return the version of an installed library; ``unknown`` for one that runs without metadata, as a checkout may."""
+    """Return the version of an installed library; ``unknown`` without metadata, as in a checkout."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -107,7 +107,7 @@ def version_of(library: str) -> str:
 
 
 def prepare(settings: AppSettings) -> Prepared:
-    """Resolve the sources and encode the text; raises :class:`SettingsError` for all that a person can mend."""
+    """Resolve the sources and encode the text; raises :class:`SettingsError` if the settings do not allow it."""
     start = time.perf_counter()
     device = resolve_device(settings.engine.device)
     precision = resolve_precision(settings.train.precision, device)
@@ -135,5 +135,5 @@ def prepare(settings: AppSettings) -> Prepared:
 
 
 def prepared_trial(settings: AppSettings, prepared: Prepared) -> TrialSettings:
-    """Return the trial as an engine gets it: with the weights that were really resolved, and the engine."""
+    """Return the trial as an engine gets it: with the model and the engine that were really resolved."""
     return replace(settings.trial, model=prepared.model.settings, engine=prepared.engine)

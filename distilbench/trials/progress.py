@@ -1,4 +1,4 @@
-"""What a person sees while trials run: one bar on a terminal, plain lines elsewhere."""
+"""The progress shown while trials run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ QUICK_STEPS = 125
 """Steps of experiment=quick: 2,000 examples at batch 16."""
 
 LONG_SECONDS = 600.0
-"""What takes longer than this is announced as long."""
+"""A trial predicted to take longer than this is announced as long."""
 
 SURE_STEPS, SURE_SECONDS = 10, 2.0
-"""What must have been seen of a trial before its time is predicted."""
+"""Steps and seconds of a trial that must have passed before its time is predicted."""
 
 
 class Progress:
-    """Shows several trials, told apart by ``names``; a context manager and an observer that stops none of them.
+    """Shows the progress of the trials ``names``; a context manager, and an observer that stops no trial.
 
-    ``console`` is rich's, by default a new one on standard output; ``clock`` counts seconds. Of rich's bars, one a
-    trial, the one that moved last is seen, on a terminal; each knows its trial's speed from the first record on.
+    ``console`` is by default a new one on standard output; ``clock`` returns seconds. On a terminal, each trial has a
+    bar, and only the one that moved last is visible; its speed is averaged since the trial's first record.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Progress:
         self._bars.stop()
 
     def on_step(self, trial: int, record: StepRecord) -> None:
-        """Move the bar, or print a line where the last one is old enough."""
+        """Move the bar, or print a line if the last one is old enough."""
         for other, bar in enumerate(self._bars.tasks):
             self._bars.update(bar.id, visible=other == trial)
         bar = self._bars.tasks[trial]
@@ -78,7 +78,7 @@ class Progress:
             self._print(trial, text)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Print a line about an evaluation; returns False, since watching stops nothing."""
+        """Print a line about an evaluation; returns False, which stops no trial."""
         self._print(trial, evaluation_text(evaluation))
         return False
 
@@ -99,7 +99,7 @@ class Progress:
 
 
 def step_text(record: StepRecord, left: float | None) -> str:
-    """Epoch, step, loss, speed and time left of a step, on one line."""
+    """Return epoch, step, loss, speed and remaining time of a step, on one line."""
     epochs = round(record.epoch * record.steps / record.step)
     remaining = f", {duration(left)} left" if left is not None else ""
     return (
@@ -109,7 +109,7 @@ def step_text(record: StepRecord, left: float | None) -> str:
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Return what an evaluation found, on one line."""
+    """Return the measures of an evaluation, on one line."""
     return (
         f"epoch {evaluation.epoch:g} on {evaluation.split}: accuracy {100 * evaluation.accuracy:.2f} %, "
         f"loss {evaluation.loss:.4f}, F1 {evaluation.f1:.4f}, MCC {evaluation.mcc:.4f}"
@@ -117,7 +117,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 
 def say_long(predicted_seconds: float, steps: int) -> str | None:
-    """Return a line that warns of a long trial and names a quicker experiment if that is one; else None."""
+    """Return a line that warns of a long trial, and names a quicker experiment if there is one; None if not long."""
     if predicted_seconds <= LONG_SECONDS:
         return None
     remedy = "; for a first answer in minutes: experiment=quick" if steps > QUICK_STEPS else ""

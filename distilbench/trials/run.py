@@ -1,4 +1,4 @@
-"""Build, train, track: from the moment a trial's run is opened until it is closed, whatever ends it."""
+"""Train and track trials, from the moment their runs are opened until they are closed, whatever ends them."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trial:
-    """A trial from what it takes to begin on; in the end with its result, and how it compares."""
+    """A trial from its inputs to its result and its comparison with the baseline."""
 
     job: Job
     prepared: Prepared
     store: MlflowStore | None
-    """None where nothing is tracked."""
+    """None without tracking."""
     start: RunStart | None = None
-    """What was known before its first step, None until it has begun, as of the next two."""
+    """What is known before its first step; like the next two, None until the trial has begun."""
     record: Record | None = None
     run: MlflowRun | None = None
     ended: TrialResult | None = None
-    """What an engine came to, None until then."""
+    """The engine's result; None until the trial has ended."""
     comparison: Comparison | None = None
-    """None for a baseline, and where there is none to compare with."""
+    """None for a baseline, and if there is no baseline to compare with."""
 
     @property
     def settings(self) -> AppSettings:
-        """What is trained."""
+        """The settings that are trained."""
         return self.job.settings
 
     @cached_property
     def context(self) -> SweepContext:
-        """What its sweep says of it."""
+        """What it gets from its sweep, or its name alone."""
         return self.job.context or SweepContext(self.job.name)
 
     @property
@@ -75,23 +75,23 @@ class Trial:
 
     @property
     def result(self) -> TrialResult:
-        """What an engine came to; only of a trial that has ended."""
+        """The engine's result; only for a trial that has ended."""
         assert self.ended is not None
         return self.ended
 
     @property
     def directory(self) -> Path:
-        """Where its record and its predictions are."""
+        """The directory of its record and its predictions."""
         return Path(self.settings.output.dir)
 
     @property
     def run_id(self) -> str | None:
-        """The run that keeps it, None without tracking."""
+        """The id of its MLflow run; None without tracking."""
         return self.run.run_id if self.run else None
 
     @property
     def predictions(self) -> Predictions | None:
-        """What the kept epoch said of the report split."""
+        """The kept epoch's predictions on the report split; None without a result."""
         report = self.ended.report if self.ended else None
         if report is None or report.logits is None:
             return None
@@ -101,20 +101,20 @@ class Trial:
 
     @property
     def stored(self) -> StoredTrial:
-        """The trial as the store would give it back; only for one that has a result."""
+        """The trial as the store would return it; only for one that has a result."""
         assert self.start is not None
         tags, metrics = {**tags_of(self.start), "distilbench.status": self.result.status}, final_metrics(self.result)
         return trial_of(self.run_id or "", self.name, tags, metrics, predictions=self.predictions)
 
     def is_held(self) -> bool:
-        """Ask whether the trial is still this process's; say so if not."""
+        """Return whether the trial is still this process's; logs a warning if not."""
         if self.context.lease is None or self.context.lease.holds():
             return True
         log.warning("%s was taken over by another process: nothing that came of it here is kept", self.name)
         return False
 
     def keep_in_directory(self) -> None:
-        """Write predictions and record; what can't be written costs a warning, since the figures outweigh the file."""
+        """Write predictions and record; an error costs a warning only, since the result outweighs its files."""
         result, predictions = self.ended, self.predictions
         if result is None or self.record is None:
             return
@@ -126,27 +126,27 @@ class Trial:
         write_or_warn(f"the record of {self.name}", partial(self.record.write, self.directory))
 
     def keep_in_store(self) -> None:
-        """End the run with what the trial came to."""
+        """End the run with the trial's result."""
         run, result = self.run, self.ended
         if run and result:
             write_or_warn(f"the run of {self.name}", lambda: run.finish(result, self.predictions))
-            if self.record and run.run_id != self.record.run_id:  # made only now
+            if self.record and run.run_id != self.record.run_id:  # it was created only now
                 self.keep_in_directory()
 
 
 def write_or_warn(what: str, write: Callable[[], object]) -> None:
-    """Write something of a trial that has its result; whatever goes wrong costs a warning."""
+    """Call ``write``; any exception becomes a warning that names ``what`` could not be written."""
     try:
         write()
-    except Exception as error:  # whatever it is, the rest of the trial is still to be kept
+    except Exception as error:  # any error: the rest of the trial must still be recorded
         log.warning("%s could not be written: %s", what, getattr(error, "strerror", None) or error)
 
 
 def run_batch(trials: Sequence[Trial], solo_seconds: float | None = None) -> Sequence[Trial]:
     """Train trials that share model, text and engine in one call; each has its own run, directory and status.
 
-    ``solo_seconds`` is an estimate of what one of them would take alone. Whatever ends this, a signal, an exit or an
-    error, every run and record is closed; see :func:`open_trials`.
+    ``solo_seconds`` estimates what one of them would take alone. Every run and record is closed even after a signal,
+    an exit or an error; see :func:`open_trials`.
     """
     with SignalGuard() as guard, open_trials(trials):
         began = time.perf_counter()
@@ -159,15 +159,15 @@ def run_batch(trials: Sequence[Trial], solo_seconds: float | None = None) -> Seq
 
 @contextmanager
 def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
-    """Open a run and a record for each trial; at the end of the block, however it comes, close every one of them.
+    """Open a run and a record for each trial; close all of them at the end of the block, whatever ends it.
 
-    A trial that has its result keeps it. Any other ends INTERRUPTED where a signal or an exit ends the block, FAILED
-    where an error does; the exception passes through. Nothing is kept of one that another process has taken over.
-    Enter and leave it with signals held back.
+    A trial that has its result keeps it. Any other ends as INTERRUPTED if a signal or an exit ends the block, and as
+    FAILED if an error does; the exception propagates. Nothing is recorded of a trial that another process has taken
+    over. Signals must be deferred on entry and exit.
     """
     for trial in trials:
         _take_up_interrupted(trial)
-    records = [_begin(trial) for trial in trials]  # what is refused is refused before any run is open
+    records = [_begin(trial) for trial in trials]  # refuse trials before any run is open
     opened: list[Trial] = []
     try:
         for trial, record in zip(trials, records, strict=True):
@@ -184,16 +184,16 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
             trial.ended = trial.ended or _ended_by(error)
         raise
     finally:
-        for trial in filter(Trial.is_held, opened):  # in their directories first, which settles them, in milliseconds
+        for trial in filter(Trial.is_held, opened):  # directories first: it takes milliseconds, and trial.json decides
             trial.keep_in_directory()
         for trial in filter(Trial.is_held, opened):
             trial.keep_in_store()
 
 
 def _take_up_interrupted(trial: Trial) -> None:
-    """Have a trial continue the interrupted one that its sweep names, its checkpoints and its record moved.
+    """Let a trial continue the interrupted one that its sweep names, by moving checkpoints and record over.
 
-    A trial of which there is nothing here, or only what another machine's precision or engine left, starts anew.
+    A trial starts anew if nothing of it is on this host, or if its checkpoints are of another precision or engine.
     """
     before, directory, settings, prepared = trial.context.continues, trial.directory, trial.settings, trial.prepared
     record = read_record(before) if before else None
@@ -218,7 +218,7 @@ def _take_up_interrupted(trial: Trial) -> None:
 
 
 def _begin(trial: Trial) -> Record:
-    """Start a record, or take up the one of an interrupted trial; refuses a directory of another trial."""
+    """Return a new record, or that of the interrupted trial; raises :class:`SettingsError` if it can't be resumed."""
     directory, identity = trial.directory, asdict(trial.prepared.identity_of(trial.settings))
     found = read_record(directory) if trial.settings.train.resume else None
     if found and found.status is Status.FINISHED:
@@ -238,7 +238,7 @@ def _begin(trial: Trial) -> Record:
 def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
     """Return what is known before the first step; ``run_id`` is an interrupted run to continue.
 
-    A trial ``alone`` has the device to itself, so that its seconds are its own.
+    A trial that is ``alone`` has the device to itself, so that its training time is valid.
     """
     prepared, context, splits = trial.prepared, trial.context, trial.prepared.splits
     parts = {"training": splits.train, "selection": splits.selection, "validation": splits.report}
@@ -264,7 +264,7 @@ def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
 
 
 def _write_first(record: Record, directory: Path) -> None:
-    """Write the record of a trial that begins; raises :class:`SettingsError` where its directory takes none."""
+    """Write the record of a trial that begins; raises :class:`SettingsError` if its directory can't be written."""
     try:
         record.write(directory)
     except OSError as error:
@@ -281,7 +281,7 @@ def _ended_by(error: BaseException) -> TrialResult:
 
 
 def _train(opened: Sequence[Trial], guard: SignalGuard) -> None:
-    """Give every trial its result."""
+    """Train every trial and set its result."""
     prepared = opened[0].prepared
     console = Console(quiet=any(trial.context.is_quiet for trial in opened))
     engine = engine_for(prepared.engine)
@@ -296,7 +296,7 @@ def _train(opened: Sequence[Trial], guard: SignalGuard) -> None:
 
 
 def _share_batch(opened: Sequence[Trial], seconds: float, solo_seconds: float | None) -> None:
-    """Say in what company each result came about; the estimate is for trials that took all of their steps."""
+    """Add the batch's size, its seconds and the solo estimate (for FINISHED trials only) to each result."""
     for trial in opened:
         solo = solo_seconds if trial.result.status is Status.FINISHED else None
         trial.ended = replace(
@@ -305,12 +305,12 @@ def _share_batch(opened: Sequence[Trial], seconds: float, solo_seconds: float | 
 
 
 class _Observer:
-    """Hands what an engine reports to each trial's run, to the progress shown, and to who may stop the trial."""
+    """Passes what an engine reports to each trial's run, to the progress display, and to the pruning callback."""
 
     def __init__(self, opened: Sequence[Trial], progress: Progress, guard: SignalGuard) -> None:
         self._opened, self._progress, self._guard = opened, progress, guard
         self.reasons: dict[int, str] = {}
-        """Why a pruner stopped a trial."""
+        """Index of a pruned trial -> why it was pruned."""
 
     def on_step(self, trial: int, record: StepRecord) -> None:
         """Log and show a step."""
@@ -319,7 +319,7 @@ class _Observer:
         self._progress.on_step(trial, record)
 
     def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Log and show an evaluation; return whether the trial is to stop, as its pruning callback says."""
+        """Log and show an evaluation; return whether the trial is to stop, because it was pruned or taken over."""
         context = self._opened[trial].context
         if context.lease and not context.lease.holds():
             return True
@@ -332,12 +332,12 @@ class _Observer:
         return bool(reason)
 
     def wants_checkpoint(self) -> bool:
-        """Return whether a signal waits for one; raises :class:`TakenOver` where every trial here is another's now."""
+        """Return whether a signal waits for one; raises :class:`TakenOver` if all trials here were taken over."""
         leases = [trial.context.lease for trial in self._opened]
         if all(lease and lease.is_lost for lease in leases):
             raise TakenOver("taken over by another process")
         return self._guard.is_waiting
 
     def on_checkpoint(self) -> None:
-        """Let the signal through that waits."""
+        """Deliver the waiting signal."""
         self._guard.deliver()

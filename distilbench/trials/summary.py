@@ -1,4 +1,4 @@
-"""What people read at a trial's end: what was trained, on what, with what result, and how it compares."""
+"""The summary printed at a trial's end: what was trained, on which data, with what result, and how it compares."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from distilbench.trials.prepared import prepared_trial
 from distilbench.trials.run import Trial
 
 _WIDTH = 100
-"""Columns of text that a summary takes at most, where the terminal is wider."""
+"""Maximum width of a summary, in characters."""
 _MOST_LABELS = 8
-"""Labels whose examples a summary counts."""
+"""Maximum number of labels whose examples are counted."""
 
 
 def print_outcome(trial: Trial, console: Console | None = None) -> None:
-    """Print what a person asked for with one trial; readable without a terminal too."""
+    """Print the summary of one trial; also readable without a terminal."""
     console, job, store = console or Console(), trial.job, trial.store
     width = min(console.width, _WIDTH)
     console.print()
@@ -48,7 +48,7 @@ def print_outcome(trial: Trial, console: Console | None = None) -> None:
 
 
 def trial_line(trial: Trial) -> str:
-    """Tell a trial of a batch on one line: how it ended, figures, difference to its baseline, time."""
+    """Return a trial of a batch on one line: status, measures, difference to its baseline, and time."""
     result, comparison = trial.result, trial.comparison
     parts = [f"{trial.name} {result.status}"]
     if result.report is not None:
@@ -81,7 +81,7 @@ def _heading(trial: Trial) -> Text:
 
 
 def _facts(trial: Trial) -> Table:
-    """Two columns, label and text, without lines."""
+    """Return two columns, label and text, without borders."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True, min_width=7)
     grid.add_column(overflow="fold")
@@ -153,7 +153,7 @@ _FROZEN_BY = {
 
 
 def frozen_part(settings: TrialSettings) -> str:
-    """Return what stays as it was, in words: ``nothing``, ``embeddings and layers 0-2``."""
+    """Return what is frozen, in words: ``nothing``, ``embeddings and layers 0-2``."""
     freeze, adapter = settings.freeze, settings.adapter
     if adapter.name != "none":
         return f"all but {adapter.name}{f' of rank {adapter.rank}' if adapter.rank else ''} and the head"
@@ -177,7 +177,7 @@ def _result(result: TrialResult, report: Evaluation) -> str:
 
 
 def _floor(predictions: Predictions, seed: int) -> str:
-    """Return the accuracy of the most frequent label alone, and whether the trial is shown to be above it."""
+    """Return the accuracy of always predicting the most frequent label, and whether the trial is shown to beat it."""
     learned = (
         "this trial is above it"
         if has_learned({seed: predictions})
