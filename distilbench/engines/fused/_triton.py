@@ -1,27 +1,27 @@
-"""The kernels themselves; only :mod:`.kernels` imports this, where Triton is there.
+"""The Triton kernels; only :mod:`.kernels` imports this module, if Triton is installed.
 
-What a program is compiled for is as little as will do, so that few are: precisions and the head's size, never lengths.
+To compile few variants, kernels are specialized by precision and sizes of the model, never by lengths.
 """
 
-# ruff: noqa: N803  # compile-time constants are written as Triton's own code writes them
+# ruff: noqa: N803  # compile-time constants are upper case, as in Triton's own code
 # mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Triton compiles anew for an argument that is 1 or a multiple of 16; of these it would know nothing useful.
+# Triton specializes kernels for arguments that are 1 or multiples of 16; for these that would gain nothing.
 _MASK = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
 _ADAMW = ["scalars_stride", "constants_stride"]
 _NORM = ["rows", "blocks", "shared_x", "shared_branch", "orders", "site", "dropped"]
 _ATTENTION = ["order_stride", "query_rows", "key_rows", "one_query", "site", "dropped", "query_blocks"]
 _BATCH = ["first", "lengths"]
-"""Parts of a batch's numbers, which start wherever those before them end."""
+"""Views into the description of a batch, which have no alignment."""
 
 
 @triton.jit
 def _draw(key, site, counter):
-    """Draw 16 bits for each of the eight places that a ``counter`` stands for, along the last dimension."""
+    """Return 16 random bits for each of the eight positions of a ``counter``, along the last dimension."""
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox(key, counter, zero + site, zero, zero)
     even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
@@ -33,7 +33,7 @@ def _draw(key, site, counter):
 def dropout_mask(
     keys, mask, site, dropped, count, rows, blocks, columns, numbered_rows, numbered_blocks, stride, BLOCK: tl.constexpr
 ):
-    """Write ones and zeros of one order, eight along the columns for each counter."""
+    """Write the ones and zeros of one order, eight columns per counter."""
     order = tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block = place % blocks
@@ -53,7 +53,7 @@ def adamw(
     param, grad, compute_grad, mean, square, compute_copy, step_scalars, constants, factors,
     size, decayed, low_start, low_stop, scalars_stride, constants_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Take the step of one block of columns of one trial."""
+    """Update one block of columns of one trial."""
     trial = tl.program_id(1)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = column < size
@@ -89,7 +89,7 @@ def adamw(
 
 @triton.jit
 def _find_rows(rows, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
-    """Return this program's trial, its rows and columns, where they lie in a trial's (rows, WIDTH), which are there."""
+    """Return this program's trial, rows, columns, offsets in a trial's (rows, WIDTH), and the mask of valid ones."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
     there = (row < rows)[:, None] & (column < WIDTH)[None, :]
     return tl.program_id(1).to(tl.int64), row, column, row[:, None] * WIDTH + column[None, :], there
@@ -97,7 +97,7 @@ def _find_rows(rows, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def _kept_scale(keys, trial, orders, site, dropped, row, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """Return what dropout multiplies these rows by, (ROWS, SIZE), numbered as :func:`dropout_mask` does."""
+    """Return the scaled dropout mask of these rows, (ROWS, SIZE), numbered as in :func:`dropout_mask`."""
     order = tl.where(orders > 1, trial, 0)
     counter = row[:, None] * ((WIDTH + 7) // 8) + tl.arange(0, SIZE // 8)[None, :]
     return tl.where(_draw(tl.load(keys + order), site, counter) >= dropped, 65536.0 / (65536 - dropped), 0.0)
@@ -105,7 +105,7 @@ def _kept_scale(keys, trial, orders, site, dropped, row, WIDTH: tl.constexpr, SI
 
 @triton.jit
 def _standardize(total, there, eps, WIDTH: tl.constexpr):
-    """Return ``total`` (ROWS, SIZE) less each row's mean over its standard deviation, and one over the latter."""
+    """Return ``total`` (ROWS, SIZE), standardized by row, and one over the standard deviations."""
     centred = tl.where(there, total - (tl.sum(total, 1) / WIDTH)[:, None], 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)[:, None]
     return centred * scale, scale
@@ -116,7 +116,7 @@ def add_norm_forward(
     x, branch, branch_bias, weight, bias, keys, total, normal, compute_copy, rows, shared_x, shared_branch, orders,
     branch_bias_stride, norm_stride, site, dropped, eps, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add a branch and its bias, less what dropout takes, to rows of the residual stream, and normalise each row."""
+    """Add a branch and its bias, with dropout, to rows of the residual stream, and normalise each row."""
     trial, row, column, at, there = _find_rows(rows, WIDTH, SIZE, ROWS)
     own = trial * rows * WIDTH
     added = tl.load(branch + tl.where(shared_branch > 0, 0, own) + at, mask=there, other=0.0).to(tl.float32)
@@ -139,7 +139,7 @@ def add_norm_backward(
     grad_normal, grad_copy, total, weight, keys, grad_total, grad_branch, parts, rows, blocks, orders, norm_stride,
     site, dropped, eps, WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the residual stream and the branch, and this block's part of those of three vectors."""
+    """Compute the gradients of residual stream and branch, and this block's part of those of weight and both biases."""
     trial, row, column, at, there = _find_rows(rows, WIDTH, SIZE, ROWS)
     own = trial * rows * WIDTH
     grad = tl.load(grad_normal + own + at, mask=there, other=0.0)
@@ -166,7 +166,7 @@ def add_norm_sum(
     parts, grad_weight, grad_bias, grad_branch_bias, blocks, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of all blocks, for some columns of the three vectors of a trial, always in the same order."""
+    """Sum the parts of all blocks for some columns of the three vectors of a trial, in a fixed order."""
     trial, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < 3 * WIDTH
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -183,7 +183,7 @@ def add_norm_sum(
 
 @triton.jit
 def _find_sentence(first, lengths, order_stride, query_rows, key_rows, one_query, HEADS: tl.constexpr):
-    """Return this program's head and order, the sentence's first row and count of queries, and those of its keys."""
+    """Return this program's head and order, and its sentence's first row and number of queries, then of keys."""
     sentence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     trial = tl.program_id(2).to(tl.int64)
     order = tl.where(order_stride > 0, trial, 0)
@@ -195,13 +195,13 @@ def _find_sentence(first, lengths, order_stride, query_rows, key_rows, one_query
 
 @triton.jit
 def _load(tensor, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr):
-    """Load what ``head`` has in the rows ``row + number``, (BLOCK, SIZE); zeros from row ``count`` on.
+    """Load the columns of ``head`` in rows ``row + number``, (BLOCK, SIZE); zeros from row ``count`` on.
 
-    Products are those of float32 but for bfloat16: Triton uses no tensor cores for float16 on a T4.
+    All but bfloat16 is converted to float32: Triton uses no tensor cores for float16 on a T4.
     """
     part = tl.arange(0, SIZE)
     there = (number < count)[:, None] & (part < HEAD_SIZE)[None, :]
-    tile = tensor + (row * stride + head * HEAD_SIZE)  # in 64 bits, where a trial's rows may lie; the rest fits 32
+    tile = tensor + (row * stride + head * HEAD_SIZE)  # offsets of a trial's rows need 64 bits; the rest fits 32
     values = tl.load(tile + (number[:, None] * stride + part[None, :]), mask=there, other=0.0)
     return values if tensor.dtype.element_ty == tl.bfloat16 else values.to(tl.float32)
 
@@ -215,7 +215,7 @@ def _load_keys(k, v, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, 
 
 @triton.jit
 def _store(tensor, values, row, stride, number, count, head, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr):
-    """Write ``values`` (BLOCK, SIZE) to where :func:`_load` would load them from."""
+    """Write ``values`` (BLOCK, SIZE) to the addresses of :func:`_load`."""
     part = tl.arange(0, SIZE)
     there = (number < count)[:, None] & (part < HEAD_SIZE)[None, :]
     tile = tensor + (row * stride + head * HEAD_SIZE)
@@ -224,7 +224,7 @@ def _store(tensor, values, row, stride, number, count, head, HEAD_SIZE: tl.const
 
 @triton.jit
 def _kept(keys, order, site, dropped, query, key_start, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Say which probabilities of a block of keys dropout keeps, (queries, BLOCK)."""
+    """Return which probabilities of a block of keys dropout keeps, (queries, BLOCK)."""
     if keys is None:
         kept = tl.full((BLOCK, BLOCK), 1, tl.int1)
     else:
@@ -240,9 +240,9 @@ def attention_forward(
     order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
 ):  # fmt: skip
-    """Attend with a block of queries of one sentence and head to all of its keys, a block of them at a time.
+    """Attend with a block of queries of one sentence and head to all of its keys, block by block.
 
-    What is summed so far is scaled to the largest score seen (Dao et al., "FlashAttention", 2022, algorithm 1).
+    Partial sums are rescaled to the largest score so far (Dao et al., "FlashAttention", 2022, algorithm 1).
     """
     head, order, query_row, queries, key_row, length = _find_sentence(
         first, lengths, order_stride, query_rows, key_rows, one_query, HEADS
@@ -265,7 +265,7 @@ def attention_forward(
         largest, total = larger, total * shrink + tl.sum(powers, 1)
         powers = tl.where(_kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK), powers, 0.0)
         summed = tl.dot(powers.to(values.dtype), values, summed * shrink[:, None], input_precision="ieee")
-    total = tl.where(total > 0, total, 1.0)  # a sentence that is not there has no keys
+    total = tl.where(total > 0, total, 1.0)  # an absent sentence has no keys
     result = summed * (65536.0 / (65536 - dropped)) / total[:, None]
     _store(context, result, query_row, HEADS * HEAD_SIZE, query, queries, head, HEAD_SIZE, SIZE)
     tl.store(log_sums + (query_row + query) * HEADS + head, largest + tl.log(total), mask=query < queries)
@@ -276,8 +276,8 @@ def _load_backward(
     q, context, grad_context, log_sums, row, stride, query, queries, head,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Load queries and the gradient of their contexts (BLOCK, SIZE), their scores' log sums, and what the softmax's
-    gradient takes off (BLOCK,): the probabilities times their gradients, summed, which is context times gradient.
+    """Load queries and the gradient of their contexts (BLOCK, SIZE), the log sums of their scores, and the sum that the
+    softmax's gradient subtracts (BLOCK,): probabilities times their gradients, which equals context times gradient.
     """  # fmt: skip
     model: tl.constexpr = HEADS * HEAD_SIZE
     asked = _load(q, row, stride, query, queries, head, HEAD_SIZE, SIZE)
@@ -289,7 +289,7 @@ def _load_backward(
 
 @triton.jit
 def _scores_backward(q, k, v, grad, log_sum, taken, known, kept, dropped, HEAD_SIZE: tl.constexpr):
-    """Compute probabilities again: what dropout leaves of them, and the gradient of the scores, (queries, keys)."""
+    """Recompute the probabilities; return them after dropout, and the gradient of the scores, (queries, keys)."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * HEAD_SIZE**-0.5
     probabilities = tl.where(known[None, :], tl.exp(scores - log_sum[:, None]), 0.0)
     kept_scale = tl.where(kept, 65536.0 / (65536 - dropped), 0.0)
@@ -304,9 +304,9 @@ def attention_backward(
     order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped, query_blocks,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of a block of queries, which walks over keys, or of one of keys and values, over queries.
+    """Compute the gradient of a block of queries, looping over keys, or of a block of keys and values, over queries.
 
-    Both kinds of program make the probabilities anew from ``log_sums``, and nothing is added up between programs.
+    Both kinds of program recompute the probabilities from ``log_sums``, and no sums cross programs.
     """
     head, order, query_row, queries, key_row, length = _find_sentence(
         first, lengths, order_stride, query_rows, key_rows, one_query, HEADS

@@ -1,7 +1,7 @@
-"""Linear layers and attention over stacked weights, with those gradients written out that autograd would move twice.
+"""Linear layers and attention over stacked weights, with hand-written gradients to save memory traffic.
 
-Autograd makes the gradient of a matrix anew, and adds it to what is there; here a product writes it to its place. And
-it keeps what every small operation reads; here attention keeps what its own gradient needs.
+Autograd allocates the gradient of a matrix and adds it to the existing one; here the product is written in place.
+Autograd also saves the inputs of every small operation; here attention saves only what its gradient needs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from distilbench.engines.fused.cuda.side_stream import beside
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_grad: torch.Tensor | None, add: bool
 ) -> torch.Tensor:
-    """Return ``x @ weight + bias`` in the precision of ``weight``.
+    """Return ``x @ weight + bias`` in the dtype of ``weight``.
 
-    ``x`` is ``(trials, rows, inputs)``, ``weight`` ``(trials, inputs, outputs)`` and ``bias`` (trials, outputs), the
-    leading size of each 1 or that of the others; without a bias they may be larger stacks. The gradient of
-    ``weight`` is written to ``weight_grad``, or ``add``-ed to what is there; None where it is frozen.
+    ``x`` is (trials, rows, inputs), ``weight`` (trials, inputs, outputs) and ``bias`` (trials, outputs); leading sizes
+    are equal or 1. Without a bias, more leading dimensions are allowed. The gradient of ``weight`` is written to
+    ``weight_grad`` or, with ``add``, added to it; None if ``weight`` is frozen.
     """
     product: torch.Tensor = _Linear.apply(x, weight, bias, weight_grad, add)
     return product
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x_compute, weight = ctx.saved_tensors
         grad_x = grad_bias = None
-        with beside(x_compute, gradient):  # nothing before the optimizer waits for these
+        with beside(x_compute, gradient):  # only the optimizer needs these gradients
             if x_compute is not None:
                 _multiply(x_compute.expand(len(weight), *x_compute.shape[1:]).mT, gradient, ctx.weight_grad, ctx.add)
             if ctx.needs_input_grad[2]:
@@ -56,9 +56,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _products(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return ``a @ b + bias`` of stacks; on a CPU, one matrix after the other.
+    """Return the batched ``a @ b + bias``; on a CPU, one matrix after the other.
 
-    In bf16 its library would copy a whole stack whose matrices lie apart or transposed: a tenth of a step of 8 trials.
+    For bf16, the CPU's library would copy a stack of non-contiguous matrices: a tenth of a step of 8 trials.
     """
     on_cpu = a.device.type == "cpu"
     if bias is None and (a.dim() > 3 or not on_cpu):
@@ -76,7 +76,7 @@ def _products(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> to
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, place: torch.Tensor, add: bool) -> None:
-    """Write ``a @ b`` (trials, ...) to its ``place``, or ``add`` it to what is there."""
+    """Write ``a @ b`` (trials, ...) to ``place`` or, with ``add``, add it."""
     if add:
         place.add_(a @ b)
     elif place.dim() > 3:
@@ -91,7 +91,7 @@ def dropout_add_layer_norm(
     x: torch.Tensor, branch: torch.Tensor | None, dropout_mask: torch.Tensor | None, weight: torch.Tensor,
     bias: torch.Tensor, eps: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the layer norm of ``x + branch * dropout_mask``, ``(trials, rows, width)``, in the precision of ``x``.
+    """Return the layer norm of ``x + branch * dropout_mask``, ``(trials, rows, width)``, in the dtype of ``x``.
 
     ``weight`` and ``bias`` are ``(trials, width)``; ``dropout_mask`` (orders, rows, width) is scaled.
     """
@@ -107,7 +107,7 @@ def dropout_add_layer_norm(
 
 
 class _AddProduct(torch.autograd.Function):
-    """``torch.addcmul``, whose own gradient multiplies by one on its way, which took 2 % of a step of four trials."""
+    """``torch.addcmul`` without the multiplication by one in its own gradient, 2 % of a step of four trials."""
 
     @staticmethod
     def forward(ctx, x, a, b):  # type: ignore[no-untyped-def]
@@ -126,10 +126,10 @@ class _AddProduct(torch.autograd.Function):
 def attend(slots: torch.Tensor, mask: torch.Tensor, dropout_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Return ``softmax(q k' / sqrt(size) + mask) * dropout_mask * scale`` times v.
 
-    That is ``(trials, bins, heads, width, size)``. ``slots`` (3, trials, bins, heads, width, size) holds query, key and
-    value. ``mask`` (orders, bins, 1, width, width) is added to the scores; ``dropout_mask`` (orders, bins, heads,
-    width, width) of ones and zeros, and ``scale``, are dropout's. The softmax has the precision of ``mask`` if that is
-    higher: on a CPU, in bf16, it would take 2.7 times as long.
+    The result is ``(trials, bins, heads, width, size)``. ``slots`` (3, trials, bins, heads, width, size) holds query,
+    key and value. ``mask`` (orders, bins, 1, width, width) is added to the scores; ``dropout_mask`` (orders, bins,
+    heads, width, width) holds dropout's ones and zeros, ``scale`` is its factor. The softmax uses the dtype of ``mask``
+    if that is wider: in bf16 on a CPU it would take 2.7 times as long.
     """
     result: torch.Tensor = _Attend.apply(slots, mask, dropout_mask, scale)
     return result
@@ -152,7 +152,7 @@ class _Attend(torch.autograd.Function):
         q, k, v = slots
         gradient = gradient if ctx.scale == 1 else gradient * ctx.scale
         grad_slots = torch.empty_like(slots)
-        grad_dropped = gradient * q.shape[-1] ** -0.5 @ v.mT  # the scores' factor goes through all that follows
+        grad_dropped = gradient * q.shape[-1] ** -0.5 @ v.mT  # the scores' factor, applied early: the rest is linear
         if dropout_mask is not None:
             grad_dropped *= dropout_mask
         grad_scores = torch.ops.aten._softmax_backward_data(
@@ -169,12 +169,12 @@ def cls_attention(
     slots: torch.Tensor, query: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, add: bool, heads: int,
     mask: torch.Tensor, dropout_mask: torch.Tensor | None, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Return what one ``query`` (trials, sentences, width) a sentence sees in its hidden states, of the same shape.
+    """Return the attention output of one ``query`` per sentence, (trials, sentences, width) both.
 
     ``slots`` (trials, sentences, length, width) holds the hidden states. ``weight`` (trials, width, 2 * width) and
-    ``bias`` would make keys and values of them; the query goes through the key's weights instead, and what it has seen
-    through the value's. ``mask`` (orders, sentences, 1, length) and ``dropout_mask`` (orders, sentences, heads, length)
-    are as for :func:`attend`.
+    ``bias`` are those of keys and values, which are never computed: the query is multiplied by the key weights instead,
+    and the weighted sum of hidden states by the value weights. ``mask`` (orders, sentences, 1, length) and
+    ``dropout_mask`` (orders, sentences, heads, length) are as for :func:`attend`.
     """
     key, value = _pieces(weight, heads)
     key_grad, value_grad = (None, None) if weight.grad is None else _pieces(weight.grad, heads)
@@ -184,18 +184,18 @@ def cls_attention(
     dropped = _dropped(scores.softmax(-1), dropout_mask, slots.dtype) * scale
     seen = (dropped @ slots).transpose(1, 2)  # (trials, heads, sentences, width)
     context = linear(seen, value, None, value_grad, add)
-    share = dropped.sum(-1).mT[..., None]  # of what a sentence has: not 1 where dropout takes some of it
+    share = dropped.sum(-1).mT[..., None]  # the sum of attention weights: not 1 with dropout
     return (context + share * _pieces(bias, heads)[1]).transpose(1, 2).flatten(2)
 
 
 def _dropped(probabilities: torch.Tensor, dropout_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return what dropout leaves of ``probabilities``, in the precision of products."""
+    """Return ``probabilities`` after dropout, in ``dtype``."""
     if dropout_mask is None:
         return probabilities.to(dtype)
     return probabilities.to(dtype) * dropout_mask
 
 
 def _pieces(layer: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut a weight (trials, width, 2 * width) or bias of key and value into ``(trials, heads, width or 1, size)``."""
+    """Split a weight (trials, width, 2 * width) or bias of key and value into ``(trials, heads, width or 1, size)``."""
     key, value = layer.view(len(layer), -1, 2, heads, layer.shape[-1] // (2 * heads)).permute(2, 0, 3, 1, 4)
     return key, value

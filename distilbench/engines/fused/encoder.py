@@ -1,7 +1,7 @@
-"""Encoders of DistilBERT's and BERT's shape whose trainable weights have one more leading dimension: the trial.
+"""DistilBERT and BERT encoders whose trainable weights have an additional leading dimension, the trial.
 
-Every weight that is trained lies in one *row* a trial, so that the optimizer, a snapshot or the departure of a trial
-handles a single vector; the forward pass sees views ``(trials, ...)`` of the rows. Frozen weights are held once.
+All trained weights of a trial lie in one flat vector, which the optimizer, checkpoints and the removal of a trial
+handle as a whole; the forward pass uses views ``(trials, ...)`` of these vectors. Frozen weights are stored once.
 Matrices are stored as ``(inputs, outputs)``, with query, key and value side by side.
 """
 
@@ -22,19 +22,19 @@ from distilbench.engines.optimization import Loss
 
 
 class Forward:
-    """One pass of ``batch`` through the stack; ``dropout`` None is evaluation.
+    """One forward pass of ``batch`` through stacked weights; ``dropout`` None means evaluation.
 
     Shapes: hidden states ``(trials, tokens, width)``, after the last layer ``(trials, sentences, width)``; the leading
-    size is 1 as long as nothing that was trained has been met and all trials share one order.
+    size is 1 as long as only frozen weights have been used and all trials share one order.
     """
 
     def __init__(
         self, weights: StackedWeights, batch: Batch, dropout: DropoutMasks | None, deterministic_layers: int = 0,
         part: int | None = None,
     ) -> None:  # fmt: skip
-        """Layers below ``deterministic_layers`` go without dropout, whatever ``dropout`` says.
+        """Layers below ``deterministic_layers`` have no dropout, even if ``dropout`` is given.
 
-        ``part`` is that of :meth:`StackedWeights.backward`, where ``batch`` is not a whole one.
+        ``part`` is that of :meth:`StackedWeights.backward`, None if ``batch`` is a whole batch.
         """
         self.weights, self.batch, self.dropout, self._part = weights, batch, dropout, part
         self._deterministic_layers = deterministic_layers
@@ -43,7 +43,7 @@ class Forward:
         self._embedded: torch.Tensor | None = None
 
     def embed(self) -> torch.Tensor:
-        """Return the embeddings of every token, normalised."""
+        """Return the embeddings of every token, with layer norm and dropout."""
         weights, batch = self.weights, self.batch
         total = _rows(weights["word"], batch.ids) + _rows(weights["position"], batch.positions)
         if "type" in self.architecture.names:
@@ -62,29 +62,29 @@ class Forward:
         return loss.of_each(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Fill the gradient of the weights from ``loss``, a sum of what :meth:`losses` returns."""
+        """Compute the gradients of the weights from ``loss``, a sum of what :meth:`losses` returns."""
         self.weights.backward(loss, self._embedded, self.batch, self._part)
 
     def layers(self, x: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
-        """Run layers ``start`` to ``stop - 1``, or to the last."""
+        """Run layers ``start`` to ``stop - 1``, by default to the last."""
         multiplied = x
         for i in range(start, self.architecture.depth if stop is None else stop):
             x, multiplied = self._layer(x, multiplied, i)
         return x
 
     def logits(self, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
-        """Return the logits ``(trials, sentences, labels)``, in the rows' precision.
+        """Return the logits ``(trials, sentences, labels)``, in the dtype of ``flat_params``.
 
-        The pass goes on from the ``hidden`` states under layer ``start``, or begins with the embeddings.
+        ``hidden`` are the inputs of layer ``start``; None computes the embeddings.
         """
-        x = self.layers(self.embed() if hidden is None else hidden, start)  # of [CLS]
+        x = self.layers(self.embed() if hidden is None else hidden, start)  # [CLS] only
         x = get_activation(self.architecture.head_activation)(self._linear(x, "dense"))
         dropout_mask = self._dropout_mask(x, self.architecture.head_rate, last=True)
         x = x if dropout_mask is None else x * dropout_mask
         return self._linear(x, "classifier").to(self.weights.flat_params.dtype)
 
     def _layer(self, x: torch.Tensor, multiplied: torch.Tensor, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a layer over ``x``; ``multiplied`` is what products read of it: a copy in their precision, or ``x``."""
+        """Run a layer on ``x``; ``multiplied``, the input of products, is a copy in their precision or ``x`` itself."""
         last, model = i == self.architecture.depth - 1, self.architecture
         first = _sentence_rows(multiplied, self.batch.first) if last else None
         attended = self._attention(multiplied, i, first)
@@ -98,7 +98,7 @@ class Forward:
     def _add_norm(
         self, x: torch.Tensor, branch: torch.Tensor, layer: str, rate: float, norm: str, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the linear ``layer`` of a ``branch`` to ``x``, less what dropout takes, and normalise."""
+        """Return the layer norm of ``x`` plus the dropout of the linear ``layer`` of ``branch``, and its copy."""
         weights, width = self.weights, self.architecture.heads * self.architecture.head_size
         by_kernel = self.dropout is None or isinstance(self.dropout, CounterDropout)
         if by_kernel and kernels.runs("norm", x.device, weights.compute_dtype, width):
@@ -116,11 +116,11 @@ class Forward:
         return x, x
 
     def _rate(self, i: int, rate: float) -> float:
-        """Return the dropout rate of layer ``i``: none in a deterministic one."""
+        """Return the dropout rate of layer ``i``: 0 in a deterministic one."""
         return rate if i >= self._deterministic_layers else 0.0
 
     def _attention(self, x: torch.Tensor, i: int, first: torch.Tensor | None) -> torch.Tensor:
-        """Return the contexts ``(trials, rows, width)`` of all tokens, or of ``first``, [CLS] of each sentence."""
+        """Return the attention output ``(trials, rows, width)`` of all tokens, or only of ``first``, the [CLS] rows."""
         batch, rate = self.batch, self._rate(i, self.architecture.attention_rate)
         heads, size = self.architecture.heads, self.architecture.head_size
         query = None if first is None else self._linear(first, f"{i}.q")
@@ -146,13 +146,13 @@ class Forward:
     def _drawn(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Return what dropout keeps, ``(orders, *whole)``, of which ``shapes`` are real; None where nothing drops."""
+        """Return a mask ``(orders, *whole)`` of ones and zeros, see :meth:`Dropout.draw`; None without dropout."""
         return None if self.dropout is None or rate == 0 else self.dropout.draw(rate, shapes, whole, dtype)
 
     def _dropout_mask(self, x: torch.Tensor, rate: float, last: bool) -> torch.Tensor | None:
-        """Return the mask of hidden states like ``x`` (trials, rows, width), scaled so that their mean stays.
+        """Return the scaled mask of hidden states shaped like ``x`` (trials, rows, width).
 
-        They are those of [CLS] alone from the ``last`` layer on.
+        From the ``last`` layer on, these are the states of [CLS] only.
         """
         shapes = [(len(p.first if last else p.ids), x.shape[2]) for p in self.batch.packs]
         drawn = self._drawn(rate, shapes, x.shape[1:], self.weights.flat_params.dtype)
@@ -167,13 +167,13 @@ class Forward:
 
 
 def _is_simple(*tensors: torch.Tensor) -> bool:
-    """Whether what trials share among ``tensors`` has no gradient, and the last two, of a norm, lie alike."""
+    """Return whether shared ``tensors`` need no gradient, and the last two, a norm's, are both shared or both not."""
     trials = max(map(len, tensors))
     return len(tensors[-2]) == len(tensors[-1]) and not any(len(t) < trials and t.requires_grad for t in tensors)
 
 
 def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Look up ``index`` (orders, tokens) in ``table`` (trials, rows, width): ``(trials or orders, tokens, width)``."""
+    """Look up ``index`` (orders, tokens) in ``table`` (trials, rows, width): (trials or orders, tokens, width)."""
     if len(table) == 1:
         return F.embedding(index, table[0])
     return table.gather(1, index[:, :, None].expand(len(table), -1, table.shape[2]))

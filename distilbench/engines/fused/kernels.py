@@ -1,8 +1,8 @@
-"""What a GPU does in one launch each: dropout's masks, attention, and AdamW over stacked parameters, written in Triton.
+"""Triton kernels: dropout masks, attention, add and norm, and AdamW over stacked parameters.
 
-Every kernel here has a plain PyTorch version beside its only caller, which the tests compare it with and which runs
-where Triton or CUDA is not there. A program is compiled once on a machine and kept on disk. It depends on precision and
-head size, not on lengths, so that all that a training launches is compiled and judged before it starts.
+Every kernel has a plain PyTorch version next to its only caller, which is used without Triton or CUDA, and in tests as
+the reference. Kernels are compiled once per machine and cached on disk. They are specialized by precision and head
+size, not by lengths, so that all kernels of a training are compiled and tried before it starts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import torch
 log = logging.getLogger(__name__)
 
 EXTENT = 512
-"""Draws of attention are numbered as if sentences were so long, the most that any of these encoders reads."""
+"""Attention's draws are numbered as if all sentences had this length, the maximum of the supported encoders."""
 LANES = 8
-"""Draws that one counter yields."""
+"""Draws per counter."""
 SLOW_SECONDS = 2.0
-"""After so long a training that waits for the compiler says so."""
+"""Compilation that takes longer than this is logged."""
 
 
 class DropoutSite(NamedTuple):
-    """One site of dropout: ``keys`` (orders,), its number, and below which of 65,536 values a draw drops."""
+    """One site of dropout: ``keys`` (orders,), its number, and how many of the 65,536 values of a draw drop."""
 
     keys: torch.Tensor
     site: int
@@ -36,7 +36,7 @@ class DropoutSite(NamedTuple):
 
 
 class Sentences(NamedTuple):
-    """Where sentences lie among the tokens: ``first`` and ``lengths`` (orders, sentences); ``width`` is the longest."""
+    """First token and length of each sentence, (orders, sentences); ``width`` is the size of a bin."""
 
     first: torch.Tensor
     lengths: torch.Tensor
@@ -44,7 +44,7 @@ class Sentences(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel with what it is started with."""
+    """A kernel with its grid and arguments."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -52,25 +52,25 @@ class Launch(NamedTuple):
 
     @property
     def program(self) -> Any:
-        """The kernel itself, which needs Triton."""
+        """The kernel; importing it requires Triton."""
         from distilbench.engines.fused import _triton
 
         return getattr(_triton, self.kernel)
 
     def run(self) -> None:
-        """Start it; Triton raises where the device lacks the shared memory that it takes."""
+        """Launch the kernel; Triton raises if the device has too little shared memory."""
         self.program[self.grid](**self.arguments, enable_fp_fusion=True)
 
 
 def runs(work: str, device: torch.device, *details: Any) -> bool:
-    """Say whether ``device`` does ``work`` by kernels, which is one of :data:`REHEARSALS`; the first to ask waits."""
+    """Return whether to use kernels for ``work``, a key of :data:`REHEARSALS`; the first call compiles them."""
     if device.type != "cuda" or torch.float64 in details:
         return False
     return _is_installed() and _accepted(work, device, *details)
 
 
 def prepare(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
-    """Have kernels compiled, and those left out that this device cannot run, before a training starts."""
+    """Compile the kernels before training starts, and disable those that the device can't run."""
     if device.type != "cuda":
         return
     message = "compiling Triton's kernels for %s: once on a machine, up to half a minute"
@@ -95,12 +95,12 @@ def _is_installed() -> bool:
 
 @cache
 def _accepted(work: str, device: torch.device, *details: Any) -> bool:
-    """Compile and try what ``work`` launches; where it does not fit or does not run, say so."""
+    """Compile and try the kernels of ``work``; log a failure and return False."""
     try:
         with torch.enable_grad():
             REHEARSALS[work](device, *details)
-        torch.zeros(1, device=device).item()  # waits for the device
-    except torch.OutOfMemoryError:  # says nothing of the kernels, and is not to be remembered
+        torch.zeros(1, device=device).item()  # synchronizes
+    except torch.OutOfMemoryError:  # not the kernels' fault, so not to be cached
         raise
     except Exception as error:  # a compiler's errors have no common class
         reason = str(error).partition("\n")[0]
@@ -128,11 +128,11 @@ def adamw(
     params: torch.Tensor, grad: torch.Tensor, compute: tuple[torch.Tensor | None, torch.Tensor | None],
     moments: Sequence[torch.Tensor], rule: tuple[torch.Tensor, torch.Tensor, torch.Tensor], parts: tuple[int, slice],
 ) -> Launch:  # fmt: skip
-    """Launch what :func:`distilbench.engines.fused.cuda.optimizer.adamw` does.
+    """Return a launch equivalent to :func:`distilbench.engines.fused.cuda.optimizer.adamw`.
 
-    ``rule`` is its step scalars, constants and factors. ``parts`` are how many columns decay, and which of them are
-    multiplied in another precision than they are stored in: those have their gradient in the first of ``compute``
-    (trials, columns), and their new values are written to the second. Both are None where there are none.
+    ``rule`` is its step scalars, constants and factors. ``parts`` are the number of columns with weight decay, and the
+    slice of columns with a low-precision copy: their gradient is in the first of ``compute`` (trials, columns), and
+    their new values are written to the second. Both are None without such a copy.
     """
     trials, size = params.shape
     step_scalars, constants, factors = rule
@@ -152,10 +152,10 @@ def add_norm(
     x: torch.Tensor, branch: torch.Tensor, branch_bias: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor],
     draws: DropoutSite | None, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the layer norm of ``x`` plus what dropout leaves of ``branch + branch_bias``, ``(trials, rows, width)``.
+    """Return the layer norm of ``x + dropout(branch + branch_bias)``, ``(trials, rows, width)``.
 
-    It comes in the precision of ``x`` and in that of ``branch``. ``branch_bias`` and the two vectors of ``norm`` are
-    ``(trials, width)``. The leading size of each may be 1 where it has no gradient. Draws are those of
+    It is returned in the dtype of ``x`` and in that of ``branch``. ``branch_bias`` and the two vectors of ``norm`` are
+    ``(trials, width)``. The leading size of each may be 1 if it needs no gradient. Draws are those of
     :func:`distilbench.engines.fused.dropout.philox_mask`.
     """
     normal, compute_copy = _AddNorm.apply(x, branch, branch_bias, *norm, draws, eps)
@@ -188,7 +188,7 @@ class _AddNorm(torch.autograd.Function):
         grad_total, grad_branch = torch.empty_like(total), torch.empty_like(total, dtype=ctx.dtype)
         shared = _norm_arguments(total, weight, ctx.draws, ctx.eps)
         blocks = -(-rows // shared["ROWS"])
-        parts = total.new_empty(trials, blocks, 3, width)  # of each block, of the gradients of the three vectors
+        parts = total.new_empty(trials, blocks, 3, width)  # each block's share of the three vectors' gradients
         arguments = shared | {
             "grad_normal": grad_normal.contiguous(), "grad_copy": None if grad_copy is None else grad_copy.contiguous(),
             "total": total, "weight": weight, "grad_total": grad_total, "grad_branch": grad_branch,
@@ -209,7 +209,7 @@ class _AddNorm(torch.autograd.Function):
 
 
 def _norm_arguments(total: torch.Tensor, weight: torch.Tensor, draws: DropoutSite | None, eps: float) -> dict[str, Any]:
-    """Return what both directions of :func:`add_norm` take besides tensors; a program has a tile of 4,096 values."""
+    """Return the common arguments of forward and backward of :func:`add_norm`; a tile has at most 4,096 values."""
     _, rows, width = total.shape
     size = max(16, 1 << (width - 1).bit_length())
     return {
@@ -223,11 +223,11 @@ def _norm_arguments(total: torch.Tensor, weight: torch.Tensor, draws: DropoutSit
 def attention(
     rows: torch.Tensor, query: torch.Tensor | None, sentences: Sentences, draws: DropoutSite | None, heads: int
 ) -> torch.Tensor:
-    """Attention within sentences straight from the rows of tokens, ``(trials, rows of queries, heads * head size)``.
+    """Return attention within sentences, without bins, ``(trials, queries, heads * head size)``.
 
-    ``rows`` (trials, tokens, 3 * heads * head size) holds query, key and value side by side; where ``query`` (trials,
-    sentences, heads * head size) brings the only query of each sentence, key and value. Draws are those of
-    :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence a bin. Rows of no sentence become zeros.
+    ``rows`` (trials, tokens, 3 * heads * head size) holds query, key and value side by side; or only key and value, if
+    ``query`` (trials, sentences, heads * head size) holds the only query of each sentence. Draws are those of
+    :func:`distilbench.engines.fused.dropout.philox_mask` for one sentence per bin. Padding rows become zeros.
     """
     context: torch.Tensor = _Attention.apply(rows, query, sentences, draws, heads)
     return context
@@ -264,16 +264,16 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(rows: torch.Tensor, query: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Query, key and value as views, ``(trials, rows, heads * head size)`` each."""
+    """Return query, key and value as views, ``(trials, rows, heads * head size)`` each."""
     return rows.chunk(3, dim=2) if query is None else (query, *rows.chunk(2, dim=2))
 
 
 def _attention_arguments(
     q: torch.Tensor, k: torch.Tensor, sentences: Sentences, draws: DropoutSite | None, heads: int
 ) -> tuple[dict[str, Any], int, int]:
-    """Return what both directions take besides tensors, and the longest sentence's blocks of queries and keys.
+    """Return the common arguments of forward and backward, and the longest sentence's blocks of queries and keys.
 
-    A block is 32 tokens, and 16 where products are ordinary arithmetic, whose unrolled code and registers limit it.
+    A block is 32 tokens in bf16, otherwise 16: without tensor cores, unrolled code and registers limit it.
     """
     model, one_query = q.shape[2], q.stride(1) != k.stride(1)
     block = 32 if q.dtype == torch.bfloat16 else 16
@@ -295,7 +295,7 @@ def _try_dropout(device: torch.device) -> None:
 
 
 def _try_adamw(device: torch.device, dtype: torch.dtype) -> None:
-    """With a copy for products of ``dtype`` where that is not float32."""
+    """Try AdamW, with a copy in ``dtype`` if that is not float32."""
     params, grad, mean, square = torch.zeros(4, 1, 16, device=device)
     scalars = torch.ones(1, 6, device=device)
     low = torch.zeros(2, 1, 16, dtype=dtype, device=device)
@@ -304,14 +304,14 @@ def _try_adamw(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _try_attention(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
-    """Both directions with dropout, over one token."""
+    """Try forward and backward with dropout on one token."""
     one = torch.ones(1, 1, dtype=torch.int64, device=device)
     rows = torch.zeros(1, 1, 3 * heads * head_size, dtype=dtype, device=device, requires_grad=True)
     attention(rows, None, Sentences(one * 0, one, 1), DropoutSite(one[0], 1, 6554), heads).sum().backward()
 
 
 def _try_norm(device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """Both directions with dropout and without, over one row."""
+    """Try forward and backward with and without dropout on one row."""
     keys = torch.ones(1, dtype=torch.int64, device=device)
     x, (weight, bias) = torch.zeros(1, 1, width, device=device), torch.zeros(2, 1, width, device=device)
     branch = torch.zeros(1, 1, width, dtype=dtype, device=device, requires_grad=True)
@@ -327,4 +327,4 @@ REHEARSALS: dict[str, Callable[..., None]] = {
     "attention": _try_attention,
     "norm": _try_norm,
 }
-"""Launches all of each kind of work in a training, on next to nothing: by device, some by precision and heads too."""
+"""Functions that launch all kernels of a kind of work on tiny tensors, given the device and the details."""

@@ -1,4 +1,4 @@
-"""A group of trials that train at once, in one loop: a step is one forward pass and one update for all of a stack."""
+"""Train a group of trials in one loop: each step is one forward pass and one update for all trials of a stack."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from distilbench.results import Status, TrialResult
 log = logging.getLogger(__name__)
 
 _FEWEST_EVALUATED = 16
-"""Examples that a group evaluates at once at least, however many trials it has: products of fewer rows are slow."""
+"""Minimum evaluation batch size, however many trials a group has: products of fewer rows are slow."""
 
 _TRIALS_PER_STACK = 4
-"""Trials of a stack on a CPU: eight would save 2 % of the time (MiniLM on SST-2, batch 16) and take more memory."""
+"""Trials per stack on a CPU: eight would save 2 % of the time (MiniLM on SST-2, batch 16) but take more memory."""
 
 Outcome = tuple[Status, str | None]
-"""How a trial ended, and in one line why."""
+"""How a trial ended, and the reason in one line."""
 
 
 @dataclass
 class Stack:
-    """Members that take a step together: which of the group, their weights, optimizer and hidden states under those.
+    """Members that take a step together: their slice of the group, weights, optimizer and prefix.
 
-    ``orders`` are the seeds of their orders of examples, or the one that all have.
+    ``orders`` are the seeds of their orders of examples, or the one seed that all share.
     """
 
     trial_slice: slice
@@ -59,7 +59,7 @@ class Stack:
 def train_group(
     members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool, began: float
 ) -> None:
-    """Train ``members``, whose set-up ``began``, to their ends; their results go to ``results`` by their indices."""
+    """Train ``members`` and store their results in ``results`` by index; their set-up ``began`` at that time."""
     try:
         waiting = [TrialGroup(members, observer, results, use_graphs, Stopwatch(began))]
         while waiting:
@@ -75,17 +75,17 @@ def train_group(
 
 
 class TrialGroup:
-    """Trains ``members``, which share a fusion key and stand at the same step.
+    """Train ``members``, which share a fusion key and are at the same step.
 
-    A member that is pruned, diverges or fails leaves the stack; its result goes to ``results`` under its index. Out of
-    memory halves the group, without repeating a step.
+    A member that is pruned, diverges or fails leaves the stack; its result is stored in ``results`` under its index.
+    When out of memory, the group is halved without repeating a step.
     """
 
     def __init__(
         self, members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool,
         stopwatch: Stopwatch,
     ) -> None:  # fmt: skip
-        """With ``use_graphs``, steps go through fixed buffers and are recorded (:mod:`.cuda.graph_step`)."""
+        """``use_graphs`` selects steps with static buffers, captured as CUDA graphs (:mod:`.cuda.graph_step`)."""
         self.members, self.observer, self.results, self.stopwatch = members, observer, results, stopwatch
         self.context, self.settings = members[0].context, members[0].trial.settings
         self.schedule = self.context.schedule
@@ -95,21 +95,21 @@ class TrialGroup:
         self.use_graphs = use_graphs
         on_cpu = self.context.device.type == "cpu" and not use_graphs
         self.at_once = min(MOST, torch.get_num_threads()) if on_cpu else 1
-        """Stacks that take a step beside each other."""
-        # each trial has hidden states of its own: together, no more than one alone would evaluate at once
+        """Stacks that take a step in parallel."""
+        # each trial has its own hidden states: in total, no more than a single trial's evaluation batch
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // self._stack_size())
-        self.trained_from = -1  # not begun
+        self.trained_from = -1  # not started
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
         self.deterministic_layers = self.settings.freeze.deterministic_layers(architecture.depth)
         kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self.graph_steps: GraphSteps | None = None
         self.stacks: list[Stack] = []
-        self.losses = self.norms = self.flat_params = torch.empty(0)  # not begun: the device may not hold all trials
+        self.losses = self.norms = self.flat_params = torch.empty(0)  # not started: not all trials may fit the device
         self.moments: list[torch.Tensor] = []
 
     def _initial_state(self) -> list[torch.Tensor]:
-        """Return losses since the last record and last norms, (trials,), rows and moments, (trials, size)."""
+        """Return summed losses and last gradient norms, (trials,), parameters and moments, (trials, size)."""
         context = self.context
         initial: dict[int, torch.Tensor] = {}
         for seed in {m.trial.settings.seed for m in self.members if m.checkpoint is None}:
@@ -124,12 +124,12 @@ class TrialGroup:
         return [losses, norms, *state]
 
     def _load(self, state: Sequence[torch.Tensor]) -> None:
-        """Go on from ``state``, (members, ...) each; a stack whose turn is later borrows room for gradients."""
-        self.graph_steps, self.stacks = None, []  # first of all, for its recordings hold memory
+        """Continue from ``state``, (members, ...) each; stacks that don't run in parallel share gradient buffers."""
+        self.graph_steps, self.stacks = None, []  # first, because captured graphs hold memory
         self.losses, self.norms, self.flat_params, *self.moments = (part.to(self.context.device) for part in state)
         if self.trained_from != self.context.trained_from(self.step):
             self.trained_from = self.context.trained_from(self.step)
-            # run once for all trials, unless each has trained what is frozen from now on
+            # one prefix for all trials, unless they have trained the weights that are frozen from now on
             frozen = self._weights(self.flat_params.new_empty(0, self.context.layout.size))
             self.prefix = self._prefix_of([frozen]) if "word" in self.context.frozen else None
         size = self._stack_size()
@@ -147,7 +147,7 @@ class TrialGroup:
             self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
 
     def _stack_size(self) -> int:
-        """How many members a stack has: all, but on a CPU a few, and stacks enough to run beside each other."""
+        """Return the number of members per stack: all, or on a CPU few enough that several stacks run in parallel."""
         count = len(self.members)
         if self.use_graphs or self.context.device.type != "cpu":
             return count
@@ -155,7 +155,7 @@ class TrialGroup:
         return -(-count // stacks)
 
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
-        """Return what runs the frozen part of ``weights``, each trial's or one for all; None where there is none."""
+        """Return the prefix of ``weights``, one per trial or one shared by all; None if the embeddings are trained."""
         context, depth = self.context, prefix_depth(self.context.layout, weights[0].frozen)
         split, dropout = context.splits.train, self.settings.freeze.dropout
         return depth if depth is None else Prefix(weights, split, self.schedule, dropout, depth)
@@ -165,11 +165,11 @@ class TrialGroup:
         return StackedWeights(layout, frozen, dtype, flat_params, grad_owner, self.trained_from)
 
     def _tensors(self) -> list[torch.Tensor]:
-        """Return all that belongs to the members one by one, ``(members, ...)`` each."""
+        """Return all per-member state, ``(members, ...)`` each."""
         return [self.losses, self.norms, self.flat_params, *self.moments]
 
     def _split(self, *parts: Sequence[int]) -> list[TrialGroup]:
-        """Return groups of the members at these places, on the host, to go on from here one after the other."""
+        """Return one group for the members at each of these index lists, with their state on the host."""
         groups = []
         for places in parts:
             group = copy(self)
@@ -181,16 +181,16 @@ class TrialGroup:
         return groups
 
     def _set_up(self) -> None:
-        """Bring all to the device, which none of the trials' own seconds count."""
+        """Move the state to the device; the time counts as set-up, not as training."""
         self._load(self._tensors() if len(self.losses) else self._initial_state())
         seconds = self.stopwatch.lap().seconds
         for member in self.members:
             member.trial.setup_seconds += seconds
 
     def train(self) -> list[TrialGroup]:
-        """Train to the end; or return parts that are to go on instead, since memory or some members' patience ran out.
+        """Train to the end, or return parts of the group to train instead, after out of memory or early stopping.
 
-        A single trial that ran out of memory takes the same step again with half as many rows at once.
+        A single trial that runs out of memory repeats the step with half the micro-batch.
         """
         while self._goes_on():
             try:
@@ -203,10 +203,10 @@ class TrialGroup:
                 if not self.evaluation_due and self.observer.wants_checkpoint():
                     self._leave_checkpoints()
                 continue
-            except Exception as error:  # the trials' boundary: other groups go on
+            except Exception as error:  # the trials' boundary: other groups continue
                 outcome = outcome_of(error, self.settings)
             if outcome[0] is Status.OUT_OF_MEMORY:
-                release_memory()  # not before: the error's own frames hold the step's tensors
+                release_memory()  # only here: the exception's frames refer to the step's tensors
                 if len(self.members) > 1:
                     return self._halves()
                 if self._halve_micro_batch(self.members[0]):
@@ -220,20 +220,20 @@ class TrialGroup:
         return []
 
     def _halves(self) -> list[TrialGroup]:
-        """Halve the group; where memory ran out between two stacks, those that have taken the step go on first."""
+        """Halve the group, or split it into the members that have already taken the step and the rest."""
         cut, count = self.taken or len(self.members) // 2, len(self.members)
         first, second = self._split(range(cut), range(cut, count))
         second.taken = 0
         return [first, second]
 
     def _goes_on(self) -> bool:
-        """Whether there is a step or an evaluation to come for all members."""
+        """Return whether all members have another step or evaluation ahead."""
         if not self.members or self.evaluation_due:
             return bool(self.members)
         return self.step < self.schedule.steps and not any(member.trial.is_out_of_patience for member in self.members)
 
     def _halve_micro_batch(self, member: Member) -> bool:
-        """Halve the batch of what has just run out of memory; False where it is a single example."""
+        """Halve the batch that ran out of memory, in training or evaluation; return False if it is a single example."""
         if self.evaluation_due:
             self.eval_batches.clear()
             if self.prefix is not None:
@@ -248,11 +248,11 @@ class TrialGroup:
         return True
 
     def _advance(self) -> None:
-        """Take one step, and record it where a record is due."""
+        """Take one step, and record it if a record is due."""
         if self.use_graphs and self._takes_whole_batch():
             self._graph_step()
         else:
-            self.graph_steps = None  # where memory has run out: its recordings hold some
+            self.graph_steps = None  # after out of memory: captured graphs hold memory
             for start in range(0, len(self.stacks), self.at_once):
                 stacks = self.stacks[start : start + self.at_once]
                 if stacks[0].trial_slice.start >= self.taken:
@@ -264,9 +264,9 @@ class TrialGroup:
             self._record()
 
     def _step(self, stacks: Sequence[Stack]) -> None:
-        """Take a step of ``stacks`` beside each other; none is taken where memory runs out for one."""
+        """Take a step of ``stacks`` in parallel; if the gradients of one run out of memory, none takes it."""
         for stack in stacks:
-            if stack.prefix is not None:  # with all threads, and once for stacks that share it
+            if stack.prefix is not None:  # here with all threads, and once if stacks share it
                 stack.prefix.prepare(stack.orders, self.step, stack.prefix.window * self.members[0].micro_batch)
         losses = map_in_threads(self._differentiate, stacks)
 
@@ -280,11 +280,11 @@ class TrialGroup:
             self.norms[stack.trial_slice] = norm
 
     def _takes_whole_batch(self) -> bool:
-        """Whether a batch is taken at once."""
+        """Return whether a batch is one micro-batch."""
         return self.members[0].micro_batch >= self.settings.train.batch_size
 
     def _graph_step(self) -> None:
-        """Take a step through static buffers; what recording takes belongs to the set-up."""
+        """Take a step with static buffers; the time spent on capturing graphs counts as set-up."""
         if self.graph_steps is None:
             device, [stack] = self.context.device, self.stacks
             bucketed_batches = BucketedBatches(self.context.splits.train, self.schedule, stack.orders, device)
@@ -299,7 +299,7 @@ class TrialGroup:
             member.trial.setup_seconds += seconds
 
     def _differentiate(self, stack: Stack) -> torch.Tensor:
-        """Fill the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
+        """Compute the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
         examples = [self.schedule.batch(seed, self.step) for seed in stack.orders]
         size = len(examples[0])
         most = self.members[0].micro_batch
@@ -307,7 +307,7 @@ class TrialGroup:
         return torch.stack([self._differentiate_part(stack, examples, part) for part in parts]).sum(0)
 
     def _differentiate_part(self, stack: Stack, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
-        """Add the gradient of a part of each order's batch to those before, and return its share of the mean loss."""
+        """Add the gradient of a part of each order's batch to earlier parts'; return its share of the mean loss."""
         size = len(examples[0])
         packs = [pack(self.context.splits.train, chosen[part]) for chosen in examples]
         batch = stack_batches(packs, self.context.device, self.context.compute_dtype)
@@ -326,9 +326,9 @@ class TrialGroup:
         return losses.detach()
 
     def _record(self) -> None:
-        """Tell each observer of the steps since the last record."""
+        """Record the steps since the last record for each member."""
         steps = self.step - self.recorded
-        losses, norms = (self.losses / steps).tolist(), self.norms.tolist()  # waits for the device: before the clock
+        losses, norms = (self.losses / steps).tolist(), self.norms.tolist()  # synchronizes before the lap is read
         lap = self.stopwatch.lap()
         self.losses.zero_()
         self.recorded = self.step
@@ -340,7 +340,7 @@ class TrialGroup:
         self.stopwatch.lap()
 
     def _evaluate(self) -> None:
-        """Evaluate on the selection split, keep best weights, ask the observer who goes on, and save the rest."""
+        """Evaluate on the selection split, keep best weights, let the observer prune members, and save the others."""
         splits = self.context.splits
         logits = self._predict(splits.selection)
         self.evaluation_due = False
@@ -359,13 +359,13 @@ class TrialGroup:
         self.stopwatch.lap()
 
     def _save(self) -> None:
-        """Leave a checkpoint of each member that goes on."""
+        """Write a checkpoint of each member that has not stopped early."""
         for t, member in enumerate(self.members):
             if not member.trial.is_out_of_patience:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
 
     def _leave_checkpoints(self) -> None:
-        """Save between two evaluations, since the process is to end."""
+        """Write checkpoints between two evaluations because the process is about to end."""
         if self.step != self.recorded:
             self._record()
         if self.settings.train.checkpoints and self.step < self.schedule.steps:
@@ -392,13 +392,13 @@ class TrialGroup:
         return logits
 
     def _finish(self) -> None:
-        """Go back to the best weights, evaluate them on the report split, and export them."""
+        """Restore the best weights, evaluate them on the report split, and export them."""
         if not self.members:
             return
-        if not len(self.losses):  # continued where nothing was left to train
+        if not len(self.losses):  # resumed with nothing left to train
             self._set_up()
         best = [self.flat_params[t] if m.best_params is None else m.best_params for t, m in enumerate(self.members)]
-        self.graph_steps, self.stacks, self.moments = None, [], []  # before more is made: their memory will do
+        self.graph_steps, self.stacks, self.moments = None, [], []  # free their memory before allocating more
         flat_params = torch.stack([row.to(self.context.device) for row in best])
         self._load([self.losses, self.norms, flat_params])
         splits = self.context.splits
@@ -416,19 +416,19 @@ class TrialGroup:
         self._each(finish)
 
     def _each(self, act: Callable[[int, Member], Outcome | None]) -> None:
-        """Call ``act`` with each member and its place; whom it gives an outcome, or fails for, leaves the group."""
+        """Call ``act`` with each index and member; if it returns an outcome or raises, the member leaves the group."""
         outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
             try:
                 outcome = act(t, member)
-            except Exception as error:  # the trial's boundary: its neighbours go on
+            except Exception as error:  # the trial's boundary: the others continue
                 outcome = outcome_of(error, member.trial.settings)
             if outcome is not None:
                 outcomes[t] = outcome
         self._leave(outcomes)
 
     def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
-        """Give the results of members at these places, and go on with the others."""
+        """Store the results of the members at these indices, and continue with the others."""
         for t, outcome in outcomes.items():
             member = self.members[t]
             self.results[member.trial.index] = member.trial.end(*outcome, member.micro_batch)

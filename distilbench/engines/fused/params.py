@@ -1,4 +1,4 @@
-"""Lay the stacked parameters of a group in one flat row a trial, and say where each lies."""
+"""The parameters of stacked trials, one flat vector per trial, and their layout in it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from distilbench.models.architecture import TABLES, Architecture
 from distilbench.models.freezing import levels
 
 CACHED = 1 << 20
-"""Elements of a row that a CPU's optimizer takes at once: several passes over all would each wait for memory, and take
+"""Elements that a CPU's optimizer updates at once, to stay in the cache: several passes over all parameters would take
 8 % more time for 5.5 million on two threads.
 """
 
 
 ALIGNED = 16
-"""Each weight begins at a multiple of so many elements, trials too: a GPU then loads 16 bytes at once, and its library
-of products takes the kernels of its generation. What lies between is zero, and stays so.
+"""Each weight, and each trial, begins at a multiple of this number of elements: a GPU then loads 16 bytes at once, and
+its matrix library can use its fastest kernels. The gaps are always zero.
 """
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of the embedding tables that occur: ``words`` (kept,) sorted, and the first ``positions``.
+    """The rows of the embedding tables that are used: ``words`` (kept,) sorted, and the first ``positions``.
 
-    ``padding`` is the place in ``words`` of the padding token, where a text spells it: it never has a gradient.
-    ``types`` is 2 for pairs; a single text has token type 0 throughout.
+    ``padding`` is the index in ``words`` of the padding token, if it occurs in the text: it never gets a gradient.
+    ``types`` is 2 for pairs; single texts only have token type 0.
     """
 
     words: np.ndarray
@@ -44,13 +44,13 @@ class Vocabulary:
     types: int = 1
 
     def rows(self, leaf: str) -> np.ndarray:
-        """Which rows of a table are kept, ``(kept,)``."""
+        """Return the rows of a table that are kept, ``(kept,)``."""
         return {"word": self.words, "position": np.arange(self.positions), "type": np.arange(self.types)}[leaf]
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Where a weight lies in a trial's flat vector."""
+    """The position of a weight in a trial's flat vector."""
 
     leaf: str
     start: int
@@ -63,14 +63,14 @@ class ParamSlice:
 
 
 class FlatParamLayout:
-    """The order of the trainable weights in a trial's flat vector: tables, matrices, then undecayed biases and norms.
+    """The order of the trainable weights in a trial's flat vector: tables, matrices, biases, norms.
 
-    ``tables_end``, ``decayed_end`` and ``compute_end`` are where the tables, what weight decay applies to, and what is
-    multiplied in the compute precision end; the latter is ``[tables_end, compute_end)``.
+    Weight decay applies to ``[0, decayed_end)``: tables, which end at ``tables_end``, and matrices. The weights in
+    ``[tables_end, compute_end)``, matrices and biases, are used in the compute precision.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-        """Leave out the parameters of ``model`` that ask for no gradient."""
+        """Lay out the parameters of ``model`` with ``requires_grad``."""
         self.architecture = Architecture.of(model.config)
         self.vocabulary = vocabulary
         self.leaves = self.architecture.leaves()
@@ -85,7 +85,7 @@ class FlatParamLayout:
         self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
         """The level of each weight: :func:`~distilbench.models.freezing.levels`."""
         self.level_at: dict[int, int] = {}
-        """Where weights of another level begin, and which."""
+        """The level of the weights by the index from which it applies."""
         ends = [0, 0, 0, 0]
         start = 0
         for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
@@ -99,12 +99,12 @@ class FlatParamLayout:
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
 
     def frozen_below(self, level: int) -> set[str]:
-        """Name the weights that are frozen where all below ``level`` are, beside those that always are."""
+        """Return the names of the weights below ``level`` and of those that are always frozen."""
         return self.frozen | {leaf for leaf, own in self.level_of.items() if own < level}
 
     @torch.no_grad()
     def read(self, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Take a weight as it is stored here from a Hugging Face model's ``weights``."""
+        """Return a weight in the format of this module from a Hugging Face model's ``weights``."""
         parts = [weights[name] for name in self.leaves[leaf]]
         if leaf in TABLES:
             return parts[0][torch.from_numpy(self.vocabulary.rows(leaf))]
@@ -121,9 +121,9 @@ class FlatParamLayout:
         self, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype,
         trained_from: int = 0,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Take from ``weights`` what is frozen where training begins at a level, ``(1, ...)`` each.
+        """Return the weights that are frozen if levels from ``trained_from`` on are trained, ``(1, ...)`` each.
 
-        What products use is in ``compute_dtype``.
+        Matrices and biases are in ``compute_dtype``.
         """
         frozen = self.frozen_below(trained_from)
         precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else compute_dtype for leaf in frozen}
@@ -131,9 +131,9 @@ class FlatParamLayout:
 
     @torch.no_grad()
     def write(self, flat_params: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put ``flat_params`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
+        """Copy ``flat_params`` (size,) into the parameters ``weights`` of a Hugging Face model with initial weights.
 
-        ``untouched`` is what the optimizer has made of an embedding that never had a gradient, as a factor.
+        ``untouched`` is the factor by which the optimizer has changed embeddings that never had a gradient.
         """
         for param_slice in self.param_slices:
             value = flat_params[param_slice.start : param_slice.stop].view(param_slice.shape).cpu()
@@ -155,22 +155,22 @@ def _rank(leaf: str, decayed: bool) -> int:
 
 
 class StackedWeights:
-    """The weights of ``trials`` trials: ``flat_params`` (trials, size) to train, and what is frozen, once for all.
+    """The weights of stacked trials: ``flat_params`` (trials, size), which are trained, and shared frozen weights.
 
-    Products run in ``compute_dtype`` from a copy, ``compute_params``, where that differs from the precision of
-    ``flat_params``; embeddings, norms and the residual stream keep the latter, as under autocast.
+    If ``compute_dtype`` differs from the dtype of ``flat_params``, products use a copy, ``compute_params``; embeddings,
+    norms and the residual stream keep the dtype of ``flat_params``, as under autocast.
     """
 
     def __init__(
         self, layout: FlatParamLayout, frozen: Mapping[str, torch.Tensor], compute_dtype: torch.dtype,
         flat_params: torch.Tensor, grad_owner: StackedWeights | None = None, trained_from: int = 0,
     ) -> None:  # fmt: skip
-        """``flat_params`` are trained in place from a level on; below it, trials share what is in ``frozen``.
+        """``flat_params`` are trained in place from level ``trained_from`` on; weights below it are in ``frozen``.
 
-        That is what :meth:`FlatParamLayout.frozen_weights` returned. What is multiplied in low precision has its
-        gradient in ``compute_grad`` (trials, compute_end - tables_end), as it comes, and the rest in ``grad`` (trials,
-        size), whose other columns are never touched, but for batches in parts. A ``grad_owner`` of as many trials or
-        more, whose gradient is not needed meanwhile, lends the room for both.
+        ``frozen`` is the result of :meth:`FlatParamLayout.frozen_weights`. Weights with a low-precision copy have their
+        gradient in ``compute_grad`` (trials, compute_end - tables_end), all others in ``grad`` (trials, size), whose
+        remaining columns are used only for batches in parts. ``grad_owner``, with at least as many trials, lends its
+        gradient buffers; it must not need them at the same time.
         """
         self.layout, self.compute_dtype, self.flat_params = layout, compute_dtype, flat_params
         self.trained_from, self.frozen = trained_from, layout.frozen_below(trained_from)
@@ -197,32 +197,32 @@ class StackedWeights:
         self._leaves |= {leaf: weight for leaf, weight in frozen.items() if leaf in self.frozen}
 
     def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
-        """Return a weight's view ``(trials, *shape)`` into ``full``, or into ``compute`` where products use that."""
+        """Return a weight's view ``(trials, *shape)`` of ``full``, or of ``compute`` if products use that."""
         flat = self._columns(slice(param_slice.start, param_slice.stop), full, compute)
         return flat.view(len(flat), *param_slice.shape)
 
     def _columns(self, part: slice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
-        """Return these columns of ``full``, or of ``compute`` where products use that, ``(trials, columns)``."""
+        """Return these columns of ``full``, or of ``compute`` if products use that, ``(trials, columns)``."""
         if compute is None or not self._is_compute(part):
             return full[:, part]
         start = self.layout.tables_end
         return compute[:, part.start - start : part.stop - start]
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
-        """Return a weight: ``(trials, ...)``, or ``(1, ...)`` where trials share it, for none has trained it."""
+        """Return a weight, ``(trials, ...)``, or ``(1, ...)`` if it is frozen and shared."""
         return self._leaves[leaf]
 
     def of_trial(self, trial: int) -> StackedWeights:
-        """Return a view of one trial's weights, to be read."""
+        """Return a read-only view of one trial's weights."""
         one = copy(self)
         one.flat_params = self.flat_params[trial : trial + 1]
         one._leaves = {leaf: w if len(w) == 1 else w.detach()[trial : trial + 1] for leaf, w in self._leaves.items()}
         return one
 
     def parts(self, by_level: bool = False) -> Iterator[tuple[slice, int]]:
-        """Cut what is trained of a flat vector into parts that decay throughout or nowhere, of one precision.
+        """Yield slices of the trained parameters, each of one precision and with or without weight decay, and a level.
 
-        They fit a CPU's cache. With each comes its level, where they are cut ``by_level`` too.
+        On a CPU each fits the cache. The level is meaningful only with ``by_level``, which also splits by level.
         """
         layout, level = self.layout, 0
         ends = {0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size}
@@ -232,9 +232,9 @@ class StackedWeights:
                 yield slice(first, min(first + self._most, stop)), level
 
     def grad_of(self, trial: int, part: slice) -> torch.Tensor:
-        """One of the :meth:`parts` of the gradient of a trial, ``(elements,)`` in the precision of ``flat_params``.
+        """Return one of the :meth:`parts` of a trial's gradient, ``(elements,)`` in the dtype of ``flat_params``.
 
-        It is good until the next call, and what is done to it may change the gradient itself.
+        It is valid until the next call; modifying it may modify the gradient itself.
         """
         if self.compute_grad is None or self._in_parts or not self._is_compute(part):
             return self.grad[trial, part]
@@ -244,7 +244,7 @@ class StackedWeights:
         )
 
     def updated(self, trial: int | slice = slice(None), part: slice | None = None) -> None:
-        """Follow ``flat_params`` after an optimizer step: one trial's or all, one of the :meth:`parts` or all."""
+        """Update ``compute_params`` after an optimizer step, for one trial or all, one of the :meth:`parts` or all."""
         tables, compute = self.layout.tables_end, self.layout.compute_end
         part = slice(tables, compute) if part is None else part
         if self.compute_params is not None and self._is_compute(part):
@@ -256,10 +256,10 @@ class StackedWeights:
     def backward(
         self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, part: int | None = None
     ) -> None:
-        """Fill the gradient from ``loss``, and from that of ``embedded``, the summed embeddings, where they train.
+        """Compute the gradient of ``loss``; ``embedded`` are the summed embeddings, used if the tables are trained.
 
-        Where it is that of one ``part`` of a batch, from 0, all of the gradient adds up in ``grad``, without rounding.
-        Matrices are seen to by :func:`~distilbench.engines.fused.autograd.linear`.
+        With ``part``, the offset of a part in its batch, gradients accumulate in ``grad``, in full precision. Gradients
+        of matrices are written by :func:`~distilbench.engines.fused.autograd.linear`.
         """
         layout, self._in_parts = self.layout, part is not None
         vectors = [
@@ -278,24 +278,24 @@ class StackedWeights:
             self._add_up_tables(gradients[-1], batch)
 
     def _fill_vectors(self, gradients: Sequence[torch.Tensor], add: bool) -> None:
-        """Bring the ``gradients`` of biases and norms, ``(trials, size)`` each, to their place, side by side.
+        """Copy the ``gradients`` of biases and norms, ``(trials, size)`` each, to their columns.
 
-        What is in low precision is not yet to ``add`` to that of earlier parts of a batch.
+        With ``add``, they are added to those of earlier parts of a batch, except in low precision.
         """
         layout, left = self.layout, iter(gradients)
         for start, stop in pairwise((layout.decayed_end, layout.compute_end, layout.size)):  # biases, then norms
             own = [p for p in layout.param_slices if start <= p.start < stop and p.leaf not in self.frozen]
-            if own:  # what is frozen lies below the first
+            if own:  # frozen ones come before the first
                 place = self._columns(slice(own[0].start, stop), self.grad, self.compute_grad)
                 row = torch.cat([_padded(gradient) for gradient in islice(left, len(own))], dim=1)
                 (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(row)
 
     def adds(self, weight: torch.Tensor, part: int | None) -> bool:
-        """Whether the gradient of ``weight`` is added to that of earlier parts; in low precision, only afterwards."""
+        """Return whether to add the gradient of ``weight`` to that of earlier parts; low precision adds later."""
         return bool(part) and weight.dtype == self.flat_params.dtype
 
     def _add_up_tables(self, grad: torch.Tensor, batch: Batch) -> None:
-        """Sum the gradients of tokens, ``(trials, tokens, width)``, into the rows of the tables that they came from."""
+        """Add ``grad`` of the tokens' embeddings, ``(trials, tokens, width)``, to the tables' gradients."""
         index_of = {"word": batch.ids, "position": batch.positions, "type": batch.types}
         for param_slice in (p for p in self.layout.param_slices if p.leaf in TABLES):
             table, index = self._cut(param_slice, self.grad, None), index_of[param_slice.leaf]
@@ -309,7 +309,7 @@ class StackedWeights:
 
 
 def _padded(vectors: torch.Tensor) -> torch.Tensor:
-    """Fill ``vectors`` (trials, size) up to where the next weight begins."""
+    """Pad ``vectors`` (trials, size) to the start of the next weight."""
     missing = -vectors.shape[1] % ALIGNED
     return F.pad(vectors, (0, missing)) if missing else vectors
 
@@ -317,8 +317,8 @@ def _padded(vectors: torch.Tensor) -> torch.Tensor:
 def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
 
-    What goes to one row is added up by a product where it comes first, and zeros go there from its other places: the
-    result does not hang on the order in which a GPU's threads arrive.
+    A product sums all values of a row at its first occurrence; later occurrences add zeros. The result therefore does
+    not depend on the order of a GPU's threads.
     """
     same = index[:, :, None] == index[:, None, :]
     comes_first = ~same.tril(-1).any(2, keepdim=True)
