@@ -1,5 +1,5 @@
-"""What people read: a trial beside its baseline, and many trials as a table and a page.
+"""Reports for people: a trial against its baseline, and many trials as tables and an HTML page.
 
-Sees settings and results only: what is shown is handed in, where it goes is for others to say. Comparisons are made in
-``rows`` (with ``statistics``), said in ``words``, laid out by ``columns``.
+Except for ``from_store``, nothing here accesses the store. ``comparison`` (with ``statistics``, ``noninferiority`` and
+``power``) compares ``rows`` with the baseline, ``words`` states the outcome, ``columns`` lays it out.
 """

@@ -1,23 +1,23 @@
-"""Whether a treatment loses less than a margin: non-inferiority of A (treatment) to B (baseline) on shared examples.
+"""Non-inferiority test: whether A (treatment) loses less than a margin against B (baseline) on shared examples.
 
-"No difference shown" is no evidence that nothing was lost. The hypothesis to reject here is that A loses ``margin`` or
+"No difference shown" is no evidence that nothing was lost. The null hypothesis here is that A loses ``margin`` or
 more; a row for which it is rejected is *good enough* (Tango 1998, Stat. Med. 17:891; Piaggio et al. 2012, JAMA
-308:2594). One-sided at ``ALPHA``, so that one seed's bound is the end of a 95 % interval. All differences, losses and
-margins are shares in [-1, 1]: a margin of one point is 0.01.
+308:2594). The test is one-sided at ``ALPHA``, so for one seed the bound is an end of a 95 % interval. All differences,
+losses and margins are shares in [-1, 1]: a margin of one point is 0.01.
 
-*One seed each.* The loss is ``p_b - p_a``, where A alone is right on a share ``p_a`` of all examples and B alone on
-``p_b``; what remains unknown beside it is the discordance ``p_a + p_b``. :func:`noninferiority_exact` is Buehler's
-bound (1957, JASA 52:482; for these data Lloyd and Moldovan 2007, Stat. Med. 26:3369): outcomes are ordered by Tango's
-upper limit of the loss, and the p of a margin is the largest probability, over all discordances, of an outcome at most
-as high as the observed one. The discordance is first confined to its own exact interval of level ``1 - BETA``, and
-BETA added to the p (Berger and Boos 1994, JASA 89:1012). The order does not depend on the margin, so p falls as the
-margin grows, and the bound belongs to the test.
+*One seed each.* The loss is ``p_b - p_a``, where only A is right on a share ``p_a`` of all examples and only B on
+``p_b``; the nuisance parameter is the discordance ``p_a + p_b``. :func:`noninferiority_exact` is Buehler's bound (1957,
+JASA 52:482; for these data Lloyd and Moldovan 2007, Stat. Med. 26:3369): outcomes are ordered by Tango's upper limit of
+the loss, and the p of a margin is the largest probability, over all discordances, of an outcome at most as high as the
+observed one. The discordance is restricted to its own exact interval of level ``1 - BETA``, and BETA is added to the p
+(Berger and Boos 1994, JASA 89:1012). The order does not depend on the margin, so p falls as the margin grows, and the
+bound is consistent with the test.
 
-By enumeration (the table in ``docs/statistics.md``) Tango's own test and the interval of Bonett and Price (2012) do not
-hold 2.5 %; this one does, and it costs no power against Tango's.
+By enumeration (the table in ``docs/statistics.md``), Tango's own test and the interval of Bonett and Price (2012) do
+not hold 2.5 %; this test does, without losing power against Tango's.
 
-*Several seeds.* :func:`noninferiority_over_seeds` takes the variance over seeds and examples of
-:mod:`distilbench.report.statistics`, and is never surer than the exact test with the seeds taken as given.
+*Several seeds.* :func:`noninferiority_over_seeds` uses the variance over seeds and examples of
+:mod:`distilbench.report.statistics`, and is never more certain than the exact test for fixed seeds.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from distilbench.report.statistics import (
 from distilbench.results import Verdict
 
 ALPHA = 0.025
-"""One-sided level of a claim that a loss is below the margin, and of every bound of a loss."""
+"""One-sided level of the test that a loss is below the margin, and of every bound of a loss."""
 BETA = 1e-6
-"""Probability that the discordance lies outside the interval to which it is confined; the smallest p there is."""
+"""Probability that the discordance lies outside the interval that is searched; also the smallest possible p."""
 _STEP = 0.25
-"""Distance of the discordances that are tried first, in standard errors."""
+"""Initial step between the discordances that are tried, in standard errors."""
 _REACH = 7
-"""Standard deviations beyond which outcomes are left out: less than 1e-10 of their probability."""
+"""Outcomes beyond so many standard deviations are ignored: less than 1e-10 of the probability."""
 
 
 class NonInferiority(NamedTuple):
-    """What A may lose against B: ``p`` of a loss of the margin or more, and the upper confidence ``bound`` of the loss.
+    """The p of a loss of the margin or more, and the upper confidence bound of the loss of A against B, as a share.
 
-    Shares; ``p < ALPHA`` exactly where ``bound < margin``. Of one seed each, this speaks of two trained models only.
+    ``p < ALPHA`` if and only if ``bound < margin``. For one seed each, this applies only to the two trained models.
     """
 
     p: float
@@ -58,13 +58,13 @@ class NonInferiority(NamedTuple):
 
 
 def noninferiority_over_seeds(seen: SeedSpread, margin: float) -> NonInferiority:
-    """Test whether A loses less than ``margin``; one pair is left to :func:`noninferiority_exact`.
+    """Test whether A loses less than ``margin``; a single pair uses :func:`noninferiority_exact`.
 
-    Else the larger p and the larger bound of two tests are returned: the exact one with the seeds taken as given
-    (:func:`effective_counts`), and Cochran and Cox's on the variance over seeds and examples. In the latter the
-    variance is that of the hypothesis, as in Tango's score: where fewer examples differ than a loss of ``margin`` would
-    make differ, all its parts grow by the same factor. Without that, few examples that differ by luck would pass for a
-    small variance and a small loss at once (simulated: up to 4.3 % instead of 2.5).
+    For several seeds, returns the larger p and the larger bound of two tests: the exact one for fixed seeds
+    (:func:`effective_counts`), and Cochran and Cox's with the variance over seeds and examples. The latter uses the
+    variance under the null hypothesis, like Tango's score: if fewer examples differ than a loss of ``margin`` implies,
+    all components are scaled up by the same factor. Otherwise a low number of differing examples, by chance, would give
+    a small variance and a small loss at once (simulated: error rates up to 4.3 % instead of 2.5 %).
     """
     given = noninferiority_exact(*effective_counts(seen.by_example), margin)
     if seen.n == 1:
@@ -93,7 +93,7 @@ def _bound_over_seeds(spread: SeedSpread) -> float:
 
 
 def _deflation(spread: SeedSpread, loss: float) -> float:
-    """Return the standard error observed over that at a true ``loss``, with seeds as given; at most 1."""
+    """Return the ratio of the observed standard error to that at a true ``loss``, for fixed seeds; at most 1."""
     examples = len(spread.by_example)
     observed = float(spread.by_example.var(ddof=1)) / examples if examples > 1 else 0.0
     expected = float(variance_at_loss(*effective_counts(spread.by_example), loss))
@@ -101,11 +101,11 @@ def _deflation(spread: SeedSpread, loss: float) -> float:
 
 
 def effective_counts(by_example: np.ndarray) -> tuple[int, int, int]:
-    """Return ``(only_a, only_b, examples)`` of one pair that is as sure as ``(examples,)`` mean differences in [-1, 1].
+    """Return ``(only_a, only_b, examples)`` of a single pair equivalent to ``(examples,)`` mean differences in [-1, 1].
 
-    With several seeds an example may differ by a fraction. Counted in units of the mean difference of those that
-    differ (weighted by it, as Bohm and Zech 2014, Nucl. Instrum. Meth. A 748:1, do for weighted counts), the mean and
-    its variance stay what they are. Rounded to the careful side; differences of -1, 0 and 1 give their own counts.
+    With several seeds, an example may differ by a fraction. Counting in units of the weighted mean difference of those
+    that differ (as Bohm and Zech 2014, Nucl. Instrum. Meth. A 748:1, do for weighted counts) preserves the mean and its
+    variance. Rounding is conservative; differences of -1, 0 and 1 give their own counts.
     """
     gains, losses = float(by_example[by_example > 0].sum()), -float(by_example[by_example < 0].sum())
     if gains + losses == 0:
@@ -119,7 +119,7 @@ def effective_counts(by_example: np.ndarray) -> tuple[int, int, int]:
 def noninferiority_exact(only_a: int, only_b: int, examples: int, margin: float) -> NonInferiority:
     """Test whether A loses less than ``margin`` against B, from the counts of examples that only one got right.
 
-    An exact unconditional test and its bound; the module says which and why. 10 ms at 872 examples, 0.4 s at 100,000.
+    An exact unconditional test and its bound; see the module's docstring. 10 ms at 872 examples, 0.4 s at 100,000.
     """
     if examples < 1 or min(only_a, only_b) < 0 or only_a + only_b > examples:
         raise ValueError(f"discordant counts {only_a} and {only_b} do not fit {examples} examples")
@@ -129,10 +129,10 @@ def noninferiority_exact(only_a: int, only_b: int, examples: int, margin: float)
 
 @dataclass(frozen=True)
 class _Region:
-    """The outcomes that speak at least as clearly for a small loss as the observed one does.
+    """The outcomes that are at least as strong evidence for a small loss as the observed one.
 
-    Those whose upper limit of the loss, by Tango's score, is ``limit`` or less (at ``Z``).
-    ``low`` and ``high`` confine the discordance.
+    These are the outcomes whose upper limit of the loss, by Tango's score at ``Z``, is ``limit`` or less. ``low`` and
+    ``high`` bound the discordance.
     """
 
     examples: int
@@ -141,25 +141,25 @@ class _Region:
     high: float
 
     def p(self, loss: float) -> float:
-        """Return the largest probability of the region where the true loss is ``loss`` or more.
+        """Return the largest probability of the region if the true loss is ``loss`` or more.
 
-        More gains and fewer losses never leave the region (Sidik 2003), so the largest is found at ``loss`` itself.
+        More gains and fewer losses never leave the region (Sidik 2003), so the maximum is at ``loss`` itself.
         """
-        if loss >= self.high:  # not even losses alone amount to it
+        if loss >= self.high:  # impossible even if all discordant examples were losses
             return BETA
         if loss <= -self.high:
             return 1.0
         first, last = math.asin(math.sqrt(max(self.low, abs(loss)))), math.asin(math.sqrt(self.high))
         count = 2 + int((last - first) * 2 * math.sqrt(self.examples) / _STEP)
         steps, largest = np.linspace(first, last, count), 0.0  # (discordances,), of equal standard error
-        for _ in range(3):  # each time four times finer about the highest
+        for _ in range(3):  # refine the grid fourfold around the maximum
             probability = self._probability(steps, loss)
             at, largest = int(probability.argmax()), max(largest, float(probability.max()))
             steps = np.linspace(steps[max(at - 1, 0)], steps[min(at + 1, len(steps) - 1)], 9)
         return min(largest + BETA, 1.0)
 
     def _probability(self, steps: np.ndarray, loss: float) -> np.ndarray:
-        """``(discordances,)`` probability of the region: over counts of losses, that of enough gains beside them.
+        """Return the ``(discordances,)`` probability of the region, summed over counts of losses with enough gains.
 
         ``steps`` are the arc sines of the discordances' square roots.
         """
@@ -180,7 +180,7 @@ class _Region:
         return np.asarray(np.sum(weight * tail, axis=1))
 
     def _fewest_gains(self, losses: np.ndarray) -> np.ndarray:
-        """How many gains bring ``(losses,)`` counts of losses into the region; more than there is room for if none."""
+        """Return the fewest gains that put each of ``(losses,)`` into the region; more than possible if none do."""
         if self.limit >= 1:
             return np.zeros_like(losses)
         outside, inside = np.full_like(losses, -1.0), self.examples - losses + 1
@@ -192,7 +192,7 @@ class _Region:
         return inside
 
     def bound(self) -> float:
-        """Return the largest loss whose p is not below ``ALPHA``: searched from ``limit``, which is close to it."""
+        """Return the largest loss whose p is not below ``ALPHA``; the search starts at ``limit``, which is close."""
         from scipy.optimize import brentq
 
         if self.limit >= 1:
@@ -224,13 +224,13 @@ def _region(only_a: int, only_b: int, examples: int) -> _Region:
 
 
 def _tango_score(gains: np.ndarray | int, losses: np.ndarray | int, examples: int, loss: float) -> np.ndarray:
-    """Tango's score statistic of a true ``loss``: the excess of losses over its standard error at that loss."""
+    """Return Tango's score statistic for a true ``loss``: the excess loss divided by its standard error there."""
     deviation = np.sqrt(np.maximum(variance_at_loss(gains, losses, examples, loss), 1e-300))
     return np.asarray(((losses - gains) / examples - loss) / deviation)
 
 
 def variance_at_loss(gains: np.ndarray | float, losses: np.ndarray | float, examples: int, loss: float) -> np.ndarray:
-    """Variance of the observed loss at a true ``loss``, by the likeliest share of gains there (Tango 1998)."""
+    """Return the variance of the observed loss at a true ``loss``, with the most likely share of gains (Tango 1998)."""
     linear = gains + losses + (losses - gains) * loss - 2 * examples * loss
     root = np.sqrt(np.maximum(linear**2 + 8 * examples * gains * loss * (1 - loss), 0))
     share = (linear + root) / (4 * examples)
@@ -238,11 +238,11 @@ def variance_at_loss(gains: np.ndarray | float, losses: np.ndarray | float, exam
 
 
 def verdict_with_margin(low: float, high: float, p: float, p_loss: float) -> Verdict:
-    """Decide between better, good enough, worse and undecided from both p-values, after any correction.
+    """Decide between better, good enough, worse and undecided from both (corrected) p-values.
 
-    ``p`` is that of no difference, ``p_loss`` that of a loss of the margin or more.
-    ``low`` and ``high`` are the limits of the difference A - B. A loss that is shown, and shown to be below the
-    margin, is good enough; a lead that is shown is better whatever else.
+    ``p`` is that of no difference, ``p_loss`` that of a loss of the margin or more; ``low`` and ``high`` are the limits
+    of the difference A - B. A significant lead is better; otherwise a loss shown to be below the margin is good enough,
+    even if the loss itself is significant.
     """
     claim = verdict(low, high, p)
     return Verdict.GOOD_ENOUGH if claim is not Verdict.BETTER and p_loss < ALPHA else claim

@@ -1,11 +1,11 @@
-"""How sure a difference in accuracy is: paired tests, intervals, corrections. Pure functions on counts and arrays.
+"""Tests and intervals for a difference in accuracy: paired, and corrected for multiple comparisons.
 
 *One seed each.* Two trained models on the same examples: the exact McNemar test and the interval of Bonett and Price.
-Both speak of these two models only.
+Both apply only to these two models.
 
-*Several seeds.* What is asked is whether one treatment beats another on new seeds and new examples, so both must count
-as random. Seeds and examples are crossed (every seed sees every example), as readers and cases are in diagnostic
-studies, and the same decomposition into mean squares applies. :func:`compare_over_seeds` says how.
+*Several seeds.* The question is whether one treatment beats another on new seeds and new examples, so both are random
+effects. Seeds and examples are crossed (every seed sees every example), like readers and cases in diagnostic studies,
+so the same decomposition into mean squares applies; see :func:`compare_over_seeds`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from distilbench.results import Verdict
 
 LEVEL = 0.95
-"""Confidence level of every interval; a difference is called one where p is below ``1 - LEVEL``."""
+"""Confidence level of every interval; a difference is significant if p is below ``1 - LEVEL``."""
 Z = 1.959963984540054
 """The two-sided critical value of the normal distribution at that level."""
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test from the two discordant counts; 1.0 where nothing is discordant.
+    """Return the two-sided exact p of McNemar's test from the two discordant counts; 1.0 if both are zero.
 
-    Under no difference each discordant example falls to either side with probability 1/2 (McNemar 1947, Psychometrika
-    12:153; the binomial form: Fagerland, Lydersen and Laake 2013, BMC Med. Res. Methodol. 13:91).
+    Under the null hypothesis, each discordant example falls to either side with probability 1/2 (McNemar 1947,
+    Psychometrika 12:153; binomial form: Fagerland, Lydersen and Laake 2013, BMC Med. Res. Methodol. 13:91).
     """
     from scipy.stats import binomtest
 
@@ -36,11 +36,11 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[float, float, float]:
-    """Difference in accuracy A - B on shared examples, and its confidence limits: ``(difference, low, high)``.
+    """Return the difference in accuracy A - B on shared examples with its limits: ``(difference, low, high)``.
 
-    Wald's interval after one example was added to either discordant count (Bonett and Price 2012, J. Educ. Behav.
+    Wald's interval after adding one example to each discordant count (Bonett and Price 2012, J. Educ. Behav.
     Stat. 37:479): of the three intervals that Fagerland, Lydersen and Laake (2014, Stat. Med. 33:2850) recommend, the
-    one whose coverage never fell below 95 %. It keeps a width where nothing is discordant.
+    one whose coverage never fell below 95 %. Its width is positive even if nothing is discordant.
     """
     if examples < 1 or only_a + only_b > examples:
         raise ValueError(f"discordant counts {only_a} and {only_b} do not fit {examples} examples")
@@ -51,11 +51,11 @@ def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[f
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """The mean difference of two treatments example by example, and the variance of its mean in independent parts.
+    """The difference of two treatments per example, and the variance of its mean in independent components.
 
     ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_parts`` are ``(variance, degrees of freedom)``
-    of the grand mean over seeds, none of one pair; ``noise`` is what of that variance comes from seed x example noise.
-    ``n`` counts pairs of seeds or, where they have none in common, those of the smaller side.
+    of the grand mean over seeds, empty for a single pair; ``noise`` is the part of that variance that is due to
+    seed x example noise. ``n`` counts pairs of seeds or, without common seeds, the seeds of the smaller side.
     """
 
     by_example: np.ndarray
@@ -65,14 +65,14 @@ class SeedSpread:
 
     @property
     def difference(self) -> float:
-        """Accuracy of A minus that of B over all seeds and examples, a share."""
+        """Accuracy of A minus accuracy of B over all seeds and examples, as a share."""
         return float(self.by_example.mean())
 
     @property
     def example_variance(self) -> float:
-        """Variance of the difference over examples alone, which stays however many seeds there are.
+        """Variance of the difference due to examples, which no number of seeds reduces.
 
-        The scatter of ``by_example`` holds ``noise`` too, which the seed parts already count, so it is taken off.
+        The variance of ``by_example`` includes ``noise``, which the seed parts already contain, so it is subtracted.
         """
         examples = len(self.by_example)
         spread = float(self.by_example.var(ddof=1)) / examples if examples > 1 else 0.0
@@ -80,16 +80,16 @@ class SeedSpread:
 
     @property
     def parts(self) -> list[tuple[float, float]]:
-        """All parts ``(variance, degrees of freedom)`` of the difference's variance."""
+        """All components ``(variance, degrees of freedom)`` of the difference's variance."""
         return [*self.seed_parts, (self.example_variance, math.inf)]
 
 
 def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedSpread:
-    """Measure how a difference varies over seeds and examples; a side is seed -> ``(examples,)`` bool of what is right.
+    """Measure how a difference varies over seeds and examples; each side maps seed -> ``(examples,)`` bool, correct.
 
-    With two or more seeds in common those are paired and others are left aside. With none in common (and two or more
-    on each side) seeds count as independent. With one seed on each side, or only one in common, it is one pair.
-    Anything else raises ValueError.
+    With two or more common seeds, these are paired and others ignored. Without common seeds (and two or more on each
+    side), seeds count as independent. One seed on each side, or one common seed, is a single pair. Anything else raises
+    ValueError.
     """
     shared = sorted(set(correct_a) & set(correct_b))
     is_paired = bool(shared) or len(correct_a) == len(correct_b) == 1
@@ -110,7 +110,7 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
 
 @dataclass(frozen=True)
 class SeedComparison:
-    """Accuracy of A minus that of B as a share, its interval, and the p of no difference."""
+    """Accuracy of A minus accuracy of B as a share, its interval, and the p of no difference."""
 
     difference: float
     low: float
@@ -119,15 +119,15 @@ class SeedComparison:
 
 
 def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
-    """Test a difference and bound it; one pair is left to McNemar's test and :func:`paired_accuracy_interval`.
+    """Test a difference and compute its interval; a single pair uses McNemar and :func:`paired_accuracy_interval`.
 
-    The variance of the mean difference has a part from the seeds and a part from the examples, estimated by the mean
+    The variance of the mean difference has a component from the seeds and one from the examples, estimated by the mean
     squares of a seeds x examples layout (Obuchowski and Rockette 1995, Commun. Stat. Simul. Comput. 24:285; Gallas et
-    al. 2009, Commun. Stat. Theory Methods 38:2586). The first rests on ``seeds - 1`` degrees of freedom, the second on
-    as good as infinitely many, and the critical value is their mean weighted by variance (Cochran and Cox 1950,
-    Experimental Designs; conservative: Lee and Gurland 1975, JASA 70:933). Since few seeds may by luck agree
-    better than chance allows, the result is never surer than with the seeds taken as given: the wider interval and the
-    larger p of the two are returned.
+    al. 2009, Commun. Stat. Theory Methods 38:2586). The first has ``seeds - 1`` degrees of freedom, the second
+    practically infinitely many, and the critical value is their mean weighted by variance (Cochran and Cox 1950,
+    Experimental Designs; conservative: Lee and Gurland 1975, JASA 70:933). Because a few seeds may agree by chance, the
+    result is never more certain than the test for fixed seeds: the wider interval and the larger p of the two are
+    returned.
     """
     by_example, difference, parts = seen.by_example, seen.difference, seen.parts
     if seen.n == 1:
@@ -141,9 +141,9 @@ def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
 
 
 def _seed_variance(values: np.ndarray) -> tuple[float, float]:
-    """Variance of the grand mean of ``(seeds, examples)`` over seeds, and the part of it that is seed x example noise.
+    """Return the variance over seeds of the grand mean of ``(seeds, examples)``, and the interaction noise in it.
 
-    These are MS(seeds) and MS(interaction) of the two-way layout without replication, both over seeds x examples.
+    These are MS(seeds) and MS(interaction) of the two-way layout without replication, divided by seeds x examples.
     """
     by_seed, by_example = values.mean(axis=1), values.mean(axis=0)
     residual = values - by_seed[:, None] - by_example + values.mean()
@@ -153,15 +153,15 @@ def _seed_variance(values: np.ndarray) -> tuple[float, float]:
 
 
 def _laplace_variance(squares: float, total: float, examples: int) -> float:
-    """Variance of a mean of differences in [-1, 1] from their sum of squares and sum, one example added at each end."""
+    """Return the variance of a mean of differences in [-1, 1] from their sums, after adding a -1 and a +1."""
     mean = total / (examples + 2)
     return ((squares + 2) / (examples + 2) - mean**2) / (examples + 2)
 
 
 def critical_difference(parts: Sequence[tuple[float, float]], p: float) -> float:
-    """Return the difference of two-sided probability ``p``, given independent parts ``(variance, df)`` of its variance.
+    """Return the critical difference at two-sided ``p``, given independent ``(variance, df)`` components.
 
-    Cochran and Cox's t' is the mean of the critical values weighted by variance; times the standard error.
+    This is Cochran and Cox's t', the mean of the critical values weighted by variance, times the standard error.
     """
     from scipy.special import stdtrit
 
@@ -171,7 +171,7 @@ def critical_difference(parts: Sequence[tuple[float, float]], p: float) -> float
 
 
 def p_of_difference(parts: Sequence[tuple[float, float]], difference: float) -> float:
-    """Return the two-sided p whose critical difference is ``difference``; 0 where p is too small to be told."""
+    """Return the two-sided p whose critical difference is ``difference``; 0 if p is below 1e-200."""
     from scipy.optimize import brentq
 
     smallest = 1e-200
@@ -184,10 +184,10 @@ def p_of_difference(parts: Sequence[tuple[float, float]], difference: float) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, in the given order: compare each with the level as it is.
+    """Correct p-values for multiple comparisons by Holm's method, keeping their order.
 
-    Holm (1979, Scand. J. Stat. 6:65): the i-th smallest of m is multiplied by m - i + 1, and none may fall below one
-    that was smaller. Keeps the chance of any false claim at the level, however the tests depend on each other.
+    Holm (1979, Scand. J. Stat. 6:65): the i-th smallest of m is multiplied by m - i + 1, and the results are made
+    monotone. Controls the family-wise error rate under any dependence between the tests.
     """
     corrected = [0.0] * len(p_values)
     running = 0.0
@@ -198,9 +198,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(low: float, high: float, p: float) -> Verdict:
-    """Decide between better, worse and undecided from the interval's ends and p, after any correction.
+    """Decide between better, worse and undecided from the interval and the (corrected) p.
 
-    A claim needs both: p below ``1 - LEVEL`` and an interval on one side of zero.
+    Better and worse need both p below ``1 - LEVEL`` and an interval that excludes zero.
     """
     if p < 1 - LEVEL and (low > 0 or high < 0):
         return Verdict.BETTER if low > 0 else Verdict.WORSE
