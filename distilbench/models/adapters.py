@@ -1,4 +1,4 @@
-"""Adapters beside frozen weights, through peft: put in, saved, and merged back into an ordinary model."""
+"""Adapters on frozen weights, through peft: which modules they adapt."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def adapt(model: PreTrainedModel, settings: AdapterSettings, resolved: ResolvedModel, seed: int) -> PeftModel | None:
-    """Put an adapter into ``model``, in place, and freeze all but it and the head; None where there is none to put.
+    """Add an adapter to ``model`` in place, and freeze all but adapter and head; return None for ``adapter.name=none``.
 
-    What is drawn comes from ``seed`` alone. Raises :class:`SettingsError` for layers whose parts can't be told.
+    Initial values depend only on ``seed``. Raises :class:`SettingsError` for layers whose modules can't be identified.
     """
     if settings.name == "none":
         return None
     from peft import get_peft_model
 
-    model.name_or_path = resolved.settings.checkpoint  # what the saved adapter says that it belongs to
+    model.name_or_path = resolved.settings.checkpoint  # the saved adapter names it as its base model
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that go
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names of transformers
         torch.default_generator.manual_seed(seed)
         return get_peft_model(model, _CONFIGS[settings.name](model, settings))
 
@@ -43,7 +43,7 @@ def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
 
 
 def _ia3(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Scale keys, values and what enters the last feed-forward map (Liu et al., arXiv 2205.05638, section 3.3)."""
+    """Scale keys, values and the inputs of the last feed-forward layer (Liu et al., arXiv 2205.05638, section 3.3)."""
     from peft import IA3Config
 
     down = [last for *_, last in _parts(model)]
@@ -62,10 +62,10 @@ def _head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def _parts(model: PreTrainedModel) -> list[tuple[str, str, str, str]]:
-    """Name, layer by layer, the maps that make query, key and value, and the one that narrows at the end.
+    """Return each layer's names of the linear modules of query, key and value, and the last one of the feed-forward.
 
-    They are read from the order in which every encoder of the library holds them: the first three maps of one width
-    side by side, or one map three times as wide that makes all three; last of all comes the one that narrows.
+    They are identified by their order, the same in all encoders of Transformers: first three adjacent modules of one
+    shape, or one module three times as wide for all three; the last module whose output is narrower than its input.
     """
     path, layers = layer_list(model)
     found = []

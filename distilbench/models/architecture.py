@@ -1,4 +1,4 @@
-"""Name the parts of DistilBERT's and BERT's encoders: one implementation serves both, and one turns into the other."""
+"""Module names of DistilBERT and BERT, to share one implementation and to convert BERT into DistilBERT."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TABLES = ("word", "position", "type")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the forward pass needs to know beside the weights; rates are those of dropout."""
+    """What the forward pass needs besides the weights; the rates are dropout rates."""
 
     names: Mapping[str, str]
     depth: int
@@ -73,9 +73,9 @@ class Architecture:
         return cls(BERT, *size, config.layer_norm_eps, config.hidden_act, "tanh", *rates)
 
     def leaves(self) -> dict[str, tuple[str, ...]]:
-        """Name the weights of the stacked model, with those of the Hugging Face model that lie side by side in each.
+        """Return the names of the stacked model's weights, each with those of the Hugging Face weights joined in it.
 
-        The last layer keeps its query apart, for it is asked for [CLS] alone.
+        The last layer's query is separate, because it is computed only for [CLS].
         """
         modules: dict[str, tuple[str, ...]] = {"embedding_norm": (self.names["embedding_norm"],)}
         for i in range(self.depth):

@@ -1,4 +1,4 @@
-"""Build tokenizer and model from a resolved source, and export a trained one. Needs torch."""
+"""Build tokenizer and model from a resolved source, and export trained models. Imports torch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
-    """Return the model's fast tokenizer, neither padding nor cutting unless told to.
+    """Return the model's fast tokenizer, with padding and truncation off by default.
 
-    The packaged MiniLM gets DistilBERT's tokenizer class over the same vocabulary. A random model gets one over single
-    characters. Which inputs it makes follows the model: ``token_type_ids`` tell the texts of a pair apart for those
-    that have a table of them. Raises :class:`SettingsError` where the checkpoint has no fast tokenizer, or one that
-    doesn't fit its embeddings.
+    The packaged MiniLM gets DistilBERT's tokenizer class with the same vocabulary, a random model one with single
+    characters. It returns ``token_type_ids`` if the model has embeddings for them. Raises :class:`SettingsError` if the
+    checkpoint has no fast tokenizer, or one that doesn't fit its embeddings.
     """
     source, vocabulary = resolved.settings.source, None
     if resolved.directory is None:
@@ -54,13 +53,13 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
             tokenizer = _saved_tokenizer(resolved)
         else:
             tokenizer = DistilBertTokenizer(vocab=vocabulary, model_max_length=resolved.max_tokens)
-        if source != "package":  # saved with it
+        if source != "package":  # whose config.json is BERT's
             types = ["token_type_ids"] if getattr(_configuration(resolved), "type_vocab_size", 0) > 1 else []
             inputs = ["input_ids", *types, "attention_mask"]
-            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs  # the latter is saved
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    if resolved.max_tokens is not None:  # tokenizers that were saved without a bound say 1e30
+    if resolved.max_tokens is not None:  # tokenizers saved without a limit have 1e30
         tokenizer.model_max_length = min(tokenizer.model_max_length, resolved.max_tokens)
     return tokenizer
 
@@ -79,7 +78,7 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
 @contextmanager
 def _reading(resolved: ResolvedModel) -> Iterator[None]:
-    """Raise :class:`SettingsError` for a checkpoint that turns out to be damaged."""
+    """Turn errors caused by a damaged checkpoint into :class:`SettingsError`."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -92,9 +91,9 @@ def _reading(resolved: ResolvedModel) -> Iterator[None]:
 def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) -> PreTrainedModel:
     """Return a float32 classifier of ``len(label_names)`` labels on the CPU, in evaluation mode.
 
-    A head that the checkpoint lacks, or has for another number of labels, is drawn from ``seed``, whatever was drawn
-    before; torch's global random state is left as it was. Raises :class:`SettingsError` where the weights can't be
-    read or don't match their configuration.
+    A head that the checkpoint lacks, or has for another number of labels, is drawn from ``seed`` alone, without
+    changing torch's global random state. Raises :class:`SettingsError` if the weights can't be read or don't match
+    their configuration.
     """
     with quiet(), torch.random.fork_rng(devices=[]):
         weights = None
@@ -102,7 +101,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
             config, weights = _minilm_as_distilbert(resolved.directory, resolved.config)
         else:
             config = _configuration(resolved)
-            if resolved.directory is None:  # the encoder is that of one seed, whatever the trial's
+            if resolved.directory is None:  # the encoder does not depend on the trial's seed
                 torch.default_generator.manual_seed(ENCODER_SEED)
                 weights = AutoModel.from_config(config, dtype=torch.float32).state_dict()
         trained = [str(name) for _, name in sorted((config.id2label or {}).items())]
@@ -111,7 +110,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
         config.problem_type = "single_label_classification"
         torch.default_generator.manual_seed(seed)
         model, drawn = load_weights(resolved, config, weights)
-    # a head, or the pooler that feeds it, may be new; of the encoder nothing is left to chance
+    # the head and the pooler before it may be new, but nothing in the encoder
     encoder = f"{model.base_model_prefix}."
     lacking = sorted(name for name in drawn if name.startswith(encoder) and ".pooler." not in name)
     require(not lacking, "model.checkpoint", "a model with the weights that its config.json describes",
@@ -122,7 +121,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
 
 
 def _order_head(model: PreTrainedModel, trained: Sequence[str], label_names: Sequence[str]) -> None:
-    """Give each label the row of the head that was ``trained`` for it, where the text has the same in another order."""
+    """Reorder the head's rows from ``trained`` to ``label_names``, if both are the same labels in another order."""
     from torch.nn import Linear
 
     had, wanted = ([name.casefold() for name in names] for names in (trained, label_names))
@@ -143,10 +142,10 @@ def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
 
 
 def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """BERT's configuration and weights under DistilBERT's names, computing the same last hidden states.
+    """Return MiniLM's configuration and weights with DistilBERT's names, which give the same last hidden states.
 
-    DistilBERT (Sanh et al., 2019, section 3) is BERT without token types and pooler. All tokens of a single text are
-    of type 0, so that type's embedding is added to every position's.
+    DistilBERT (Sanh et al., 2019, section 3) is BERT without token types and pooler. All tokens of a single text have
+    type 0, so that type's embedding is added to every position embedding.
     """
     config = DistilBertConfig(
         vocab_size=bert["vocab_size"],
@@ -174,10 +173,10 @@ def _minilm_as_distilbert(directory: Path, bert: dict[str, Any]) -> tuple[PreTra
 def load_weights(
     resolved: ResolvedModel, config: PreTrainedConfig | None = None, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Fill a classifier with ``weights``, or with those of the directory; return the names of what they lack, too.
+    """Return a classifier with ``weights``, by default the directory's, and the names of newly drawn parameters.
 
-    Without ``config`` the directory's is taken. What is lacking, or of another shape, is drawn. Raises
-    :class:`SettingsError` where the weights can't be read, or the architecture does not classify sequences.
+    ``config`` is the directory's by default. Weights that are missing or have another shape are drawn. Raises
+    :class:`SettingsError` if the weights can't be read, or the architecture has no sequence classifier.
     """
     config = config or _configuration(resolved)
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
@@ -199,7 +198,7 @@ def load_weights(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting, on stderr, that a head is new, and from drawing progress bars."""
+    """Suppress the log messages of transformers, such as that a head is new, and its progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
@@ -212,9 +211,9 @@ def quiet() -> Iterator[None]:
 
 
 def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, settings: TrialSettings) -> None:
-    """Write a trial's model to ``model/`` of its directory, with what it takes to ask it as it was trained.
+    """Write a trial's model to ``model/`` in its directory, with what is needed to use it as it was trained.
 
-    The tokenizer says at what length texts were cut, config.json in which columns they stood.
+    The tokenizer has the maximum length as its limit; config.json names the text columns and the hub's data set.
     """
     tokenizer.model_max_length = settings.train.max_length
     said = ("text_column", "pair_column", "hub_name", "hub_config")
@@ -223,12 +222,12 @@ def export_trial(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, set
 
 
 def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write ``model`` as safetensors, with ``tokenizer``, so that ``directory`` is complete or, on failure, as before.
+    """Write ``model`` as safetensors, with ``tokenizer``; if that fails, ``directory`` keeps its previous content.
 
-    Both load with ``from_pretrained(directory)`` of the auto classes, an adapter with peft. What stood there before is
-    replaced. One process at a time may write to a directory.
+    Both load with ``from_pretrained(directory)`` of the auto classes, an adapter with peft. Replaces an existing
+    directory. Only one process at a time may write to a directory.
     """
-    # peft would ask the hub whether the vocabulary has changed
+    # otherwise peft would ask the hub whether the vocabulary has changed
     options: dict[str, Any] = {} if isinstance(model, PreTrainedModel) else {"save_embedding_layers": False}
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, former = directory.with_name(f".{directory.name}.new"), directory.with_name(f".{directory.name}.old")

@@ -1,4 +1,4 @@
-"""A saved model that classifies texts: of a trial, or any directory of Transformers with a classification head."""
+"""Classify texts with a saved model: a trial's, or any Transformers directory with a classification head."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
 
 LONGEST = 512
-"""Tokens that a text is cut at where neither the tokenizer nor the model's positions bound it."""
+"""Maximum number of tokens of a text if neither the tokenizer nor the model's positions limit it."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model in evaluation mode with what its directory says of the texts that it takes.
+    """A model in evaluation mode, with what its directory says about its texts.
 
-    ``trained_on`` is what a trial of ours left in config.json: ``text_column``, ``pair_column``, ``hub_name`` and
-    ``hub_config``, each of which may be None; empty for any other model.
+    ``trained_on`` is what a trial has written to config.json: ``text_column``, ``pair_column``, ``hub_name`` and
+    ``hub_config``, each of which may be None; empty for other models.
     """
 
     model: PreTrainedModel
@@ -37,19 +37,19 @@ class Classifier:
 
     @property
     def columns(self) -> list[str]:
-        """The column of its texts, and of the second ones where it was trained on pairs."""
+        """The column of the texts and, if it was trained on pairs, of the second texts."""
         pair = self.trained_on.get("pair_column")
         return [self.trained_on.get("text_column") or "text", *([pair] if pair else [])]
 
     def predict(self, model_input: pandas.DataFrame, params: object = None) -> pandas.DataFrame:
-        """Return :meth:`answer` to the rows of a table that has :attr:`columns`, as MLflow asks."""
+        """Return :meth:`answer` for the rows of a frame with :attr:`columns`; this is the signature MLflow expects."""
         rows = model_input[self.columns].itertuples(index=False, name=None)
         return self.answer([tuple(text if isinstance(text, str) else None for text in row) for row in rows])
 
     def answer(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
-        """Return ``prediction`` and ``probability_<label>`` of each label, a row a text; all missing where it is blank.
+        """Return ``prediction`` and ``probability_<label>`` for each label, one row per text, missing for blank texts.
 
-        Each of ``texts`` holds one text, or the two of a pair. Texts of like length share a batch.
+        Each of ``texts`` holds one text, or the two of a pair. Texts of similar length share a batch.
         """
         asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
         columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
@@ -71,7 +71,7 @@ class Classifier:
 
 
 def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
-    """Read a model for prediction; raises :class:`SettingsError` for a directory that holds none."""
+    """Load a model for prediction; raises :class:`SettingsError` if ``directory`` has no trained classifier."""
     try:
         resolved = resolve_model(ModelSettings("local", str(directory)))
         tokenizer = load_tokenizer(resolved)
@@ -93,5 +93,5 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
 
 
 def _load_pyfunc(directory: str) -> Classifier:
-    """Load a model as MLflow's python_function flavour does; of this project it needs what stands above alone."""
+    """Load a model for MLflow's python_function flavor; this needs only the modules imported above."""
     return load_classifier(Path(directory), "cuda" if torch.cuda.is_available() else "cpu")

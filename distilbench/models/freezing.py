@@ -1,4 +1,4 @@
-"""What stays frozen: an encoder's parts, read from its structure and not from its class, and one function a policy."""
+"""Freeze parts of an encoder: the parts are found by its structure, not its class; each policy is a function."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distilbench.settings import FreezeSettings, SettingsError
 
 
 def levels(model: PreTrainedModel) -> dict[str, int]:
-    """Return how far from the input each of ``model.named_parameters()`` stands.
+    """Return the level of each of ``model.named_parameters()``, counted from the input.
 
-    0 are the embeddings (with ELECTRA's and ALBERT's projections), ``i + 1`` is encoder layer ``i``, and what follows
-    the last layer comes last: a final norm, a pooler, the head. Raises as :func:`layer_list`.
+    Level 0 is the embeddings (with ELECTRA's and ALBERT's projections), ``i + 1`` is encoder layer ``i``, and the last
+    level is what follows the last layer: a final norm, a pooler, the head. Raises as :func:`layer_list`.
     """
     _, layers = layer_list(model)
     level_of = {id(parameter): 0 for module in embedding_modules(model) for parameter in module.parameters()}
@@ -25,12 +25,12 @@ def levels(model: PreTrainedModel) -> dict[str, int]:
 
 
 def is_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter belongs to the classifier: it stands outside the base model (a pooler stands within)."""
+    """Return whether a parameter belongs to the classifier: it is outside the base model (a pooler is inside)."""
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def embedding_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules that come before the layers, from the input up; raises as :func:`layer_list`."""
+    """Return the modules before the layers, in order; raises as :func:`layer_list`."""
     before: list[nn.Module] = []
     module = model.base_model
     for step in layer_list(model)[0]:
@@ -41,10 +41,10 @@ def embedding_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
-    """Return the encoder's layers, after the path of names that leads to them from the base model.
+    """Return the path of names from the base model to the encoder's layers, and the layers.
 
-    They are the module list as long as the configuration says. Lists inside a list that was found (a layer's own) don't
-    count; two lists side by side (an encoder and a decoder) are ambiguous. Raises :class:`SettingsError` for those.
+    The layers are the module list of the length given in the configuration. Lists nested inside it don't count. Raises
+    :class:`SettingsError` if there is none, or more than one (an encoder and a decoder).
     """
     config = model.config
     length = getattr(config, "num_hidden_groups", getattr(config, "num_hidden_layers", None))
@@ -63,40 +63,38 @@ def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:
 
 
 def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[str]:
-    """Return the names, as in ``model.named_parameters()``, of the parameters that stay as they were.
+    """Return the names, as in ``model.named_parameters()``, of the parameters that are frozen throughout.
 
-    ``settings`` have passed :func:`~distilbench.models.resolve.check_trial`. Raises :class:`SettingsError` for a model
-    whose structure can't be read.
+    ``settings`` must have passed :func:`~distilbench.models.resolve.check_trial`. Raises as :func:`layer_list`.
     """
     return frozenset() if settings.moves else frozenset(_POLICIES[settings.policy](model, settings))
 
 
 def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """``depth``: the first layers, and the embeddings as ``freeze.embeddings`` says."""
+    """Freeze the first layers, and the embeddings according to ``freeze.embeddings`` (policy ``depth``)."""
     frozen = {id(parameter) for module in _frozen_modules(model, settings) for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in frozen}
 
 
 def _all_but_head(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """``head``: the whole base model; the classifier trains alone, with DistilBERT's ``pre_classifier``."""
+    """Freeze the base model and train only the head, including DistilBERT's ``pre_classifier`` (policy ``head``)."""
     return {name for name, _ in model.named_parameters() if not is_head(model, name)}
 
 
 def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """``bias``: all but biases and the head (BitFit: Ben Zaken et al., 2022, arXiv 2106.10199)."""
+    """Freeze all but biases and the head (policy ``bias``; BitFit: Ben Zaken et al., 2022, arXiv 2106.10199)."""
     return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 
 _POLICIES = {"depth": _to_a_depth, "head": _all_but_head, "bias": _all_but_biases}
-"""``freeze.policy`` -> what stays frozen; nothing does throughout with one that moves."""
+"""Functions by ``freeze.policy`` that return what is frozen throughout; the other policies change it in training."""
 
 
 def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
-    """Keep what is frozen as it is, in place: its parameters get no gradient.
+    """Freeze parameters of ``model`` in place.
 
-    With ``settings.dropout`` false, it also stays in evaluation mode whatever ``model.train()`` is called with, by a
-    ``train`` method on the frozen modules themselves: Trainer calls ``model.train()`` in every step, so a mode set once
-    would not last. Copies and pickles of the model keep it.
+    With ``settings.dropout`` false, frozen modules also stay in evaluation mode. Since Trainer calls ``model.train()``
+    in every step, their ``train`` method is replaced; copies and pickles of the model keep the replacement.
     """
     names = frozen_names(model, settings)
     for name, parameter in model.named_parameters():
@@ -109,7 +107,7 @@ def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
 
 
 def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn.Module]:
-    """Return the modules that stay as they were throughout."""
+    """Return the modules that are frozen throughout."""
     if settings.policy == "head":
         return [model.base_model]
     if not settings.layers and not settings.freezes_embeddings:
@@ -119,18 +117,18 @@ def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn
 
 
 def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand in for ``module.train``."""
+    """Replace ``module.train`` without changing the mode."""
     return module
 
 
 def freeze_levels(model: PreTrainedModel, count: int) -> None:
-    """Freeze the lowest ``count`` levels of :func:`levels`, in place, and thaw the rest."""
+    """Freeze the lowest ``count`` levels of :func:`levels` in place, and unfreeze the others."""
     level_of = levels(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(level_of[name] >= count)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many there are; an adapter's copy of the head counts once."""
+    """Return the number of trained and of all parameters; a head that an adapter has copied counts once."""
     sizes = [(p.numel(), p.requires_grad) for name, p in model.named_parameters() if ".original_module." not in name]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

@@ -1,4 +1,4 @@
-"""The sources of weights -> model and tokenizer."""
+"""Resolve the source of the initial weights and the tokenizer, without torch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ MINILM_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""What that package's files hash to; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
+"""SHA-256 of that package's files; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
 
 HUB_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.*", "merges.txt", "*.model"]
-"""What is downloaded of a repository: neither code, nor pickles, nor other frameworks' weights."""
+"""Files that are downloaded from a repository: no code, no pickles, no weights of other frameworks."""
 
 ENCODER_SEED = 0
-"""Seed of a random model's encoder: initial weights are part of the protocol, so a trial's seed moves only the head."""
+"""Seed of a random model's encoder: initial weights belong to the protocol, so a trial's seed affects only the head."""
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Initial weights that were found, before anything of them is loaded.
+    """The source of the initial weights, found but not yet loaded.
 
-    ``settings`` is what is really used (the fallback's where it stands in), ``directory`` holds its files (None for a
-    random model), ``config`` is its config.json, ``depth`` its number of encoder layers.
+    ``settings`` are those of the source really used (of the fallback, if that is used), ``directory`` holds its files
+    (None for a random model), ``config`` is its config.json, ``depth`` its number of encoder layers.
     """
 
     settings: ModelSettings
@@ -52,7 +52,7 @@ class ResolvedModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that the position embeddings reach, special tokens included; None where nothing bounds them."""
+        """The limit of the position embeddings in tokens, special tokens included; None without a limit."""
         positions = self.config.get("max_position_embeddings")
         if positions is not None and self.config["model_type"] in _PADDED_POSITIONS:
             positions -= 2
@@ -65,24 +65,24 @@ _PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 
 @lru_cache(maxsize=64)
 def resolve_model(settings: ModelSettings) -> ResolvedModel:
-    """Find the weights that ``settings`` names, downloading them where they are on the hub.
+    """Find the weights that ``settings`` names, downloading them from the hub if necessary.
 
-    Loads neither torch nor transformers. Resolved once per process, so that a sweep's trials can't differ. Where the
-    hub can't be reached and its cache lacks the model, the declared fallback is resolved instead, which ``used`` says.
-    Raises :class:`SettingsError` where there is nothing to use.
+    Imports neither torch nor transformers. Cached per process, so that a sweep's trials can't differ. If the hub is
+    unreachable and its cache lacks the model, resolves the fallback instead, which is recorded in ``used``. Raises
+    :class:`SettingsError` if there are no usable weights.
     """
     return _SOURCES[settings.source](settings)
 
 
 def used_now(resolved: ResolvedModel) -> SourceUsed:
-    """Return what ``used`` would say now: a local directory's files may have changed since they were resolved."""
+    """Return ``used`` with the current fingerprint: a local directory may have changed since it was resolved."""
     if resolved.settings.source != "local" or resolved.directory is None:
         return resolved.used
     return replace(resolved.used, fingerprint=file_sha256(resolved.directory / WEIGHTS))
 
 
 def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
-    """Raise :class:`SettingsError` for a trial that the model can't be trained so; loads neither torch nor peft."""
+    """Raise :class:`SettingsError` if the model does not support the trial; imports neither torch nor peft."""
     used, kind = resolved.used, resolved.config["model_type"]
     instead = f", the fallback for {used.fallback_for}" if used.fallback_for else ""
     name, short = used.name, used.name.rsplit("/", 1)[-1] + instead
@@ -107,7 +107,7 @@ def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
 
 def _from_hub(settings: ModelSettings) -> ResolvedModel:
     name, fallback = settings.checkpoint, settings.fallback
-    # a mistyped path is never mistaken for an absent repository
+    # reject paths, so that a mistyped one is not reported as an absent repository
     well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith((".", "-"))
     is_directory = (Path(name).expanduser() / "config.json").is_file()
     require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", name,
@@ -126,9 +126,9 @@ def _from_hub(settings: ModelSettings) -> ResolvedModel:
 
 
 def _snapshot(settings: ModelSettings) -> Path | None:
-    """Return the directory of a repository's files, named by its commit; None without the hub where the cache lacks it.
+    """Return the directory of a repository's files, named by its commit; None if the hub is unreachable and not cached.
 
-    Raises :class:`SettingsError` for what a hub that is there does not give.
+    Raises :class:`SettingsError` for what a reachable hub can't provide.
     """
     name, reachable = settings.checkpoint, hub_reachable()
     from huggingface_hub import snapshot_download
@@ -212,9 +212,9 @@ def _require_files(directory: Path, shown: str) -> None:
 
 
 def _lacking(directory: Path) -> str | None:
-    """Return what a checkpoint lacks to be loaded without code, pickles or guesses; None where it is complete.
+    """Return what a checkpoint lacks to be loaded without code or pickles; None if it is complete.
 
-    AutoTokenizer makes up an empty vocabulary where it finds no file.
+    The vocabulary is checked because AutoTokenizer would silently create an empty one.
     """
     vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
     needed = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS,), "its tokenizer": vocabularies}
@@ -236,7 +236,7 @@ def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> Res
 
 
 def _characters() -> dict[str, int]:
-    """Return a WordPiece vocabulary of single characters, by which any ASCII text becomes a row as long as the text."""
+    """Return a WordPiece vocabulary of single characters: ASCII text gets one token per visible character."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     visible = string.ascii_lowercase + string.digits + string.punctuation
     return {token: number for number, token in enumerate([*special, *visible, *(f"##{c}" for c in visible)])}
