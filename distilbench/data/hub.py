@@ -46,7 +46,7 @@ def hub_endpoint() -> str:
 
 
 def _answers_in_time(endpoint: str) -> bool:
-    """Send the request in a thread: a socket timeout limits neither name resolution nor a server that sends slowly."""
+    """Return :func:`_answers` from a thread: a socket timeout limits neither name resolution nor slow responses."""
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(_answers(endpoint)), daemon=True, name="hub-probe")
     thread.start()

@@ -95,7 +95,7 @@ def load_text(settings: DataSettings) -> TextSplits:
 
     The report split is the validation split or, without one, ``validation_fraction`` of train. With
     ``selection_fraction``, that part of train becomes the selection split. With ``report_fraction``, that part of train
-    becomes the report split, and the former report split selects. The rest of train is the pool; the first
+    becomes the report split, and the former one the selection split. The rest of train is the pool; the first
     ``max_train_examples`` of one stratified order of it are trained on, so that fewer are a subset of more.
     ``max_validation_examples`` caps selection and report each. Draws depend only on ``split_seed`` and keep the order
     of the source. The fingerprint in ``used`` is that of the pool, the selection split and the report split.

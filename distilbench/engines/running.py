@@ -98,7 +98,7 @@ CALIBRATION_BINS = 15
 def evaluate_logits(name: str, logits: np.ndarray, labels: np.ndarray, step: int, epoch: float) -> Evaluation:
     """Return the measures of ``logits`` (examples, labels) float32 against ``labels`` (examples,)."""
     predicted = logits.argmax(axis=1)
-    # macro over the split's own classes: another that is predicted there would change what the mean is of
+    # macro-average over the classes that occur in the split, also if others are predicted
     average, classes = ("binary", None) if logits.shape[1] == 2 else ("macro", np.unique(labels))
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)  # (examples, labels)
     probabilities = np.exp(log_probabilities)

@@ -34,7 +34,7 @@ def adapt(model: PreTrainedModel, settings: AdapterSettings, resolved: ResolvedM
 
 
 def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Adapt queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
+    """Configure LoRA for queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
     from peft import LoraConfig
 
     scale: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
@@ -43,7 +43,7 @@ def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
 
 
 def _ia3(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
-    """Scale keys, values and the inputs of the last feed-forward layer (Liu et al., arXiv 2205.05638, section 3.3)."""
+    """Configure IA3 for keys, values and last feed-forward inputs (Liu et al., arXiv 2205.05638, section 3.3)."""
     from peft import IA3Config
 
     down = [last for *_, last in _parts(model)]

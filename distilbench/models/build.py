@@ -56,7 +56,7 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
         if source != "package":  # whose config.json is BERT's
             types = ["token_type_ids"] if getattr(_configuration(resolved), "type_vocab_size", 0) > 1 else []
             inputs = ["input_ids", *types, "attention_mask"]
-            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs  # the latter is saved
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs  # init_kwargs are saved
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     if resolved.max_tokens is not None:  # tokenizers saved without a limit have 1e30

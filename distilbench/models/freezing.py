@@ -71,18 +71,18 @@ def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[
 
 
 def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Freeze the first layers, and the embeddings according to ``freeze.embeddings`` (policy ``depth``)."""
+    """Return the names frozen by ``depth``: the first layers, and the embeddings as set by ``freeze.embeddings``."""
     frozen = {id(parameter) for module in _frozen_modules(model, settings) for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in frozen}
 
 
 def _all_but_head(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Freeze the base model and train only the head, including DistilBERT's ``pre_classifier`` (policy ``head``)."""
+    """Return the names frozen by ``head``: all but the head, which includes DistilBERT's ``pre_classifier``."""
     return {name for name, _ in model.named_parameters() if not is_head(model, name)}
 
 
 def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Freeze all but biases and the head (policy ``bias``; BitFit: Ben Zaken et al., 2022, arXiv 2106.10199)."""
+    """Return the names frozen by ``bias``: all but biases and head (BitFit: Ben Zaken et al., arXiv 2106.10199)."""
     return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 

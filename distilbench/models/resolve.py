@@ -126,7 +126,7 @@ def _from_hub(settings: ModelSettings) -> ResolvedModel:
 
 
 def _snapshot(settings: ModelSettings) -> Path | None:
-    """Return the directory of a repository's files, named by its commit; None if the hub is unreachable and not cached.
+    """Return the directory of a repository's files, named by its commit; None if neither hub nor cache has it.
 
     Raises :class:`SettingsError` for what a reachable hub can't provide.
     """

@@ -260,6 +260,6 @@ def _one_per_bin(sentences: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """Return the next multiple of ``multiple``, or of the largest power of two below ``size / 16`` if that is more."""
+    """Round ``size`` up to a multiple of ``multiple``, or of the largest power of two up to ``size / 16`` if larger."""
     multiple = max(multiple, 1 << (size // 16).bit_length() - 1) if size >= 16 else multiple
     return -(-size // multiple) * multiple

@@ -57,7 +57,7 @@ class Prefix:
         self._room = ROOM
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
-        """Return the hidden states of a ``part`` of step ``step`` in these seeds' orders, shaped as in :meth:`empty`.
+        """Return the hidden states of a ``part`` of step ``step`` in ``orders`` (seeds), shaped as in :meth:`empty`.
 
         ``batch`` gives the shape; the prefix processes at most ``at_once`` examples at a time.
         """

@@ -138,7 +138,7 @@ class GraphRunner:
         self._broken = False
 
     def record(self, key: Hashable, rehearsal: Callable[[], object], step: Callable[[], None]) -> float:
-        """Warm up with ``rehearsal`` and capture ``step``, both on a side stream; return the seconds, synchronized."""
+        """Warm up with ``rehearsal`` and capture ``step`` on a side stream; return the seconds; synchronizes."""
         if self._broken:
             return 0.0
         torch.cuda.synchronize(self._device)
