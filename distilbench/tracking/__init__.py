@@ -1,9 +1,9 @@
-"""Where trials are kept: the only package that imports mlflow, and only once a store is opened.
+"""Tracking of trials in MLflow: the only package that imports mlflow, and only once a store is opened.
 
-A store makes one run per trial through ``MlflowClient`` and explicit run ids, never through MLflow's fluent stack, so
-that several runs may be open at once. Metrics are ``train/...`` per logging step, ``validation/...`` (``selection/...``
-where a split of its own picks epochs) per evaluation, and without a prefix what a trial amounts to in the end:
-``accuracy``, ``loss``, ``f1`` and ``mcc`` are the kept epoch's on the report split.
+A store creates one run per trial through ``MlflowClient`` with explicit run ids, not through MLflow's fluent API, so
+that several runs can be open at once. Metrics are ``train/...`` per logging step, ``validation/...`` per evaluation
+(``selection/...`` if a separate split picks epochs), and without a prefix the final ones: ``accuracy``, ``loss``,
+``f1`` and ``mcc`` are the kept epoch's on the report split.
 """
 
 from distilbench.tracking.connect import find_store, open_store

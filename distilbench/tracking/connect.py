@@ -1,4 +1,4 @@
-"""From settings to an open store: which one, is it there, and who makes it."""
+"""Open the store that the settings name, and create its database and experiment if they do not exist."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 4.0
-"""How long another process may hold the lock of an SQLite file."""
+"""Longest wait for another process to release a SQLite file."""
 
 
 def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowStore | None:
-    """Open the store that ``settings`` name, making database and experiment where missing; None for ``tracking=none``.
+    """Open the store of ``settings``, creating a missing database or experiment; None for ``tracking=none``.
 
-    ``tracking.uri`` goes before ``MLFLOW_TRACKING_URI``, that before ``mlflow.db`` at the project's root. Processes
-    may race here. Runs that killed processes left are ended. Raises :class:`SettingsError` where there is no store to
-    be had: at once, or for trials of a sweep, which has seen it, ``patiently`` after ``tracking.patience_seconds``.
+    Several processes may do so at once. Runs of killed processes are ended, unless ``patiently`` is set, which is for
+    the trials of a sweep that has opened the store before. Raises :class:`SettingsError` if the store can't be opened:
+    at once, or ``patiently`` after ``tracking.patience_seconds``.
     """
     if settings.name == "none":
         return None
@@ -44,9 +44,9 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
 
 
 def find_store(settings: TrackingSettings) -> MlflowStore:
-    """Open a store to read it: unlike :func:`open_store`, what is not there is refused, not made.
+    """Open a store for reading; unlike :func:`open_store`, creates nothing.
 
-    Raises :class:`SettingsError` for ``tracking=none``, no database, and no such experiment.
+    Raises :class:`SettingsError` for ``tracking=none``, a missing database, and a missing experiment.
     """
     if settings.name == "none":
         raise SettingsError("tracking must be mlflow to read trials, got none; drop tracking=none")
@@ -74,9 +74,9 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
 
 
 def quieten() -> None:
-    """Keep mlflow from announcing itself, from calling home, and from waiting minutes on a server that is gone.
+    """Silence MLflow, disable its telemetry, and limit how long it waits for a server that does not answer.
 
-    One that is busy has half a minute to answer: twice fifteen seconds, or a database's driver thirty.
+    A server gets two attempts of 15 s each; PostgreSQL gets 30 s.
     """
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -88,16 +88,16 @@ def quieten() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    import mlflow  # noqa: F401  its import sets the levels that the next lines change
+    import mlflow  # noqa: F401  its import sets the log levels that are changed below
 
     for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:
-    """Return the experiment; in a database one process at a time makes it: racing ones break each other's migrations.
+    """Return the experiment, created by one process at a time: concurrent migrations of a database break each other.
 
-    A server keeps artifacts where it likes; of a database, new experiments keep files in ``address.artifacts``.
+    A server decides where artifacts go; in a database, a new experiment stores them in ``address.artifacts``.
     """
     from filelock import FileLock
     from mlflow import MlflowClient
@@ -108,8 +108,8 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
     address.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(address.artifacts / ".lock", timeout=60):
         file = address.file
-        if file and not (file.exists() and file.stat().st_size):  # at once: half of MLflow's tables would never open
-            file.touch()  # raises where none can be made, which MLflow would try for an hour
+        if file and not (file.exists() and file.stat().st_size):  # atomically: incomplete tables never open
+            file.touch()  # raises if it can't be created, which MLflow would retry for an hour
             partial_file = file.with_name(f".{file.name}.partial")
             partial_file.unlink(missing_ok=True)
             SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()
@@ -119,11 +119,11 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
 
 
 def _check_database(address: StoreAddress) -> None:
-    """Raise at once what mlflow would retry for an hour: a file that can't be written, a host that does not answer.
+    """Raise at once what MLflow would retry for an hour: a file that can't be written, a host that does not answer.
 
-    A SQLite store that was copied, moved or renamed with its checkout gets its files beside itself: MLflow fixes them
-    as absolute paths and has no call that changes those, so the two columns of its tables that hold them are known
-    here. A folder that somebody chose, other than the ``mlruns/<id>`` of another store or of one that is gone, stays.
+    In a SQLite store that was copied, moved or renamed, artifact paths are changed to the ``mlruns/`` next to it.
+    MLflow stores absolute paths and has no API to change them, so the two columns of its tables are updated here. A
+    folder that the user chose is kept: any but the ``mlruns/<id>`` of another store, or of one that no longer exists.
     """
     if address.file is None:
         import sqlalchemy
@@ -139,7 +139,7 @@ def _check_database(address: StoreAddress) -> None:
             if old is None or old.parts[-2:] != new.parts[-2:] or old.resolve() == new.resolve():
                 continue
             if old.is_dir() and not any(old.parents[1].glob("*.db")):
-                continue  # of no other store: somebody else's MLflow made this experiment in its own folder
+                continue  # of no other store: MLflow created the experiment there, outside of distilbench
             folder = new.as_uri()
             database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder, number))
             database.execute(
@@ -151,7 +151,7 @@ def _check_database(address: StoreAddress) -> None:
 
 
 def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:
-    """Return the experiment, made where it is missing; ``store`` is a client or a store of MLflow's."""
+    """Return the experiment, created if it is missing; ``store`` is a client or a store of MLflow's."""
     from mlflow.exceptions import MlflowException
 
     found = store.get_experiment_by_name(settings.experiment)

@@ -1,7 +1,7 @@
-"""Runs read from MLflow's own tables, of which only what a report needs.
+"""Read runs directly from MLflow's tables, with only what a report needs.
 
-Its public search builds every parameter, tag and metric of a run: 4 ms of CPU a run, and this a tenth of it.
-``tests/tracking/test_mlflow_tables.py`` fails where a new MLflow has other tables.
+MLflow's public search builds every parameter, tag and metric: 4 ms of CPU per run, of which this takes a tenth.
+``tests/tracking/test_mlflow_tables.py`` fails if a new MLflow changes its tables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def search_database(uri: str, experiment_id: str, wanted: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[Run]:
     """Return the runs that are not deleted, oldest first, with our tags, their parent and their latest metrics.
 
-    ``wanted`` are tags' exact values, all of which hold.
+    ``wanted`` maps tags to exact values, all of which must match.
     """
     from mlflow.entities import Metric, Run, RunData, RunInfo, RunTag
     from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlRun, SqlTag

@@ -1,8 +1,8 @@
-"""The model that a run left: where it is, and the same as an MLflow model.
+"""A run's saved model: find its directory, and log and register it as an MLflow model.
 
-It is logged as a python_function model with a loader module, of the two ways that MLflow has without a pickle: the
-other, its transformers flavour, gives neither every label's probability nor an empty answer to an empty text. The
-directory of weights (safetensors), tokenizer and card is kept as it is, under ``data/``.
+It is logged as a python_function model with a loader module, which needs no pickle. MLflow's transformers flavour
+needs none either, but gives neither each label's probability nor an empty answer to an empty text. The directory of
+weights (safetensors), tokenizer and card is stored unchanged under ``data/``.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOADER = "distilbench.models.classifier"
-"""The module whose ``_load_pyfunc`` makes a model of the directory; its package goes along with the model."""
+"""The module whose ``_load_pyfunc`` loads the directory; its package is stored with the model."""
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
-"""What that takes, at the versions that trained it."""
+"""Packages that this needs, pinned to the versions that trained the model."""
 
 ALIAS = "champion"
-"""What a registered version is called where ``tracking.register`` gives no alias, as in MLflow's own guides."""
+"""Alias of a registered version if ``tracking.register`` gives none, as in MLflow's own guides."""
 
 
 def log_model(connection: Connection, run_id: str, directory: Path, register: str | None) -> None:
-    """Log a saved model to its run, which may have ended, and register it; nothing where the run has one already.
+    """Log a saved model to its run, which may have ended, and register it; does nothing if the run has one already.
 
-    No trouble of the store passes.
+    Errors of the store are logged, not raised.
     """
     made: list[LoggedModel | None] = []
     connection.attempt("the model", lambda: made.append(_log(connection.client, run_id, directory)), is_kept=False)
@@ -70,7 +70,7 @@ def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | No
 
 
 def _save(directory: Path, path: Path, run_id: str, model_id: str) -> None:
-    """Write an MLflow model of a directory."""
+    """Write the model in ``directory`` as an MLflow model to ``path``."""
     import pandas
     from mlflow import pyfunc
     from mlflow.models import Model, infer_signature
@@ -92,7 +92,7 @@ def _save(directory: Path, path: Path, run_id: str, model_id: str) -> None:
 
 
 def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:
-    """Make a logged model the newest version of a registered one, under its alias."""
+    """Register a logged model as the newest version of a registered model, and point the alias to it."""
     from mlflow.exceptions import MlflowException
 
     name, _, alias = register.partition("@")
@@ -101,14 +101,14 @@ def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = logged.artifact_location  # MLflow would seek models:/ID in the store that its global setting names
+    source = logged.artifact_location  # MLflow would look up models:/ID in its global tracking URI
     made = client.create_model_version(name, source, run_id, model_id=logged.model_id)
     client.set_registered_model_alias(name, alias or ALIAS, made.version)
     log.info("model registered as models:/%s@%s, version %s", name, alias or ALIAS, made.version)
 
 
 def model_directory(store: MlflowStore, run_id: str) -> Path:
-    """Return the directory of a trial's saved model; raises :class:`SettingsError` where the trial left none."""
+    """Return the directory of a trial's saved model; raises :class:`SettingsError` if there is none."""
     import yaml
 
     directory = Path(yaml.safe_load(store.config(run_id))["output"]["dir"])

@@ -1,4 +1,4 @@
-"""Keeping secrets out of whatever is stored or shown."""
+"""Redact secrets from whatever is stored or shown."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SHORTEST_SECRET = 6
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` for user and password of URIs, for assigned or well-known tokens, and for the values of
-    secret-looking environment variables (of six characters or more: shorter ones would deface ordinary words)."""
+    """Replace by ``***``: user and password in URIs, assigned or well-known tokens, and values of environment variables
+    whose name looks like a secret's (six characters or more, since shorter ones occur in ordinary words)."""
     for secret in _secrets_of_environment():
         text = text.replace(secret, "***")
     text = _ASSIGNED.sub(r"\1***", _USER_IN_URI.sub("//***@", text))
@@ -26,7 +26,7 @@ def redact(text: str) -> str:
 
 
 def _secrets_of_environment() -> list[str]:
-    """Longest first, so that a secret which holds another goes as a whole."""
+    """Return secrets, the longest first, so that one that contains another is replaced as a whole."""
     found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     for value in os.environ.values():
         for password in _PASSWORD_IN_URI.findall(value):

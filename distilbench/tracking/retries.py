@@ -1,4 +1,4 @@
-"""What a store raises when it is gone, locked, broken or of another version, and what becomes of it."""
+"""Handle the errors of a store that is unreachable, locked, broken or of another version: retry, defer or report."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
-"""Between two questions whether a store is back."""
+"""Interval between two attempts to reach a store."""
 
 LOST_AFTER_SECONDS = 30.0
-"""How long what is not kept on disk is tried again; a locked SQLite file blocks each attempt for 20 s."""
+"""How long a write that is not kept on disk is retried; a locked SQLite file blocks each attempt for 20 s."""
 
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-"""MLflow's codes for a server that can't be reached, is restarted or has too much to do; the others are refusals."""
+"""MLflow's error codes for a server that is unreachable, restarting or overloaded; all others are permanent."""
 
 _Answer = TypeVar("_Answer")
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """Return what a store in trouble raises; requests' errors are OSErrors, an ImportError is a missing driver."""
+    """Return the exceptions that a store raises; requests' errors are OSErrors, an ImportError is a missing driver."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -39,7 +39,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether the store may take later what it does not take now; a refusal, or a full disk, stays one."""
+    """Return whether a later attempt may succeed; a refusal or a full disk is permanent."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import OperationalError
@@ -51,7 +51,7 @@ def is_outage(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
-    """Turn trouble into one :class:`SettingsError`: ``<refusal>: <reason>; <remedy>``."""
+    """Convert the store's errors to a :class:`SettingsError`: ``<refusal>: <reason>; <remedy>``."""
     try:
         yield
     except store_errors() as error:
@@ -59,7 +59,7 @@ def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return a chain of exceptions' root in one redacted line: ``Connection refused``, not the layers above."""
+    """Return the root cause of an exception as one redacted line: ``Connection refused``, not the layers above."""
     root = error
     while cause := root.__cause__ or (None if root.__suppress_context__ else root.__context__):
         root = cause
@@ -68,7 +68,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def wait_out(seconds: float, action: Callable[[], _Answer]) -> _Answer:
-    """Return ``action()``; where the store is gone, try again until ``seconds`` have passed, then raise its error."""
+    """Return ``action()``; while the store is unreachable, retry for up to ``seconds``, then raise its error."""
     until, has_told = time.monotonic() + seconds, False
     while True:
         try:
@@ -83,29 +83,29 @@ def wait_out(seconds: float, action: Callable[[], _Answer]) -> _Answer:
 
 
 class Connection:
-    """MLflow's client for one experiment; an outage is told once.
+    """MLflow's client for one experiment, which reports each outage only once.
 
-    Without a client, where nothing is tracked, every write counts as made.
+    Without a client (no tracking), every write counts as done.
     """
 
     def __init__(self, client: MlflowClient | None = None, experiment_id: str = "") -> None:
         self.client: Any = client
         self.experiment_id = experiment_id
         self.is_gone = False
-        """Whether the last attempt found nobody who answers."""
+        """Whether the store was unreachable at the last attempt."""
 
     def attempt(self, what: str, action: Callable[[], object], is_kept: bool = True) -> bool:
-        """Return whether ``action`` is done with, False where the store is gone.
+        """Call ``action``; returns False if the store is unreachable, and True otherwise, even after an error.
 
-        What is kept on disk is to be tried later; what is not, again for some seconds where the store has only just
-        gone. Never raises, since a trained model outweighs its record: what is refused for good, and an error that is
-        not the store's (a figure that can't be drawn), costs a line.
+        An action that is not ``is_kept`` on disk for later is retried for :data:`LOST_AFTER_SECONDS`, unless the store
+        was already unreachable. Never raises, since a trained model outweighs its record: permanent errors, and others
+        than the store's (such as a figure that can't be drawn), are logged as a warning.
         """
         if self.client is None:
             return True
         try:
             wait_out(0.0 if is_kept or self.is_gone else LOST_AFTER_SECONDS, action)
-        except Exception as error:  # a store's, or a figure that can't be drawn
+        except Exception as error:  # the store's, or any other
             if not is_outage(error):
                 log.warning("MLflow did not get %s: %s", what, reason_of(error))
                 return True
@@ -123,7 +123,7 @@ class Connection:
             log.info("MLflow answers again")
 
     def wait(self, seconds: float) -> bool:
-        """Return whether the store answers, at once or within ``seconds``."""
+        """Return whether the store answers within ``seconds``."""
         try:
             wait_out(seconds, lambda: self.client.get_experiment(self.experiment_id))
         except store_errors():

@@ -1,4 +1,4 @@
-"""Open runs: what is written of a trial while it runs and when it ends, files too, and of runs that hold other runs."""
+"""Open runs: what is written about a trial while it runs and when it ends, files included, and about parent runs."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from distilbench.tracking.undelivered import NOTE, Undelivered, points
 log = logging.getLogger(__name__)
 
 SHARE_OF_TIME = 0.01
-"""What sending metrics may take of a trial's time; a batch costs 10-40 ms (SQLite, server) on an idle machine."""
+"""Share of a trial's time that sending metrics may take; a batch takes 10-40 ms (SQLite, server) when idle."""
 SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
-"""Seconds that metrics wait in memory, at least and at most; a locked database blocks each attempt for 20 s."""
+"""Minimum and maximum seconds that metrics wait in memory; a locked database blocks each attempt for 20 s."""
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32), ``slice``.
 
-    The last is there where results are also reported by it.
-    The file is whole or not there: where it can't be written, the room that its part took is given back.
+    ``slice`` is present only if results are reported by slice. The file is written atomically: after an error, nothing
+    of it remains.
     """
     import pyarrow
     import pyarrow.parquet
@@ -78,7 +78,7 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> Any:
-    """Return counts of predicted against true labels as a matplotlib Figure, with numbers up to twenty labels."""
+    """Return a confusion matrix as a matplotlib Figure; up to twenty labels, its cells show the counts."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -92,7 +92,7 @@ def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> 
         colorbar=False, ax=axes,
     )  # fmt: skip
     axes.set_title(f"accuracy {predictions.correct.mean():.2%}")
-    if size > 40:  # of 150 labels, each with its name, drawing took 5 s
+    if size > 40:  # drawing the names of 150 labels took 5 s
         named = range(0, size, -(-size // 40))
         axes.set_xticks(named, label_names[:: named.step], rotation=45)
         axes.set_yticks(named, label_names[:: named.step])
@@ -100,7 +100,7 @@ def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> 
 
 
 def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
-    """Return loss and accuracy over steps as a matplotlib Figure, the kept epoch marked."""
+    """Return loss and accuracy over steps as a matplotlib Figure, with the kept epoch marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4))
@@ -118,10 +118,10 @@ def curve_figure(losses: list[tuple[int, float]], result: TrialResult) -> Any:
 
 
 class MlflowRun:
-    """One open run. Metrics wait in memory until sending them is worth its time, or until the next evaluation.
+    """One open run; metrics are buffered until the next evaluation, or until enough time has passed.
 
-    No trouble of the store ends a trial: what is not taken is kept in the trial's directory, and sent when the store
-    is back, by this process or another.
+    Errors of the store do not end a trial: what could not be sent is kept in the trial's directory, until this process
+    or another delivers it.
     """
 
     def __init__(self, connection: Connection, start: RunStart) -> None:
@@ -137,15 +137,15 @@ class MlflowRun:
 
     @property
     def run_id(self) -> str | None:
-        """None while the store is gone that is to make the run."""
+        """The run's id; None until the store has created it."""
         return self._lacking.run_id
 
     def open(self) -> None:
-        """Make the run whole, or open the one that is continued again; raises what the store raises."""
+        """Create, complete or reopen the run; raises the store's errors."""
         self._lacking.make(self._connection)
 
     def keep(self) -> Path:
-        """Write what the run lacks into the trial's directory; returns the folder for files that it is to get."""
+        """Write what the run lacks into the trial's directory; returns the folder for files that it lacks."""
         return self._lacking.write(self._directory)
 
     def on_step(self, record: StepRecord) -> None:
@@ -157,14 +157,14 @@ class MlflowRun:
             self._flush()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
-        """Log an evaluation on the selection split, and everything that waits."""
+        """Log an evaluation on the selection split, and all buffered metrics."""
         values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
         self._lacking.metrics += points(values | {"epoch": evaluation.epoch}, evaluation.step)
         if not self._connection.is_gone or time.monotonic() >= self._due:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
-        """Write final metrics, predictions and figures, then the true status."""
+        """Log final metrics, predictions and figures, then the status."""
         self._lacking.metrics += points(final_metrics(result), result.steps)
         self._lacking.status, self._lacking.error = result.status, result.error
         with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +177,7 @@ class MlflowRun:
                     shutil.copy(file, kept)
 
     def _write_files(self, folder: Path, result: TrialResult, predictions: Predictions | None) -> list[Path]:
-        """Write predictions and figures into ``folder``; one that can't be drawn costs a line."""
+        """Write predictions and figures into ``folder``; a file that can't be written costs a warning only."""
         files: dict[str, Callable[[Path], object]] = {}
         if predictions is not None:
             files[PREDICTIONS] = partial(write_predictions, predictions)
@@ -187,15 +187,15 @@ class MlflowRun:
         for name, write in files.items():
             try:
                 write(folder / name)
-            except Exception as error:  # whatever it is, a trained model outweighs its figures
+            except Exception as error:  # any error: a trained model outweighs its figures
                 log.warning("MLflow does not get %s: %s: %s", name, type(error).__name__, reason_of(error))
         return [folder / name for name in files if (folder / name).is_file()]
 
     def _flush(self) -> None:
-        """Send what waits, and wait a hundred times as long as that took; what is not taken waits on disk, too."""
+        """Send buffered metrics, or write them to disk; the next wait is a hundred times as long as this took."""
         began = time.monotonic()
         if not self._connection.attempt("metrics", self._send):
-            with contextlib.suppress(OSError):  # no room: they wait in memory alone
+            with contextlib.suppress(OSError):  # disk full: they wait in memory only
                 self.keep()
         ended = time.monotonic()
         self._due = ended + min(max(SHORTEST_WAIT, (ended - began) / SHARE_OF_TIME), LONGEST_WAIT)
@@ -206,7 +206,7 @@ class MlflowRun:
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
-    """Return what a trial amounts to: seconds, MiB, counts, and the kept epoch's measures on the report split."""
+    """Return a trial's final metrics: seconds, MiB, counts, and the kept epoch's measures on the report split."""
     names = ("steps", "train_seconds", "train_cpu_seconds", "train_flops", "setup_seconds", "examples_per_second",
              "tokens_per_second", "trainable_parameters", "total_parameters", "micro_batch_size")  # fmt: skip
     known = {name: getattr(result, name) for name in names} | {"peak_memory_mb": result.peak_memory_bytes / 2**20}
@@ -225,9 +225,9 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
 
 
 class ParentRun:
-    """An open run that others name as their parent; ``sweep`` is in its and their tag ``distilbench.sweep``.
+    """An open parent run; ``sweep`` is the tag ``distilbench.sweep`` of this run and its children.
 
-    Without arguments it stands for one where nothing is tracked. ``directory`` holds the records of all its trials.
+    Without arguments, it does nothing (no tracking). ``directory`` holds the records of all its trials.
     """
 
     def __init__(self, connection: Connection | None = None, run_id: str | None = None, sweep: str = "",
@@ -236,33 +236,33 @@ class ParentRun:
         self._directory, self._lacking = directory or Path(), Undelivered(run_id)
 
     def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
-        """Log metrics, and replace the description that MLflow's page shows (Markdown)."""
+        """Log metrics, and replace the Markdown description that MLflow's page shows."""
         self._lacking.metrics = points(metrics)
         self._lacking.tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
         self._tell("how the sweep stands")
 
     def finish(self, status: Status, error: str | None = None) -> None:
-        """Give the run its true end; one that was opened again may be ended again."""
+        """End the run; a reopened run may be ended again."""
         self._lacking.status, self._lacking.error = status, error
         if not self._tell("the end of the sweep"):
-            with contextlib.suppress(OSError):  # no room: the next call of the sweep ends it
+            with contextlib.suppress(OSError):  # disk full: the next call of the sweep ends it
                 self._lacking.write(self._directory)
 
     def _tell(self, what: str) -> bool:
         return self._connection.attempt(what, partial(self._lacking.deliver, self._connection))
 
     def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
-        """Give runs, by id, the ends that they had, where a process that had lost their trials wrote others late."""
+        """Restore the given ends of runs, by run id, where a process that had lost their trials wrote others."""
         for run_id, (status, error) in ends.items():
             write = partial(undelivered.put_right, self._connection.client, run_id, status, error)
             self._connection.attempt("the end of a trial", write, is_kept=False)
 
     def lacks(self, directory: Path) -> bool:
-        """Return whether MLflow has still to be told of trials: those in ``directory``, or what it did not take."""
+        """Return whether the store is unreachable, or trials in ``directory`` keep something for it."""
         return self._connection.is_gone or (self._connection.client and undelivered.is_any_below(directory))
 
     def catch_up(self, is_over: Callable[[Owner], bool], patience_seconds: float = 0.0) -> None:
-        """End and deliver what trials left, wherever their process ``is_over``; wait for a store that is gone."""
+        """End and deliver runs whose process ``is_over``; waits up to ``patience_seconds`` for an unreachable store."""
         for wait in (0.0, patience_seconds):
             if not wait or (self.lacks(self._directory) and self._connection.wait(wait)):
                 undelivered.end_left_runs(self._connection, is_over, self._sweep, self.run_id)

@@ -1,4 +1,4 @@
-"""Which runs are meant, how MLflow is asked for them, and what a report needs of each."""
+"""Search MLflow for runs, and convert them to the trials and sweeps that a report needs."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 PAGE = 1000
 
 MARK = "distilbench.treatment_settings"
-"""The tag that makes a run a trial."""
+"""Tag that marks a run as a trial; it holds the treatment as JSON."""
 
 SWEEP = "distilbench.sweep"
-"""The tag that a sweep's own run and all of its trials carry: its name."""
+"""Tag of a sweep's own run and of all its trials: the sweep's name."""
 
 TRIAL = "distilbench.trial"
-"""The tag that says which trial of its sweep a run is."""
+"""Tag of a trial's run: which trial of its sweep it is."""
 
 CONFIRMS = "distilbench.confirms"
-"""Tag of a sweep's run that trains another sweep's best again: that sweep's name."""
+"""Tag of a sweep's run that confirms another sweep's best settings: that sweep's name."""
 
 MARGIN = "distilbench.margin"
-"""Tag of a sweep's run: the margin in points that its report holds settings to."""
+"""Tag of a sweep's run: the margin of its report, in points."""
 
 _TEXTS = ("measured_on", "model", "data", "metric", "selection_split", "report_split")
 _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seconds", "train_flops",
             "solo_seconds_estimate")  # fmt: skip
-"""Tags and metrics that a :class:`StoredTrial` has under the same name."""
+"""Tags and metrics that are fields of :class:`StoredTrial` under the same name."""
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run that holds the trials of a sweep, started with a ``margin`` in points.
+    """The parent run of a sweep's trials; ``margin`` is in points.
 
-    ``confirms`` is the sweep whose best settings it trains again; None for a search.
+    ``confirms`` is the sweep whose best settings it trains again; None if it is no confirmation.
     """
 
     run_id: str
@@ -54,9 +54,9 @@ class SweepRun:
 def search_runs(
     client: MlflowClient, experiment_id: str, tags: Mapping[str, str], run_ids: Sequence[str] = ()
 ) -> list[Run]:
-    """Return the runs of a server that are not deleted, oldest first, by its own search, page by page.
+    """Return a server's runs that are not deleted, oldest first, through MLflow's paginated search.
 
-    ``tags`` are exact values, all of which hold. Values with a quote of either kind can't be asked for.
+    ``tags`` are exact values, all of which must match. A value must not contain both kinds of quotes.
     """
     conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
     if run_ids:
@@ -78,7 +78,7 @@ def _quoted(value: str) -> str:
 def trial_of(
     run_id: str, name: str, tags: Mapping[str, str], metrics: Mapping[str, float], **others: Any
 ) -> StoredTrial:
-    """Return a trial as its run tells of it, NaN where a figure is missing; ``others`` are fields that no run has.
+    """Convert a run to a trial, with NaN for missing figures; ``others`` are fields that come from elsewhere.
 
     Raises :class:`SettingsError` for a run of another program, or of a version that wrote other tags.
     """

@@ -1,4 +1,4 @@
-"""What a run says of its trial before the first step, all redacted, and what makes the run, at once or later."""
+"""What a run contains before its trial's first step, all redacted, and how it is created, at once or later."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DIRECTORY = "distilbench.directory"
-"""Tag of where a run's record is kept, ``trial.json``, by which others can say how it ended."""
+"""Tag with the directory of a run's ``trial.json``, from which other processes can tell how the trial ended."""
 
 PARAMS_PER_BATCH = 100
 LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 500
-"""MLflow's own limits (mlflow.utils.validation): parameters a call; characters of one, a tag, a data set's name."""
+"""MLflow's limits (mlflow.utils.validation): parameters per call; characters per parameter, tag and data set name."""
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """What is known of a trial before its first step."""
+    """What is known about a trial before its first step."""
 
     name: str
     settings: TrialSettings
-    """As really used, after every fallback."""
+    """The settings really used, after all fallbacks."""
     protocol: ProtocolIdentity
     treatment: Mapping[str, object]
     """From :func:`distilbench.results.treatment_of`."""
@@ -54,7 +54,7 @@ class RunStart:
     """The resolved configuration."""
     label_names: tuple[str, ...]
     datasets: Mapping[str, int] = field(default_factory=dict)
-    """Examples of each part of the text, by MLflow's context of an input: training, selection, validation."""
+    """MLflow's context of an input (training, selection, validation) -> number of examples."""
     alone: bool = True
     """Whether the trial has the device to itself, not shared with a batch of others."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -64,9 +64,9 @@ class RunStart:
 
 
 def params_of(settings: TrialSettings) -> dict[str, str]:
-    """Return settings flat as the command line spells them: ``freeze.layers`` -> ``3``, None -> ``null``.
+    """Return flat settings, spelled as on the command line: ``freeze.layers`` -> ``3``, None -> ``null``.
 
-    A fallback appears by its source alone: what was really used is in the tags.
+    A fallback appears only by its source; what was really used is in the tags.
     """
     values = select(settings, chain.from_iterable(TABLES))
     told = {key: getattr(value, "source", value) for key, value in values.items()}
@@ -74,12 +74,12 @@ def params_of(settings: TrialSettings) -> dict[str, str]:
 
 
 def spelled(value: object) -> str:
-    """Return a value as a parameter has it: text as it is, anything else as JSON."""
+    """Return a value as a parameter's text: strings unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def tags_of(start: RunStart) -> dict[str, str]:
-    """Return everything that tells a run from others, but for the process at work on it."""
+    """Return all tags of a trial's run, except those of the process that trains it."""
     tags = {
         "distilbench.status": Status.RUNNING.value,
         DIRECTORY: str(Path(start.settings.output.dir).absolute()),
@@ -117,7 +117,7 @@ def _source_tags(role: str, start: RunStart) -> dict[str, str]:
 
 
 def _note(start: RunStart) -> str:
-    """Return the run's description, Markdown, first thing that MLflow's page of a run shows."""
+    """Return the run's description in Markdown, which MLflow's page of a run shows first."""
     sizes = ", ".join(f"{examples:,} {context}" for context, examples in start.datasets.items())
     return (
         f"**Model** {start.protocol.model.describe()}  \n"
@@ -128,7 +128,7 @@ def _note(start: RunStart) -> str:
 
 
 def process_tags() -> dict[str, str]:
-    """Who runs this. Host, pid and start time together tell whether the process of a RUNNING run still lives."""
+    """Return tags of this process: host, pid and start time tell whether the process of a RUNNING run is alive."""
     owner = Owner.of_this_process()
     try:
         user = getpass.getuser()
@@ -146,7 +146,7 @@ def process_tags() -> dict[str, str]:
 
 
 def owner_of(tags: Mapping[str, str]) -> Owner | None:
-    """Return the process that a run's tags name; None for a run that is not ours, or whose tags were edited."""
+    """Return the process that a run's tags name; None for another program's run, or if the tags were edited."""
     try:
         started = float(tags["distilbench.process_started"])
         return Owner(tags["distilbench.host"], int(tags["distilbench.pid"]), started)
@@ -155,7 +155,7 @@ def owner_of(tags: Mapping[str, str]) -> Owner | None:
 
 
 def _git_tags() -> dict[str, str]:
-    """Commit and dirty flag of the checkout, under MLflow's own names; nothing without git or outside a checkout."""
+    """Return commit and dirty flag of the checkout under MLflow's tag names; empty without git or a checkout."""
     command = ["git", "--no-optional-locks", "-C", str(CHECKOUT), "status", "--porcelain=2", "--branch", "-uno"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
@@ -168,18 +168,18 @@ def _git_tags() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunContent:
-    """The start of a trial as MLflow gets it, redacted; JSON holds it as it is."""
+    """The start of a trial as MLflow gets it, redacted; can be stored as JSON."""
 
     name: str
     tags: Mapping[str, str]
     params: Mapping[str, str]
     datasets: Mapping[str, Mapping[str, str]]
-    """What MLflow records of a split, by its context."""
+    """Context of a split -> MLflow's record of it."""
     config_yaml: str
 
     @classmethod
     def of(cls, start: RunStart) -> RunContent:
-        """Return what is to be told of a trial that begins."""
+        """Return the content of the run of a trial that begins."""
         told = {**process_tags(), **_git_tags(), **tags_of(start)}
         tags = {name: redact(value)[:LONGEST_TAG] for name, value in told.items()}
         datasets = {context: _dataset(start, context, examples) for context, examples in start.datasets.items()}
@@ -187,7 +187,7 @@ class RunContent:
 
 
 def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
-    """Return a split as MLflow's own record of an input; the digest is the split's, not the whole text's."""
+    """Return MLflow's record of a split; the digest is that of the split, not of the whole text."""
     source = start.protocol.data
     kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
     origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
@@ -201,7 +201,7 @@ def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
 
 
 def holds(client: MlflowClient, run_id: str) -> bool:
-    """Return whether there is such a run, and it was not deleted."""
+    """Return whether the run exists and was not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -213,9 +213,9 @@ def holds(client: MlflowClient, run_id: str) -> bool:
 
 
 def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run_id: str | None) -> Run:
-    """Make a run, or have the one of ``run_id`` RUNNING again; its tags tell of the process at work on it.
+    """Create a run, or set that of ``run_id`` to RUNNING again; its tags then name this process.
 
-    A run that was deleted since is replaced, which a line tells.
+    A run that was deleted in the meantime is replaced, with a warning.
     """
     from mlflow.entities import RunTag
 
@@ -232,7 +232,7 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
 
 
 def fill_run(client: MlflowClient, run: Run, content: RunContent) -> None:
-    """Log parameters that the run lacks (MLflow refuses to change one), data sets and configuration."""
+    """Log data sets, configuration, and those parameters that the run lacks (MLflow refuses to change one)."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     run_id = run.info.run_id
@@ -248,10 +248,10 @@ def fill_run(client: MlflowClient, run: Run, content: RunContent) -> None:
 
 
 def _log_datasets(client: MlflowClient, run_id: str, inputs: list[DatasetInput]) -> None:
-    """Record the splits as inputs; MLflow looks for each and adds what it misses, as parallel trials do at once.
+    """Record the splits as inputs, with retries, since parallel trials may create the same data set at once.
 
-    Whoever is second is refused by the database, whole. The other's data set is there then, so that as many attempts
-    as there are data sets, and one more, always suffice.
+    The database then refuses the second call as a whole. By then, the first one's data set exists, so that one attempt
+    more than there are data sets always suffices.
     """
     from mlflow.exceptions import MlflowException
 

@@ -1,4 +1,4 @@
-"""Where trials are kept and found again."""
+"""The MLflow store: write trials to it and find them again."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ VIEW_COLUMNS = [
     "params.`freeze.layers`",
     "tags.`distilbench.trial`",
 ]
-"""Columns of the table that links open, as MLflow's page calls them."""
+"""Columns of the runs table that links open, as MLflow's page names them."""
 
 
 class MlflowStore:
-    """Trials as MLflow runs of one experiment; ``patience_seconds`` is how long a store that is gone is waited for."""
+    """Trials as MLflow runs of one experiment; an unreachable store is waited for up to ``patience_seconds``."""
 
     def __init__(self, address: StoreAddress, experiment: Experiment, patience_seconds: float) -> None:
         from mlflow import MlflowClient
@@ -52,9 +52,9 @@ class MlflowStore:
         self._artifacts: dict[str, str] = {}
 
     def begin(self, start: RunStart) -> MlflowRun:
-        """Make (or reopen) the run with its tags, parameters, data sets and configuration.
+        """Create (or reopen) the run with its tags, parameters, data sets and configuration.
 
-        A trial of a sweep begins without its run where a server is gone: its sweep has it made later. Any other waits.
+        If a server is unreachable, a trial of a sweep begins without a run, which is created later; any other waits.
         """
         run = MlflowRun(self._connection, start)
         if SWEEP in start.tags and self._address.file is None and not self._connection.attempt("a new run", run.open):
@@ -71,26 +71,26 @@ class MlflowStore:
         return run
 
     def end_left_runs(self) -> None:
-        """End runs of the experiment whose process on this host is gone, as their records say; tell which in a line."""
+        """End runs of the experiment whose process on this host is gone, as their records say, and log which."""
         if ended := undelivered.end_left_runs(self._connection, Owner.is_dead):
             log.info("closed %s whose process is gone: %s", counted(len(ended), "run"), ", ".join(ended))
 
     def catch_up(self, directory: Path) -> None:
-        """Deliver what trials in ``directory`` keep for a store that was gone, and wait for it where it still is."""
+        """Deliver what trials in ``directory`` kept during an outage of the store, after waiting for its end."""
         if undelivered.is_any_below(directory) and self._connection.wait(self._patience):
             undelivered.deliver_below(self._connection, directory, lambda owner: owner == Owner.of_this_process())
         if undelivered.is_any_below(directory):
             log.warning("MLflow does not answer: the next command that trains or compares tells it of %s", directory)
 
     def newest_baseline(self, protocol_id: str, treatment: Mapping[str, object], seed: int) -> StoredTrial | None:
-        """Return the newest finished trial of this protocol and treatment: of the same seed where there is one."""
+        """Return the newest finished trial of this protocol and treatment, preferably of the same seed."""
         wanted = {"status": Status.FINISHED.value, "protocol": protocol_id, "treatment": short_hash(dict(treatment))}
         found = self.search({f"distilbench.{name}": value for name, value in wanted.items()})
         best = max(found, key=lambda trial: (trial.seed == seed, trial.started_ms), default=None)
         return best and replace(best, predictions=self.predictions(best.run_id))
 
     def add_comparison(self, run_id: str, text: str, metrics: Mapping[str, float], sentence: str) -> None:
-        """Attach ``comparison.md`` and metrics to a run, which may have ended, and begin its description so."""
+        """Attach ``comparison.md`` and metrics to a run, which may have ended; ``sentence`` begins its description."""
 
         def send() -> None:
             undelivered.describe_first(self._client, run_id, sentence)
@@ -100,10 +100,10 @@ class MlflowStore:
         self._connection.attempt("the comparison", send, is_kept=False)
 
     def search(self, tags: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[StoredTrial]:
-        """Return trials, oldest first, without predictions: with all of these tags, and of these runs if any are named.
+        """Return the trials with all of these tags, oldest first, without predictions; only of ``run_ids`` if given.
 
-        Sweeps' own runs and runs of other programs are passed over, unless ``run_ids`` name them: then they raise
-        :class:`SettingsError`.
+        Sweeps' own runs and runs of other programs are skipped, but raise :class:`SettingsError` if ``run_ids`` names
+        them.
         """
         kept = [run for run in self._search(tags, run_ids) if MARK in run.data.tags or run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
@@ -114,11 +114,11 @@ class MlflowStore:
         ]  # fmt: skip
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
-        """Return the newest run that holds the trials of this sweep, None where there is none."""
+        """Return the newest parent run of this sweep; None if there is none."""
         return next(reversed(self._sweeps({SWEEP: sweep})), None)
 
     def confirmations(self, sweep: str) -> list[SweepRun]:
-        """Return the runs that hold confirmations of this sweep, oldest first."""
+        """Return the parent runs of this sweep's confirmations, oldest first."""
         return self._sweeps({CONFIRMS: sweep})
 
     def sweep_names(self) -> list[str]:
@@ -126,7 +126,7 @@ class MlflowStore:
         return list(dict.fromkeys(run.name for run in reversed(self._sweeps({}))))
 
     def _sweeps(self, wanted: Mapping[str, str]) -> list[SweepRun]:
-        """Return the runs, oldest first, that carry a sweep's tag, train nothing themselves, and have no parent."""
+        """Return the runs, oldest first, that have a sweep's tag, are no trials, and have no parent."""
         found = []
         for run in self._search(wanted):
             tags = run.data.tags
@@ -142,12 +142,12 @@ class MlflowStore:
             return search_database(self._address.uri, self._experiment_id, tags, run_ids)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """``(step, value)`` of a metric in the order of steps; empty where it was never logged."""
+        """Return ``(step, value)`` pairs of a metric, sorted by step; empty if it was never logged."""
         with self._address.asking():
             return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
 
     def config(self, run_id: str) -> str:
-        """Return the resolved configuration that a run was started with, as YAML; raises :class:`SettingsError`."""
+        """Return a run's resolved configuration as YAML; raises :class:`SettingsError` if the run has none."""
         with (
             as_settings_error(
                 f"run must be a trial's, with config.yaml, got {run_id!r}", "check its id, or train it again"
@@ -157,21 +157,21 @@ class MlflowStore:
             return Path(self._client.download_artifacts(run_id, "config.yaml", folder)).read_text(encoding="utf-8")
 
     def attach(self, run_id: str, files: Sequence[Path], note: str) -> None:
-        """Put files and a description (Markdown) on a run, which may have ended; no trouble of the store passes."""
+        """Attach files and a Markdown description to a run, which may have ended; errors of the store are logged."""
         described = Undelivered(run_id, tags={NOTE: redact(note)[:LONGEST_TAG]})
         self._connection.attempt("the report", partial(described.deliver, self._connection, files), is_kept=False)
 
     def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
-        """Log a saved model to a run that may have ended, and register it; no trouble of the store passes."""
+        """Log a saved model to a run, which may have ended, and register it; errors of the store are logged."""
         log_model(self._connection, run_id, directory, register)
 
     def run_url(self, run_id: str) -> str:
-        """Link to a run's page; for a local store it needs :attr:`ui_command`."""
+        """Return a link to a run's page; for a local store, it needs :attr:`ui_command`."""
         return self._address.run_url(self._experiment_id, run_id)
 
     def open_parent_run(self, name: str, tags: Mapping[str, str], directory: Path, parent_run_id: str | None = None,
                         run_id: str | None = None) -> ParentRun:  # fmt: skip
-        """Make a run that others name as their parent, or open the one of ``run_id`` again; ``tags`` name the sweep.
+        """Create a parent run, or reopen that of ``run_id``; ``tags`` name the sweep.
 
         ``directory`` holds the records of its trials.
         """
@@ -184,9 +184,9 @@ class MlflowStore:
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
 
     def runs_url(self, sweep: str | None = None) -> str:
-        """Link to the table of runs, or of a sweep's, best first, with the columns that tell most.
+        """Return a link to the table of all runs, or of a sweep's, best first, with the most informative columns.
 
-        MLflow keeps such a view in a tag of the experiment, as its own button for sharing one does.
+        MLflow stores such a view in a tag of the experiment, as its *Share* button does.
         """
         state = {"orderByKey": "metrics.`accuracy`", "orderByAsc": False, "selectedColumns": VIEW_COLUMNS}
         state |= {"searchFilter": f"tags.`{SWEEP}` = '{sweep}'"} if sweep else {}
@@ -202,23 +202,23 @@ class MlflowStore:
 
     @property
     def ui_command(self) -> str | None:
-        """What to type before a link can be opened; None for a server."""
+        """The command to run before a link can be opened; None for a server."""
         return self._address.ui_command
 
     def describe(self) -> str:
-        """One line: where the runs are and how to see them."""
+        """Return in one line where the runs are and how to see them."""
         place = self._address.file or redact(self._address.uri)
         return f"experiment {self._experiment} in {place}" + (f" ({self.ui_command})" if self.ui_command else "")
 
     def holds(self, run_id: str) -> bool:
-        """Return whether there is such a run, and it was not deleted."""
+        """Return whether the run exists and was not deleted."""
         return holds(self._client, run_id)
 
     def predictions(self, run_id: str) -> Predictions | None:
-        """Return the run's predictions, or None where they were never written or can't be read any more."""
+        """Return the run's predictions; None if they were never written or can't be read."""
         from mlflow.exceptions import MlflowException
 
-        seen = local_folder(self._artifacts.get(run_id, ""))  # by search: a download takes 40 ms
+        seen = local_folder(self._artifacts.get(run_id, ""))  # set by search; a download takes 40 ms
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return read_predictions(

@@ -1,8 +1,8 @@
-"""Runs brought to what their directories say: what an outage kept from the store, and what killed processes left.
+"""Bring runs up to date with their directories: after an outage of the store, and after a process was killed.
 
-While a store is gone, ``undelivered/`` beside a trial's record holds what MLflow lacks; whoever continues delivers it.
-How a trial ended is read from ``trial.json``, never guessed. Delivering twice does no harm: MLflow keeps equal points
-once, and files and tags are replaced.
+While a store is unreachable, ``undelivered/`` next to a trial's record holds what MLflow lacks, for a later delivery by
+any process. How a trial ended is read from ``trial.json``, never guessed. A second delivery does no harm: MLflow stores
+equal points once, and files and tags are replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNDELIVERED = "undelivered"
-"""Directory beside a record: ``run.json``, and files that the run is to get."""
+"""Directory next to a record: ``run.json``, and files for the run."""
 
 RUN = "run.json"
 
@@ -38,7 +38,7 @@ NOTE = "mlflow.note.content"
 """Tag that MLflow shows as a run's description."""
 
 HEADLINE = "distilbench.headline"
-"""Tag with the sentence that the description begins with, until a later one takes its place."""
+"""Tag with the first sentence of the description, by which a later one can replace it."""
 
 METRICS_PER_BATCH = 1000
 """MLflow's own limit (mlflow.utils.validation)."""
@@ -48,14 +48,14 @@ TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PR
 KILLED = "its process was killed"
 
 Point = tuple[str, float, int, int]
-"""Name, value, milliseconds since 1970, step: a measured value as MLflow has it."""
+"""A metric as MLflow stores it: name, value, milliseconds since 1970, step."""
 
 
 @dataclass
 class Undelivered:
-    """What a run lacks. ``content`` makes it, where it was never made or not whole; ``run_id`` is None for the former.
+    """What a run lacks; ``content`` is set if it must still be created (``run_id`` is None) or completed.
 
-    Where there is a record of its end, that one decides.
+    ``status`` and ``error`` count only if no record says how the trial ended.
     """
 
     run_id: str | None
@@ -66,7 +66,7 @@ class Undelivered:
     error: str | None = None
 
     def make(self, connection: Connection) -> str:
-        """Make the run whole, or open the one that is continued again; returns its id, raises what the store raises."""
+        """Create, complete or reopen the run; returns its id, raises the store's errors."""
         if self.content:
             run = claim_run(connection.client, connection.experiment_id, self.content, self.run_id)
             self.run_id = run.info.run_id
@@ -76,9 +76,9 @@ class Undelivered:
         return self.run_id
 
     def deliver(self, connection: Connection, files: Sequence[Path] = ()) -> None:
-        """Tell the run what it lacks, its end last: a FINISHED run is a whole one.
+        """Send the run what it lacks; its end comes last, so that a FINISHED run is complete.
 
-        What is refused for good costs a line; raises what a store that is gone raises.
+        Permanent errors are logged; raises the errors of an unreachable store.
         """
         run_id, client = self.make(connection), connection.client
         writes: list[tuple[str, Callable[[], object]]] = [
@@ -91,14 +91,14 @@ class Undelivered:
         for what, write in writes:
             try:
                 write()
-            except Exception as error:  # whatever it is, the rest is still to be told
+            except Exception as error:  # any error: the rest must still be sent
                 if is_outage(error):
                     raise
                 log.warning("MLflow did not take %s of the run: %s", what, reason_of(error))
         self.metrics, self.tags = [], {}
 
     def write(self, directory: Path) -> Path:
-        """Replace what is kept in ``directory``; returns the folder for files that the run is to get."""
+        """Replace what is kept in ``directory``; returns the folder for files that the run lacks."""
         folder = directory / UNDELIVERED
         folder.mkdir(parents=True, exist_ok=True)
         partial_file = folder / f".{RUN}.{os.getpid()}"
@@ -108,7 +108,7 @@ class Undelivered:
 
 
 def read(directory: Path) -> Undelivered | None:
-    """Return what is kept in ``directory``; None where nothing is, or a loss of power cut it short."""
+    """Return what is kept in ``directory``; None if there is nothing, or if a power loss truncated it."""
     try:
         kept: dict[str, Any] = json.loads((directory / UNDELIVERED / RUN).read_text())
         content = RunContent(**kept["content"]) if kept["content"] else None
@@ -119,7 +119,7 @@ def read(directory: Path) -> Undelivered | None:
 
 
 def forget(directory: Path) -> None:
-    """Remove what was kept in ``directory``, once it is told."""
+    """Remove what was kept in ``directory``, after its delivery."""
     shutil.rmtree(directory / UNDELIVERED, ignore_errors=True)
 
 
@@ -129,7 +129,7 @@ def is_any_below(directory: Path) -> bool:
 
 
 def deliver_below(connection: Connection, directory: Path, is_over: Callable[[Owner], bool]) -> None:
-    """Deliver what is kept in ``directory`` and below, but for trials that a process is still at work on."""
+    """Deliver what is kept in ``directory`` and below, except for trials that a process still trains."""
     for file in sorted(directory.rglob(f"{UNDELIVERED}/{RUN}")):
         place = file.parents[1]
         record = read_record(place)
@@ -140,10 +140,10 @@ def deliver_below(connection: Connection, directory: Path, is_over: Callable[[Ow
 def _deliver_kept(connection: Connection, directory: Path) -> None:
     from filelock import FileLock
 
-    with FileLock(directory / UNDELIVERED / ".lock"):  # several workers look: none is to make the run a second time
+    with FileLock(directory / UNDELIVERED / ".lock"):  # so that no two workers create the run
         kept = read(directory)
         if kept is None:
-            return forget(directory)  # another one was faster
+            return forget(directory)  # another process was faster
         try:
             run_id = kept.make(connection)
         finally:
@@ -154,13 +154,13 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
         tags = connection.client.get_run(run_id).data.tags
         if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
             settle(connection, run_id, directory)
-        else:  # the trial was continued elsewhere, or by another process: how it ended is that one's to say
+        else:  # the trial was continued elsewhere or by another process, which reports how it ended
             log_metrics(connection.client, run_id, kept.metrics)
             forget(directory)
 
 
 def settle(connection: Connection, run_id: str, directory: Path) -> Status:
-    """End a run as its directory says it ended, with all that it lacks; INTERRUPTED where nothing says so."""
+    """Send a run all that it lacks and end it as its directory says, or as INTERRUPTED if that does not say."""
     kept, record = read(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
@@ -181,9 +181,9 @@ def settle(connection: Connection, run_id: str, directory: Path) -> Status:
 
 def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], sweep: str | None = None,
                   but: str | None = None) -> list[str]:  # fmt: skip
-    """End runs of the experiment, or of one sweep of it, that are RUNNING in a process that ``is_over``.
+    """End RUNNING runs of the experiment, or of one sweep, whose process ``is_over``; ``but`` is a run to skip.
 
-    ``but`` is a run to leave as it is. Returns each one's name and how it ended.
+    Returns each run's name and how it ended.
     """
     query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
     running: list[Run] = []
@@ -200,18 +200,18 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
             directory = Path(run.data.tags.get(DIRECTORY, os.devnull))
             connection.attempt(f"the end of {run.info.run_name}", partial(end, run, directory))
             if not sweep:
-                deliver_below(connection, directory, is_over)  # of a sweep's run: what its trials keep
+                deliver_below(connection, directory, is_over)  # of a sweep's parent run: what its trials keep
     return ended
 
 
 def points(values: Mapping[str, float], step: int = 0) -> list[Point]:
-    """Return each value as measured now."""
+    """Return values as metrics measured now."""
     at = int(time.time() * 1000)
     return [(name, float(value), at, step) for name, value in values.items()]
 
 
 def log_metrics(client: MlflowClient, run_id: str, values: Sequence[Point]) -> None:
-    """Send measured values; sent twice, MLflow keeps them once."""
+    """Log metrics; MLflow stores those that are sent twice only once."""
     from mlflow.entities import Metric
 
     for first in range(0, len(values), METRICS_PER_BATCH):
@@ -220,7 +220,7 @@ def log_metrics(client: MlflowClient, run_id: str, values: Sequence[Point]) -> N
 
 
 def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
-    """Tag a run with its status and error, then end it in MLflow's own terms."""
+    """Tag a run with its status and error, then end it with the corresponding status of MLflow."""
     client.set_tag(run_id, "distilbench.status", status.value)
     if error:
         reason = redact(" ".join(error.split()))
@@ -231,7 +231,7 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
 
 
 def put_right(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
-    """End a run as it had ended, where it says otherwise."""
+    """Restore the given end of a run if it has another."""
     run = client.get_run(run_id)
     tags = run.data.tags
     told = run.info.status, tags.get("distilbench.status")
@@ -242,7 +242,7 @@ def put_right(client: MlflowClient, run_id: str, status: Status, error: str | No
 
 
 def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
-    """Have a run's description begin with what matters most, a sentence in Markdown, in place of an earlier one."""
+    """Begin a run's description with a Markdown sentence, in place of an earlier such sentence."""
     tags = client.get_run(run_id).data.tags
     known, head = tags.get(NOTE, ""), redact(sentence)
     if not known.startswith(head):

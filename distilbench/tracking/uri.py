@@ -1,4 +1,4 @@
-"""Which store the settings mean: a tracking URI made absolute, and what people are told of it."""
+"""The store that the settings name: its absolute tracking URI, and the links and commands shown for it."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import as_settings_error
 
 _WORKFLOW = "workflowType=machine_learning"
-"""Without it a link opens MLflow's pages for language models' traces."""
+"""Without it, a link opens MLflow's pages for LLM traces."""
 
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where runs are kept; ``setting`` names what decided it."""
+    """The address of a store; ``setting`` names the setting or environment variable that gave it."""
 
     setting: str
     uri: str
-    """May hold a password: for mlflow's eyes only."""
+    """May contain a password: only to be passed to MLflow."""
     artifacts: Path | None = None
-    """Folder of files that belong to runs; None where a server decides."""
+    """Folder of the runs' artifacts; None if a server decides."""
     file: Path | None = None
-    """SQLite's file; None for anything that answers over a network."""
+    """The SQLite file; None for a server."""
 
     def asking(self) -> AbstractContextManager[None]:
-        """Turn the store's trouble in a block into one :class:`SettingsError`, which says what to mend."""
+        """Convert the store's errors in a block to a :class:`SettingsError` with a remedy."""
         mend = "check the file and its folder" if self.file else "start it or correct the address"
         refusal = f"{self.setting} must be a store that answers, got {redact(self.uri)}"
         return as_settings_error(refusal, f"{mend}, or go without: tracking=none")
 
     def runs_url(self, experiment_id: str, view: str | None = None) -> str:
-        """Link to the runs of an experiment, as a shared view shows them or best first.
+        """Return a link to the runs of an experiment, as the shared ``view`` shows them, or best first.
 
-        MLflow heeds no shared view where anything else is asked for; its own links lead to an overview without runs.
+        MLflow ignores a shared view next to other parameters; its own links lead to an overview without runs.
         """
         shown = f"viewStateShareKey={view}" if view else "orderByKey=metrics.%60accuracy%60&orderByAsc=false"
         return f"{self._pages}/#/experiments/{experiment_id}/runs?{shown}&{_WORKFLOW}"
 
     def run_url(self, experiment_id: str, run_id: str) -> str:
-        """Link to one run."""
+        """Return a link to one run."""
         return f"{self._pages}/#/experiments/{experiment_id}/runs/{run_id}?{_WORKFLOW}"
 
     @property
     def ui_command(self) -> str | None:
-        """What to type before a link can be opened; None for a server, which is there."""
+        """The command to run before a link can be opened; None for a server, which already runs."""
         if self.artifacts is None:
             return None
         found_there = self.file is not None and self.file.name == "mlflow.db"
@@ -60,19 +60,19 @@ class StoreAddress:
 
     @property
     def _pages(self) -> str:
-        """Where MLflow's pages are, without a password; ``mlflow ui`` reads the same two variables."""
+        """URL of MLflow's pages, without user and password; ``mlflow ui`` reads the same two variables."""
         if self.artifacts is None:
             return re.sub(r"//[^/]*@", "//", self.uri).rstrip("/")
         host = os.environ.get("MLFLOW_HOST", "")
-        host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # what listens everywhere is asked here
+        host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # a wildcard address
         return f"http://{host}:{os.environ.get('MLFLOW_PORT', '5000')}"
 
 
 def store_address_of(settings: TrackingSettings) -> StoreAddress:
-    """``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` at the project's root.
+    """Return the address from ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` at the project's root.
 
-    Artifacts of a SQLite store go to ``mlruns/`` beside its file, those of another database to the project's. Raises
-    :class:`SettingsError` for a URI that names no such store.
+    Artifacts go to ``mlruns/``: next to the file of a SQLite store, at the project's root for other databases. Raises
+    :class:`SettingsError` for any other URI.
     """
     asked = {"tracking.uri": settings.uri, "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
     setting, uri = next(((name, uri) for name, uri in asked.items() if uri), ("tracking.uri", None))
@@ -92,7 +92,7 @@ def store_address_of(settings: TrackingSettings) -> StoreAddress:
 
 
 def local_folder(location: str) -> Path | None:
-    """Return the folder of an artifact location, a path or a URI; None for one that is not on this machine."""
+    """Return the folder of an artifact location (a path or a URI); None if it is not on this machine."""
     scheme = location.partition(":")[0]
     if location.startswith("/"):
         return Path(location)
@@ -100,14 +100,14 @@ def local_folder(location: str) -> Path | None:
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the URL of a SQLite file; only SQLAlchemy knows how ``?``, ``%`` or ``#`` in a path are spelled there."""
+    """Return the URL of a SQLite file; SQLAlchemy escapes ``?``, ``%`` and ``#`` in the path."""
     from sqlalchemy import URL
 
     return URL.create("sqlite", database=file.as_posix()).render_as_string(hide_password=False)
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """Return the file of a plain SQLite URL; None for any other, in memory or with options."""
+    """Return the file of a plain SQLite URL; None for any other URL, also for one in memory or with options."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
 
