@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import joblib
 import psutil
 import torch
 from torch.utils.benchmark import Timer
@@ -37,6 +38,8 @@ def resolve_device(name: str, setting: str = "engine.device") -> torch.device:
     allowed = f"one of auto, {', '.join(there)} on this machine (torch {torch.__version__})"
     require(name in ("auto", *there), setting, allowed, name, f"use {setting}=auto")
     chosen = there[0] if name == "auto" else name
+    if chosen == "cpu":
+        _limit_threads()
     return torch.device("cuda", 0) if chosen == "cuda" else torch.device(chosen)
 
 
@@ -48,6 +51,13 @@ def _show_only(index: int) -> None:
     require(index < len(gpus), "engine.device", f"a CUDA device that this process sees ({found})", f"cuda:{index}",
             "CUDA_VISIBLE_DEVICES says which it sees; or use engine.device=auto")  # fmt: skip
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[index]
+
+
+@cache
+def _limit_threads() -> None:
+    """Use no more threads than a container's CPU quota allows, which torch does not look at."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def visible_gpus() -> list[str]:

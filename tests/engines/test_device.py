@@ -45,6 +45,26 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(machine, there, chosen):
     assert resolve_device("auto") == chosen
 
 
+@pytest.mark.parametrize(
+    ("cpus", "given", "threads"), [(2, None, 2), (8, None, 4), (2, "4", 4)], ids=["fewer", "more", "told otherwise"]
+)
+def test_a_cpu_has_no_more_threads_than_a_container_allows(machine, monkeypatch, cpus, given, threads):
+    machine()
+    monkeypatch.setattr(device.joblib, "cpu_count", lambda: cpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    device._limit_threads.cache_clear()
+    try:
+        resolve_device("cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        device._limit_threads.cache_clear()
+
+
 def test_the_cpu_is_always_to_be_had(machine):
     machine(cuda=True)
     assert resolve_device("cpu") == CPU
