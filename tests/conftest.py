@@ -10,6 +10,7 @@ import atexit
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -38,14 +39,18 @@ hypothesis.settings.load_profile("whatever-the-clock-says")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, which run processes: what is short fills the workers' last minute."""
+    """Begin with the files that take longest, which run processes, and end with those of few tests.
+
+    A worker takes whole files; short ones fill the last minute of all.
+    """
     asked = str(config.getoption("markexpr"))
     for item in items:
         for mark in ("scale", "slurm"):
             if item.get_closest_marker(mark) and mark not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes: asked for by -m {mark}"))
     long = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: (item.path.name != "test_stopped.py", item.path not in long))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != "test_stopped.py", item.path not in long, -tests[item.path]))
 
 
 def pytest_collection_finish() -> None:
