@@ -172,7 +172,7 @@ class _Run(TrainerCallback):
                 export_trial(model, tokenizer, self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore what the checkpoint holds beside Trainer's state, and start timing."""
+        """Restore what the checkpoint holds besides Trainer's state, and start timing."""
         if self.checkpoint is not None:
             stored = self.checkpoint / _BEST_WEIGHTS
             if stored.is_file():
