@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distilbench.cli import command, errors_in_one_line, override
 from distilbench.identity import treatment_of
-from distilbench.settings import AppSettings, settings_from
+from distilbench.settings import AppSettings, require, settings_from
 
 
 def baseline_config(config: DictConfig) -> DictConfig:
@@ -134,6 +135,10 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     from distilbench.models.resolve import check_trial, resolve_model
     from distilbench.tracking.uri import store_address_of
 
+    known = {field.name for field in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
+    for key in {*config} - known - {"hydra"}:  # +freeze_layers=3, which nothing reads unless it says ${freeze_layers}
+        is_read = f"${{{key}}}" in OmegaConf.to_yaml(config)
+        require(is_read, str(key), "a setting that there is, or that another reads", config[key], "--help lists them")
     unplaced = config.copy()
     unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs
     settings = settings_from(unplaced)

@@ -7,8 +7,8 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 
-from distilbench.composition import _composed, baseline_config, command_for, overrides_between
-from distilbench.settings import register_schema, settings_from
+from distilbench.composition import _composed, baseline_config, check, command_for, overrides_between
+from distilbench.settings import SettingsError, register_schema, settings_from
 from tests.conftest import ROOT
 
 
@@ -23,6 +23,14 @@ def composing():
 
 def composed(*overrides: str):
     return compose("config", ["sweep.name=unused", "output.dir=unused", *overrides])
+
+
+def test_what_is_added_with_a_plus_is_refused_unless_a_setting_reads_it(composing):
+    given = ("model=tiny", "data=synthetic", "tracking=none", "+freeze_layers=1")
+    line = "^freeze_layers must be a setting that there is, or that another reads, got 1; --help lists them$"
+    with pytest.raises(SettingsError, match=line):
+        check(composed(*given), ask_hub=True)
+    assert check(composed(*given, "freeze.layers=${freeze_layers}"), ask_hub=True).freeze.layers == 1
 
 
 @pytest.mark.parametrize(
