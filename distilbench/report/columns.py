@@ -1,4 +1,4 @@
-"""The columns of every table: what each says of a row to people, and its plain value for sorting and for CSV."""
+"""The columns of all tables, each with its text for people and a plain value for sorting and CSV; table renderers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from distilbench.report.words import decided_by, said
 from distilbench.results import Status, Verdict
 
 Value = float | int | str | bool | None
-"""Plain numbers: shares, seconds, points; None or NaN where there is none."""
+"""A plain value: shares, seconds, percentage points, text; None or NaN if missing."""
 
 LEAST_TEXT = 20
-"""Characters that a column of words is left in a terminal, where it is broken between words."""
+"""The least width in characters of a text column in a terminal, where it wraps between words."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``key`` names it everywhere: in CSV's header and in the page; ``title`` is for people.
+    """One column: ``key`` is its name in CSV's header and on the page, ``title`` its heading for people.
 
-    They are shown what ``told`` says of a row or, without it, the value as ``form`` writes it.
+    The text of a cell is ``told(row)`` or, without ``told``, the value formatted by ``form``.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Column:
     is_text: bool = False
 
     def text(self, row: Row) -> str:
-        """Return what people are shown of a row; nothing where there is no value."""
+        """Return the text of a row's cell; empty without a value."""
         if self.told:
             return self.told(row)
         value = self.value(row)
@@ -48,7 +48,7 @@ class Column:
 
 
 def attribute(path: str) -> Callable[[Row], Any]:
-    """Return what reads an attribute of a row, such as ``difference.low``; None where there is none."""
+    """Return a getter for a dotted attribute of a row, such as ``difference.low``; it returns None if missing."""
 
     def value(found: Any) -> Any:
         for name in path.split("."):
@@ -74,7 +74,7 @@ def _difference(row: Row) -> str:
 
 
 def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callable[[Row], str]:
-    """Tell a cost and, in brackets, what of the baseline's it saves; ``few``: it is counted, not measured."""
+    """Return a formatter for a cost and, in brackets, its saving against the baseline; ``few``: say "fewer"."""
 
     def told(row: Row) -> str:
         value, percent = getattr(row.cost, name), getattr(row.saving, name)
@@ -90,14 +90,14 @@ def _time(row: Row) -> str:
 
 
 def _seeds(row: Row) -> str:
-    """How many seeds finished, and how the others ended."""
+    """Return how many seeds finished, and how the others ended."""
     ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
     told = ", ".join(f"{count} {status}" for status, count in ended.items())
     return f"{row.n} ({told})" if told and row.trials else str(row.n)
 
 
 def _short(saved: float) -> str:
-    """Tell what a setting takes less, or more, than the baseline in a few characters: ``-35 %``."""
+    """Return the change in cost against the baseline in a few characters: ``-35 %``."""
     return f"{-saved:+.0f} %" if round(saved) else "0 %"
 
 
@@ -151,7 +151,7 @@ def _choose(*keys: str) -> tuple[Column, ...]:
 
 NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "accuracy", "train_flops",
                "train_seconds")  # fmt: skip
-"""What has room in half of MLflow's page."""
+"""Columns that fit into half of MLflow's page."""
 FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "seeds_needed", "accuracy",
                "train_flops", "train_seconds", "seeds", "train_cpu_seconds", "peak_memory_bytes",
                "trainable_parameters", "p_holm", "loss", "brier", "ece")  # fmt: skip
@@ -161,7 +161,7 @@ BRIEF = (
     replace(CSV["time_gain_percent"], title="time", form=_short),
     *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
-"""What a terminal shows that has no room for all, as many of them as there is room for."""
+"""Columns for a narrow terminal, which shows as many of them as fit."""
 PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
@@ -177,12 +177,12 @@ _STYLES: dict[Verdict | None, str] = {Verdict.BETTER: "green", Verdict.AHEAD: "y
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """Leave away the columns in which nothing stands."""
+    """Return the columns that are not empty."""
     return [column for column in columns if not column.title or any(column.text(row) for row in rows)]
 
 
 def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
-    """Return the columns that a terminal of ``width`` has room for, a line a row."""
+    """Return the columns that fit into a terminal of ``width`` characters with one line per row."""
     if _width(filled(FULL, rows), rows) <= width:
         return FULL
     brief = filled(BRIEF, rows)
@@ -190,21 +190,21 @@ def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
 
 
 def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
-    """Return a column's title and cells; of a folded table, brackets stand below their figures."""
+    """Return a column's title and cells; in a folded table, brackets are on a second line."""
     texts = [column.title, *(formats.one_line(column.text(row)) for row in rows)]
     return [text.replace(" (", "\n(") for text in texts] if is_folded else texts
 
 
 def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool = False) -> int:
-    """Count the characters that columns take at least: figures are never broken."""
+    """Return the least width of the columns in characters: figures are never wrapped."""
     longest = [max(map(len, "\n".join(_texts(column, rows, is_folded)).split("\n"))) for column in columns]
     return sum(2 + (min(n, LEAST_TEXT) if column.is_text else n) for column, n in zip(columns, longest, strict=True))
 
 
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
-    """Lay rows out for a terminal of ``width`` columns; brackets stand below their figures where there is no room.
+    """Lay out rows for a terminal of ``width`` characters; if too narrow, brackets move to a second line.
 
-    Settings then get what others leave: Rich would narrow all words alike.
+    The setting's column then gets the remaining width, because Rich would narrow all text columns equally.
     """
     columns = filled(columns, rows)
     is_folded = _width(columns, rows) > width
@@ -223,7 +223,7 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Return header, rule and rows; a setting links to its run where it has one."""
+    """Return header, rule and rows; a setting links to its run, if any."""
     columns = filled(columns, rows)
     titles = [column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns]
     rules = ["---" if column.is_text else "---:" for column in columns]
@@ -232,13 +232,13 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 _IN_LINKS = ":/?#[]@!$&'*+,;=%~"
-"""Characters of a URL that end no link of Markdown, and no cell of a table."""
+"""Characters of a URL that need no escaping in Markdown's links and table cells."""
 
 
 def _in_markdown(column: Column, row: Row) -> str:
     text = formats.markdown(column.text(row)).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     if not column.is_text:
-        return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers are never broken
+        return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers don't wrap
     if column.key != "setting":
         return text
     label = f"[{text}]({quote(row.first.url, safe=_IN_LINKS)})" if row.first.url else text
@@ -246,7 +246,7 @@ def _in_markdown(column: Column, row: Row) -> str:
 
 
 def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Return a ``tabular`` with booktabs' rules."""
+    """Return a LaTeX ``tabular`` with booktabs rules."""
     columns = filled(columns, rows)
     align = "".join("l" if column.is_text else "r" for column in columns)
     head, *body = (" & ".join(cells) + r" \\" for cells in (
@@ -257,9 +257,9 @@ def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 def plain(value: Value) -> float | int | str | bool:
-    """Return a value for a spreadsheet: nothing for what there is not, and no text that it takes for a formula.
+    """Return a value that is safe in a spreadsheet: empty if missing, and no text that could be read as a formula.
 
-    OWASP, CSV Injection: a quote before ``= + - @``.
+    A quote is put before ``= + - @`` (OWASP, CSV Injection).
     """
     if isinstance(value, str):
         shown = formats.one_line(value)

@@ -1,7 +1,7 @@
-"""Rows against the baseline: what was seen, what of it holds for all rows of a report together, what would decide.
+"""Compare rows with the baseline: differences, verdicts corrected for all rows of a report, and what would decide.
 
-And against the floor, what always answering the most frequent label scores: a setting not shown to be above it has not
-learned, and is not praised for losing little.
+Rows are also compared with the floor, the accuracy of always predicting the most frequent label: a setting that is not
+shown to be above it has not learned, and gets no favourable verdict.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from distilbench.results import Predictions, Verdict
 def judge(
     rows: Sequence[Row], baseline: int | None, margin: float, shown: int = 200, picked_here: bool = False
 ) -> tuple[list[Row], float | None]:
-    """Compare rows, the first ``shown``, with the baseline, and say which have learned; returns the floor too.
+    """Compare the first ``shown`` rows with the baseline and test which have learned; return the rows and the floor.
 
-    Their trials carry predictions. ``margin`` is in points. ``picked_here``: the split that reports also chose among
-    these rows, so that a lead is yet to be confirmed.
+    Their trials must have predictions. ``margin`` is in percentage points. ``picked_here``: the report split also
+    selected among these rows, so that a lead still has to be confirmed.
 
-    A setting that is not tested, be it beyond the rows shown, pruned, diverged or failed, counts as one with p = 1. Its
-    own p could only be smaller, which would lower the correction of the others, so this keeps the level; to leave it
-    away would not: what was pruned was seen to be behind, so the tests that remain were chosen by their outcome.
+    A setting that is not tested (not shown, pruned, diverged or failed) counts as one with p = 1. Its real p could only
+    be smaller and weaken the correction of the others, so this keeps the level. Leaving it out would not: pruned trials
+    were seen to be behind, so the remaining tests would be selected by their outcome.
     """
     result = [_with_learning(row) if i < shown or row.is_baseline else row for i, row in enumerate(rows)]
     asked = next((row for row in result if row.examples), None)
@@ -58,7 +58,7 @@ def judge(
 
 
 def _withheld(row: Row, base: Row, picked_here: bool) -> Row:
-    """Return a row without a claim that its evidence does not bear."""
+    """Return a row whose verdict is withdrawn if nothing was learned, or weakened to a lead to be confirmed."""
     if base.has_learned is False and row.difference:
         why = None if row.has_learned is False else Untested.IDLE
         return replace(row, verdict=None, untested=why, difference=replace(row.difference, needed=None))
@@ -68,7 +68,7 @@ def _withheld(row: Row, base: Row, picked_here: bool) -> Row:
 
 
 def floor_of(labels: np.ndarray) -> float:
-    """Return the share of the most frequent of the ``(examples,)`` labels: what always answering it scores."""
+    """Return the share of the most frequent of the ``(examples,)`` labels: the accuracy of always predicting it."""
     return float(np.mean(_is_most_frequent(labels)))
 
 
@@ -77,10 +77,10 @@ def _is_most_frequent(labels: np.ndarray) -> np.ndarray:
 
 
 def has_learned(predictions: Mapping[int, Predictions]) -> bool:
-    """Whether a setting, given as seed -> predictions of the same examples, is shown to be above the floor.
+    """Return whether a setting, given as seed -> predictions on the same examples, is shown to be above the floor.
 
-    Always answering the most frequent label is one more treatment on the same examples, whose seeds all agree; the test
-    is that between treatments, one-sided at 2.5 %.
+    Always predicting the most frequent label is treated as another treatment on the same examples, identical for all
+    seeds; the test is the one between treatments, one-sided at 2.5 %.
     """
     ours = {seed: kept.correct for seed, kept in predictions.items()}
     always = _is_most_frequent(next(iter(predictions.values())).labels)
@@ -89,7 +89,7 @@ def has_learned(predictions: Mapping[int, Predictions]) -> bool:
 
 
 def _with_learning(row: Row) -> Row:
-    """Return a row that says whether it has learned, and on how many examples, as far as there are predictions."""
+    """Return a row with ``has_learned`` and ``examples``, if there are predictions."""
     sizes = {len(predictions.labels) for predictions in row.predictions.values()}
     if len(sizes) != 1:
         return row
@@ -97,9 +97,9 @@ def _with_learning(row: Row) -> Row:
 
 
 def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float) -> Needed | None:
-    """Return what shows of each row, by fresh seeds, that it loses less than ``margin`` points if it loses nothing.
+    """Return what a confirmation needs to show that each row, if it loses nothing, loses less than ``margin`` points.
 
-    That of the row that needs most, at the spread which the trials so far have; None where they can't be compared.
+    This is for the row that needs most, at the spread observed so far; None if the rows can't be compared.
     """
     found = []
     for row in rows:
@@ -111,7 +111,7 @@ def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float) -> Needed |
 
 
 def _spread(row: Row, base: Row) -> SeedSpread | Untested:
-    """Return how a row differs from the baseline, or why they can't be compared."""
+    """Return the spread of a row's difference from the baseline, or why they can't be compared."""
     if not base.trials:
         return Untested.BASELINE
     sides = row.predictions, base.predictions
@@ -128,7 +128,7 @@ def _spread(row: Row, base: Row) -> SeedSpread | Untested:
 
 
 def difference_of(seen: SeedSpread, margin: float) -> Difference:
-    """Test without correction, for a ``margin`` in points."""
+    """Test a difference without correction, for a ``margin`` in percentage points."""
     compared, loss = compare_over_seeds(seen), noninferiority_over_seeds(seen, margin / 100)
     return Difference(
         points=100 * compared.difference,
@@ -144,7 +144,7 @@ def difference_of(seen: SeedSpread, margin: float) -> Difference:
 
 
 def _judged(row: Row, found: Difference, seen: SeedSpread, margin: float, tried: int) -> Row:
-    """Decide what may be claimed of a row and, where that is nothing, what would decide."""
+    """Return a row with its verdict and, if undecided, what would decide."""
     claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
     if claim is Verdict.UNDECIDED:
         found = replace(found, needed=what_it_takes(seen, margin / 100, rows=tried))

@@ -1,6 +1,6 @@
-"""What many rows say together: the report as a whole, the front of score and cost, and the answer on top of it.
+"""The report as a whole, the Pareto front of score and cost, and the answer.
 
-That is the cheapest setting that is good enough, what it saves, what it costs at most.
+The answer names the cheapest setting that is good enough, what it saves, and what accuracy it costs at most.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from distilbench.report.words import above_floor, loss_of, reason_untested, surv
 from distilbench.results import StoredTrial, Verdict
 
 LEAST_SAVING = 5.0
-"""Per cent of time and memory below which a saving is not told: two runs of one setting differ by as much."""
+"""Savings of time and memory below this many per cent are not mentioned: repeated runs differ by as much."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Trials of one protocol as rows, best first; ``rows`` holds all of them, of which ``shown`` stand in tables.
+    """The trials of one protocol as rows, best first; tables show the first ``shown`` of all ``rows``.
 
-    ``sample`` is any trial, for what the protocol shares; ``margin`` is in points; ``floor`` is the accuracy of
-    the most frequent label alone, where predictions tell it; ``url`` opens the table of runs, once ``ui_command`` was
-    typed (None where a server is there); ``slices`` are the best rows on parts of the examples, ``curves`` the best
-    rows with ``(step, accuracy)`` of a trial at each evaluation on the selection split. ``usual`` is the treatment of
-    a plain command line, ``sources`` the overrides that choose model and text as here. ``confirmation``
-    are the rows of the sweep that were trained ``again``.
+    ``sample`` is any trial, for what the protocol fixes; ``margin`` is in percentage points; ``floor`` is the accuracy
+    of always predicting the most frequent label, if there are predictions; ``url`` opens the table of runs once
+    ``ui_command`` runs (None if a server is running); ``slices`` are the best rows on parts of the examples; ``curves``
+    are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``usual`` is the
+    default treatment; ``sources`` are the overrides that select this model and text; ``confirmation`` holds the sweep's
+    rows that were trained ``again``.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def table_rows(self) -> tuple[Row, ...]:
-        """The rows that tables show: the best ones, and the baseline in any case."""
+        """The rows that tables show: the best ones, and always the baseline."""
         return tuple(row for i, row in enumerate(self.rows) if i < self.shown or row.is_baseline)
 
     @property
@@ -59,18 +59,18 @@ class Report:
 
     @property
     def candidates(self) -> list[Row]:
-        """Rows with a finished trial, without the baseline's."""
+        """All rows with a finished trial, except the baseline's."""
         return [row for row in self.rows if row.trials and not row.is_baseline]
 
 
 def score_of(row: Row) -> float:
-    """Return a row's mean score on the split that selects, the higher the better: what a sweep ranks it by."""
+    """Return a row's mean score on the selection split, by which a sweep ranks it; higher is better."""
     mean, _ = average([trial.score for trial in row.trials])
     return -mean if row.trials[0].metric == "loss" else mean
 
 
 def by_score(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows in the order in which a sweep would pick them, those without a result left away."""
+    """Return the rows that have a result, best score first."""
     scored = [(score_of(row), row) for row in rows if row.trials]
     return [row for _, row in sorted(scored, key=lambda pair: math.inf if math.isnan(pair[0]) else -pair[0])]
 
@@ -79,7 +79,7 @@ CostOf = Callable[[Row], float]
 
 
 def pareto_front(rows: Sequence[Row], cost: CostOf) -> list[Row]:
-    """Return the rows that no other beats in both score and cost, cheapest first: the front that the study has."""
+    """Return the Pareto front of score and cost, cheapest first; the study has the same one."""
     known = [row for row in rows if row.trials and not math.isnan(cost(row)) and not math.isnan(score_of(row))]
     front: list[Row] = []
     for row in sorted(known, key=lambda row: (cost(row), -score_of(row))):
@@ -90,7 +90,7 @@ def pareto_front(rows: Sequence[Row], cost: CostOf) -> list[Row]:
 
 
 def answer(report: Report) -> list[str]:
-    """Return the sentence that answers what was asked, and at most one more."""
+    """Return the sentence that states the report's outcome, and at most one more."""
     base, candidates = report.baseline, report.candidates
     if not candidates and (base is None or not base.trials):
         ended = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
@@ -140,16 +140,16 @@ def _of_candidates(report: Report) -> tuple[str, str]:
 
 
 def good_rows(report: Report) -> list[Row]:
-    """Return the settings that are shown to be better than the baseline, or good enough."""
+    """Return the settings with a favourable verdict: better than the baseline, ahead, or good enough."""
     return [row for row in report.candidates if row.claim in PRAISE]
 
 
 def trial_to_use(report: Report, best: str) -> StoredTrial | None:
-    """Return the trial whose model is to be used; None where no trial finished.
+    """Return the trial whose model is to be used; None if no trial finished.
 
-    ``answer`` is the cheapest setting that is good, else the baseline, if that has learned; ``accuracy`` is the
-    setting with the best mean score on the split that selects. Of a setting's seeds the one with the best score
-    there is taken.
+    ``answer`` takes the cheapest good setting, otherwise the baseline if it has learned, otherwise the setting with the
+    best score; ``accuracy`` always takes the best mean score on the selection split. Of a setting's seeds, the one with
+    the best score is taken.
     """
     scored = by_score(report.rows)
     base = report.baseline
@@ -160,7 +160,7 @@ def trial_to_use(report: Report, best: str) -> StoredTrial | None:
 
 
 def cost_rank(report: Report) -> CostOf:
-    """Return what sorts rows by cost: FLOPs if all have them, else comparable seconds, else trained parameters."""
+    """Return the sort key for cost: FLOPs if all rows have them, else comparable seconds, else trained parameters."""
     rows = report.candidates
     if all(row.cost.flops > 0 for row in rows):
         return lambda row: row.cost.flops
@@ -170,7 +170,7 @@ def cost_rank(report: Report) -> CostOf:
 
 
 def _claim(row: Row) -> str:
-    """Return what is claimed of a good row, with its figures."""
+    """State the verdict of a good row, with its figures."""
     found = row.evidence.difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
@@ -195,7 +195,7 @@ def _savings(row: Row, report: Report) -> Iterator[str]:
 
 
 def _undecided(report: Report) -> str:
-    """Return the cheapest setting of which it is open whether it is good enough, and what would decide."""
+    """Name the cheapest undecided setting, and what would decide."""
     open_rows = [row for row in report.candidates if row.claim is Verdict.UNDECIDED and row.has_learned is not False]
     hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
     if not open_rows:
@@ -209,7 +209,7 @@ def _undecided(report: Report) -> str:
 
 
 def tried_settings(report: Report) -> str:
-    """Count the settings that were tried, the baseline aside, and say how those ended that did not finish."""
+    """Count the settings that were tried, without the baseline, and how the unfinished ones ended."""
     tried = [row for row in report.rows if not row.is_baseline]
     ended = Counter(row.other_trials[-1].status.lower() for row in tried if not row.trials)
     told = ", ".join(f"{count} {status}" for status, count in ended.most_common())
@@ -218,7 +218,7 @@ def tried_settings(report: Report) -> str:
 
 
 def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
-    """Whether an advantage survived, both figures side by side: that of the row named above it, if there is one."""
+    """State whether an advantage survived fresh seeds, preferably that of one of the ``good`` rows."""
     if not confirmation:
         return ""
     named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]

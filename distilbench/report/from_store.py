@@ -1,4 +1,4 @@
-"""From stored trials to a report: against which baseline, printed, written, attached to their sweep."""
+"""Make reports from stored trials: find the baseline, compare, write files, attach them to the sweep's run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from distilbench.tracking import SWEEP, MlflowStore, SweepRun
 log = logging.getLogger(__name__)
 
 CURVES = 8
-"""Settings whose learning curves are drawn, beside the baseline's."""
+"""Number of settings whose learning curves are drawn, besides the baseline's."""
 
 _FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
     "html": ("report.html", lambda report, _: page(report)),
@@ -42,11 +42,11 @@ _FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """How trials become a report.
+    """What a report is to contain.
 
-    ``usual`` is the baseline's treatment (without precision), as a plain composition has it. ``margin`` is in points.
-    ``baseline`` is the id of a run, ``none``, or None to find it. ``names`` labels treatments by digest. ``sweep`` is
-    their sweep's run.
+    ``usual`` is the default treatment, without precision. ``margin`` is in percentage points. ``baseline`` is the id of
+    a run, ``none``, or None to find it. ``shown`` is the number of rows in tables. ``names`` labels treatments by hash.
+    ``sweep`` is the trials' sweep.
     """
 
     title: str
@@ -59,7 +59,7 @@ class ReportRequest:
 
 
 def check_protocol(trials: Sequence[StoredTrial]) -> None:
-    """Raise :class:`SettingsError` where trials are of several protocols: those are never compared."""
+    """Raise :class:`SettingsError` if trials have different protocols, which are never compared."""
     samples = {trial.protocol_id: trial for trial in trials}
     if len(samples) < 2:
         return
@@ -73,7 +73,7 @@ def check_protocol(trials: Sequence[StoredTrial]) -> None:
 
 
 def check_tested(report: Report) -> None:
-    """Raise :class:`SettingsError` where a finished trial could not be tested for want of predictions."""
+    """Raise :class:`SettingsError` if a finished trial could not be tested because predictions are missing."""
     lacking = [row for row in report.table_rows if row.untested is Untested.PREDICTIONS]
     if lacking:
         raise SettingsError(
@@ -84,9 +84,9 @@ def check_tested(report: Report) -> None:
 
 
 def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
-    """Compare trials of one protocol with their baseline; one is looked up in the store where they hold none.
+    """Compare trials of one protocol with their baseline; if they contain none, look one up in the store.
 
-    A sweep's report says what its confirmations came to, and a confirmation's what the sweep had promised.
+    A sweep's report includes the results of its confirmations, and a confirmation's those of its sweep.
     """
     report = _compare(store, trials, request)
     confirmation = _confirmation(store, report, request)
@@ -97,14 +97,14 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
     notes = (*report.notes, *_notes_on_splits(request, report))
     try:
         sources = tuple(source_overrides(store.config(report.sample.run_id)))
-    except (SettingsError, OmegaConfBaseException, KeyError, ValueError):  # it can't be read any more
+    except (SettingsError, OmegaConfBaseException, KeyError, ValueError):  # unreadable, e.g. of an old version
         sources = ()
     return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation, usual=request.usual,
                    sources=sources)  # fmt: skip
 
 
 def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
-    """Return the report as these trials alone make it."""
+    """Return the report of these trials, without confirmations, curves and notes on splits."""
     rows = rows_from(trials, request.names)
     notes: tuple[str, ...] = ()
     usual = _expected(rows, request.usual)
@@ -143,21 +143,21 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
 
 
 def with_predictions(store: MlflowStore, row: Row) -> Row:
-    """Return a row whose trials carry what they said of every example."""
+    """Return a row whose trials have their predictions, read from the store."""
     return replace(row, trials=tuple(replace(one, predictions=store.predictions(one.run_id)) for one in row.trials))
 
 
 def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
-    """Return the baseline's treatment: the report's choices, and what the trials have in common of the rest."""
+    """Return the baseline's expected treatment: the default with the trials' most common train and data settings."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
-    if common.get(AMOUNT) is None:  # all of the text: no seed draws it
+    if common.get(AMOUNT) is None:  # all of the text, so the seed that would draw it has no effect
         common.pop("data.split_seed", None)
     return {**usual, **without_defaults(common)}
 
 
 def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
-    """Finished trials of the store that the rows may be compared with: those of the run asked for, or of the usual."""
+    """Find the baseline's trials in the store: of the requested run, or finished ones with the expected treatment."""
     sample = rows[0].first
     if request.baseline:
         found = store.search({}, [request.baseline])
@@ -177,7 +177,7 @@ LOST = (
 
 
 def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
-    """Return the run of a sweep; raises :class:`SettingsError`, which names the sweeps that there are."""
+    """Return the run of a sweep; raises :class:`SettingsError` with the existing names if there is none."""
     found = store.sweep_run(sweep)
     if found is None:
         names = store.sweep_names()
@@ -187,10 +187,10 @@ def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
 
 
 def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, object], margin: float) -> Report | None:
-    """Return a sweep's own report; None where it has no trials yet.
+    """Return a sweep's report; None if it has no trials yet.
 
-    ``usual`` is the baseline's treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in
-    points. Trials of another protocol than most have are left out, which is said.
+    ``usual`` is the default treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in
+    percentage points. Trials with another protocol than most are left out, and a note says so.
     """
     trials = store.search({SWEEP: sweep.name})
     if not trials:
@@ -205,7 +205,7 @@ def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, obj
 
 
 def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
-    """Which split chose, which reported, and what that means for a lead."""
+    """Say which split selected and which reported, and what that means for a lead."""
     sample = report.sample
     if request.sweep is None:
         return []
@@ -229,7 +229,7 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
 
 
 def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[int, float]]], ...]:
-    """Learning curves of the first seed of the best settings and of the baseline."""
+    """Read the learning curves of the first seed of the best settings and of the baseline."""
     sample = report.sample
     part = "validation" if sample.selection_split == sample.report_split else "selection"
     base = [report.baseline] if report.baseline and report.baseline.trials else []
@@ -238,7 +238,7 @@ def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[i
 
 
 def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) -> tuple[Row, ...]:
-    """Return what was trained again, in the sweep and with fresh seeds, for the report of either; else nothing."""
+    """Return the sweep's rows that were trained again, each with its row in the confirmation; empty without any."""
     sweep = request.sweep
     if sweep is None:
         return ()
@@ -259,10 +259,10 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
 
 
 def _tell_trials(store: MlflowStore, report: Report) -> None:
-    """Have trials say what the report says of their settings, where they say something else alone, or nothing yet.
+    """Write the report's verdicts to the runs of trials whose own comparison differs, or that have none yet.
 
-    The report's verdicts are corrected for all that was tried, count all seeds, and give way to those of fresh ones.
-    Trials say nothing yet that ended before their baseline did, or while the store was gone.
+    The report's verdicts are corrected for all settings, use all seeds, and are replaced by those of fresh seeds. A
+    trial has no comparison yet if it ended before the baseline did, or while the store was unreachable.
     """
     for row in report.candidates if report.baseline and report.baseline.trials else ():
         found = row.difference
@@ -276,15 +276,15 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
 
 
 def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict[str, float]:
-    """Compare a trial with the baseline's of its seed, or of another: its setting's figures are means over seeds."""
+    """Compare a single trial, unlike its row's means over seeds, with the baseline's trial, if possible of its seed."""
     assert report.baseline
     base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
-    ours = replace(trial, predictions=store.predictions(trial.run_id))  # it may stand beyond the rows shown
+    ours = replace(trial, predictions=store.predictions(trial.run_id))  # only the rows shown have them
     return comparison_metrics(compare(ours, base, report.margin))
 
 
 def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
-    """Write ``report.html``, ``report.md``, ``report.tex`` and ``report.csv``, those asked for; returns their paths."""
+    """Write ``report.html``, ``.md``, ``.tex`` and ``.csv``, as far as ``formats`` ask for them; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     for file, write in (_FILES[name] for name in formats):
         (directory / file).write_text(write(report, layout), encoding="utf-8")
@@ -293,9 +293,9 @@ def write_report(report: Report, directory: Path, formats: Sequence[str], layout
 
 def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[str, object], margin: float,
                  console: Console | None = None) -> Report | None:  # fmt: skip
-    """Report a sweep at its end: printed, saved in ``directory``, attached to its run, and told to its trials.
+    """Report a sweep at its end: print, save in ``directory``, attach to its run, and update its trials' runs.
 
-    Every ending of its trials gets a report; None where it has none yet.
+    Also reports if trials failed; returns None if there is no trial yet.
     """
     sweep = find_sweep(store, name)
     report = report_of_sweep(store, sweep, usual, margin)
@@ -307,7 +307,7 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[
     store.attach(sweep.run_id, write_report(report, directory, FORMATS), tables.note(report))
     _tell_trials(store, report)
     searched = store.sweep_run(sweep.confirms) if sweep.confirms else None
-    if searched:  # which carries the outcome from now on, held to its own margin
+    if searched:  # update the confirmed sweep's report, too, with its own margin
         with tempfile.TemporaryDirectory() as elsewhere:
             beside = directory.parent / searched.name
             place = beside if beside.is_dir() else Path(elsewhere)

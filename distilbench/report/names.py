@@ -1,4 +1,4 @@
-"""What a setting is called, in every table, on the page and in MLflow: what tells it from the baseline."""
+"""Names of settings in tables, on the page and in MLflow: what differs from the baseline."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _TELLING = (
     "experiment", "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name",
     "optim.name", "optim.lr", "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
 )  # fmt: skip
-"""Beginnings of keys: how deep, by what method, at what rate, on how much; then the rest, and the seed last."""
+"""Prefixes of keys, most informative first; other keys follow, and the seed is last."""
 
 _CHOSEN = ("adapter", "scheduler")
-"""Groups whose choice says the rest: their other settings are told where one choice has several."""
+"""Groups whose name implies their other settings, which are named only if they vary for one name."""
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
-    """Sort keys, the most telling first; a group that is chosen stands where its name does."""
+    """Sort keys, most informative first; a group as a whole takes the position of its name."""
     places = {key: next(i for i, start in enumerate(_TELLING) if f"{key}.name".startswith(start)) for key in keys}
     return sorted(keys, key=lambda key: (key == "seed", places[key], key))
 
 
 def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the keys that differ, the most telling first, without what follows from another in all of ``treatments``.
+    """Return the keys that differ, most informative first, without those that another key implies in all treatments.
 
-    ``freeze.embeddings`` may follow the layers, an adapter's and a scheduler's settings its name.
+    ``freeze.layers`` may imply ``freeze.embeddings``; the name of an adapter or scheduler may imply its settings.
     """
 
     def follows(key: str) -> bool:
@@ -47,15 +47,15 @@ def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def embeddings_follow(treatment: Mapping[str, object]) -> bool:
-    """Return whether ``freeze.embeddings`` is what ``auto`` makes of it, by the layers or the policy."""
+    """Return whether ``freeze.embeddings`` has the value that ``auto`` gives for these layers or this policy."""
     depth, embeddings = treatment.get("freeze.layers") != 0, treatment.get("freeze.embeddings")
     return "freeze.policy" in treatment or embeddings in (None, depth)
 
 
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:
-    """Name what ``values`` hold, by the last part of each key: ``freeze=bias scheduler=cosine lr=3e-05``.
+    """Return a name for ``values`` with the last part of each key: ``freeze=bias scheduler=cosine lr=3e-05``.
 
-    ``among`` are all keys that may stand in a name: where two of those end alike, they are told whole.
+    ``among`` are all keys that may occur in names: keys with the same last part are written in full.
     """
     ends = Counter(map(_end, among or values))
     titles = {key: "" if key == "experiment" else f"{_end(key) if ends[_end(key)] <= 1 else key}=" for key in values}
@@ -63,19 +63,19 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
 
 
 def name_beside(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
-    """Name what tells ``values`` from the ``baseline``, without choices (:data:`CHOICES`) that are the baseline's."""
+    """Return a name for ``values`` without those :data:`CHOICES` that equal the ``baseline``'s."""
     return name_of({k: v for k, v in values.items() if not is_choice(k) or baseline.get(k, ...) != v}, among)
 
 
 def is_choice(key: str) -> bool:
-    """Return whether a key stands among what a baseline chooses: its other settings a baseline shares with a trial."""
+    """Return whether a key belongs to :data:`CHOICES`, which a baseline resets; it shares all others with a trial."""
     return f"{key}.".startswith((*CHOICES, "experiment."))
 
 
 def source_overrides(config_yaml: str) -> list[str]:
-    """Return what chooses a run's protocol, given its ``config.yaml``: ``data=files data.train=...``.
+    """Return the overrides that select a run's protocol, from its ``config.yaml``: ``data=files data.train=...``.
 
-    Nothing for what a plain command line takes anyhow. The amount of text is left away: it is treatment.
+    Defaults are omitted, and so is the amount of text, which belongs to the treatment.
     """
     config, told = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
     for group, schema, usual in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):

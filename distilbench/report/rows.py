@@ -1,4 +1,4 @@
-"""Many trials as rows: one per setting with its seeds together and what it takes, against the baseline, best first."""
+"""Rows of a report: the trials of one setting over all seeds, with accuracy, cost and the outcome of the comparison."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial,
 
 @dataclass(frozen=True)
 class Cost:
-    """Means over the trials of a setting, NaN where unknown.
+    """Mean costs over the trials of a setting; NaN if unknown.
 
-    ``seconds`` are of training; trials that shared the device have none of their own, but what one would take alone
-    where that ``is_estimate``. ``flops`` are exact, whatever the machine. ``memory`` is in bytes.
+    ``seconds`` is training time; for trials that were trained together, it is the estimated time alone
+    (``is_estimate``). ``flops`` are exact on any machine. ``memory`` is in bytes.
     """
 
     seconds: float
@@ -34,9 +34,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Saving:
-    """Per cent of the baseline's cost that a setting saves (negative: it takes more), None where that can't be told.
+    """Per cent of the baseline's cost that a setting saves; negative if it takes more, None if unknown.
 
-    ``time_note`` says why seconds can't.
+    ``time_note`` says why times are not comparable.
     """
 
     seconds: float | None = None
@@ -50,13 +50,13 @@ NO_SAVING = Saving()
 
 
 def seconds_of(trial: StoredTrial) -> float:
-    """Return the seconds that a trial took alone or, where it shared the device, would have taken; NaN if unknown."""
+    """Return a trial's training time if trained alone, otherwise the estimated time alone; NaN if unknown."""
     seconds = trial.train_seconds if trial.alone else trial.solo_seconds_estimate
     return seconds if seconds > 0 else math.nan
 
 
 def cost_of(trials: Sequence[StoredTrial]) -> Cost:
-    """Average what trials took."""
+    """Average the costs of trials."""
     alone = all(trial.alone for trial in trials)
     seconds, deviation = average([seconds_of(trial) for trial in trials])
     return Cost(
@@ -70,14 +70,14 @@ def cost_of(trials: Sequence[StoredTrial]) -> Cost:
 
 
 def average(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation: NaN without a value, no deviation of a single one."""
-    if len(values) < 2:  # numpy takes a second for ten thousand of these
+    """Return mean and sample standard deviation; NaN without values, None as the deviation of a single value."""
+    if len(values) < 2:  # ten thousand such calls take numpy a second
         return (values[0] if values else math.nan), None
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> Saving:
-    """Compare what trials take with what the baseline's take; either may be empty."""
+    """Compare the costs of trials with those of the baseline's trials; either may be empty."""
     ours, base, everyone = cost_of(trials), cost_of(baselines), (*trials, *baselines)
     saved = {
         name: _saved(getattr(ours, name), getattr(base, name)) for name in ("seconds", "cpu_seconds", "flops", "memory")
@@ -95,12 +95,12 @@ def _saved(ours: float, base: float) -> float | None:
 
 
 def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
-    """Estimate the noise of time from trials that did equal work on the same device.
+    """Estimate the noise of training times from trials that did equal work on the same device.
 
-    Returns its standard deviation in per cent, and from how many times; zeros where none did equal work.
+    Returns the standard deviation in per cent, and the number of times that it is based on; zeros without equal work.
 
-    Equal work is an equal count of FLOPs. The variances of logarithms are pooled over those groups. An estimate of what
-    a trial would take alone counts too, once for all that have it from the same probe: savings are told beside it.
+    Equal work is an equal number of FLOPs. The variances of log times are pooled over these groups. Estimated times
+    alone count as well, because savings are based on them, too; trials that share a probe's estimate count once.
     """
     equal: dict[tuple[str, float], set[float]] = defaultdict(set)
     for trial in trials:
@@ -116,10 +116,10 @@ def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting minus the baseline in points of accuracy: 95 % interval, p as tested and after Holm's correction.
+    """Accuracy of a setting minus the baseline's, in percentage points: 95 % interval, p before and after Holm.
 
-    ``loses_at_most`` bounds the loss, one-sided at 97.5 %; ``p_loss`` is that of a loss of the margin or more. ``n``
-    counts seeds, or pairs of them. ``needed`` is what would decide, where nothing is decided.
+    ``loses_at_most`` is the upper bound of the loss, one-sided at 97.5 %; ``p_loss`` is the p of a loss of the margin
+    or more. ``n`` counts seeds, or pairs of seeds. ``needed`` is what would decide an undecided comparison.
     """
 
     points: float
@@ -135,11 +135,11 @@ class Difference:
 
 
 PRAISE = (Verdict.BETTER, Verdict.AHEAD, Verdict.GOOD_ENOUGH)
-"""Verdicts of a setting that may be taken: only of one that has learned."""
+"""Favourable verdicts; only given to settings that have learned."""
 
 
 class Untested(StrEnum):
-    """Why a row that has a result was not tested against the baseline, or is not judged by the test."""
+    """Why a row with a result was not tested against the baseline, or has no verdict in spite of a test."""
 
     PREDICTIONS = "predictions are missing"
     EXAMPLES = "predictions are of other examples"
@@ -151,17 +151,16 @@ class Untested(StrEnum):
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. ``trials`` finished, one per seed in the order of seeds; ``other_trials`` did not, or repeat a seed.
+    """One setting: ``trials`` are finished, one per seed in seed order; ``other_trials`` are unfinished, or repeats.
 
-    Figures are means over ``trials`` (NaN without any), deviations are None for fewer than two. ``label`` says what
-    differs from the baseline, ``rank`` is its place in the report. ``points`` is its mean accuracy minus the
-    baseline's, tested or not; ``difference`` is of the seeds that both have, where it was tested. ``verdict`` is what
-    may be claimed; None for the baseline itself, without a baseline, without a result, and for the reason in
-    ``untested``. ``has_learned``: its accuracy is shown to be above that of the most frequent label alone; None where
-    that was not asked. ``examples`` are those that it is reported on, 0 where unknown. ``again`` is the same setting
-    in a confirmation, with fresh seeds. ``slice`` is the part of the examples that the figures are of,
-    where that is not all of them. ``number`` is that of its first trial in its sweep, with the sweep's name where
-    another row has the same.
+    Figures are means over ``trials`` (NaN without any); deviations are None for fewer than two. ``label`` says what
+    differs from the baseline; ``rank`` is the position in the report. ``points`` is the mean accuracy minus the
+    baseline's, tested or not; ``difference`` is the tested one, over common seeds. ``verdict`` is None for the
+    baseline itself, without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: the
+    accuracy is shown to be above that of always predicting the most frequent label; None if not tested. ``examples`` is
+    the number of examples reported on, 0 if unknown. ``again`` is the row of the same setting in a confirmation, with
+    fresh seeds. ``slice`` names the part of the examples that the figures refer to; empty for all. ``number`` is that
+    of the first trial in its sweep, prefixed with the sweep's name if another row has the same number.
     """
 
     label: str
@@ -187,29 +186,29 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What it is called in sentences and charts, as its first run is: the number first."""
+        """The name in sentences and charts: the number, then the label."""
         return f"{self.number} {self.label}".strip()
 
     @property
     def accuracy_half_width(self) -> float:
-        """Half of the 95 % interval of its accuracy, a share: over examples and, where it has several, over seeds."""
+        """Half the width of the accuracy's 95 % interval, as a share: over examples and, if several, over seeds."""
         over_examples = self.accuracy * (1 - self.accuracy) / self.examples if self.examples else 0.0
         over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.n, 1)
         return 1.96 * math.sqrt(over_examples + over_seeds)
 
     @property
     def evidence(self) -> Row:
-        """The row itself, or what became of it with fresh seeds."""
+        """The same setting's row with fresh seeds if it was tested, otherwise this row."""
         return self.again if self.again and self.again.difference else self
 
     @property
     def claim(self) -> Verdict | None:
-        """What may be claimed in the end: the verdict of fresh seeds where there are any."""
+        """The final verdict: that of fresh seeds, if any."""
         return self.evidence.verdict
 
     @property
     def n(self) -> int:
-        """How many seeds finished."""
+        """The number of seeds that finished."""
         return len(self.trials)
 
     @property
@@ -219,56 +218,56 @@ class Row:
 
     @property
     def predictions(self) -> dict[int, Predictions]:
-        """What its trials said of every example, by seed, of those of which that is there."""
+        """The predictions of its trials, by seed, as far as they are available."""
         return {trial.seed: trial.predictions for trial in self.trials if trial.predictions}
 
     @property
     def all_trials(self) -> tuple[StoredTrial, ...]:
-        """Every trial, those first that count."""
+        """All trials; those that count come first."""
         return (*self.trials, *self.other_trials)
 
     @property
     def first(self) -> StoredTrial:
-        """The trial that stands for all of them: by its number they are called, its run is linked."""
+        """The trial whose number and run represent the row."""
         return self.all_trials[0]
 
     @property
     def is_tagged(self) -> bool:
-        """Whether a sweep took it for the baseline of its trials."""
+        """Whether a sweep used it as the baseline."""
         return any(trial.role == BASELINE_ROLE for trial in self.all_trials)
 
     @property
     def trainable_parameters(self) -> int:
-        """Parameters that were trained; 0 where unknown."""
+        """The number of trained parameters; 0 if unknown."""
         return max(trial.trainable_parameters for trial in self.all_trials)
 
     @property
     def status(self) -> str:
-        """``FINISHED``, or how many trials ended how."""
+        """The common status of all trials, such as ``FINISHED``, or a count of each."""
         counts = Counter(trial.status.value for trial in self.all_trials)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
     @property
     def started_ms(self) -> int:
-        """When its first trial began."""
+        """When its first trial started, in ms since 1970."""
         return min(trial.started_ms for trial in self.all_trials)
 
     @property
     def stopped(self) -> StoredTrial | None:
-        """A trial that shows how far the setting came, where none finished."""
+        """If no trial finished, the last one with an accuracy; otherwise None."""
         shown = [trial for trial in self.other_trials if not math.isnan(trial.accuracy)]
         return shown[-1] if shown and not self.trials else None
 
     @property
     def accuracy_so_far(self) -> float:
-        """Its accuracy, or that at which it was stopped; NaN where it never came to one."""
+        """The accuracy, or that at which it was stopped; NaN if it was never evaluated."""
         return self.stopped.accuracy if self.stopped else self.accuracy
 
 
 def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
-    """Return the rows of one protocol's trials, best first by mean accuracy, those without a finished trial last.
+    """Return the rows of one protocol's trials, best mean accuracy first, those without a finished trial last.
 
-    ``names`` maps digests of treatments to labels that go before what differs.
+    ``names`` maps hashes of treatments to labels, which precede what differs.
     """
     by_treatment: dict[str, list[StoredTrial]] = defaultdict(list)
     for trial in trials:
@@ -279,7 +278,7 @@ def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = N
 
 
 def row_from(members: Sequence[StoredTrial]) -> Row:
-    """Aggregate the trials of one treatment: of several finished ones of a seed the newest counts."""
+    """Aggregate the trials of one treatment; of several finished ones with the same seed, the newest counts."""
     newest: dict[int, StoredTrial] = {}
     for trial in sorted(members, key=lambda t: t.started_ms):
         if trial.status is Status.FINISHED and not math.isnan(trial.accuracy):
@@ -300,12 +299,12 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
 
 
 def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:
-    """Return the position of the baseline's row, None where there is none.
+    """Return the index of the baseline's row; None if there is none.
 
-    It is the row of ``run_id`` where that is given, else the one that a sweep tagged as its baseline, of several (a
-    sweep of the amount of text has one for each) the one that took most FLOPs and so left out least. Else it is the one
-    whose treatment agrees with ``usual`` (the report's choices); of several, the one that agrees in most, then the
-    first trained.
+    If ``run_id`` is given, this is its row. Otherwise it is the row that a sweep tagged as baseline; if there are
+    several (a sweep over the amount of text has one per amount), the one with the most FLOPs, which left out least.
+    Otherwise it is the row whose choices agree with ``usual``, the default treatment; of several, the one that agrees
+    in most settings, then the one trained first.
     """
     if run_id is not None:
         return next((i for i, row in enumerate(rows) if any(t.run_id == run_id for t in row.all_trials)), None)
@@ -321,9 +320,9 @@ def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str 
 
 
 def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
-    """Name each row by its number and what tells it from the baseline, and baselines by all that varies.
+    """Label each row with its number and what differs from the baseline, and baselines with all that varies.
 
-    A sweep names its runs likewise, by what it varies.
+    A sweep names its runs in the same way.
     """
     varying = varying_keys([row.treatment for row in rows])
     numbers = Counter(row.first.number for row in rows)
@@ -332,7 +331,7 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     reference = values[baseline] if baseline is not None else {}
     labelled = []
     for i, row in enumerate(rows):
-        is_baseline = i == baseline or (tagged and row.is_tagged)  # of a sweep of amounts, each amount has one
+        is_baseline = i == baseline or (tagged and row.is_tagged)  # a sweep over amounts has one per amount
         told = name_of(values[i], varying) if is_baseline else name_beside(values[i], reference, varying)
         title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
         shown = ": ".join(part for part in (title, told) if part) or "all settings"
