@@ -1,9 +1,8 @@
-"""The project's commands in processes of their own, most of them forked from one that has imported the libraries.
+"""Run the project's commands in separate processes, most of them forked from one that has imported the libraries.
 
-Importing torch, transformers and MLflow takes longer than a tiny trial. A fork server pays for it once; each command
-then runs in a child of it as under ``python -m``: own directory, environment, streams, signals and exit status.
-What is about the start itself (imports, signals at once, variables that libraries read as they are imported) asks for
-a fresh interpreter.
+Importing torch, transformers and MLflow takes longer than a tiny trial. A fork server does it once; each command then
+runs in a child of it as under ``python -m``, with its own directory, environment, streams, signals and exit status.
+Tests of the start itself (imports, early signals, variables that libraries read at import) use a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from typing import Any, NoReturn, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = sys.platform == "linux"
-"""Elsewhere a fork of a process that holds these libraries is not safe: each command starts afresh."""
+"""On other systems, forking a process with these libraries is not safe: each command starts a new interpreter."""
 HEAVY = {"torch", "transformers", "mlflow", "sklearn", "datasets", "scipy", "pandas", "matplotlib", "pyarrow"}
-"""What must not be imported before a configuration has been checked; Optuna neither, where nothing is swept."""
+"""Packages that must not be imported before a configuration has been checked; nor may Optuna, without a sweep."""
 
 if FORKS:
     _SERVER = multiprocessing.get_context("forkserver")
@@ -37,7 +36,7 @@ if FORKS:
 
 
 class Process(Protocol):
-    """What tests ask of a process: the part of :class:`subprocess.Popen` that both kinds have."""
+    """What tests use of a process: the part of :class:`subprocess.Popen` that both kinds implement."""
 
     pid: int
     returncode: int | None
@@ -51,7 +50,7 @@ class Process(Protocol):
 
 def start(program: str | Path, arguments: Sequence[str], folder: Path, environment: Mapping[str, str],
           output: int | None = None, fresh: bool = False) -> Process:  # fmt: skip
-    """Start a module (``python -m``) or a file in ``folder``; ``output`` is a descriptor for all that it prints."""
+    """Start a module (``python -m``) or a file in ``folder``; ``output`` is a file descriptor for both its streams."""
     if FORKS and not fresh:
         return ForkedProcess(str(program), arguments, folder, environment, output)
     command = [sys.executable, *(["-m"] if isinstance(program, str) else []), str(program), *arguments]
@@ -88,7 +87,7 @@ class ForkedProcess:
         self.wait(timeout)
         texts = []
         for file in self._files:
-            file.seek(0)  # it shares its place with the child that wrote
+            file.seek(0)  # the child shares this file position
             texts.append(file.read())
         return (texts[0], texts[1]) if texts else ("", "")
 
@@ -101,7 +100,7 @@ class ForkedProcess:
 
 
 class _Descriptor:
-    """An open file that a child of the fork server is given; there it is the descriptor's number."""
+    """A file descriptor to pass to a child of the fork server, where it unpickles to the child's own number."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -115,7 +114,7 @@ def _received(sent: Any) -> int:
 
 
 def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], streams: Sequence[int]) -> NoReturn:
-    """Be ``python -m program`` or ``python program`` from its first line to its exit status."""
+    """Run like ``python -m program`` or ``python program``, up to the exit status."""
     for number, stream in enumerate(streams, start=1):
         os.dup2(stream, number)
         os.close(stream)
@@ -127,7 +126,7 @@ def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], st
     os.environ.update(environment)
     sys.argv = list(command)
     status = _status_of(command[0])
-    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter waits for its threads
+    threading._shutdown()  # type: ignore[attr-defined]  # like the interpreter, wait for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,7 +137,7 @@ def _run(command: Sequence[str], folder: str, environment: Mapping[str, str], st
 
 
 def _status_of(program: str) -> int:
-    """The exit status that the interpreter would give what it ran."""
+    """Run a program and return the exit status that the interpreter would."""
     try:
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
@@ -157,7 +156,7 @@ def _status_of(program: str) -> int:
 
 
 def split_imports(errors: str) -> tuple[list[str], set[str]]:
-    """Part what a process with ``PYTHONPROFILEIMPORTTIME=1`` wrote into its own lines and the top packages imported."""
+    """Split the output of a process with ``PYTHONPROFILEIMPORTTIME=1`` into its own lines and imported packages."""
     own, imports = [], set()
     for line in errors.splitlines():
         if line.startswith("import time:"):
@@ -168,7 +167,7 @@ def split_imports(errors: str) -> tuple[list[str], set[str]]:
 
 
 def lay_tables(database: Path) -> None:
-    """Write MLflow's tables, without a row, where there is no database: to make them takes longer than a tiny trial."""
+    """Write MLflow's empty tables if there is no database, from a cache: MLflow takes longer than a tiny trial."""
     if not database.exists():
         database.write_bytes(_tables())
 
@@ -187,7 +186,7 @@ def _tables() -> bytes:
 
 
 class Workspace:
-    """A folder with its own store: where commands run, and what they left there."""
+    """A folder with its own store: runs commands there, and reads what they left."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -195,13 +194,13 @@ class Workspace:
         self._started: list[Process] = []
 
     def with_store(self) -> Workspace:
-        """Have MLflow's tables here beforehand, as long as nothing but a trial is what a test is about."""
+        """Create MLflow's tables beforehand, for tests that are not about creating them."""
         lay_tables(self.path / "mlflow.db")
         return self
 
     def start(self, *arguments: str, program: str | Path = "distilbench.train", output: int | None = None,
               fresh: bool = False, **environment: str) -> Process:  # fmt: skip
-        """Start a command whose store is this folder's; ``fresh`` asks for an interpreter that has imported nothing."""
+        """Start a command with this folder's store; ``fresh`` starts an interpreter that has imported nothing."""
         known = {
             "MLFLOW_TRACKING_URI": self.uri,
             "DISTILBENCH_ROOT": str(self.path),
@@ -219,14 +218,14 @@ class Workspace:
         return subprocess.CompletedProcess(arguments, process.returncode or 0, out, err)
 
     def end(self) -> None:
-        """Kill what still runs."""
+        """Kill commands that still run."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()
                 process.communicate(timeout=60)
 
     def runs(self) -> list[Any]:
-        """The store's runs in the order of their starts, without making a store where there is none."""
+        """Return the store's runs, oldest first, without creating a store if there is none."""
         from mlflow import MlflowClient
 
         if not (self.path / "mlflow.db").exists():
@@ -236,6 +235,6 @@ class Workspace:
         return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
 
     def artifacts(self, run_id: str) -> dict[str, Path]:
-        """The files of a run by their names."""
+        """Return a run's artifacts: name -> path."""
         (folder,) = (self.path / "mlruns").glob(f"*/{run_id}/artifacts")
         return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}

@@ -1,10 +1,10 @@
-"""Settings as the command line would compose them, for every test."""
+"""Fixtures for every test: settings composed as on the command line, and folders in which commands run."""
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # until all is imported: what imports make stays, and looking through it takes a third of their time
+gc.disable()  # until everything is imported: collections take a third of the import time and free nothing
 
 import atexit
 import os
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for a hub
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and threads that spin cost a lot
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, all that tests start would inherit a SIGHUP that is ignored
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's background jobs would
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and spinning threads are costly
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the processes of tests would inherit an ignored SIGHUP
+signal.signal(signal.SIGINT, signal.default_int_handler)  # likewise SIGINT, in a shell's background job
 
 import hypothesis
 from hydra import compose, initialize_config_dir
@@ -39,9 +39,9 @@ hypothesis.settings.load_profile("whatever-the-clock-says")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, which run processes, and end with those of few tests.
+    """Run the slowest files first, those with end-to-end tests, and those with the fewest tests last.
 
-    A worker takes whole files; short ones fill the last minute of all.
+    A worker takes whole files, so short ones at the end let all workers finish at about the same time.
     """
     asked = str(config.getoption("markexpr"))
     for item in items:
@@ -54,9 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of all further collections: here, in forked processes, and at the very end.
+    """Exclude imported objects from all later collections: here, in forked processes, and at exit.
 
-    That last one takes seconds; without it, libraries in C complain of what they find there.
+    The one at exit takes seconds; without it, C libraries complain, so that standard error is closed.
     """
     gc.freeze()
     gc.enable()
@@ -64,7 +64,7 @@ def pytest_collection_finish() -> None:
 
 
 def compose_settings(*overrides: str) -> AppSettings:
-    """A trial as Hydra composes it."""
+    """Compose settings with Hydra."""
     register_schema()
     with initialize_config_dir(str(ROOT / "conf")):
         return settings_from(compose("config", list(overrides)))
@@ -72,7 +72,7 @@ def compose_settings(*overrides: str) -> AppSettings:
 
 @pytest.fixture
 def settings(tmp_path):
-    """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes below tmp_path."""
+    """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes to ``tmp_path``."""
 
     def composed(*overrides: str) -> AppSettings:
         values = [o for o in overrides if re.match(r"(\w+\.[\w.]+|seed)=", o)]
@@ -86,7 +86,7 @@ def settings(tmp_path):
 
 @cache
 def _choices(*groups: str) -> DictConfig:
-    """What Hydra makes of choices alone, 0.1 s each time; values go over them, whatever their order on a line."""
+    """Compose config groups alone, cached since it takes 0.1 s; the caller then sets single values."""
     register_schema()
     with initialize_config_dir(str(ROOT / "conf")):
         return compose("config", [*TINY, "output.dir=.", *groups])
@@ -94,7 +94,7 @@ def _choices(*groups: str) -> DictConfig:
 
 @pytest.fixture
 def workspace(tmp_path) -> Iterator[Workspace]:
-    """A folder in which commands run, and end with the test."""
+    """Yield a folder in which commands run; those still running are killed after the test."""
     workspace = Workspace(tmp_path)
     yield workspace
     workspace.end()

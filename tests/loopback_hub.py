@@ -1,4 +1,4 @@
-"""A hub on this host: data sets from a folder, through as much of huggingface.co's interface as reading one takes."""
+"""A local hub: serves data sets from a folder through the part of huggingface.co's API that reading them needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @contextmanager
 def serving_requests(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Answer requests on this host until the block is left; yields the address."""
+    """Answer requests on 127.0.0.1 until the block ends; yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
@@ -28,13 +28,13 @@ def serving_requests(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @contextmanager
 def serving_datasets(folder: Path) -> Iterator[str]:
-    """Serve ``folder/<owner>/<name>/`` as data sets, all of one commit; yields the address."""
+    """Serve each ``folder/<owner>/<name>/`` as a data set, all at one commit; yields the address."""
     with serving_requests(type("Handler", (DatasetsHandler,), {"folder": folder})) as address:
         yield address
 
 
 class DatasetsHandler(BaseHTTPRequestHandler):
-    """Answers for the data sets in ``folder``."""
+    """Serves the data sets in ``folder``."""
 
     folder: Path
     protocol_version = "HTTP/1.1"
@@ -105,7 +105,7 @@ def etag(path: Path) -> str:
 
 
 def entry(repo: Path, path: Path) -> dict[str, object]:
-    """What the hub says of a file or a folder."""
+    """Return the hub's description of a file or a folder."""
     name = str(path.relative_to(repo))
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}

@@ -1,4 +1,4 @@
-"""A store with trials made up instead of trained: for reading, comparing and reporting."""
+"""A store with fabricated trials, for tests of reading, comparing and reporting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DONE = TrialResult(
 
 
 def make_store(folder: Path) -> MlflowStore:
-    """A new SQLite store under ``folder``, in the usual experiment."""
+    """Create a SQLite store in ``folder``, with the default experiment."""
     lay_tables(folder / "mlflow.db")
     store = open_store(TrackingSettings("mlflow", sqlite_url(folder / "mlflow.db"), "distilbench", 0))
     assert isinstance(store, MlflowStore)
@@ -36,7 +36,7 @@ def make_store(folder: Path) -> MlflowStore:
 
 
 def start_of(*overrides: str, text: str = "text", **changes) -> RunStart:
-    """What is known at the start of a tiny trial; another ``text`` is another protocol."""
+    """Return the start of a tiny trial; another ``text`` gives another protocol."""
     register_schema()
     if GlobalHydra.instance().is_initialized():
         config = compose("config", [*TINY, "output.dir=.", *overrides])
@@ -61,7 +61,7 @@ def start_of(*overrides: str, text: str = "text", **changes) -> RunStart:
 
 
 def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: float = 60.0, predictions=True, **changes):
-    """Keep a finished trial that is wrong on the first ``wrong`` of 200 examples; returns its run's id."""
+    """Store a finished trial that is wrong on the first ``wrong`` of 200 examples; returns its run id."""
     correct = np.arange(len(LABELS)) >= wrong
     logits = np.eye(2)[np.where(correct, LABELS, 1 - LABELS)]
     end = Evaluation("validation", 20, 2.0, loss=0.4, accuracy=float(correct.mean()), f1=0.8, mcc=0.5)
@@ -75,7 +75,7 @@ def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: flo
 
 @contextmanager
 def blank_figures() -> Iterator[None]:
-    """Have small ones drawn: drawing takes most of a made trial's time."""
+    """Replace figures by small empty ones, since drawing takes most of a fabricated trial's time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("confusion_figure", "curve_figure"):
             patch.setattr(f"distilbench.tracking.run.{name}", lambda *_: Figure(figsize=(1, 1)))

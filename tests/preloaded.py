@@ -1,7 +1,7 @@
-"""What the fork server of :mod:`tests.commands` imports, once for all commands: libraries, and all modules of ours.
+"""Imports of the fork server of :mod:`tests.commands`, once for all commands: libraries and distilbench's modules.
 
-Left out are the commands themselves, which stand at the top of the package and are run as ``__main__``, and private
-modules, which import what only GPUs need.
+Excluded are modules at the top of the package, such as the commands, which run as ``__main__``, and private modules,
+which import what only GPUs need.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ ROOMS = [
 for name in (*LIBRARIES, *ROOMS):
     importlib.import_module(name)
 Plugins.instance()  # Hydra looks for them, and imports them, once a process
-gc.freeze()  # collections in the children neither walk nor copy what is here
+gc.freeze()  # exclude these objects from collections, which would copy their pages in the children
 gc.enable()

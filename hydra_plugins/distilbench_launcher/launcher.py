@@ -1,4 +1,4 @@
-"""``hydra/launcher=fused``: a sweeper's batch of trials in one call, each with a job of its own."""
+"""``hydra/launcher=fused``: trains a sweeper's batch of trials in one call, with one Hydra job per trial."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from omegaconf import DictConfig
 
 @dataclass
 class FusedLauncherConf:
-    """Jobs of a batch are trained together, then each is run through Hydra with its stored result."""
+    """Jobs of a batch are trained together; then Hydra runs each job, which returns its stored result."""
 
     _target_: str = "hydra_plugins.distilbench_launcher.launcher.FusedLauncher"
     max_trials: int = 32
-    """Trials trained at once at most, 1 or more; memory may allow fewer. Also bounds what a kill can cost."""
+    """Maximum number of trials trained at once, 1 or more; memory may allow fewer. Also limits what a kill can cost."""
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedLauncherConf, provider="distilbench")
 
 
 class FusedLauncher(Launcher):
-    """Launches jobs together where the task function takes several at once, and as Hydra's basic launcher elsewhere.
+    """Launches jobs together if the task function supports it, otherwise like Hydra's basic launcher.
 
-    Such a function carries an attribute ``takes_batches``: given how many jobs may be trained at once, it makes the
-    ``Batches`` of ``distilbench.sweep.executors``, which live as long as the sweep.
+    Such a function has an attribute ``takes_batches``: a callable that takes the maximum number of jobs to train at
+    once and returns a ``distilbench.sweep.executors.Batches``, which is used for the whole sweep.
     """
 
     def __init__(self, max_trials: int) -> None:
@@ -39,12 +39,12 @@ class FusedLauncher(Launcher):
         self._batches: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra hands over."""
+        """Store what Hydra passes."""
         self._context, self._task, self._config = hydra_context, task_function, config
         self._basic.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; returns keep their order."""
+        """Run the jobs; the returns keep their order."""
         takes_batches = getattr(self._task, "takes_batches", None)
         if takes_batches is None:
             return self._basic.launch(job_overrides, initial_job_idx)

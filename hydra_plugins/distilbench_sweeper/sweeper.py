@@ -1,6 +1,6 @@
-"""The sweepers that Hydra finds: ``hydra/sweeper=grid`` (the default) and ``hydra/sweeper=optuna``.
+"""The sweepers that Hydra discovers: ``hydra/sweeper=grid`` (the default) and ``hydra/sweeper=optuna``.
 
-Hydra's scanner imports this module for every command, so that whatever is heavy waits until a sweep begins.
+Hydra imports this module for every command, so that heavy imports wait until a sweep begins.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from omegaconf import DictConfig
 
 
 class _Sweeper(Sweeper):
-    """Both sweepers: they differ in what ``hydra.sweeper`` holds, not in how trials are run."""
+    """Base of both sweepers, which differ only in the keys of ``hydra.sweeper``."""
 
     _options: dict[str, Any]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra hands over, with the launcher it names."""
+        """Store what Hydra passes, and instantiate the launcher."""
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
         self._setup = (config, hydra_context, launcher)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep; ends the process in one line and with its status where something is to mend, or failed."""
+        """Run the sweep; an invalid setting or a failure ends the process with one line and its exit status."""
         from distilbench.cli import CommandFailed, errors_in_one_line
         from distilbench.sweep.plan import SweeperOptions
         from distilbench.sweep.runner import run_sweep
@@ -38,14 +38,14 @@ class _Sweeper(Sweeper):
 
 
 class GridSweeper(_Sweeper):
-    """Every combination of the values given; ``max_batch_size`` is what Hydra's own grid calls ``n_jobs``."""
+    """Trains every combination of the given values; Hydra's basic sweeper calls ``n_jobs`` ``max_batch_size``."""
 
     def __init__(self, n_jobs: int | None, max_batch_size: int | None, **options: Any) -> None:
         self._options = {**options, "is_grid": True, "n_jobs": n_jobs or max_batch_size}
 
 
 class OptunaSweeper(_Sweeper):
-    """Optuna chooses; takes every key of hydra-optuna-sweeper."""
+    """Lets Optuna choose the trials; accepts every key of hydra-optuna-sweeper."""
 
     def __init__(self, sampler: DictConfig, **options: Any) -> None:
         is_grid = sampler._target_ == "optuna.samplers.GridSampler"

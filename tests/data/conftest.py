@@ -1,4 +1,4 @@
-"""One folder for all files that a session writes."""
+"""One folder for all files that a test session writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of text and labels in every format, and what is refused of them."""
+"""Write files of text and labels in every format, and catch the errors of reading them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
 def write(path: Path, rows) -> Path:
-    """Rows of (text, label) in the format that the suffix names."""
+    """Write rows of (text, label) in the format of the path's suffix."""
     if path.suffix == ".gz":
         plain = write(path.with_suffix(""), rows)
         path.write_bytes(gzip.compress(plain.read_bytes()))
@@ -52,12 +52,12 @@ def raw(path: Path, content: str | bytes, **settings) -> DataSettings:
 
 
 def numbered(count: int, classes: int = 2):
-    """Sentences that differ, labels in turn."""
+    """Return distinct sentences, with labels in rotation."""
     return [(f"sentence {i}", i % classes) for i in range(count)]
 
 
 def refusal(settings: DataSettings) -> str:
-    """The one line with which these settings are refused."""
+    """Return the one-line error message for these settings."""
     with pytest.raises(SettingsError) as caught:
         load_text(settings)
     assert len(str(caught.value).splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Splits of generated text, a model without dropout, and an observer that writes down what it is told."""
+"""Fixtures for engines: splits of generated text, a model without dropout, and an observer that records its calls."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distilbench.settings import TrialSettings
 
 PAIRS = ("data=files", f"data.train={Path(__file__).with_name('pairs.csv')}", "data.text_column=one",
          "data.pair_column=two", "data.label_column=label", "data.validation_fraction=0.4")  # fmt: skip
-"""Two made-up texts an example, of one to six words each; the same text twice is one label, two texts the other."""
+"""Examples of two generated texts, of one to six words each; the label says whether the two are equal."""
 
 
 @dataclass
 class Recorder:
-    """Keeps steps and evaluations by trial; prunes trials at their first evaluation, raises or leaves after a step."""
+    """Records steps and evaluations by trial; can prune trials, raise at a step, or request a checkpoint and end."""
 
     prune: set[int] = field(default_factory=set)
     raise_at: dict[int, BaseException] = field(default_factory=dict)
@@ -52,13 +52,13 @@ class Recorder:
 
 @pytest.fixture
 def recorder():
-    """The class, to make observers of."""
+    """Return the class of the observers."""
     return Recorder
 
 
 @pytest.fixture
 def splits_of():
-    """Return ``splits_of(settings) -> EncodedSplits``: what the engine gets for these settings."""
+    """Return ``splits_of(settings) -> EncodedSplits``: the splits that an engine gets for these settings."""
 
     def make(settings: TrialSettings) -> EncodedSplits:
         tokenizer = load_tokenizer(resolve_model(settings.model))
@@ -69,7 +69,7 @@ def splits_of():
 
 @pytest.fixture(scope="session")
 def still_model(tmp_path_factory):
-    """The directory of a tiny DistilBERT without dropout: engines must then agree whatever they draw."""
+    """Return the directory of a tiny DistilBERT without dropout, on which all engines must agree."""
     from distilbench.settings import ModelSettings
 
     directory = tmp_path_factory.mktemp("still") / "model"

@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs that works on a CPU: it records the operations of a step and repeats them blindly.
+"""A CPU substitute for CUDA graphs: it records the operations of a step and replays them on the same tensors.
 
-Like a graph it knows tensors, not where they came from. A step whose numbers pass through Python, or whose shapes hang
-on data, replays wrongly or not at all.
+Like a graph, it knows nothing but tensors. A step whose values pass through Python, or whose shapes depend on data,
+replays wrongly or not at all.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"}
-"""Operations that bring a value to the host."""
+"""Operations that copy a value to the host."""
 DATA_DEPENDENT = {"nonzero", "nonzero_numpy", "masked_select", "unique", "_unique", "_unique2", "unique_dim",
                   "unique_consecutive", "bincount", "histc", "repeat_interleave"}  # fmt: skip
-"""Operations whose result has a size that only the data tells."""
+"""Operations whose output shape depends on data."""
 FROM_HOST = {"lift_fresh", "lift", "scalar_tensor", "from_file", "pin_memory"}
-"""Operations that make a tensor of the host's values, or would on a GPU."""
+"""Operations that create a tensor from host values, or would on a GPU."""
 DRAWS = {"random_", "uniform_", "normal_", "bernoulli", "bernoulli_", "native_dropout", "rand", "randn", "randint"}
-"""Operations with a generator, whose state a graph would have to know."""
+"""Operations with a random generator, whose state a graph would have to capture."""
 
 
 TO_HOST = {"tolist", "numpy", "cpu", "cuda", "__array__"}
-"""What a CPU does without an operation, and a GPU would wait for."""
+"""Methods that need no operation on a CPU, but would synchronise a GPU."""
 
 
 class NoHost(TorchFunctionMode):
-    """Refuses to bring tensors to the host, or to a device by its name."""
+    """Refuses to move tensors to the host, or to a device by its name."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, "__name__", ""), kwargs or {}
@@ -52,14 +52,14 @@ def tensors(tree: Any) -> list[torch.Tensor]:
 
 @dataclass
 class Call:
-    """One operation with what it was given and what it gave."""
+    """One operation with its arguments and its result."""
 
     operation: Any
     given: tuple[tuple, dict]
     result: Any
 
     def outline(self, outside: set[int]) -> tuple:
-        """What must be the same in every step: shapes, plain values, and the place of what was there before it."""
+        """Return what must be equal in every step: shapes, plain values, and the addresses of ``outside`` storages."""
 
         def part(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass
 class Recording(TorchDispatchMode):
-    """Writes down every operation below autograd, and refuses those that a recorded step may not contain."""
+    """Records every operation below autograd, and refuses those that a recorded step must not contain."""
 
     calls: list[Call] = field(default_factory=list)
     made: set[int] = field(default_factory=set)
@@ -109,7 +109,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def _save(self, operation, args, kwargs) -> None:
-        """Keep what is about to be overwritten, of tensors that were there before."""
+        """Save the contents of tensors from before the step that the operation is about to overwrite."""
         for place, argument in enumerate(operation._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -120,7 +120,7 @@ class Recording(TorchDispatchMode):
 
     @property
     def outside(self) -> set[int]:
-        """Places of tensors that were there before the step."""
+        """Storage addresses of tensors that existed before the step."""
         return {storage(t) for call in self.calls for t in tensors((call.given, call.result))} - self.made
 
     def outline(self) -> list[tuple]:
@@ -146,7 +146,7 @@ class Recording(TorchDispatchMode):
 
 @dataclass
 class FakeGraphs:
-    """What :class:`distilbench.engines.fused.cuda.graph_step.GraphRunner` is on a GPU."""
+    """Replaces :class:`distilbench.engines.fused.cuda.graph_step.GraphRunner` on a CPU."""
 
     graphs: dict[Hashable, Recording] = field(default_factory=dict)
     replays: int = 0
@@ -160,7 +160,7 @@ class FakeGraphs:
             step()
         recording.undo()
         self.graphs[key] = recording
-        return 1000.0  # seconds that nothing else could take
+        return 1000.0  # seconds, more than anything else takes
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         if key in self.graphs:

@@ -1,4 +1,4 @@
-"""A hub cache of its own for each test, and a tiny checkpoint."""
+"""Fixtures: an empty hub cache per test, and a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models.made_checkpoints import LABELS, random
 
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
-    """An empty hub cache, and nothing resolved before."""
+    """Provide an empty hub cache, with no models resolved before."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -22,6 +22,6 @@ def empty_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """The directory of a tiny DistilBERT with two layers and two labels, tokenizer included."""
+    """Return the directory of a tiny DistilBERT with two layers and two labels, with its tokenizer."""
     export_model(build_model(random(), LABELS, 0), load_tokenizer(random()), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, and what is changed in them."""
+"""Make and edit tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def edit_json(path, **changes):
 
 
 def same_weights(one, other) -> set[str]:
-    """Names of the weights that are bitwise equal in both."""
+    """Return the names of weights that are bitwise equal in both models."""
     others = other.state_dict()
     return {name for name, weight in one.state_dict().items() if torch.equal(weight, others[name])}

@@ -1,4 +1,4 @@
-"""Trials as a store would give them back, made up: seeded, with predictions that have a known share of right ones."""
+"""Fabricated trials as a store would return them: seeded, with predictions of a known accuracy."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HOSTILE = '<img src=x onerror="document.title=1">|**b**`c`\\input{/etc/passwd}=c
 
 
 def treatment(**changes) -> dict[str, object]:
-    """The usual one with changes; ``freeze_layers=3`` sets ``freeze.layers`` and lets the embeddings follow."""
+    """Return the usual treatment with changes; ``freeze_layers=3`` sets ``freeze.layers``, and embeddings follow."""
     changed = {**USUAL, **{key.replace("_", ".", 1): value for key, value in changes.items()}}
     return {**changed, "freeze.embeddings": changed["freeze.layers"] > 0}
 
 
 def trial(accuracy: float = 0.9, seed: int = 1, place: int = 0, settings=None, right=None, **changes) -> StoredTrial:
-    """A finished trial that is right on ``accuracy`` of the examples, or on those of the bool array ``right``."""
+    """Return a finished trial that is right on ``accuracy`` of the examples, or where the array ``right`` is True."""
     if right is None:
         hardness = np.random.default_rng(0).random(EXAMPLES) * 0.7
         luck = np.random.default_rng([seed, place]).random(EXAMPLES) * 0.3
@@ -60,13 +60,13 @@ def trial(accuracy: float = 0.9, seed: int = 1, place: int = 0, settings=None, r
 
 
 def failed(status: Status, number: int, settings, error: str = "the loss is nan; lower optim.lr") -> StoredTrial:
-    """A trial without a result."""
+    """Return a trial without a result."""
     nothing = dict.fromkeys(("accuracy", "loss", "train_seconds", "score"), float("nan")) | {"predictions": None}
     return replace(trial(place=number, settings=settings), status=status, error=error, **nothing)
 
 
 def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTrial]:
-    """A made-up sweep: the deeper frozen the faster, slightly worse from three layers on; some fail."""
+    """Return a fabricated sweep: deeper freezing is faster, and slightly worse from three layers on; some fail."""
     rng = np.random.default_rng(3)
     trials = [trial(0.905, seed, 0) for seed in range(1, seeds + 1)]
     for number in range(1, settings):
@@ -91,7 +91,7 @@ def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTr
 def report_of(
     trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", margin: float = 1.0, **changes
 ) -> Report:
-    """The report that these trials make, with invented learning curves."""
+    """Return the report of these trials, with fabricated learning curves."""
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)

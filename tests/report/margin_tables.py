@@ -1,8 +1,8 @@
 """Make the tables of docs/statistics.md and noninferiority.py: ``python -m tests.report.margin_tables level`` (or
 ``power``, ``compared``).
 
-A trial is right on an example where ease + difficulty + what moves this treatment on this example (whatever the seed)
-+ what moves this seed on all examples + chance is above zero, all normal, difficulty with deviation 1.
+A trial is right on an example if the sum of ease, difficulty, a treatment effect on the example (the same for all
+seeds), a seed effect on all examples, and noise is above zero; all are normal, difficulty with standard deviation 1.
 """
 
 import math
@@ -24,7 +24,7 @@ SEEDS = (1, 2, 3, 5, 10)
 
 @dataclass(frozen=True)
 class Noise:
-    """Deviations, beside a difficulty of 1 that all trials share, of what else moves a trial."""
+    """Standard deviations of a trial's other effects, relative to the difficulty, which all trials share, at 1."""
 
     example: float = 0.0
     seed: float = 0.0
@@ -44,7 +44,7 @@ MIXTURES = {
 
 
 def simulate(rng, draws, examples, noise, loss, seeds):
-    """``(draws, seeds, examples)`` int8: A right minus B right; B's accuracy is ``ACCURACY``, A's less by ``loss``."""
+    """Return A right minus B right, int8 (draws, seeds, examples); B has ``ACCURACY``, A has ``loss`` less."""
     scale = math.sqrt(1 + noise.example**2 + noise.seed**2 + noise.chance**2)
     difficulty, right = rng.standard_normal((draws, 1, examples), np.float32), []
     for accuracy in (ACCURACY - loss, ACCURACY):
@@ -58,7 +58,7 @@ def simulate(rng, draws, examples, noise, loss, seeds):
 
 
 def good_enough(difference, margin):
-    """``(draws,)`` bool of ``(draws, seeds, examples)``: noninferiority_over_seeds on paired seeds, many at once."""
+    """Apply noninferiority_over_seeds on paired seeds to many draws: (draws, seeds, examples) -> bool (draws,)."""
     draws, seeds, examples = difference.shape
     by_seed, by_example = difference.mean(2, dtype=float), difference.mean(1, dtype=float)
     mean, found, counts = by_seed.mean(1), np.ones(draws, bool), list(map(ni.effective_counts, by_example))
@@ -80,7 +80,7 @@ def good_enough(difference, margin):
 
 @cache
 def is_claimed(only_a, only_b, examples, margin):
-    """Whether the exact test claims it; where Tango's score is far from critical, that is enough to know."""
+    """Return whether the exact test claims it; if Tango's score is far from critical, the score decides alone."""
     score = ni._tango_score(only_a, only_b, examples, margin)
     if score > -1.7 or (score < -2.4 and only_a + only_b >= 20):
         return score < -2
@@ -88,9 +88,9 @@ def is_claimed(only_a, only_b, examples, margin):
 
 
 def shares(draws, examples, noise, loss, margin, seeds=SEEDS):
-    """The share of ``draws`` that is called good enough, one for each number of seeds.
+    """Return the share of ``draws`` called good enough, for each number of seeds.
 
-    One seed speaks of two trained models only, so where it is alone no seed shifts them: their loss is ``loss`` too.
+    A single seed is a statement about two trained models only, so that it is simulated without a seed effect.
     """
     rng, found, chunk = np.random.default_rng(examples), np.zeros(len(seeds)), max(1, 400_000 // examples)
     for start in range(0, draws, chunk):
@@ -102,11 +102,11 @@ def shares(draws, examples, noise, loss, margin, seeds=SEEDS):
 
 
 LEVELS = {64: (0.10, 10_000), 400: (0.03, 10_000), 872: (0.02, 10_000), 5_000: (0.01, 3_000)}
-"""Examples: the margin, which is the true loss too, and how many draws."""
+"""Number of examples -> the margin, which is also the true loss, and the number of draws."""
 
 
 def level_table():
-    """Chance, in per cent, of calling good enough a treatment that loses the margin."""
+    """Print the chance, in per cent, of calling a treatment good enough that loses the margin."""
     for examples, (margin, draws) in LEVELS.items():
         for name, noise in MIXTURES.items():
             found = shares(draws, examples, noise, margin, margin)
@@ -118,7 +118,7 @@ DISCORDANCES = (0.04, 0.06, 0.10)
 
 
 def power_table():
-    """Chance, in per cent, of calling good enough a treatment that loses nothing; in brackets as planned."""
+    """Print the chance, in per cent, of calling a treatment good enough that loses nothing; in brackets as planned."""
     for examples, draws in POWERS.items():
         for margin in (0.01, 0.02) if examples < 1_000 else (0.005, 0.01):
             for discordance in DISCORDANCES:
@@ -129,7 +129,7 @@ def power_table():
 
 
 def noise_of(discordance, lasting):
-    """The noise with which two trials of equal accuracy differ on that share, of whose variance ``lasting`` stays."""
+    """Return noise by which equally accurate trials differ on ``discordance``, ``lasting`` of it whatever the seed."""
     ease = stats.norm.ppf(ACCURACY)
 
     def both(correlation):
@@ -145,11 +145,11 @@ def noise_of(discordance, lasting):
 
 
 COMPARED = {20: 0.05, 64: 0.05, 200: 0.02, 400: 0.02, 872: 0.01, 5_000: 0.01, 20_000: 0.005}
-"""Examples: the margin of which the tests for one seed each are compared."""
+"""Number of examples -> the margin at which the tests for a single seed are compared."""
 
 
 def compared_table(which=tuple(COMPARED)):
-    """Largest chance, in per cent, of calling a loss of the margin good enough, and the power at no loss."""
+    """Print the largest chance, in per cent, of calling a loss of the margin good enough, and the power at no loss."""
     for examples in which:
         margin = COMPARED[examples]
         tests = {"Tango": tango, "Bonett and Price": bonett_price, "this": is_claimed}
@@ -163,20 +163,20 @@ def compared_table(which=tuple(COMPARED)):
 
 
 def largest_chance(test, examples, margin):
-    """The largest chance of claiming that a loss of the margin is below it, over discordances."""
+    """Return the largest chance, over discordances, of claiming that a loss of the margin is below it."""
     losses, fewest = boundary(test, examples, margin)
     discordances = margin + np.linspace(0, 1, 400) ** 2 * (_most_discordant(examples) - margin)
     return max(chance(losses, fewest, examples, margin, discordance) for discordance in discordances)
 
 
 def _most_discordant(examples):
-    """Where enumeration ends: half of few examples, less of many, far beyond where trials of equal accuracy differ."""
+    """Return where enumeration ends: half of few examples, less of many; far more than equal trials differ on."""
     return 0.5 if examples <= 400 else 0.25 if examples < 5_000 else 0.12
 
 
 @cache
 def boundary(test, examples, margin):
-    """``(losses,)`` counts of losses, and the fewest gains beside each with which ``test`` claims good enough."""
+    """Return counts of losses, and for each the fewest gains with which ``test`` claims good enough; both (losses,)."""
     rate = (_most_discordant(examples) + margin) / 2
     losses = np.arange(min(examples, math.ceil(examples * rate + 6 * math.sqrt(examples * rate))) + 1)
     fewest, gains = np.empty_like(losses), 0
@@ -188,7 +188,7 @@ def boundary(test, examples, margin):
 
 
 def chance(losses, fewest, examples, loss, discordance):
-    """The exact chance of a claim, given a boundary."""
+    """Return the exact chance of a claim, given a boundary."""
     lose, gain = (discordance + loss) / 2, (discordance - loss) / 2
     beside = stats.binom.sf(fewest - 1, examples - losses, gain / (1 - lose))
     return float(np.sum(stats.binom.pmf(losses, examples, lose) * beside))
@@ -208,7 +208,7 @@ def unconfined(gains, losses, examples, margin):
 
 
 def sidik(gains, losses, examples, margin):
-    """Order by the score at the margin: the region's limit is the margin, at the score that was observed."""
+    """Order outcomes by the score at the margin: the region's limit is the margin at the observed score."""
     observed = -float(ni._tango_score(gains, losses, examples, margin)) - 1e-10
     with mock.patch.object(ni, "Z", observed):
         return ni._Region(examples, margin, 0.0, 1.0).p(margin) - ni.BETA < ni.ALPHA

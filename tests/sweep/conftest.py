@@ -1,4 +1,4 @@
-"""Sweeps as processes in folders of their own, and what they left in study, records and MLflow."""
+"""Run sweeps as processes in temporary folders, and read their study, records and MLflow runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = ("model=tiny", "data=synthetic", "train.epochs=1")
 
 
 class SweepWorkspace(Workspace):
-    """A folder in which sweeps run: ``quick`` over a task of milliseconds, ``real`` over tiny trials with MLflow."""
+    """A folder in which sweeps run: over a task of milliseconds, or if ``real`` over tiny trials with MLflow."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -44,7 +44,7 @@ class SweepWorkspace(Workspace):
         return json.loads((self.sweep(name) / str(trial) / "trial.json").read_text())
 
     def finished(self) -> list[tuple[str, str]]:
-        """(directory, settings) of each trial that the quick task finished, in order."""
+        """Return (directory, settings) of each trial that the quick task finished, in order."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [(line.split()[0], line.split()[1]) for line in lines]
 

@@ -1,8 +1,8 @@
-"""The real command line and sweeper over a task of milliseconds that keeps the real one's promises.
+"""The real command line and sweeper over a task of milliseconds that behaves like a trial.
 
-It announces itself, takes a while, and replaces ``trial.json`` at its end, as a trial does; nothing is learnt. What it
-finished is appended to ``finished.log``, one line at once, so that a test knows it apart from study and records; the
-line's last word is the CPU time that the process has had.
+It announces itself, sleeps, and replaces ``trial.json`` at its end, as a trial does, but trains nothing. It appends
+each finished trial to ``finished.log`` as one line, so that tests need not rely on study and records; the last word of
+the line is the CPU time of the process in seconds.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from distilbench.settings import CONF, register_schema, settings_from
 from distilbench.sweep.job import Lease, SweepJob
 
 register_schema()
-if host := os.environ.get("TASK_HOST"):  # a name of its own, as another host has
+if host := os.environ.get("TASK_HOST"):  # simulate another host by its name
     assert ctypes.CDLL(None).unshare(0x04000000) == 0  # CLONE_NEWUTS
     socket.sethostname(host)
 SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
 LOG = Path(os.environ["FINISHED_LOG"])
 MEET = int(os.environ.get("TASK_MEET", "0"))
-"""So many trials are under way at once before the first of them ends."""
+"""Number of trials that must have begun before the first of them ends."""
 LAST = int(os.environ.get("TASK_LAST", "0"))
-"""Trial 0 takes as long as so many others together."""
+"""Number of other trials that must have finished before trial 0 ends."""
 
 
 def take_time(job: SweepJob) -> None:
-    """Train nothing, for as long as a trial would."""
+    """Wait for as long as a trial would train."""
     time.sleep(SECONDS)
     while len(list(job.directory.parent.glob("*/trial.json"))) < MEET:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The real command, whose steps are written down and take half a second for as long as a file ``slow`` is there."""
+"""The real command with each step logged to a file, and slowed to half a second while a file ``slow`` exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this host, started for a test and ended with it: its own key, ports, folder and programs."""
+"""A Slurm cluster of two nodes on this host, for the time of a test: with its own key, ports, folder and daemons."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 
 
 def missing() -> str | None:
-    """Return what this host lacks for a Slurm; None if nothing."""
+    """Return what this host lacks to run Slurm; None if nothing."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "needs root, as whom slurmd runs"
     lacking = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -59,7 +59,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A controller and two nodes of two processors, ``n1`` and ``n2``."""
+    """A controller and two nodes, ``n1`` and ``n2``, with two processors each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -71,7 +71,7 @@ class Slurm:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Slurm]:
-        """Run it from here to the end of the block, and end every job and daemon with it."""
+        """Run the cluster until the block ends, then end every job and daemon."""
         key = self._folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -94,12 +94,12 @@ class Slurm:
         ending.callback(kill_tree, process)
 
     def start_node(self, node: str) -> None:
-        """Start the ``slurmd`` of a node, in a session of its own: its steps' daemons leave it."""
+        """Start the ``slurmd`` of a node."""
         self._nodes[node] = subprocess.Popen(["slurmd", "-D", "-f", str(self._conf), "-N", node],
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's ``slurmd``, the daemons of its steps, and its jobs at once, as a host that loses its power."""
+        """Kill a node's ``slurmd``, the daemons of its steps, and its jobs at once, like a power loss of the host."""
         steps = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("SLURMD_NODENAME") == node
                  and (p.info["environ"] or {}).get("SLURM_CONF") == str(self._conf)]  # fmt: skip
         daemons = [parent for step in steps for parent in step.parents() if parent.name() == "slurmstepd"]
@@ -113,26 +113,26 @@ class Slurm:
             self.kill_node(node)
 
     def ask(self, *command: str, check: bool = False) -> str:
-        """Run one of Slurm's commands; returns what it said."""
+        """Run one of Slurm's commands; returns its output."""
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def submit(self, script: Path, *options: str) -> str:
-        """Hand in a batch script; returns the job's number."""
+        """Submit a batch script; returns the job's id."""
         return self.ask("sbatch", "--parsable", *options, str(script), check=True)
 
     def states(self, job: str) -> set[str]:
-        """Return the states of a job, or of an array's tasks; COMPLETING is not the end."""
+        """Return the states of a job, or of an array's tasks; a job that is COMPLETING has not ended yet."""
         return set(self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").split())
 
     def wait_for_end(self, *jobs: str) -> None:
-        """Wait until none of these waits, runs or completes."""
+        """Wait until all of these jobs have ended."""
         active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         self.wait_for(lambda: not active & set().union(*(self.states(job) for job in jobs)), f"the end of {jobs}")
 
     def wait_for(self, happens: Any, what: str, seconds: float = 180) -> None:
-        """Wait until ``happens()``; fails with what the daemons wrote."""
+        """Wait until ``happens()``; fails with the daemons' logs."""
         deadline = time.monotonic() + seconds
         while not happens():
             if time.monotonic() > deadline:
@@ -143,7 +143,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm() -> Iterator[Slurm]:
-    """Run a Slurm in a folder of its own."""
+    """Run a Slurm cluster in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         os.chmod(folder, 0o755)  # for munge
         with Slurm(Path(folder)).running() as running:
@@ -151,7 +151,7 @@ def slurm() -> Iterator[Slurm]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback interface that nobody listens on."""
+    """Return free ports of the loopback interface."""
     with ExitStack() as held:
         bound = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in bound:

@@ -1,6 +1,6 @@
-"""What a step should take on GPUs that are not there: each launch by its bound, counted on tensors without contents.
+"""Forecast the time of a step on GPUs: a roofline bound per kernel launch, counted on meta tensors, without a GPU.
 
-``python -m tests.engines.fused.cuda.forecast`` prints the table of docs/gpus.md, which a test compares with this.
+``python -m tests.engines.fused.cuda.forecast`` prints the table of docs/gpus.md; a test compares the two.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from distilbench.settings import FreezeSettings, OptimSettings
 
 META = torch.device("meta")
 BUCKET = Bucket(tokens=240, width=48, sentences=16)
-"""What most steps of SST-2 at batch 16 are filled up to; 213 tokens are real in the mean."""
+"""The bucket to which most steps of SST-2 at batch 16 are padded; on average, 213 tokens are real."""
 TOKENS, WORDS, POSITIONS, STEPS = 213, 11_572, 66, 12_630
-"""Of SST-2's three epochs: tokens a step, words that occur, the longest sentence, steps."""
+"""For three epochs of SST-2: tokens per step, distinct tokens, longest sentence in tokens, steps."""
 TILE = 64
-"""Rows and columns of a product that one multiprocessor takes at a time; fewer tiles than those leave some idle."""
+"""Rows and columns of a matrix product per multiprocessor; with fewer tiles than multiprocessors, some are idle."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device: its rates as far as a program reaches them, multiprocessors, and what a launch takes at least."""
+    """A device: the rates that a program reaches, the number of multiprocessors, and the minimum time of a launch."""
 
     machine: Machine
     processors: int
@@ -49,9 +49,9 @@ class Gpu:
 
 
 GPUS = {
-    # float32 as the report's own training reached it, four fifths of the data sheet's 320 GB/s
+    # float32 rate as reached by the report's training; 80 % of the data sheet's 320 GB/s
     "T4": Gpu(Machine({"fp32": 4.9e12}, 256e9), 40, 3e-6, "fp32"),
-    # an H200 was seen to reach 790 TFLOP/s and 4.3 TB/s, 80 and 90 % of its data sheet: taken of the others as well
+    # an H200 was measured at 790 TFLOP/s and 4.3 TB/s, 80 and 90 % of its data sheet: assumed for the others too
     "A100": Gpu(Machine({"bf16": 250e12, "fp32": 15e12}, 1.8e12), 108, 2e-6, "bf16"),
     "H100": Gpu(Machine({"bf16": 790e12, "fp32": 50e12}, 3.0e12), 132, 2e-6, "bf16"),
     "H200": Gpu(Machine({"bf16": 790e12, "fp32": 50e12}, 4.3e12), 132, 2e-6, "bf16"),
@@ -60,7 +60,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch: bytes read and written, operations, and in how many tiles it is cut."""
+    """One kernel launch: bytes read and written, operations, and number of tiles."""
 
     name: str
     bytes: float
@@ -69,7 +69,7 @@ class Launched:
     dtype: torch.dtype = torch.float32
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
-        """Seconds that it takes at least, by what limits it."""
+        """Return the minimum seconds by each limit."""
         rate = gpu.machine.operations_per_second["bf16" if self.dtype == torch.bfloat16 else "fp32"]
         return {
             "launches": gpu.launch_seconds,
@@ -79,15 +79,15 @@ class Launched:
 
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-"""Operations that make room and start nothing; views do not either."""
+"""Operations that allocate without a kernel launch; views launch nothing either."""
 WRITING = {"copy_", "fill_", "zero_"}
 """Operations that do not read what they write to."""
 BY_INDEX = {"gather", "index_select", "embedding", "scatter_add_", "scatter_add", "scatter", "take_along_dim"}
-"""Operations that touch of a table what is asked for."""
+"""Operations that access only the indexed part of a table."""
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Notes what torch would launch; a layer norm's gradient takes two launches where it is trained, all else one."""
+    """Records what torch would launch, counting one launch per operation, or per tensor of some ``_foreach`` ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class LaunchCounter(TorchDispatchMode):
             tiles = math.prod(batch) * -(-rows // TILE) * -(-columns // TILE)
         dtype, count = given[0].dtype if given else torch.float32, 1
         if name.startswith("_foreach") and not all(t.is_contiguous() for t in given):
-            count = len(args[0])  # one after the other, where trials lie apart
+            count = len(args[0])  # one launch per tensor if trials are not contiguous
         self.launches += [Launched(name, moved / count, operations, tiles, dtype)] * count
         return out
 
@@ -122,13 +122,13 @@ def _moved(tensors: list[torch.Tensor]) -> float:
 
 @contextmanager
 def counted() -> Iterator[list[Launched]]:
-    """Count what is launched within, by torch and by our kernels."""
+    """Record the launches in the block, by torch and by our own kernels."""
     counter = LaunchCounter()
 
     def note(launch: kernels.Launch) -> None:
         given = launch.arguments
         moved = _moved([t for t in given.values() if isinstance(t, torch.Tensor)])
-        if launch.kernel == "adamw":  # it writes these three as well, and of two gradients reads one
+        if launch.kernel == "adamw":  # it also writes these three, and reads one of two gradients
             moved += _moved([given["param"], given["mean"], given["square"]])
             if given["compute_grad"] is not None:
                 moved -= 4 * given["compute_grad"].numel()
@@ -140,9 +140,9 @@ def counted() -> Iterator[list[Launched]]:
 
 
 def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
-    """Count a recorded step of DistilBERT on SST-2 with so many frozen ``layers``, of ``trials`` in one order.
+    """Return the launches of a recorded step of DistilBERT on SST-2, with frozen ``layers`` and stacked ``trials``.
 
-    The frozen prefix, whose pass over 64 steps comes before them, counts as one launch of its products.
+    The frozen prefix, which is computed for 64 steps at a time, counts as one launch of its matrix products.
     """
     with META:
         model = DistilBertForSequenceClassification(DistilBertConfig())
@@ -172,7 +172,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a step of a case should take: its launches, milliseconds, and the part of them that each bound decides."""
+    """The forecast for a step: launches, milliseconds, and the share of the time for which each bound decides."""
 
     launches: int
     milliseconds: float
@@ -180,7 +180,7 @@ class Forecast:
 
 
 def forecast(gpu: Gpu, launches: list[Launched]) -> Forecast:
-    """Add up each launch's longest bound."""
+    """Sum the longest bound of each launch."""
     spent = {"launches": 0.0, "bytes": 0.0, "operations": 0.0}
     for launch in launches:
         bounds = launch.bounds(gpu)
@@ -191,7 +191,7 @@ def forecast(gpu: Gpu, launches: list[Launched]) -> Forecast:
 
 
 def table() -> list[str]:
-    """The rows of docs/gpus.md."""
+    """Return the rows of the table in docs/gpus.md."""
     rows = []
     for layers in (0, 3):
         for trials in (1, 32):
