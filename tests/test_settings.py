@@ -299,6 +299,7 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("compare", {"sweep": None}, "what to compare must be sweep=NAME, runs=[ID,...] or experiment=NAME,..., got "
          "'nothing'; add one of them"),
         ("confirm", {"sweep": None}, "sweep must be the name of a sweep, got None; add sweep=NAME"),
+        ("confirm", {"sweep": ""}, "sweep must be the name of a sweep, got ''; add sweep=NAME"),
         ("confirm", {"sweep": ".."}, "sweep must be a name without a path in it, got '..'"),
         ("confirm", {"name": "a/b"}, "name must be a name without a path in it, got 'a/b'"),
         ("confirm", {"name": "a\\b"}, "name must be a name without a path in it, got 'a\\\\b'"),
