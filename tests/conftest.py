@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Exclude imported objects from all later collections: here, in forked processes, and at exit.
 
-    The one at exit takes seconds; without it, C libraries complain, so that standard error is closed.
+    The one at exit takes seconds; without it, C libraries complain, so standard error then goes to ``/dev/null``.
     """
     gc.freeze()
     gc.enable()

@@ -93,7 +93,7 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         from joblib import effective_n_jobs
 
         workers = effective_n_jobs(config.n_jobs)
-        if workers == 1:  # joblib then runs jobs in the calling thread: the main one, which signals need
+        if workers == 1:  # joblib then uses the calling thread, which must be the main one for signals
             return Sequential(launch, 1)
         return Pool(launch, min(n_jobs or workers, workers))
     if config._target_.endswith(".RayLauncher"):
@@ -173,7 +173,7 @@ def quieten() -> None:
     for name, level in {"optuna": logging.ERROR, **launchers}.items():
         if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
             logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", "Heartbeat of storage")  # expects Study.optimize; we send them ourselves
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # Optuna sends them only in Study.optimize
 
 
 class Batches(Protocol):

@@ -247,7 +247,7 @@ class Leaderboard:
     def table(self, longest: int | None = None) -> Table:
         """Return a table of the running trials, then the ended ones, best first.
 
-        ``longest`` is for a table updated in place: it limits the ended ones, and cells are cut instead of wrapped.
+        ``longest`` is for a table updated in place: it limits the ended ones, and a narrow terminal cuts only settings.
         """
         running = [trial for trial in self.trials if trial.status is Status.RUNNING]
         ended = [trial for trial in self.trials if trial.status is not Status.RUNNING]

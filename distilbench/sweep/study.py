@@ -32,7 +32,7 @@ BESIDE = "baseline"
 FAILURES = (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED)
 
 AHEAD = 32
-"""Maximum of waiting trials: the study is read several times per trial, and each waiting trial adds 0.15 ms."""
+"""Maximum number of waiting trials: the study is read several times per trial, and each of them adds 0.15 ms."""
 
 PATIENCE = 10
 """Number of draws in a row without a new point after which an untried point is chosen at random."""
@@ -337,7 +337,7 @@ class Study:
         self.mine.pop(number, None)
 
     def holds(self, number: int) -> bool:
-        """Return whether this process still owns a trial: others take over those of a process that was frozen."""
+        """Return whether this process still owns a trial; another may have taken it over while this one was frozen."""
         if number not in self.mine:
             return False
         view = self._view(number)

@@ -153,9 +153,9 @@ class Seeds:
             raise
 
     def finish(self, reason: str | None = None) -> None:
-        """Record the means over seeds and the standard deviation of each objective; ``reason`` is the pruner's.
+        """Record the means over seeds, and the standard deviation of each objective.
 
-        Without one, a seed that did not finish determines the status of the trial.
+        With a pruner's ``reason``, the trial is PRUNED; otherwise, a seed that did not finish determines its status.
         """
         if not self._lease.holds():
             return
@@ -191,8 +191,8 @@ PINNED = "sources"
 def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> None:
     """Record which model and text this trial really uses, so that all later trials of its sweep use the same.
 
-    Raises :class:`SettingsError` if the same settings gave an earlier trial, of any call, others. Does nothing if the
-    study does not answer, of which the trial's lease warns.
+    Raises :class:`SettingsError` if an earlier trial with the same settings used others. Does nothing if the study
+    does not answer, of which the trial's lease warns.
     """
     from omegaconf.errors import OmegaConfBaseException
 

@@ -17,8 +17,8 @@ _SHORTEST_SECRET = 6
 
 
 def redact(text: str) -> str:
-    """Replace by ``***``: user and password in URIs, assigned or well-known tokens, and values of environment variables
-    whose name looks like a secret's (six characters or more, since shorter ones occur in ordinary words)."""
+    """Replace by ``***``: user and password in URIs, assigned or well-known tokens, and the secrets of the environment:
+    values of variables with such names, and passwords in URIs (of six characters or more: shorter ones are words)."""
     for secret in _secrets_of_environment():
         text = text.replace(secret, "***")
     text = _ASSIGNED.sub(r"\1***", _USER_IN_URI.sub("//***@", text))

@@ -44,7 +44,7 @@ class RunStart:
     """The settings really used, after all fallbacks."""
     protocol: ProtocolIdentity
     treatment: Mapping[str, object]
-    """From :func:`distilbench.results.treatment_of`."""
+    """From :func:`distilbench.identity.treatment_of`."""
     device: str
     precision: str
     measured_on: str

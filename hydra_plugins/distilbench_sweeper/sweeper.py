@@ -38,7 +38,7 @@ class _Sweeper(Sweeper):
 
 
 class GridSweeper(_Sweeper):
-    """Trains every combination of the given values; Hydra's basic sweeper calls ``n_jobs`` ``max_batch_size``."""
+    """Trains every combination of the given values; ``max_batch_size`` (Hydra's own name) is an alias of ``n_jobs``."""
 
     def __init__(self, n_jobs: int | None, max_batch_size: int | None, **options: Any) -> None:
         self._options = {**options, "is_grid": True, "n_jobs": n_jobs or max_batch_size}

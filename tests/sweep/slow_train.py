@@ -1,4 +1,4 @@
-"""The real command with each step logged to a file, and slowed to half a second while a file ``slow`` exists."""
+"""The real command with each step logged to a file, and half a second slower while a file ``slow`` exists."""
 
 from __future__ import annotations
 
