@@ -1,4 +1,4 @@
-"""Charts as data: marks in the units of what they show, on axes that hold them all; ``charts.html`` draws them."""
+"""Charts as data: marks in data units, and axes that contain them all; ``charts.html`` draws them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal
 
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 44
-"""Pixels of a chart and of its margins, which hold the axes."""
+"""Size of a chart and of its margins, which hold the axes, in pixels."""
 
 FOREST_WIDTH = 100
-"""Pixels of the interval in a row of the table."""
+"""Width of the interval in a row of the table, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Axis:
     """Whether only whole numbers get a tick."""
     is_log: bool = False
     most: int = 9
-    """Ticks at most, so that their labels do not touch; five on a logarithmic axis."""
+    """Maximum number of ticks, so that their labels don't overlap; at most five on a logarithmic axis."""
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
@@ -41,7 +41,7 @@ class Axis:
         """Round numbers within the axis."""
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for factors in ((1, 2, 5), (1, 3), (1,)):  # whose labels do not touch
+            for factors in ((1, 2, 5), (1, 3), (1,)):  # the densest whose labels don't overlap
                 ticks = [m * 10.0**p for p in powers for m in factors if self.low <= m * 10.0**p <= self.high]
                 if len(ticks) <= 5:
                     break
@@ -55,9 +55,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """Points of one shape, coloured by ``kind``, with a ``tip``; a dot is large, a point small, a whisker has two ends.
+    """Points drawn as one shape, coloured by ``kind``, with tooltip ``tip``; a dot is large, a point is small.
 
-    ``row`` is the rank of the row that it stands for, by which filter and card find it; ``label`` is written beside it.
+    ``row`` is the rank of the row that it represents, for the page's filter and details; ``label`` is drawn next to it.
     """
 
     shape: Literal["line", "dot", "point", "cross", "whisker"]
@@ -70,7 +70,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Marks on two axes with their titles, or across ``uprights``: the name and both ends of each, in [0, 1]."""
+    """Marks on two titled axes, or on parallel axes: ``uprights`` has each one's name and labels of 0 and 1."""
 
     title: str
     marks: Sequence[Mark]
@@ -80,12 +80,12 @@ class Chart:
     y_text: Callable[[float], str] = "{:g}".format
     is_whole: bool = False
     is_log: bool = False
-    """The axis below: whole numbers alone; logarithmic."""
+    """Of the x axis, like ``is_whole``."""
     uprights: Sequence[tuple[str, str, str]] = ()
 
     @cached_property
     def x(self) -> Axis:
-        """The axis below, which holds all marks with a margin."""
+        """The x axis, which contains all marks with a margin."""
         if self.uprights:
             return Axis(0, len(self.uprights) - 1, LEFT, WIDTH - LEFT)
         values = [x for mark in self.marks for x, _ in mark.points]
@@ -97,7 +97,7 @@ class Chart:
 
     @cached_property
     def y(self) -> Axis:
-        """The axis at the left."""
+        """The y axis, likewise."""
         if self.uprights:
             return Axis(0, 1, HEIGHT - 20, TOP + 20)
         return Axis(
@@ -106,14 +106,14 @@ class Chart:
 
 
 def _with_margin(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range of values and some room; one value gets room on either side."""
+    """Return the range of values with a margin, also for a single value."""
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or max(abs(high) * 0.05, 1e-6)
     return low - margin, high + margin
 
 
 def forest_axis(limits: Iterable[tuple[float, float]]) -> Axis:
-    """One axis for the intervals of all rows, zero included; a few very wide ones run out of it rather than rule it."""
+    """Return a common axis for the intervals of all rows, including zero; the widest tenth may exceed it."""
     reach = sorted(max(abs(low), abs(high)) for low, high in limits) or [1.0]
     most = max(1.15 * reach[min(len(reach) - 1, int(0.9 * len(reach)))], 0.1)
     return Axis(-most, most, 4, FOREST_WIDTH - 4)

@@ -1,4 +1,4 @@
-"""The charts of a report's page: what each draws, and the words below it."""
+"""The charts of a report's page, with their captions."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_POINTS = 1000
-"""Points in a chart: a browser slows down beyond some thousands."""
+"""Maximum number of points per chart: browsers slow down beyond some thousands."""
 FEWEST_FOR_IMPORTANCE, MOST_FOR_IMPORTANCE = 20, 200
-"""Trials below which a parameter's importance says nothing, and above which a sample is taken (500 took 10 s)."""
+"""Settings below which a parameter's importance is meaningless, and above which a sample is used (500 took 10 s)."""
 TREES = 32
-"""Of fANOVA's forest; Optuna's 64 take twice as long."""
+"""Trees in fANOVA's forest; Optuna's default of 64 takes twice as long."""
 _LONGEST_NAME = 9
 _MOST_AXES = 4
-"""Settings that lines are drawn across, the most telling ones: more would not be told apart on a phone."""
+"""Maximum number of settings in the parallel-coordinate chart, most informative first: a phone has room for no more."""
 
 
 class Figure(NamedTuple):
-    """One way to draw a figure, of which a reader chooses by its name where there are several; shares become bars."""
+    """One variant of a figure: a chart, or shares for a bar chart; readers pick among several by ``choice``."""
 
     choice: str
     chart: Chart | Mapping[str, float]
@@ -43,32 +43,32 @@ class Figure(NamedTuple):
 
 
 def figures_of(report: Report) -> dict[str, list[Figure]]:
-    """Return the figures that these trials have something to show in, by title; one that fails costs a line."""
+    """Return the non-empty figures of a report, by title; a failure to draw one is logged."""
     figures = {}
     for title, draw in _FIGURES.items():
         try:
             figures[title] = list(draw(report))
-        except Exception as error:  # a figure's boundary: the report goes on without it
+        except Exception as error:  # broad on purpose: the report continues without this figure
             log.warning("no figure of %r: %s", title, error)
     return {title: drawn for title, drawn in figures.items() if drawn}
 
 
 def kind_of(row: Row) -> str:
-    """Return the class that colours a row: base, a verdict's, ended or untested."""
+    """Return the CSS class for a row's colour: base, ended, untested, or its verdict."""
     if row.is_baseline:
         return "base"
     return row.claim.name.lower() if row.claim else "untested" if row.trials else "ended"
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that get a point: beyond a few hundred best, evenly spaced ones, which hide no shape."""
+    """Return the rows to draw: the best few hundred, and evenly spaced ones of the rest, to keep the shape."""
     rest = rows[MOST_POINTS // 2 :]
     step = max(1, -(-len(rest) // (MOST_POINTS // 2)))
     return [row for i, row in enumerate(rows) if i < MOST_POINTS // 2 or i % step == 0 or row.is_baseline]
 
 
 def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
-    """Return a row's dot, its line across several points, or a cross where it was stopped."""
+    """Return the mark for a row: a dot, a line through several points, or a cross if no trial finished."""
     if not row.trials:
         return Mark("cross", points, tip=f"{row.name}: {row.status}")
     tip = f"{row.name}: {percent(row.accuracy)}, {said(row)}"
@@ -78,7 +78,7 @@ def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
 
 
 def comparable_in_time(report: Report) -> list[Row]:
-    """Return the rows whose seconds may stand on one axis: the baseline's and those measured as it was."""
+    """Return the rows whose training times are comparable: the baseline's, and those measured like it."""
     if report.baseline is None or not report.baseline.trials:
         alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
         return report.candidates if alike else []
@@ -86,7 +86,7 @@ def comparable_in_time(report: Report) -> list[Row]:
 
 
 def _trade_off(report: Report) -> Iterator[Figure]:
-    """Draw accuracy against cost, for each way to count it that two settings or more have."""
+    """Draw accuracy against FLOPs and against time, if two settings or more have them."""
     rows = [row for row in report.rows if row.cost.flops > 0]
     yield from _against_cost(report, rows, "FLOPs", lambda row: row.cost.flops, flops)
     timed = [row for row in comparable_in_time(report) if row.cost.seconds > 0]
@@ -100,7 +100,7 @@ def _trade_off(report: Report) -> Iterator[Figure]:
 def _against_cost(
     report: Report, rows: Sequence[Row], name: str, cost: CostOf, text: Callable[[float], str]
 ) -> Iterator[Figure]:
-    """``rows`` are those that have this cost."""
+    """Draw accuracy against a cost, which all ``rows`` have."""
     finished = [row for row in rows if row.trials]
     if len(finished) < 2:
         return
@@ -118,7 +118,7 @@ def _against_cost(
 
 
 def by_depth(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Return the rows that have a result by frozen layers, shallowest first; other ways to freeze have no depth."""
+    """Return the rows with a result by number of frozen layers, fewest first; not other policies, nor adapters."""
     depths: dict[int, list[Row]] = {}
     for row in rows:
         layers = row.treatment.get("freeze.layers")
@@ -139,7 +139,7 @@ def _depths(report: Report) -> Iterator[Figure]:
 
 
 def data_curve(report: Report) -> dict[int, list[Row]]:
-    """Return, by frozen layers, the best row of each amount of training text, least first; empty for one amount."""
+    """Return the best row of each amount of training text, smallest first, by frozen layers; two amounts or more."""
     curves = {}
     for depth, rows in by_depth(report.rows).items():
         best = {row.first.train_examples: row for row in reversed(by_score(rows)) if row.first.train_examples}
@@ -149,7 +149,7 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
 
 
 def half_of_text(curve: Sequence[Row]) -> float | None:
-    """Return the points that half of the most text costs, interpolated on a logarithmic axis; None beyond the curve."""
+    """Return the points of accuracy that halving the text costs, interpolated on a log axis; None if out of range."""
     amounts = [row.first.train_examples for row in curve]
     if amounts[-1] / 2 < amounts[0]:
         return None
@@ -158,7 +158,7 @@ def half_of_text(curve: Sequence[Row]) -> float | None:
 
 
 def _data_curve(report: Report) -> Iterator[Figure]:
-    """Draw accuracy, and FLOPs, against the number of training examples: a line a depth."""
+    """Draw accuracy and FLOPs against the number of training examples, with one line per depth."""
     curves = data_curve(report)
     if not curves:
         return
@@ -174,7 +174,7 @@ def _data_curve(report: Report) -> Iterator[Figure]:
 def _along_text(
     curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, text: Callable[[float], str] = "{:g}".format
 ) -> Chart:
-    """Accuracies get whiskers: FLOPs are counted, and have no interval."""
+    """Draw values against the number of examples, with intervals except for FLOPs, which are exact."""
     marks = []
     for i, (depth, curve) in enumerate(curves.items()):
         kind, points = f"hue{i % 4}", [(row.first.train_examples, value(row)) for row in curve]
@@ -205,7 +205,7 @@ def _curves(report: Report) -> Iterator[Figure]:
 
 
 def history(report: Report) -> list[tuple[Row, float]]:
-    """Return the rows that came to an accuracy in the order of their start, each with the best one so far."""
+    """Return the rows with an accuracy in the order of their start, each with the best accuracy so far."""
     rows = sorted(report.rows, key=lambda row: row.started_ms)
     best = np.fmax.accumulate([row.accuracy for row in rows])  # NaN until the first result
     return [
@@ -216,7 +216,7 @@ def history(report: Report) -> list[tuple[Row, float]]:
 
 
 def _history(report: Report) -> Iterator[Figure]:
-    """Draw what each further trial brought: each setting's accuracy in the order of their start, the best so far."""
+    """Draw the optimisation history: each setting's accuracy in the order of their start, and the best so far."""
     told = list(enumerate(history(report), start=1))
     if len(told) < 3:
         return
@@ -229,7 +229,7 @@ def _history(report: Report) -> Iterator[Figure]:
 
 
 def _parallel(report: Report) -> Iterator[Figure]:
-    """Draw every finished setting as a line across what varied, and its accuracy."""
+    """Draw parallel coordinates: every finished setting as a line through its values and its accuracy."""
     rows = [row for row in _thinned(report.rows) if row.trials]
     keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
     if len(rows) < 5 or len(keys) < 2:
@@ -250,9 +250,9 @@ def _parallel(report: Report) -> Iterator[Figure]:
 
 
 def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
-    """Return what places values of any kind in [0, 1], with the words at its two ends.
+    """Return a function that maps values of any type to [0, 1], and the labels of both ends.
 
-    Numbers by size, logarithmic where they span a factor of ten; anything else in the order of its words.
+    Numbers are scaled by size, logarithmically if they span a factor of ten; other values are sorted as strings.
     """
     numbers = _numbers(values)
     if not numbers:
@@ -264,15 +264,15 @@ def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, st
 
 
 def _numbers(values: Sequence[object]) -> list[float]:
-    """Return values as numbers; none where one is none."""
+    """Return the values as numbers; an empty list if any is not a number."""
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) else []
 
 
 def importance(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the accuracy's variance by what varied, most important first; empty for too few trials, or equal ones.
+    """Return each varied setting's share of the accuracy's variance, largest first; empty if too few rows, or equal.
 
-    Optuna's fANOVA (Hutter, Hoos and Leyton-Brown 2014, ICML), on an in-memory study of the rows.
+    Uses Optuna's fANOVA (Hutter, Hoos and Leyton-Brown 2014, ICML) on an in-memory study of the rows.
     """
     finished = [row for row in rows if row.trials]
     keys = varying_keys([row.treatment for row in finished])
@@ -293,7 +293,7 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _space_of(values: Sequence[Any]) -> BaseDistribution:
-    """Return the range that ``values`` span, logarithmic over a factor of ten, or the set of these words."""
+    """Return the Optuna distribution that ``values`` span: a range (log over a factor of ten), or categories."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: the answer first, then the table, then charts."""
+"""Reports as self-contained HTML files: the answer, the table, the charts."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from distilbench.report.words import VERDICTS, survival
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _SLIM = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
-"""Columns that are shown once all are asked for."""
+"""Columns that are hidden until the reader asks for all."""
 
 
 def page(report: Report) -> str:
-    """Write the whole page. Names and settings are escaped; a policy in it forbids the browser to load anything."""
+    """Render the page. Names and settings are escaped; its content security policy forbids loading anything."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -61,7 +61,7 @@ def page(report: Report) -> str:
 
 
 def _counts(report: Report) -> list[tuple[str, str, str]]:
-    """Count the settings that came to each verdict, and those that came to none."""
+    """Count the settings with each verdict, and those without one."""
     counts = Counter(row.claim for row in report.candidates)
     items = [(counts[verdict], name, verdict.name.lower()) for verdict, name in VERDICTS.items()]
     items += [(counts[None], "without a verdict", "untested")]
@@ -70,7 +70,7 @@ def _counts(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _command(row: Row, report: Report) -> str:
-    """Return the line that trains a setting again: its sources, and what a plain command line does otherwise."""
+    """Return the command that trains a setting again: its sources, and all settings that differ from the default."""
     keys = {*row.treatment, *report.usual} - {"train.precision", "freeze.embeddings"}
     told = {key: value for key in keys if (value := value_of(row.treatment, key)) != value_of(report.usual, key)}
     if not embeddings_follow(row.treatment):
@@ -80,6 +80,6 @@ def _command(row: Row, report: Report) -> str:
 
 
 def _whole(text: str) -> Markup:
-    """Return text whose numbers stay with their units where lines are broken."""
+    """Return escaped text in which no line breaks between a number and its unit."""
     unit = r"(?<=\d) (?=%|(points?|[kMGTPE]|s|min|h)\b)"
     return escape(re.sub(unit, "\N{NO-BREAK SPACE}", one_line(text)))

@@ -1,4 +1,4 @@
-"""Accuracy and difference on parts of the report split: by the values of data.slice_column, or by splits of the hub."""
+"""Accuracy and difference on slices of the report split, by ``data.slice_column`` or by combined hub splits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distilbench.report.statistics import holm, spread_over_seeds
 from distilbench.results import Predictions
 
 MOST_ROWS = 5
-"""Settings, best first, that are told by slice beside the baseline; the correction counts the others too."""
+"""Maximum number of settings by slice, best first, besides the baseline; the correction counts all settings."""
 
 MOST_SLICES = 20
-"""Slices that are told, those with most examples first."""
+"""Maximum number of slices that are shown, largest first."""
 
 NAMELESS = "(none)"
-"""The slice of examples whose column is empty."""
+"""Name of the slice of examples with an empty value."""
 
 COLUMNS = (
     replace(CSV["slice"], title="slice", is_text=True),
@@ -37,10 +37,10 @@ NOTE = "By slice: p is corrected (Holm) for all slices of all settings tried; ea
 
 
 def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
-    """Return the baseline and the best rows anew on each slice, the largest first; none where there are no slices.
+    """Return a row for the baseline and each of the best rows on each slice, largest slice first; empty without slices.
 
-    Their accuracy, difference and ``examples`` are the slice's. The correction counts every slice of every setting that
-    was tried, one that is not told as one with p = 1.
+    Accuracy, difference and ``examples`` are those of the slice. The correction counts every slice of every setting;
+    those that are not shown count as p = 1.
     """
     others = [row for row in rows if row.trials and not row.is_baseline]
     told = [*(row for row in rows if row.trials and row.is_baseline), *others[:MOST_ROWS]]
@@ -61,7 +61,7 @@ def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
 
 
 def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: float) -> Row:
-    """Return a row with the figures of the examples ``where`` (examples,) bool."""
+    """Return a row with the figures of the examples in ``where``, (examples,) bool."""
     ours, theirs = (
         {seed: one.correct[where] for seed, one in side.predictions.items()} if side else {} for side in (row, base)
     )
@@ -76,7 +76,7 @@ def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: 
 
 
 def by_slice(predictions: Predictions) -> str:
-    """Tell the accuracy on each slice in a line, the largest first; empty where there are no slices."""
+    """Return a line with the accuracy on each slice, largest first; empty without slices."""
     if predictions.slices is None:
         return ""
     counts = Counter(predictions.slices.tolist()).most_common()

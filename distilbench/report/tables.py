@@ -1,4 +1,4 @@
-"""A report as text: for the terminal, and as Markdown, LaTeX and CSV; in full, or laid out as in the course report."""
+"""Reports as text: for the terminal, and as Markdown, LaTeX and CSV; in full or in the course report's layout."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NOTE_ROWS = 10
 
 
 def _in_order(report: Report, layout: str) -> list[Row]:
-    """Return the rows in the layout's order: best first, but the paper's table begins with the baseline."""
+    """Return the rows in the layout's order: best first; in ``paper``, the baseline comes first."""
     rows = list(report.table_rows)
     return sorted(rows, key=lambda row: not row.is_baseline) if layout == "paper" else rows
 
 
 def protocol_lines(report: Report) -> list[str]:
-    """Say what all rows share: what was trained on what, and which split chose and which reported."""
+    """State what all rows share: model, data, the splits that select and report, and the floor."""
     sample, floor = report.sample, report.floor
     return [
         f"protocol {sample.protocol_id}: {one_line(sample.model)} on {one_line(sample.data)}",
@@ -42,7 +42,7 @@ def protocol_lines(report: Report) -> list[str]:
 
 
 def details(report: Report) -> Iterator[str]:
-    """Say what a reader of the table must know besides: what was confirmed, what failed, on what it all rests."""
+    """State what readers of the table need besides: confirmations, failures, and how to read the figures."""
     for row in report.confirmation:
         yield one_line(survival(row))
     yield from failures(report)
@@ -50,7 +50,7 @@ def details(report: Report) -> Iterator[str]:
 
 
 def notes_of(report: Report) -> list[str]:
-    """Say on what the figures rest."""
+    """State how the figures were obtained and tested."""
     tests = (
         f"Good enough: shown to lose less than {counted(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
         "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
@@ -76,7 +76,7 @@ def _notes_on_time(report: Report) -> Iterator[str]:
 
 
 def failures(report: Report) -> list[str]:
-    """Return one line for each of the first trials that did not finish, and how many more there are."""
+    """Return one line for each of the first unfinished trials, and how many more there are."""
     ended = [(row, trial) for row in report.rows for trial in row.other_trials if trial.status is not Status.FINISHED]
     lines = [
         f"{trial.status.value} {one_line(row.name)} (seed {trial.seed})"
@@ -108,11 +108,11 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
         console.print(Text(line))
     for label, text in {"start": report.ui_command, "open": report.url}.items():
         if text:
-            console.print(Text(f"{label:<8}{text}"), soft_wrap=True)  # never wrapped, so that it can be clicked
+            console.print(Text(f"{label:<8}{text}"), soft_wrap=True)  # unwrapped, so that it can be clicked
 
 
 def markdown_report(report: Report, layout: str = "full") -> str:
-    """Write the report as GitHub-flavoured Markdown; labels link to runs, and nothing in a name acts as markup."""
+    """Write the report as GitHub-flavoured Markdown; labels link to runs, and markup in names is escaped."""
     lines = [f"# {markdown(report.title)}", "", *(f"{markdown(line)}  " for line in protocol_lines(report)), ""]
     lines += [f"**{markdown(sentence)}**  " for sentence in answer(report)]
     lines += ["", *markdown_table(_in_order(report, layout), LAYOUTS[layout]), ""]
@@ -121,7 +121,7 @@ def markdown_report(report: Report, layout: str = "full") -> str:
 
 
 def note(report: Report) -> str:
-    """Write short Markdown for the description of a sweep's run: the answer and the first rows, with links."""
+    """Write the description of a sweep's run in Markdown: the answer and the first rows, with links."""
     rows = [row for i, row in enumerate(report.table_rows) if i < NOTE_ROWS or row.is_baseline]
     lines = [f"**{markdown(sentence)}**  " for sentence in answer(report)]
     lines += [f"{markdown(survival(row))}  " for row in report.confirmation]
@@ -132,19 +132,19 @@ def note(report: Report) -> str:
 
 
 def trial_headline(report: Report, row: Row) -> str:
-    """Say in a line of Markdown what a sweep's report says of a setting: what the runs of its trials begin with."""
+    """Return one line of Markdown with a sweep's verdict on a setting, for the top of its trials' runs."""
     corrected = f"corrected for {tried_settings(report)}"
     return markdown(f"{size_of(row)} against the baseline. {report.title}: {said(row)}, {corrected}.")
 
 
 def trial_note(report: Report, row: Row) -> str:
-    """Write the same with the row and its baseline as a table, in Markdown."""
+    """Return :func:`trial_headline` below a table of the row and its baseline, in Markdown."""
     rows = [row, *([report.baseline] if report.baseline else [])]
     return "\n".join([*markdown_table(rows, NOTE), "", f"**{trial_headline(report, row)}**", ""])
 
 
 def latex_report(report: Report, layout: str = "full") -> str:
-    """Write a table for LaTeX with booktabs; the caption says what it rests on."""
+    """Write a LaTeX table with booktabs; the caption holds the answer and the notes."""
     caption = " ".join([*answer(report), *(f"{line}." for line in protocol_lines(report)), *notes_of(report)])
     lines = [r"% \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{latex(caption)}}}"]
     lines += [*latex_table(_in_order(report, layout), LAYOUTS[layout]), r"\end{table}", ""]
@@ -154,7 +154,7 @@ def latex_report(report: Report, layout: str = "full") -> str:
 
 
 def csv_report(report: Report) -> str:
-    """Write every row with plain numbers (shares as shares, seconds, points), empty where there is none."""
+    """Write every row with plain numbers (shares, seconds, percentage points), empty if missing."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV)

@@ -1,4 +1,4 @@
-"""A trial beside its baseline: what may be claimed of it, in a sentence, a table and metrics."""
+"""The comparison of a single trial with its baseline, as a sentence, a table and metrics."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ METRICS = {
     "time_gain_percent": "saving.seconds",
     "flops_gain_percent": "saving.flops",
 }
-"""What MLflow gets of a trial beside its baseline, and where it stands in the trial's row."""
+"""MLflow's metrics of a comparison, each with the attribute of the trial's row that holds it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial beside its baseline: a report of two rows, the accuracy of the most frequent label alone, the margin.
+    """A trial and its baseline as rows, with the floor, the accuracy of always predicting the most frequent label.
 
-    ``slices`` are the rows on parts of the examples.
+    ``slices`` are the rows on parts of the examples; ``margin`` is in percentage points.
     """
 
     row: Row
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_here: bool = False) -> Comparison:
-    """Compare two finished trials of one protocol, with a margin in points; ``picked_here`` as in :func:`judge`."""
+    """Compare two finished trials of one protocol; ``margin`` and ``picked_here`` are those of :func:`judge`."""
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
     (base, row), floor = judge(rows, 0, margin, picked_here=picked_here)
@@ -59,7 +59,7 @@ def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_her
 
 
 def sentence(comparison: Comparison) -> str:
-    """Say what may be claimed of a trial, and what may not, in a few short sentences."""
+    """State the outcome of the comparison and its limits in a few short sentences."""
     trial, base, found = comparison.row.trials[0], comparison.baseline.trials[0], comparison.row.difference
     if trial.run_id and trial.run_id == base.run_id:
         return "This trial is the baseline."
@@ -88,7 +88,7 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
-    """Return what one seed each can speak of."""
+    """State the scope of a comparison of two single trials."""
     same_seed = trial.seed == baseline.seed
     if trial.treatment == baseline.treatment:
         if same_seed:
@@ -102,7 +102,7 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Write the table of both, what tells them apart, what may be claimed, and the notes as Markdown."""
+    """Write the comparison in Markdown: table, outcome, notes, what differs, and slices."""
     treatments = comparison.row.treatment, comparison.baseline.treatment
     keys = varying_keys(treatments)
     ours, theirs = (markdown(name_of({key: value_of(one, key) for key in keys})) for one in treatments)
@@ -114,14 +114,14 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_headline(comparison: Comparison) -> str:
-    """Say in a line or two, as Markdown, how far a trial is from its baseline, and what may be claimed."""
-    if comparison.baseline.has_learned is False:  # which is said first, and with the points
+    """Return a line or two of Markdown with the difference from the baseline and the outcome."""
+    if comparison.baseline.has_learned is False:  # the sentence itself begins with this and has the points
         return markdown(sentence(comparison))
     return markdown(f"{size_of(comparison.row)} against the baseline. {sentence(comparison)}")
 
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:
-    """Return the comparison's figures by the names that MLflow has, those that there are."""
+    """Return the available figures of the comparison, by MLflow metric name."""
     found = {name: attribute(path)(comparison.row) for name, path in METRICS.items()}
     if comparison.row.cost.is_estimate or comparison.baseline.cost.is_estimate:
         del found["time_gain_percent"]
@@ -129,7 +129,7 @@ def comparison_metrics(comparison: Comparison) -> dict[str, float]:
 
 
 def notes_of(comparison: Comparison) -> Iterator[str]:
-    """Say on what a comparison rests, and why times are left out of it."""
+    """Yield notes on the comparison: interval and p, and why times are not compared."""
     found = comparison.row.difference
     if found is not None:
         yield f"95 % interval {interval(found.low, found.high)} points, exact McNemar p {p_value(found.p)}"

@@ -1,4 +1,4 @@
-"""What is said of a row, in words: made here and nowhere else, and never read back."""
+"""The wording of outcomes, for all tables and sentences; never parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VERDICTS = {verdict: verdict.value for verdict in Verdict} | {Verdict.AHEAD: "ah
 
 
 def said(row: Row) -> str:
-    """Say what may be claimed of a row, why nothing may be, or how its trials ended; nothing without a baseline."""
+    """Return a row's verdict in words, the reason for having none, or its status; empty without a baseline."""
     if not row.trials:
         return row.status
     untested = f"not {'judged' if row.difference else 'tested'}: {reason_untested(row)}" if row.untested else ""
@@ -21,7 +21,7 @@ def said(row: Row) -> str:
 
 
 def _verdict(row: Row) -> str:
-    """Return a verdict with its seeds; one seed speaks of two trained models only."""
+    """Return the verdict with its number of seeds; for one seed, better and worse hold "with this seed" only."""
     if row.again and row.again.difference:
         said_of = VERDICTS[row.again.verdict] if row.again.verdict else reason_untested(row.again) or "has not learned"
         return f"{said_of} with fresh seeds (n = {row.again.difference.n})"
@@ -33,18 +33,18 @@ def _verdict(row: Row) -> str:
 
 
 def above_floor(accuracy: float, floor: float) -> str:
-    """Set an accuracy beside that of the most frequent label alone."""
+    """Compare an accuracy in words with that of always predicting the most frequent label."""
     return f"{percent(accuracy)}, while always predicting the most frequent label scores {percent(floor)}"
 
 
 def reason_untested(row: Row) -> str:
-    """Say why a row was not tested."""
+    """Return why a row was not tested."""
     seeds = f" {', '.join(map(str, row.seeds))}" if row.untested is Untested.SEEDS else ""
     return f"{row.untested or ''}{seeds}"
 
 
 def loss_of(found: Difference) -> str:
-    """Say what a setting loses at most and, where that is shown, that it loses."""
+    """Say how much a setting loses at most and, if the loss is significant, how much it loses."""
     if found.loses_at_most <= 0:
         return "loses nothing"
     is_shown = verdict(found.low, found.high, found.p_holm) is Verdict.WORSE
@@ -53,7 +53,7 @@ def loss_of(found: Difference) -> str:
 
 
 def what_decides(needed: Needed | None, examples_there: int) -> str:
-    """Say what would decide an undecided row, with a chance of 80 %."""
+    """Say what would decide an undecided row, with a power of 80 %."""
     if needed is None:
         return "more seeds may decide it"
     examples = f"about {needed.examples:,} examples with {needed.with_seeds} seeds" if needed.examples else ""
@@ -64,7 +64,7 @@ def what_decides(needed: Needed | None, examples_there: int) -> str:
 
 
 def decided_by(row: Row) -> str:
-    """Say it short: ``6 seeds``, ``3,200 examples``; nothing for a row that is decided."""
+    """Say briefly what would decide a row: ``6 seeds``, ``3,200 examples``, ``never``; empty if decided."""
     needed = row.difference.needed if row.difference else None
     if needed is None:
         return ""
@@ -72,7 +72,7 @@ def decided_by(row: Row) -> str:
 
 
 def size_of(row: Row) -> str:
-    """Say how far a row is from the baseline, and how sure that is: points, interval, seeds."""
+    """State a row's difference from the baseline: points, interval, number of seeds."""
     found = row.difference
     if found is None:
         return f"{points(row.points)} points, {said(row)}" if row.points is not None else row.status
@@ -80,7 +80,7 @@ def size_of(row: Row) -> str:
 
 
 def survival(row: Row) -> str:
-    """Say whether the advantage of a row that was trained again is still there, both figures side by side."""
+    """State whether a row's advantage survived fresh seeds, with both figures."""
     assert row.again
     survived = row.again.verdict is Verdict.BETTER
     word = "survived fresh seeds" if survived else "did not survive fresh seeds"
