@@ -196,7 +196,8 @@ class DataSettings(Checked, group="data"):
     """Share of train split off only to report on, in [0, 1), if validation is small; validation then picks epochs and
     winners, and `selection_fraction` must be 0."""
     split_seed: int = 0
-    """Seed of every split taken from train and of the examples drawn; part of the protocol, unlike `seed`."""
+    """Seed of every split taken from train and of the examples drawn; part of the protocol, unlike `seed`, and of the
+    treatment where `max_train_examples` is given."""
     max_train_examples: Annotated[Optional[int], at_least(1)] = None
     """Maximum number of training examples, 1 or more, drawn stratified with `split_seed`; a smaller number gives a
     subset of a larger one; null uses all."""

@@ -220,7 +220,7 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
     from mlflow.entities import RunTag
 
     if run_id is not None and not holds(client, run_id):
-        log.warning("run %s is no longer in the store; the trial continues as a new run", run_id)
+        log.warning("run %s is no longer in the store; it continues as a new one", run_id)
         run_id = None
     if run_id is None:
         return client.create_run(experiment_id, tags=dict(content.tags), run_name=content.name)

@@ -307,7 +307,7 @@ def test_a_run_that_was_deleted_meanwhile_is_replaced_and_a_line_says_so(store, 
         assert run.run_id != missing
         assert client.get_run(run.run_id).info.status == "RUNNING"
         assert [record.getMessage() for record in caplog.records] == [
-            f"run {missing} is no longer in the store; the trial continues as a new run"
+            f"run {missing} is no longer in the store; it continues as a new one"
         ]
 
 
