@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from distilbench.settings import AppSettings, SettingsError, names_of
 from distilbench.version import __version__
 
-# Read when torch is loaded. By default a waiting thread keeps its core busy for a while; if other processes want the
+# Read when torch is loaded. By default, a waiting OpenMP thread spins for a while; if other processes compete for the
 # core, each of a step's hundreds of small operations then waits for the scheduler: a step takes 10 to 30 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

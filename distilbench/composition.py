@@ -136,7 +136,7 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     from distilbench.tracking.uri import store_address_of
 
     known = {field.name for field in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
-    for key in {*config} - known - {"hydra"}:  # +freeze_layers=3, which nothing reads unless it says ${freeze_layers}
+    for key in {*config} - known - {"hydra"}:  # such as +freeze_layers=3, unless used as ${freeze_layers}
         is_read = f"${{{key}}}" in OmegaConf.to_yaml(config)
         require(is_read, str(key), "a setting that there is, or that another reads", config[key], "--help lists them")
     unplaced = config.copy()

@@ -196,8 +196,8 @@ class DataSettings(Checked, group="data"):
     """Share of train split off only to report on, in [0, 1), if validation is small; validation then picks epochs and
     winners, and `selection_fraction` must be 0."""
     split_seed: int = 0
-    """Seed of every split taken from train and of the examples drawn; part of the protocol, unlike `seed`, and of the
-    treatment where `max_train_examples` is given."""
+    """Seed of every split taken from train and of the examples drawn; unlike `seed`, part of the protocol, and also of
+    the treatment if `max_train_examples` is given."""
     max_train_examples: Annotated[Optional[int], at_least(1)] = None
     """Maximum number of training examples, 1 or more, drawn stratified with `split_seed`; a smaller number gives a
     subset of a larger one; null uses all."""
@@ -234,7 +234,7 @@ class FreezeSettings(Checked, group="freeze"):
     layers: Annotated[int, at_least(0)]
     """Freezes encoder layers 0..layers-1: 0 freezes none, the model's depth all of them."""
     embeddings: Annotated[Union[bool, str], Rule("auto, true or false", (True, False, "auto").__contains__)]
-    """auto (frozen when layers > 0) | true | false."""
+    """auto (frozen if `layers` > 0, or by the policies head and bias) | true | false."""
     dropout: bool
     """Whether dropout stays active in the frozen part, as in the report."""
     policy: Annotated[str, one_of(FREEZE_POLICIES)]
