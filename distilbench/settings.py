@@ -470,10 +470,10 @@ class TrackingSettings(Checked, group="tracking"):
     experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment, at most 256 bytes."""
     patience_seconds: Annotated[float, at_least(0)]
-    """Seconds (0 or more) to wait for an unreachable store: after a single trial, a sweep, and as a worker starts."""
+    """Seconds (0 or more) to wait for an unreachable store: at the end of a trial or sweep, when a worker starts."""
     log_model: Annotated[str, one_of(("never", "best", "always"))] = "never"
-    """never | best | always: which finished trials are logged as MLflow models, after training; best logs every single
-    trial, but of a sweep only its answer, at its end."""
+    """never | best | always: which finished trials are logged as MLflow models, after training; best logs every trial
+    outside of sweeps, but of a sweep only its answer, at its end."""
     register: Annotated[Optional[str], REGISTERED] = None
     """NAME or NAME@ALIAS: registers each logged model as a new version of this name in MLflow; null registers none."""
 
