@@ -169,7 +169,7 @@ class Lease:
             self.is_lost = trial.state.is_finished() or not is_owned
             if not self.is_lost:
                 storage.record_heartbeat(self._job.trial_id)
-        except (*UNANSWERED, OmegaConfBaseException) as error:
+        except (*UNANSWERED, OmegaConfBaseException, KeyError) as error:  # KeyError: the study was deleted
             if not self._is_silent:
                 log.warning("the study of trial %s does not answer here (%s): its heart can't beat",
                             self._job.trial, reason_of(error))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from distilbench.identity import TrialIdentity
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep import trial
-from distilbench.sweep.job import SweepJob, objectives_of
+from distilbench.sweep.job import Lease, SweepJob, objectives_of
 from distilbench.sweep.trial import check_pruning, claim_free, claim_gpu, judged_by, pruning_callback
 from distilbench.trials.prepared import Job
 
@@ -129,3 +130,19 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     trial._train_seeds(Job(given, given, str), job, lease, runner)
     assert trained == [2, 3]
     assert read_record(job.directory).status is Status.FINISHED
+
+
+def test_a_study_that_is_deleted_meanwhile_costs_a_trial_its_heartbeat_alone(tmp_path, caplog):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(storage=url, study_name="gone")
+    owner, number = Owner.of_this_process(), study.ask()._trial_id
+    study._storage.set_trial_user_attr(number, "owner", asdict(owner))
+    lease = Lease(SweepJob("gone", "0", "", (), False, None, owner, tmp_path, ("accuracy",), url, number, 60))
+    assert lease.holds()
+    optuna.delete_study(study_name="gone", storage=url)
+    with caplog.at_level("WARNING"):
+        assert lease.holds()
+        assert lease.holds()
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "the study of trial 0 does not answer here"
+    ]
