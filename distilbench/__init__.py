@@ -73,19 +73,19 @@ def run_sweep(*overrides: str) -> None:
 
     Raises :class:`distilbench.cli.CommandFailed` if too many trials fail.
     """
-    from distilbench.cli import run_inside
+    from distilbench.cli import run_in_process
     from distilbench.train import main
 
-    run_inside(main, ["--multirun", *overrides])
+    run_in_process(main, ["--multirun", *overrides])
 
 
 def make_report(*overrides: str) -> Report:
     """Return the report that ``python -m distilbench.compare`` makes: ``make_report("sweep=first")``."""
     with _hydra():
-        from distilbench.compare import report_of, spelled_for_hydra
+        from distilbench.compare import report_of, to_hydra_argument
         from distilbench.settings import CompareSettings, settings_from
 
-        return report_of(settings_from(_composed("compare", map(spelled_for_hydra, overrides)), CompareSettings))
+        return report_of(settings_from(_composed("compare", map(to_hydra_argument, overrides)), CompareSettings))
 
 
 def to_table(report: Report) -> DataFrame:

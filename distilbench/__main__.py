@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distilbench.cli import exit_immediately, run_command, say
+from distilbench.cli import exit_immediately, print_to_stderr, run_command
 
 COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
@@ -28,9 +28,9 @@ def main() -> None:
 
         del sys.argv[1]
         module = import_module(f"distilbench.{name}")
-        run_command(module.main, module.spelled_for_hydra if name == "compare" else str)
+        run_command(module.main, module.to_hydra_argument if name == "compare" else str)
     else:
-        say(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; distilbench --help")
+        print_to_stderr(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; distilbench --help")
         sys.exit(2)
 
 

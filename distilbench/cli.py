@@ -20,7 +20,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distilbench.settings import AppSettings, SettingsError, names_of
+from distilbench.settings import AppSettings, SettingsError, setting_names
 from distilbench.version import __version__
 
 # Read when torch is loaded. By default, a waiting OpenMP thread spins for a while; if other processes compete for the
@@ -151,7 +151,7 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] 
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
 
 
-def run_inside(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
+def run_in_process(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
     """Run a Hydra entrypoint within a running process; raise the error that would end a command."""
     from hydra.core.global_hydra import GlobalHydra
 
@@ -174,17 +174,17 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except CommandFailed as error:
-        say(error)
+        print_to_stderr(error)
         sys.exit(1)
     except Exception as error:
         mistake = as_settings_error(error)
         if mistake is None:
             raise
-        say(mistake)
+        print_to_stderr(mistake)
         sys.exit(2)
 
 
-def say(line: object) -> None:
+def print_to_stderr(line: object) -> None:
     """Print one line for people to stderr."""
     print("distilbench:", " ".join(str(line).splitlines()), file=sys.stderr, flush=True)
 
@@ -286,14 +286,14 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
 
     nodes = (getattr(link, "parent_node", None) for link in chain)
     schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
-    near = get_close_matches(name, names_of(next(filter(is_dataclass, schemas), AppSettings)), n=1)
+    near = get_close_matches(name, setting_names(next(filter(is_dataclass, schemas), AppSettings)), n=1)
     return f"{name} must be a setting that there is; " + (f"did you mean {near[0]}?" if near else "--help lists them")
 
 
 # ---- words
 
 
-def counted(number: float, noun: str) -> str:
+def pluralize(number: float, noun: str) -> str:
     """Return a count or an amount with its noun: ``1 epoch``, ``2,000 epochs``, ``0.5 points``."""
     return f"{number:{',' if isinstance(number, int) else 'g'}} {noun}" + ("" if number == 1 else "s")
 

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from distilbench.cli import counted, errors_in_one_line, run_command
+from distilbench.cli import errors_in_one_line, pluralize, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import has_choices_of, short_hash, value_of
 from distilbench.results import StoredTrial
@@ -66,7 +66,7 @@ def report_of(settings: CompareSettings) -> Report:
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
     margin = settings.margin or (parent and parent.margin) or default_margin()
     title = f"Experiments {', '.join(settings.experiments)}" if settings.experiments else None
-    title = f"Sweep {settings.sweep}" if settings.sweep else title or counted(len(settings.runs), "run")
+    title = f"Sweep {settings.sweep}" if settings.sweep else title or pluralize(len(settings.runs), "run")
     request = ReportRequest(title, default_treatment(), margin, settings.baseline, settings.rows, names, parent)
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
@@ -130,7 +130,7 @@ def _directory(settings: CompareSettings) -> Path:
     return Path(settings.output or root() / "outputs" / "reports" / re.sub(r"[^\w.-]+", "_", asked).strip("."))
 
 
-def spelled_for_hydra(argument: str) -> str:
+def to_hydra_argument(argument: str) -> str:
     """Return ``experiment=a,b`` in Hydra's grammar, as ``experiments=[a,b]``; any other argument unchanged."""
     key, equals, value = argument.partition("=")
     if not equals or key not in _LISTS:
@@ -139,4 +139,4 @@ def spelled_for_hydra(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, spelled_for_hydra)
+    run_command(main, to_hydra_argument)

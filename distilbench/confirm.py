@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distilbench.cli import CommandFailed, counted, errors_in_one_line, raise_on_signal, run_command
+from distilbench.cli import CommandFailed, errors_in_one_line, pluralize, raise_on_signal, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.identity import short_hash
 from distilbench.results import Status
@@ -112,7 +112,7 @@ def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> in
         return needed.seeds
     why = what_decides(needed, base.examples) if needed else "predictions to tell it by are missing"
     raise SettingsError(
-        f"seeds must be a number where auto finds none for a margin of {counted(report.margin, 'point')}, got auto: "
+        f"seeds must be a number where auto finds none for a margin of {pluralize(report.margin, 'point')}, got auto: "
         f"{why}; add seeds=5, or a wider margin=..."
     )
 
@@ -195,7 +195,7 @@ def _announce(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> 
     each = [rows[point.extra[0]].cost.seconds for point in missing]
     seconds = sum(one for one in each if one == one)  # NaN where none was recorded
     pace = f", about {duration(seconds)} at the sweep's pace" if seconds else ""
-    print(f"confirming sweep {sweep}: {counted(len(missing), 'trial')} to train{pace}")
+    print(f"confirming sweep {sweep}: {pluralize(len(missing), 'trial')} to train{pace}")
     for key, row in rows.items():
         seeds = [point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key]
         if seeds:

@@ -27,15 +27,15 @@ SOURCES = (
 )
 """Where weights and text come from. A protocol contains what was really found there instead."""
 
-AMOUNT = "data.max_train_examples"
+TEXT_AMOUNT = "data.max_train_examples"
 """The amount of training text: the only setting in ``data`` that belongs to the treatment, not to the protocol."""
 
 METRIC = ("train.metric",)
 """The metric that picks epochs and winners; part of the protocol, with the sources."""
 
-ADDED: dict[str, object] = {
+OLD_DEFAULTS: dict[str, object] = {
     "data.split_seed": 0,
-    **dict.fromkeys((AMOUNT, "train.patience", *_of("adapter", "rank alpha dropout"))),
+    **dict.fromkeys((TEXT_AMOUNT, "train.patience", *_of("adapter", "rank alpha dropout"))),
     "freeze.policy": "depth",
     "adapter.name": "none",
     "optim.layer_decay": 1.0,
@@ -44,10 +44,10 @@ ADDED: dict[str, object] = {
 }
 """Treatment settings that earlier versions lacked, with their values then; a treatment contains only other values."""
 
-CHOICES = ("freeze.", "adapter.", "scheduler.", "optim.")
+BASELINE_GROUPS = ("freeze.", "adapter.", "scheduler.", "optim.")
 """Prefixes of the settings that an experiment or a baseline sets."""
 
-TREATMENT_OF_INPUT = (AMOUNT, "train.max_length", "train.precision")
+TREATMENT_OF_INPUT = (TEXT_AMOUNT, "train.max_length", "train.precision")
 """Treatment that affects what is prepared before the first step."""
 
 TREATMENT_OF_LOOP = (
@@ -74,10 +74,11 @@ DEVICE = ("engine.device",)
 SPEED = (*_of("train", "micro_batch_size eval_batch_size logging_steps"), "data.slice_column")
 """Affects only speed, memory and records, but must be equal for trials that are trained together."""
 
-OWN = (*_of("train", "checkpoints resume"), *_of("output", "dir save_model"), "adapter.merge")
+OUTPUT = (*_of("train", "checkpoints resume"), *_of("output", "dir save_model"), "adapter.merge")
 """Where a trial writes and what it keeps; part of no key."""
 
-TABLES = (SOURCES, METRIC, TREATMENT_OF_INPUT, TREATMENT_OF_LOOP, TREATMENT_OF_STEP, SEED, ENGINE, DEVICE, SPEED, OWN)
+TABLES = (SOURCES, METRIC, TREATMENT_OF_INPUT, TREATMENT_OF_LOOP, TREATMENT_OF_STEP, SEED, ENGINE, DEVICE, SPEED,
+          OUTPUT)  # fmt: skip
 
 TREATMENT = (*TREATMENT_OF_LOOP, *TREATMENT_OF_STEP, *TREATMENT_OF_INPUT)
 """What a sweep may vary within a protocol."""
@@ -142,7 +143,7 @@ def select(settings: TrialSettings, names: Iterable[str]) -> dict[str, Any]:
 def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
     """Return the treatment as a flat dict, without the seed; ``precision`` is the one really used.
 
-    Settings of :data:`ADDED` are left out if they have their former value, so that stored treatments of earlier
+    Settings of :data:`OLD_DEFAULTS` are left out if they have their former value, so that stored treatments of earlier
     versions stay equal. If the amount of text is limited, ``data.split_seed``, which draws it, is included.
     """
     decided = {"freeze.embeddings": settings.freeze.freezes_embeddings, "train.precision": precision}
@@ -152,18 +153,18 @@ def treatment_of(settings: TrialSettings, precision: str) -> dict[str, object]:
 
 
 def without_defaults(values: Mapping[str, object]) -> dict[str, object]:
-    """Drop the settings of :data:`ADDED` that have the value of earlier versions."""
-    return {name: value for name, value in values.items() if name not in ADDED or value != ADDED[name]}
+    """Drop the settings of :data:`OLD_DEFAULTS` that have the value of earlier versions."""
+    return {name: value for name, value in values.items() if name not in OLD_DEFAULTS or value != OLD_DEFAULTS[name]}
 
 
 def value_of(treatment: Mapping[str, object], name: str) -> object:
     """Return a setting of a treatment; if it is missing there, its value in earlier versions."""
-    return treatment.get(name, ADDED.get(name))
+    return treatment.get(name, OLD_DEFAULTS.get(name))
 
 
 def has_choices_of(treatment: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
-    """Return whether two treatments agree in all settings of :data:`CHOICES`."""
-    keys = {key for key in (*wanted, *ADDED) if key.startswith(CHOICES)}
+    """Return whether two treatments agree in all settings of :data:`BASELINE_GROUPS`."""
+    keys = {key for key in (*wanted, *OLD_DEFAULTS) if key.startswith(BASELINE_GROUPS)}
     return all(value_of(treatment, key) == value_of(wanted, key) for key in keys)
 
 
@@ -196,7 +197,7 @@ def checkpoint_identity(settings: TrialSettings, weights: str, text: str, precis
     ``weights`` and ``text`` are fingerprints of the initial weights and the token ids, ``precision`` is the one
     really used.
     """
-    names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != AMOUNT]  # covered by ``text``
+    names = [name for name in (*TREATMENT, *METRIC, *SEED, *ENGINE) if name != TEXT_AMOUNT]  # covered by ``text``
     named = without_defaults(select(settings, names))
     return named | {"model": weights, "data": text, "train.precision": precision}
 

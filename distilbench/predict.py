@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from distilbench.cli import counted, errors_in_one_line, run_command
+from distilbench.cli import errors_in_one_line, pluralize, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.data.formats import TEXTS
 from distilbench.settings import (
@@ -70,7 +70,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     counts = _write(settings, classifier, path, console)
     named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())
     seconds = time.perf_counter() - began
-    console.print(f"{counted(counts.total(), 'text')} in {seconds:.1f} s: {named}", markup=False, soft_wrap=True)
+    console.print(f"{pluralize(counts.total(), 'text')} in {seconds:.1f} s: {named}", markup=False, soft_wrap=True)
     console.print(f"predictions  {path}", markup=False, soft_wrap=True)
     return counts
 

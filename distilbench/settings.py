@@ -249,9 +249,9 @@ class FreezeSettings(Checked, group="freeze"):
         elif self.policy != "depth":
             require(self.layers == 0, "freeze.layers", f"0 {given}", self.layers)
         if self.policy != "depth":
-            require(self.embeddings == "auto", "freeze.embeddings", f"auto {given}", spelled(self.embeddings))
+            require(self.embeddings == "auto", "freeze.embeddings", f"auto {given}", cli_string(self.embeddings))
         if self.policy not in ("depth", "head"):
-            require(self.dropout, "freeze.dropout", f"true with freeze.policy={self.policy}", spelled(self.dropout))
+            require(self.dropout, "freeze.dropout", f"true with freeze.policy={self.policy}", cli_string(self.dropout))
 
     @property
     def moves(self) -> bool:
@@ -444,8 +444,8 @@ class TrialSettings(Checked):
             freeze = self.freeze
             require(freeze.policy == "depth", "freeze.policy", f"depth {given}", freeze.policy)
             require(freeze.layers == 0, "freeze.layers", f"0 {given}", freeze.layers)
-            require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", spelled(freeze.embeddings))
-            require(freeze.dropout, "freeze.dropout", f"true {given}", spelled(freeze.dropout))
+            require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", cli_string(freeze.embeddings))
+            require(freeze.dropout, "freeze.dropout", f"true {given}", cli_string(freeze.dropout))
 
         if self.freeze.moves:
             fewest = self.freeze.fewest_parts
@@ -756,15 +756,15 @@ def _build(cls: Any, values: Any) -> Any:
                     "conf/ shows one")  # fmt: skip
             made[name] = _build(nested, value)
         elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
-            made[name] = str(typed_in() / Path(value).expanduser())
+            made[name] = str(original_cwd() / Path(value).expanduser())
         elif DATABASE in marks.get(name, ()):
             made[name] = with_absolute_file(value)
         elif AS_TYPED in marks.get(name, ()):
-            made[name] = [spelled(one) for one in value]
+            made[name] = [cli_string(one) for one in value]
     return cls(**made)
 
 
-def typed_in() -> Path:
+def original_cwd() -> Path:
     """Return the directory in which the command was typed, which Hydra may have left since (hydra.job.chdir)."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -773,22 +773,22 @@ def typed_in() -> Path:
 
 def with_absolute_file(url: str) -> str:
     """Return a database's URL; a relative SQLite file (``sqlite:///my.db``) becomes absolute."""
-    here = quote(typed_in().as_posix().rstrip("/"))
+    here = quote(original_cwd().as_posix().rstrip("/"))
     return re.sub("^sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{here}/", url)
 
 
-def spelled(value: object) -> str | None:
+def cli_string(value: object) -> str | None:
     """Return a value as a string, spelled as on the command line (``true``, not ``True``); None stays None."""
     return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def names_of(cls: Any, prefix: str = "") -> list[str]:
+def setting_names(cls: Any, prefix: str = "") -> list[str]:
     """Return the dotted names of all settings in ``cls``; a fallback counts as one setting."""
     names: list[str] = []
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         nested = _dataclass_in(hints[f.name])
-        names += names_of(nested, f"{prefix}{f.name}.") if nested and nested is not cls else [f"{prefix}{f.name}"]
+        names += setting_names(nested, f"{prefix}{f.name}.") if nested and nested is not cls else [f"{prefix}{f.name}"]
     return names
 
 

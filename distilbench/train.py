@@ -26,7 +26,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from distilbench.cli import CommandFailed, command, errors_in_one_line, override, raise_on_signal, run_command, say
+from distilbench.cli import (
+    CommandFailed,
+    command,
+    errors_in_one_line,
+    override,
+    print_to_stderr,
+    raise_on_signal,
+    run_command,
+)
 from distilbench.composition import baseline_config, command_for
 from distilbench.results import read_record
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
@@ -226,12 +234,12 @@ def _say_how_to_continue() -> None:
         return
     record = read_record(Path(hydra_config.runtime.output_dir))
     if record and record.is_over:
-        say(f"interrupted after the trial's end; it {record.status}")
+        print_to_stderr(f"interrupted after the trial's end; it {record.status}")
         return
     given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
     place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
     where = shlex.quote(hydra_config.runtime.cwd)  # relative paths refer to it
-    say(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
+    print_to_stderr(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
 
 
 if __name__ == "__main__":

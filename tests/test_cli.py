@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override, run_inside
+from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override, run_in_process
 from distilbench.settings import SettingsError, register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -248,7 +248,7 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
 
 def test_a_command_run_inside_a_process_leaves_its_wish_for_tracebacks_as_it_was(monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    run_inside(lambda: None, [])
+    run_in_process(lambda: None, [])
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from distilbench.compare import compare_stored, spelled_for_hydra
+from distilbench.compare import compare_stored, to_hydra_argument
 from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult, Verdict
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder: Path, *asked: str) -> list[str]:
-    return [spelled_for_hydra(argument) for argument in (f"tracking.uri=sqlite:///{folder}/mlflow.db", *asked)]
+    return [to_hydra_argument(argument) for argument in (f"tracking.uri=sqlite:///{folder}/mlflow.db", *asked)]
 
 
 def compare(folder: Path, output: Path, *asked: str) -> None:
@@ -206,11 +206,11 @@ def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
 
 
 def test_lists_are_typed_as_people_type_them():
-    assert spelled_for_hydra("experiment=a,b") == "experiments=[a,b]"
-    assert spelled_for_hydra("runs=a,b") == "runs=[a,b]"
-    assert spelled_for_hydra("runs=[a,b]") == "runs=[a,b]"
-    assert spelled_for_hydra("sweep=a=b") == "sweep=a=b"
-    assert spelled_for_hydra("--help") == "--help"
+    assert to_hydra_argument("experiment=a,b") == "experiments=[a,b]"
+    assert to_hydra_argument("runs=a,b") == "runs=[a,b]"
+    assert to_hydra_argument("runs=[a,b]") == "runs=[a,b]"
+    assert to_hydra_argument("sweep=a=b") == "sweep=a=b"
+    assert to_hydra_argument("--help") == "--help"
 
 
 def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_path):

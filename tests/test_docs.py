@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from distilbench.compare import spelled_for_hydra
+from distilbench.compare import to_hydra_argument
 from distilbench.composition import check
 from distilbench.settings import (
     AppSettings,
@@ -200,7 +200,7 @@ def check_python(arguments: Sequence[str]) -> None:
 def check_composition(command: str, arguments: Sequence[str]) -> None:
     """Compose what a command line gives, each value of a sweep once, and check it as the command itself would."""
     name, kind = SETTINGS[command]
-    given = get_args_parser().parse_args([spelled_for_hydra(a) if command == "compare" else a for a in arguments])
+    given = get_args_parser().parse_args([to_hydra_argument(a) if command == "compare" else a for a in arguments])
     with schema_of(kind), initialize_config_dir(str(ROOT / "conf")):
         first, *others = list(jobs_of(given.overrides)) if given.multirun else [given.overrides]
         config = compose(name, first, return_hydra_config=True)

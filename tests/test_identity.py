@@ -22,7 +22,7 @@ from distilbench.identity import (
     trial_identity,
     value_of,
 )
-from distilbench.settings import TrialSettings, names_of
+from distilbench.settings import TrialSettings, setting_names
 
 WEIGHTS = SourceUsed("hub", "m", "a" * 64, "r")
 TEXT = SourceUsed("hub", "d", "b" * 64)
@@ -31,7 +31,7 @@ PROTOCOL = ProtocolIdentity(WEIGHTS, TEXT, "accuracy", "validation", "validation
 
 def test_every_setting_of_a_trial_stands_in_exactly_one_table():
     placed = Counter(name for table in TABLES for name in table)
-    assert sorted(placed.elements()) == sorted(names_of(TrialSettings))
+    assert sorted(placed.elements()) == sorted(setting_names(TrialSettings))
 
 
 def test_every_placed_name_can_be_selected(settings):

@@ -31,9 +31,9 @@ from distilbench.settings import (
     TrainSettings,
     TrialSettings,
     _marks,
-    names_of,
     register_schema,
     require,
+    setting_names,
     settings_from,
 )
 from tests.conftest import ROOT
@@ -441,8 +441,8 @@ def test_a_fallback_that_is_no_group_is_refused_in_one_line(given, shown):
 
 
 def test_settings_are_named_flat_and_a_fallback_counts_as_one():
-    assert names_of(ModelSettings) == ["source", "checkpoint", "revision", "layers", "fallback"]
-    names = names_of(AppSettings)
+    assert setting_names(ModelSettings) == ["source", "checkpoint", "revision", "layers", "fallback"]
+    names = setting_names(AppSettings)
     assert names[:2] == ["model.source", "model.checkpoint"]
     assert {"seed", "margin", "model.fallback", "tracking.uri", "sweep.pruner_options"} <= set(names)
     assert len(set(names)) == len(names)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.data.hub import first_line
 from distilbench.settings import SettingsError, require
 
@@ -104,7 +104,7 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
         ) from None
     if count:
         log.warning("%s: %s over several lines (lines %s); where that is not meant, a double quote is not closed",
-                    title, counted(count, "row"), places[2:])  # fmt: skip
+                    title, pluralize(count, "row"), places[2:])  # fmt: skip
 
 
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.data.formats import show_all
 from distilbench.data.readers import Corpus, hub_title, read_corpus
 from distilbench.identity import SourceUsed
@@ -130,7 +130,7 @@ def load_text(settings: DataSettings) -> TextSplits:
         alike = _near_duplicates(train, report)
         log.warning("%s held out of train to report on, %s with a run of %d words that is trained on too; the more "
                     "of these, the more the figures flatter new text",
-                    counted(len(report), "text"), f"{alike:,}", RUN_OF_WORDS)  # fmt: skip
+                    pluralize(len(report), "text"), f"{alike:,}", RUN_OF_WORDS)  # fmt: skip
     return TextSplits(train, selection, report, names, used, corpus.dropped, shared)
 
 

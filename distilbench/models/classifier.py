@@ -12,7 +12,7 @@ import pandas
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.models.build import load_tokenizer, load_weights, quiet
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
@@ -80,7 +80,7 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     except SettingsError as error:
         raise SettingsError(str(error).replace("model.checkpoint", "dir", 1)) from None
     require(not lacking, "dir", "a model with a trained classification head", str(directory),
-            f"missing are {counted(len(lacking), 'weight')}, such as {min(lacking, default='')}; fine-tune it first: "
+            f"missing are {pluralize(len(lacking), 'weight')}, such as {min(lacking, default='')}; fine-tune it first: "
             "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     config: Any = model.config
     own = getattr(config, "distilbench", {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.identity import value_of
 from distilbench.report.charts import Axis, Chart, Mark
 from distilbench.report.findings import CostOf, Report, by_score, pareto_front
@@ -113,7 +113,7 @@ def _against_cost(
     caption = f"Each point is a setting; the dotted line joins those that no other beats in both ({len(front)}). "
     caption += "The open circle is the baseline. " if report.baseline and report.baseline.trials else ""
     caption += "Crosses are where trials were stopped. " if stopped else ""
-    caption += f"{counted(left, 'setting')} left out, whose {name} can't be compared." if left > 0 else ""
+    caption += f"{pluralize(left, 'setting')} left out, whose {name} can't be compared." if left > 0 else ""
     yield Figure(name.partition(" (")[0], Chart(f"Accuracy against {name}", marks, name, x_text=text), caption)
 
 
@@ -306,7 +306,7 @@ def _importance(report: Report) -> Iterator[Figure]:
     shares = importance(report.rows)
     caption = (
         "Share of the variance of accuracy that each varied setting explains (fANOVA, by Optuna): a hint from "
-        f"{counted(sum(bool(row.trials) for row in report.rows), 'setting')}, not a test; a sampler that looks at "
+        f"{pluralize(sum(bool(row.trials) for row in report.rows), 'setting')}, not a test; a sampler that looks at "
         "results tries some values more often."
     )
     if shares:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.report.formats import interval, less, percent, points
 from distilbench.report.rows import PRAISE, Row, average, noise_of_time
 from distilbench.report.words import above_floor, loss_of, reason_untested, survival, what_decides
@@ -96,7 +96,7 @@ def answer(report: Report) -> list[str]:
         ended = Counter(trial.status.value for row in report.rows for trial in row.other_trials)
         return [f"No trial finished: {', '.join(f'{count} {status}' for status, count in ended.items())}."]
     if base is None or not base.trials:
-        finished = counted(len(candidates), "setting")
+        finished = pluralize(len(candidates), "setting")
         return [f"{finished} finished, but there is no finished baseline to compare with."]
     if not candidates:
         return ["Only the baseline finished: there is nothing to compare it with."]
@@ -121,8 +121,8 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     if not good:
         unlearned = sum(row.has_learned is False for row in candidates)
         verb = "has" if unlearned == 1 else "have"
-        beside = f"; {counted(unlearned, 'setting')} {verb} not learned" if unlearned else ""
-        wanted = f"to be better than the baseline, or to lose less than {counted(report.margin, 'point')}"
+        beside = f"; {pluralize(unlearned, 'setting')} {verb} not learned" if unlearned else ""
+        wanted = f"to be better than the baseline, or to lose less than {pluralize(report.margin, 'point')}"
         return f"{nothing} was shown {wanted}{beside}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
     rank = (
@@ -213,7 +213,7 @@ def tried_settings(report: Report) -> str:
     tried = [row for row in report.rows if not row.is_baseline]
     ended = Counter(row.other_trials[-1].status.lower() for row in tried if not row.trials)
     told = ", ".join(f"{count} {status}" for status, count in ended.most_common())
-    count = f"the {counted(len(tried), 'setting')} tried" if len(tried) > 1 else "the setting tried"
+    count = f"the {pluralize(len(tried), 'setting')} tried" if len(tried) > 1 else "the setting tried"
     return f"{count} ({told})" if told else count
 
 

@@ -12,8 +12,8 @@ from statistics import mode
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from distilbench.cli import command, counted, override
-from distilbench.identity import AMOUNT, short_hash, value_of, without_defaults
+from distilbench.cli import command, override, pluralize
+from distilbench.identity import TEXT_AMOUNT, short_hash, value_of, without_defaults
 from distilbench.report import tables
 from distilbench.report.comparison import judge
 from distilbench.report.findings import Report, by_score
@@ -78,8 +78,8 @@ def check_tested(report: Report) -> None:
     if lacking:
         raise SettingsError(
             f"finished runs must have their predictions, got none for {len(lacking)} of "
-            f"{counted(len(report.candidates), 'setting')} ({lacking[0].name}) or for the baseline; train them again, "
-            "or show them untested: untested=show"
+            f"{pluralize(len(report.candidates), 'setting')} ({lacking[0].name}) or for the baseline; train them "
+            "again, or show them untested: untested=show"
         )
 
 
@@ -123,7 +123,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     asked = {trial.run_id for trial in trials}
     repeated = [one for row in rows for one in row.other_trials if one.status is Status.FINISHED]
     if repeats := sum(one.run_id in asked for one in repeated):  # such as with another engine
-        notes += (f"Left out: {counted(repeats, 'finished trial')} whose setting and seed a newer one has.",)
+        notes += (f"Left out: {pluralize(repeats, 'finished trial')} whose setting and seed a newer one has.",)
     rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
@@ -151,7 +151,7 @@ def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, obj
     """Return the baseline's expected treatment: the default with the trials' most common train and data settings."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
-    if common.get(AMOUNT) is None:  # all of the text, so the seed that would draw it has no effect
+    if common.get(TEXT_AMOUNT) is None:  # all of the text, so the seed that would draw it has no effect
         common.pop("data.split_seed", None)
     return {**usual, **without_defaults(common)}
 
@@ -200,7 +200,7 @@ def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, obj
     report = make_report(store, kept, ReportRequest(f"Sweep {sweep.name}", usual, margin, sweep=sweep))
     if len(kept) == len(trials):
         return report
-    left = f"Left out: {counted(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
+    left = f"Left out: {pluralize(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
     return replace(report, notes=(left, *report.notes))
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from distilbench.cli import override
-from distilbench.identity import AMOUNT, CHOICES, value_of
+from distilbench.identity import BASELINE_GROUPS, TEXT_AMOUNT, value_of
 from distilbench.settings import CONF, DataSettings, ModelSettings
 
 _TELLING = (
@@ -63,13 +63,13 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
 
 
 def name_beside(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
-    """Return a name for ``values`` without those :data:`CHOICES` that equal the ``baseline``'s."""
+    """Return a name for ``values`` without those :data:`BASELINE_GROUPS` that equal the ``baseline``'s."""
     return name_of({k: v for k, v in values.items() if not is_choice(k) or baseline.get(k, ...) != v}, among)
 
 
 def is_choice(key: str) -> bool:
-    """Return whether a key belongs to :data:`CHOICES`, which a baseline resets; it shares all others with a trial."""
-    return f"{key}.".startswith((*CHOICES, "experiment."))
+    """Return whether a baseline resets this key, one of :data:`BASELINE_GROUPS`; it shares all others with a trial."""
+    return f"{key}.".startswith((*BASELINE_GROUPS, "experiment."))
 
 
 def source_overrides(config_yaml: str) -> list[str]:
@@ -79,7 +79,9 @@ def source_overrides(config_yaml: str) -> list[str]:
     """
     config, told = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
     for group, schema, usual in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):
-        ours = {key: value for key, value in config[group].items() if key != "fallback" and f"{group}.{key}" != AMOUNT}
+        ours = {
+            key: value for key, value in config[group].items() if key != "fallback" and f"{group}.{key}" != TEXT_AMOUNT
+        }
         unset = {f.name: None if f.default is MISSING else f.default for f in fields(schema)}
         differing = {}
         for file in sorted((CONF / group).glob("*.yaml")):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.report.columns import CSV, LAYOUTS, NOTE, fitting, latex_table, markdown_table, plain, rich_table
 from distilbench.report.findings import Report, answer, tried_settings
 from distilbench.report.formats import latex, markdown, one_line, percent
@@ -52,12 +52,12 @@ def details(report: Report) -> Iterator[str]:
 def notes_of(report: Report) -> list[str]:
     """State how the figures were obtained and tested."""
     tests = (
-        f"Good enough: shown to lose less than {counted(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
+        f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
         "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
         "number of settings tried (Holm); intervals and largest losses are not corrected."
     )
     more = len(report.rows) - len(report.table_rows)
-    cut = [f"Not shown: {counted(more, 'setting')} more."] if more else []
+    cut = [f"Not shown: {pluralize(more, 'setting')} more."] if more else []
     slices = [SLICES_NOTE] if report.slices else []
     return [*report.notes, *_notes_on_time(report), *cut, tests, *slices]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.identity import value_of
 from distilbench.report.columns import CSV, attribute, markdown_table
 from distilbench.report.comparison import judge
@@ -66,7 +66,7 @@ def sentence(comparison: Comparison) -> str:
     if found is None:
         size = points(comparison.row.points or 0.0)
         return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
-    on_these, margin = f"on these {comparison.row.examples:,} examples", counted(comparison.margin, "point")
+    on_these, margin = f"on these {comparison.row.examples:,} examples", pluralize(comparison.margin, "point")
     idle = "".join(
         f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
         for name, row in (("baseline", comparison.baseline), ("trial", comparison.row))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.composition import default_treatment
 from distilbench.report import power
 from distilbench.report.findings import Report, trial_to_use
@@ -104,7 +104,7 @@ def print_plan(plan: SweepPlan) -> None:
     console.print(_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
     trials = plan.total + len(plan.beside)
-    what = counted(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
+    what = pluralize(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
     from distilbench.trials.estimate import estimate_alone  # torch: not needed until here
     from distilbench.trials.prepared import prepare
 
@@ -129,9 +129,9 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
     if expected >= power.POWER:
         return None
     return (
-        f"little will be shown: {counted(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
-        f"less than {counted(margin, 'point')} with a chance of {100 * expected:.0f} %, were it as good as the "
-        f"baseline (of {counted(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
+        f"little will be shown: {pluralize(seeds, 'seed')} on {examples:,} examples would show that a setting loses "
+        f"less than {pluralize(margin, 'point')} with a chance of {100 * expected:.0f} %, were it as good as the "
+        f"baseline (of {pluralize(rows, 'setting')}, {100 * power.DISCORDANCE:.0f} % of examples supposed to differ); "
         f"{what_decides(needed, examples)}"
     )
 
@@ -203,7 +203,7 @@ class Leaderboard:
         """Return the sweep's progress in one line."""
         words = {"running": self.counts[Status.RUNNING], "pruned": self.counts[Status.PRUNED], "failed": self.failed,
                  "reused": self.counts[Status.REUSED]}  # fmt: skip
-        parts = [f"{self.done} of {counted(self.total, 'trial')}"]
+        parts = [f"{self.done} of {pluralize(self.total, 'trial')}"]
         parts += [f"{count} {word}" for word, count in words.items() if count]
         if len(self.plan.objectives) > 1:
             parts.append(f"{len(self.best)} on the Pareto front")

@@ -18,8 +18,8 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from distilbench.cli import counted
-from distilbench.identity import ADDED, METRIC, SOURCES
+from distilbench.cli import pluralize
+from distilbench.identity import METRIC, OLD_DEFAULTS, SOURCES
 from distilbench.results import RECORD, Owner, Status
 from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
@@ -123,7 +123,7 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
 
     With ``extend``, the search space may change, but not the fixed settings.
     """
-    earlier = {key: spelled(value) for key, value in ADDED.items()}
+    earlier = {key: spelled(value) for key, value in OLD_DEFAULTS.items()}
     parts = [{**earlier, **one["fixed"], "objectives": one["objectives"], "directions": one["directions"],
               **{key: describe(json_to_distribution(text)) for key, text in one["space"].items()}}
              for one in (kept, now)]  # fmt: skip
@@ -182,7 +182,7 @@ def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTria
            and not t.user_attrs.get("baseline")]  # fmt: skip
     found = [_as_own(trial, params, plan, identity["objectives"], name)
              for trial in own if (params := _params_in(plan, trial, identity["fixed"])) is not None]  # fmt: skip
-    log.warning("warm start: of %s of %s in this space: %d", counted(len(own), "finished trial"), name, len(found))
+    log.warning("warm start: of %s of %s in this space: %d", pluralize(len(own), "finished trial"), name, len(found))
     return found, earlier.user_attrs.get(PINNED) if found else None
 
 

@@ -20,7 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from distilbench.cli import counted, raise_if_signalled, raise_on_signal, was_signalled
+from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
@@ -187,7 +187,7 @@ class SweepRunner:
             dead = [(study, number) for study in self._studies for number in study.adopt_dead()]
         if dead:
             self._end_all(dead, "its process was killed")
-            self._say(f"continued: closed {counted(len(dead), 'trial')} that a killed process left")
+            self._say(f"continued: closed {pluralize(len(dead), 'trial')} that a killed process left")
 
     def _close_runs(self) -> None:
         """End every RUNNING run of the sweep whose process is gone, as the records say."""
@@ -231,7 +231,7 @@ class SweepRunner:
         others = self._under_way_elsewhere()
         if others:
             if self._pause == POLL_SECONDS:
-                self._say(f"waiting for {counted(others, 'trial')} that another process is at work on")
+                self._say(f"waiting for {pluralize(others, 'trial')} that another process is at work on")
             time.sleep(self._pause)
         self._pause = min(1.5 * self._pause, LONGEST_PAUSE) if others else POLL_SECONDS
         return others > 0
@@ -261,7 +261,7 @@ class SweepRunner:
         failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.failures_borne:
-            self._end(f"{counted(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
+            self._end(f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
         elif self._ended is None and timeout is not None and time.monotonic() - self._began > 60 * timeout:
             self._end(f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun", failed=False)
         return self._ended is not None
@@ -364,7 +364,7 @@ class SweepRunner:
         if not leaderboard.best and self._ended is None:
             self._end("no trial of the sweep finished", failed=True)
         elif plan.needs_all and leaderboard.failed:
-            failed = counted(leaderboard.failed, "trial")
+            failed = pluralize(leaderboard.failed, "trial")
             self._end(f"{failed} did not finish; the same command trains what is missing", failed=True)
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
         return self._ended if self._failed else None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.identity import short_hash
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
@@ -169,7 +169,7 @@ class Seeds:
             self._begun,
             identity={**last.identity, "seed": None},
             status=Status.PRUNED if reason else last.status,
-            error=f"pruned after {counted(len(done), 'seed')}: {reason}" if reason else last.error,
+            error=f"pruned after {pluralize(len(done), 'seed')}: {reason}" if reason else last.error,
             scores=_means([record.scores for record in done]),
             selection=_means([record.selection for record in done]),
             figures=figures,

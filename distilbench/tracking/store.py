@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.tracking import undelivered
@@ -73,7 +73,7 @@ class MlflowStore:
     def end_left_runs(self) -> None:
         """End runs of the experiment whose process on this host is gone, as their records say, and log which."""
         if ended := undelivered.end_left_runs(self._connection, Owner.is_dead):
-            log.info("closed %s whose process is gone: %s", counted(len(ended), "run"), ", ".join(ended))
+            log.info("closed %s whose process is gone: %s", pluralize(len(ended), "run"), ", ".join(ended))
 
     def catch_up(self, directory: Path) -> None:
         """Deliver what trials in ``directory`` kept during an outage of the store, after waiting for its end."""

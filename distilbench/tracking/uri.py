@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from distilbench.settings import SettingsError, TrackingSettings, root, typed_in
+from distilbench.settings import SettingsError, TrackingSettings, original_cwd, root
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import as_settings_error
 
@@ -116,4 +116,4 @@ def _sqlite_file(uri: str) -> Path | None:
     except ArgumentError:
         return None
     names_file = url.drivername == "sqlite" and url.database not in (None, "", ":memory:")
-    return typed_in() / str(url.database) if names_file and not url.host and "?" not in uri else None
+    return original_cwd() / str(url.database) if names_file and not url.host and "?" not in uri else None

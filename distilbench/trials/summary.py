@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distilbench.cli import counted
+from distilbench.cli import pluralize
 from distilbench.report.columns import rich_table
 from distilbench.report.comparison import floor_of, has_learned
 from distilbench.report.formats import duration, memory, p_value, percent, points
@@ -64,7 +64,7 @@ def trial_line(trial: Trial) -> str:
         return "; ".join([*parts, f"{duration(result.train_seconds)} training"])
     estimate = result.solo_seconds_estimate
     solo = f", alone about {duration(estimate)} (estimate)" if estimate is not None else ""
-    others = counted(result.num_trials_in_batch - 1, "other")
+    others = pluralize(result.num_trials_in_batch - 1, "other")
     return "; ".join([*parts, f"{duration(result.train_seconds)} training at once with {others}{solo}"])
 
 
@@ -129,7 +129,7 @@ def _facts_of_text(trial: Trial) -> Iterator[tuple[str, str]]:
     more = f" and {len(names) - _MOST_LABELS} more" if len(names) > _MOST_LABELS else ""
     yield "labels", f"{', '.join(each)}{more} ({' / '.join(labels)})"
     if text.shared:
-        yield "in both", f"{counted(text.shared, 'text')} of train, among those reported on"
+        yield "in both", f"{pluralize(text.shared, 'text')} of train, among those reported on"
 
 
 def _training(settings: TrialSettings, result: TrialResult) -> str:
@@ -138,8 +138,8 @@ def _training(settings: TrialSettings, result: TrialResult) -> str:
     seen = result.history[-1].epoch if train.patience and result.history else train.epochs
     ended = f", ended after {seen:g} by patience" if seen < train.epochs else ""
     return (
-        f"{counted(train.epochs, 'epoch')}{ended}, batch {train.batch_size}{parts}, cut at {train.max_length} tokens, "
-        f"{result.precision or train.precision}, seed {settings.seed}, engine {settings.engine.name}"
+        f"{pluralize(train.epochs, 'epoch')}{ended}, batch {train.batch_size}{parts}, cut at {train.max_length} "
+        f"tokens, {result.precision or train.precision}, seed {settings.seed}, engine {settings.engine.name}"
     )
 
 
@@ -166,7 +166,7 @@ def frozen_part(settings: TrialSettings) -> str:
 
 def _schedule(scheduler: SchedulerSettings) -> str:
     if scheduler.warmup_steps:
-        return f"{scheduler.name} after {counted(scheduler.warmup_steps, 'warm-up step')}"
+        return f"{scheduler.name} after {pluralize(scheduler.warmup_steps, 'warm-up step')}"
     return scheduler.name + (f" after warm-up ratio {scheduler.warmup_ratio:g}" if scheduler.warmup_ratio else "")
 
 
