@@ -173,7 +173,7 @@ def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
 
 def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
     """Return the settings of a row's first trial, from its run, adapted for training it again on its own."""
-    run_id = row.first.run_id
+    run_id = row.first_trial.run_id
     try:
         started = settings_from(OmegaConf.create(store.config(run_id)))
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:

@@ -296,7 +296,9 @@ def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_al
     for _ in range(2):  # a report made again adds nothing
         with initialize_config_dir(str(ROOT / "conf")):
             report = report_sweep(store, "many", tmp_path, default_treatment(), 3.0, Console(quiet=True))
-    assert {(row.number, row.claim) for row in report.candidates} == {(str(n), Verdict.UNDECIDED) for n in range(1, 11)}
+    assert {(row.number, row.final_verdict) for row in report.candidates} == {
+        (str(n), Verdict.UNDECIDED) for n in range(1, 11)
+    }
     described = [store._client.get_run(run_id).data.tags["mlflow.note.content"] for run_id in ids]
     assert described[0].startswith("-0.50 points"), "of the baseline nothing is claimed"
     told = "against the baseline. Sweep many: undecided (n = 1), corrected for the 10 settings tried.\n\n**Model** "

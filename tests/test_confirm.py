@@ -125,8 +125,12 @@ def test_the_sweeps_own_report_carries_its_confirmation(folder):
         request = ReportRequest("Sweep first", default_treatment(), 1.0, sweep=make_store(folder).sweep_run("first"))
         report = make_report(make_store(folder), make_store(folder).search({SWEEP: "first"}), request)
     (found,) = report.confirmation
-    (row,) = [row for row in report.candidates if row.again]
-    assert (row.again, row.claim, row.again.seeds) == (found.again, found.again.verdict, (2, 3))
+    (row,) = [row for row in report.candidates if row.confirmation]
+    assert (row.confirmation, row.final_verdict, row.confirmation.seeds) == (
+        found.confirmation,
+        found.confirmation.verdict,
+        (2, 3),
+    )
     assert found.seeds == (1,)
 
 

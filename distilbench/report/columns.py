@@ -15,7 +15,7 @@ from rich.text import Text
 
 from distilbench.report import formats
 from distilbench.report.rows import NO_SAVING, Row, average
-from distilbench.report.words import decided_by, said
+from distilbench.report.words import decided_by, describe_verdict
 from distilbench.results import Status, Verdict
 
 Value = float | int | str | bool | None
@@ -135,10 +135,10 @@ _ALL = (
     Column("time_gain_percent", attribute("saving.seconds")),
     Column("flops_gain_percent", attribute("saving.flops")),
     Column("trainable_parameters", attribute("trainable_parameters"), "trained", form=formats.millions),
-    Column("verdict", lambda row: row.claim or "", "verdict", said, is_text=True),
+    Column("verdict", lambda row: row.final_verdict or "", "verdict", describe_verdict, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", attribute("status")),
-    Column("protocol", attribute("first.protocol_id")),
+    Column("protocol", attribute("first_trial.protocol_id")),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
     *(Column(key, _setting(key)) for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
 )  # fmt: skip
@@ -218,7 +218,7 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
     for row, shown in zip(rows, zip(*cells, strict=True), strict=True):
-        table.add_row(*map(Text, shown), style="bold" if row.is_baseline else _STYLES.get(row.claim, ""))
+        table.add_row(*map(Text, shown), style="bold" if row.is_baseline else _STYLES.get(row.final_verdict, ""))
     return table
 
 
@@ -241,7 +241,7 @@ def _in_markdown(column: Column, row: Row) -> str:
         return text.replace(" ", "\N{NO-BREAK SPACE}").replace("\N{NO-BREAK SPACE}(", " (")  # numbers don't wrap
     if column.key != "setting":
         return text
-    label = f"[{text}]({quote(row.first.url, safe=_IN_LINKS)})" if row.first.url else text
+    label = f"[{text}]({quote(row.first_trial.url, safe=_IN_LINKS)})" if row.first_trial.url else text
     return f"**{label}**" if row.is_baseline else label
 
 

@@ -18,13 +18,13 @@ from distilbench.report.statistics import SeedSpread, compare_over_seeds, holm, 
 from distilbench.results import Predictions, Verdict
 
 
-def judge(
-    rows: Sequence[Row], baseline: int | None, margin: float, shown: int = 200, picked_here: bool = False
+def compare_with_baseline(
+    rows: Sequence[Row], baseline: int | None, margin: float, shown: int = 200, selected_on_report_split: bool = False
 ) -> tuple[list[Row], float | None]:
     """Compare the first ``shown`` rows with the baseline and test which have learned; return the rows and the floor.
 
-    Their trials must have predictions. ``margin`` is in percentage points. ``picked_here``: the report split also
-    selected among these rows, so that a lead still has to be confirmed.
+    Their trials must have predictions. ``margin`` is in percentage points. ``selected_on_report_split``: the report
+    split also selected among these rows, so that a lead still has to be confirmed.
 
     A setting that is not tested (not shown, pruned, diverged or failed) counts as one with p = 1. Its real p could only
     be smaller and weaken the correction of the others, so this keeps the level. Leaving it out would not: pruned trials
@@ -35,7 +35,7 @@ def judge(
     floor = floor_of(next(iter(asked.predictions.values())).labels) if asked else None
     if baseline is None:
         return result, floor
-    base, tried = result[baseline], len(rows) - 1
+    base, num_settings = result[baseline], len(rows) - 1
     seen: dict[int, SeedSpread] = {}
     for i, row in enumerate(result):
         if i == baseline or not row.trials:
@@ -48,23 +48,24 @@ def judge(
         points = 100 * (row.accuracy - base.accuracy) if base.trials else None
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
-    untested = [1.0] * (tried - len(found))
+    untested = [1.0] * (num_settings - len(found))
     p_holm = holm([one.p for one in found.values()] + untested)
     p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
     for (i, one), p, p_loss in zip(found.items(), p_holm, p_loss_holm, strict=False):
         corrected = replace(one, p_holm=p, p_loss_holm=p_loss)
-        result[i] = _withheld(_judged(result[i], corrected, seen[i], margin, tried), base, picked_here)
+        row = _with_verdict(result[i], corrected, seen[i], margin, num_settings)
+        result[i] = _qualify_verdict(row, base, selected_on_report_split)
     return result, floor
 
 
-def _withheld(row: Row, base: Row, picked_here: bool) -> Row:
+def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row:
     """Return a row whose verdict is withdrawn if nothing was learned, or weakened to a lead to be confirmed."""
     if base.has_learned is False and row.difference:
         why = None if row.has_learned is False else Untested.IDLE
         return replace(row, verdict=None, untested=why, difference=replace(row.difference, needed=None))
     if row.verdict in PRAISE and row.has_learned is False:
         return replace(row, verdict=None)
-    return replace(row, verdict=Verdict.AHEAD) if picked_here and row.verdict is Verdict.BETTER else row
+    return replace(row, verdict=Verdict.AHEAD) if selected_on_report_split and row.verdict is Verdict.BETTER else row
 
 
 def floor_of(labels: np.ndarray) -> float:
@@ -143,9 +144,9 @@ def difference_of(seen: SeedSpread, margin: float) -> Difference:
     )
 
 
-def _judged(row: Row, found: Difference, seen: SeedSpread, margin: float, tried: int) -> Row:
+def _with_verdict(row: Row, found: Difference, seen: SeedSpread, margin: float, num_settings: int) -> Row:
     """Return a row with its verdict and, if undecided, what would decide."""
     claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
     if claim is Verdict.UNDECIDED:
-        found = replace(found, needed=what_it_takes(seen, margin / 100, rows=tried))
+        found = replace(found, needed=what_it_takes(seen, margin / 100, rows=num_settings))
     return replace(row, difference=found, verdict=claim)

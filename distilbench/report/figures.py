@@ -16,7 +16,7 @@ from distilbench.report.findings import CostOf, Report, by_score, pareto_front
 from distilbench.report.formats import flops, one_line, percent
 from distilbench.report.names import varying_keys
 from distilbench.report.rows import Row
-from distilbench.report.words import said
+from distilbench.report.words import describe_verdict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -57,7 +57,7 @@ def kind_of(row: Row) -> str:
     """Return the CSS class for a row's colour: base, ended, untested, or its verdict."""
     if row.is_baseline:
         return "base"
-    return row.claim.name.lower() if row.claim else "untested" if row.trials else "ended"
+    return row.final_verdict.name.lower() if row.final_verdict else "untested" if row.trials else "ended"
 
 
 def _thinned(rows: Sequence[Row]) -> list[Row]:
@@ -71,7 +71,7 @@ def _mark_of(row: Row, *points: tuple[float, float]) -> Mark:
     """Return the mark for a row: a dot, a line through several points, or a cross if no trial finished."""
     if not row.trials:
         return Mark("cross", points, tip=f"{row.name}: {row.status}")
-    tip = f"{row.name}: {percent(row.accuracy)}, {said(row)}"
+    tip = f"{row.name}: {percent(row.accuracy)}, {describe_verdict(row)}"
     if len(points) > 1:
         return Mark("line", points, f"setting {kind_of(row)}", tip, row.rank)
     return Mark("dot", points, kind_of(row), tip, row.rank)
@@ -104,7 +104,7 @@ def _against_cost(
     finished = [row for row in rows if row.trials]
     if len(finished) < 2:
         return
-    stopped = [row for row in report.rows if row.stopped and cost(row) > 0]
+    stopped = [row for row in report.rows if row.stopped_trial and cost(row) > 0]
     front = pareto_front(finished, cost)
     marks = [Mark("line", [(cost(row), 100 * row.accuracy) for row in front], "front", "Pareto front")]
     drawn = [*stopped, *sorted(_thinned(finished), key=lambda row: row.is_baseline)]
@@ -142,7 +142,9 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
     """Return the best row of each amount of training text, smallest first, by frozen layers; two amounts or more."""
     curves = {}
     for depth, rows in by_depth(report.rows).items():
-        best = {row.first.train_examples: row for row in reversed(by_score(rows)) if row.first.train_examples}
+        best = {
+            row.first_trial.train_examples: row for row in reversed(by_score(rows)) if row.first_trial.train_examples
+        }
         if len(best) > 1:
             curves[depth] = [best[amount] for amount in sorted(best)]
     return curves
@@ -150,7 +152,7 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
 
 def half_of_text(curve: Sequence[Row]) -> float | None:
     """Return the points of accuracy that halving the text costs, interpolated on a log axis; None if out of range."""
-    amounts = [row.first.train_examples for row in curve]
+    amounts = [row.first_trial.train_examples for row in curve]
     if amounts[-1] / 2 < amounts[0]:
         return None
     at_half = np.interp(math.log(amounts[-1] / 2), np.log(amounts), [row.accuracy for row in curve])
@@ -177,7 +179,7 @@ def _along_text(
     """Draw values against the number of examples, with intervals except for FLOPs, which are exact."""
     marks = []
     for i, (depth, curve) in enumerate(curves.items()):
-        kind, points = f"hue{i % 4}", [(row.first.train_examples, value(row)) for row in curve]
+        kind, points = f"hue{i % 4}", [(row.first_trial.train_examples, value(row)) for row in curve]
         marks.append(Mark("line", points, kind, f"{depth} layers frozen", label=f"depth {depth}"))
         for row, (examples, height) in zip(curve, points, strict=True):
             half = 0 if title == "FLOPs" else 100 * row.accuracy_half_width

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from distilbench.cli import pluralize
 from distilbench.report.formats import interval, less, percent, points
 from distilbench.report.rows import PRAISE, Row, average, noise_of_time
-from distilbench.report.words import above_floor, loss_of, reason_untested, survival, what_decides
+from distilbench.report.words import above_floor, describe_confirmation, describe_loss, reason_untested, what_decides
 from distilbench.results import StoredTrial, Verdict
 
 LEAST_SAVING = 5.0
@@ -29,7 +29,7 @@ class Report:
     ``ui_command`` runs (None if a server is running); ``slices`` are the best rows on parts of the examples; ``curves``
     are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``usual`` is the
     default treatment; ``sources`` are the overrides that select this model and text; ``confirmation`` holds the sweep's
-    rows that were trained ``again``.
+    rows that were trained again.
     """
 
     title: str
@@ -114,7 +114,7 @@ def answer(report: Report) -> list[str]:
 def _of_candidates(report: Report) -> tuple[str, str]:
     candidates, tried = report.candidates, tried_settings(report)
     nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
-    if not any(row.evidence.difference for row in candidates):
+    if not any(row.final_row.difference for row in candidates):
         return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
@@ -135,13 +135,13 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     saved = ", ".join(_savings(cheapest, report))
     first = f"{cheapest.name} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
     first += f"; {rank} {tried}." if rank else "."
-    best = next((row for row in good if row.claim is not Verdict.GOOD_ENOUGH), cheapest)
+    best = next((row for row in good if row.final_verdict is not Verdict.GOOD_ENOUGH), cheapest)
     return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.name} {_claim(best)}.")
 
 
 def good_rows(report: Report) -> list[Row]:
     """Return the settings with a favourable verdict: better than the baseline, ahead, or good enough."""
-    return [row for row in report.candidates if row.claim in PRAISE]
+    return [row for row in report.candidates if row.final_verdict in PRAISE]
 
 
 def trial_to_use(report: Report, best: str) -> StoredTrial | None:
@@ -171,15 +171,15 @@ def cost_rank(report: Report) -> CostOf:
 
 def _claim(row: Row) -> str:
     """State the verdict of a good row, with its figures."""
-    found = row.evidence.difference
+    found = row.final_row.difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
     this_seed = " with this seed" if found.n == 1 else ""
-    if row.claim is Verdict.BETTER:
+    if row.final_verdict is Verdict.BETTER:
         return f"is better{this_seed}, {size}"
-    if row.claim is Verdict.AHEAD:
+    if row.final_verdict is Verdict.AHEAD:
         return f"is ahead, yet to be confirmed, {size}"
-    return f"is good enough{this_seed}: it {loss_of(found)}"
+    return f"is good enough{this_seed}: it {describe_loss(found)}"
 
 
 def _savings(row: Row, report: Report) -> Iterator[str]:
@@ -196,16 +196,18 @@ def _savings(row: Row, report: Report) -> Iterator[str]:
 
 def _undecided(report: Report) -> str:
     """Name the cheapest undecided setting, and what would decide."""
-    open_rows = [row for row in report.candidates if row.claim is Verdict.UNDECIDED and row.has_learned is not False]
+    open_rows = [
+        row for row in report.candidates if row.final_verdict is Verdict.UNDECIDED and row.has_learned is not False
+    ]
     hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
     if not open_rows:
         return ""
     row = min(hopeful or open_rows, key=cost_rank(report))
-    found = row.evidence.difference
+    found = row.final_row.difference
     assert found is not None
     saved = ", ".join(_savings(row, report))
     told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
-    return f"Undecided: {told}; {what_decides(found.needed, row.evidence.examples)}."
+    return f"Undecided: {told}; {what_decides(found.needed, row.final_row.examples)}."
 
 
 def tried_settings(report: Report) -> str:
@@ -222,4 +224,4 @@ def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
     if not confirmation:
         return ""
     named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]
-    return survival((named or confirmation)[0])
+    return describe_confirmation((named or confirmation)[0])

@@ -15,7 +15,7 @@ from rich.console import Console
 from distilbench.cli import command, override, pluralize
 from distilbench.identity import TEXT_AMOUNT, short_hash, value_of, without_defaults
 from distilbench.report import tables
-from distilbench.report.comparison import judge
+from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.findings import Report, by_score
 from distilbench.report.names import source_overrides
 from distilbench.report.noninferiority import verdict_with_margin
@@ -91,8 +91,8 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
     report = _compare(store, trials, request)
     confirmation = _confirmation(store, report, request)
     if request.sweep and not request.sweep.confirms:
-        again = {short_hash(row.treatment): row.again for row in confirmation}
-        rows = (replace(row, again=again.get(short_hash(row.treatment))) for row in report.rows)
+        again = {short_hash(row.treatment): row.confirmation for row in confirmation}
+        rows = (replace(row, confirmation=again.get(short_hash(row.treatment))) for row in report.rows)
         report = replace(report, rows=tuple(rows))
     notes = (*report.notes, *_notes_on_splits(request, report))
     try:
@@ -126,8 +126,8 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         notes += (f"Left out: {pluralize(repeats, 'finished trial')} whose setting and seed a newer one has.",)
     rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
-    picked_here = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
-    rows, floor = judge(rows, baseline, request.margin, request.shown, picked_here)
+    selected_on_report_split = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
+    rows, floor = compare_with_baseline(rows, baseline, request.margin, request.shown, selected_on_report_split)
     return Report(
         title=request.title,
         rows=tuple(rows),
@@ -158,7 +158,7 @@ def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, obj
 
 def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
     """Find the baseline's trials in the store: of the requested run, or finished ones with the expected treatment."""
-    sample = rows[0].first
+    sample = rows[0].first_trial
     if request.baseline:
         found = store.search({}, [request.baseline])
         if not found:
@@ -219,7 +219,7 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
             f"Fresh seeds rule out a lucky seed, not lucky sentences: the {sample.report_split} split also chose the "
             "winner. A sweep with data.selection_fraction=0.1 chooses on other sentences."
         ]
-    if any(row.claim is Verdict.AHEAD for row in report.rows):
+    if any(row.final_verdict is Verdict.AHEAD for row in report.rows):
         confirm = command("confirm", [override("sweep", request.sweep.name)])
         return [
             f"The {sample.report_split} split picked the winners and reports them: a lead is optimistic; confirm it "
@@ -252,7 +252,7 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
     before, after = (other, report) if sweep.confirms else (report, other)
     again = {short_hash(row.treatment): row for row in after.candidates}
     return tuple(
-        replace(row, again=again[key])
+        replace(row, confirmation=again[key])
         for row in by_score(before.candidates)
         if (key := short_hash(row.treatment)) in again
     )
@@ -267,7 +267,7 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
     for row in report.candidates if report.baseline and report.baseline.trials else ():
         found = row.difference
         alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
-        differs = row.verdict and (row.n > 1 or row.again or row.verdict not in (alone, Verdict.AHEAD))
+        differs = row.verdict and (row.n > 1 or row.confirmation or row.verdict not in (alone, Verdict.AHEAD))
         text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:

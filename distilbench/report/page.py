@@ -20,7 +20,7 @@ from distilbench.report.names import embeddings_follow, in_order
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
-from distilbench.report.words import VERDICTS, survival
+from distilbench.report.words import VERDICTS, describe_confirmation
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _SLIM = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
@@ -55,14 +55,14 @@ def page(report: Report) -> str:
         kind_of=kind_of,
         slim=_SLIM,
         plain=plain,
-        survival=survival,
+        describe_confirmation=describe_confirmation,
         one_line=one_line,
     )
 
 
 def _counts(report: Report) -> list[tuple[str, str, str]]:
     """Count the settings with each verdict, and those without one."""
-    counts = Counter(row.claim for row in report.candidates)
+    counts = Counter(row.final_verdict for row in report.candidates)
     items = [(counts[verdict], name, verdict.name.lower()) for verdict, name in VERDICTS.items()]
     items += [(counts[None], "without a verdict", "untested")]
     items += [(sum(not row.trials for row in report.rows), "without a finished trial", "ended")]
@@ -76,7 +76,7 @@ def _command(row: Row, report: Report) -> str:
     if not embeddings_follow(row.treatment):
         told["freeze.embeddings"] = row.treatment["freeze.embeddings"]
     changed = (override(key, told[key]) for key in in_order([*told]))
-    return command("train", [*report.sources, *changed, f"seed={row.first.seed}"])
+    return command("train", [*report.sources, *changed, f"seed={row.first_trial.seed}"])
 
 
 def _whole(text: str) -> Markup:

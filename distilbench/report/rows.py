@@ -158,9 +158,9 @@ class Row:
     baseline's, tested or not; ``difference`` is the tested one, over common seeds. ``verdict`` is None for the
     baseline itself, without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: the
     accuracy is shown to be above that of always predicting the most frequent label; None if not tested. ``examples`` is
-    the number of examples reported on, 0 if unknown. ``again`` is the row of the same setting in a confirmation, with
-    fresh seeds. ``slice`` names the part of the examples that the figures refer to; empty for all. ``number`` is that
-    of the first trial in its sweep, prefixed with the sweep's name if another row has the same number.
+    the number of examples reported on, 0 if unknown. ``confirmation`` is the row of the same setting in a confirmation,
+    with fresh seeds. ``slice`` names the part of the examples that the figures refer to; empty for all. ``number`` is
+    that of the first trial in its sweep, prefixed with the sweep's name if another row has the same number.
     """
 
     label: str
@@ -180,7 +180,7 @@ class Row:
     untested: Untested | None = None
     has_learned: bool | None = None
     examples: int = 0
-    again: Row | None = None
+    confirmation: Row | None = None
     slice: str = ""
     number: str = ""
 
@@ -197,14 +197,14 @@ class Row:
         return 1.96 * math.sqrt(over_examples + over_seeds)
 
     @property
-    def evidence(self) -> Row:
+    def final_row(self) -> Row:
         """The same setting's row with fresh seeds if it was tested, otherwise this row."""
-        return self.again if self.again and self.again.difference else self
+        return self.confirmation if self.confirmation and self.confirmation.difference else self
 
     @property
-    def claim(self) -> Verdict | None:
+    def final_verdict(self) -> Verdict | None:
         """The final verdict: that of fresh seeds, if any."""
-        return self.evidence.verdict
+        return self.final_row.verdict
 
     @property
     def n(self) -> int:
@@ -227,7 +227,7 @@ class Row:
         return (*self.trials, *self.other_trials)
 
     @property
-    def first(self) -> StoredTrial:
+    def first_trial(self) -> StoredTrial:
         """The trial whose number and run represent the row."""
         return self.all_trials[0]
 
@@ -253,7 +253,7 @@ class Row:
         return min(trial.started_ms for trial in self.all_trials)
 
     @property
-    def stopped(self) -> StoredTrial | None:
+    def stopped_trial(self) -> StoredTrial | None:
         """If no trial finished, the last one with an accuracy; otherwise None."""
         shown = [trial for trial in self.other_trials if not math.isnan(trial.accuracy)]
         return shown[-1] if shown and not self.trials else None
@@ -261,7 +261,7 @@ class Row:
     @property
     def accuracy_so_far(self) -> float:
         """The accuracy, or that at which it was stopped; NaN if it was never evaluated."""
-        return self.stopped.accuracy if self.stopped else self.accuracy
+        return self.stopped_trial.accuracy if self.stopped_trial else self.accuracy
 
 
 def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
@@ -325,7 +325,7 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     A sweep names its runs in the same way.
     """
     varying = varying_keys([row.treatment for row in rows])
-    numbers = Counter(row.first.number for row in rows)
+    numbers = Counter(row.first_trial.number for row in rows)
     values = [{key: value_of(row.treatment, key) for key in varying} for row in rows]
     tagged = baseline is not None and rows[baseline].is_tagged
     reference = values[baseline] if baseline is not None else {}
@@ -335,7 +335,7 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
         told = name_of(values[i], varying) if is_baseline else name_beside(values[i], reference, varying)
         title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
         shown = ": ".join(part for part in (title, told) if part) or "all settings"
-        number = row.first.number if row.first.number.isdigit() else ""
-        number = f"{row.first.sweep}/{number}" if number and numbers[number] > 1 else number
+        number = row.first_trial.number if row.first_trial.number.isdigit() else ""
+        number = f"{row.first_trial.sweep}/{number}" if number and numbers[number] > 1 else number
         labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i, number=number))
     return labelled

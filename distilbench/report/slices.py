@@ -71,7 +71,7 @@ def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: 
     return replace(
         row, slice=name or NAMELESS, accuracy=accuracy, accuracy_deviation=deviation, examples=int(where.sum()),
         difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,
-        has_learned=None, again=None,
+        has_learned=None, confirmation=None,
     )  # fmt: skip
 
 

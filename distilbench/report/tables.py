@@ -16,7 +16,7 @@ from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row, noise_of_time
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
-from distilbench.report.words import said, size_of, survival
+from distilbench.report.words import describe_confirmation, describe_difference, describe_verdict
 from distilbench.results import Status
 
 ERRORS_TOLD = 5
@@ -44,7 +44,7 @@ def protocol_lines(report: Report) -> list[str]:
 def details(report: Report) -> Iterator[str]:
     """State what readers of the table need besides: confirmations, failures, and how to read the figures."""
     for row in report.confirmation:
-        yield one_line(survival(row))
+        yield one_line(describe_confirmation(row))
     yield from failures(report)
     yield from notes_of(report)
 
@@ -124,7 +124,7 @@ def note(report: Report) -> str:
     """Write the description of a sweep's run in Markdown: the answer and the first rows, with links."""
     rows = [row for i, row in enumerate(report.table_rows) if i < NOTE_ROWS or row.is_baseline]
     lines = [f"**{markdown(sentence)}**  " for sentence in answer(report)]
-    lines += [f"{markdown(survival(row))}  " for row in report.confirmation]
+    lines += [f"{markdown(describe_confirmation(row))}  " for row in report.confirmation]
     lines += ["", *markdown_table(rows, NOTE), ""]
     more = len(report.rows) - len(rows)
     lines += [f"{more:,} more in report.html.", ""] if more else []
@@ -134,7 +134,9 @@ def note(report: Report) -> str:
 def trial_headline(report: Report, row: Row) -> str:
     """Return one line of Markdown with a sweep's verdict on a setting, for the top of its trials' runs."""
     corrected = f"corrected for {tried_settings(report)}"
-    return markdown(f"{size_of(row)} against the baseline. {report.title}: {said(row)}, {corrected}.")
+    return markdown(
+        f"{describe_difference(row)} against the baseline. {report.title}: {describe_verdict(row)}, {corrected}."
+    )
 
 
 def trial_note(report: Report, row: Row) -> str:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from distilbench.cli import pluralize
 from distilbench.identity import value_of
 from distilbench.report.columns import CSV, attribute, markdown_table
-from distilbench.report.comparison import judge
+from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.formats import interval, markdown, p_value, points
 from distilbench.report.names import name_of, varying_keys
 from distilbench.report.rows import Row, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.words import above_floor, loss_of, reason_untested, size_of, what_decides
+from distilbench.report.words import above_floor, describe_difference, describe_loss, reason_untested, what_decides
 from distilbench.results import StoredTrial, Verdict
 
 COLUMNS = (
@@ -50,11 +50,13 @@ class Comparison:
     slices: tuple[Row, ...] = ()
 
 
-def compare(trial: StoredTrial, baseline: StoredTrial, margin: float, picked_here: bool = False) -> Comparison:
-    """Compare two finished trials of one protocol; ``margin`` and ``picked_here`` are those of :func:`judge`."""
+def compare(
+    trial: StoredTrial, baseline: StoredTrial, margin: float, selected_on_report_split: bool = False
+) -> Comparison:
+    """Compare two finished trials of one protocol; its other arguments are those of :func:`compare_with_baseline`."""
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
-    (base, row), floor = judge(rows, 0, margin, picked_here=picked_here)
+    (base, row), floor = compare_with_baseline(rows, 0, margin, selected_on_report_split=selected_on_report_split)
     return Comparison(row, base, floor, margin, rows_by_slice([base, row], margin))
 
 
@@ -78,7 +80,7 @@ def sentence(comparison: Comparison) -> str:
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
         Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
-        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {loss_of(found)}, less than {margin}.",
+        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {describe_loss(found)}, less than {margin}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
         Verdict.UNDECIDED: f"Undecided {on_these}: it may lose up to {found.loses_at_most:.2f} points, "
         f"and the margin is {margin}; "
@@ -117,7 +119,7 @@ def comparison_headline(comparison: Comparison) -> str:
     """Return a line or two of Markdown with the difference from the baseline and the outcome."""
     if comparison.baseline.has_learned is False:  # the sentence itself begins with this and has the points
         return markdown(sentence(comparison))
-    return markdown(f"{size_of(comparison.row)} against the baseline. {sentence(comparison)}")
+    return markdown(f"{describe_difference(comparison.row)} against the baseline. {sentence(comparison)}")
 
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:

@@ -11,7 +11,7 @@ from distilbench.results import Verdict
 VERDICTS = {verdict: verdict.value for verdict in Verdict} | {Verdict.AHEAD: "ahead, to be confirmed"}
 
 
-def said(row: Row) -> str:
+def describe_verdict(row: Row) -> str:
     """Return a row's verdict in words, the reason for having none, or its status; empty without a baseline."""
     if not row.trials:
         return row.status
@@ -22,9 +22,9 @@ def said(row: Row) -> str:
 
 def _verdict(row: Row) -> str:
     """Return the verdict with its number of seeds; for one seed, better and worse hold "with this seed" only."""
-    if row.again and row.again.difference:
-        said_of = VERDICTS[row.again.verdict] if row.again.verdict else reason_untested(row.again) or "has not learned"
-        return f"{said_of} with fresh seeds (n = {row.again.difference.n})"
+    if (fresh := row.confirmation) and fresh.difference:
+        outcome = VERDICTS[fresh.verdict] if fresh.verdict else reason_untested(fresh) or "has not learned"
+        return f"{outcome} with fresh seeds (n = {fresh.difference.n})"
     if not row.verdict or not row.difference:
         return ""
     n = row.difference.n
@@ -43,7 +43,7 @@ def reason_untested(row: Row) -> str:
     return f"{row.untested or ''}{seeds}"
 
 
-def loss_of(found: Difference) -> str:
+def describe_loss(found: Difference) -> str:
     """Say how much a setting loses at most and, if the loss is significant, how much it loses."""
     if found.loses_at_most <= 0:
         return "loses nothing"
@@ -71,20 +71,20 @@ def decided_by(row: Row) -> str:
     return f"{needed.seeds} seeds" if needed.seeds else f"{needed.examples:,} examples" if needed.examples else "never"
 
 
-def size_of(row: Row) -> str:
+def describe_difference(row: Row) -> str:
     """State a row's difference from the baseline: points, interval, number of seeds."""
     found = row.difference
     if found is None:
-        return f"{points(row.points)} points, {said(row)}" if row.points is not None else row.status
+        return f"{points(row.points)} points, {describe_verdict(row)}" if row.points is not None else row.status
     return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
 
 
-def survival(row: Row) -> str:
+def describe_confirmation(row: Row) -> str:
     """State whether a row's advantage survived fresh seeds, with both figures."""
-    assert row.again
-    survived = row.again.verdict is Verdict.BETTER
+    assert row.confirmation
+    survived = row.confirmation.verdict is Verdict.BETTER
     word = "survived fresh seeds" if survived else "did not survive fresh seeds"
     if (row.points or 0) <= 0:
         word = "appears only now" if survived else "was not there in the sweep either"
-    then, now = size_of(row), size_of(row.again)
+    then, now = describe_difference(row), describe_difference(row.confirmation)
     return f"The advantage of {row.name} {word}: {then} in the sweep; {now} in the confirmation."

@@ -180,8 +180,8 @@ def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) 
         if baseline is None:
             return
         protocol = trial.prepared.protocol
-        picked_here = trial.context.picks and protocol.selection_split == protocol.report_split
-        comparison = compare(trial.stored, baseline, trial.settings.margin, picked_here)
+        selected_on_report_split = trial.context.picks and protocol.selection_split == protocol.report_split
+        comparison = compare(trial.stored, baseline, trial.settings.margin, selected_on_report_split)
         if trial.store and trial.run_id:
             text, figures = comparison_markdown(comparison), comparison_metrics(comparison)
             trial.store.add_comparison(trial.run_id, text, figures, comparison_headline(comparison))

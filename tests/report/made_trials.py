@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.comparison import judge
+from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.findings import Report
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import Predictions, Status, StoredTrial
@@ -89,12 +89,17 @@ def sweep(settings: int, seeds: int = 1, hostile: bool = False) -> list[StoredTr
 
 
 def report_of(
-    trials, is_picked_here: bool = True, shown: int = 200, title: str = "Sweep first", margin: float = 1.0, **changes
+    trials,
+    selected_on_report_split: bool = True,
+    shown: int = 200,
+    title: str = "Sweep first",
+    margin: float = 1.0,
+    **changes,
 ) -> Report:
     """Return the report of these trials, with fabricated learning curves."""
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
-    rows, floor = judge(rows, baseline, margin, shown, is_picked_here and len(rows) > 2)
+    rows, floor = compare_with_baseline(rows, baseline, margin, shown, selected_on_report_split and len(rows) > 2)
     curves = tuple((row, [(step, row.accuracy - 0.03 / step) for step in (1, 2, 3)]) for row in rows[:8] if row.trials)
     return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, floor=floor, **changes)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.report.findings import answer
-from distilbench.report.words import said
+from distilbench.report.words import describe_verdict
 from distilbench.results import Status
 from tests.report.made_trials import failed, report_of, treatment, trial
 
@@ -14,7 +14,7 @@ COSTS = {"train_flops": 690e12, "peak_memory_bytes": 2e9}
 CHEAP = {"train_flops": 366e12, "train_seconds": 850.0, "peak_memory_bytes": 1.5e9}
 
 
-def three(best=0.90, frozen=0.897, seeds=(1, 2, 3), is_picked_here=False, margin=5.0, **changes):
+def three(best=0.90, frozen=0.897, seeds=(1, 2, 3), selected_on_report_split=False, margin=5.0, **changes):
     """The baseline, three frozen layers at half of the cost, and a cosine, each with these seeds."""
     trials = [
         made
@@ -25,7 +25,7 @@ def three(best=0.90, frozen=0.897, seeds=(1, 2, 3), is_picked_here=False, margin
             trial(best, seed, 2, COSINE, **COSTS),
         )
     ]
-    return report_of(trials, is_picked_here, margin=margin, **changes)
+    return report_of(trials, selected_on_report_split, margin=margin, **changes)
 
 
 def test_the_cheapest_good_enough_setting_is_named_with_what_it_saves_and_costs_at_most():
@@ -54,7 +54,7 @@ def test_a_better_one_alone_tells_its_size_and_a_lead_that_it_is_to_be_confirmed
     (told,) = answer(three(best=0.95, frozen=0.6))
     assert told.startswith("scheduler=cosine is better, +4.93 points (95 % +3.")
     assert told.endswith("; the only one of the 2 settings tried.")
-    (told,) = answer(three(best=0.95, frozen=0.6, is_picked_here=True))
+    (told,) = answer(three(best=0.95, frozen=0.6, selected_on_report_split=True))
     assert told.startswith("scheduler=cosine is ahead, yet to be confirmed, +4.93 points (95 % +3.")
 
 
@@ -75,7 +75,7 @@ def test_what_is_shown_to_lose_too_much_leaves_nothing_open():
 
 def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_says_why():
     report = report_of([trial(0.56), trial(0.51, 1, 1, FROZEN), trial(0.5, 1, 2, COSINE)], False, margin=20.0)
-    assert [(row.claim, row.has_learned, said(row)) for row in report.candidates] == [
+    assert [(row.final_verdict, row.has_learned, describe_verdict(row)) for row in report.candidates] == [
         (None, False, "has not learned")
     ] * 2
     assert answer(report)[0] == (
@@ -86,7 +86,7 @@ def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_
 
 def test_beside_a_baseline_that_has_not_learned_nothing_is_praised():
     report = report_of([trial(0.5), trial(0.9, 1, 1, FROZEN), trial(0.5, 1, 2, COSINE)], False, margin=20.0)
-    assert [said(row) for row in report.candidates] == [
+    assert [describe_verdict(row) for row in report.candidates] == [
         "not judged: the baseline has not learned", "has not learned"
     ]  # fmt: skip
     assert answer(report) == [
@@ -128,12 +128,12 @@ def test_sweeps_that_answer_nothing_say_why(trials, line):
 
 def confirmed(first, again):
     """A sweep's report whose ``scheduler=cosine``, with these accuracies in the sweep and anew, was confirmed."""
-    before = three(first, frozen=0.6, seeds=(1,), is_picked_here=True)
+    before = three(first, frozen=0.6, seeds=(1,), selected_on_report_split=True)
     after = three(again, frozen=0.6).candidates[0]
     assert after.label == "scheduler=cosine"
-    rows = tuple(replace(row, again=after) if row.label == after.label else row for row in before.rows)
+    rows = tuple(replace(row, confirmation=after) if row.label == after.label else row for row in before.rows)
     first_row = next(row for row in before.rows if row.label == after.label)
-    return replace(before, rows=rows, confirmation=(replace(first_row, again=after),))
+    return replace(before, rows=rows, confirmation=(replace(first_row, confirmation=after),))
 
 
 def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures():

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from distilbench.report.comparison import judge
+from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact, spread_over_seeds
-from distilbench.report.words import loss_of, said
+from distilbench.report.words import describe_loss, describe_verdict
 from distilbench.results import Predictions, Status, Verdict
 from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, treatment, trial
 
@@ -25,12 +25,13 @@ def right(*wrong: range) -> np.ndarray:
 
 def test_one_seed_is_mcnemars_exact_test_and_says_that_it_is_one_seed():
     report = report_of(
-        [trial(right=right(range(100))), trial(right=right(range(40)), place=1, settings=FROZEN)], is_picked_here=False
+        [trial(right=right(range(100))), trial(right=right(range(40)), place=1, settings=FROZEN)],
+        selected_on_report_split=False,
     )
     (row,) = report.candidates
     assert row.difference.points == pytest.approx(100 * 60 / EXAMPLES)
     assert row.difference.p == mcnemar_exact(60, 0)
-    assert (row.verdict, said(row)) == (Verdict.BETTER, "better with this seed (n = 1)")
+    assert (row.verdict, describe_verdict(row)) == (Verdict.BETTER, "better with this seed (n = 1)")
 
 
 def test_several_seeds_are_paired_over_seeds_and_examples():
@@ -47,7 +48,7 @@ def test_the_correction_counts_every_comparison():
     base = trial(right=right(range(100)))
     others = [trial(right=right(range(100 - gain)), place=i, settings=s)
               for i, (gain, s) in enumerate(zip((20, 6, 2), settings, strict=True), start=1)]  # fmt: skip
-    report = report_of([base, *others], is_picked_here=False)
+    report = report_of([base, *others], selected_on_report_split=False)
     p = [mcnemar_exact(gain, 0) for gain in (20, 6, 2)]
     assert [row.difference.p_holm for row in report.candidates] == pytest.approx([3 * p[0], 2 * p[1], p[2]])
     assert [row.verdict for row in report.candidates] == [Verdict.BETTER, Verdict.GOOD_ENOUGH, Verdict.GOOD_ENOUGH]
@@ -57,10 +58,10 @@ def test_rows_beyond_those_shown_are_counted_but_not_tested():
     base = trial(right=right(range(100)))
     others = [trial(right=right(range(95 - i)), place=i + 1, settings=treatment(optim_lr=i + 1.0)) for i in range(30)]
     rows = rows_from([base, *others])
-    shown, _ = judge(rows, find_baseline(rows, USUAL), 1.0, shown=2)
+    shown, _ = compare_with_baseline(rows, find_baseline(rows, USUAL), 1.0, shown=2)
     p = mcnemar_exact(34, 0)
     assert shown[0].difference.p_holm == pytest.approx(30 * p)
-    assert (shown[2].verdict, said(shown[2])) == (None, "not tested: beyond the rows asked for")
+    assert (shown[2].verdict, describe_verdict(shown[2])) == (None, "not tested: beyond the rows asked for")
     assert shown[2].points == pytest.approx(100 * 32 / EXAMPLES)
 
 
@@ -70,7 +71,7 @@ def test_the_correction_counts_what_was_pruned_or_failed_too():
     stopped = [
         failed(status, n, treatment(optim_lr=float(n))) for n, status in enumerate((Status.PRUNED, Status.FAILED), 2)
     ]
-    (row,) = report_of([base, better, *stopped], is_picked_here=False).candidates
+    (row,) = report_of([base, better, *stopped], selected_on_report_split=False).candidates
     assert row.difference.p_holm == pytest.approx(3 * mcnemar_exact(20, 0))
 
 
@@ -78,21 +79,21 @@ def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
     trials = [
         t for seed in (1, 2, 3) for t in (trial(0.85, seed), trial(0.95, seed, 1, FROZEN), trial(0.94, seed, 2, COSINE))
     ]
-    picked = report_of(trials, is_picked_here=True)
+    picked = report_of(trials, selected_on_report_split=True)
     assert [row.verdict for row in picked.candidates] == [Verdict.AHEAD, Verdict.AHEAD]
-    assert [said(row) for row in picked.candidates] == ["ahead, to be confirmed (n = 3)"] * 2
-    elsewhere = report_of(trials, is_picked_here=False)
-    assert [said(row) for row in elsewhere.candidates] == ["better (n = 3)"] * 2
+    assert [describe_verdict(row) for row in picked.candidates] == ["ahead, to be confirmed (n = 3)"] * 2
+    elsewhere = report_of(trials, selected_on_report_split=False)
+    assert [describe_verdict(row) for row in elsewhere.candidates] == ["better (n = 3)"] * 2
 
 
 def test_a_single_setting_beside_the_baseline_was_chosen_by_nobody():
-    (row,) = report_of([trial(0.85), trial(0.95, 1, 1, FROZEN)], is_picked_here=True).candidates
+    (row,) = report_of([trial(0.85), trial(0.95, 1, 1, FROZEN)], selected_on_report_split=True).candidates
     assert row.verdict is Verdict.BETTER
 
 
 def test_worse_is_said_of_the_frozen_encoder():
     trials = [t for seed in (1, 2, 3) for t in (trial(0.95, seed), trial(0.85, seed, 1, FROZEN))]
-    assert said(report_of(trials).candidates[0]) == "worse (n = 3)"
+    assert describe_verdict(report_of(trials).candidates[0]) == "worse (n = 3)"
 
 
 @pytest.mark.parametrize(
@@ -107,25 +108,25 @@ def test_worse_is_said_of_the_frozen_encoder():
 )
 def test_what_cannot_be_tested_says_why(changes, why):
     (row,) = report_of([trial(0.9), trial(0.95, 1, 1, FROZEN, **changes)]).candidates
-    assert (row.verdict, row.difference, said(row)) == (None, None, why)
+    assert (row.verdict, row.difference, describe_verdict(row)) == (None, None, why)
     assert row.points == pytest.approx(5, abs=0.1)
 
 
 def test_seeds_that_the_baseline_lacks_are_named():
     trials = [trial(0.9, 42), trial(0.95, 1, 1, FROZEN), trial(0.95, 2, 1, FROZEN)]
-    assert said(report_of(trials).candidates[0]) == "not tested: the baseline lacks seeds 1, 2"
+    assert describe_verdict(report_of(trials).candidates[0]) == "not tested: the baseline lacks seeds 1, 2"
 
 
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
     report = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)])
-    assert said(report.candidates[0]) == "not tested: the baseline did not finish"
+    assert describe_verdict(report.candidates[0]) == "not tested: the baseline did not finish"
 
 
 def pair(gains: int, losses: int, margin: float = 1.0, **terms):
     """A row that alone is right on ``gains`` examples, and whose baseline is on ``losses``."""
     base = trial(right=right(range(gains)))
     ours = trial(right=right(range(gains, gains + losses)), place=1, settings=FROZEN)
-    (row,) = report_of([base, ours], is_picked_here=False, margin=margin, **terms).candidates
+    (row,) = report_of([base, ours], selected_on_report_split=False, margin=margin, **terms).candidates
     return row
 
 
@@ -135,12 +136,12 @@ def test_a_loss_shown_to_be_below_the_margin_is_good_enough():
     assert (row.verdict, row.difference.needed) == (Verdict.GOOD_ENOUGH, None)
     assert row.difference.loses_at_most == pytest.approx(100 * found.bound)
     assert row.difference.p_loss == found.p
-    assert said(row) == "good enough (n = 1)"
+    assert describe_verdict(row) == "good enough (n = 1)"
 
 
 def test_a_row_that_loses_but_less_than_the_margin_is_good_enough():
     row = pair(0, 9, margin=5.0)
-    assert loss_of(row.difference).startswith("loses 1.03 points, at most ")
+    assert describe_loss(row.difference).startswith("loses 1.03 points, at most ")
     assert row.verdict is Verdict.GOOD_ENOUGH
     assert pair(0, 9, margin=0.5).verdict is Verdict.WORSE
 
@@ -157,7 +158,7 @@ def test_both_corrections_count_what_was_tried():
     rows = [trial(right=right(range(40 - gain)), place=i, settings=treatment(optim_lr=float(i)))
             for i, gain in enumerate((3, 1), start=1)]  # fmt: skip
     stopped = failed(Status.PRUNED, 3, treatment(optim_lr=3.0))
-    first, second = report_of([base, *rows, stopped], is_picked_here=False).candidates
+    first, second = report_of([base, *rows, stopped], selected_on_report_split=False).candidates
     p = [noninferiority_exact(gain, 0, EXAMPLES, 0.01).p for gain in (3, 1)]
     assert (first.difference.p_loss, second.difference.p_loss) == tuple(p)
     assert first.difference.p_loss_holm == pytest.approx(3 * p[0])

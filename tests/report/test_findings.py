@@ -95,7 +95,7 @@ def test_the_data_curve_has_the_best_setting_of_each_amount_a_line_a_depth():
     worse = on_text(1000, 0.7, 0, rate=1e-3)
     curves = data_curve(report_of([trial(0.9, train_examples=2000), *trials, worse]))
     assert list(curves) == [0], "one amount makes no line"
-    assert [(row.first.train_examples, round(row.accuracy, 2)) for row in curves[0]] == [
+    assert [(row.first_trial.train_examples, round(row.accuracy, 2)) for row in curves[0]] == [
         (500, 0.8),
         (1000, 0.84),
         (2000, 0.9),

@@ -10,7 +10,7 @@ from distilbench.report.comparison import floor_of, has_learned
 from distilbench.report.findings import answer
 from distilbench.report.tables import latex_report, markdown_report, note, print_report
 from distilbench.report.trial import compare, comparison_headline
-from distilbench.report.words import said
+from distilbench.report.words import describe_verdict
 from distilbench.results import Predictions
 from tests.report.made_trials import report_of, treatment, trial
 
@@ -52,7 +52,7 @@ def test_coins_are_called_learned_in_at_most_the_level():
 
 
 def test_a_baseline_that_has_not_learned_is_told_of_first_and_everywhere():
-    report = report_of([made(ALWAYS), made(LEARNED, place=1, settings=FROZEN)], is_picked_here=False)
+    report = report_of([made(ALWAYS), made(LEARNED, place=1, settings=FROZEN)], selected_on_report_split=False)
     first = "The baseline has not learned: 51.03 %, while always predicting the most frequent label scores 51.03 %."
     assert answer(report)[0].startswith(first)
     stream = io.StringIO()
@@ -68,12 +68,12 @@ def test_a_baseline_that_has_not_learned_is_told_of_first_and_everywhere():
 )
 def test_nothing_is_judged_beside_a_baseline_that_has_not_learned_nor_said_to_need_more(right, expected):
     base, ours = made(ALWAYS), made(right, place=1, settings=FROZEN)
-    (row,) = report_of([base, ours], is_picked_here=False).candidates
+    (row,) = report_of([base, ours], selected_on_report_split=False).candidates
     assert (row.verdict, row.difference.needed) == (None, None)
-    assert said(row) == expected
+    assert describe_verdict(row) == expected
     assert comparison_headline(compare(ours, base, 1.0)).startswith("The baseline has not learned: 51.03 %")
 
 
 def test_a_setting_that_has_not_learned_is_called_so_beside_its_verdict():
     (row,) = report_of([made(LEARNED), made(ALWAYS, place=1, settings=FROZEN)]).candidates
-    assert said(row) == "worse with this seed (n = 1), has not learned"
+    assert describe_verdict(row) == "worse with this seed (n = 1), has not learned"

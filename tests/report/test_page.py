@@ -119,7 +119,7 @@ def test_a_confirmation_stands_beside_the_sweep():
 
     report = report_of([trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3))])
     row = report.candidates[0]
-    words = Document(page(report_of([trial(0.9)], confirmation=(replace(row, again=row),)))).words
+    words = Document(page(report_of([trial(0.9)], confirmation=(replace(row, confirmation=row),)))).words
     assert "Confirmed with fresh seeds?" in words
     assert "The advantage of layers=3 was not there in the sweep either: " in words
 
@@ -265,7 +265,7 @@ def test_labels_with_units_are_few_and_numbers_stay_with_them():
     costs = [trial(0.9 - n / 50, 1, n, treatment(freeze_layers=n), train_flops=1.03e12 - n * 1.14e11) for n in range(7)]
     drawn = page(report_of(costs)).partition("Accuracy against FLOPs")[2].partition("</svg>")[0]
     assert re.findall(r">([\d.]+ [GT])<", drawn) == ["400 G", "600 G", "800 G", "1 T"]
-    assert "11\N{NO-BREAK SPACE}% fewer FLOPs" in page(report_of(costs, is_picked_here=False, margin=5.0))
+    assert "11\N{NO-BREAK SPACE}% fewer FLOPs" in page(report_of(costs, selected_on_report_split=False, margin=5.0))
 
 
 def test_a_sweep_whose_trials_all_score_the_same_has_its_page():

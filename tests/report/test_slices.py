@@ -25,7 +25,7 @@ def sliced(stored, names=NAMES):
 
 
 def report_with(trials):
-    report = report_of(trials, is_picked_here=False)
+    report = report_of(trials, selected_on_report_split=False)
     return replace(report, slices=rows_by_slice(report.rows, report.margin))
 
 
@@ -122,7 +122,7 @@ def test_every_kind_of_table_and_the_page_have_the_slices(trials):
     shown = page(report)
     assert "<h2>By slice</h2>" in shown
     assert ">book</td>" in shown
-    plain = report_of(trials, is_picked_here=False)
+    plain = report_of(trials, selected_on_report_split=False)
     assert "By slice" not in page(plain) + markdown_report(plain) + latex_report(plain)
 
 

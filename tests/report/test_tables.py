@@ -27,7 +27,7 @@ def report():
             trial(0.9060, 1, 2, COSINE, loss=0.3804, train_seconds=1366.0),
             failed(Status.DIVERGED, 3, treatment(optim_lr=1.0)),
         ],
-        is_picked_here=False,
+        selected_on_report_split=False,
         notes=("A note on the sweep.",),
     )
 

@@ -184,6 +184,6 @@ def test_a_comparison_with_a_baseline_that_has_not_learned_says_that_first():
 
 
 def test_a_trial_of_a_sweep_whose_split_chose_it_says_what_the_sweep_says():
-    told = sentence(report.compare(stored(BETTER, number="3"), baseline(SAME), 1.0, picked_here=True))
+    told = sentence(report.compare(stored(BETTER, number="3"), baseline(SAME), 1.0, selected_on_report_split=True))
     assert told.startswith("Ahead of the baseline on these 100 examples, to be confirmed: ")
     assert told.endswith("not yet their settings; the sweep's report corrects for all that was tried.")
