@@ -46,9 +46,9 @@ class SettingsError(ValueError):
     """An error that the user can fix; the message is one line: setting, allowed values, value received, remedy."""
 
 
-def require(holds: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
-    """Raise :class:`SettingsError` ``<setting> must be <allowed>, got <value>; <remedy>`` unless ``holds``."""
-    if not holds:
+def require(condition: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
+    """Raise :class:`SettingsError` ``<setting> must be <allowed>, got <value>; <remedy>`` unless ``condition``."""
+    if not condition:
         shown = repr(value) if isinstance(value, str) else str(value)
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise SettingsError(f"{setting} must be {allowed}, got {shown}" + (f"; {remedy}" if remedy else ""))
@@ -59,7 +59,7 @@ class Rule:
     """The allowed values of a setting, in words and as a predicate; ``each`` applies it to every element of a list."""
 
     allowed: str
-    holds: Callable[[Any], bool]
+    is_valid: Callable[[Any], bool]
     each: bool = False
 
 
@@ -77,35 +77,35 @@ ABOVE_ZERO = Rule("above 0", lambda value: 0 < value < math.inf)
 DISTINCT = Rule("null or a list of different values", lambda values: 0 < len(set(values)) == len(values))
 
 
-def within(interval: str) -> Rule:
+def in_interval(interval: str) -> Rule:
     """Allow the numbers of an interval in mathematical notation: ``[0, 1)`` includes 0 but not 1."""
     low, high = map(float, interval[1:-1].split(","))
     ends = {end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"}
     return Rule(f"in {interval}", lambda value: low < value < high or value in ends)
 
 
-def named(allowed: str, pattern: str, most: int) -> Rule:
+def matching(allowed: str, pattern: str, most: int) -> Rule:
     """Allow strings that match ``pattern`` and have at most ``most`` bytes in UTF-8."""
     return Rule(allowed, lambda value: len(value.encode()) <= most and bool(re.fullmatch(pattern, value, re.DOTALL)))
 
 
 @dataclass(frozen=True)
-class PathIf:
+class IsPath:
     """Marks a path relative to where the command was typed; with ``source``, only for settings of that source."""
 
     source: str | None = None
 
 
-MARGIN = within("(0, 100]")
+MARGIN = in_interval("(0, 100]")
 LABEL_NAMES = Rule("2 or more distinct names", lambda names: 1 < len(set(names) - {None}) == len(names))
-DEVICE = named("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
-REGISTERED = named("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
-                   r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
+DEVICE = matching("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
+REGISTERED = matching("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
+                      r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
 
-DATABASE = "database"
+IS_DATABASE_URL = "database URL"
 """Marks a URL that may name an SQLite file, relative to the directory in which the command was typed."""
 
-AS_TYPED = "as typed"
+AS_STRINGS = "as strings"
 """Marks a list of strings that Hydra would parse as other types: ``true`` and ``1`` are names here."""
 
 
@@ -131,7 +131,7 @@ class Checked:
             for rule in marks:
                 if isinstance(rule, Rule) and value is not None:
                     for one in value if rule.each else [value]:
-                        require(rule.holds(one), self._prefix + name, rule.allowed, one)
+                        require(rule.is_valid(one), self._prefix + name, rule.allowed, one)
         self._check()
 
     def _check(self) -> None:
@@ -144,7 +144,7 @@ class ModelSettings(Checked, group="model"):
 
     source: Annotated[str, one_of(("hub", "package", "local", "random"))]
     """hub | package | local | random."""
-    checkpoint: Annotated[str, PathIf("local"), Rule("a name or a path", bool)]
+    checkpoint: Annotated[str, IsPath("local"), Rule("a name or a path", bool)]
     """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
@@ -173,9 +173,9 @@ class DataSettings(Checked, group="data"):
     """Configuration of the hub data set, if it has several."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
-    train: Annotated[Optional[str], PathIf("files")] = None
+    train: Annotated[Optional[str], IsPath("files")] = None
     """Training split: its name (hub) or a CSV, TSV, JSON, JSONL or Parquet file (files)."""
-    validation: Annotated[Optional[str], PathIf("files")] = None
+    validation: Annotated[Optional[str], IsPath("files")] = None
     """Validation split or file; null splits `validation_fraction` off train, stratified and seeded. `one+another`
     combines several hub splits, which are then also reported as slices."""
     text_column: Optional[str] = None
@@ -186,13 +186,13 @@ class DataSettings(Checked, group="data"):
     """Column that holds the label."""
     slice_column: Optional[str] = None
     """Column, such as the origin of a text, by whose values results are also reported; null means no slices."""
-    label_names: Annotated[Optional[list[str]], AS_TYPED, LABEL_NAMES] = None
+    label_names: Annotated[Optional[list[str]], AS_STRINGS, LABEL_NAMES] = None
     """Names of the labels, in the order of their numbers; null takes them from the data."""
-    validation_fraction: Annotated[float, within("(0, 1)")] = 0.1
+    validation_fraction: Annotated[float, in_interval("(0, 1)")] = 0.1
     """Share of train used for validation if `validation` is null, in (0, 1)."""
-    selection_fraction: Annotated[float, within("[0, 1)")] = 0.0
+    selection_fraction: Annotated[float, in_interval("[0, 1)")] = 0.0
     """Share of train split off to pick epochs and winners, in [0, 1); 0 uses validation, as in the course report."""
-    report_fraction: Annotated[float, within("[0, 1)")] = 0.0
+    report_fraction: Annotated[float, in_interval("[0, 1)")] = 0.0
     """Share of train split off only to report on, in [0, 1), if validation is small; validation then picks epochs and
     winners, and `selection_fraction` must be 0."""
     split_seed: int = 0
@@ -254,12 +254,12 @@ class FreezeSettings(Checked, group="freeze"):
             require(self.dropout, "freeze.dropout", f"true with freeze.policy={self.policy}", cli_string(self.dropout))
 
     @property
-    def moves(self) -> bool:
+    def is_dynamic(self) -> bool:
         """Whether what is frozen changes at evaluations."""
         return self.policy in ("gradual", "scheduled", "auto")
 
     @property
-    def fewest_parts(self) -> int:
+    def min_parts(self) -> int:
         """The fewest parts between evaluations for anything to change; auto must compare two parts first."""
         return 3 if self.policy == "auto" else 2
 
@@ -284,7 +284,7 @@ class AdapterSettings(Checked, group="adapter"):
     """LoRA's rank, from 1 to the model's width; null for other adapters."""
     alpha: Annotated[Optional[float], ABOVE_ZERO]
     """LoRA's alpha, above 0: the update is scaled by alpha / rank; null for other adapters."""
-    dropout: Annotated[Optional[float], within("[0, 1)")]
+    dropout: Annotated[Optional[float], in_interval("[0, 1)")]
     """Dropout probability on the input of LoRA's matrices, in [0, 1); null for other adapters."""
     merge: bool
     """Whether to save, besides `adapter/` for peft, also `model/` with the adapter merged, for plain Transformers."""
@@ -302,7 +302,7 @@ class SchedulerSettings(Checked, group="scheduler"):
 
     name: Annotated[str, one_of(SCHEDULERS)]
     """linear | cosine | cosine_with_restarts | polynomial | constant | constant_with_warmup | inverse_sqrt."""
-    warmup_ratio: Annotated[float, within("[0, 1]")]
+    warmup_ratio: Annotated[float, in_interval("[0, 1]")]
     """Share of all steps used for warm-up, in [0, 1]; rounded up to whole steps as in transformers."""
     warmup_steps: Annotated[Optional[int], at_least(0)]
     """Number of warm-up steps, 0 or more; null or 0 means `warmup_ratio` decides."""
@@ -333,15 +333,15 @@ class OptimSettings(Checked, group="optim"):
     """Weight decay, 0 or more: decoupled for adamw, L2 for sgd; not applied to biases and LayerNorm."""
     max_grad_norm: Annotated[float, at_least(0)]
     """Maximum gradient norm for clipping, 0 or more; 0 turns clipping off."""
-    beta1: Annotated[float, within("[0, 1)")]
+    beta1: Annotated[float, in_interval("[0, 1)")]
     """AdamW's decay rate of the first moment, in [0, 1)."""
-    beta2: Annotated[float, within("[0, 1)")]
+    beta2: Annotated[float, in_interval("[0, 1)")]
     """AdamW's decay rate of the second moment, in [0, 1)."""
     eps: Annotated[float, at_least(0)]
     """AdamW's epsilon, 0 or more: added to the denominator."""
-    momentum: Annotated[float, within("[0, 1)")]
+    momentum: Annotated[float, in_interval("[0, 1)")]
     """SGD's momentum, in [0, 1)."""
-    layer_decay: Annotated[float, within("(0, 1]")]
+    layer_decay: Annotated[float, in_interval("(0, 1]")]
     """Layer-wise decay, in (0, 1]: each layer's learning rate is this times that of the layer above; the head has `lr`,
     the embeddings have the lowest rate."""
 
@@ -369,7 +369,7 @@ class TrainSettings(Checked, group="train"):
     """Steps between evaluations, 1 or more; null evaluates after each epoch."""
     patience: Annotated[Optional[int], at_least(1)]
     """Early stopping after this many evaluations in a row without a better `metric`, 1 or more; null never stops."""
-    label_smoothing: Annotated[float, within("[0, 1)")]
+    label_smoothing: Annotated[float, in_interval("[0, 1)")]
     """Share of each training target that is spread over all labels, in [0, 1); evaluations are not affected."""
     class_weights: Annotated[str, one_of(("none", "balanced"))]
     """none | balanced: weight of each example's training loss; balanced is examples / (labels x examples of its
@@ -382,7 +382,7 @@ class TrainSettings(Checked, group="train"):
     """Whether to continue an interrupted trial of the same settings from its last checkpoint in `output.dir`."""
 
     def _check(self) -> None:
-        require(self.batch_size % self.examples_at_once == 0, "train.micro_batch_size",
+        require(self.batch_size % self.examples_per_pass == 0, "train.micro_batch_size",
                 f"a divisor of train.batch_size={self.batch_size}", self.micro_batch_size)  # fmt: skip
 
     @property
@@ -391,7 +391,7 @@ class TrainSettings(Checked, group="train"):
         return self.metric != "loss"
 
     @property
-    def examples_at_once(self) -> int:
+    def examples_per_pass(self) -> int:
         """`micro_batch_size` with null resolved."""
         return self.micro_batch_size or self.batch_size
 
@@ -416,7 +416,7 @@ class EngineSettings(Checked, group="engine"):
 class OutputSettings:
     """Where a trial writes, and what it keeps."""
 
-    dir: Annotated[str, PathIf()]
+    dir: Annotated[str, IsPath()]
     """The trial's directory; by default Hydra's output directory."""
     save_model: bool
     """Whether to save the best epoch's model and tokenizer in `model/` of that directory."""
@@ -447,8 +447,8 @@ class TrialSettings(Checked):
             require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", cli_string(freeze.embeddings))
             require(freeze.dropout, "freeze.dropout", f"true {given}", cli_string(freeze.dropout))
 
-        if self.freeze.moves:
-            fewest = self.freeze.fewest_parts
+        if self.freeze.is_dynamic:
+            fewest = self.freeze.min_parts
             has_parts = self.train.epochs >= fewest or self.train.eval_steps is not None
             require(has_parts, "train.epochs", f"{fewest} or more with freeze.policy={self.freeze.policy}, which moves "
                     "at evaluations", self.train.epochs, "or set train.eval_steps")  # fmt: skip
@@ -465,9 +465,9 @@ class TrackingSettings(Checked, group="tracking"):
 
     name: Annotated[str, one_of(("mlflow", "none"))]
     """mlflow | none."""
-    uri: Annotated[Optional[str], DATABASE]
+    uri: Annotated[Optional[str], IS_DATABASE_URL]
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI if set, otherwise mlflow.db in the project's root."""
-    experiment: Annotated[str, named("a name of at most 256 bytes", r".*\S.*", 256)]
+    experiment: Annotated[str, matching("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment, at most 256 bytes."""
     patience_seconds: Annotated[float, at_least(0)]
     """Seconds (0 or more) to wait for an unreachable store: at the end of a trial or sweep, when a worker starts."""
@@ -499,7 +499,7 @@ class BaselineSettings:
     """Whether to train the baseline first if there is no finished one of the same protocol."""
 
 
-SWEEP_NAME = named("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)
+SWEEP_NAME = matching("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)
 COUNT_OR_SHARE = Rule("a whole number or a share below 1", lambda value: value < 1 or value % 1 == 0)
 
 
@@ -602,7 +602,7 @@ class CompareSettings(Checked):
     """How many settings to test and show, best first, 1 or more; the correction for multiple tests counts all."""
     formats: Annotated[list[str], one_of(FORMATS, each=True)]
     """Files to write: html, markdown, latex, csv."""
-    output: Annotated[Optional[str], PathIf()]
+    output: Annotated[Optional[str], IsPath()]
     """Folder for those files; null is outputs/reports/NAME, named after the sweep, the experiments or the runs."""
     tracking: TrackingSettings
 
@@ -632,7 +632,7 @@ class ConfirmSettings(Checked):
     """Loss of accuracy, in percentage points, at which a treatment is still good enough; null is the sweep's own."""
     name: Annotated[Optional[str], WITHOUT_PATH]
     """Name of the confirmation, which is a sweep of its own; null is `<sweep>-confirm`."""
-    output: Annotated[Optional[str], PathIf()]
+    output: Annotated[Optional[str], IsPath()]
     """Folder of the confirmation; null is outputs/sweeps/<name>."""
     dry_run: bool
     """Whether to print only what would be trained and how long it would take."""
@@ -666,7 +666,7 @@ class PredictSettings(Checked):
 
     run: Optional[str]
     """Id of a trial's run."""
-    dir: Annotated[Optional[str], PathIf()]
+    dir: Annotated[Optional[str], IsPath()]
     """Directory of a Transformers model with a classification head, such as model/ in a trial's directory."""
     sweep: Optional[str]
     """Name of a sweep, from which `best` picks the trial."""
@@ -674,7 +674,7 @@ class PredictSettings(Checked):
     """answer | accuracy: the sweep's answer (its baseline if no setting is shown to be good enough), or the trial with
     the best `train.metric` on the selection split."""
     data: PredictDataSettings
-    output: Annotated[str, PathIf()]
+    output: Annotated[str, IsPath()]
     """File to write: CSV, TSV, JSONL or Parquet by its extension; with format=glue, a folder works too."""
     format: Annotated[str, one_of(("table", "glue"))]
     """table | glue: texts, labels and probabilities, or GLUE's submission format (SST-2.tsv: index, prediction)."""
@@ -755,11 +755,11 @@ def _build(cls: Any, values: Any) -> Any:
             require(isinstance(value, dict), getattr(cls, "_prefix", "") + name, "null or settings of its own", value,
                     "conf/ shows one")  # fmt: skip
             made[name] = _build(nested, value)
-        elif any(isinstance(m, PathIf) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
+        elif any(isinstance(m, IsPath) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
             made[name] = str(original_cwd() / Path(value).expanduser())
-        elif DATABASE in marks.get(name, ()):
+        elif IS_DATABASE_URL in marks.get(name, ()):
             made[name] = with_absolute_file(value)
-        elif AS_TYPED in marks.get(name, ()):
+        elif AS_STRINGS in marks.get(name, ()):
             made[name] = [cli_string(one) for one in value]
     return cls(**made)
 
@@ -804,7 +804,7 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]
         nested = _dataclass_in(hint)
-        if nested in (cls, *inside) or AS_TYPED in _marks(cls).get(f.name, ()):
+        if nested in (cls, *inside) or AS_STRINGS in _marks(cls).get(f.name, ()):
             hint = Any
         elif nested:
             hint = _schema(nested, (cls, *inside))

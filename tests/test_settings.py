@@ -365,9 +365,9 @@ def test_a_policy_that_moves_needs_evaluations_to_move_at():
             f"train.epochs must be {fewest} or more with freeze.policy={policy}, which moves at evaluations, got "
             f"{epochs}; or set train.eval_steps"
         )
-    assert composed("freeze=gradual", "train.epochs=2").freeze.moves
+    assert composed("freeze=gradual", "train.epochs=2").freeze.is_dynamic
     assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").needs_trainer
-    assert composed("freeze=gradual", "train.epochs=2").freeze.moves
+    assert composed("freeze=gradual", "train.epochs=2").freeze.is_dynamic
 
 
 def test_a_model_that_is_not_saved_is_not_logged():
@@ -406,7 +406,7 @@ def test_an_adapter_and_a_frozen_part_are_two_ways_of_which_one_is_taken(overrid
 
 def test_micro_batches_that_memory_asks_for_are_divisors_of_the_batch(usual):
     train = dataclasses.replace(usual.train, batch_size=12)
-    assert (train.examples_at_once, dataclasses.replace(train, micro_batch_size=4).examples_at_once) == (12, 4)
+    assert (train.examples_per_pass, dataclasses.replace(train, micro_batch_size=4).examples_per_pass) == (12, 4)
     assert [train.smaller_micro_batch(size) for size in (12, 10, 6, 5, 4, 3, 2, 1)] == [6, 4, 3, 2, 2, 1, 1, None]
 
 

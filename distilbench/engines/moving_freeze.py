@@ -22,8 +22,8 @@ from distilbench.settings import FreezeSettings, require
 
 def require_parts(settings: FreezeSettings, schedule: BatchSchedule) -> None:
     """Raise :class:`SettingsError` if the freeze policy needs more evaluations than ``schedule`` has."""
-    if settings.moves:
-        every, most = schedule.eval_steps, (schedule.steps - 1) // (settings.fewest_parts - 1)
+    if settings.is_dynamic:
+        every, most = schedule.eval_steps, (schedule.steps - 1) // (settings.min_parts - 1)
         allowed = f"at most {most} for {schedule.steps} steps with freeze.policy={settings.policy}, which moves "
         require(not every or every <= most, "train.eval_steps", allowed + "at evaluations", every)
 

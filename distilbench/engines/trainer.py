@@ -63,9 +63,9 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
     began, train = time.perf_counter(), settings.train
     while True:
         result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
-        if result.status is not Status.OUT_OF_MEMORY or (train.examples_at_once, train.eval_batch_size) == (1, 1):
+        if result.status is not Status.OUT_OF_MEMORY or (train.examples_per_pass, train.eval_batch_size) == (1, 1):
             return result
-        micro, evaluated = train.smaller_micro_batch(train.examples_at_once) or 1, max(1, train.eval_batch_size // 2)
+        micro, evaluated = train.smaller_micro_batch(train.examples_per_pass) or 1, max(1, train.eval_batch_size // 2)
         train = replace(train, micro_batch_size=micro, eval_batch_size=evaluated, resume=True)
         log.warning(SMALLER, micro)
         release_memory()
@@ -107,7 +107,7 @@ class _Run(TrainerCallback):
             raise
         self.trial.sample_memory()
         self.trial.setup_seconds = self.trial.setup_seconds or self.stopwatch.lap().seconds
-        return self.trial.end(*outcome, self.settings.train.examples_at_once)
+        return self.trial.end(*outcome, self.settings.train.examples_per_pass)
 
     def _set_up(self) -> None:
         """Build model, optimizer, schedule and Trainer, and find the checkpoint to resume from."""
@@ -124,7 +124,7 @@ class _Run(TrainerCallback):
         counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
         self.checkpoint = trial.take_up(self.resolved.used.fingerprint)
-        if settings.freeze.moves:
+        if settings.freeze.is_dynamic:
             self.moving = MovingFreeze(self.model, settings.freeze, self.schedule, trial.progress.gradients)
             counts, trial.flops = self.moving.parameters, self.moving.flops
         trial.about |= {"trainable_parameters": counts[0], "total_parameters": counts[1]}
@@ -148,7 +148,7 @@ class _Run(TrainerCallback):
             train_dataset=range(len(splits.train)),
             data_collator=lambda rows: padded_batch(splits.train, np.asarray(rows), splits.pad_token_id, True),
             optimizers=(optimizer, schedule),
-            compute_loss_func=None if loss.is_plain and train.examples_at_once == train.batch_size else share_of_batch,
+            compute_loss_func=None if loss.is_plain and train.examples_per_pass == train.batch_size else share_of_batch,
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
@@ -274,8 +274,8 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.examples_at_once,
-        gradient_accumulation_steps=train.batch_size // train.examples_at_once,
+        per_device_train_batch_size=train.examples_per_pass,
+        gradient_accumulation_steps=train.batch_size // train.examples_per_pass,
         max_grad_norm=settings.optim.max_grad_norm,
         seed=settings.seed,
         use_cpu=device.type == "cpu",

@@ -67,7 +67,7 @@ def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[
 
     ``settings`` must have passed :func:`~distilbench.models.resolve.check_trial`. Raises as :func:`layer_list`.
     """
-    return frozenset() if settings.moves else frozenset(_POLICIES[settings.policy](model, settings))
+    return frozenset() if settings.is_dynamic else frozenset(_POLICIES[settings.policy](model, settings))
 
 
 def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:

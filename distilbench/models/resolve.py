@@ -90,7 +90,7 @@ def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
     if kind == "albert":
         why = "ALBERT's layers share one set of weights, so none can be told from the others"
         require(freeze.layers == 0, "freeze.layers", f"0 for {name}", freeze.layers, why)
-        require(not freeze.moves, "freeze.policy", f"depth, head or bias for {name}", freeze.policy, why)
+        require(not freeze.is_dynamic, "freeze.policy", f"depth, head or bias for {name}", freeze.policy, why)
         require(settings.optim.layer_decay == 1, "optim.layer_decay", f"1 for {name}", settings.optim.layer_decay, why)
     require(freeze.layers <= resolved.depth, "freeze.layers", f"0..{resolved.depth} for {short}", freeze.layers)
     has_biases = resolved.config.get("norm_bias", kind != "modernbert")

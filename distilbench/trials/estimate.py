@@ -39,7 +39,7 @@ def estimate_alone(settings: AppSettings, prepared: Prepared) -> float:
     trial fails within its first steps.
     """
     engine, trial, splits = engine_for(prepared.engine), prepared_trial(settings, prepared), prepared.splits
-    if not trial.freeze.moves:
+    if not trial.freeze.is_dynamic:
         return solo_seconds(engine, trial, splits)
     schedule = BatchSchedule.of(trial.train, len(splits.train))
     planned = planned_levels(trial.freeze, schedule, top=prepared.model.depth + 1)

@@ -125,7 +125,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     schedule = BatchSchedule.of(settings.train, len(splits.train))
     freeze(model, settings.freeze)
     frozen_levels = planned_levels(settings.freeze, schedule, top=resolved.depth + 1)
-    flops = planned_flops(model, frozen_levels) if settings.freeze.moves else {0: TrainFlops.of(model)}
+    flops = planned_flops(model, frozen_levels) if settings.freeze.is_dynamic else {0: TrainFlops.of(model)}
     trained, total = parameter_counts(model)
     compact, vocabulary = _compact(splits)
     layout = FlatParamLayout(model, vocabulary)
@@ -190,7 +190,7 @@ def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     2022, arXiv 2205.05198, section 4.1).
     """
     layout, train = context.layout, context.splits.train
-    lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_at_once))]
+    lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_per_pass))]
     model = layout.architecture
     layers = model.depth - (prefix_depth(layout, layout.frozen) or 0)
     values = layers * lengths.sum() * model.heads * (17 * model.head_size + 2.5 * lengths.max())

@@ -93,7 +93,7 @@ class Member:
                 alike = state.get_slice("row").get_shape() == [context.layout.size]
             require(alike, "train.resume", "false where another version of distilbench left the checkpoint", checkpoint,
                     "use train.resume=false, or another output.dir")  # fmt: skip
-        return cls(trial, context, lrs, checkpoint, train.examples_at_once, train.eval_batch_size)
+        return cls(trial, context, lrs, checkpoint, train.examples_per_pass, train.eval_batch_size)
 
     def start(self, initial: torch.Tensor | None) -> list[torch.Tensor]:
         """Return parameters and moments (size,) of the checkpoint or, without one, only ``initial``."""

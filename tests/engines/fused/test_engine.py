@@ -103,7 +103,7 @@ def reference(settings, splits, dtype=torch.float64, around_step=lambda step, pa
             if step == until:
                 return model.eval(), losses, norms
             around_step(step, rows)
-            if settings.freeze.moves:
+            if settings.freeze.is_dynamic:
                 freeze_levels(model, frozen[step // settings.train.eval_steps])
             inputs = padded_batch(splits.train, rows, splits.pad_token_id)
             labels = torch.from_numpy(splits.train.labels[rows])
