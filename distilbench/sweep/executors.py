@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -164,16 +165,25 @@ def _overrides(job: SweepJob) -> list[str]:
     return [*job.overrides, f"hydra.sweep.subdir={job.trial}", *(f"{key}={path}" for key, path in quoted.items())]
 
 
-def quieten() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence Optuna's and the launchers' messages about each step, since the sweep reports its own progress.
 
-    ``hydra.verbose`` keeps them.
+    ``hydra.verbose`` keeps them. Afterwards they speak as before: a notebook goes on after its sweep.
     """
     launchers = dict.fromkeys(("hydra_plugins", "hydra._internal.core_plugins"), logging.WARNING)
-    for name, level in {"optuna": logging.ERROR, **launchers}.items():
-        if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
-            logging.getLogger(name).setLevel(level)
-    warnings.filterwarnings("ignore", "Heartbeat of storage")  # Optuna sends them only in Study.optimize
+    quieted = {logging.getLogger(name): level for name, level in {"optuna": logging.ERROR, **launchers}.items()}
+    before = {logger: logger.level for logger in quieted}
+    for logger, level in quieted.items():
+        if not logger.isEnabledFor(logging.DEBUG):
+            logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage")  # Optuna sends them only in Study.optimize
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 class Batches(Protocol):

@@ -24,7 +24,7 @@ from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import End, Executor, Pool, executor_for, quieten
+from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
 from distilbench.sweep.job import Orphaned, SweepJob, beating
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
@@ -67,12 +67,12 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     return run_plan(plan, storage, executor)
 
 
+@quiet()
 def run_plan(
     plan: SweepPlan, storage: Storage, executor: Executor, tags: Mapping[str, str] | None = None
 ) -> str | None:
     """Run a plan, with ``tags`` on the sweep's own MLflow run; returns None, or why it failed, in one line."""
     store = open_store(plan.settings.tracking)
-    quieten()
     try:
         with SignalGuard() as guard:
             plan, studies = open_studies(plan, storage, store.holds if store else None)

@@ -17,10 +17,6 @@ from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.optimization import lr_scale
 from distilbench.settings import OptimSettings
 
-NUM_STEP_SCALARS = 4
-"""Values that change with the step: lr; lr * weight_decay; AdamW's step size, lr / (1 - beta1^t); and
-1 / sqrt(1 - beta2^t)."""
-
 
 class CapturableOptimizer:
     """Apply the update rule of ``optimizer`` with ``lrs`` (steps, trials); the moments stay shared with it."""
@@ -43,7 +39,7 @@ class CapturableOptimizer:
 
     @torch.no_grad()
     def step(self, step_scalars: torch.Tensor, norms: torch.Tensor) -> None:
-        """Clip, take a step with ``step_scalars`` (1 or levels, trials, NUM_STEP_SCALARS), and write ``norms``."""
+        """Clip, take a step with ``step_scalars`` (1 or levels, trials, 4), and write ``norms``."""
         weights = self.weights
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
@@ -87,9 +83,10 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
 
 
 def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return ``(steps, trials, NUM_STEP_SCALARS)`` float64 for ``lrs`` (steps, trials).
+    """Return what changes with the step, ``(steps, trials, 4)`` float64, for ``lrs`` (steps, trials).
 
-    AdamW's bias correction counts steps from ``first``, the first step that trains the parameters.
+    That is lr; lr * weight_decay; AdamW's step size, lr / (1 - beta1^t); and 1 / sqrt(1 - beta2^t), where t counts
+    steps from ``first``, the first step that trains the parameters.
     """
     steps = np.arange(1 - first, len(lrs) + 1 - first).clip(1)[:, None]
     decay, beta1, beta2 = (np.array([getattr(s, n) for s in settings]) for n in ("weight_decay", "beta1", "beta2"))
