@@ -93,7 +93,7 @@ def _seeds(row: Row) -> str:
     """Return how many seeds finished, and how the others ended."""
     ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
     told = ", ".join(f"{count} {status}" for status, count in ended.items())
-    return f"{row.n} ({told})" if told and row.trials else str(row.n)
+    return f"{row.num_seeds} ({told})" if told and row.trials else str(row.num_seeds)
 
 
 def _short(saved: float) -> str:

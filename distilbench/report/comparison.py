@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
-from distilbench.report.power import PLANNED_SEEDS, Needed, needed, spread_seen, what_it_takes
+from distilbench.report.power import PLANNED_SEEDS, Needed, needed, needed_to_decide, spread_seen
 from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
 from distilbench.report.statistics import SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
 from distilbench.results import Predictions, Verdict
@@ -36,7 +36,7 @@ def compare_with_baseline(
     if baseline is None:
         return result, floor
     base, num_settings = result[baseline], len(rows) - 1
-    seen: dict[int, SeedSpread] = {}
+    spreads: dict[int, SeedSpread] = {}
     for i, row in enumerate(result):
         if i == baseline or not row.trials:
             continue
@@ -44,7 +44,7 @@ def compare_with_baseline(
         if isinstance(spread, Untested):
             row = replace(row, untested=spread)
         else:
-            seen[i], row = spread, replace(row, difference=difference_of(spread, margin))
+            spreads[i], row = spread, replace(row, difference=difference_of(spread, margin))
         points = 100 * (row.accuracy - base.accuracy) if base.trials else None
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
@@ -53,7 +53,7 @@ def compare_with_baseline(
     p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
     for (i, one), p, p_loss in zip(found.items(), p_holm, p_loss_holm, strict=False):
         corrected = replace(one, p_holm=p, p_loss_holm=p_loss)
-        row = _with_verdict(result[i], corrected, seen[i], margin, num_settings)
+        row = _with_verdict(result[i], corrected, spreads[i], margin, num_settings)
         result[i] = _qualify_verdict(row, base, selected_on_report_split)
     return result, floor
 
@@ -104,10 +104,10 @@ def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float) -> Needed |
     """
     found = []
     for row in rows:
-        seen = _spread(row, base)
-        if isinstance(seen, Untested):
+        spread = _spread(row, base)
+        if isinstance(spread, Untested):
             return None
-        found.append(needed(spread_seen(seen), PLANNED_SEEDS, len(seen.by_example), margin / 100, rows=len(rows)))
+        found.append(needed(spread_seen(spread), PLANNED_SEEDS, len(spread.by_example), margin / 100, rows=len(rows)))
     return max(found, key=lambda one: (one.seeds is None, one.seeds or one.examples or 0))
 
 
@@ -117,7 +117,7 @@ def _spread(row: Row, base: Row) -> SeedSpread | Untested:
         return Untested.BASELINE
     sides = row.predictions, base.predictions
     kept = [predictions for side in sides for predictions in side.values()]
-    if len(kept) < row.n + base.n:
+    if len(kept) < row.num_seeds + base.num_seeds:
         return Untested.PREDICTIONS
     if any(not np.array_equal(predictions.labels, kept[0].labels) for predictions in kept):
         return Untested.EXAMPLES
@@ -128,9 +128,9 @@ def _spread(row: Row, base: Row) -> SeedSpread | Untested:
         return Untested.SEEDS
 
 
-def difference_of(seen: SeedSpread, margin: float) -> Difference:
+def difference_of(spread: SeedSpread, margin: float) -> Difference:
     """Test a difference without correction, for a ``margin`` in percentage points."""
-    compared, loss = compare_over_seeds(seen), noninferiority_over_seeds(seen, margin / 100)
+    compared, loss = compare_over_seeds(spread), noninferiority_over_seeds(spread, margin / 100)
     return Difference(
         points=100 * compared.difference,
         low=100 * compared.low,
@@ -140,13 +140,13 @@ def difference_of(seen: SeedSpread, margin: float) -> Difference:
         loses_at_most=100 * loss.bound,
         p_loss=loss.p,
         p_loss_holm=loss.p,
-        n=seen.n,
+        num_seeds=spread.num_seeds,
     )
 
 
-def _with_verdict(row: Row, found: Difference, seen: SeedSpread, margin: float, num_settings: int) -> Row:
+def _with_verdict(row: Row, found: Difference, spread: SeedSpread, margin: float, num_settings: int) -> Row:
     """Return a row with its verdict and, if undecided, what would decide."""
     claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
     if claim is Verdict.UNDECIDED:
-        found = replace(found, needed=what_it_takes(seen, margin / 100, rows=num_settings))
+        found = replace(found, needed=needed_to_decide(spread, margin / 100, rows=num_settings))
     return replace(row, difference=found, verdict=claim)

@@ -174,7 +174,7 @@ def _claim(row: Row) -> str:
     found = row.final_row.difference
     assert found is not None
     size = f"{points(found.points)} points (95 % {interval(found.low, found.high)})"
-    this_seed = " with this seed" if found.n == 1 else ""
+    this_seed = " with this seed" if found.num_seeds == 1 else ""
     if row.final_verdict is Verdict.BETTER:
         return f"is better{this_seed}, {size}"
     if row.final_verdict is Verdict.AHEAD:

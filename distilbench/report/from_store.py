@@ -267,7 +267,7 @@ def _tell_trials(store: MlflowStore, report: Report) -> None:
     for row in report.candidates if report.baseline and report.baseline.trials else ():
         found = row.difference
         alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
-        differs = row.verdict and (row.n > 1 or row.confirmation or row.verdict not in (alone, Verdict.AHEAD))
+        differs = row.verdict and (row.num_seeds > 1 or row.confirmation or row.verdict not in (alone, Verdict.AHEAD))
         text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:

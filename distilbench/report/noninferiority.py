@@ -43,7 +43,7 @@ BETA = 1e-6
 """Probability that the discordance lies outside the interval that is searched; also the smallest possible p."""
 _STEP = 0.25
 """Initial step between the discordances that are tried, in standard errors."""
-_REACH = 7
+_TAIL_DEVIATIONS = 7
 """Outcomes beyond so many standard deviations are ignored: less than 1e-10 of the probability."""
 
 
@@ -57,7 +57,7 @@ class NonInferiority(NamedTuple):
     bound: float
 
 
-def noninferiority_over_seeds(seen: SeedSpread, margin: float) -> NonInferiority:
+def noninferiority_over_seeds(spread: SeedSpread, margin: float) -> NonInferiority:
     """Test whether A loses less than ``margin``; a single pair uses :func:`noninferiority_exact`.
 
     For several seeds, returns the larger p and the larger bound of two tests: the exact one for fixed seeds
@@ -66,33 +66,33 @@ def noninferiority_over_seeds(seen: SeedSpread, margin: float) -> NonInferiority
     all components are scaled up by the same factor. Otherwise a low number of differing examples, by chance, would give
     a small variance and a small loss at once (simulated: error rates up to 4.3 % instead of 2.5 %).
     """
-    given = noninferiority_exact(*effective_counts(seen.by_example), margin)
-    if seen.n == 1:
+    given = noninferiority_exact(*effective_counts(spread.by_example), margin)
+    if spread.num_seeds == 1:
         return given
-    p, bound = _p_over_seeds(seen, margin), _bound_over_seeds(seen)
+    p, bound = _p_over_seeds(spread, margin), _bound_over_seeds(spread)
     return NonInferiority(max(p, given.p), max(bound, given.bound))
 
 
 def _p_over_seeds(spread: SeedSpread, margin: float) -> float:
     distance = spread.difference + margin
-    half = p_of_difference(spread.parts, abs(distance) * _deflation(spread, margin)) / 2
+    half = p_of_difference(spread.variance_components, abs(distance) * _standard_error_ratio(spread, margin)) / 2
     return half if distance > 0 else 1 - half
 
 
 def _bound_over_seeds(spread: SeedSpread) -> float:
     from scipy.optimize import brentq
 
-    critical, loss = critical_difference(spread.parts, 2 * ALPHA), -spread.difference
+    critical, loss = critical_difference(spread.variance_components, 2 * ALPHA), -spread.difference
 
     def excess(bound: float) -> float:
-        return (bound - loss) * _deflation(spread, bound) - critical
+        return (bound - loss) * _standard_error_ratio(spread, bound) - critical
 
     if critical == 0:
         return loss
     return float(brentq(excess, loss, 1.0, xtol=1e-9)) if excess(1.0) > 0 else 1.0
 
 
-def _deflation(spread: SeedSpread, loss: float) -> float:
+def _standard_error_ratio(spread: SeedSpread, loss: float) -> float:
     """Return the ratio of the observed standard error to that at a true ``loss``, for fixed seeds; at most 1."""
     examples = len(spread.by_example)
     observed = float(spread.by_example.var(ddof=1)) / examples if examples > 1 else 0.0
@@ -131,12 +131,12 @@ def noninferiority_exact(only_a: int, only_b: int, examples: int, margin: float)
 class _Region:
     """The outcomes that are at least as strong evidence for a small loss as the observed one.
 
-    These are the outcomes whose upper limit of the loss, by Tango's score at ``Z``, is ``limit`` or less. ``low`` and
-    ``high`` bound the discordance.
+    These are the outcomes whose upper limit of the loss, by Tango's score at ``Z``, is ``upper_limit`` or less. ``low``
+    and ``high`` bound the discordance.
     """
 
     examples: int
-    limit: float
+    upper_limit: float
     low: float
     high: float
 
@@ -167,7 +167,7 @@ class _Region:
 
         n, discordance = self.examples, np.maximum(np.sin(steps) ** 2, abs(loss))
         lose, gain = (discordance + loss)[:, None] / 2, (discordance - loss)[:, None] / 2  # (discordances, 1)
-        reach = _REACH * np.sqrt(n * lose * (1 - lose)) + _REACH**2 / 3
+        reach = _TAIL_DEVIATIONS * np.sqrt(n * lose * (1 - lose)) + _TAIL_DEVIATIONS**2 / 3
         first, last = max((n * lose - reach).min(), 0.0), min((n * lose + reach).max(), n)
         losses = np.arange(math.floor(first), math.ceil(last) + 1.0)  # (losses,)
         log_choose = gammaln(n + 1) - gammaln(losses + 1) - gammaln(n - losses + 1)
@@ -181,23 +181,23 @@ class _Region:
 
     def _fewest_gains(self, losses: np.ndarray) -> np.ndarray:
         """Return the fewest gains that put each of ``(losses,)`` into the region; more than possible if none do."""
-        if self.limit >= 1:
+        if self.upper_limit >= 1:
             return np.zeros_like(losses)
         outside, inside = np.full_like(losses, -1.0), self.examples - losses + 1
         for _ in range(self.examples.bit_length() + 1):
             middle = np.floor((outside + inside) / 2)
-            within = _tango_score(np.maximum(middle, 0), losses, self.examples, self.limit) <= -Z
+            within = _tango_score(np.maximum(middle, 0), losses, self.examples, self.upper_limit) <= -Z
             open_ = inside - outside > 1
             inside, outside = np.where(open_ & within, middle, inside), np.where(open_ & ~within, middle, outside)
         return inside
 
     def bound(self) -> float:
-        """Return the largest loss whose p is not below ``ALPHA``; the search starts at ``limit``, which is close."""
+        """Return the largest loss whose p is not below ``ALPHA``; the search starts at ``upper_limit``, close to it."""
         from scipy.optimize import brentq
 
-        if self.limit >= 1:
+        if self.upper_limit >= 1:
             return 1.0
-        low = high = self.limit
+        low = high = self.upper_limit
         step = 1 / self.examples
         while self.p(low) < ALPHA:
             low, step = max(low - step, -1.0), 2 * step

@@ -42,7 +42,7 @@ def page(report: Report) -> str:
         report=report,
         answer=answer(report),
         counts=_counts(report),
-        seeds=sorted({row.n for row in report.candidates}),
+        seeds=sorted({row.num_seeds for row in report.candidates}),
         verdicts=VERDICTS,
         depths=sorted({str(row.treatment.get("freeze.layers", "")) for row in report.table_rows}),
         columns=filled(FULL, report.table_rows),

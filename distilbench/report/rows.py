@@ -119,7 +119,7 @@ class Difference:
     """Accuracy of a setting minus the baseline's, in percentage points: 95 % interval, p before and after Holm.
 
     ``loses_at_most`` is the upper bound of the loss, one-sided at 97.5 %; ``p_loss`` is the p of a loss of the margin
-    or more. ``n`` counts seeds, or pairs of seeds. ``needed`` is what would decide an undecided comparison.
+    or more. ``num_seeds`` counts seeds, or pairs of seeds. ``needed`` is what would decide an undecided comparison.
     """
 
     points: float
@@ -130,7 +130,7 @@ class Difference:
     loses_at_most: float
     p_loss: float
     p_loss_holm: float
-    n: int
+    num_seeds: int
     needed: Needed | None = None
 
 
@@ -193,7 +193,7 @@ class Row:
     def accuracy_half_width(self) -> float:
         """Half the width of the accuracy's 95 % interval, as a share: over examples and, if several, over seeds."""
         over_examples = self.accuracy * (1 - self.accuracy) / self.examples if self.examples else 0.0
-        over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.n, 1)
+        over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.num_seeds, 1)
         return 1.96 * math.sqrt(over_examples + over_seeds)
 
     @property
@@ -207,7 +207,7 @@ class Row:
         return self.final_row.verdict
 
     @property
-    def n(self) -> int:
+    def num_seeds(self) -> int:
         """The number of seeds that finished."""
         return len(self.trials)
 

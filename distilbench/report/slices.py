@@ -48,7 +48,9 @@ def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
     if slices is None:
         return ()
     names = Counter(slices.tolist()).most_common()
-    whole = [row for row in told if [len(one.labels) for one in row.predictions.values()] == row.n * [len(slices)]]
+    whole = [
+        row for row in told if [len(one.labels) for one in row.predictions.values()] == row.num_seeds * [len(slices)]
+    ]
     base = next((row for row in whole if row.is_baseline), None)
     found = [_on_slice(row, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for row in whole]
     differences = [row.difference for row in found if row.difference]

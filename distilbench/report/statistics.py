@@ -53,15 +53,16 @@ def paired_accuracy_interval(only_a: int, only_b: int, examples: int) -> tuple[f
 class SeedSpread:
     """The difference of two treatments per example, and the variance of its mean in independent components.
 
-    ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_parts`` are ``(variance, degrees of freedom)``
-    of the grand mean over seeds, empty for a single pair; ``noise`` is the part of that variance that is due to
-    seed x example noise. ``n`` counts pairs of seeds or, without common seeds, the seeds of the smaller side.
+    ``by_example`` is ``(examples,)``, A - B averaged over seeds. ``seed_components`` are
+    ``(variance, degrees of freedom)`` of the grand mean over seeds, empty for a single pair; ``interaction_variance``
+    is the part of that variance that is due to seed x example noise. ``num_seeds`` counts pairs of seeds or, without
+    common seeds, the seeds of the smaller side.
     """
 
     by_example: np.ndarray
-    seed_parts: tuple[tuple[float, int], ...]
-    noise: float
-    n: int
+    seed_components: tuple[tuple[float, int], ...]
+    interaction_variance: float
+    num_seeds: int
 
     @property
     def difference(self) -> float:
@@ -72,16 +73,17 @@ class SeedSpread:
     def example_variance(self) -> float:
         """Variance of the difference due to examples, which no number of seeds reduces.
 
-        The variance of ``by_example`` includes ``noise``, which the seed parts already contain, so it is subtracted.
+        The variance of ``by_example`` includes ``interaction_variance``, which the seed components already contain, so
+        it is subtracted.
         """
         examples = len(self.by_example)
         spread = float(self.by_example.var(ddof=1)) / examples if examples > 1 else 0.0
-        return max(spread - self.noise, 0.0)
+        return max(spread - self.interaction_variance, 0.0)
 
     @property
-    def parts(self) -> list[tuple[float, float]]:
+    def variance_components(self) -> list[tuple[float, float]]:
         """All components ``(variance, degrees of freedom)`` of the difference's variance."""
-        return [*self.seed_parts, (self.example_variance, math.inf)]
+        return [*self.seed_components, (self.example_variance, math.inf)]
 
 
 def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[int, np.ndarray]) -> SeedSpread:
@@ -104,8 +106,8 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
     a, b = (np.stack(side).astype(float) for side in sides)  # (seeds, examples) of zeros and ones
     by_example = (a - b).mean(axis=0) if is_paired else a.mean(axis=0) - b.mean(axis=0)
     found = [(*_seed_variance(x), len(x) - 1) for x in ([a - b] if is_paired else [a, b]) if len(x) > 1]
-    parts, noise = tuple((variance, df) for variance, _, df in found), sum(noise for _, noise, _ in found)
-    return SeedSpread(by_example, parts, noise, n=min(len(a), len(b)))
+    components, noise = tuple((variance, df) for variance, _, df in found), sum(noise for _, noise, _ in found)
+    return SeedSpread(by_example, components, noise, num_seeds=min(len(a), len(b)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class SeedComparison:
     p: float
 
 
-def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
+def compare_over_seeds(spread: SeedSpread) -> SeedComparison:
     """Test a difference and compute its interval; a single pair uses McNemar and :func:`paired_accuracy_interval`.
 
     The variance of the mean difference has a component from the seeds and one from the examples, estimated by the mean
@@ -129,14 +131,14 @@ def compare_over_seeds(seen: SeedSpread) -> SeedComparison:
     result is never more certain than the test for fixed seeds: the wider interval and the larger p of the two are
     returned.
     """
-    by_example, difference, parts = seen.by_example, seen.difference, seen.parts
-    if seen.n == 1:
+    by_example, difference, components = spread.by_example, spread.difference, spread.variance_components
+    if spread.num_seeds == 1:
         only_a, only_b = int(np.sum(by_example > 0)), int(np.sum(by_example < 0))
         interval = paired_accuracy_interval(only_a, only_b, len(by_example))
         return SeedComparison(*interval, mcnemar_exact(only_a, only_b))
     given = math.sqrt(_laplace_variance(float(np.sum(by_example**2)), float(by_example.sum()), len(by_example)))
-    half = max(critical_difference(parts, 1 - LEVEL), Z * given)
-    p = max(p_of_difference(parts, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
+    half = max(critical_difference(components, 1 - LEVEL), Z * given)
+    p = max(p_of_difference(components, abs(difference)), math.erfc(abs(difference) / given / math.sqrt(2)))
     return SeedComparison(difference, max(difference - half, -1.0), min(difference + half, 1.0), p)
 
 
@@ -158,28 +160,30 @@ def _laplace_variance(squares: float, total: float, examples: int) -> float:
     return ((squares + 2) / (examples + 2) - mean**2) / (examples + 2)
 
 
-def critical_difference(parts: Sequence[tuple[float, float]], p: float) -> float:
+def critical_difference(components: Sequence[tuple[float, float]], p: float) -> float:
     """Return the critical difference at two-sided ``p``, given independent ``(variance, df)`` components.
 
     This is Cochran and Cox's t', the mean of the critical values weighted by variance, times the standard error.
     """
     from scipy.special import stdtrit
 
-    total = sum(variance for variance, _ in parts)
-    weighted = sum(-variance * stdtrit(df, p / 2) for variance, df in parts)
+    total = sum(variance for variance, _ in components)
+    weighted = sum(-variance * stdtrit(df, p / 2) for variance, df in components)
     return float(weighted / math.sqrt(total)) if total > 0 else 0.0
 
 
-def p_of_difference(parts: Sequence[tuple[float, float]], difference: float) -> float:
+def p_of_difference(components: Sequence[tuple[float, float]], difference: float) -> float:
     """Return the two-sided p whose critical difference is ``difference``; 0 if p is below 1e-200."""
     from scipy.optimize import brentq
 
     smallest = 1e-200
     if difference == 0:
         return 1.0
-    if critical_difference(parts, smallest) <= difference:
+    if critical_difference(components, smallest) <= difference:
         return 0.0
-    log_p = brentq(lambda x: critical_difference(parts, math.exp(x)) - difference, math.log(smallest), 0.0, xtol=1e-10)
+    log_p = brentq(
+        lambda x: critical_difference(components, math.exp(x)) - difference, math.log(smallest), 0.0, xtol=1e-10
+    )
     return math.exp(log_p)
 
 

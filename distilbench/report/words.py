@@ -24,10 +24,10 @@ def _verdict(row: Row) -> str:
     """Return the verdict with its number of seeds; for one seed, better and worse hold "with this seed" only."""
     if (fresh := row.confirmation) and fresh.difference:
         outcome = VERDICTS[fresh.verdict] if fresh.verdict else reason_untested(fresh) or "has not learned"
-        return f"{outcome} with fresh seeds (n = {fresh.difference.n})"
+        return f"{outcome} with fresh seeds (n = {fresh.difference.num_seeds})"
     if not row.verdict or not row.difference:
         return ""
-    n = row.difference.n
+    n = row.difference.num_seeds
     this_seed = " with this seed" if n == 1 and row.verdict in (Verdict.BETTER, Verdict.WORSE) else ""
     return f"{VERDICTS[row.verdict]}{this_seed} (n = {n})"
 
@@ -76,7 +76,7 @@ def describe_difference(row: Row) -> str:
     found = row.difference
     if found is None:
         return f"{points(row.points)} points, {describe_verdict(row)}" if row.points is not None else row.status
-    return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.n})"
+    return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.num_seeds})"
 
 
 def describe_confirmation(row: Row) -> str:

@@ -125,7 +125,7 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
     seeds = max(len(plan.settings.sweep.seeds or []), in_space)
     rows = max(plan.total // in_space - any(point.is_baseline for point in plan.points), 1)
     margin = plan.settings.margin
-    expected, needed = power.plan(examples, seeds, margin / 100, rows)
+    expected, needed = power.plan_power(examples, seeds, margin / 100, rows)
     if expected >= power.POWER:
         return None
     return (

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from distilbench.report import noninferiority as ni
-from distilbench.report.power import DISCORDANCE, LASTING, power, spread_assumed
+from distilbench.report.power import DISCORDANCE, EXAMPLE_SHARE, power, spread_assumed
 from distilbench.report.statistics import critical_difference, paired_accuracy_interval
 
 ACCURACY = 0.9
@@ -122,14 +122,14 @@ def power_table():
     for examples, draws in POWERS.items():
         for margin in (0.01, 0.02) if examples < 1_000 else (0.005, 0.01):
             for discordance in DISCORDANCES:
-                found = shares(draws, examples, noise_of(discordance, LASTING), 0.0, margin)
+                found = shares(draws, examples, noise_of(discordance, EXAMPLE_SHARE), 0.0, margin)
                 planned = [power(spread_assumed(discordance), n, examples, margin) for n in SEEDS]
                 cells = (f"{100 * x:.0f} ({100 * y:.0f})" for x, y in zip(found, planned, strict=True))
                 print_row(f"{examples:,}", f"{100 * margin:g}", f"{100 * discordance:g}", *cells)
 
 
-def noise_of(discordance, lasting):
-    """Return noise by which equally accurate trials differ on ``discordance``, ``lasting`` of it whatever the seed."""
+def noise_of(discordance, example_share):
+    """Return noise by which equally accurate trials differ on ``discordance``, ``example_share`` of it for any seed."""
     ease = stats.norm.ppf(ACCURACY)
 
     def both(correlation):
@@ -138,7 +138,7 @@ def noise_of(discordance, lasting):
     def misses(log_deviations):
         example, chance = np.exp(log_deviations) ** 2
         same, other = (1 + example) / (1 + example + chance), 1 / (1 + example + chance)
-        return 2 * (ACCURACY - both(other)) - discordance, 2 * (both(same) - both(other)) - lasting * discordance
+        return 2 * (ACCURACY - both(other)) - discordance, 2 * (both(same) - both(other)) - example_share * discordance
 
     example, chance = np.exp(optimize.root(misses, [math.log(0.2), math.log(0.2)], tol=1e-9).x)
     return Noise(example=float(example), chance=float(chance))

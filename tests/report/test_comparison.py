@@ -40,7 +40,7 @@ def test_several_seeds_are_paired_over_seeds_and_examples():
     correct = [{t.seed: t.predictions.correct for t in trials if t.started_ms == n} for n in (1, 0)]
     found = compare_over_seeds(spread_over_seeds(*correct))
     assert (row.difference.low, row.difference.high) == pytest.approx((100 * found.low, 100 * found.high))
-    assert (row.difference.p, row.difference.n) == (found.p, 3)
+    assert (row.difference.p, row.difference.num_seeds) == (found.p, 3)
 
 
 def test_the_correction_counts_every_comparison():

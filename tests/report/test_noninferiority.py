@@ -45,7 +45,7 @@ def test_a_single_example_is_computed_by_hand():
 def test_p_is_the_largest_chance_of_an_outcome_with_as_low_a_limit():
     examples, margin = 7, 0.2
     outcomes = [(b, c) for b, c in product(range(examples + 1), repeat=2) if b + c <= examples]
-    limits = {outcome: ni._region(*outcome, examples).limit for outcome in outcomes}
+    limits = {outcome: ni._region(*outcome, examples).upper_limit for outcome in outcomes}
     for observed in outcomes:
         low, high = stats.binomtest(sum(observed), examples).proportion_ci(1 - BETA, "exact")
         discordance = np.linspace(max(low, margin), high, 2_000)
@@ -66,8 +66,8 @@ def test_p_is_the_largest_chance_of_an_outcome_with_as_low_a_limit():
 def test_limit_is_tango_s():
     # The airway data in Fagerland, Lydersen and Laake 2014: 1 and 7 of 21, score interval of the difference
     # -0.517 to -0.026; the other end by exchanging the sides.
-    assert ni._region(1, 7, 21).limit == pytest.approx(0.517, abs=5e-4)
-    assert ni._region(7, 1, 21).limit == pytest.approx(-0.026, abs=5e-4)
+    assert ni._region(1, 7, 21).upper_limit == pytest.approx(0.517, abs=5e-4)
+    assert ni._region(7, 1, 21).upper_limit == pytest.approx(-0.026, abs=5e-4)
 
 
 @pytest.mark.parametrize("examples", [20, 64, 200])
@@ -106,7 +106,7 @@ def test_a_loss_beyond_the_margin_over_seeds_has_a_p_above_a_half():
     spread = spread_over_seeds(a, b)
     beyond, inside = (ni._p_over_seeds(spread, -spread.difference + shift) for shift in (-0.02, 0.02))
     assert 0 < inside < 0.5 < beyond < 1
-    parts, scale = spread.parts, ni._deflation(spread, -spread.difference - 0.02)
+    parts, scale = spread.variance_components, ni._standard_error_ratio(spread, -spread.difference - 0.02)
     assert beyond == pytest.approx(1 - ni.p_of_difference(parts, 0.02 * scale) / 2)
 
 
@@ -117,8 +117,8 @@ def test_few_examples_that_differ_are_given_the_variance_of_the_loss_in_question
     observed = spread.by_example.var(ddof=1) / 200
     expected = float(ni.variance_at_loss(0, 2, 200, 0.05))
     assert observed < expected
-    assert ni._deflation(spread, 0.05) == pytest.approx(math.sqrt(observed / expected))
-    assert ni._deflation(spread, 0.001) == 1.0
+    assert ni._standard_error_ratio(spread, 0.05) == pytest.approx(math.sqrt(observed / expected))
+    assert ni._standard_error_ratio(spread, 0.001) == 1.0
 
 
 def test_nothing_discordant_still_leaves_a_loss_possible():

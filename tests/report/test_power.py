@@ -9,17 +9,17 @@ from scipy import stats
 from distilbench.report.noninferiority import ALPHA, noninferiority_over_seeds
 from distilbench.report.power import (
     DISCORDANCE,
-    LASTING,
+    EXAMPLE_SHARE,
     MOST_SEEDS,
     PLANNED_SEEDS,
     POWER,
     Spread,
     needed,
-    plan,
+    needed_to_decide,
+    plan_power,
     power,
     spread_assumed,
     spread_seen,
-    what_it_takes,
 )
 from distilbench.report.statistics import spread_over_seeds
 from tests.report import margin_tables as tables
@@ -52,7 +52,7 @@ def test_planned_power_is_near_the_simulated_one_in_the_table():
 
 def test_a_slice_of_the_simulated_table_comes_out_again():
     row = next(row for row in table_rows("discordance") if row[:3] == ["872", "2", "4"])
-    found = tables.shares(300, 872, tables.noise_of(0.04, LASTING), 0.0, 0.02)
+    found = tables.shares(300, 872, tables.noise_of(0.04, EXAMPLE_SHARE), 0.0, 0.02)
     for share, cell in zip(found, row[3:], strict=True):
         shown = float(cell.split()[0]) / 100
         assert share == pytest.approx(shown, abs=4 * math.sqrt(shown * (1 - shown) * (1 / 300 + 1 / 4_000)) + 0.005)
@@ -89,7 +89,7 @@ def test_where_no_number_of_seeds_will_do_the_fewest_examples_are_counted():
     spread = spread_assumed()
     found = needed(spread, 3, 872, 0.01)
     assert found.seeds is None
-    assert found.floor == pytest.approx(1.96 * math.sqrt(LASTING * DISCORDANCE / 872), rel=1e-3)
+    assert found.floor == pytest.approx(1.96 * math.sqrt(EXAMPLE_SHARE * DISCORDANCE / 872), rel=1e-3)
     assert power(spread, 10**6, 872, 0.01) < POWER
     assert found.with_seeds == PLANNED_SEEDS
     assert power(spread, PLANNED_SEEDS, found.examples, 0.01) >= POWER
@@ -97,7 +97,7 @@ def test_where_no_number_of_seeds_will_do_the_fewest_examples_are_counted():
 
 
 def test_where_very_many_seeds_are_needed_the_examples_are_counted_too():
-    spread = Spread(lasting=0.02, noise=0.4)
+    spread = Spread(example_variance=0.02, interaction_variance=0.4)
     found = needed(spread, 8, 2_000, 0.01)
     assert found.seeds > MOST_SEEDS
     assert found.examples > 2_000
@@ -105,7 +105,7 @@ def test_where_very_many_seeds_are_needed_the_examples_are_counted_too():
 
 
 def test_where_seeds_shift_too_much_more_examples_come_with_more_seeds():
-    spread = Spread(lasting=0.2, noise=0.03, shift=0.02**2)
+    spread = Spread(example_variance=0.2, interaction_variance=0.03, seed_variance=0.02**2)
     found = needed(spread, 2, 872, 0.01)
     assert found.seeds is None
     assert found.with_seeds > PLANNED_SEEDS
@@ -113,7 +113,7 @@ def test_where_seeds_shift_too_much_more_examples_come_with_more_seeds():
 
 
 def test_where_seeds_alone_are_too_far_apart_no_more_examples_are_asked_for():
-    found = needed(Spread(lasting=0.0, noise=0.03, shift=0.1**2), 3, 872, 0.01)
+    found = needed(Spread(example_variance=0.0, interaction_variance=0.03, seed_variance=0.1**2), 3, 872, 0.01)
     assert found.seeds > MOST_SEEDS
     assert found.examples is None
 
@@ -128,24 +128,24 @@ def test_spread_seen_finds_the_parts_it_was_made_with():
     noise = tables.noise_of(0.08, 0.4)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, noise, 0.0, 6)[0]
     seen = spread_seen(spread_over_seeds(*by_seed(difference)))
-    assert seen.lasting == pytest.approx(0.4 * 0.08, rel=0.1)
-    assert seen.noise == pytest.approx(0.6 * 0.08, rel=0.1)
-    assert seen.shift < 0.003**2
+    assert seen.example_variance == pytest.approx(0.4 * 0.08, rel=0.1)
+    assert seen.interaction_variance == pytest.approx(0.6 * 0.08, rel=0.1)
+    assert seen.seed_variance < 0.003**2
     shifted = tables.Noise(noise.example, 0.3, noise.chance)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, shifted, 0.0, 40)[0]
     accuracy = (difference.mean(1, dtype=float)).std(ddof=1)
-    assert spread_seen(spread_over_seeds(*by_seed(difference))).shift == pytest.approx(accuracy**2, rel=0.05)
+    assert spread_seen(spread_over_seeds(*by_seed(difference))).seed_variance == pytest.approx(accuracy**2, rel=0.05)
 
 
 def test_one_pair_shows_its_discordance_and_half_of_it_is_supposed_to_last():
     a, b = pair(20, 29, 1_000)
     assert spread_seen(spread_over_seeds({1: a}, {1: b})) == spread_assumed(0.05)
-    assert spread_seen(spread_over_seeds({1: a}, {2: a})).noise > 0
+    assert spread_seen(spread_over_seeds({1: a}, {2: a})).interaction_variance > 0
 
 
 def test_what_it_takes_supposes_no_loss_while_that_leaves_something_to_do():
     a, b = pair(20, 29, 872)
-    found = what_it_takes(spread_over_seeds({1: a}, {1: b}), 0.01)
+    found = needed_to_decide(spread_over_seeds({1: a}, {1: b}), 0.01)
     assert found == needed(spread_assumed(50 / 872), 1, 872, 0.01)
 
 
@@ -153,7 +153,7 @@ def test_what_it_takes_supposes_the_loss_seen_where_the_seeds_at_hand_should_hav
     difference = np.zeros((4, 5_000), int)
     difference[:, :120], difference[:, 120:215] = -1, 1  # all seeds agree: half a point lost, give or take 0.6
     seen = spread_over_seeds(*by_seed(difference))
-    undecided, found = noninferiority_over_seeds(seen, 0.01), what_it_takes(seen, 0.01)
+    undecided, found = noninferiority_over_seeds(seen, 0.01), needed_to_decide(seen, 0.01)
     assert undecided.p > ALPHA
     assert power(spread_seen(seen), 4, 5_000, 0.01) > POWER
     assert found == needed(spread_seen(seen), 4, 5_000, 0.01, loss=0.005)
@@ -164,12 +164,12 @@ def test_what_it_takes_supposes_the_loss_seen_where_the_seeds_at_hand_should_hav
 def test_what_it_takes_asks_for_one_more_seed_at_least():
     rng = np.random.default_rng(0)
     a, b = by_seed(rng.choice([-1, 0, 1], (4, 5_000), p=[0.002, 0.996, 0.002]))
-    assert what_it_takes(spread_over_seeds(a, b), 0.05).seeds == 5
+    assert needed_to_decide(spread_over_seeds(a, b), 0.05).seeds == 5
 
 
 def test_a_plan_says_whether_a_setting_without_loss_would_be_shown():
-    assert plan(5_000, 5, 0.01)[0] >= POWER
-    chance, told = plan(872, 3, 0.01, rows=7)
+    assert plan_power(5_000, 5, 0.01)[0] >= POWER
+    chance, told = plan_power(872, 3, 0.01, rows=7)
     assert chance < POWER
     assert told == needed(spread_assumed(), 3, 872, 0.01, rows=7)
-    assert plan(5_000, 5, 0.01, rows=20)[0] < plan(5_000, 5, 0.01)[0]
+    assert plan_power(5_000, 5, 0.01, rows=20)[0] < plan_power(5_000, 5, 0.01)[0]

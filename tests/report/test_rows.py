@@ -15,7 +15,7 @@ COSINE = treatment(scheduler_name="cosine", optim_lr=3e-5)
 
 def test_seeds_of_a_setting_are_one_row_with_mean_and_deviation():
     rows = rows_from([trial(0.90, 1), trial(0.92, 2), trial(0.91, 3, train_seconds=1000.0), trial(0.8, 1, 9, FROZEN)])
-    assert [row.n for row in rows] == [3, 1]
+    assert [row.num_seeds for row in rows] == [3, 1]
     values = [trial(a).accuracy for a in (0.90, 0.92, 0.91)]
     assert rows[0].accuracy == pytest.approx(np.mean(values))
     assert rows[0].accuracy_deviation == pytest.approx(np.std(values, ddof=1))
@@ -34,12 +34,12 @@ def test_the_best_comes_first_and_what_did_not_finish_last_but_is_there():
 
 def test_a_setting_with_a_failed_seed_says_so():
     (row,) = rows_from([trial(0.9), replace(failed(Status.OUT_OF_MEMORY, 1, treatment()), seed=2)])
-    assert (row.n, row.status) == (1, "1 FINISHED, 1 OUT_OF_MEMORY")
+    assert (row.num_seeds, row.status) == (1, "1 FINISHED, 1 OUT_OF_MEMORY")
 
 
 def test_of_a_seed_trained_twice_the_newest_counts():
     (row,) = rows_from([trial(0.95, 1, 7), trial(0.90, 1, 3)])
-    assert (row.n, len(row.other_trials), row.trials[0].started_ms) == (1, 1, 7)
+    assert (row.num_seeds, len(row.other_trials), row.trials[0].started_ms) == (1, 1, 7)
 
 
 def test_labels_are_what_tells_a_row_from_the_baseline_the_most_telling_first():

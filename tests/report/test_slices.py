@@ -69,7 +69,7 @@ def test_several_seeds_are_compared_on_each_slice():
         sliced(trial(0.9 - 0.02 * place, seed, place, one)) for place, one in enumerate(settings) for seed in (1, 2)
     ]
     (web,) = [row for row in report_with(trials).slices if row.slice == "web" and not row.is_baseline]
-    assert (web.n, web.difference.n) == (2, 2)
+    assert (web.num_seeds, web.difference.num_seeds) == (2, 2)
     assert web.accuracy == np.mean([one.predictions.correct[NAMES == "web"].mean() for one in trials[2:]])
 
 

@@ -95,7 +95,9 @@ def test_one_seed_each_is_mcnemar():
     assert result.p == pytest.approx(2 / 2**7)
     assert (result.difference, result.low, result.high) == paired_accuracy_interval(7, 0, 20)
     spread = spread_over_seeds({1: a}, {2: b})
-    assert (spread.n, spread.seed_parts, spread.noise) == (1, (), 0), "one pair tells nothing of seeds"
+    assert (spread.num_seeds, spread.seed_components, spread.interaction_variance) == (1, (), 0), (
+        "one pair tells nothing of seeds"
+    )
 
 
 def blocks(*sizes):
@@ -123,7 +125,7 @@ def test_without_example_spread_independent_seeds_give_cochran_and_cox():
 
     assert (result.low, result.high) == pytest.approx((1 / 12 - half(0.05), 1 / 12 + half(0.05)))
     assert half(result.p) == pytest.approx(1 / 12)
-    assert spread_over_seeds(a, b).n == 3
+    assert spread_over_seeds(a, b).num_seeds == 3
 
 
 def test_paired_seeds_weigh_the_mean_squares_of_the_two_way_layout():
@@ -159,12 +161,12 @@ def test_independent_seeds_weigh_the_examples_by_what_seeds_and_noise_leave_of_t
     spread = spread_over_seeds(by_seed(a == 1), {9 + s: row == 1 for s, row in enumerate(b)})
     assert spread.by_example == pytest.approx(by_example)
     assert spread.example_variance == pytest.approx(from_examples)
-    assert spread.seed_parts == ((pytest.approx(from_a), 2), (pytest.approx(from_b), 1))
+    assert spread.seed_components == ((pytest.approx(from_a), 2), (pytest.approx(from_b), 1))
 
 
 def test_two_examples_have_one_degree_of_freedom_for_their_noise():
     spread = spread_over_seeds({1: bits("10"), 2: bits("01")}, {1: bits("00"), 2: bits("00")})
-    assert spread.noise == pytest.approx(1 / 4)
+    assert spread.interaction_variance == pytest.approx(1 / 4)
 
 
 def test_limits_over_seeds_stay_within_one():
@@ -215,8 +217,8 @@ def test_shared_seeds_are_paired_and_others_left_aside():
     b = {s: rng.random(200) < 0.8 for s in (3, 2, 9)}
     result = compared(a, b)
     assert result == compared({s: a[s] for s in (2, 3)}, {s: b[s] for s in (2, 3)})
-    assert spread_over_seeds(a, b).n == 2
-    assert spread_over_seeds(a, {2: b[2]}).n == 1
+    assert spread_over_seeds(a, b).num_seeds == 2
+    assert spread_over_seeds(a, {2: b[2]}).num_seeds == 1
 
 
 def test_seeds_that_cannot_be_compared_are_refused():
