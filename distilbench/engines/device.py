@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import joblib
 import psutil
 import torch
+from joblib.externals import loky
 from torch.utils.benchmark import Timer
 
 from distilbench.settings import require
@@ -57,7 +57,7 @@ def _show_only(index: int) -> None:
 def _limit_threads() -> None:
     """Use no more threads than a container's CPU quota allows, which torch does not look at."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
+        torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
 
 
 def visible_gpus() -> list[str]:

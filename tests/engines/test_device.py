@@ -50,7 +50,8 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(machine, there, chosen):
 )
 def test_a_cpu_has_no_more_threads_than_a_container_allows(machine, monkeypatch, cpus, given, threads):
     machine()
-    monkeypatch.setattr(device.joblib, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(device.loky, "cpu_count", lambda: cpus)
+    monkeypatch.setattr("joblib.parallel.mp", None)  # no semaphores: joblib.cpu_count() would be 1
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
