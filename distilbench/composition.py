@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -137,7 +138,7 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
 
     known = {field.name for field in fields(OmegaConf.get_type(config))}  # type: ignore[arg-type]
     for key in {*config} - known - {"hydra"}:  # such as +freeze_layers=3, unless used as ${freeze_layers}
-        is_read = f"${{{key}}}" in OmegaConf.to_yaml(config)
+        is_read = bool(re.search(rf"\$\{{{re.escape(str(key))}[.\[}}]", OmegaConf.to_yaml(config)))
         require(is_read, str(key), "a setting that there is, or that another reads", config[key], "--help lists them")
     unplaced = config.copy()
     unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs

@@ -31,6 +31,10 @@ def test_what_is_added_with_a_plus_is_refused_unless_a_setting_reads_it(composin
     with pytest.raises(SettingsError, match=line):
         check(composed(*given), ask_hub=True)
     assert check(composed(*given, "freeze.layers=${freeze_layers}"), ask_hub=True).freeze.layers == 1
+    several = (*given[:-1], "+own={depth:2,rates:[1e-3]}", "freeze.layers=${own.depth}", "optim.lr=${own.rates[0]}")
+    assert check(composed(*several), ask_hub=True).freeze.layers == 2
+    with pytest.raises(SettingsError, match=r"^layers must be"):  # ${freeze.layers} reads another
+        check(composed(*given[:-1], "+layers=1", "train.epochs=${freeze.layers}"), ask_hub=True)
 
 
 @pytest.mark.parametrize(
