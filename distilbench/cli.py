@@ -230,11 +230,11 @@ def as_settings_error(error: Exception) -> SettingsError | None:
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     said_by_hydra = isinstance(error, ValueError) and raised_in.startswith("hydra.")
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
-        return SettingsError(_in_our_words(error, chain))
+        return SettingsError(_reword(error, chain))
     return None
 
 
-def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
+def _reword(error: Exception, chain: Sequence[BaseException]) -> str:
     """Reword an error of Hydra or OmegaConf as setting, allowed values, value received; keep unknown messages."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
@@ -248,7 +248,7 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
         return f"{error.override} must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"
     if found := re.search(r"Could not override '(.+?)'", text):
         return _unknown_setting(found[1], chain)
-    for pattern, words in _MEANINGS.items():
+    for pattern, words in _REWORDINGS.items():
         if found := re.search(pattern, text, re.DOTALL):
             null = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/@]+=null", argument, re.IGNORECASE)]
             return words.format(*found.groups(), key=key, null=" ".join(null) or "a group")
@@ -257,7 +257,7 @@ def _in_our_words(error: Exception, chain: Sequence[BaseException]) -> str:
     return ": ".join(line for line in lines if line and not line.startswith(noise))
 
 
-_MEANINGS = {
+_REWORDINGS = {
     r"Value '(.*)' of type '.*' could not be converted to Integer": "{key} must be a whole number, got {0!r}",
     r"Value '(.*)' of type '.*' could not be converted to Float": "{key} must be a number, got {0!r}",
     r"Value '(.*)' is not a valid bool": "{key} must be true or false, got {0!r}",
@@ -312,10 +312,10 @@ def override(key: str, value: Any) -> str:
 
     Unquoted, ``=``, commas, brackets and non-ASCII letters are errors, and ``1e-3`` and ``null`` are not strings.
     """
-    return f"{key}={spell(value)}"
+    return f"{key}={quote_value(value)}"
 
 
-def spell(value: Any) -> str:
+def quote_value(value: Any) -> str:
     """Return a value, quoted if necessary, in Hydra's override grammar."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -324,9 +324,9 @@ def spell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(spell, value))}]"
+        return f"[{','.join(map(quote_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{spell(one)}' for key, one in value.items())}}}"
+        return f"{{{','.join(f'{key}:{quote_value(one)}' for key, one in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.:+-]*", value, re.ASCII) and not _OTHER_TYPE.fullmatch(value)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 register_schema()
 
-_LISTS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
+_LIST_KEYS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
 """Keys whose lists may be typed as a,b,c, which Hydra takes for a sweep, with the setting that each stands for."""
 
 
@@ -61,7 +61,7 @@ def report_of(settings: CompareSettings) -> Report:
 
     store = find_store(settings.tracking)
     store.end_left_runs()
-    trials, names = _asked_for(store, settings)
+    trials, names = _select_trials(store, settings)
     check_protocol(trials)
     parent = store.sweep_run(settings.sweep) if settings.sweep else None
     margin = settings.margin or (parent and parent.margin) or default_margin()
@@ -81,7 +81,7 @@ def report_of(settings: CompareSettings) -> Report:
     return report
 
 
-def _asked_for(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
+def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[StoredTrial], dict[str, str]]:
     """Return the trials that match all given criteria, and the experiments' names by treatment hash.
 
     Raises :class:`SettingsError` if no trial matches, or if a run does not exist.
@@ -133,9 +133,9 @@ def _directory(settings: CompareSettings) -> Path:
 def to_hydra_argument(argument: str) -> str:
     """Return ``experiment=a,b`` in Hydra's grammar, as ``experiments=[a,b]``; any other argument unchanged."""
     key, equals, value = argument.partition("=")
-    if not equals or key not in _LISTS:
+    if not equals or key not in _LIST_KEYS:
         return argument
-    return f"{_LISTS[key]}={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
+    return f"{_LIST_KEYS[key]}={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
 
 
 if __name__ == "__main__":

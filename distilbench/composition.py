@@ -71,13 +71,13 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     default = dict(_leaves(_composed()))
     by_group = [group for group in groups if dict(_leaves(_composed(group))) != default]
     usual = dict(_leaves(_composed(*groups)))
-    settled = dict(_leaves(OmegaConf.structured(settings_from(config))))
+    resolved = dict(_leaves(OmegaConf.structured(settings_from(config))))
     changed = {key: value for key, value in _leaves(config) if value != usual[key]}
-    told = {key: value if "${" in str(value) else settled[key] for key, value in changed.items()}
+    overrides = {key: value if "${" in str(value) else resolved[key] for key, value in changed.items()}
     for key, value in changed.items():
         if isinstance(value, dict):  # of a fallback, only the given keys: Hydra accepts no others
-            told[key] = {name: told[key][name] for name in value}
-    return command("train", by_group + [override(key, value) for key, value in told.items()])
+            overrides[key] = {name: overrides[key][name] for name in value}
+    return command("train", by_group + [override(key, value) for key, value in overrides.items()])
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
@@ -140,9 +140,9 @@ def check(config: DictConfig, ask_hub: bool) -> AppSettings:
     for key in {*config} - known - {"hydra"}:  # such as +freeze_layers=3, unless used as ${freeze_layers}
         is_read = bool(re.search(rf"\$\{{{re.escape(str(key))}[.\[}}]", OmegaConf.to_yaml(config)))
         require(is_read, str(key), "a setting that there is, or that another reads", config[key], "--help lists them")
-    unplaced = config.copy()
-    unplaced.output.dir = "."  # Hydra knows the job's directory only once the job runs
-    settings = settings_from(unplaced)
+    without_output_dir = config.copy()
+    without_output_dir.output.dir = "."  # Hydra knows the job's directory only once the job runs
+    settings = settings_from(without_output_dir)
     if settings.tracking.name != "none":
         store_address_of(settings.tracking)
     if ask_hub or settings.model.source != "hub":

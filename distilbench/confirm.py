@@ -58,10 +58,10 @@ def confirm(settings: ConfirmSettings) -> str | None:
     if own and own.confirms != settings.sweep:
         raise SettingsError(f"name must be free or that of a confirmation of {settings.sweep}, got {name!r}; "
                             "choose another name=...")  # fmt: skip
-    first, report = _first_report(store, settings)
+    searched, report = _find_report(store, settings)
     assert report.baseline is not None
     rows = {short_hash(row.treatment): row for row in (report.baseline, *by_score(report.candidates)[: settings.top])}
-    started = {key: _settings_of(row, store, settings) for key, row in rows.items()}
+    settings_by_treatment = {key: _settings_of(row, store, settings) for key, row in rows.items()}
     number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, [*rows.values()])
     used = {trial.seed for row in report.rows for trial in row.all_trials}
     # seed by seed, so that an interruption leaves every setting with the same seeds
@@ -70,34 +70,34 @@ def confirm(settings: ConfirmSettings) -> str | None:
     done = {(short_hash(trial.treatment), f"seed={trial.seed}")
             for trial in store.search({SWEEP: name}) if trial.status is Status.FINISHED}  # fmt: skip
     missing = [point for point in points if point.extra not in done]
-    _announce(settings.sweep, rows, missing)
+    _print_plan(settings.sweep, rows, missing)
     if settings.dry_run:
         return None
     raise_on_signal()
     directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
     if not (directory / "study.db").exists():  # any finished trials were trained on another host
         points = missing or points
-    plan = _plan(name, directory, settings.sweep, rows, next(iter(started.values())), points)
+    plan = _plan(name, directory, settings.sweep, rows, next(iter(settings_by_treatment.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
-    executor = Sequential(lambda jobs: [_train(job, started) for job in jobs], at_once=1)
-    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": first.run_id}
+    executor = Sequential(lambda jobs: [_train(job, settings_by_treatment) for job in jobs], at_once=1)
+    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": searched.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
 
-def _first_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepRun, Report]:
+def _find_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepRun, Report]:
     """Return the sweep and its report; raises :class:`SettingsError` without a candidate or a baseline."""
     from distilbench.report.from_store import find_sweep, report_of_sweep
 
-    first = find_sweep(store, settings.sweep or "")
-    if first.confirms:
-        raise SettingsError(f"sweep must be a search, got {first.name!r}, itself a confirmation of {first.confirms}; "
-                            f"for more seeds: sweep={first.confirms} seeds=...")  # fmt: skip
-    margin = settings.margin or first.margin or default_margin()
-    report = report_of_sweep(store, first, default_treatment(), margin)
+    searched = find_sweep(store, settings.sweep or "")
+    if searched.confirms:
+        raise SettingsError(f"sweep must be a search, got {searched.name!r}, itself a confirmation of "
+                            f"{searched.confirms}; for more seeds: sweep={searched.confirms} seeds=...")  # fmt: skip
+    margin = settings.margin or searched.margin or default_margin()
+    report = report_of_sweep(store, searched, default_treatment(), margin)
     if report is None or report.baseline is None or not report.candidates:
         lacking = "finished setting beside its baseline" if report and report.baseline else "baseline"
-        raise SettingsError(f"sweep must have a {lacking}, got {first.name!r} without one; run it again to add one")
-    return first, report
+        raise SettingsError(f"sweep must have a {lacking}, got {searched.name!r} without one; run it again to add one")
+    return searched, report
 
 
 def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> int:
@@ -142,14 +142,16 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
     )
 
 
-def _train(job: SweepJob, started: Mapping[str, AppSettings]) -> End:
+def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings]) -> End:
     """Train the trial of one point in this process; return the error that ended it, or None."""
     from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep
     from distilbench.trials.prepared import Job
 
     key, seed = job.overrides[0], int(job.overrides[1].removeprefix("seed="))
-    settings, baseline = (replace(one, seed=seed) for one in (started[key], next(iter(started.values()))))
+    settings, baseline = (
+        replace(one, seed=seed) for one in (settings_by_treatment[key], next(iter(settings_by_treatment.values())))
+    )
     settings = replace(settings, output=replace(settings.output, dir=str(job.directory)))
     Lease(job).announce()
     try:
@@ -175,20 +177,20 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
     """Return the settings of a row's first trial, from its run, adapted for training it again on its own."""
     run_id = row.first_trial.run_id
     try:
-        started = settings_from(OmegaConf.create(store.config(run_id)))
+        recorded = settings_from(OmegaConf.create(store.config(run_id)))
     except (OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(
             f"run {run_id} must have the settings of this version of distilbench, got a config.yaml that has not "
             f"({type(error).__name__}); run the sweep again"
         ) from None
-    alone = replace(started.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
+    alone = replace(recorded.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
                     timeout_minutes=None, retry_failed=True, on_change="extend")  # fmt: skip
-    train, output = replace(started.train, resume=False), replace(started.output, save_model=False)
-    margin = asked.margin or started.margin
-    return replace(started, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)
+    train, output = replace(recorded.train, resume=False), replace(recorded.output, save_model=False)
+    margin = asked.margin or recorded.margin
+    return replace(recorded, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)
 
 
-def _announce(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> None:
+def _print_plan(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -> None:
     """Print what is about to be trained and about how long it takes."""
     from distilbench.report.formats import duration, one_line
 

@@ -40,7 +40,7 @@ GLUE = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qnli": "
         "mnli": "MNLI-m", "mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm",
         "mnli/test_mismatched": "MNLI-mm"}  # fmt: skip
 """GLUE's submission file of each task, by the task's name (or name and split) on the hub."""
-NAMED_IN_GLUE = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
+GLUE_WITH_LABEL_NAMES = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
 """Submission files that contain label names; the others contain label numbers."""
 
 
@@ -64,7 +64,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     if settings.format == "table":
         check_output(Path(settings.output), settings.data.test)
     classifier = open_model(settings)
-    path = _path(settings, classifier)
+    path = _output_path(settings, classifier)
     check_output(path, settings.data.test)
     began = time.perf_counter()
     counts = _write(settings, classifier, path, console)
@@ -129,10 +129,10 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     from distilbench.data.formats import open_answers
 
     columns = _columns(settings, classifier)
-    is_named, names = path.stem in NAMED_IN_GLUE, classifier.label_names
+    is_named, names = path.stem in GLUE_WITH_LABEL_NAMES, classifier.label_names
     codes = {name: name if is_named else str(number) for number, name in enumerate(names)}
     counts: Counter[str | None] = Counter()
-    parts = _parts(settings, classifier, columns)
+    parts = _read_parts(settings, classifier, columns)
     first = next(parts, None)  # so that an unreadable file raises before anything is written
     if first is None:
         raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file")
@@ -167,7 +167,7 @@ def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str
     return columns
 
 
-def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
+def _read_parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
     """Return the texts in parts, from a file or from a split on the hub."""
     from distilbench.data.readers import read_file, read_split
 
@@ -179,7 +179,7 @@ def _parts(settings: PredictSettings, classifier: Classifier, columns: dict[str,
     return read_split(DataSettings("hub", name, config, data.revision), data.test, columns)
 
 
-def _path(settings: PredictSettings, classifier: Classifier) -> Path:
+def _output_path(settings: PredictSettings, classifier: Classifier) -> Path:
     """Return the file to write; for GLUE, with the file name that its server expects for the task."""
     given = Path(settings.output)
     if settings.format == "table" or given.name in [f"{task}.tsv" for task in GLUE.values()]:

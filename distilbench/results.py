@@ -46,7 +46,7 @@ class Verdict(StrEnum):
 
 MEASURES = ("accuracy", "loss", "f1", "mcc", "brier", "ece")
 """What an evaluation measures."""
-METRICS_KEPT = (*MEASURES, "epoch")
+STORED_METRICS = (*MEASURES, "epoch")
 """What is stored of an evaluation, besides its predictions."""
 
 
@@ -264,7 +264,7 @@ class Record:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
-    def is_over(self) -> bool:
+    def is_final(self) -> bool:
         """Whether the trial ended other than by an interruption."""
         return self.status not in (Status.RUNNING, Status.INTERRUPTED)
 
@@ -281,7 +281,7 @@ class Record:
     def with_result(self, result: TrialResult, figures: Mapping[str, float]) -> Record:
         """Return the record of the trial after it ended with ``result``."""
         kept = {"scores": result.report, "selection": result.selection}
-        scores = {name: {k: float(getattr(e, k)) for k in METRICS_KEPT} if e else {} for name, e in kept.items()}
+        scores = {name: {k: float(getattr(e, k)) for k in STORED_METRICS} if e else {} for name, e in kept.items()}
         return Record(self.identity, result.status, self.owner, self.run_id, result.error, figures=figures, **scores)
 
     def write(self, directory: Path) -> None:
@@ -317,7 +317,7 @@ def read_record(directory: Path) -> Record | None:
             owner=Owner(**content["owner"]),
             run_id=content["run_id"],
             error=content["error"],
-            scores={key: content[key] for key in METRICS_KEPT if key in content},
+            scores={key: content[key] for key in STORED_METRICS if key in content},
             selection=content["selection"],
             figures=content["figures"],
         )

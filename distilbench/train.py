@@ -74,21 +74,21 @@ class Assignment:
             return run_in_sweep(self.job, self.sweep_job)
         from distilbench.trials.batch import run_and_compare
 
-        return _given(_objective(run_and_compare(self.job)))
+        return _value_or_raise(_objective(run_and_compare(self.job)))
 
 
-class Batches:
+class BatchTrainer:
     """Trains the jobs of ``hydra/launcher=fused`` together: describes each, trains all, then concludes each."""
 
     def __init__(self, max_trials: int) -> None:
-        with _ending():
+        with _report_errors():
             require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
         self._max_trials = max_trials
         self._runner: BatchRunner | None = None
 
     def describe(self, config: DictConfig) -> Assignment:
         """Return what a job has to do; raises or exits as the job itself would."""
-        with _ending():
+        with _report_errors():
             return _assignment(config)
 
     def train(self, assignments: Sequence[Assignment]) -> list[TaskFunction]:
@@ -101,9 +101,9 @@ class Batches:
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
-        with _ending(), ExitStack() as closing:
+        with _report_errors(), ExitStack() as closing:
             parts = [_parts_of(own, self._runner, closing) for own in assignments]
-            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _told))
+            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _outcome_of))
         return [
             partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
             for own, (jobs, seeds) in zip(assignments, parts, strict=True)
@@ -133,22 +133,22 @@ def _parts_of(
     return seeds.left, seeds
 
 
-def _takes_batches(task: TaskFunction) -> TaskFunction:
-    """Mark a task function for the fused launcher: :class:`Batches` can train several of its jobs together."""
-    task.takes_batches = Batches  # type: ignore[attr-defined]
+def _mark_batchable(task: TaskFunction) -> TaskFunction:
+    """Mark a task function for the fused launcher: :class:`BatchTrainer` can train several of its jobs together."""
+    task.batch_trainer = BatchTrainer  # type: ignore[attr-defined]
     return task
 
 
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
-@_takes_batches
+@_mark_batchable
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; return ``train.metric`` on the selection split, or the objectives of its sweep."""
-    with _ending():
+    with _report_errors():
         return _assignment(config).train()
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
+def _report_errors() -> Iterator[None]:
     """End a single job with a one-line error; a sweep reports the errors of its jobs itself."""
     try:
         yield
@@ -159,7 +159,7 @@ def _ending() -> Iterator[None]:
         with errors_in_one_line():
             raise
     except KeyboardInterrupt:
-        _say_how_to_continue()
+        _print_resume_command()
         raise
 
 
@@ -188,52 +188,55 @@ def _objective(trial: Trial) -> float | TrialFailed:
     return trial.result.selection.metric(trial.settings.train.metric)
 
 
-def _given(objective: float | TrialFailed) -> float:
+def _value_or_raise(objective: float | TrialFailed) -> float:
     if isinstance(objective, TrialFailed):
         raise objective
     return objective
 
 
-class _Told(NamedTuple):
+class _Outcome(NamedTuple):
     """What is kept in memory of an ended trial."""
 
     line: str
     objective: float | TrialFailed
 
 
-def _told(trial: Trial) -> _Told:
+def _outcome_of(trial: Trial) -> _Outcome:
     from distilbench.trials.summary import trial_line
 
-    return _Told(trial_line(trial), _objective(trial))
+    return _Outcome(trial_line(trial), _objective(trial))
 
 
 def _conclude(
-    assignment: Assignment, seeds: Seeds | SettingsError | None, ended: Sequence[_Told | Exception], config: DictConfig
+    assignment: Assignment,
+    seeds: Seeds | SettingsError | None,
+    ended: Sequence[_Outcome | Exception],
+    config: DictConfig,
 ) -> float | tuple[float, ...]:
     """Log how a trial ended; return its objective or raise its error. Trials that train on their own train here."""
-    with _ending():
+    with _report_errors():
         if assignment.trains_by_itself:
             return assignment.train()
         if isinstance(seeds, SettingsError):
             raise seeds
         objectives = []
-        for told in ended:
-            if isinstance(told, Exception):
-                raise told
-            log.info(told.line)
-            objectives.append(told.objective)
+        for outcome in ended:
+            if isinstance(outcome, Exception):
+                raise outcome
+            log.info(outcome.line)
+            objectives.append(outcome.objective)
         if seeds:
             seeds.finish()
-        return assignment.sweep_job.reached() if assignment.sweep_job else _given(objectives[0])
+        return assignment.sweep_job.reached() if assignment.sweep_job else _value_or_raise(objectives[0])
 
 
-def _say_how_to_continue() -> None:
+def _print_resume_command() -> None:
     """Print the command that resumes an interrupted single trial; a sweep prints its own."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.RUN:
         return
     record = read_record(Path(hydra_config.runtime.output_dir))
-    if record and record.is_over:
+    if record and record.is_final:
         print_to_stderr(f"interrupted after the trial's end; it {record.status}")
         return
     given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]

@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from distilbench.results import (
-    METRICS_KEPT,
     RECORD,
+    STORED_METRICS,
     Evaluation,
     Owner,
     Predictions,
@@ -36,7 +36,7 @@ FULL = Record(IDENTITY, Status.FINISHED, OWNER, "run", None, {"accuracy": 0.75},
 
 
 def test_a_metric_is_found_by_its_name():
-    assert [BEST.metric(name) for name in METRICS_KEPT] == [0.75, 0.5, 0.7, 0.4, 0.2, 0.1, 2.0]
+    assert [BEST.metric(name) for name in STORED_METRICS] == [0.75, 0.5, 0.7, 0.4, 0.2, 0.1, 2.0]
 
 
 def test_a_trial_is_alone_unless_others_were_in_its_batch():
@@ -96,7 +96,7 @@ def test_a_process_that_may_not_be_looked_at_counts_as_alive(monkeypatch):
 
 
 def test_every_status_but_running_and_interrupted_is_an_end_of_its_own():
-    over = {status for status in Status if replace(RUNNING, status=status).is_over}
+    over = {status for status in Status if replace(RUNNING, status=status).is_final}
     assert over == set(Status) - {Status.RUNNING, Status.INTERRUPTED}
 
 

@@ -186,7 +186,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Batches(Protocol):
+class BatchTrainer(Protocol):
     """Trains several jobs at once."""
 
     def describe(self, config: DictConfig) -> Any:
@@ -197,7 +197,7 @@ class Batches(Protocol):
 
 
 def launch_batch(
-    batches: Batches, config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
+    trainer: BatchTrainer, config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
     """Train jobs together, numbered from ``first``; the returns keep their order."""
     setup_globals()
@@ -207,13 +207,13 @@ def launch_batch(
     jobs = [_compose(config, context, overrides, first + i) for i, overrides in enumerate(job_overrides)]
     run = partial(run_job, job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir")
     unheard = HydraContext(context.config_loader, Callbacks(), context.execution_whitelist)
-    described = [run(batches.describe, job, hydra_context=unheard, configure_logging=False) for job in jobs]
+    described = [run(trainer.describe, job, hydra_context=unheard, configure_logging=False) for job in jobs]
     refused = {i: one._return_value for i, one in enumerate(described) if one.status is not JobStatus.COMPLETED}
     tasks: dict[int, TaskFunction] = {index: partial(_raise, error) for index, error in refused.items()}
     if ready := [index for index in range(len(jobs)) if index not in refused]:
         shared = set.intersection(*(set(jobs[index].hydra.job.env_set.items()) for index in ready))
         with env_override({str(name): str(value) for name, value in shared}):  # they train in one process
-            tasks |= zip(ready, batches.train([described[index].return_value for index in ready]), strict=True)
+            tasks |= zip(ready, trainer.train([described[index].return_value for index in ready]), strict=True)
     returns = []
     for index, job in enumerate(jobs):
         returns.append(run(tasks[index], job, hydra_context=context))

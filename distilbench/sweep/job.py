@@ -152,7 +152,7 @@ class Lease:
         if (job.owner.pid != os.getpid() and job.owner.is_dead()) or not self.holds():
             raise Orphaned(f"the sweep {job.sweep} went on without trial {job.trial} before it began; run it again")
         found = read_record(job.directory)  # by an earlier start of this job, if Slurm requeued it
-        begun = found if found and not found.is_over else Record(NOBODY, Status.RUNNING, job.owner)
+        begun = found if found and not found.is_final else Record(NOBODY, Status.RUNNING, job.owner)
         replace(begun, status=Status.RUNNING, owner=Owner.of_this_process(), error=None).write(job.directory)
 
     def holds(self) -> bool:

@@ -289,7 +289,7 @@ class Study:
         values = {name: record.objective(name) for name in self._plan.objectives}
         if record.status is Status.FINISHED and not all(map(math.isfinite, values.values())):
             record = replace(record, status=Status.FAILED, error=f"{values} is not finite")
-        elif not record.is_over:
+        elif not record.is_final:
             record = replace(record, status=status, error=error or record.error or "its process was killed")
         elif record.status is Status.FAILED and NO_SPACE in (record.error or ""):
             record = replace(record, status=Status.INTERRUPTED)
@@ -319,7 +319,7 @@ class Study:
         interrupted = [view for view in trained if view.status is Status.INTERRUPTED]
         for view in interrupted:
             directory, record = self.directory(view.number), read_record(self.directory(view.number))
-            if record and record.is_over:
+            if record and record.is_final:
                 kept = record.identity, view.status, record.owner, record.run_id, view.attribute("error")
                 Record(*kept).write(directory)
         runs = {view.attribute("run_id") for view in interrupted} - {None}

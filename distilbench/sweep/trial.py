@@ -145,7 +145,7 @@ class Seeds:
             yield
         except KeyboardInterrupt:
             record = read_record(self._sweep_job.directory)
-            if (record and record.is_over) or not self._lease.holds():
+            if (record and record.is_final) or not self._lease.holds():
                 raise
             stopped = replace(self._begun, status=Status.INTERRUPTED, error="interrupted")
             stopped.write(self._sweep_job.directory)

@@ -199,7 +199,7 @@ def _take_up_interrupted(trial: Trial) -> None:
     record = read_record(before) if before else None
     if before and before != directory and record is None:
         log.info("the interrupted trial starts over: its checkpoints are on another host, not in %s", before)
-    if before is None or record is None or record.is_over:
+    if before is None or record is None or record.is_final:
         return
     old, weights = before / checkpoints.DIRECTORY, prepared.model.used.fingerprint
     try:

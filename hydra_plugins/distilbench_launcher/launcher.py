@@ -29,14 +29,14 @@ ConfigStore.instance().store(group="hydra/launcher", name="fused", node=FusedLau
 class FusedLauncher(Launcher):
     """Launches jobs together if the task function supports it, otherwise like Hydra's basic launcher.
 
-    Such a function has an attribute ``takes_batches``: a callable that takes the maximum number of jobs to train at
-    once and returns a ``distilbench.sweep.executors.Batches``, which is used for the whole sweep.
+    Such a function has an attribute ``batch_trainer``: a callable that takes the maximum number of jobs to train at
+    once and returns a ``distilbench.sweep.executors.BatchTrainer``, which is used for the whole sweep.
     """
 
     def __init__(self, max_trials: int) -> None:
         self._max_trials = max_trials
         self._basic = BasicLauncher()
-        self._batches: Any = None
+        self._trainer: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what Hydra passes."""
@@ -45,11 +45,11 @@ class FusedLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; the returns keep their order."""
-        takes_batches = getattr(self._task, "takes_batches", None)
-        if takes_batches is None:
+        factory = getattr(self._task, "batch_trainer", None)
+        if factory is None:
             return self._basic.launch(job_overrides, initial_job_idx)
         from distilbench.sweep.executors import launch_batch
 
-        if self._batches is None:
-            self._batches = takes_batches(self._max_trials)
-        return launch_batch(self._batches, self._config, self._context, job_overrides, initial_job_idx)
+        if self._trainer is None:
+            self._trainer = factory(self._max_trials)
+        return launch_batch(self._trainer, self._config, self._context, job_overrides, initial_job_idx)

@@ -77,7 +77,7 @@ def returns(hydra_restore_singletons, hydra_sweep_runner, tmpdir):
             calling_file=None, calling_module="hydra.test_utils.a_module", task_function=task, config_path="configs",
             config_name="compose.yaml", overrides=overrides + environment, temp_dir=tmpdir,
         )  # fmt: skip
-        runner.takes_batches = Doubling  # Hydra's fixture is the task function that the launcher sees
+        runner.batch_trainer = Doubling  # Hydra's fixture is the task function that the launcher sees
         runner.__enter__()
         return list(runner.returns[0]), Path(str(tmpdir))
 

@@ -10,7 +10,7 @@ from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import PREDICTIONS
 from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
-from distilbench.train import Assignment, Batches
+from distilbench.train import Assignment, BatchTrainer
 from distilbench.trials import summary
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
@@ -59,6 +59,6 @@ def test_a_batch_has_left_memory_before_the_next_is_trained(settings, tmp_path, 
     given = ("model=tiny", "data=synthetic", "engine=fused", "train.epochs=1", "output.save_model=false")
     made = [settings(*given, f"seed={seed}", f"output.dir={tmp_path / str(seed)}") for seed in range(3)]
     before = trials()
-    tasks = Batches(max_trials=1).train([Assignment(Job(one, one, lambda: ""), None) for one in made])
+    tasks = BatchTrainer(max_trials=1).train([Assignment(Job(one, one, lambda: ""), None) for one in made])
     assert len(tasks) == 3
     assert [count - before for count in [*alive, trials()]] == [1, 1, 1, 0]
