@@ -86,7 +86,7 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
 
     Raises :class:`SettingsError` if no trial matches, or if a run does not exist.
     """
-    from distilbench.report.from_store import LOST, find_sweep
+    from distilbench.report.from_store import DELETED_STORE_HINT, find_sweep
     from distilbench.tracking import SWEEP
 
     trials = store.search({SWEEP: settings.sweep} if settings.sweep else {}, settings.runs)
@@ -106,7 +106,7 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
         given = {"sweep": settings.sweep, **{key: ",".join(some) for key, some in lists.items()},
                  "protocol": settings.protocol}  # fmt: skip
         asked = " ".join(f"{key}={value}" for key, value in given.items() if value)
-        lost = f". {LOST}" if settings.sweep else ""
+        lost = f". {DELETED_STORE_HINT}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
     return trials, names
 

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from distilbench.bench import run as cases
-from distilbench.bench.run import Measured, ProcessRun, cases_of, precisions_to_try, together
+from distilbench.bench.run import Measured, ProcessRun, cases_of, combine_runs, precisions_to_try
 from distilbench.benchmark import benchmark
 from distilbench.settings import BenchmarkSettings, register_schema, settings_from
 from tests.commands import FORKS
@@ -28,7 +28,7 @@ def process(began, steps, evaluation):
 
 
 def test_processes_at_once_take_from_the_first_start_to_the_last_end():
-    both = together([process(10.0, 4.0, 1.0), process(11.0, 5.0, 0.5)])
+    both = combine_runs([process(10.0, 4.0, 1.0), process(11.0, 5.0, 0.5)])
     assert both == Measured(6.0, 16.0, 0.5, 3.0, 200, 0.5)
 
 

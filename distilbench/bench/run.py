@@ -107,8 +107,8 @@ def precisions_to_try(asked: str, trial: TrialSettings, device: torch.device) ->
 
 def short_splits(splits: EncodedSplits, bench: BenchSettings, batch_size: int) -> EncodedSplits:
     """Return random examples for a run; ``report``, which is not evaluated, is all of train, for its vocabulary."""
-    most = len(splits.train) // batch_size - BENCH_WINDOW
-    require(bench.steps <= most, "bench.steps", f"at most {most} for {len(splits.train):,} training examples",
+    max_steps = len(splits.train) // batch_size - BENCH_WINDOW
+    require(bench.steps <= max_steps, "bench.steps", f"at most {max_steps} for {len(splits.train):,} training examples",
             bench.steps, "lower it, or give more text")  # fmt: skip
     rng = np.random.default_rng(0)
     return replace(
@@ -158,14 +158,14 @@ def run_case(case: Case) -> Measured:
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_START.append, initargs=(barrier,)) as pool:
         each = replace(case, trials=case.trials // processes)
         runs = [pool.submit(_measure, each) for _ in range(processes)]
-        return together([run.result() for run in runs])
+        return combine_runs([run.result() for run in runs])
 
 
 _START: list[Barrier] = []
 """In a measuring process: the barrier at which concurrent processes wait after their untimed steps."""
 
 
-def together(runs: list[ProcessRun]) -> Measured:
+def combine_runs(runs: list[ProcessRun]) -> Measured:
     """Combine concurrent processes: wall time from the first start to the last end; sums of CPU time and memory."""
     marks = np.stack([run.marks for run in runs])  # (processes, 3, clocks)
     began, trained, evaluated = marks[:, 0, 0].min(), marks[:, 1, 0].max(), marks[:, 2, 0].max()
@@ -264,9 +264,9 @@ def _train_stock(case: Case, device: torch.device, clock: _Clock) -> float:
     model = build_model(resolved, splits.label_names, settings.seed)
     freeze(model, settings.freeze)
     length = None if tuned else settings.train.max_length
-    grain = 8 if device.type == "cuda" else None  # multiples of 8 suit a GPU's tensor cores
+    pad_multiple = 8 if device.type == "cuda" else None  # multiples of 8 suit a GPU's tensor cores
     tokenizer = load_tokenizer(resolved)
-    padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=grain)
+    padding = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_multiple)
     with single_process(), tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
             model=model,

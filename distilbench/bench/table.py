@@ -34,35 +34,35 @@ class Benchmark:
     about: dict[str, Any]
 
 
-def lines_of(done: Benchmark) -> list[dict[str, Any]]:
+def summarize_cases(benchmark: Benchmark) -> list[dict[str, Any]]:
     """Return each case's figures: medians over the repeats, per trial, in seconds; the peak in bytes.
 
     ``speed`` and ``cpu_speed`` are ratios of the tuned Trainer's seconds to this case's, repeat by repeat: median,
     minimum and maximum. ``sweep_seconds`` is the time for the benchmark's number of trials, ``times_limit`` the ratio
     of the step time to the least time that this machine could need.
     """
-    bench = done.settings.bench
-    tuned = DataFrame(next(runs for case, runs in done.runs if case.kind == TUNED))
+    bench = benchmark.settings.bench
+    tuned = DataFrame(next(runs for case, runs in benchmark.runs if case.kind == TUNED))
     lines = []
-    for case, runs in done.runs:
+    for case, runs in benchmark.runs:
         all_of, trials = DataFrame(runs), case.trials
-        each, middle = all_of / trials, (all_of / trials).median()
-        whole = float(each[["steps_seconds", "evaluation_seconds", "rest_seconds"]].sum(axis=1).median())
-        step_seconds = float(middle["steps_seconds"]) / bench.steps
-        limit = done.step_cost.seconds(done.machine, case.precision, trials if case.kind == ENGINE else 1)
-        ratios = (tuned / each)[["steps_seconds", "steps_cpu_seconds"]].agg(["median", "min", "max"])
+        per_trial, medians = all_of / trials, (all_of / trials).median()
+        trial_seconds = float(per_trial[["steps_seconds", "evaluation_seconds", "rest_seconds"]].sum(axis=1).median())
+        step_seconds = float(medians["steps_seconds"]) / bench.steps
+        limit = benchmark.step_cost.seconds(benchmark.machine, case.precision, trials if case.kind == ENGINE else 1)
+        ratios = (tuned / per_trial)[["steps_seconds", "steps_cpu_seconds"]].agg(["median", "min", "max"])
         lines.append({
             "name": case.name,
             "precision": case.precision,
             "step_seconds": step_seconds,
-            "step_cpu_seconds": float(middle["steps_cpu_seconds"]) / bench.steps,
+            "step_cpu_seconds": float(medians["steps_cpu_seconds"]) / bench.steps,
             "speed": ratios["steps_seconds"].tolist(),
             "cpu_speed": ratios["steps_cpu_seconds"].tolist(),
-            "tokens_per_second": done.tokens / step_seconds,
-            "evaluation_seconds": float(middle["evaluation_seconds"]),
-            "rest_seconds": float(middle["rest_seconds"]),
-            "trial_seconds": whole,
-            "sweep_seconds": whole * (trials if trials > 1 else bench.trials),
+            "tokens_per_second": benchmark.tokens / step_seconds,
+            "evaluation_seconds": float(medians["evaluation_seconds"]),
+            "rest_seconds": float(medians["rest_seconds"]),
+            "trial_seconds": trial_seconds,
+            "sweep_seconds": trial_seconds * (trials if trials > 1 else bench.trials),
             "peak_bytes": int(all_of["peak_bytes"].max()),
             "times_limit": step_seconds / limit,
             "loss": float(all_of["loss"].median()),
@@ -87,15 +87,15 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def caption_of(done: Benchmark) -> str:
+def caption_of(benchmark: Benchmark) -> str:
     """Return the caption, which says what the figures mean and how they were measured."""
-    settings, machine, cost, about = done.settings, done.machine, done.step_cost, done.about
+    settings, machine, cost, about = benchmark.settings, benchmark.machine, benchmark.step_cost, benchmark.about
     rates = ", ".join(f"{p} {rate / 1e9:,.0f} GFLOP/s" for p, rate in machine.operations_per_second.items())
     driver = f" (driver {about['driver']}, CUDA {about['versions']['cuda']})" if about["driver"] else ""
     bench, size, layers = settings.bench, settings.train.batch_size, settings.freeze.layers
     return (
         f"Wall and CPU milliseconds a step and trial: medians of {bench.repeats} interleaved runs of {bench.steps} "
-        f"steps after {BENCH_WINDOW}, batch {size}, freeze.layers={layers}, {done.tokens:.0f} tokens a "
+        f"steps after {BENCH_WINDOW}, batch {size}, freeze.layers={layers}, {benchmark.tokens:.0f} tokens a "
         "step. HF: Hugging Face Trainer. x tuned: times faster than it is when tuned, median (range). "
         f"eval: {bench.eval_examples} examples at most. set-up: model, optimizer, compiling, recording, "
         f"warm-up. trial: all of it; sweep: {bench.trials} trials, one after another but for the batch. "
@@ -107,21 +107,21 @@ def caption_of(done: Benchmark) -> str:
     )
 
 
-def write(done: Benchmark, console: Console) -> None:
+def write(benchmark: Benchmark, console: Console) -> None:
     """Print the table and write every run to ``benchmark.json``."""
-    table, lines = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)), lines_of(done)
+    table, lines = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)), summarize_cases(benchmark)
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for line in lines:
         table.add_row(*(write_figure(line) for write_figure in COLUMNS.values()))
     console.print(table)
-    console.print(caption_of(done), markup=False, highlight=False)
-    settings = done.settings
-    figures = done.about | {
+    console.print(caption_of(benchmark), markup=False, highlight=False)
+    settings = benchmark.settings
+    figures = benchmark.about | {
         "lines": lines,
         "runs": [{"name": case.name, "precision": case.precision, "trials": case.trials,
-                  "repeats": [run._asdict() for run in runs]} for case, runs in done.runs],
-        "machine": asdict(done.machine), "work": asdict(done.step_cost), "caption": caption_of(done),
+                  "repeats": [run._asdict() for run in runs]} for case, runs in benchmark.runs],
+        "machine": asdict(benchmark.machine), "work": asdict(benchmark.step_cost), "caption": caption_of(benchmark),
         "bench": asdict(settings.bench), "freeze": asdict(settings.freeze), "train": asdict(settings.train),
     }  # fmt: skip
     file = Path(settings.output.dir) / "benchmark.json"

@@ -25,10 +25,10 @@ class Axis:
     start: float
     end: float
     text: Callable[[float], str] = "{:g}".format
-    is_whole: bool = False
+    is_integer: bool = False
     """Whether only whole numbers get a tick."""
     is_log: bool = False
-    most: int = 9
+    max_ticks: int = 9
     """Maximum number of ticks, so that their labels don't overlap; at most five on a logarithmic axis."""
 
     def __call__(self, value: float) -> float:
@@ -47,8 +47,10 @@ class Axis:
                     break
             return ticks
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
-        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= self.most - 1)
-        step = max(step, 1) if self.is_whole else step
+        step *= next(
+            factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= self.max_ticks - 1
+        )
+        step = max(step, 1) if self.is_integer else step
         first = math.ceil(self.low / step - 1e-9)
         return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -70,7 +72,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Marks on two titled axes, or on parallel axes: ``uprights`` has each one's name and labels of 0 and 1."""
+    """Marks on two titled axes, or on parallel axes: ``parallel_axes`` has each one's name and labels of 0 and 1."""
 
     title: str
     marks: Sequence[Mark]
@@ -78,27 +80,29 @@ class Chart:
     y_title: str = "accuracy, %"
     x_text: Callable[[float], str] = "{:g}".format
     y_text: Callable[[float], str] = "{:g}".format
-    is_whole: bool = False
+    is_integer: bool = False
     is_log: bool = False
-    """Of the x axis, like ``is_whole``."""
-    uprights: Sequence[tuple[str, str, str]] = ()
+    """Of the x axis, like ``is_integer``."""
+    parallel_axes: Sequence[tuple[str, str, str]] = ()
 
     @cached_property
     def x(self) -> Axis:
         """The x axis, which contains all marks with a margin."""
-        if self.uprights:
-            return Axis(0, len(self.uprights) - 1, LEFT, WIDTH - LEFT)
+        if self.parallel_axes:
+            return Axis(0, len(self.parallel_axes) - 1, LEFT, WIDTH - LEFT)
         values = [x for mark in self.marks for x, _ in mark.points]
         if self.is_log:
             low, high = map(math.exp, _with_margin([math.log(value) for value in values]))
         else:
             low, high = _with_margin(values)
-        return Axis(low, high, LEFT, WIDTH - RIGHT, self.x_text, self.is_whole, self.is_log, 9 if self.is_whole else 6)
+        return Axis(
+            low, high, LEFT, WIDTH - RIGHT, self.x_text, self.is_integer, self.is_log, 9 if self.is_integer else 6
+        )
 
     @cached_property
     def y(self) -> Axis:
         """The y axis, likewise."""
-        if self.uprights:
+        if self.parallel_axes:
             return Axis(0, 1, HEIGHT - 20, TOP + 20)
         return Axis(
             *_with_margin([y for mark in self.marks for _, y in mark.points]), HEIGHT - BOTTOM, TOP, self.y_text

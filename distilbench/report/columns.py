@@ -29,22 +29,22 @@ LEAST_TEXT = 20
 class Column:
     """One column: ``key`` is its name in CSV's header and on the page, ``title`` its heading for people.
 
-    The text of a cell is ``told(row)`` or, without ``told``, the value formatted by ``form``.
+    The text of a cell is ``text_of(row)`` or, without ``text_of``, the value formatted by ``format_value``.
     """
 
     key: str
     value: Callable[[Row], Value]
     title: str = ""
-    told: Callable[[Row], str] | None = None
-    form: Callable[[Any], str] = str
+    text_of: Callable[[Row], str] | None = None
+    format_value: Callable[[Any], str] = str
     is_text: bool = False
 
     def text(self, row: Row) -> str:
         """Return the text of a row's cell; empty without a value."""
-        if self.told:
-            return self.told(row)
+        if self.text_of:
+            return self.text_of(row)
         value = self.value(row)
-        return "" if value is None or value != value else self.form(value)
+        return "" if value is None or value != value else self.format_value(value)
 
 
 def attribute(path: str) -> Callable[[Row], Any]:
@@ -73,12 +73,12 @@ def _difference(row: Row) -> str:
     return f"{formats.points(found.points)} ({formats.interval(found.low, found.high)})"
 
 
-def _cost(name: str, text: Callable[[float], str], few: bool = False) -> Callable[[Row], str]:
-    """Return a formatter for a cost and, in brackets, its saving against the baseline; ``few``: say "fewer"."""
+def _cost(name: str, text: Callable[[float], str], is_count: bool = False) -> Callable[[Row], str]:
+    """Return a formatter for a cost and, in brackets, its saving against the baseline; ``is_count``: say "fewer"."""
 
     def told(row: Row) -> str:
         value, percent = getattr(row.cost, name), getattr(row.saving, name)
-        saved = f" ({formats.less(percent, few)})" if percent is not None else ""
+        saved = f" ({formats.saving(percent, is_count)})" if percent is not None else ""
         return "" if math.isnan(value) else text(value) + saved
 
     return told
@@ -109,24 +109,24 @@ _ALL = (
     Column("is_baseline", attribute("is_baseline")),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
     Column("accuracy", attribute("accuracy"), "accuracy",
-           lambda row: formats.spread(row.accuracy, row.accuracy_deviation) if row.trials else ""),
+           lambda row: formats.mean_and_deviation(row.accuracy, row.accuracy_deviation) if row.trials else ""),
     Column("accuracy_deviation", attribute("accuracy_deviation")),
-    Column("loss", attribute("loss"), "loss", form="{:.4f}".format),
-    Column("brier", _mean("brier"), "Brier", form="{:.4f}".format),
-    Column("ece", _mean("ece"), "ECE", form="{:.4f}".format),
+    Column("loss", attribute("loss"), "loss", format_value="{:.4f}".format),
+    Column("brier", _mean("brier"), "Brier", format_value="{:.4f}".format),
+    Column("ece", _mean("ece"), "ECE", format_value="{:.4f}".format),
     Column("train_seconds", attribute("cost.seconds"), "time", _time),
     Column("train_seconds_deviation", attribute("cost.seconds_deviation")),
     Column("is_time_estimate", attribute("cost.is_estimate")),
     Column("train_cpu_seconds", attribute("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", formats.duration)),
-    Column("train_flops", attribute("cost.flops"), "FLOPs", _cost("flops", formats.flops, few=True)),
+    Column("train_flops", attribute("cost.flops"), "FLOPs", _cost("flops", formats.flops, is_count=True)),
     Column("peak_memory_bytes", attribute("cost.memory"), "memory", _cost("memory", formats.memory)),
     Column("difference_points", attribute("difference.points"), "difference (95 %)", _difference),
     Column("difference_low_points", attribute("difference.low")),
     Column("difference_high_points", attribute("difference.high")),
     Column("p", attribute("difference.p")),
-    Column("p_holm", attribute("difference.p_holm"), "p (Holm)", form=formats.p_value),
+    Column("p_holm", attribute("difference.p_holm"), "p (Holm)", format_value=formats.p_value),
     Column("loses_at_most_points", attribute("difference.loses_at_most"), "loses at most",
-           form=lambda lost: f"{max(lost, 0):.2f}"),
+           format_value=lambda lost: f"{max(lost, 0):.2f}"),
     Column("p_margin", attribute("difference.p_loss")),
     Column("p_margin_holm", attribute("difference.p_loss_holm")),
     Column("seeds_needed", attribute("difference.needed.seeds"), "to decide", decided_by),
@@ -134,7 +134,7 @@ _ALL = (
     Column("has_learned", attribute("has_learned")),
     Column("time_gain_percent", attribute("saving.seconds")),
     Column("flops_gain_percent", attribute("saving.flops")),
-    Column("trainable_parameters", attribute("trainable_parameters"), "trained", form=formats.millions),
+    Column("trainable_parameters", attribute("trainable_parameters"), "trained", format_value=formats.millions),
     Column("verdict", lambda row: row.final_verdict or "", "verdict", describe_verdict, is_text=True),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", attribute("status")),
@@ -149,16 +149,16 @@ def _choose(*keys: str) -> tuple[Column, ...]:
     return tuple(CSV[key] for key in keys)
 
 
-NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "accuracy", "train_flops",
-               "train_seconds")  # fmt: skip
+MLFLOW_NOTE = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "accuracy",
+                      "train_flops", "train_seconds")  # fmt: skip
 """Columns that fit into half of MLflow's page."""
 FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", "verdict", "seeds_needed", "accuracy",
                "train_flops", "train_seconds", "seeds", "train_cpu_seconds", "peak_memory_bytes",
                "trainable_parameters", "p_holm", "loss", "brier", "ece")  # fmt: skip
-BRIEF = (
+NARROW = (
     *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
-    replace(CSV["flops_gain_percent"], title="FLOPs", form=_short),
-    replace(CSV["time_gain_percent"], title="time", form=_short),
+    replace(CSV["flops_gain_percent"], title="FLOPs", format_value=_short),
+    replace(CSV["time_gain_percent"], title="time", format_value=_short),
     *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
 """Columns for a narrow terminal, which shows as many of them as fit."""
@@ -166,9 +166,9 @@ PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
     replace(CSV["train_seconds"], title="training time",
-            told=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
+            text_of=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
     replace(CSV["time_gain_percent"], title="time gain",
-            told=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
+            text_of=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}
@@ -176,17 +176,17 @@ LAYOUTS = {"full": FULL, "paper": PAPER}
 _STYLES: dict[Verdict | None, str] = {Verdict.BETTER: "green", Verdict.AHEAD: "yellow", Verdict.WORSE: "red"}
 
 
-def filled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+def drop_empty(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     """Return the columns that are not empty."""
     return [column for column in columns if not column.title or any(column.text(row) for row in rows)]
 
 
-def fitting(rows: Sequence[Row], width: int) -> Sequence[Column]:
+def fit_columns(rows: Sequence[Row], width: int) -> Sequence[Column]:
     """Return the columns that fit into a terminal of ``width`` characters with one line per row."""
-    if _width(filled(FULL, rows), rows) <= width:
+    if _width(drop_empty(FULL, rows), rows) <= width:
         return FULL
-    brief = filled(BRIEF, rows)
-    return next(brief[:n] for n in range(len(brief), 0, -1) if n <= 6 or _width(brief[:n], rows) <= width)
+    narrow = drop_empty(NARROW, rows)
+    return next(narrow[:n] for n in range(len(narrow), 0, -1) if n <= 6 or _width(narrow[:n], rows) <= width)
 
 
 def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
@@ -206,7 +206,7 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
 
     The setting's column then gets the remaining width, because Rich would narrow all text columns equally.
     """
-    columns = filled(columns, rows)
+    columns = drop_empty(columns, rows)
     is_folded = _width(columns, rows) > width
     room = width - 2 - _width([column for column in columns if column.key != "setting"], rows, is_folded)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -224,7 +224,7 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Return header, rule and rows; a setting links to its run, if any."""
-    columns = filled(columns, rows)
+    columns = drop_empty(columns, rows)
     titles = [column.title.replace(" %", "\N{NO-BREAK SPACE}%") for column in columns]
     rules = ["---" if column.is_text else "---:" for column in columns]
     body = ([_in_markdown(column, row) for column in columns] for row in rows)
@@ -247,7 +247,7 @@ def _in_markdown(column: Column, row: Row) -> str:
 
 def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Return a LaTeX ``tabular`` with booktabs rules."""
-    columns = filled(columns, rows)
+    columns = drop_empty(columns, rows)
     align = "".join("l" if column.is_text else "r" for column in columns)
     head, *body = (" & ".join(cells) + r" \\" for cells in (
         [formats.latex(column.title) for column in columns],
@@ -256,7 +256,7 @@ def latex_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     return [rf"\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
 
 
-def plain(value: Value) -> float | int | str | bool:
+def to_csv_value(value: Value) -> float | int | str | bool:
     """Return a value that is safe in a spreadsheet: empty if missing, and no text that could be read as a formula.
 
     A quote is put before ``= + - @`` (OWASP, CSV Injection).

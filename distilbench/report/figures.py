@@ -35,9 +35,9 @@ _MOST_AXES = 4
 
 
 class Figure(NamedTuple):
-    """One variant of a figure: a chart, or shares for a bar chart; readers pick among several by ``choice``."""
+    """One variant of a figure: a chart, or shares for a bar chart; readers pick among several by ``variant``."""
 
-    choice: str
+    variant: str
     chart: Chart | Mapping[str, float]
     caption: str
 
@@ -135,7 +135,7 @@ def _depths(report: Report) -> Iterator[Figure]:
     marks = [Mark("line", means, tip="mean of the settings of a depth")]
     marks += [_mark_of(row, (depth, 100 * row.accuracy)) for depth, rows in depths.items() for row in _thinned(rows)]
     caption = "Each point is a setting, the line their mean: settings of a depth differ in what else was varied."
-    yield Figure("", Chart("Accuracy by freeze depth", marks, "frozen encoder layers", is_whole=True), caption)
+    yield Figure("", Chart("Accuracy by freeze depth", marks, "frozen encoder layers", is_integer=True), caption)
 
 
 def data_curve(report: Report) -> dict[int, list[Row]]:
@@ -150,7 +150,7 @@ def data_curve(report: Report) -> dict[int, list[Row]]:
     return curves
 
 
-def half_of_text(curve: Sequence[Row]) -> float | None:
+def cost_of_halving_text(curve: Sequence[Row]) -> float | None:
     """Return the points of accuracy that halving the text costs, interpolated on a log axis; None if out of range."""
     amounts = [row.first_trial.train_examples for row in curve]
     if amounts[-1] / 2 < amounts[0]:
@@ -164,16 +164,16 @@ def _data_curve(report: Report) -> Iterator[Figure]:
     curves = data_curve(report)
     if not curves:
         return
-    halves = {depth: half_of_text(rows) for depth, rows in curves.items()}
+    halves = {depth: cost_of_halving_text(rows) for depth, rows in curves.items()}
     costs = [f"{cost:.2f} points at depth {depth}" for depth, cost in halves.items() if cost is not None]
     half = f"Half of the text costs about {', '.join(costs)}. " if costs else ""
     caption = "The best setting of each amount, a line a depth, with 95 % intervals. " + half
-    yield Figure("accuracy", _along_text(curves, lambda row: 100 * row.accuracy, "accuracy, %"), caption)
+    yield Figure("accuracy", _against_examples(curves, lambda row: 100 * row.accuracy, "accuracy, %"), caption)
     if all(row.cost.flops > 0 for rows in curves.values() for row in rows):
-        yield Figure("FLOPs", _along_text(curves, lambda row: row.cost.flops, "FLOPs", flops), "")
+        yield Figure("FLOPs", _against_examples(curves, lambda row: row.cost.flops, "FLOPs", flops), "")
 
 
-def _along_text(
+def _against_examples(
     curves: Mapping[int, Sequence[Row]], value: CostOf, title: str, text: Callable[[float], str] = "{:g}".format
 ) -> Chart:
     """Draw values against the number of examples, with intervals except for FLOPs, which are exact."""
@@ -203,7 +203,7 @@ def _curves(report: Report) -> Iterator[Figure]:
     caption = f"Accuracy on the split {report.sample.selection_split} at each evaluation, first seed of the best. "
     caption += f"Solid: {best}. " if best else ""
     caption += "Dashed: the baseline." if any(row.is_baseline for row, _ in drawn) else ""
-    yield Figure("", Chart("Learning curves", marks, "step", is_whole=True), caption)
+    yield Figure("", Chart("Learning curves", marks, "step", is_integer=True), caption)
 
 
 def history(report: Report) -> list[tuple[Row, float]]:
@@ -219,15 +219,15 @@ def history(report: Report) -> list[tuple[Row, float]]:
 
 def _history(report: Report) -> Iterator[Figure]:
     """Draw the optimisation history: each setting's accuracy in the order of their start, and the best so far."""
-    told = list(enumerate(history(report), start=1))
-    if len(told) < 3:
+    numbered = list(enumerate(history(report), start=1))
+    if len(numbered) < 3:
         return
-    best = [(place, 100 * accuracy) for place, (_, accuracy) in told if not math.isnan(accuracy)]
+    best = [(place, 100 * accuracy) for place, (_, accuracy) in numbered if not math.isnan(accuracy)]
     marks = [Mark("line", best, tip="best so far")] if best else []
-    shown = told[:: -(-len(told) // MOST_POINTS)]
+    shown = numbered[:: -(-len(numbered) // MOST_POINTS)]
     marks += [_mark_of(row, (place, 100 * row.accuracy_so_far)) for place, (row, _) in shown]
     caption = "Settings in the order in which they were tried; the line is the best so far, an optimistic figure."
-    yield Figure("", Chart("The sweep as it went", marks, "settings tried", is_whole=True), caption)
+    yield Figure("", Chart("The sweep as it went", marks, "settings tried", is_integer=True), caption)
 
 
 def _parallel(report: Report) -> Iterator[Figure]:
@@ -243,12 +243,12 @@ def _parallel(report: Report) -> Iterator[Figure]:
     scales = {name: _scale(of_rows) for name, of_rows in values.items()}
     heights = [[scales[name][0](value) for value in of_rows] for name, of_rows in values.items()]
     marks = [_mark_of(row, *enumerate(along)) for row, along in zip(rows, zip(*heights, strict=True), strict=True)]
-    uprights = [
+    parallel_axes = [
         (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}", low, high)
         for name, (_, low, high) in scales.items()
     ]
     caption = "A line a setting, coloured by its verdict, from what varied to accuracy."
-    yield Figure("", Chart("Every setting", marks[::-1], uprights=uprights), caption)
+    yield Figure("", Chart("Every setting", marks[::-1], parallel_axes=parallel_axes), caption)
 
 
 def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
@@ -283,8 +283,8 @@ def importance(rows: Sequence[Row]) -> dict[str, float]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    told = {key: [value_of(row.treatment, key) for row in finished] for key in keys}
-    values: dict[str, Sequence[Any]] = {k: _numbers(column) or [*map(repr, column)] for k, column in told.items()}
+    columns = {key: [value_of(row.treatment, key) for row in finished] for key in keys}
+    values: dict[str, Sequence[Any]] = {k: _numbers(column) or [*map(repr, column)] for k, column in columns.items()}
     spaces = {key: _space_of(column) for key, column in values.items()}
     study = optuna.create_study(direction="maximize")
     for i in range(0, len(finished), math.ceil(len(finished) / MOST_FOR_IMPORTANCE)):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from distilbench.cli import pluralize
-from distilbench.report.formats import interval, less, percent, points
+from distilbench.report.formats import interval, percent, points, saving
 from distilbench.report.rows import PRAISE, Row, average, noise_of_time
 from distilbench.report.words import above_floor, describe_confirmation, describe_loss, reason_untested, what_decides
 from distilbench.results import StoredTrial, Verdict
@@ -27,9 +27,8 @@ class Report:
     ``sample`` is any trial, for what the protocol fixes; ``margin`` is in percentage points; ``floor`` is the accuracy
     of always predicting the most frequent label, if there are predictions; ``url`` opens the table of runs once
     ``ui_command`` runs (None if a server is running); ``slices`` are the best rows on parts of the examples; ``curves``
-    are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``usual`` is the
-    default treatment; ``sources`` are the overrides that select this model and text; ``confirmation`` holds the sweep's
-    rows that were trained again.
+    are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``sources`` are
+    the overrides that select this model and text; ``confirmation`` holds the sweep's rows that were trained again.
     """
 
     title: str
@@ -44,7 +43,7 @@ class Report:
     ui_command: str | None = None
     floor: float | None = None
     slices: tuple[Row, ...] = ()
-    usual: Mapping[str, object] = field(default_factory=dict)
+    default_treatment: Mapping[str, object] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
     @property
@@ -183,15 +182,15 @@ def _claim(row: Row) -> str:
 
 
 def _savings(row: Row, report: Report) -> Iterator[str]:
-    saving = row.saving
+    saved = row.saving
     noise, _ = noise_of_time([trial for each in report.rows for trial in each.trials])
     least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise)
-    if saving.flops is not None and round(saving.flops):
-        yield f"{less(saving.flops, few=True)} FLOPs"
-    if saving.seconds is not None and abs(saving.seconds) >= least:
-        yield f"{'about ' if row.cost.is_estimate else ''}{less(saving.seconds)} time"
-    if saving.memory is not None and abs(saving.memory) >= LEAST_SAVING:
-        yield f"{less(saving.memory)} memory"
+    if saved.flops is not None and round(saved.flops):
+        yield f"{saving(saved.flops, is_count=True)} FLOPs"
+    if saved.seconds is not None and abs(saved.seconds) >= least:
+        yield f"{'about ' if row.cost.is_estimate else ''}{saving(saved.seconds)} time"
+    if saved.memory is not None and abs(saved.memory) >= LEAST_SAVING:
+        yield f"{saving(saved.memory)} memory"
 
 
 def _undecided(report: Report) -> str:

@@ -34,12 +34,12 @@ def p_value(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
-def less(saved_percent: float, few: bool = False) -> str:
-    """Format a saving: ``35 % less`` (at most 99 %), ``12 % more``, ``as much``; ``few``: ``fewer``, ``as many``."""
+def saving(saved_percent: float, is_count: bool = False) -> str:
+    """Format a saving: ``35 % less`` (at most 99 %), ``12 % more``, ``as much``; of a count ``fewer``, ``as many``."""
     whole = min(round(saved_percent), 99)
     if not whole:
-        return "as many" if few else "as much"
-    return f"{abs(whole)} % {('fewer' if few else 'less') if whole > 0 else 'more'}"
+        return "as many" if is_count else "as much"
+    return f"{abs(whole)} % {('fewer' if is_count else 'less') if whole > 0 else 'more'}"
 
 
 def flops(number: float) -> str:
@@ -54,7 +54,7 @@ def memory(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def spread(mean: float, deviation: float | None) -> str:
+def mean_and_deviation(mean: float, deviation: float | None) -> str:
     """Format shares in [0, 1] as ``90.71 ± 0.23 %``; only the mean without a deviation (a single value)."""
     return percent(mean) if deviation is None else f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
 

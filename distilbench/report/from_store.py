@@ -44,13 +44,13 @@ _FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
 class ReportRequest:
     """What a report is to contain.
 
-    ``usual`` is the default treatment, without precision. ``margin`` is in percentage points. ``baseline`` is the id of
-    a run, ``none``, or None to find it. ``shown`` is the number of rows in tables. ``names`` labels treatments by hash.
+    ``default_treatment`` is without precision. ``margin`` is in percentage points. ``baseline`` is the id of a run,
+    ``none``, or None to find it. ``shown`` is the number of rows in tables. ``names`` labels treatments by hash.
     ``sweep`` is the trials' sweep.
     """
 
     title: str
-    usual: Mapping[str, object]
+    default_treatment: Mapping[str, object]
     margin: float
     baseline: str | None = None
     shown: int = 200
@@ -66,9 +66,9 @@ def check_protocol(trials: Sequence[StoredTrial]) -> None:
     told = "; ".join(
         f"{name} ({one.model} on {one.data}, {one.metric} on {one.selection_split})" for name, one in samples.items()
     )
-    usual = mode(trial.protocol_id for trial in trials)
+    most_common = mode(trial.protocol_id for trial in trials)
     raise SettingsError(
-        f"runs to compare must be of one protocol, got {len(samples)}: {told}; choose one: protocol={usual}"
+        f"runs to compare must be of one protocol, got {len(samples)}: {told}; choose one: protocol={most_common}"
     )
 
 
@@ -99,16 +99,16 @@ def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: Repo
         sources = tuple(source_overrides(store.config(report.sample.run_id)))
     except (SettingsError, OmegaConfBaseException, KeyError, ValueError):  # unreadable, e.g. of an old version
         sources = ()
-    return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation, usual=request.usual,
-                   sources=sources)  # fmt: skip
+    return replace(report, notes=notes, curves=_curves(store, report), confirmation=confirmation, sources=sources,
+                   default_treatment=request.default_treatment)  # fmt: skip
 
 
 def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
     """Return the report of these trials, without confirmations, curves and notes on splits."""
     rows = rows_from(trials, request.names)
     notes: tuple[str, ...] = ()
-    usual = _expected(rows, request.usual)
-    baseline = None if request.baseline == "none" else find_baseline(rows, usual, request.baseline)
+    expected = _expected(rows, request.default_treatment)
+    baseline = None if request.baseline == "none" else find_baseline(rows, expected, request.baseline)
     if baseline is None and request.baseline != "none":
         found = _baseline_elsewhere(store, rows, request)
         if found:
@@ -147,13 +147,13 @@ def with_predictions(store: MlflowStore, row: Row) -> Row:
     return replace(row, trials=tuple(replace(one, predictions=store.predictions(one.run_id)) for one in row.trials))
 
 
-def _expected(rows: Sequence[Row], usual: Mapping[str, object]) -> dict[str, object]:
+def _expected(rows: Sequence[Row], default_treatment: Mapping[str, object]) -> dict[str, object]:
     """Return the baseline's expected treatment: the default with the trials' most common train and data settings."""
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
     common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
     if common.get(TEXT_AMOUNT) is None:  # all of the text, so the seed that would draw it has no effect
         common.pop("data.split_seed", None)
-    return {**usual, **without_defaults(common)}
+    return {**default_treatment, **without_defaults(common)}
 
 
 def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
@@ -165,12 +165,12 @@ def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: Report
             raise SettingsError(f"baseline must be the id of a run, or none, got {request.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
-    expected = short_hash(_expected(rows, request.usual))
+    expected = short_hash(_expected(rows, request.default_treatment))
     tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
     return store.search({**tags, "distilbench.status": Status.FINISHED.value})
 
 
-LOST = (
+DELETED_STORE_HINT = (
     "A store that was deleted took its runs along: their figures are left in each trial's trial.json, and the sweep's "
     "command trains them again with sweep.retry_lost=true"
 )
@@ -182,22 +182,26 @@ def find_sweep(store: MlflowStore, sweep: str) -> SweepRun:
     if found is None:
         names = store.sweep_names()
         held = "one of " + ", ".join(names[:10]) if names else "the name of a sweep, of which there is none yet"
-        raise SettingsError(f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name. {LOST}")
+        raise SettingsError(
+            f"sweep must be {held}, got {sweep!r} in {store.describe()}; check the name. {DELETED_STORE_HINT}"
+        )
     return found
 
 
-def report_of_sweep(store: MlflowStore, sweep: SweepRun, usual: Mapping[str, object], margin: float) -> Report | None:
+def report_of_sweep(
+    store: MlflowStore, sweep: SweepRun, default_treatment: Mapping[str, object], margin: float
+) -> Report | None:
     """Return a sweep's report; None if it has no trials yet.
 
-    ``usual`` is the default treatment, from :func:`distilbench.composition.default_treatment`; ``margin`` is in
-    percentage points. Trials with another protocol than most are left out, and a note says so.
+    ``default_treatment`` is that of :func:`distilbench.composition.default_treatment`; ``margin`` is in percentage
+    points. Trials with another protocol than most are left out, and a note says so.
     """
     trials = store.search({SWEEP: sweep.name})
     if not trials:
         return None
     protocol = mode(trial.protocol_id for trial in trials)
     kept = [trial for trial in trials if trial.protocol_id == protocol]
-    report = make_report(store, kept, ReportRequest(f"Sweep {sweep.name}", usual, margin, sweep=sweep))
+    report = make_report(store, kept, ReportRequest(f"Sweep {sweep.name}", default_treatment, margin, sweep=sweep))
     if len(kept) == len(trials):
         return report
     left = f"Left out: {pluralize(len(trials) - len(kept), 'trial')} of other protocols, which can't be compared."
@@ -258,7 +262,7 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
     )
 
 
-def _tell_trials(store: MlflowStore, report: Report) -> None:
+def _update_trial_runs(store: MlflowStore, report: Report) -> None:
     """Write the report's verdicts to the runs of trials whose own comparison differs, or that have none yet.
 
     The report's verdicts are corrected for all settings, use all seeds, and are replaced by those of fresh seeds. A
@@ -291,25 +295,25 @@ def write_report(report: Report, directory: Path, formats: Sequence[str], layout
     return [directory / _FILES[name][0] for name in formats]
 
 
-def report_sweep(store: MlflowStore, name: str, directory: Path, usual: Mapping[str, object], margin: float,
+def report_sweep(store: MlflowStore, name: str, directory: Path, default_treatment: Mapping[str, object], margin: float,
                  console: Console | None = None) -> Report | None:  # fmt: skip
     """Report a sweep at its end: print, save in ``directory``, attach to its run, and update its trials' runs.
 
     Also reports if trials failed; returns None if there is no trial yet.
     """
     sweep = find_sweep(store, name)
-    report = report_of_sweep(store, sweep, usual, margin)
+    report = report_of_sweep(store, sweep, default_treatment, margin)
     if report is None:
         if next(directory.rglob(RECORD), None):
-            log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, LOST)
+            log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, DELETED_STORE_HINT)
         return None
     tables.print_report(console or Console(), report)
     store.attach(sweep.run_id, write_report(report, directory, FORMATS), tables.note(report))
-    _tell_trials(store, report)
+    _update_trial_runs(store, report)
     searched = store.sweep_run(sweep.confirms) if sweep.confirms else None
     if searched:  # update the confirmed sweep's report, too, with its own margin
         with tempfile.TemporaryDirectory() as elsewhere:
             beside = directory.parent / searched.name
             place = beside if beside.is_dir() else Path(elsewhere)
-            report_sweep(store, searched.name, place, usual, searched.margin or margin, Console(quiet=True))
+            report_sweep(store, searched.name, place, default_treatment, searched.margin or margin, Console(quiet=True))
     return report

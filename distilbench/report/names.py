@@ -13,19 +13,19 @@ from distilbench.cli import override
 from distilbench.identity import BASELINE_GROUPS, TEXT_AMOUNT, value_of
 from distilbench.settings import CONF, DataSettings, ModelSettings
 
-_TELLING = (
+_KEY_ORDER = (
     "experiment", "freeze.policy", "freeze.layers", "freeze.", "adapter.name", "adapter.", "scheduler.name",
     "optim.name", "optim.lr", "data.max_train_examples", "train.epochs", "optim.weight_decay", "",
 )  # fmt: skip
 """Prefixes of keys, most informative first; other keys follow, and the seed is last."""
 
-_CHOSEN = ("adapter", "scheduler")
+_NAMED_GROUPS = ("adapter", "scheduler")
 """Groups whose name implies their other settings, which are named only if they vary for one name."""
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
     """Sort keys, most informative first; a group as a whole takes the position of its name."""
-    places = {key: next(i for i, start in enumerate(_TELLING) if f"{key}.name".startswith(start)) for key in keys}
+    places = {key: next(i for i, start in enumerate(_KEY_ORDER) if f"{key}.name".startswith(start)) for key in keys}
     return sorted(keys, key=lambda key: (key == "seed", places[key], key))
 
 
@@ -37,16 +37,16 @@ def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
 
     def follows(key: str) -> bool:
         if key == "freeze.embeddings":
-            return all(map(embeddings_follow, treatments))
+            return all(map(embeddings_are_auto, treatments))
         group, _, setting = key.partition(".")
         values = {(value_of(t, f"{group}.name"), repr(t.get(key))) for t in treatments}
-        return group in _CHOSEN and setting != "name" and len(values) == len({name for name, _ in values})
+        return group in _NAMED_GROUPS and setting != "name" and len(values) == len({name for name, _ in values})
 
     keys = in_order(list({key for treatment in treatments for key in treatment}))
     return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
 
 
-def embeddings_follow(treatment: Mapping[str, object]) -> bool:
+def embeddings_are_auto(treatment: Mapping[str, object]) -> bool:
     """Return whether ``freeze.embeddings`` has the value that ``auto`` gives for these layers or this policy."""
     depth, embeddings = treatment.get("freeze.layers") != 0, treatment.get("freeze.embeddings")
     return "freeze.policy" in treatment or embeddings in (None, depth)
@@ -62,7 +62,7 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
     return " ".join(f"{titles[key]}{_short(values[key])}" for key in in_order([*values]))
 
 
-def name_beside(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
+def name_against_baseline(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
     """Return a name for ``values`` without those :data:`BASELINE_GROUPS` that equal the ``baseline``'s."""
     return name_of({k: v for k, v in values.items() if not is_choice(k) or baseline.get(k, ...) != v}, among)
 
@@ -77,7 +77,7 @@ def source_overrides(config_yaml: str) -> list[str]:
 
     Defaults are omitted, and so is the amount of text, which belongs to the treatment.
     """
-    config, told = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
+    config, overrides = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
     for group, schema, usual in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):
         ours = {
             key: value for key, value in config[group].items() if key != "fallback" and f"{group}.{key}" != TEXT_AMOUNT
@@ -89,10 +89,10 @@ def source_overrides(config_yaml: str) -> list[str]:
             if choice["source"] == ours["source"]:
                 differing[file.stem] = [key for key, value in ours.items() if choice[key] != value]
         name = min(differing, key=lambda name: (len(differing[name]), name != usual))
-        told += [f"{group}={name}"] if name != usual else []
-        told += [override(f"{group}.{key}", ours[key]) for key in differing[name]]
+        overrides += [f"{group}={name}"] if name != usual else []
+        overrides += [override(f"{group}.{key}", ours[key]) for key in differing[name]]
     metric = config["train"]["metric"]
-    return told + ([override("train.metric", metric)] if metric != "accuracy" else [])
+    return overrides + ([override("train.metric", metric)] if metric != "accuracy" else [])
 
 
 def _end(key: str) -> str:

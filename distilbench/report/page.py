@@ -12,18 +12,19 @@ from markupsafe import Markup, escape
 from distilbench.cli import command, override
 from distilbench.identity import value_of
 from distilbench.report import charts
-from distilbench.report.columns import FULL, filled, plain
+from distilbench.report.columns import FULL, drop_empty, to_csv_value
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report, answer
 from distilbench.report.formats import one_line
-from distilbench.report.names import embeddings_follow, in_order
+from distilbench.report.names import embeddings_are_auto, in_order
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
 from distilbench.report.words import VERDICTS, describe_confirmation
 
 TEMPLATE = Path(__file__).with_name("page.html")
-_SLIM = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds", "peak_memory_bytes")
+_HIDDEN_COLUMNS = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_holm", "train_cpu_seconds",
+                   "peak_memory_bytes")  # fmt: skip
 """Columns that are hidden until the reader asks for all."""
 
 
@@ -45,7 +46,7 @@ def page(report: Report) -> str:
         seeds=sorted({row.num_seeds for row in report.candidates}),
         verdicts=VERDICTS,
         depths=sorted({str(row.treatment.get("freeze.layers", "")) for row in report.table_rows}),
-        columns=filled(FULL, report.table_rows),
+        columns=drop_empty(FULL, report.table_rows),
         slices=SLICES,
         figures=figures_of(report),
         failures=failures(report),
@@ -53,8 +54,8 @@ def page(report: Report) -> str:
         command_of=lambda row: _command(row, report),
         scale=charts.forest_axis([(difference.low, difference.high) for difference in found]),
         kind_of=kind_of,
-        slim=_SLIM,
-        plain=plain,
+        hidden_columns=_HIDDEN_COLUMNS,
+        to_csv_value=to_csv_value,
         describe_confirmation=describe_confirmation,
         one_line=one_line,
     )
@@ -71,12 +72,14 @@ def _counts(report: Report) -> list[tuple[str, str, str]]:
 
 def _command(row: Row, report: Report) -> str:
     """Return the command that trains a setting again: its sources, and all settings that differ from the default."""
-    keys = {*row.treatment, *report.usual} - {"train.precision", "freeze.embeddings"}
-    told = {key: value for key in keys if (value := value_of(row.treatment, key)) != value_of(report.usual, key)}
-    if not embeddings_follow(row.treatment):
-        told["freeze.embeddings"] = row.treatment["freeze.embeddings"]
-    changed = (override(key, told[key]) for key in in_order([*told]))
-    return command("train", [*report.sources, *changed, f"seed={row.first_trial.seed}"])
+    keys = {*row.treatment, *report.default_treatment} - {"train.precision", "freeze.embeddings"}
+    changed = {
+        key: value for key in keys if (value := value_of(row.treatment, key)) != value_of(report.default_treatment, key)
+    }
+    if not embeddings_are_auto(row.treatment):
+        changed["freeze.embeddings"] = row.treatment["freeze.embeddings"]
+    overrides = (override(key, changed[key]) for key in in_order([*changed]))
+    return command("train", [*report.sources, *overrides, f"seed={row.first_trial.seed}"])
 
 
 def _whole(text: str) -> Markup:

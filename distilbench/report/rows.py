@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from distilbench.identity import has_choices_of, short_hash, value_of
-from distilbench.report.names import name_beside, name_of, varying_keys
+from distilbench.report.names import name_against_baseline, name_of, varying_keys
 from distilbench.report.power import Needed
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
@@ -298,24 +298,26 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
     )
 
 
-def find_baseline(rows: Sequence[Row], usual: Mapping[str, object], run_id: str | None = None) -> int | None:
+def find_baseline(rows: Sequence[Row], expected: Mapping[str, object], run_id: str | None = None) -> int | None:
     """Return the index of the baseline's row; None if there is none.
 
     If ``run_id`` is given, this is its row. Otherwise it is the row that a sweep tagged as baseline; if there are
     several (a sweep over the amount of text has one per amount), the one with the most FLOPs, which left out least.
-    Otherwise it is the row whose choices agree with ``usual``, the default treatment; of several, the one that agrees
-    in most settings, then the one trained first.
+    Otherwise it is the row whose choices agree with the ``expected`` treatment; of several, the one that agrees in most
+    settings, then the one trained first.
     """
     if run_id is not None:
         return next((i for i, row in enumerate(rows) if any(t.run_id == run_id for t in row.all_trials)), None)
 
     def rank(i: int) -> tuple[int, int]:
-        return -sum(rows[i].treatment.get(key) == value for key, value in usual.items()), rows[i].started_ms
+        return -sum(rows[i].treatment.get(key) == value for key, value in expected.items()), rows[i].started_ms
 
     if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
         return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
-    text = {key: value for key, value in usual.items() if key.startswith("data.")}.items()
-    alike = [i for i, row in enumerate(rows) if has_choices_of(row.treatment, usual) and text <= row.treatment.items()]
+    text = {key: value for key, value in expected.items() if key.startswith("data.")}.items()
+    alike = [
+        i for i, row in enumerate(rows) if has_choices_of(row.treatment, expected) and text <= row.treatment.items()
+    ]
     return min(alike, key=rank, default=None)
 
 
@@ -332,9 +334,9 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     labelled = []
     for i, row in enumerate(rows):
         is_baseline = i == baseline or (tagged and row.is_tagged)  # a sweep over amounts has one per amount
-        told = name_of(values[i], varying) if is_baseline else name_beside(values[i], reference, varying)
+        name = name_of(values[i], varying) if is_baseline else name_against_baseline(values[i], reference, varying)
         title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
-        shown = ": ".join(part for part in (title, told) if part) or "all settings"
+        shown = ": ".join(part for part in (title, name) if part) or "all settings"
         number = row.first_trial.number if row.first_trial.number.isdigit() else ""
         number = f"{row.first_trial.sweep}/{number}" if number and numbers[number] > 1 else number
         labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i, number=number))

@@ -29,7 +29,7 @@ COLUMNS = (
     replace(CSV["slice"], title="slice", is_text=True),
     CSV["trial"],
     CSV["setting"],
-    replace(CSV["examples"], title="examples", form="{:,}".format),
+    replace(CSV["examples"], title="examples", format_value="{:,}".format),
     *(CSV[key] for key in ("accuracy", "difference_points", "p_holm")),
 )
 
@@ -43,19 +43,19 @@ def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
     those that are not shown count as p = 1.
     """
     others = [row for row in rows if row.trials and not row.is_baseline]
-    told = [*(row for row in rows if row.trials and row.is_baseline), *others[:MOST_ROWS]]
-    slices = next((one.slices for row in told for one in row.predictions.values() if one.slices is not None), None)
+    shown = [*(row for row in rows if row.trials and row.is_baseline), *others[:MOST_ROWS]]
+    slices = next((one.slices for row in shown for one in row.predictions.values() if one.slices is not None), None)
     if slices is None:
         return ()
     names = Counter(slices.tolist()).most_common()
     whole = [
-        row for row in told if [len(one.labels) for one in row.predictions.values()] == row.num_seeds * [len(slices)]
+        row for row in shown if [len(one.labels) for one in row.predictions.values()] == row.num_seeds * [len(slices)]
     ]
     base = next((row for row in whole if row.is_baseline), None)
     found = [_on_slice(row, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for row in whole]
     differences = [row.difference for row in found if row.difference]
-    untold = len(names) * sum(not row.is_baseline for row in rows) - len(differences)
-    p_holm = iter(holm([one.p for one in differences] + [1.0] * untold))
+    num_hidden = len(names) * sum(not row.is_baseline for row in rows) - len(differences)
+    p_holm = iter(holm([one.p for one in differences] + [1.0] * num_hidden))
     return tuple(
         replace(row, difference=replace(row.difference, p_holm=next(p_holm))) if row.difference else row
         for row in found
@@ -82,9 +82,9 @@ def by_slice(predictions: Predictions) -> str:
     if predictions.slices is None:
         return ""
     counts = Counter(predictions.slices.tolist()).most_common()
-    told = [
+    accuracies = [
         f"{name or NAMELESS} {percent(float(predictions.correct[predictions.slices == name].mean()))} of {count:,}"
         for name, count in counts[:MOST_SLICES]
     ]
-    more = len(counts) - len(told)
-    return ", ".join(told) + (f" and {more:,} smaller ones" if more else "")
+    more = len(counts) - len(accuracies)
+    return ", ".join(accuracies) + (f" and {more:,} smaller ones" if more else "")

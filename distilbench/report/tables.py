@@ -10,7 +10,16 @@ from rich.console import Console
 from rich.text import Text
 
 from distilbench.cli import pluralize
-from distilbench.report.columns import CSV, LAYOUTS, NOTE, fitting, latex_table, markdown_table, plain, rich_table
+from distilbench.report.columns import (
+    CSV,
+    LAYOUTS,
+    MLFLOW_NOTE,
+    fit_columns,
+    latex_table,
+    markdown_table,
+    rich_table,
+    to_csv_value,
+)
 from distilbench.report.findings import Report, answer, tried_settings
 from distilbench.report.formats import latex, markdown, one_line, percent
 from distilbench.report.rows import Row, noise_of_time
@@ -91,7 +100,7 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
     """Print the answer, the table of the best ``most`` rows (and the baseline), and what failed."""
     rows = _in_order(report, layout)
     shown = [row for i, row in enumerate(rows) if i < most or row.is_baseline]
-    columns = fitting(shown, console.width) if layout == "full" else LAYOUTS[layout]
+    columns = fit_columns(shown, console.width) if layout == "full" else LAYOUTS[layout]
     table = rich_table(shown, columns, console.width)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
@@ -125,7 +134,7 @@ def note(report: Report) -> str:
     rows = [row for i, row in enumerate(report.table_rows) if i < NOTE_ROWS or row.is_baseline]
     lines = [f"**{markdown(sentence)}**  " for sentence in answer(report)]
     lines += [f"{markdown(describe_confirmation(row))}  " for row in report.confirmation]
-    lines += ["", *markdown_table(rows, NOTE), ""]
+    lines += ["", *markdown_table(rows, MLFLOW_NOTE), ""]
     more = len(report.rows) - len(rows)
     lines += [f"{more:,} more in report.html.", ""] if more else []
     return "\n".join([*lines, *(f"{markdown(line)}  " for line in protocol_lines(report))])
@@ -142,7 +151,7 @@ def trial_headline(report: Report, row: Row) -> str:
 def trial_note(report: Report, row: Row) -> str:
     """Return :func:`trial_headline` below a table of the row and its baseline, in Markdown."""
     rows = [row, *([report.baseline] if report.baseline else [])]
-    return "\n".join([*markdown_table(rows, NOTE), "", f"**{trial_headline(report, row)}**", ""])
+    return "\n".join([*markdown_table(rows, MLFLOW_NOTE), "", f"**{trial_headline(report, row)}**", ""])
 
 
 def latex_report(report: Report, layout: str = "full") -> str:
@@ -161,5 +170,5 @@ def csv_report(report: Report) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(CSV)
     for row in (*report.rows, *report.slices):
-        writer.writerow([plain(column.value(row)) for column in CSV.values()])
+        writer.writerow([to_csv_value(column.value(row)) for column in CSV.values()])
     return stream.getvalue()

@@ -111,8 +111,8 @@ def comparison_markdown(comparison: Comparison) -> str:
     names = f"This trial: {ours}. Baseline: {theirs}." if keys else ""
     notes = " ".join(f"{note}." for note in notes_of(comparison))
     slices = [*markdown_table(comparison.slices, SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
-    told = [f"**{sentence(comparison)}**", "", notes, "", names, ""]
-    return "\n".join([*markdown_table([comparison.row, comparison.baseline], COLUMNS), "", *told, *slices])
+    lines = [f"**{sentence(comparison)}**", "", notes, "", names, ""]
+    return "\n".join([*markdown_table([comparison.row, comparison.baseline], COLUMNS), "", *lines, *slices])
 
 
 def comparison_headline(comparison: Comparison) -> str:

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from distilbench.composition import baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
-from distilbench.report.names import is_choice, name_beside, name_of
+from distilbench.report.names import is_choice, name_against_baseline, name_of
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
@@ -85,7 +85,7 @@ class Space:
         ``baseline`` holds the baseline's value of each dimension; it is empty in a sweep without a baseline.
         """
         if not point.is_baseline:
-            return name_beside(point.params, baseline, [*self.dimensions]) or " ".join(point.extra) or "trial"
+            return name_against_baseline(point.params, baseline, [*self.dimensions]) or " ".join(point.extra) or "trial"
         given = dict(override.partition("=")[::2] for override in point.extra)
         shared = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
         values = point.params or {key: value for key, value in baseline.items() if is_choice(key)} | shared

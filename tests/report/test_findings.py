@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.report.figures import by_depth, comparable_in_time, data_curve, half_of_text, history, importance
+from distilbench.report.figures import (
+    by_depth,
+    comparable_in_time,
+    cost_of_halving_text,
+    data_curve,
+    history,
+    importance,
+)
 from distilbench.report.findings import by_score, pareto_front
 from distilbench.report.rows import rows_from
 from distilbench.results import Status
@@ -105,7 +112,9 @@ def test_the_data_curve_has_the_best_setting_of_each_amount_a_line_a_depth():
 
 def test_half_of_the_text_is_read_off_the_curve():
     rows = [rows_from([on_text(n, a, 0)])[0] for n, a in ((500, 0.8), (1000, 0.84), (2000, 0.9))]
-    assert half_of_text(rows) == pytest.approx(6.0, abs=0.1)
-    assert half_of_text([rows[0], rows[2]]) == pytest.approx(5.0, abs=0.1), "half of the way, on a logarithmic axis"
+    assert cost_of_halving_text(rows) == pytest.approx(6.0, abs=0.1)
+    assert cost_of_halving_text([rows[0], rows[2]]) == pytest.approx(5.0, abs=0.1), (
+        "half of the way, on a logarithmic axis"
+    )
     far = rows_from([on_text(8000, 0.9, 0)])[0]
-    assert half_of_text([rows[0], far]) == pytest.approx(2.5, abs=0.1)
+    assert cost_of_halving_text([rows[0], far]) == pytest.approx(2.5, abs=0.1)

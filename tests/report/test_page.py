@@ -242,7 +242,7 @@ def test_text_of_charts_has_11_pixels_on_a_phone_of_390():
 
 def test_a_cards_line_names_sources_and_all_that_is_not_as_usual():
     trials = [trial(0.9), trial(0.9, 1, 1, treatment(freeze_layers=3, scheduler_name="cosine", train_epochs=1))]
-    report = report_of(trials, usual=treatment(), sources=("model=minilm", "data=files"))
+    report = report_of(trials, default_treatment=treatment(), sources=("model=minilm", "data=files"))
     rows = [attributes for tag, attributes in Document(page(report)).elements if tag == "tr" and attributes]
     lines = {row["data-command"] for row in rows}
     start = "python -m distilbench.train model=minilm data=files "
@@ -256,7 +256,7 @@ def test_a_cards_line_names_sources_and_all_that_is_not_as_usual():
 )  # fmt: skip
 def test_a_cards_line_composes_to_its_settings(settings, given):
     usual, ours = (treatment_of(settings(*overrides).trial, "") for overrides in ((), given))
-    report = report_of([trial(0.9, settings=usual), trial(0.9, 1, 1, ours)], usual=usual)
+    report = report_of([trial(0.9, settings=usual), trial(0.9, 1, 1, ours)], default_treatment=usual)
     lines = [shlex.split(dict(at)["data-command"]) for tag, at in Document(page(report)).elements if tag == "tr" and at]
     assert ours in [treatment_of(settings(*line[3:]).trial, "") for line in lines]
 

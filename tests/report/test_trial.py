@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distilbench.report import trial as report
-from distilbench.report.formats import duration, flops, less, p_value, percent, points
+from distilbench.report.formats import duration, flops, p_value, percent, points, saving
 from distilbench.report.noninferiority import noninferiority_exact
 from distilbench.report.statistics import paired_accuracy_interval
 from distilbench.report.trial import comparison_markdown, comparison_metrics, sentence
@@ -165,10 +165,10 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
         (p_value(0.00099), "< 0.001"),
         (flops(689e12), "689 T"),
         (flops(999.7e12), "1 P"),
-        (less(35.2), "35 % less"),
-        (less(-12.0), "12 % more"),
-        (less(-0.2), "as much"),
-        (less(99.7, few=True), "99 % fewer"),
+        (saving(35.2), "35 % less"),
+        (saving(-12.0), "12 % more"),
+        (saving(-0.2), "as much"),
+        (saving(99.7, is_count=True), "99 % fewer"),
     ],
 )
 def test_formats(text, expected):
