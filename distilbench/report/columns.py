@@ -76,24 +76,24 @@ def _difference(row: Row) -> str:
 def _cost(name: str, text: Callable[[float], str], is_count: bool = False) -> Callable[[Row], str]:
     """Return a formatter for a cost and, in brackets, its saving against the baseline; ``is_count``: say "fewer"."""
 
-    def told(row: Row) -> str:
+    def text_of(row: Row) -> str:
         value, percent = getattr(row.cost, name), getattr(row.saving, name)
         saved = f" ({formats.saving(percent, is_count)})" if percent is not None else ""
         return "" if math.isnan(value) else text(value) + saved
 
-    return told
+    return text_of
 
 
 def _time(row: Row) -> str:
-    told = _cost("seconds", formats.duration)(row)
-    return f"about {told}" if row.cost.is_estimate else told
+    text = _cost("seconds", formats.duration)(row)
+    return f"about {text}" if row.cost.is_estimate else text
 
 
 def _seeds(row: Row) -> str:
     """Return how many seeds finished, and how the others ended."""
     ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
-    told = ", ".join(f"{count} {status}" for status, count in ended.items())
-    return f"{row.num_seeds} ({told})" if told and row.trials else str(row.num_seeds)
+    counts = ", ".join(f"{count} {status}" for status, count in ended.items())
+    return f"{row.num_seeds} ({counts})" if counts and row.trials else str(row.num_seeds)
 
 
 def _short(saved: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
-from distilbench.report.power import PLANNED_SEEDS, Needed, needed, needed_to_decide, spread_seen
+from distilbench.report.power import PLANNED_SEEDS, Needed, estimate_spread, needed, needed_to_decide
 from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
 from distilbench.report.statistics import SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
 from distilbench.results import Predictions, Verdict
@@ -107,7 +107,9 @@ def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float) -> Needed |
         spread = _spread(row, base)
         if isinstance(spread, Untested):
             return None
-        found.append(needed(spread_seen(spread), PLANNED_SEEDS, len(spread.by_example), margin / 100, rows=len(rows)))
+        found.append(
+            needed(estimate_spread(spread), PLANNED_SEEDS, len(spread.by_example), margin / 100, rows=len(rows))
+        )
     return max(found, key=lambda one: (one.seeds is None, one.seeds or one.examples or 0))
 
 

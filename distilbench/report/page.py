@@ -36,7 +36,7 @@ def page(report: Report) -> str:
         finalize=lambda value: one_line(value) if type(value) is str else value,
     )  # fmt: skip
     environment.globals["size"] = charts
-    environment.filters |= {"px": "{:.1f}".format, "whole": _whole}
+    environment.filters |= {"px": "{:.1f}".format, "unbroken_units": _unbroken_units}
     environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
     found = [row.difference for row in report.table_rows if row.difference]
     return environment.get_template(TEMPLATE.name).render(
@@ -82,7 +82,7 @@ def _command(row: Row, report: Report) -> str:
     return command("train", [*report.sources, *overrides, f"seed={row.first_trial.seed}"])
 
 
-def _whole(text: str) -> Markup:
+def _unbroken_units(text: str) -> Markup:
     """Return escaped text in which no line breaks between a number and its unit."""
     unit = r"(?<=\d) (?=%|(points?|[kMGTPE]|s|min|h)\b)"
     return escape(re.sub(unit, "\N{NO-BREAK SPACE}", one_line(text)))

@@ -54,16 +54,16 @@ class Spread:
         return (self.interaction_variance / examples + self.seed_variance) / seeds
 
 
-def spread_assumed(discordance: float = DISCORDANCE) -> Spread:
+def assume_spread(discordance: float = DISCORDANCE) -> Spread:
     """Return the assumed spread of two trials that differ on this share of examples."""
     return Spread(EXAMPLE_SHARE * discordance, (1 - EXAMPLE_SHARE) * discordance)
 
 
-def spread_seen(seed_spread: SeedSpread) -> Spread:
+def estimate_spread(seed_spread: SeedSpread) -> Spread:
     """Return the observed spread; of a single pair, only the discordance is observed."""
     examples = len(seed_spread.by_example)
     if seed_spread.num_seeds == 1:
-        return spread_assumed((int(np.abs(seed_spread.by_example).sum()) + 1) / examples)  # + 1: never zero
+        return assume_spread((int(np.abs(seed_spread.by_example).sum()) + 1) / examples)  # + 1: never zero
     over_seeds = sum(variance for variance, _ in seed_spread.seed_components)
     return Spread(
         example_variance=seed_spread.example_variance * examples,
@@ -156,7 +156,7 @@ def needed_to_decide(seed_spread: SeedSpread, margin: float, rows: int = 1) -> N
     Am. Stat. 55:19). If the present seeds should have sufficed under this assumption, the row is undecided because of
     the observed loss, which is then assumed to be true: good enough and worse both decide. At least one more seed.
     """
-    spread, examples = spread_seen(seed_spread), len(seed_spread.by_example)
+    spread, examples = estimate_spread(seed_spread), len(seed_spread.by_example)
     found = needed(spread, seed_spread.num_seeds, examples, margin, rows)
     if found.seeds is None or found.seeds > seed_spread.num_seeds:
         return found
@@ -169,5 +169,5 @@ def plan_power(examples: int, seeds: int, margin: float, rows: int = 1) -> tuple
 
     The power is that to show that a setting that loses nothing is good enough; compare it with ``POWER``.
     """
-    spread = spread_assumed()
+    spread = assume_spread()
     return power(spread, seeds, examples, margin, ALPHA / rows), needed(spread, seeds, examples, margin, rows)

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from distilbench.report import noninferiority as ni
-from distilbench.report.power import DISCORDANCE, EXAMPLE_SHARE, power, spread_assumed
+from distilbench.report.power import DISCORDANCE, EXAMPLE_SHARE, assume_spread, power
 from distilbench.report.statistics import critical_difference, paired_accuracy_interval
 
 ACCURACY = 0.9
@@ -123,7 +123,7 @@ def power_table():
         for margin in (0.01, 0.02) if examples < 1_000 else (0.005, 0.01):
             for discordance in DISCORDANCES:
                 found = shares(draws, examples, noise_of(discordance, EXAMPLE_SHARE), 0.0, margin)
-                planned = [power(spread_assumed(discordance), n, examples, margin) for n in SEEDS]
+                planned = [power(assume_spread(discordance), n, examples, margin) for n in SEEDS]
                 cells = (f"{100 * x:.0f} ({100 * y:.0f})" for x, y in zip(found, planned, strict=True))
                 print_row(f"{examples:,}", f"{100 * margin:g}", f"{100 * discordance:g}", *cells)
 

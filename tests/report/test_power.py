@@ -14,12 +14,12 @@ from distilbench.report.power import (
     PLANNED_SEEDS,
     POWER,
     Spread,
+    assume_spread,
+    estimate_spread,
     needed,
     needed_to_decide,
     plan_power,
     power,
-    spread_assumed,
-    spread_seen,
 )
 from distilbench.report.statistics import spread_over_seeds
 from tests.report import margin_tables as tables
@@ -30,7 +30,7 @@ def test_power_of_one_seed_is_the_normal_one_of_a_paired_difference():
     # Discordance of 5 %, 10,000 examples, a margin of 0.6 points: 1.96 standard errors and what is left of the margin.
     error = math.sqrt(0.05 / 10_000)
     expected = stats.norm.cdf(0.006 / error - stats.norm.isf(ALPHA))
-    assert power(spread_assumed(0.05), 1, 10_000, 0.006) == pytest.approx(expected, abs=0.01)
+    assert power(assume_spread(0.05), 1, 10_000, 0.006) == pytest.approx(expected, abs=0.01)
 
 
 def test_power_of_many_seeds_that_shift_all_examples_is_that_of_a_t_test():
@@ -45,7 +45,7 @@ def test_planned_power_is_near_the_simulated_one_in_the_table():
         for seeds, cell in zip(tables.SEEDS, cells, strict=True):
             simulated, planned = cell.rstrip(")").split(" (")
             design = int(examples.replace(",", "")), float(margin) / 100
-            found = 100 * power(spread_assumed(float(discordance) / 100), seeds, *design)
+            found = 100 * power(assume_spread(float(discordance) / 100), seeds, *design)
             assert f"{found:.0f}" == planned
             assert found == pytest.approx(float(simulated), abs=5)
 
@@ -59,7 +59,7 @@ def test_a_slice_of_the_simulated_table_comes_out_again():
 
 
 def test_a_loss_beyond_the_margin_is_decided_as_worse():
-    spread = spread_assumed(0.05)
+    spread = assume_spread(0.05)
     assert power(spread, 5, 5_000, 0.01, loss=0.03) > 0.99
     assert power(spread, 5, 5_000, 0.01, loss=0.005) < power(spread, 5, 5_000, 0.01)
 
@@ -78,7 +78,7 @@ def test_where_nothing_differed_few_examples_are_few_whatever_the_seeds():
 
 @pytest.mark.parametrize(("discordance", "examples"), [(0.04, 5_000), (0.10, 5_000), (0.06, 20_000)])
 def test_needed_seeds_are_the_fewest_that_suffice(discordance, examples):
-    spread = spread_assumed(discordance)
+    spread = assume_spread(discordance)
     found = needed(spread, 1, examples, 0.01)
     assert power(spread, found.seeds, examples, 0.01) >= POWER
     assert found.seeds == 2 or power(spread, found.seeds - 1, examples, 0.01) < POWER
@@ -86,7 +86,7 @@ def test_needed_seeds_are_the_fewest_that_suffice(discordance, examples):
 
 
 def test_where_no_number_of_seeds_will_do_the_fewest_examples_are_counted():
-    spread = spread_assumed()
+    spread = assume_spread()
     found = needed(spread, 3, 872, 0.01)
     assert found.seeds is None
     assert found.floor == pytest.approx(1.96 * math.sqrt(EXAMPLE_SHARE * DISCORDANCE / 872), rel=1e-3)
@@ -119,7 +119,7 @@ def test_where_seeds_alone_are_too_far_apart_no_more_examples_are_asked_for():
 
 
 def test_more_rows_need_more():
-    alone, among = (needed(spread_assumed(), 3, 5_000, 0.01, rows=rows) for rows in (1, 10))
+    alone, among = (needed(assume_spread(), 3, 5_000, 0.01, rows=rows) for rows in (1, 10))
     assert among.seeds > alone.seeds
     assert among.floor > alone.floor
 
@@ -127,41 +127,43 @@ def test_more_rows_need_more():
 def test_spread_seen_finds_the_parts_it_was_made_with():
     noise = tables.noise_of(0.08, 0.4)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, noise, 0.0, 6)[0]
-    seen = spread_seen(spread_over_seeds(*by_seed(difference)))
+    seen = estimate_spread(spread_over_seeds(*by_seed(difference)))
     assert seen.example_variance == pytest.approx(0.4 * 0.08, rel=0.1)
     assert seen.interaction_variance == pytest.approx(0.6 * 0.08, rel=0.1)
     assert seen.seed_variance < 0.003**2
     shifted = tables.Noise(noise.example, 0.3, noise.chance)
     difference = tables.simulate(np.random.default_rng(2), 1, 40_000, shifted, 0.0, 40)[0]
     accuracy = (difference.mean(1, dtype=float)).std(ddof=1)
-    assert spread_seen(spread_over_seeds(*by_seed(difference))).seed_variance == pytest.approx(accuracy**2, rel=0.05)
+    assert estimate_spread(spread_over_seeds(*by_seed(difference))).seed_variance == pytest.approx(
+        accuracy**2, rel=0.05
+    )
 
 
 def test_one_pair_shows_its_discordance_and_half_of_it_is_supposed_to_last():
     a, b = pair(20, 29, 1_000)
-    assert spread_seen(spread_over_seeds({1: a}, {1: b})) == spread_assumed(0.05)
-    assert spread_seen(spread_over_seeds({1: a}, {2: a})).interaction_variance > 0
+    assert estimate_spread(spread_over_seeds({1: a}, {1: b})) == assume_spread(0.05)
+    assert estimate_spread(spread_over_seeds({1: a}, {2: a})).interaction_variance > 0
 
 
-def test_what_it_takes_supposes_no_loss_while_that_leaves_something_to_do():
+def test_needed_to_decide_supposes_no_loss_while_that_leaves_something_to_do():
     a, b = pair(20, 29, 872)
     found = needed_to_decide(spread_over_seeds({1: a}, {1: b}), 0.01)
-    assert found == needed(spread_assumed(50 / 872), 1, 872, 0.01)
+    assert found == needed(assume_spread(50 / 872), 1, 872, 0.01)
 
 
-def test_what_it_takes_supposes_the_loss_seen_where_the_seeds_at_hand_should_have_decided():
+def test_needed_to_decide_supposes_the_loss_seen_where_the_seeds_at_hand_should_have_decided():
     difference = np.zeros((4, 5_000), int)
     difference[:, :120], difference[:, 120:215] = -1, 1  # all seeds agree: half a point lost, give or take 0.6
     seen = spread_over_seeds(*by_seed(difference))
     undecided, found = noninferiority_over_seeds(seen, 0.01), needed_to_decide(seen, 0.01)
     assert undecided.p > ALPHA
-    assert power(spread_seen(seen), 4, 5_000, 0.01) > POWER
-    assert found == needed(spread_seen(seen), 4, 5_000, 0.01, loss=0.005)
+    assert power(estimate_spread(seen), 4, 5_000, 0.01) > POWER
+    assert found == needed(estimate_spread(seen), 4, 5_000, 0.01, loss=0.005)
     assert found.seeds is None
-    assert power(spread_seen(seen), found.with_seeds, found.examples, 0.01, loss=0.005) >= POWER
+    assert power(estimate_spread(seen), found.with_seeds, found.examples, 0.01, loss=0.005) >= POWER
 
 
-def test_what_it_takes_asks_for_one_more_seed_at_least():
+def test_needed_to_decide_asks_for_one_more_seed_at_least():
     rng = np.random.default_rng(0)
     a, b = by_seed(rng.choice([-1, 0, 1], (4, 5_000), p=[0.002, 0.996, 0.002]))
     assert needed_to_decide(spread_over_seeds(a, b), 0.05).seeds == 5
@@ -171,5 +173,5 @@ def test_a_plan_says_whether_a_setting_without_loss_would_be_shown():
     assert plan_power(5_000, 5, 0.01)[0] >= POWER
     chance, told = plan_power(872, 3, 0.01, rows=7)
     assert chance < POWER
-    assert told == needed(spread_assumed(), 3, 872, 0.01, rows=7)
+    assert told == needed(assume_spread(), 3, 872, 0.01, rows=7)
     assert plan_power(5_000, 5, 0.01, rows=20)[0] < plan_power(5_000, 5, 0.01)[0]
