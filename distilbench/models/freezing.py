@@ -82,7 +82,7 @@ def _all_but_head(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
 
 
 def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
-    """Return the names frozen by ``bias``: all but biases and head (Ben Zaken et al., 2022, arXiv 2106.10199)."""
+    """Return all names but those of biases and head (``bias``; BitFit: Ben Zaken et al., 2022, arXiv 2106.10199)."""
     return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 
