@@ -55,7 +55,7 @@ def _show_only(index: int) -> None:
 
 @cache
 def _limit_threads() -> None:
-    """Use no more threads than a container's CPU quota allows, which torch does not look at."""
+    """Limit torch's threads to a container's CPU quota, which torch itself ignores."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), loky.cpu_count()))
 

@@ -3,7 +3,7 @@
 Compared with Hugging Face Trainer, it skips what does not change the result: padding, vocabulary rows that never
 occur, all but [CLS] in the last layer, and repeated passes through the frozen prefix (:mod:`.packing`, :mod:`.encoder`,
 :mod:`.prefix`). Results equal Trainer's up to rounding and, with dropout, up to the random draw: masks are keyed by
-seed and step (:mod:`.dropout`), so that apart from rounding a trial's result does not depend on its group's others.
+seed and step (:mod:`.dropout`), so that, apart from rounding, a trial's result does not depend on its group.
 """
 
 from __future__ import annotations

@@ -83,9 +83,9 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
 
 
 def step_scalars_of(settings: Sequence[OptimSettings], lrs: np.ndarray, first: int = 0) -> np.ndarray:
-    """Return what changes with the step, ``(steps, trials, 4)`` float64, for ``lrs`` (steps, trials).
+    """Return the values that change with the step, ``(steps, trials, 4)`` float64, for ``lrs`` (steps, trials).
 
-    That is lr; lr * weight_decay; AdamW's step size, lr / (1 - beta1^t); and 1 / sqrt(1 - beta2^t), where t counts
+    They are lr; lr * weight_decay; AdamW's step size, lr / (1 - beta1^t); and 1 / sqrt(1 - beta2^t), where t counts
     steps from ``first``, the first step that trains the parameters.
     """
     steps = np.arange(1 - first, len(lrs) + 1 - first).clip(1)[:, None]
