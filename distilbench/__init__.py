@@ -127,8 +127,8 @@ def _job(overrides: Sequence[str]) -> Job:
     from distilbench.settings import root
     from distilbench.train import job_of
 
-    place = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
-    config = _composed("config", [f"output.dir={place}", *overrides])
+    directory = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
+    config = _composed("config", [f"output.dir={directory}", *overrides])
     choices = config.hydra.runtime.choices
     with open_dict(config):
         del config["hydra"]

@@ -127,10 +127,10 @@ class _Droppable(io.FileIO):
 # ---- errors and exit statuses
 
 
-def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] = str) -> None:
+def run_command(entrypoint: Callable[[], object], to_hydra: Callable[[str], str] = str) -> None:
     """Run a Hydra entrypoint as a command: with our streams, signals, exit statuses and one-line errors.
 
-    ``respell`` converts each typed argument into Hydra's grammar.
+    ``to_hydra`` converts each typed argument into Hydra's grammar.
     """
     exit_immediately()
     open_streams()
@@ -141,7 +141,7 @@ def run_command(entrypoint: Callable[[], object], respell: Callable[[str], str] 
             for argument in sys.argv[1:]:
                 if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
                     raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
-            sys.argv[1:] = map(respell, sys.argv[1:])
+            sys.argv[1:] = map(to_hydra, sys.argv[1:])
             if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
                 print(f"distilbench {__version__}")
             else:
@@ -301,13 +301,13 @@ def pluralize(number: float, noun: str) -> str:
 # ---- command lines
 
 
-def command(name: str, overrides: Iterable[str]) -> str:
+def format_command(name: str, overrides: Iterable[str]) -> str:
     """Return a command line for one of our commands, quoted for the shell, in the form that started this process."""
     installed = Path(sys.argv[0]).stem == "distilbench"
     return shlex.join([*(["distilbench", name] if installed else ["python", "-m", f"distilbench.{name}"]), *overrides])
 
 
-def override(key: str, value: Any) -> str:
+def format_override(key: str, value: Any) -> str:
     """Return ``key=value``, quoted for Hydra's grammar so that a string stays a string; interpolations are kept.
 
     Unquoted, ``=``, commas, brackets and non-ASCII letters are errors, and ``1e-3`` and ``null`` are not strings.

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from distilbench.cli import command, errors_in_one_line, override
+from distilbench.cli import errors_in_one_line, format_command, format_override
 from distilbench.identity import treatment_of
 from distilbench.settings import AppSettings, require, settings_from
 
@@ -77,13 +77,13 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     for key, value in changed.items():
         if isinstance(value, dict):  # of a fallback, only the given keys: Hydra accepts no others
             overrides[key] = {name: overrides[key][name] for name in value}
-    return command("train", by_group + [override(key, value) for key, value in overrides.items()])
+    return format_command("train", by_group + [format_override(key, value) for key, value in overrides.items()])
 
 
 def overrides_between(config: DictConfig, wanted: DictConfig) -> list[str]:
     """Return the overrides, one per value, that turn one composed config into another."""
     present = dict(_leaves(config))
-    return [override(key, value) for key, value in _leaves(wanted) if present[key] != value]
+    return [format_override(key, value) for key, value in _leaves(wanted) if present[key] != value]
 
 
 def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:

@@ -148,8 +148,8 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
             if settings.format == "glue":
                 answers = answers["prediction"].map(codes).to_frame()
             else:
-                for place, column in enumerate(columns.values()):
-                    answers.insert(place, column, [row[place] for row in rows])
+                for position, column in enumerate(columns.values()):
+                    answers.insert(position, column, [row[position] for row in rows])
             write(answers)
             progress.update(bar, completed=share)
     return counts

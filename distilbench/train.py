@@ -28,9 +28,9 @@ from omegaconf import DictConfig
 
 from distilbench.cli import (
     CommandFailed,
-    command,
     errors_in_one_line,
-    override,
+    format_command,
+    format_override,
     print_to_stderr,
     raise_on_signal,
     run_command,
@@ -240,9 +240,9 @@ def _print_resume_command() -> None:
         print_to_stderr(f"interrupted after the trial's end; it {record.status}")
         return
     given = [o for o in hydra_config.overrides.task if not o.startswith("train.resume=")]
-    place = [override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
+    resuming = [format_override("hydra.run.dir", hydra_config.runtime.output_dir), "train.resume=true"]
     where = shlex.quote(hydra_config.runtime.cwd)  # relative paths refer to it
-    print_to_stderr(f"interrupted; to continue: cd {where} && {command('train', [*given, *place])}")
+    print_to_stderr(f"interrupted; to continue: cd {where} && {format_command('train', [*given, *resuming])}")
 
 
 if __name__ == "__main__":

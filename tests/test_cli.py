@@ -15,7 +15,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilbench.cli import CommandFailed, as_settings_error, command, errors_in_one_line, override, run_in_process
+from distilbench.cli import (
+    CommandFailed,
+    as_settings_error,
+    errors_in_one_line,
+    format_command,
+    format_override,
+    run_in_process,
+)
 from distilbench.settings import SettingsError, register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -117,7 +124,7 @@ WORDS = ["null", "NULL", "true", "False", "nan", "-inf", "1", "+1", "1e3", "0x1"
 
 @given(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_a_string_that_is_printed_and_typed_comes_back_as_it_was(text):
-    (typed,) = shlex.split(command("train", [override("data.train", text)]))[3:]
+    (typed,) = shlex.split(format_command("train", [format_override("data.train", text)]))[3:]
     parsed = OverridesParser.create().parse_override(typed)
     assert parsed.get_key_element() == "data.train"
     assert parsed.value() == text
@@ -126,20 +133,20 @@ def test_a_string_that_is_printed_and_typed_comes_back_as_it_was(text):
 
 @pytest.mark.parametrize("value", [None, True, False, 3, 2e-5, 1e-08, [], [1, "a b"], ["null", None, ["x,y"]]])
 def test_other_values_come_back_as_they_were(value):
-    assert OverridesParser.create().parse_override(override("key", value)).value() == value
+    assert OverridesParser.create().parse_override(format_override("key", value)).value() == value
 
 
 def test_plain_words_stay_readable():
-    assert [override("k", v) for v in ("linear", "runs/a-1", "2e-5", 2e-5, 0)] == [
+    assert [format_override("k", v) for v in ("linear", "runs/a-1", "2e-5", 2e-5, 0)] == [
         "k=linear", "k=runs/a-1", "k='2e-5'", "k=2e-05", "k=0",
     ]  # fmt: skip
 
 
 def test_a_command_is_named_as_it_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/distilbench/train.py"])
-    assert command("train", ["a=1", "b='x y'"]) == "python -m distilbench.train a=1 'b='\"'\"'x y'\"'\"''"
+    assert format_command("train", ["a=1", "b='x y'"]) == "python -m distilbench.train a=1 'b='\"'\"'x y'\"'\"''"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/distilbench", "train"])
-    assert command("confirm", ["sweep=first"]) == "distilbench confirm sweep=first"
+    assert format_command("confirm", ["sweep=first"]) == "distilbench confirm sweep=first"
 
 
 # ---- signals and streams, in processes of their own

@@ -12,7 +12,7 @@ from statistics import mode
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from distilbench.cli import command, override, pluralize
+from distilbench.cli import format_command, format_override, pluralize
 from distilbench.identity import TEXT_AMOUNT, short_hash, value_of, without_defaults
 from distilbench.report import tables
 from distilbench.report.comparison import compare_with_baseline
@@ -224,7 +224,7 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
             "winner. A sweep with data.selection_fraction=0.1 chooses on other sentences."
         ]
     if any(row.final_verdict is Verdict.AHEAD for row in report.rows):
-        confirm = command("confirm", [override("sweep", request.sweep.name)])
+        confirm = format_command("confirm", [format_override("sweep", request.sweep.name)])
         return [
             f"The {sample.report_split} split picked the winners and reports them: a lead is optimistic; confirm it "
             f"with fresh seeds ({confirm}), or sweep with data.selection_fraction=0.1."

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from distilbench.cli import override
+from distilbench.cli import format_override
 from distilbench.identity import BASELINE_GROUPS, TEXT_AMOUNT, value_of
 from distilbench.settings import CONF, DataSettings, ModelSettings
 
@@ -90,9 +90,9 @@ def source_overrides(config_yaml: str) -> list[str]:
                 differing[file.stem] = [key for key, value in ours.items() if choice[key] != value]
         name = min(differing, key=lambda name: (len(differing[name]), name != usual))
         overrides += [f"{group}={name}"] if name != usual else []
-        overrides += [override(f"{group}.{key}", ours[key]) for key in differing[name]]
+        overrides += [format_override(f"{group}.{key}", ours[key]) for key in differing[name]]
     metric = config["train"]["metric"]
-    return overrides + ([override("train.metric", metric)] if metric != "accuracy" else [])
+    return overrides + ([format_override("train.metric", metric)] if metric != "accuracy" else [])
 
 
 def _end(key: str) -> str:

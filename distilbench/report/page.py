@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from distilbench.cli import command, override
+from distilbench.cli import format_command, format_override
 from distilbench.identity import value_of
 from distilbench.report import charts
 from distilbench.report.columns import FULL, drop_empty, to_csv_value
@@ -78,8 +78,8 @@ def _command(row: Row, report: Report) -> str:
     }
     if not embeddings_are_auto(row.treatment):
         changed["freeze.embeddings"] = row.treatment["freeze.embeddings"]
-    overrides = (override(key, changed[key]) for key in in_order([*changed]))
-    return command("train", [*report.sources, *overrides, f"seed={row.first_trial.seed}"])
+    overrides = (format_override(key, changed[key]) for key in in_order([*changed]))
+    return format_command("train", [*report.sources, *overrides, f"seed={row.first_trial.seed}"])
 
 
 def _unbroken_units(text: str) -> Markup:

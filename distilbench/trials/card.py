@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.cli import command, override
+from distilbench.cli import format_command, format_override
 from distilbench.identity import ENGINE, METRIC, SEED, SOURCES, TREATMENT, SourceUsed, select
 from distilbench.report.formats import duration, markdown, percent
 from distilbench.report.rows import row_from
@@ -73,4 +73,4 @@ def _command(trial: Trial) -> str:
     for key in ("model.checkpoint", "data.train", "data.validation"):
         if values[key] and values[f"{key.partition('.')[0]}.source"] in ON_DISK:
             values[key] = Path(str(values[key])).name
-    return command("train", [override(key, value) for key, value in values.items()])
+    return format_command("train", [format_override(key, value) for key, value in values.items()])
