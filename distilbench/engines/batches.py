@@ -54,13 +54,13 @@ class BatchSchedule:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def part_starts(self) -> range:
+    def part_start_steps(self) -> range:
         """The step after which each part begins; freeze policies may change what is frozen there."""
         return range(0, self.steps, self.eval_steps or self.steps_per_epoch)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation is due after the first ``step`` steps."""
-        return step in self.part_starts or step == self.steps
+        return step in self.part_start_steps or step == self.steps
 
     def records_after(self, step: int) -> bool:
         """Whether a record is due after the first ``step`` steps."""
@@ -71,14 +71,14 @@ class BatchSchedule:
         epoch, number = divmod(step, self.steps_per_epoch)
         return epoch_order(self.examples, seed, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
-    def times_seen(self, seed: int, step: int) -> np.ndarray:
+    def example_counts(self, seed: int, step: int) -> np.ndarray:
         """Count how often the first ``step`` steps train on each example in the order of ``seed``, ``(examples,)``."""
         epochs, steps = divmod(step, self.steps_per_epoch)
         times = np.full(self.examples, epochs)
         times[epoch_order(self.examples, seed, epochs)[: steps * self.batch_size]] += 1
         return times
 
-    def seen(self, step: int) -> int:
+    def num_examples_seen(self, step: int) -> int:
         """Examples trained on in the first ``step`` steps."""
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs * self.examples + min(steps * self.batch_size, self.examples)

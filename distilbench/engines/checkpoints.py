@@ -56,7 +56,7 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
     return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
 
 
-def newest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
+def latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
     """Return the newest complete checkpoint in ``directory`` with its progress, or None.
 
     Raises :class:`SettingsError` if that checkpoint belongs to a trial of another ``identity``.
@@ -105,7 +105,7 @@ def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None
             shutil.rmtree(other, ignore_errors=True)
 
 
-def tidy(directory: Path, status: Status) -> None:
+def remove_stale(directory: Path, status: Status) -> None:
     """Remove incomplete checkpoints, or all if ``status`` is final, and ``directory`` if it is then empty."""
     if status in (Status.FINISHED, Status.PRUNED, Status.DIVERGED):
         shutil.rmtree(directory, ignore_errors=True)

@@ -36,7 +36,7 @@ def planned_levels(settings: FreezeSettings, schedule: BatchSchedule, top: int) 
     linearly in between (FreezeOut: Brock et al., 2017, arXiv 1706.04983, but changing only at evaluations). Other
     policies give ``{0: 0}``.
     """
-    starts = schedule.part_starts
+    starts = schedule.part_start_steps
     if settings.policy == "gradual":
         return {start: max(0, top - part) for part, start in enumerate(starts)}
     if settings.policy == "scheduled":
@@ -92,7 +92,7 @@ class MovingFreeze:
         self.parameters = parameter_counts(model)
         """The number of parameters that are trained in any part, and of all parameters."""
 
-    def begin(self, history: Sequence[Evaluation]) -> None:
+    def start_part(self, history: Sequence[Evaluation]) -> None:
         """Begin or resume the part that follows the evaluations in ``history``, replaying the parts before it."""
         for part, step in enumerate([0, *(evaluation.step for evaluation in history)]):
             if step not in self._frozen:
@@ -105,12 +105,12 @@ class MovingFreeze:
         noted = self.gradients[self._part] if self._part < len(self.gradients) else [0.0] * (self._top + 2)
         self._steps, self._sums = int(noted[0]), torch.tensor(noted[1:], device=self._model.device)
 
-    def note(self) -> None:
+    def store_gradients(self) -> None:
         """Store the current part's steps and gradient sums in ``gradients``."""
         self.gradients[self._part :] = [[self._steps, *self._sums.tolist()]]
 
     @torch.no_grad()
-    def look_at_gradients(self) -> None:
+    def accumulate_gradient_norms(self) -> None:
         """Add each level's gradient norm to the sums, on the device; call before the optimizer step."""
         if self._by_gradients:
             nothing = self._sums.new_zeros(())

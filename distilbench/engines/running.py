@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _MEMORY_MESSAGES = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
-SMALLER = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
+SMALLER_BATCH_MESSAGE = "out of memory: going on with train.micro_batch_size=%d, added up to the same batch"
 """Logged when a trial continues with smaller micro-batches."""
 
 
@@ -86,7 +86,7 @@ class Stopwatch:
         self._seconds, self._cpu_seconds = seconds, cpu_seconds
         return lap
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Exclude ``seconds`` of wall time from the current lap."""
         self._seconds += seconds
 
@@ -163,7 +163,7 @@ class RunningTrial:
         return Path(self.settings.output.dir) / checkpoints.DIRECTORY
 
     @property
-    def best_place(self) -> int:
+    def best_index(self) -> int:
         """The index in the history of the best evaluation by ``train.metric``, the first one in case of ties."""
         history, train = self.progress.history, self.settings.train
         sign = 1 if train.greater_is_better else -1
@@ -172,22 +172,22 @@ class RunningTrial:
     @property
     def best(self) -> Evaluation:
         """The best evaluation so far."""
-        return self.progress.history[self.best_place]
+        return self.progress.history[self.best_index]
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether to stop early: none of the last ``train.patience`` evaluations was better than those before."""
         history, patience = self.progress.history, self.settings.train.patience
-        return bool(patience and history and len(history) - 1 - self.best_place >= patience)
+        return bool(patience and history and len(history) - 1 - self.best_index >= patience)
 
-    def take_up(self, weights: str) -> Path | None:
+    def resume_or_start(self, weights: str) -> Path | None:
         """Return the checkpoint to resume from and load its progress, or remove old checkpoints and return None.
 
         ``weights`` is the fingerprint of the initial weights.
         """
         self.identity = checkpoints.identity_of(self.settings, self.splits, weights, self.about["precision"])
         resume = self.settings.train.resume
-        found = checkpoints.newest(self.folder, self.identity) if resume else None
+        found = checkpoints.latest(self.folder, self.identity) if resume else None
         if found is None:
             if resume:
                 log.info("nothing to resume in %s: starting from scratch", self.folder.parent)
@@ -204,7 +204,7 @@ class RunningTrial:
         progress.step_seconds += lap.seconds
         self._spend(lap)
         self._require_finite(loss, "training")
-        rate = (schedule.seen(step) - schedule.seen(before)) / lap.seconds
+        rate = (schedule.num_examples_seen(step) - schedule.num_examples_seen(before)) / lap.seconds
         epoch = step / schedule.steps_per_epoch
         told = StepRecord(step, schedule.steps, epoch, loss, learning_rate, gradient_norm, rate)
         self.observer.on_step(self.index, told)
@@ -233,7 +233,7 @@ class RunningTrial:
                 f"(now {self.settings.optim.lr:g}), or warm up with scheduler.warmup_ratio=0.1",
             )
 
-    def ask_to_go_on(self) -> None:
+    def report_evaluation(self) -> None:
         """Report the newest evaluation to the observer; raises :class:`TrialEnded` if it prunes the trial."""
         if self.observer.on_evaluation(self.index, self.progress.history[-1]):
             raise TrialEnded(Status.PRUNED, f"pruned after step {self.progress.step} of {self.schedule.steps}")
@@ -241,7 +241,7 @@ class RunningTrial:
     def note_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
         """Store the best weights' logits: on the selection split if a checkpoint lacked them, and the report split."""
         if selection is not None:
-            self.progress.history[self.best_place] = replace(self.best, logits=selection)
+            self.progress.history[self.best_index] = replace(self.best, logits=selection)
         if report is not None:
             labels, at = self.splits.report.labels, self.best
             self.report = evaluate_logits("validation", report, labels, at.step, at.epoch)
@@ -255,11 +255,11 @@ class RunningTrial:
 
         Checkpoints are removed unless the trial may be resumed.
         """
-        checkpoints.tidy(self.folder, status)
+        checkpoints.remove_stale(self.folder, status)
         progress, train, lengths = self.progress, self.settings.train, np.diff(self.splits.train.offsets)
         best = self.best if progress.history else None
         ends = sorted({progress.step, *(step for step in self.flops if step < progress.step)})
-        seen = {step: self.schedule.times_seen(self.settings.seed, step) for step in ends}
+        seen = {step: self.schedule.example_counts(self.settings.seed, step) for step in ends}
         flops = sum(self.flops[start].total(lengths, seen[stop] - seen[start]) for start, stop in pairwise(ends))
         trained = max((self.flops[start].trained for start in ends[:-1]), default=0)
         about = self.about | ({"trainable_parameters": trained} if trained else {})

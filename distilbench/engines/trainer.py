@@ -29,7 +29,7 @@ from distilbench.engines.device import (
 )
 from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import Loss, build_optimizer, lr_factors
-from distilbench.engines.running import SMALLER, RunningTrial, Stopwatch, outcome_of
+from distilbench.engines.running import SMALLER_BATCH_MESSAGE, RunningTrial, Stopwatch, outcome_of
 from distilbench.models.adapters import adapt
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
@@ -67,7 +67,7 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
             return result
         micro, evaluated = train.smaller_micro_batch(train.examples_per_pass) or 1, max(1, train.eval_batch_size // 2)
         train = replace(train, micro_batch_size=micro, eval_batch_size=evaluated, resume=True)
-        log.warning(SMALLER, micro)
+        log.warning(SMALLER_BATCH_MESSAGE, micro)
         release_memory()
 
 
@@ -86,7 +86,7 @@ class _Run(TrainerCallback):
         self.schedule, self.steps = self.trial.schedule, self.trial.schedule.steps
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.moving: MovingFreeze | None = None
-        self.evaluation_due = self.is_leaving = False
+        self.evaluation_due = self.is_stopping = False
         self.stopwatch = Stopwatch(began)
 
     def attempt(self) -> TrialResult:
@@ -103,7 +103,7 @@ class _Run(TrainerCallback):
         except Exception as error:  # the trial's boundary: other trials go on
             outcome = outcome_of(error, self.settings)
         except BaseException:
-            checkpoints.tidy(self.trial.folder, Status.INTERRUPTED)
+            checkpoints.remove_stale(self.trial.folder, Status.INTERRUPTED)
             raise
         self.trial.sample_memory()
         self.trial.setup_seconds = self.trial.setup_seconds or self.stopwatch.lap().seconds
@@ -123,7 +123,7 @@ class _Run(TrainerCallback):
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
         counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}
         self.model.to(self.device)  # type: ignore[arg-type]  # the stub of the decorated method lacks self
-        self.checkpoint = trial.take_up(self.resolved.used.fingerprint)
+        self.checkpoint = trial.resume_or_start(self.resolved.used.fingerprint)
         if settings.freeze.is_dynamic:
             self.moving = MovingFreeze(self.model, settings.freeze, self.schedule, trial.progress.gradients)
             counts, trial.flops = self.moving.parameters, self.moving.flops
@@ -180,13 +180,13 @@ class _Run(TrainerCallback):
             elif self.trial.progress.history:
                 self.best_weights = self._copied_weights()
         if self.moving is not None:
-            self.moving.begin(self.trial.progress.history)
+            self.moving.start_part(self.trial.progress.history)
         self.trial.setup_seconds = self.stopwatch.lap().seconds
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Pass the gradients to the freeze policy."""
         if self.moving is not None:
-            self.moving.look_at_gradients()
+            self.moving.accumulate_gradient_norms()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Determine what is due after this step."""
@@ -197,7 +197,7 @@ class _Run(TrainerCallback):
             if not train.checkpoints:
                 self.observer.on_checkpoint()
             else:
-                self.is_leaving = control.should_log = control.should_save = True
+                self.is_stopping = control.should_log = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the steps since the last record; only here does training synchronize with the device."""
@@ -216,12 +216,12 @@ class _Run(TrainerCallback):
         logits = self._predict(self.splits.selection)
         if self.trial.evaluate(logits, self.stopwatch.lap()):
             self.best_weights = None if last else self._copied_weights()
-        self.trial.ask_to_go_on()
+        self.trial.report_evaluation()
         control.should_training_stop = last or self.trial.is_out_of_patience
         control.should_save = self.settings.train.checkpoints and not control.should_training_stop
         if self.moving is not None and not control.should_training_stop:
-            self.moving.note()
-            self.moving.begin(self.trial.progress.history)
+            self.moving.store_gradients()
+            self.moving.start_part(self.trial.progress.history)
         self.stopwatch.lap()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -230,10 +230,10 @@ class _Run(TrainerCallback):
         if self.best_weights is not None and self.trial.best.step != state.global_step:
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         if self.moving is not None:
-            self.moving.note()
+            self.moving.store_gradients()
         checkpoints.seal(path, self.trial.identity, self.trial.progress)
-        if self.is_leaving:
-            self.is_leaving = False
+        if self.is_stopping:
+            self.is_stopping = False
             self.observer.on_checkpoint()
         self.stopwatch.lap()
 

@@ -73,7 +73,7 @@ def _share_of(splits: EncodedSplits, settings: TrialSettings) -> tuple[EncodedSp
     most = GPU_STEPS if resolve_device(settings.engine.device).type == "cuda" else STEPS
     examples = min(most * train.batch_size, len(splits.train))
     scale = train.epochs * len(splits.train) / examples
-    evaluations = len(BatchSchedule.of(train, len(splits.train)).part_starts)
+    evaluations = len(BatchSchedule.of(train, len(splits.train)).part_start_steps)
     evaluated = min(max(1, round(evaluations * len(splits.selection) / scale)), len(splits.selection))
     probed = replace(
         splits,

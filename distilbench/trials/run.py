@@ -205,7 +205,7 @@ def _take_up_interrupted(trial: Trial) -> None:
     try:
         asked = prepared_trial(settings, prepared), prepared.splits, weights, prepared.precision
         kept = checkpoints.identity_of(*asked)
-        if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.newest(old, kept) is None:
+        if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.latest(old, kept) is None:
             return
     except SettingsError as error:
         log.info("the interrupted trial is not continued: %s", error)

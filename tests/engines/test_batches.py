@@ -13,5 +13,5 @@ def test_examples_count_as_often_as_the_batches_so_far_hold_them(step):
     schedule = BatchSchedule(examples=37, batch_size=8, epochs=3)
     batches = [schedule.batch(7, number) for number in range(step)]
     expected = np.bincount(np.concatenate([np.empty(0, int), *batches]), minlength=37)
-    np.testing.assert_array_equal(schedule.times_seen(7, step), expected)
-    assert schedule.times_seen(7, step).sum() == schedule.seen(step)
+    np.testing.assert_array_equal(schedule.example_counts(7, step), expected)
+    assert schedule.example_counts(7, step).sum() == schedule.num_examples_seen(step)

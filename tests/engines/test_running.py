@@ -18,7 +18,7 @@ def test_laps_follow_each_other_and_leave_out_what_they_are_told(monkeypatch):
     stopwatch = Stopwatch(began=10.0)
     assert stopwatch.lap() == Lap(2.0, 1.0)
     assert stopwatch.lap() == Lap(8.0, 2.0)
-    stopwatch.leave_out(5.0)
+    stopwatch.exclude(5.0)
     assert stopwatch.lap() == Lap(6.0, 3.0)
 
 

@@ -318,7 +318,7 @@ def test_what_changes_speed_only_may_change_on_resuming(interrupted, recorder):
 
 def test_a_resumed_trial_reports_the_time_and_tokens_of_all_its_parts(interrupted, recorder):
     trial, splits = interrupted()
-    _, stored = checkpoints.newest(Path(trial.output.dir) / "checkpoints", identity(trial, splits))
+    _, stored = checkpoints.latest(Path(trial.output.dir) / "checkpoints", identity(trial, splits))
     result = resume(trial, splits, recorder())
     assert stored.step == 5
     assert result.train_seconds > stored.train_seconds > stored.step_seconds > 0

@@ -25,8 +25,8 @@ from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix, prefix_depth
-from distilbench.engines.fused.threads import MOST, map_in_threads
-from distilbench.engines.running import SMALLER, Stopwatch, outcome_of
+from distilbench.engines.fused.threads import MAX_STACKS, map_in_threads
+from distilbench.engines.running import SMALLER_BATCH_MESSAGE, Stopwatch, outcome_of
 from distilbench.models.build import build_model
 from distilbench.results import Status, TrialResult
 
@@ -68,7 +68,7 @@ def train_group(
         left = [member for member in members if member.trial.index not in results]
         if not isinstance(error, Exception):
             for member in left:
-                checkpoints.tidy(member.trial.folder, Status.INTERRUPTED)
+                checkpoints.remove_stale(member.trial.folder, Status.INTERRUPTED)
             raise
         outcome = outcome_of(error, members[0].trial.settings)
         results.update({member.trial.index: member.trial.end(*outcome, member.micro_batch) for member in left})
@@ -94,7 +94,7 @@ class TrialGroup:
         self.taken = 0
         self.use_graphs = use_graphs
         on_cpu = self.context.device.type == "cpu" and not use_graphs
-        self.at_once = min(MOST, torch.get_num_threads()) if on_cpu else 1
+        self.at_once = min(MAX_STACKS, torch.get_num_threads()) if on_cpu else 1
         """Stacks that take a step in parallel."""
         # each trial has its own hidden states: in total, no more than a single trial's evaluation batch
         self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // self._stack_size())
@@ -192,7 +192,7 @@ class TrialGroup:
 
         A single trial that runs out of memory repeats the step with half the micro-batch.
         """
-        while self._goes_on():
+        while self._has_work_left():
             try:
                 if not self.stacks:
                     self._set_up()
@@ -201,7 +201,7 @@ class TrialGroup:
                 else:
                     self._advance()
                 if not self.evaluation_due and self.observer.wants_checkpoint():
-                    self._leave_checkpoints()
+                    self._write_checkpoints()
                 continue
             except Exception as error:  # the trials' boundary: other groups continue
                 outcome = outcome_of(error, self.settings)
@@ -211,7 +211,7 @@ class TrialGroup:
                     return self._halves()
                 if self._halve_micro_batch(self.members[0]):
                     continue
-            self._leave(dict.fromkeys(range(len(self.members)), outcome))
+            self._remove(dict.fromkeys(range(len(self.members)), outcome))
         ends = [t for t, member in enumerate(self.members) if member.trial.is_out_of_patience]
         go_on = [t for t in range(len(self.members)) if t not in ends]
         if ends and go_on and self.step < self.schedule.steps:
@@ -226,7 +226,7 @@ class TrialGroup:
         second.taken = 0
         return [first, second]
 
-    def _goes_on(self) -> bool:
+    def _has_work_left(self) -> bool:
         """Return whether all members have another step or evaluation ahead."""
         if not self.members or self.evaluation_due:
             return bool(self.members)
@@ -244,7 +244,7 @@ class TrialGroup:
         if smaller is None:
             return False
         member.micro_batch = smaller
-        log.warning(SMALLER, smaller)
+        log.warning(SMALLER_BATCH_MESSAGE, smaller)
         return True
 
     def _advance(self) -> None:
@@ -268,7 +268,7 @@ class TrialGroup:
         for stack in stacks:
             if stack.prefix is not None:  # here with all threads, and once if stacks share it
                 stack.prefix.prepare(stack.orders, self.step, stack.prefix.window * self.members[0].micro_batch)
-        losses = map_in_threads(self._differentiate, stacks)
+        losses = map_in_threads(self._forward_backward, stacks)
 
         def update(stack: Stack) -> torch.Tensor:
             lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
@@ -294,19 +294,19 @@ class TrialGroup:
                 self.context.loss, self.deterministic_layers, runner_for(device),
             )  # fmt: skip
         seconds = self.graph_steps.take(self.step, self.context.trained_until(self.step))
-        self.stopwatch.leave_out(seconds)
+        self.stopwatch.exclude(seconds)
         for member in self.members:
             member.trial.setup_seconds += seconds
 
-    def _differentiate(self, stack: Stack) -> torch.Tensor:
+    def _forward_backward(self, stack: Stack) -> torch.Tensor:
         """Compute the gradient of a stack, and return the mean loss of each of its trials, ``(trials,)``."""
         examples = [self.schedule.batch(seed, self.step) for seed in stack.orders]
         size = len(examples[0])
         most = self.members[0].micro_batch
         parts = [slice(start, min(start + most, size)) for start in range(0, size, most)]
-        return torch.stack([self._differentiate_part(stack, examples, part) for part in parts]).sum(0)
+        return torch.stack([self._forward_backward_part(stack, examples, part) for part in parts]).sum(0)
 
-    def _differentiate_part(self, stack: Stack, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
+    def _forward_backward_part(self, stack: Stack, examples: Sequence[np.ndarray], part: slice) -> torch.Tensor:
         """Add the gradient of a part of each order's batch to earlier parts'; return its share of the mean loss."""
         size = len(examples[0])
         packs = [pack(self.context.splits.train, chosen[part]) for chosen in examples]
@@ -336,7 +336,7 @@ class TrialGroup:
         def tell(t: int, member: Member) -> None:
             member.trial.record(self.step, lap, losses[t], float(member.lrs[self.step - 1]), norms[t])
 
-        self._each(tell)
+        self._for_each_member(tell)
         self.stopwatch.lap()
 
     def _evaluate(self) -> None:
@@ -349,9 +349,9 @@ class TrialGroup:
         def judge(t: int, member: Member) -> None:
             if member.trial.evaluate(logits[t], lap):
                 member.best_params = None if last else self.flat_params[t].to("cpu", copy=True)
-            member.trial.ask_to_go_on()
+            member.trial.report_evaluation()
 
-        self._each(judge)
+        self._for_each_member(judge)
         if self.settings.train.checkpoints and not last:
             self._save()
         if self.members and self.step in self.context.frozen_levels:
@@ -364,7 +364,7 @@ class TrialGroup:
             if not member.trial.is_out_of_patience:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
 
-    def _leave_checkpoints(self) -> None:
+    def _write_checkpoints(self) -> None:
         """Write checkpoints between two evaluations because the process is about to end."""
         if self.step != self.recorded:
             self._record()
@@ -413,9 +413,9 @@ class TrialGroup:
                 member.export(flat_params[t])
             return Status.FINISHED, None
 
-        self._each(finish)
+        self._for_each_member(finish)
 
-    def _each(self, act: Callable[[int, Member], Outcome | None]) -> None:
+    def _for_each_member(self, act: Callable[[int, Member], Outcome | None]) -> None:
         """Call ``act`` with each index and member; if it returns an outcome or raises, the member leaves the group."""
         outcomes: dict[int, Outcome] = {}
         for t, member in enumerate(self.members):
@@ -425,9 +425,9 @@ class TrialGroup:
                 outcome = outcome_of(error, member.trial.settings)
             if outcome is not None:
                 outcomes[t] = outcome
-        self._leave(outcomes)
+        self._remove(outcomes)
 
-    def _leave(self, outcomes: Mapping[int, Outcome]) -> None:
+    def _remove(self, outcomes: Mapping[int, Outcome]) -> None:
         """Store the results of the members at these indices, and continue with the others."""
         for t, outcome in outcomes.items():
             member = self.members[t]

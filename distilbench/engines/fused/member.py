@@ -87,7 +87,7 @@ class Member:
         """Prepare a trial, with ``train.resume`` from its newest checkpoint."""
         train, lr = trial.settings.train, trial.settings.optim.lr
         lrs = lr * lr_factors(trial.settings.scheduler, context.schedule.steps, lr)
-        checkpoint = trial.take_up(context.resolved.used.fingerprint)
+        checkpoint = trial.resume_or_start(context.resolved.used.fingerprint)
         if checkpoint is not None:
             with safe_open(checkpoint / _STATE, "pt") as state:
                 alike = state.get_slice("row").get_shape() == [context.layout.size]

@@ -11,17 +11,17 @@ from typing import TypeVar
 
 import torch
 
-MOST = 4
+MAX_STACKS = 4
 """Maximum number of parallel stacks: each holds Python's GIL for about a tenth of its step."""
 
-_POOL = ThreadPoolExecutor(MOST, thread_name_prefix="stack")
+_POOL = ThreadPoolExecutor(MAX_STACKS, thread_name_prefix="stack")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def map_in_threads(act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Call ``act`` with all items in parallel, at most ``MOST``; returns or raises when all calls have ended."""
+    """Call ``act`` with all items in parallel, at most ``MAX_STACKS``; returns or raises when all calls have ended."""
     if len(items) == 1:
         return [act(items[0])]
     threads = torch.get_num_threads()

@@ -530,7 +530,7 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
     trials = [trial(*freezing.split(), *overrides, still=False) for overrides in own]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
-    run, refused = TrialGroup._differentiate, []
+    run, refused = TrialGroup._forward_backward, []
 
     def short_of_memory(group, stack):
         if group.step >= 4 and short(group, stack):
@@ -538,7 +538,7 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(group, stack)
 
-    monkeypatch.setattr(TrialGroup, "_differentiate", short_of_memory)
+    monkeypatch.setattr(TrialGroup, "_forward_backward", short_of_memory)
     seen = recorder()
     results = FusedEngine().train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * count
@@ -584,7 +584,7 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     trials = [trial(f"optim.lr={seed}e-3", f"seed={seed}", "freeze.layers=1") for seed in (1, 2)]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(torch.float64), trials, splits, recorder)
-    run, predict = TrialGroup._differentiate_part, TrialGroup._predict
+    run, predict = TrialGroup._forward_backward_part, TrialGroup._predict
 
     def short_of_memory(group, stack, examples, part):
         if group.step >= 4 and (
@@ -598,7 +598,7 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return predict(group, split)
 
-    monkeypatch.setattr(TrialGroup, "_differentiate_part", short_of_memory)
+    monkeypatch.setattr(TrialGroup, "_forward_backward_part", short_of_memory)
     monkeypatch.setattr(TrialGroup, "_predict", short_of_memory_too)
     seen = recorder()
     results = FusedEngine(torch.float64).train(trials, splits, seen)

@@ -92,7 +92,7 @@ def test_the_order_of_an_epoch_is_that_of_accelerates_sampler():
 def test_a_course_counts_the_smaller_last_batch(step, seen):
     schedule = BatchSchedule(examples=37, batch_size=8, epochs=2)
     assert (schedule.steps_per_epoch, schedule.steps) == (5, 10)
-    assert schedule.seen(step) == seen
+    assert schedule.num_examples_seen(step) == seen
     assert seen == sum(len(schedule.batch(1, s)) for s in range(step))
 
 

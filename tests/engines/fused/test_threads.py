@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from distilbench.engines.fused.threads import MOST, map_in_threads
+from distilbench.engines.fused.threads import MAX_STACKS, map_in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_one_alone_has_all_threads_and_stays_where_it_is():
 
 def test_more_than_there_are_threads_for_have_one_each():
     torch.set_num_threads(2)
-    assert map_in_threads(lambda _: torch.get_num_threads(), range(MOST)) == [1] * MOST
+    assert map_in_threads(lambda _: torch.get_num_threads(), range(MAX_STACKS)) == [1] * MAX_STACKS
 
 
 def test_an_error_is_raised_once_the_others_have_ended():

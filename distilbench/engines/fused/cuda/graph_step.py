@@ -86,7 +86,7 @@ class GraphSteps:
 
     def _record(self, bucket: Bucket, runner: GraphRunner) -> float:
         self._buffers_of(bucket)
-        return runner.record(bucket, lambda: self._differentiate(bucket), lambda: self._step(bucket))
+        return runner.record(bucket, lambda: self._forward_backward(bucket), lambda: self._step(bucket))
 
     def _buffers_of(self, bucket: Bucket) -> Buffers:
         if bucket not in self._buffers:
@@ -107,11 +107,11 @@ class GraphSteps:
             buffers.hidden.copy_(states)
 
     def _step(self, bucket: Bucket) -> None:
-        losses = self._differentiate(bucket)
+        losses = self._forward_backward(bucket)
         self._optimizer.step(self._step_scalars, self.norms)
         self.losses += losses
 
-    def _differentiate(self, bucket: Bucket) -> torch.Tensor:
+    def _forward_backward(self, bucket: Bucket) -> torch.Tensor:
         """Compute the gradient in place, and return the mean loss of each trial, ``(trials,)``."""
         buffers = self._buffers[bucket]
         batch, keys = batch_of(buffers.inputs, bucket)
