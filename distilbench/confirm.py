@@ -25,7 +25,7 @@ from distilbench.settings import CONF, AppSettings, ConfirmSettings, SettingsErr
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
     from distilbench.report.rows import Row
-    from distilbench.sweep.executors import End
+    from distilbench.sweep.executors import JobError
     from distilbench.sweep.job import SweepJob
     from distilbench.sweep.plan import SweepPlan
     from distilbench.sweep.space import Point
@@ -142,7 +142,7 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
     )
 
 
-def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings]) -> End:
+def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings]) -> JobError:
     """Train the trial of one point in this process; return the error that ended it, or None."""
     from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep

@@ -130,7 +130,7 @@ def _parts_of(
     except SettingsError as error:  # concerns only this trial: the others are trained
         return [], error
     closing.enter_context(seeds.closing())
-    return seeds.left, seeds
+    return seeds.remaining, seeds
 
 
 def _mark_batchable(task: TaskFunction) -> TaskFunction:
@@ -227,7 +227,7 @@ def _conclude(
             objectives.append(outcome.objective)
         if seeds:
             seeds.finish()
-        return assignment.sweep_job.reached() if assignment.sweep_job else _value_or_raise(objectives[0])
+        return assignment.sweep_job.final_objectives() if assignment.sweep_job else _value_or_raise(objectives[0])
 
 
 def _print_resume_command() -> None:

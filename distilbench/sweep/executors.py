@@ -23,15 +23,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from distilbench.settings import root
-from distilbench.sweep.job import ENVIRONMENT, JOB, SweepJob
+from distilbench.sweep.job import JOB, JOB_VARIABLE, SweepJob
 
 log = logging.getLogger(__name__)
 
 
-End = BaseException | None
+JobError = BaseException | None
 """The exception that ended a job; None if it returned."""
 
-Launch = Callable[[Sequence[SweepJob]], Sequence[End]]
+Launch = Callable[[Sequence[SweepJob]], Sequence[JobError]]
 """Runs jobs and returns how each ended, in the order of the jobs."""
 
 
@@ -44,9 +44,9 @@ class Sequential:
     def __init__(self, launch: Launch, at_once: int | None, stop: Callable[[], object] = lambda: None) -> None:
         self._launch, self.at_once, self.stop = launch, at_once, stop
 
-    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[JobError]]:
         """Run a batch to its end."""
-        futures: list[Future[End]] = [Future() for _ in jobs]
+        futures: list[Future[JobError]] = [Future() for _ in jobs]
         for future, end in zip(futures, _ends_of(self._launch, jobs), strict=True):
             future.set_result(end)
         return futures
@@ -59,11 +59,11 @@ class Pool:
         self._launch, self.at_once = launch, at_once
         self._threads = ThreadPoolExecutor(at_once)
 
-    def start(self, jobs: Sequence[SweepJob]) -> list[Future[End]]:
+    def start(self, jobs: Sequence[SweepJob]) -> list[Future[JobError]]:
         """Submit each trial to a thread, with a copy of the current context variables."""
         return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
 
-    def _launch_one(self, job: SweepJob) -> End:
+    def _launch_one(self, job: SweepJob) -> JobError:
         return _ends_of(self._launch, [job])[0]
 
     def stop(self) -> None:
@@ -74,7 +74,7 @@ class Pool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def _ends_of(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[End]:
+def _ends_of(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[JobError]:
     try:
         return launch(jobs)
     except Exception as error:  # boundary: a launcher that raises fails its trials, not the sweep
@@ -114,7 +114,7 @@ def _leave_ray() -> None:
     ray.shutdown()
 
 
-def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[End]:
+def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[JobError]:
     """Launch jobs and keep their submitit handles in ``submitted``, since Hydra's launcher does not expose them."""
     from submitit import AutoExecutor
 
@@ -131,7 +131,7 @@ def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence
         AutoExecutor.map_array = submit  # type: ignore[method-assign]
 
 
-def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[End]:
+def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[JobError]:
     """Launch jobs with the environment variables for the study and MLflow: Ray's processes have the cluster's.
 
     The variables are sent with the function, which Ray keeps in memory; a setting would write passwords to disk.
@@ -147,7 +147,7 @@ def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictC
     return task(config)
 
 
-def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[End]:
+def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[JobError]:
     """Launch jobs as Hydra's sweepers do, each with the overrides that set its directory and its ``job.json``."""
     first = int(jobs[0].directory.name)
     returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], first)
@@ -158,7 +158,7 @@ def _overrides(job: SweepJob) -> list[str]:
     """Return a job's overrides, with absolute paths: Ray starts it in another directory and environment."""
     paths = {
         "hydra.sweep.dir": job.directory.parents[len(Path(job.trial).parts) - 1],
-        f"++hydra.job.env_set.{ENVIRONMENT}": job.directory / JOB,
+        f"++hydra.job.env_set.{JOB_VARIABLE}": job.directory / JOB,
         "++hydra.job.env_set.DISTILBENCH_ROOT": root().absolute(),
     }
     quoted = {key: QuotedString(text=str(path), quote=Quote.single).with_quotes() for key, path in paths.items()}

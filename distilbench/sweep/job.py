@@ -22,12 +22,12 @@ from distilbench.tracking import SWEEP, TRIAL
 log = logging.getLogger(__name__)
 
 
-ENVIRONMENT = "DISTILBENCH_SWEEP_JOB"
+JOB_VARIABLE = "DISTILBENCH_SWEEP_JOB"
 """Environment variable with the path of the job's ``job.json``."""
 
 JOB = "job.json"
 
-NOBODY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
+UNRESOLVED_IDENTITY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
 """Identity of a trial whose sources have not been resolved yet."""
 
 _GOES_UP = ("accuracy", "f1", "mcc")
@@ -84,7 +84,7 @@ class SweepJob:
     @classmethod
     def from_environment(cls) -> SweepJob | None:
         """Read the job that this process was launched for; None outside of distilbench's own sweepers."""
-        path = os.environ.get(ENVIRONMENT)
+        path = os.environ.get(JOB_VARIABLE)
         if path is None:
             return None
         content = json.loads(Path(path).read_text())
@@ -92,7 +92,7 @@ class SweepJob:
         paths = {name: content[name] and Path(content[name]) for name in ("directory", "continues")}
         return cls(**content | lists | paths | {"owner": Owner(**content["owner"])})
 
-    def reached(self) -> tuple[float, ...]:
+    def final_objectives(self) -> tuple[float, ...]:
         """Return the trial's final objectives from ``trial.json``, NaN if it has none."""
         record = read_record(self.directory)
         assert record is not None  # written by whatever trained the trial
@@ -115,7 +115,7 @@ class Orphaned(RuntimeError):
 
 
 @contextmanager
-def beating(beat: Callable[[], object], seconds: float) -> Iterator[None]:
+def send_heartbeats(beat: Callable[[], object], seconds: float) -> Iterator[None]:
     """Call ``beat`` at once and then every ``seconds``, in a thread of its own, until the block ends.
 
     The thread is not joined: a storage that hangs would delay the end of a trial.
@@ -152,14 +152,14 @@ class Lease:
         if (job.owner.pid != os.getpid() and job.owner.is_dead()) or not self.holds():
             raise Orphaned(f"the sweep {job.sweep} went on without trial {job.trial} before it began; run it again")
         found = read_record(job.directory)  # by an earlier start of this job, if Slurm requeued it
-        begun = found if found and not found.is_final else Record(NOBODY, Status.RUNNING, job.owner)
+        begun = found if found and not found.is_final else Record(UNRESOLVED_IDENTITY, Status.RUNNING, job.owner)
         replace(begun, status=Status.RUNNING, owner=Owner.of_this_process(), error=None).write(job.directory)
 
     def holds(self) -> bool:
         """Return whether the trial is still this job's, and send a heartbeat if so; an outage changes nothing."""
         from omegaconf.errors import OmegaConfBaseException
 
-        from distilbench.sweep.storage import UNANSWERED, storage_of
+        from distilbench.sweep.storage import STORAGE_ERRORS, storage_of
         from distilbench.tracking.retries import reason_of
 
         try:
@@ -169,7 +169,7 @@ class Lease:
             self.is_lost = trial.state.is_finished() or not is_owned
             if not self.is_lost:
                 storage.record_heartbeat(self._job.trial_id)
-        except (*UNANSWERED, OmegaConfBaseException, KeyError) as error:  # KeyError: the study was deleted
+        except (*STORAGE_ERRORS, OmegaConfBaseException, KeyError) as error:  # KeyError: the study was deleted
             if not self._is_silent:
                 log.warning("the study of trial %s does not answer here (%s): its heart can't beat",
                             self._job.trial, reason_of(error))  # fmt: skip
@@ -177,9 +177,9 @@ class Lease:
         return not self.is_lost
 
     @contextmanager
-    def beating(self) -> Iterator[None]:
+    def send_heartbeats(self) -> Iterator[None]:
         """Send the trial's heartbeats until the block ends."""
         from distilbench.sweep.storage import beat_seconds
 
-        with beating(self.holds, beat_seconds(self._job.grace_seconds)):
+        with send_heartbeats(self.holds, beat_seconds(self._job.grace_seconds)):
             yield

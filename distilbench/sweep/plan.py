@@ -21,14 +21,14 @@ from distilbench.models.resolve import resolve_model
 from distilbench.settings import AppSettings, DataSettings, SettingsError, require
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.space import Composer, Point, Space, describe, edges, fixed_of, read_space
-from distilbench.sweep.trial import check_pruning, judged_by
+from distilbench.sweep.trial import check_pruning, pruning_objective
 from distilbench.tracking.retries import reason_of
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """Patterns of what ``hydra.sweeper.sampler`` may instantiate, the same as in hydra-optuna-sweeper."""
 
 
-HELD = ("sweep", "search", "tracking", "margin", "output")
+FIXED_GROUPS = ("sweep", "search", "tracking", "margin", "output")
 """Groups and settings that can't vary within a sweep, since they do not change what a trial trains."""
 
 
@@ -76,7 +76,7 @@ class SweepPlan:
     """Checks a point and returns a hash, equal for points that would train the same trial."""
     name_of: Callable[[Point], str]
     """Returns a point's display name."""
-    failures_borne: float = math.inf
+    max_failures: float = math.inf
     """Number of failed trials that the sweep tolerates; infinite without a limit."""
     asked: int = 0
     data: Sequence[DataSettings] = ()
@@ -113,7 +113,7 @@ class SweepPlan:
         elif self.settings.data.selection_fraction:
             split = "selection split held out of train"
         is_pruned = self.settings.sweep.pruner != "none" and len(self.objectives) > 1
-        pruned = f"; pruned by {judged_by(self.objectives)} alone" if is_pruned else ""
+        pruned = f"; pruned by {pruning_objective(self.objectives)} alone" if is_pruned else ""
         return f"{' and '.join(self.objectives)} on the {split}{pruned}"
 
 
@@ -127,7 +127,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
                        partial(_depth, options))  # fmt: skip
     _check_options(options)
     for key in space.dimensions:
-        require(key.lstrip("+").partition(".")[0] not in HELD, key, "one value for a whole sweep",
+        require(key.lstrip("+").partition(".")[0] not in FIXED_GROUPS, key, "one value for a whole sweep",
                 describe(space.dimensions[key]), "run a sweep for each")  # fmt: skip
     composer = Composer(options.config, loader, space)
     own = OmegaConf.to_container(composer.base.output, resolve=False)["dir"]  # type: ignore[index, call-overload]
@@ -161,7 +161,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
         name_of=partial(space.name_of, baseline=composer.baseline_params()),
-        failures_borne=_failures_borne(options, settings[0], total + len(beside)),
+        max_failures=_max_failures(options, settings[0], total + len(beside)),
         base=composer.base,
         sampler=options.sampler,
     )
@@ -188,7 +188,7 @@ def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:
     return min(resolve_model(composer.settings(point).model).depth for point in models or [low])
 
 
-def _failures_borne(options: SweeperOptions, settings: AppSettings, trials: int) -> float:
+def _max_failures(options: SweeperOptions, settings: AppSettings, trials: int) -> float:
     limit = settings.sweep.max_failures
     if options.max_failure_rate is not None:
         return options.max_failure_rate * trials

@@ -34,13 +34,13 @@ from distilbench.results import Status
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import describe
-from distilbench.sweep.storage import UNANSWERED, Storage
+from distilbench.sweep.storage import STORAGE_ERRORS, Storage
 from distilbench.sweep.study import FAILURES, TrialView
 from distilbench.tracking import MlflowStore, model_directory
 
 log = logging.getLogger(__name__)
 
-REPORTED = "reported"
+REPORT_ATTRIBUTE = "reported"
 """Attribute of the study: when the last report was written, and for how many ended trials."""
 
 
@@ -52,14 +52,14 @@ def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, gra
     existed ``before`` this process began does not count: the same command, run again, writes the report again.
     """
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(SettingsError, *UNANSWERED):  # a holder that takes so long is stuck
+        with contextlib.suppress(SettingsError, *STORAGE_ERRORS):  # a holder that takes so long is stuck
             held.enter_context(storage.lock(grace_seconds, of_report=True))
-        known = study.user_attrs.get(REPORTED)
+        known = study.user_attrs.get(REPORT_ATTRIBUTE)
         is_due = known is None or known == before or known["ends"] != ends
         yield is_due
-        with contextlib.suppress(*UNANSWERED):
+        with contextlib.suppress(*STORAGE_ERRORS):
             if is_due:
-                study.set_user_attr(REPORTED, {"ends": ends, "at": time.time()})
+                study.set_user_attr(REPORT_ATTRIBUTE, {"ends": ends, "at": time.time()})
 
 
 def write_report(plan: SweepPlan, store: MlflowStore | None) -> bool:

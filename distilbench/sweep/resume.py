@@ -25,8 +25,8 @@ from distilbench.settings import SettingsError, require
 from distilbench.sweep.plan import SweepPlan, sampler_of
 from distilbench.sweep.space import Point, Space, describe
 from distilbench.sweep.storage import Storage, open_study, storage_at, storage_of
-from distilbench.sweep.study import BESIDE, RESULT, Study
-from distilbench.sweep.trial import PINNED, pruner_of
+from distilbench.sweep.study import BASELINE_STUDY, RESULT, SweepStudy
+from distilbench.sweep.trial import SOURCES_ATTRIBUTE, pruner_of
 from distilbench.tracking.start import spelled
 
 log = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 _LONGEST_SHOWN = 6
 
-MARKER = "sweep.json"
+SWEEP_FILE = "sweep.json"
 """File in a sweep's directory: the sweep's name, and the id that its study stores too."""
 
 
 def open_studies(
     plan: SweepPlan, storage: Storage, holds: Callable[[str], bool] | None
-) -> tuple[SweepPlan, list[Study]]:
+) -> tuple[SweepPlan, list[SweepStudy]]:
     """Create or load the sweep's studies; the one for baselines outside of its space, if any, comes first.
 
     Also returns the plan, with its choices in the order that the study stores. ``holds`` returns whether MLflow has a
@@ -66,23 +66,25 @@ def open_studies(
             there = {trial.user_attrs.get("reused_from") for trial in trials}  # added by a call that was killed
             main.add_trials(trial for trial in warm if trial.user_attrs["reused_from"] not in there)
         if kept is None and sources:
-            main.set_user_attr(PINNED, sources)
+            main.set_user_attr(SOURCES_ATTRIBUTE, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
         if ours != _marker(plan):  # last: once it exists, no call looks for a warm start again
-            (plan.directory / MARKER).write_text(json.dumps(ours) + "\n")
+            (plan.directory / SWEEP_FILE).write_text(json.dumps(ours) + "\n")
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
-        beside = open_study(storage, f"{plan.name}.{BESIDE}", plan.directions, None, grace) if plan.beside else None
-    studies = [Study(main, plan, owner, retry=_to_retry(plan, main, holds))]
+        beside = (
+            open_study(storage, f"{plan.name}.{BASELINE_STUDY}", plan.directions, None, grace) if plan.beside else None
+        )
+    studies = [SweepStudy(main, plan, owner, retry=_to_retry(plan, main, holds))]
     if beside:
         own = replace(plan, space=Space({}, plan.space.fixed), points=plan.beside, is_grid=True)
-        studies.insert(0, Study(beside, own, owner, True, _to_retry(plan, beside, holds)))
+        studies.insert(0, SweepStudy(beside, own, owner, True, _to_retry(plan, beside, holds)))
     return plan, studies
 
 
 def is_begun(plan: SweepPlan) -> bool:
     """Return whether an earlier call has started a sweep in this directory."""
-    return (plan.directory / MARKER).exists()
+    return (plan.directory / SWEEP_FILE).exists()
 
 
 def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
@@ -91,7 +93,7 @@ def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
     Trials are identified by their numbers, which another study would assign again.
     """
     other = _marker(plan).get("sweep", plan.name)
-    records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BESIDE}/*/{RECORD}"))
+    records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BASELINE_STUDY}/*/{RECORD}"))
     if other != plan.name or (not has_study and any(records)):
         raise SettingsError(
             f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which holds trials "
@@ -102,7 +104,7 @@ def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
 
 def _marker(plan: SweepPlan) -> dict[str, str]:
     try:
-        return dict(json.loads((plan.directory / MARKER).read_text()))
+        return dict(json.loads((plan.directory / SWEEP_FILE).read_text()))
     except (OSError, ValueError):  # missing, or truncated by a kill
         return {}
 
@@ -183,7 +185,7 @@ def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTria
     found = [_as_own(trial, params, plan, identity["objectives"], name)
              for trial in own if (params := _params_in(plan, trial, identity["fixed"])) is not None]  # fmt: skip
     log.warning("warm start: of %s of %s in this space: %d", pluralize(len(own), "finished trial"), name, len(found))
-    return found, earlier.user_attrs.get(PINNED) if found else None
+    return found, earlier.user_attrs.get(SOURCES_ATTRIBUTE) if found else None
 
 
 def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:

@@ -24,13 +24,13 @@ from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import End, Executor, Pool, executor_for, quiet
-from distilbench.sweep.job import Orphaned, SweepJob, beating
+from distilbench.sweep.executors import Executor, JobError, Pool, executor_for, quiet
+from distilbench.sweep.job import Orphaned, SweepJob, send_heartbeats
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
-from distilbench.sweep.reporting import REPORTED, Leaderboard, print_plan, reporting, say, write_report
+from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, print_plan, reporting, say, write_report
 from distilbench.sweep.resume import is_begun, open_studies
-from distilbench.sweep.storage import UNANSWERED, Storage, beat_seconds, is_disk_full, storage_at
-from distilbench.sweep.study import FAILURES, NO_SPACE, Study, TrialView
+from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, is_disk_full, storage_at
+from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
 from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
@@ -38,10 +38,10 @@ from distilbench.trials.interruptions import SignalGuard
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-LONGEST = 8
+MAX_LIVE_ROWS = 8
 """Number of ended trials, the best ones, in the live table."""
 
-LEAVING_SECONDS = 10.0
+SHUTDOWN_SECONDS = 10.0
 """Longest wait for jobs on this host that were told to stop; each records how its trial ended, if it can."""
 
 LONGEST_PAUSE = 10.0
@@ -81,7 +81,7 @@ def run_plan(
             failure = runner.run()
         runner.report(store)
         return failure
-    except (*UNANSWERED, OSError) as error:
+    except (*STORAGE_ERRORS, OSError) as error:
         if is_disk_full(error):
             return _no_space(plan)
         if isinstance(error, OSError):
@@ -105,7 +105,7 @@ def _open_parent_run(
 class SweepRunner:
     """One process that works on a sweep; signals are delivered while it waits and while trials train, else deferred."""
 
-    def __init__(self, plan: SweepPlan, studies: Sequence[Study], storage: Storage, executor: Executor,
+    def __init__(self, plan: SweepPlan, studies: Sequence[SweepStudy], storage: Storage, executor: Executor,
                  parent: ParentRun, guard: SignalGuard) -> None:  # fmt: skip
         self._plan, self._studies, self._storage, self._executor = plan, studies, storage, executor
         self._parent, self._guard = parent, guard
@@ -120,12 +120,12 @@ class SweepRunner:
         self._failed = False
         """Whether that counts as a failure of the sweep."""
         self._pause = POLL_SECONDS
-        self._reported = studies[-1].study.user_attrs.get(REPORTED)
+        self._reported = studies[-1].study.user_attrs.get(REPORT_ATTRIBUTE)
 
     def run(self) -> str | None:
         """Work until nothing is left to do; returns why the sweep failed, or None."""
         grace = self._plan.settings.sweep.grace_seconds
-        with self._live or contextlib.nullcontext(), self._closing(), beating(self._beat, beat_seconds(grace)):
+        with self._live or contextlib.nullcontext(), self._closing(), send_heartbeats(self._beat, beat_seconds(grace)):
             self._end_dead()
             self._close_runs()
             self._work()
@@ -134,7 +134,7 @@ class SweepRunner:
     def _beat(self) -> None:
         """Send heartbeats for all trials of this process, also for jobs that wait in a queue or run elsewhere."""
         for study in self._studies:
-            with contextlib.suppress(*UNANSWERED):  # the next heartbeat tries again
+            with contextlib.suppress(*STORAGE_ERRORS):  # the next heartbeat tries again
                 study.beat()
 
     @contextmanager
@@ -144,8 +144,8 @@ class SweepRunner:
             yield
         except BaseException as error:
             self._executor.stop()
-            with contextlib.suppress(*UNANSWERED, OSError):  # the next call ends them
-                mine = [(study, number) for study in self._studies for number in sorted(study.mine)]
+            with contextlib.suppress(*STORAGE_ERRORS, OSError):  # the next call ends them
+                mine = [(study, number) for study in self._studies for number in sorted(study.owned_trials)]
                 self._wait_for_jobs(mine)
                 self._end_all(mine, "interrupted with its sweep")
                 if not self._under_way_elsewhere():
@@ -154,11 +154,11 @@ class SweepRunner:
                 self._say(f"interrupted: {self._leaderboard().line()}; run the same command again to continue")
             raise
 
-    def _wait_for_jobs(self, trials: Sequence[tuple[Study, int]]) -> None:
-        """Wait up to :data:`LEAVING_SECONDS` for stopped jobs on this host to exit, before their runs are closed."""
+    def _wait_for_jobs(self, trials: Sequence[tuple[SweepStudy, int]]) -> None:
+        """Wait up to :data:`SHUTDOWN_SECONDS` for stopped jobs on this host to exit, before their runs are closed."""
         records = [read_record(study.directory(number)) for study, number in trials]
         owners = {record.owner for record in records if record and record.status is Status.RUNNING} - {self._owner}
-        here, until = [one for one in owners if one.host == self._owner.host], time.monotonic() + LEAVING_SECONDS
+        here, until = [one for one in owners if one.host == self._owner.host], time.monotonic() + SHUTDOWN_SECONDS
         while time.monotonic() < until and not all(owner.is_dead() for owner in here):
             time.sleep(0.05)
 
@@ -169,22 +169,22 @@ class SweepRunner:
         else:
             self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
 
-    def _end_all(self, trials: Sequence[tuple[Study, int]], error: str) -> None:
+    def _end_all(self, trials: Sequence[tuple[SweepStudy, int]], error: str) -> None:
         """End trials that no longer have a job: as their records say, otherwise as INTERRUPTED."""
         trials = [(study, number) for study, number in trials if study.holds(number)]
-        records = [study.end_of(number, Status.INTERRUPTED, error) for study, number in trials]
+        records = [study.finalize_record(number, Status.INTERRUPTED, error) for study, number in trials]
         self._close_runs()
         for (study, number), record in zip(trials, records, strict=True):
             self._tell(study, number, record)
 
-    def _tell(self, study: Study, number: int, record: Record) -> None:
+    def _tell(self, study: SweepStudy, number: int, record: Record) -> None:
         with self._storage.lock():
             study.tell(number, record)
 
     def _end_dead(self) -> None:
         """End the trials of killed processes, and print how many."""
         with self._storage.lock():
-            dead = [(study, number) for study in self._studies for number in study.adopt_dead()]
+            dead = [(study, number) for study in self._studies for number in study.take_over_dead_trials()]
         if dead:
             self._end_all(dead, "its process was killed")
             self._say(f"continued: closed {pluralize(len(dead), 'trial')} that a killed process left")
@@ -198,11 +198,11 @@ class SweepRunner:
 
         A process on another host counts as gone if its trials were taken over and it has begun no other since.
         """
-        if not any(owner in study.left for study in self._studies):
+        if not any(owner in study.lost_owners for study in self._studies):
             return owner == self._owner or owner.is_dead()
         return owner not in [view.owner for _, view in self._views() if view.status is Status.RUNNING]
 
-    def _views(self) -> list[tuple[Study, TrialView]]:
+    def _views(self) -> list[tuple[SweepStudy, TrialView]]:
         """Read every trial again."""
         for study in self._studies:
             study.refresh()
@@ -210,7 +210,7 @@ class SweepRunner:
 
     def _work(self) -> None:
         """Launch and settle trials until none is left; baselines come first, but other trials do not wait for them."""
-        running: dict[Future[End], tuple[Study, int]] = {}
+        running: dict[Future[JobError], tuple[SweepStudy, int]] = {}
         while True:
             taken = self._take(len(running))
             jobs = [self._job(study, trial) for study, trial in taken]
@@ -238,12 +238,14 @@ class SweepRunner:
 
     def _under_way_elsewhere(self) -> int:
         """Count the trials that other processes are training."""
-        return sum(view.status is Status.RUNNING and view.number not in study.mine for study, view in self._views())
+        return sum(
+            view.status is Status.RUNNING and view.number not in study.owned_trials for study, view in self._views()
+        )
 
-    def _take(self, running: int) -> list[tuple[Study, TrialView]]:
+    def _take(self, running: int) -> list[tuple[SweepStudy, TrialView]]:
         """Begin as many trials as the executor has room for, after closing dead ones and filling the queue."""
         self._end_dead()
-        taken: list[tuple[Study, TrialView]] = []
+        taken: list[tuple[SweepStudy, TrialView]] = []
         at_once = self._executor.at_once
         with self._storage.lock():
             for study in self._studies:
@@ -260,7 +262,7 @@ class SweepRunner:
         """Return whether the sweep has reached its limit of failures or of time."""
         failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
-        if self._ended is None and failed > self._plan.failures_borne:
+        if self._ended is None and failed > self._plan.max_failures:
             self._end(f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
         elif self._ended is None and timeout is not None and time.monotonic() - self._began > 60 * timeout:
             self._end(f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun", failed=False)
@@ -271,7 +273,7 @@ class SweepRunner:
         if not failed:
             self._say(reason)
 
-    def _job(self, study: Study, trial: TrialView) -> SweepJob:
+    def _job(self, study: SweepStudy, trial: TrialView) -> SweepJob:
         """Write and return the job of a trial."""
         plan, storage = self._plan, self._storage
         continued = trial.attribute("continues")
@@ -296,15 +298,15 @@ class SweepRunner:
         job.write()
         return job
 
-    def _settle(self, study: Study, number: int, end: End) -> None:
+    def _settle(self, study: SweepStudy, number: int, end: JobError) -> None:
         """Record how a trial ended and print it; end the sweep if every other trial would end the same way."""
         if not study.holds(number):
-            study.mine.pop(number, None)
+            study.owned_trials.pop(number, None)
             raise_if_signalled()
             self._say(f"trial {study.path(number)} was taken over by another process: its result here is dropped")
             return
         is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
-        record = study.end_of(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
+        record = study.finalize_record(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
         if end or record.status is not Status.FINISHED or self._parent.lacks(study.directory(number)):
             self._close_runs()
         self._tell(study, number, record)
@@ -329,7 +331,7 @@ class SweepRunner:
         leaderboard = self._leaderboard()
         line = leaderboard.line(self._executor.at_once or 1)
         if self._live:
-            self._live.update(Group(leaderboard.table(LONGEST), Text(line)))
+            self._live.update(Group(leaderboard.table(MAX_LIVE_ROWS), Text(line)))
         else:
             self._say(line)
         self._parent.update(leaderboard.metrics(), leaderboard.line())
@@ -344,7 +346,7 @@ class SweepRunner:
             if not is_due:
                 return self._say(f"the report was written by another process: {self._plan.directory}")
             for study in self._studies:
-                self._parent.put_right(study.put_right())
+                self._parent.restore_ends(study.restore_ends())
             if not write_report(self._plan, store):
                 self._console.print(self._leaderboard().table())
 
@@ -377,7 +379,7 @@ def _no_space(plan: SweepPlan) -> str:
     return f"no space left on the disk of {plan.directory}; make room, then run the same command again to continue"
 
 
-def _said(end: End) -> str | None:
+def _said(end: JobError) -> str | None:
     """Return a job's error as text on one line; None without an error."""
     if end is None:
         return None

@@ -36,7 +36,7 @@ LOCK_SECONDS = 120.0
 _LOCK_NUMBER = 0x64697374696C6265
 """Key of the PostgreSQL advisory lock: "distilbe" in ASCII, unlikely to be another program's key."""
 
-UNANSWERED = (SQLAlchemyError, StorageInternalError)
+STORAGE_ERRORS = (SQLAlchemyError, StorageInternalError)
 """Exceptions that SQLAlchemy and Optuna raise when a storage no longer answers."""
 
 _DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -70,7 +70,7 @@ class Storage:
 
         ``of_report`` selects a second lock, for writing a report. SQLite has a file for each, next to the database;
         PostgreSQL has advisory locks, shared by all sweeps of the database since the first creates Optuna's tables;
-        others have none. Raises :class:`SettingsError`, or one of :data:`UNANSWERED`, after ``seconds``.
+        others have none. Raises :class:`SettingsError`, or one of :data:`STORAGE_ERRORS`, after ``seconds``.
         """
         with contextlib.ExitStack() as held:
             if self.file:
@@ -91,13 +91,13 @@ class Storage:
             yield
 
 
-BEATS = 6
+HEARTBEATS_PER_GRACE = 6
 """Heartbeats in the time after which a silent trial counts as dead: a single lost or late one does no harm."""
 
 
 def beat_seconds(grace_seconds: int) -> int:
     """Return the seconds between two heartbeats."""
-    return max(1, grace_seconds // BEATS)
+    return max(1, grace_seconds // HEARTBEATS_PER_GRACE)
 
 
 @cache
@@ -145,7 +145,7 @@ def _answering(storage: Storage) -> Iterator[None]:
             f"hydra.sweeper.storage must be a database whose driver is installed, got {redact(storage.url)} without "
             f"{error.name}; run: pip install '{package}'"
         ) from None
-    except (*UNANSWERED, sqlite3.Error, RuntimeError, ImportError, PermissionError) as error:
+    except (*STORAGE_ERRORS, sqlite3.Error, RuntimeError, ImportError, PermissionError) as error:
         raise SettingsError(
             f"hydra.sweeper.storage must be a storage that answers and takes a study, got {redact(storage.url)}: "
             f"{reason_of(error)}; start it, end what holds it, correct the address, or leave it out"

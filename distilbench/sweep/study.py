@@ -22,22 +22,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.job import NOBODY
+from distilbench.sweep.job import UNRESOLVED_IDENTITY
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point
 
-BESIDE = "baseline"
+BASELINE_STUDY = "baseline"
 """Directory, and suffix of the study's name, for baselines that lie outside of the space."""
 
 FAILURES = (Status.DIVERGED, Status.OUT_OF_MEMORY, Status.FAILED)
 
-AHEAD = 32
+MAX_WAITING = 32
 """Maximum number of waiting trials: the study is read several times per trial, and each of them adds 0.15 ms."""
 
-PATIENCE = 10
+MAX_REPEATED_DRAWS = 10
 """Number of draws in a row without a new point after which an untried point is chosen at random."""
 
-LARGEST_LISTED = 100_000
+MAX_ENUMERATED_POINTS = 100_000
 
 NO_SPACE = os.strerror(errno.ENOSPC)
 """Text in the error of a trial that found the disk full; its point is tried again."""
@@ -110,11 +110,11 @@ class TrialView:
         return self.trial.user_attrs.get(name)
 
 
-class Study:
+class SweepStudy:
     """The trials of a plan, or of the baselines beside its space, for the process ``owner`` that works on them.
 
     ``retry`` holds the numbers of trials to train again. Callers of :meth:`queue`, :meth:`take` and
-    :meth:`adopt_dead` must hold the sweep's lock.
+    :meth:`take_over_dead_trials` must hold the sweep's lock.
     """
 
     def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_beside: bool = False,
@@ -122,9 +122,9 @@ class Study:
         self.study, self.is_beside = study, is_beside
         self._storage: Any = study._storage  # Any: private methods are used as well
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
-        self.mine: dict[int, int] = {}
+        self.owned_trials: dict[int, int] = {}
         """Trials that this process must bring to an end: number -> Optuna's trial id."""
-        self.left: set[Owner] = set()
+        self.lost_owners: set[Owner] = set()
         """Dead or frozen processes whose trials were taken over."""
         self._known: list[TrialView] | None = None
         self._last: dict[str, int] = {}
@@ -133,7 +133,7 @@ class Study:
 
     def path(self, number: int) -> str:
         """Return a trial's directory relative to the sweep's."""
-        return f"{BESIDE}/{number}" if self.is_beside else str(number)
+        return f"{BASELINE_STUDY}/{number}" if self.is_beside else str(number)
 
     def directory(self, number: int) -> Path:
         """Return a trial's directory."""
@@ -189,7 +189,7 @@ class Study:
                 self._storage.set_trial_state_values(ended, TrialState.FAIL)
                 self.refresh()
         waiting = sum(view.status is Status.WAITING for view in self.views())
-        self._enqueue(self._unqueued()[: max(0, AHEAD - waiting)])
+        self._enqueue(self._unqueued()[: max(0, MAX_WAITING - waiting)])
 
     def _unqueued(self) -> list[Point]:
         """Return the points of the plan and of void trials that no other trial covers."""
@@ -210,14 +210,14 @@ class Study:
     def take(self) -> TrialView | None:
         """Begin the next trial; None if its point is being trained elsewhere, or if draws give no new point."""
         drawn = 0
-        while self.has_more() and (drawn < 2 * PATIENCE or self._has_waiting() or self._plan.is_grid):
+        while self.has_more() and (drawn < 2 * MAX_REPEATED_DRAWS or self._has_waiting() or self._plan.is_grid):
             if not self._has_waiting():
                 self.queue()
             view, is_pending = self._draw()
             if view is not None or is_pending:
                 return view
             drawn += 1
-            if drawn >= PATIENCE:
+            if drawn >= MAX_REPEATED_DRAWS:
                 self._enqueue_untried()
         return None
 
@@ -226,7 +226,7 @@ class Study:
         self.refresh()
         others = self.counted()
         trial = self._ask()
-        self.mine[trial.number] = trial._trial_id
+        self.owned_trials[trial.number] = trial._trial_id
         self.beat()
         trial.set_user_attr("owner", asdict(self._owner))
         for key, distribution in self._plan.space.dimensions.items():
@@ -258,11 +258,11 @@ class Study:
 
     def _view(self, number: int) -> TrialView:
         """Read one of this process's trials by itself."""
-        return TrialView(self._storage.get_trial(self.mine[number]), self.path(number))
+        return TrialView(self._storage.get_trial(self.owned_trials[number]), self.path(number))
 
     def _enqueue_untried(self) -> None:
         size = self._plan.space.size
-        if self._plan.is_grid or size is None or size > LARGEST_LISTED:
+        if self._plan.is_grid or size is None or size > MAX_ENUMERATED_POINTS:
             return
         tried = {view.point_key for view in self.views() if not self.is_void(view)}
         left = [point for point in self._plan.space.points() if point.key not in tried]
@@ -279,13 +279,13 @@ class Study:
         state = same.trial.state if same.trial.state.is_finished() else TrialState.FAIL
         self._tell(trial.number, Status.REUSED, same.attribute("error"), result, same.values, state)
 
-    def end_of(self, number: int, status: Status, error: str | None) -> Record:
+    def finalize_record(self, number: int, status: Status, error: str | None) -> Record:
         """Return the record of a trial whose job is over; a record still RUNNING gets ``status`` and ``error``.
 
         A result that is not finite, which Optuna refuses, becomes FAILED, and a full disk becomes INTERRUPTED.
         """
         directory = self.directory(number)
-        record = read_record(directory) or Record(NOBODY, Status.RUNNING, self._owner)
+        record = read_record(directory) or Record(UNRESOLVED_IDENTITY, Status.RUNNING, self._owner)
         values = {name: record.objective(name) for name in self._plan.objectives}
         if record.status is Status.FINISHED and not all(map(math.isfinite, values.values())):
             record = replace(record, status=Status.FAILED, error=f"{values} is not finite")
@@ -308,7 +308,7 @@ class Study:
         states = _STATES if len(values) == 1 else {Status.FINISHED: TrialState.COMPLETE}
         self._tell(number, record.status, record.error, result, values, states.get(record.status, TrialState.FAIL))
 
-    def put_right(self) -> dict[str, tuple[Status, str | None]]:
+    def restore_ends(self) -> dict[str, tuple[Status, str | None]]:
         """Restore the records of interrupted trials where a process that had lost them wrote another end.
 
         Such a process was frozen between checking that it owned the trial and writing the end. Returns the true ends of
@@ -330,41 +330,41 @@ class Study:
               values: Sequence[float] = (), state: TrialState = TrialState.FAIL) -> None:  # fmt: skip
         if self.holds(number):  # another process may have taken it over
             for name, value in {**attributes, "status": status.value, "error": error}.items():
-                self._storage.set_trial_user_attr(self.mine[number], name, value)
+                self._storage.set_trial_user_attr(self.owned_trials[number], name, value)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)
         self.refresh()
-        self.mine.pop(number, None)
+        self.owned_trials.pop(number, None)
 
     def holds(self, number: int) -> bool:
         """Return whether this process still owns a trial; another may have taken it over while this one was frozen."""
-        if number not in self.mine:
+        if number not in self.owned_trials:
             return False
         view = self._view(number)
         return view.status is Status.RUNNING and view.owner == self._owner
 
     def beat(self) -> None:
-        """Send heartbeats for this process's trials; without them, :meth:`adopt_dead` takes over, on any host."""
-        for trial_id in tuple(self.mine.values()):
+        """Send heartbeats for this process's trials: without them, :meth:`take_over_dead_trials` acts, on any host."""
+        for trial_id in tuple(self.owned_trials.values()):
             self._storage.record_heartbeat(trial_id)
 
-    def adopt_dead(self) -> list[int]:
-        """Take over each RUNNING trial whose process is gone, into :attr:`mine`; returns their numbers."""
+    def take_over_dead_trials(self) -> list[int]:
+        """Take over each RUNNING trial whose process is gone, into :attr:`owned_trials`; returns their numbers."""
         self.refresh()  # a dead process may have recorded the ends of its last trials
         silent = self._storage._get_stale_trial_ids(self.study._study_id)
-        running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.mine]
-        found = [view for view in running if view.trial._trial_id in silent or self._is_left(view)]
+        running = [v for v in self.views() if v.status is Status.RUNNING and v.number not in self.owned_trials]
+        found = [view for view in running if view.trial._trial_id in silent or self._is_abandoned(view)]
         for view in found:
             record = read_record(self.directory(view.number))
             workers = view.owner, record and record.owner  # the sweep's process and the job's, where recorded
-            self.left |= {owner for owner in workers if owner}
-            self.mine[view.number] = view.trial._trial_id
+            self.lost_owners |= {owner for owner in workers if owner}
+            self.owned_trials[view.number] = view.trial._trial_id
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
         self.refresh()
         return [view.number for view in found]
 
-    def _is_left(self, view: TrialView) -> bool:
+    def _is_abandoned(self, view: TrialView) -> bool:
         """Return whether a trial is abandoned: its sweep's process is gone, and its job has ended or is gone.
 
         This is the fast check, for this host; for other hosts, only missing heartbeats tell.

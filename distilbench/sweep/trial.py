@@ -21,7 +21,7 @@ from distilbench.cli import pluralize
 from distilbench.identity import short_hash
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
-from distilbench.sweep.job import NOBODY, Lease, SweepJob
+from distilbench.sweep.job import UNRESOLVED_IDENTITY, Lease, SweepJob
 
 if TYPE_CHECKING:
     import optuna
@@ -37,20 +37,20 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     from distilbench.trials.batch import BatchRunner
 
     lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
-    with lease.beating():
+    with lease.send_heartbeats():
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:
             _train_seeds(job, sweep_job, lease, runner)
         else:
             runner.train_one(replace(job, context=context_of(sweep_job, job.settings, lease)))
-    return sweep_job.reached()
+    return sweep_job.final_objectives()
 
 
 def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> SweepContext:
     """Return what a sweep gives its trial: name, parent run, tags, pruning callback, and check of the sources."""
     from distilbench.trials.prepared import SweepContext
 
-    prune, judged = pruning_callback(sweep_job, settings.sweep), judged_by(sweep_job.objectives)
+    prune, judged = pruning_callback(sweep_job, settings.sweep), pruning_objective(sweep_job.objectives)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
         every = settings.train.eval_steps  # else once per epoch; a resumed trial had some before
@@ -72,12 +72,12 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 
 def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
     """Train the trial with one seed after another, until one does not finish or the pruner stops it."""
-    prune, judged = pruning_callback(sweep_job, job.settings.sweep), judged_by(sweep_job.objectives)
+    prune, judged = pruning_callback(sweep_job, job.settings.sweep), pruning_objective(sweep_job.objectives)
     seeds = Seeds(job, sweep_job, lease, runner)
     reason = None
     with seeds.closing():
         for count, seeded in enumerate(seeds.jobs, start=1):
-            if seeded in seeds.left:
+            if seeded in seeds.remaining:
                 runner.train_one(seeded)
             records = seeds.records(count)
             if records[-1].status is not Status.FINISHED:
@@ -108,9 +108,9 @@ class Seeds:
         run_id = record.run_id if record else None
         given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
         self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()
-        self._begun = Record(NOBODY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
+        self._begun = Record(UNRESOLVED_IDENTITY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
-        self.jobs, self.left = [], []
+        self.jobs, self.remaining = [], []
         for seed in job.settings.sweep.seeds or []:
             seeded = self._with_seed(job, seed, before / f"seed-{seed}")
             self.jobs.append(seeded)
@@ -119,7 +119,7 @@ class Seeds:
             if earlier and earlier.status is Status.FINISHED and earlier.identity == identity:
                 earlier.write(Path(seeded.settings.output.dir))
             else:
-                self.left.append(seeded)
+                self.remaining.append(seeded)
 
     def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
         output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
@@ -184,7 +184,7 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(part[name] for part in parts) for name in shared}
 
 
-PINNED = "sources"
+SOURCES_ATTRIBUTE = "sources"
 """Attribute of a sweep's study: the model and the text that trials first used, by a hash of their settings."""
 
 
@@ -197,7 +197,7 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
     from omegaconf.errors import OmegaConfBaseException
 
     from distilbench.models.resolve import used_now
-    from distilbench.sweep.storage import UNANSWERED, Storage, storage_of
+    from distilbench.sweep.storage import STORAGE_ERRORS, Storage, storage_of
 
     used = {"model": (settings.model, used_now(prepared.model)), "data": (settings.data, prepared.text.used)}
     found = {f"{kind} {short_hash(asked)}": {"fingerprint": it.fingerprint, "is": it.describe()}
@@ -206,10 +206,10 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
         storage = storage_of(job.storage, job.grace_seconds)
         with Storage(storage.url, job.storage).lock():
             study = storage.get_study_id_from_name(job.sweep)
-            known: dict[str, Any] = storage.get_study_user_attrs(study).get(PINNED, {})
+            known: dict[str, Any] = storage.get_study_user_attrs(study).get(SOURCES_ATTRIBUTE, {})
             if not found.keys() <= known.keys():
-                storage.set_study_user_attr(study, PINNED, {**found, **known})
-    except (*UNANSWERED, OmegaConfBaseException):
+                storage.set_study_user_attr(study, SOURCES_ATTRIBUTE, {**found, **known})
+    except (*STORAGE_ERRORS, OmegaConfBaseException):
         return
     for key, now in found.items():
         kept = known.get(key, now)
@@ -274,7 +274,7 @@ def pruner_of(settings: SweepSettings) -> optuna.pruners.BasePruner:
         ) from None
 
 
-def judged_by(objectives: Sequence[str]) -> str | None:
+def pruning_objective(objectives: Sequence[str]) -> str | None:
     """Return the objective by which trials are pruned, the first one measured during training; None without one."""
     return next((name for name in objectives if name in METRICS), None)
 
@@ -284,7 +284,7 @@ def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
     pruner_of(settings)
     if settings.pruner == "none":
         return
-    if judged_by(objectives) is None:
+    if pruning_objective(objectives) is None:
         raise SettingsError(
             f"sweep.pruner must be none for sweep.objectives={list(objectives)}, got {settings.pruner!r}; "
             f"pruning takes an objective that is measured on the way: {', '.join(METRICS)}"
@@ -299,9 +299,9 @@ def check_pruning(settings: SweepSettings, objectives: Sequence[str]) -> None:
 def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback | None:
     """Return a callback that reports to the study and asks its pruner; the sweep itself records how a trial ends.
 
-    Optuna prunes only with one objective. With several, the pruner sees the one that :func:`judged_by` names.
+    Optuna prunes only with one objective. With several, the pruner sees the one that :func:`pruning_objective` names.
     """
-    name = judged_by(job.objectives)
+    name = pruning_objective(job.objectives)
     if not job.prunes or name is None:
         return None
     import optuna

@@ -251,10 +251,10 @@ class ParentRun:
     def _tell(self, what: str) -> bool:
         return self._connection.attempt(what, partial(self._lacking.deliver, self._connection))
 
-    def put_right(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
+    def restore_ends(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
         """Restore the given ends of runs, by run id, where a process that had lost their trials wrote others."""
         for run_id, (status, error) in ends.items():
-            write = partial(undelivered.put_right, self._connection.client, run_id, status, error)
+            write = partial(undelivered.restore_ends, self._connection.client, run_id, status, error)
             self._connection.attempt("the end of a trial", write, is_kept=False)
 
     def lacks(self, directory: Path) -> bool:

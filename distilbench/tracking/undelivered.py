@@ -230,7 +230,7 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
-def put_right(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
+def restore_ends(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
     """Restore the given end of a run if it has another."""
     run = client.get_run(run_id)
     tags = run.data.tags

@@ -54,7 +54,7 @@ def main(config: DictConfig) -> float:
     identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
     record = Record(identity, Status.RUNNING, Owner.of_this_process())
     try:
-        with lease.beating():
+        with lease.send_heartbeats():
             take_time(job)
         if not lease.holds():
             return accuracy

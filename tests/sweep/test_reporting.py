@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.distributions import IntDistribution
 
-from distilbench.sweep.reporting import REPORTED, _warning, reporting
+from distilbench.sweep.reporting import REPORT_ATTRIBUTE, _warning, reporting
 from distilbench.sweep.space import Point
 from distilbench.sweep.storage import storage_at
 
@@ -24,7 +24,7 @@ def worker(tmp_path):
     class Worker:
         def __init__(self, grace_seconds: float = 60) -> None:
             self.study, self.storage, self._grace = study, storage, grace_seconds
-            self._before = study.user_attrs.get(REPORTED)
+            self._before = study.user_attrs.get(REPORT_ATTRIBUTE)
 
         def at_the_end(self, ends: int = 3):
             return reporting(study, storage, ends, self._before, self._grace)
@@ -72,7 +72,7 @@ def test_a_report_that_is_cut_short_counts_for_nothing(worker):
     first = worker()
     with pytest.raises(KeyboardInterrupt), first.at_the_end():
         raise KeyboardInterrupt
-    assert REPORTED not in first.study.user_attrs
+    assert REPORT_ATTRIBUTE not in first.study.user_attrs
 
 
 def plan(points, total, seeds=None, dimensions=("freeze.layers",), margin=1.0):

@@ -15,7 +15,7 @@ from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.resume import _check_same, _params_in, check_unchanged, open_studies
 from distilbench.sweep.space import Space
 from distilbench.sweep.storage import storage_at
-from distilbench.sweep.trial import PINNED
+from distilbench.sweep.trial import SOURCES_ATTRIBUTE
 
 
 def identity(**fixed: str):
@@ -129,14 +129,16 @@ def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing
     workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=6")
     before = {t.number: t for t in workspace.study("old")}
     used = {"model 0123456789abcdef": {"fingerprint": "f", "is": "what the first trials used"}}
-    opened(workspace, "old").set_user_attr(PINNED, used)
+    opened(workspace, "old").set_user_attr(SOURCES_ATTRIBUTE, used)
     new = (*space, "freeze.layers=0,2,3", "sweep.name=new", "sweep.trials=3", "sweep.warm_start=old")
     ended = workspace.run(*new)
     inside = [
         n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
     ]
     assert f"warm start: of 5 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
-    assert opened(workspace, "new").user_attrs[PINNED] == used, "its trials are held to the earlier ones' sources"
+    assert opened(workspace, "new").user_attrs[SOURCES_ATTRIBUTE] == used, (
+        "its trials are held to the earlier ones' sources"
+    )
     trials = workspace.study("new")
     reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
     assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]

@@ -126,7 +126,7 @@ class Ground:
         monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
         for module in (sweep_job, runner):  # a thread would make its writes whenever it comes to run
-            monkeypatch.setattr(module, "beating", _beating_once)
+            monkeypatch.setattr(module, "send_heartbeats", _beating_once)
         monkeypatch.setattr(reporting, "report_sweep", lambda *given: object())
         monkeypatch.setattr(reporting, "default_treatment", dict)
         monkeypatch.setattr("distilbench.tracking.start._git_tags", dict)
@@ -239,7 +239,7 @@ def plan_of(settings, directory: Path, **changes) -> SweepPlan:
     plan = SweepPlan(
         settings=settings, space=SPACE, points=[], beside=[], total=1, asked=1, is_grid=False,
         objectives=("accuracy",), directions=["maximize"], name="stopped", directory=directory, fixed={},
-        result_key=lambda point: point.key, name_of=partial(SPACE.name_of, baseline={}), failures_borne=0,
+        result_key=lambda point: point.key, name_of=partial(SPACE.name_of, baseline={}), max_failures=0,
     )  # fmt: skip
     return replace(plan, **changes)
 

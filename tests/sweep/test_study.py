@@ -21,7 +21,7 @@ from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
-from distilbench.sweep.study import Study
+from distilbench.sweep.study import SweepStudy
 
 SPACE = Space({"freeze.layers": IntDistribution(0, 3), "scheduler": CategoricalDistribution(["linear", "cosine"])}, [])
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 1}
@@ -63,36 +63,36 @@ def result_key(point: Point) -> str:
 
 @pytest.fixture
 def make(tmp_path):
-    """``make(owner) -> Study``: the same study as another process would open it."""
+    """``make(owner) -> SweepStudy``: the same study as another process would open it."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
 
-    def open_as(owner: Owner, retry=(), **changes) -> Study:
+    def open_as(owner: Owner, retry=(), **changes) -> SweepStudy:
         settings = SimpleNamespace()
         plan = {"settings": settings, "space": SPACE, "points": [], "beside": [], "total": 100, "asked": 100,
                 "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
                 "directory": tmp_path, "fixed": {}, "result_key": result_key,
-                "name_of": partial(SPACE.name_of, baseline={}), "failures_borne": 0}  # fmt: skip
-        return Study(study, SweepPlan(**{**plan, **changes}), owner, retry=retry)
+                "name_of": partial(SPACE.name_of, baseline={}), "max_failures": 0}  # fmt: skip
+        return SweepStudy(study, SweepPlan(**{**plan, **changes}), owner, retry=retry)
 
     return open_as
 
 
-def end(study: Study, number: int, status=Status.INTERRUPTED, error=None) -> Record:
+def end(study: SweepStudy, number: int, status=Status.INTERRUPTED, error=None) -> Record:
     """End a trial as the runner does, all but MLflow."""
-    record = study.end_of(number, status, error)
+    record = study.finalize_record(number, status, error)
     study.tell(number, record)
     return record
 
 
-def end_dead(study: Study) -> list[int]:
-    dead = study.adopt_dead()
+def end_dead(study: SweepStudy) -> list[int]:
+    dead = study.take_over_dead_trials()
     for number in dead:
         end(study, number)
     return dead
 
 
-def finish(study: Study, number: int, status: Status = Status.FINISHED, accuracy: float = 0.5, **changes) -> None:
+def finish(study: SweepStudy, number: int, status: Status = Status.FINISHED, accuracy: float = 0.5, **changes) -> None:
     scores = {"accuracy": accuracy} if status is Status.FINISHED else {}
     record = Record(IDENTITY, status, changes.pop("owner", ME), None, changes.pop("error", None), scores, scores)
     record.write(study.directory(number))
@@ -152,7 +152,7 @@ def test_what_a_process_told_before_it_went_is_seen_by_one_that_had_read_the_stu
     assert mine.views()[0].status is Status.RUNNING
     finish(other, taken.number)
     end(other, taken.number)
-    assert not mine.adopt_dead()
+    assert not mine.take_over_dead_trials()
     assert mine.views()[0].status is Status.FINISHED
 
 
@@ -171,10 +171,10 @@ def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_whi
         number, trial_id = taken.number, taken.trial._trial_id
         assert frozen.study._storage.beats[-1] == trial_id, "its heart beats before it is signed"
         finish(frozen, number, Status.RUNNING, owner=owner)
-        assert not mine.adopt_dead()
+        assert not mine.take_over_dead_trials()
         frozen.study._storage.silent.add(trial_id)
-        assert (mine.adopt_dead(), mine.left) == ([number], {owner})
-        assert not make(ME).adopt_dead(), "the heart beats for whoever closes the trial"
+        assert (mine.take_over_dead_trials(), mine.lost_owners) == ([number], {owner})
+        assert not make(ME).take_over_dead_trials(), "the heart beats for whoever closes the trial"
         assert not frozen.holds(number)
         finish(frozen, number, accuracy=0.9, owner=owner)
         frozen.tell(number, read_record(frozen.directory(number)))

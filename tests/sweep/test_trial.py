@@ -17,7 +17,7 @@ from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep import trial
 from distilbench.sweep.job import Lease, SweepJob, objectives_of
-from distilbench.sweep.trial import check_pruning, claim_free, claim_gpu, judged_by, pruning_callback
+from distilbench.sweep.trial import check_pruning, claim_free, claim_gpu, pruning_callback, pruning_objective
 from distilbench.trials.prepared import Job
 
 
@@ -85,7 +85,7 @@ def test_trials_are_pruned_by_the_objective_that_is_measured_on_the_way(tmp_path
                        prunes=True)  # fmt: skip
         return pruning_callback(job, MEDIAN)
 
-    assert callback()(behind, 1) == f"{judged_by(objectives)} {behind:.4f} at evaluation 1 (median)"
+    assert callback()(behind, 1) == f"{pruning_objective(objectives)} {behind:.4f} at evaluation 1 (median)"
     assert callback()(0.7, 1) is None
     assert callback()(float("nan"), 1) is None
     kept = optuna.load_study(storage=url, study_name="both")
