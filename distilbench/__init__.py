@@ -108,7 +108,7 @@ def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> Data
         config = _composed("predict", ["data.test=unread", *overrides])
         settings = settings_from(config, PredictSettings)
         classifier = open_model(settings)
-        return classifier.answer(rows_of(texts, classifier), settings.batch_size)
+        return classifier.predict_texts(rows_of(texts, classifier), settings.batch_size)
 
 
 def _composed(name: str, overrides: Iterable[str]) -> DictConfig:

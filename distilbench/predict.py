@@ -142,7 +142,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     ):
         bar = progress.add_task("predicting", total=1.0)
         for rows, share in chain([first], parts):
-            answers = classifier.answer(rows, settings.batch_size)
+            answers = classifier.predict_texts(rows, settings.batch_size)
             answers.index += counts.total()
             counts.update(answers["prediction"])
             if settings.format == "glue":

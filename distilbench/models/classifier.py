@@ -42,11 +42,11 @@ class Classifier:
         return [self.trained_on.get("text_column") or "text", *([pair] if pair else [])]
 
     def predict(self, model_input: pandas.DataFrame, params: object = None) -> pandas.DataFrame:
-        """Return :meth:`answer` for the rows of a frame with :attr:`columns`; this is the signature MLflow expects."""
+        """Return :meth:`predict_texts` for the rows of a frame with :attr:`columns`, as MLflow expects."""
         rows = model_input[self.columns].itertuples(index=False, name=None)
-        return self.answer([tuple(text if isinstance(text, str) else None for text in row) for row in rows])
+        return self.predict_texts([tuple(text if isinstance(text, str) else None for text in row) for row in rows])
 
-    def answer(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
+    def predict_texts(self, texts: Sequence[tuple[str | None, ...]], batch_size: int = 64) -> pandas.DataFrame:
         """Return ``prediction`` and ``probability_<label>`` for each label, one row per text, missing for blank texts.
 
         Each of ``texts`` holds one text, or the two of a pair. Texts of similar length share a batch.

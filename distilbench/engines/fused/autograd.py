@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from distilbench.engines.fused.cuda.side_stream import beside
+from distilbench.engines.fused.cuda.side_stream import on_side_stream
 
 
 def linear(
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x_compute, weight = ctx.saved_tensors
         grad_x = grad_bias = None
-        with beside(x_compute, gradient):  # only the optimizer needs these gradients
+        with on_side_stream(x_compute, gradient):  # only the optimizer needs these gradients
             if x_compute is not None:
                 _multiply(x_compute.expand(len(weight), *x_compute.shape[1:]).mT, gradient, ctx.weight_grad, ctx.add)
             if ctx.needs_input_grad[2]:

@@ -127,21 +127,21 @@ class Forward:
         if batch.lengths is not None and kernels.runs("attention", x.device, self.weights.compute_dtype, heads, size):
             rows = self._linear(x, f"{i}.qkv" if query is None else f"{i}.kv")
             draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
-            sentences = kernels.Sentences(batch.first, batch.lengths, batch.alone.row.shape[2])
+            sentences = kernels.Sentences(batch.first, batch.lengths, batch.unpacked.row.shape[2])
             return kernels.attention(rows, query, sentences, draws, heads)
         scale = 1.0 if self.dropout is None else dropout_scale(rate)
         if query is not None:
-            slots = batch.alone.to_slots(x.to(query.dtype), 1, 1)[0, :, :, 0]  # (trials, sentences, length, width)
+            slots = batch.unpacked.to_slots(x.to(query.dtype), 1, 1)[0, :, :, 0]  # (trials, sentences, length, width)
             shapes = [(len(p.first), heads, 1, p.width) for p in batch.packs]
             dropout_mask = self._drawn(rate, shapes, (slots.shape[1], heads, 1, slots.shape[2]), slots.dtype)
             dropout_mask = None if dropout_mask is None else dropout_mask[:, :, :, 0]
             weight, bias = self._layer_weights(f"{i}.kv")
             add = self.weights.adds(weight, self._part)
             return cls_attention(slots, query, weight, bias, add, heads, batch.first_mask, dropout_mask, scale)
-        slots = batch.shared.to_slots(self._linear(x, f"{i}.qkv"), 3, heads)
+        slots = batch.packed.to_slots(self._linear(x, f"{i}.qkv"), 3, heads)
         shapes = [(p.bins, heads, p.width, p.width) for p in batch.packs]
         dropout_mask = self._drawn(rate, shapes, (slots.shape[2], heads, *slots.shape[4:5] * 2), slots.dtype)
-        return batch.shared.to_rows(attend(slots, batch.token_mask, dropout_mask, scale))
+        return batch.packed.to_rows(attend(slots, batch.token_mask, dropout_mask, scale))
 
     def _drawn(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype

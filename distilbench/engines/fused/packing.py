@@ -17,7 +17,7 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 
-FILLER = -1
+PADDING = -1
 """The sentence number of padding tokens and empty slots, which attend only to each other."""
 
 PAD_MULTIPLE = 16
@@ -25,7 +25,7 @@ PAD_MULTIPLE = 16
 computes bf16 products on a CPU, compiles a kernel for every new shape and caches a thousand of them.
 """
 
-APART = -1e30
+MASKED_SCORE = -1e30
 """Added to the scores between different sentences: finite, because a padding query may have no key of its own."""
 
 
@@ -117,7 +117,7 @@ class Placement:
     """The mapping between token rows and slots of bins. The leading size is 1 or the number of trials.
 
     ``slot`` (orders, rows) is the slot of each row, in ``bins * columns``. ``row`` (orders, bins, columns) is the row
-    of each slot, 0 for an empty slot. ``owner`` (orders, bins, columns) is the sentence of each slot, or FILLER.
+    of each slot, 0 for an empty slot. ``owner`` (orders, bins, columns) is the sentence of each slot, or PADDING.
     ``empty`` (orders, rows) marks padding rows; None if there are none.
     """
 
@@ -168,7 +168,7 @@ class Batch:
     """Stacked batches of one or several orders; the leading size ``orders`` is 1 if all trials share one order.
 
     ``ids``, ``positions``, ``types`` (orders, tokens) are padded with zeros; ``first``, ``labels`` are (orders,
-    sentences). ``packs`` are the stacked batches. ``shared`` places tokens in as few bins as possible, ``alone`` in
+    sentences). ``packs`` are the stacked batches. ``packed`` places tokens in as few bins as possible, ``unpacked`` in
     bins of one sentence each. A batch whose shapes don't depend on its content (a bucket) has ``lengths`` (orders,
     sentences) and only bins of one sentence; it is processed without loops over trials, and sums have a fixed order.
     """
@@ -179,27 +179,27 @@ class Batch:
     types: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
-    shared: Placement
-    alone: Placement
+    packed: Placement
+    unpacked: Placement
     lengths: torch.Tensor | None = None
 
     @cached_property
     def token_mask(self) -> torch.Tensor:
         """The mask added to the attention scores within a bin, ``(orders, bins, 1, width, width)``."""
-        owner = self.shared.owner[:, :, None]
+        owner = self.packed.owner[:, :, None]
         return _mask(owner[..., None], owner[..., None, :])
 
     @cached_property
     def first_mask(self) -> torch.Tensor:
         """The mask added to the attention scores of [CLS] in its sentence's bin, ``(orders, sentences, 1, width)``."""
-        owner = self.alone.owner[:, :, None]
+        owner = self.unpacked.owner[:, :, None]
         return _mask(owner[..., :1], owner)
 
 
 def _mask(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return 0 within a sentence, ``APART`` elsewhere."""
+    """Return 0 within a sentence, ``MASKED_SCORE`` elsewhere."""
     shape = torch.broadcast_shapes(queries.shape, keys.shape)
-    return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(APART)
+    return torch.ne(queries, keys, out=torch.empty(shape, device=queries.device)).mul_(MASKED_SCORE)
 
 
 def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Batch:
@@ -226,8 +226,8 @@ def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dt
         types=stacked([p.types for p in packs], tokens),
         first=stacked([p.first for p in packs], sentences),
         labels=stacked([p.labels for p in packs], sentences),
-        shared=_placement(packs, [(p.bin, p.column) for p in packs], bins, tokens, device),
-        alone=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, tokens, device),
+        packed=_placement(packs, [(p.bin, p.column) for p in packs], bins, tokens, device),
+        unpacked=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, tokens, device),
     )
 
 
@@ -239,7 +239,7 @@ def _placement(
     columns = max(p.width for p in packs)
     slot = np.zeros((len(packs), rows), dtype=np.int64)
     row = np.zeros((len(packs), bins * columns), dtype=np.int64)
-    owner = np.full_like(row, FILLER)
+    owner = np.full_like(row, PADDING)
     empty = np.ones((len(packs), rows), dtype=bool)
     for i, (p, (bin_, column)) in enumerate(zip(packs, starts, strict=True)):
         count = len(p.sentence)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from distilbench.engines.fused.cuda.side_stream import join
+from distilbench.engines.fused.cuda.side_stream import wait_for_side_stream
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.architecture import TABLES, Architecture
@@ -267,7 +267,7 @@ class StackedWeights:
         ]  # biases and norms: (trials, size)
         trained = [] if embedded is None or "word" in self.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
-        join(loss.device)
+        wait_for_side_stream(loss.device)
         self._fill_vectors(gradients[: len(vectors)], bool(part))
         if self.compute_grad is not None and self._in_parts:
             total = self.grad[:, layout.tables_end : layout.compute_end]

@@ -23,7 +23,7 @@ GPU_WINDOW = 64
 """The same on a GPU, where kernel launches would dominate a pass of 8 batches; 40 MB of states at width 768."""
 
 
-ROOM = 2 << 30
+CACHE_BYTES = 2 << 30
 """Bytes of hidden states without dropout that a group may cache, for evaluation and training together."""
 
 
@@ -38,7 +38,7 @@ class Prefix:
 
     In training with dropout, an example's hidden states differ in every epoch and are used once: a *window* of steps is
     computed at once and kept until the next window. Without dropout, and in evaluations, one pass over a split serves
-    all epochs, if its states fit into :data:`ROOM`.
+    all epochs, if its states fit into :data:`CACHE_BYTES`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Prefix:
         self._sentences_only = depth == weights[0].layout.architecture.depth
         self._windows: dict[tuple[int, int], tuple[int, list[list[torch.Tensor]]]] = {}
         self._kept: dict[int, list[torch.Tensor]] = {}
-        self._room = ROOM
+        self._room = CACHE_BYTES
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
         """Return the hidden states of a ``part`` of step ``step`` in ``orders`` (seeds), shaped as in :meth:`empty`.

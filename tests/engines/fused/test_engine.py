@@ -491,7 +491,7 @@ def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder,
     settings = trial(f"freeze.layers={depth}", "freeze.dropout=false", still=False)
     splits = splits_of(settings)
     kept, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
-    monkeypatch.setattr(prefix, "ROOM", 0)
+    monkeypatch.setattr(prefix, "CACHE_BYTES", 0)
     anew, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
     np.testing.assert_allclose(kept, anew, rtol=1e-12)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule, epoch_order
-from distilbench.engines.fused.packing import APART, PAD_MULTIPLE, pack, round_up, stack_batches
+from distilbench.engines.fused.packing import MASKED_SCORE, PAD_MULTIPLE, pack, round_up, stack_batches
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=20)
@@ -50,8 +50,8 @@ def test_moving_to_the_slots_and_back_changes_nothing_forward_or_backward(orders
     batch = stack_batches([pack(split_of(o), np.arange(len(o))) for o in orders], CPU)
     trials, tokens, heads = len(orders), batch.ids.shape[1], 2
     rows = torch.rand(trials, tokens, heads * 4, requires_grad=True)
-    [there] = batch.shared.to_slots(rows, 1, heads)
-    back = batch.shared.to_rows(there)
+    [there] = batch.packed.to_slots(rows, 1, heads)
+    back = batch.packed.to_rows(there)
     real = torch.zeros(trials, tokens, dtype=torch.bool)
     for place, order in zip(real, orders, strict=True):
         place[: sum(order)] = True
@@ -64,8 +64,8 @@ def test_a_token_attends_to_its_own_sentence_and_to_nothing_else():
     lengths = [5, 3, 9, 4, 8]
     batch = stack_batches([pack(split_of(lengths), np.arange(5))], CPU)
     allowed = batch.token_mask[0, :, 0] == 0
-    assert set(batch.token_mask.unique().tolist()) == {0.0, float(torch.tensor(APART))}
-    place = batch.shared
+    assert set(batch.token_mask.unique().tolist()) == {0.0, float(torch.tensor(MASKED_SCORE))}
+    place = batch.packed
     for token in range(sum(lengths)):
         seen = allowed.flatten(0, 1)[place.slot[0, token]].sum()
         assert seen == lengths[int(batch.packs[0].sentence[token])]

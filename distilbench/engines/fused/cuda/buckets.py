@@ -21,7 +21,7 @@ import torch
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule, epoch_order
 from distilbench.engines.fused.dropout import key_of
-from distilbench.engines.fused.packing import FILLER, Batch, Placement
+from distilbench.engines.fused.packing import PADDING, Batch, Placement
 
 TOKEN_MULTIPLE, TOKEN_LEVELS = 16, 4
 """The token count of a bucket is a multiple of the first; there are at most as many different counts as the second."""
@@ -32,7 +32,7 @@ WIDTH_MULTIPLE, WIDTH_LEVELS = 8, 2
 WINDOW = 512
 """Steps that are laid out and copied to the device at once: on SST-2 about 3 MB per order of examples."""
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of an absent sentence, which :func:`torch.nn.functional.cross_entropy` ignores."""
 
 
@@ -166,7 +166,7 @@ def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.
     positions[step, place], sentences[step, place] = position, sentence
     firsts[:] = np.where(chosen < 0, 0, first)
     lengths_[:] = lengths
-    labels[:] = np.where(chosen < 0, IGNORED, split.labels[chosen])
+    labels[:] = np.where(chosen < 0, IGNORE_INDEX, split.labels[chosen])
     key[:] = np.array([[key_of(seed, "step", int(step))] for step in steps])
     count[:] = counts[:, None]
     return out
@@ -185,7 +185,7 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
     """Return the batch described by ``inputs`` (orders, fields), and its dropout keys (orders,).
 
     Everything is computed on the device, with shapes fixed by ``bucket``. An absent sentence has a bin of padding and
-    the label ``IGNORED``; padding queries attend to padding keys, so that no row of scores is masked completely.
+    the label ``IGNORE_INDEX``; padding queries attend to padding keys, so that no row of scores is masked completely.
     """
     ids, positions, types, sentence, first, length, labels, key, count = fields_of(inputs, bucket)
     orders, device = len(inputs), inputs.device
@@ -195,7 +195,7 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
     tokens = Placement(
         slot=sentence * bucket.width + positions,
         row=(first[:, :, None] + column).clamp(max=bucket.tokens - 1),
-        owner=owner.masked_fill(column >= length[:, :, None], FILLER),
+        owner=owner.masked_fill(column >= length[:, :, None], PADDING),
         empty=torch.arange(bucket.tokens, device=device) >= count,
     )
     return Batch((), ids, positions, types, first, labels, tokens, tokens, length), key.flatten().contiguous()

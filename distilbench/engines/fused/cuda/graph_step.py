@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distilbench.engines.fused.cuda.buckets import IGNORED, Bucket, BucketedBatches, batch_of
+from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, Bucket, BucketedBatches, batch_of
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
-from distilbench.engines.fused.cuda.side_stream import let_go
+from distilbench.engines.fused.cuda.side_stream import release_held_tensors
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.optimizer import StackedOptimizer
@@ -118,7 +118,7 @@ class GraphSteps:
         forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
         start = 0 if self.prefix is None else self.prefix.depth
         losses = forward.losses(self._loss, buffers.hidden, start)
-        mean = losses.sum(1) / (batch.labels != IGNORED).sum(1).clamp(min=1)
+        mean = losses.sum(1) / (batch.labels != IGNORE_INDEX).sum(1).clamp(min=1)
         forward.backward(mean.sum())
         return mean.detach()
 
@@ -157,7 +157,7 @@ class GraphRunner:
             self._broken = True
             log.warning("steps are not recorded as CUDA graphs: %s", str(error).partition("\n")[0])
         finally:
-            let_go()
+            release_held_tensors()
         torch.cuda.synchronize(self._device)
         return time.perf_counter() - began
 

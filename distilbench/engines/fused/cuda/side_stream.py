@@ -16,7 +16,7 @@ MOST_TRIALS = 1
 """The second stream is used for stacks of at most this many trials."""
 
 _held: list[torch.Tensor] = []
-"""Tensors that the second stream reads: kept until :func:`join`, so that the first stream can't reuse their memory."""
+"""Tensors that the second stream reads: kept from reuse by the first one until :func:`wait_for_side_stream`."""
 
 
 @cache
@@ -25,10 +25,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def beside(x: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[None]:
+def on_side_stream(x: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[None]:
     """Capture the kernels launched in this context on the second stream; without an active capture, do nothing.
 
-    The kernels may read ``x`` and ``gradient``. Their results must not be read before :func:`join`.
+    The kernels may read ``x`` and ``gradient``. Their results must not be read before :func:`wait_for_side_stream`.
     """
     alone = len(gradient) <= MOST_TRIALS and gradient.is_cuda
     if not alone or not torch.cuda.is_current_stream_capturing():
@@ -41,13 +41,13 @@ def beside(x: torch.Tensor | None, gradient: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def join(device: torch.device) -> None:
+def wait_for_side_stream(device: torch.device) -> None:
     """Make the current stream wait for the second one."""
     if _held:
         torch.cuda.current_stream(device).wait_stream(_stream(device))
-        let_go()
+        release_held_tensors()
 
 
-def let_go() -> None:
+def release_held_tensors() -> None:
     """Release the tensors held for the second stream, after a capture has ended or failed."""
     _held.clear()

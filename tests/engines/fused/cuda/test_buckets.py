@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.fused.cuda import buckets as bucketed_batches
-from distilbench.engines.fused.cuda.buckets import IGNORED, BucketedBatches, batch_of, levels
-from distilbench.engines.fused.packing import FILLER, pack
+from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, BucketedBatches, batch_of, levels
+from distilbench.engines.fused.packing import PADDING, pack
 
 CPU = torch.device("cpu")
 
@@ -41,14 +41,14 @@ def test_every_batch_is_laid_out_as_it_would_be_packed(lengths, size, epochs):
             np.testing.assert_array_equal(batch.positions[order, :tokens], packed.positions)
             np.testing.assert_array_equal(batch.first[order, :sentences], packed.first)
             np.testing.assert_array_equal(batch.labels[order, :sentences], packed.labels)
-            assert (batch.labels[order, sentences:] == IGNORED).all()
-            bins = batch.alone.slot[order, :tokens] // bucket.width
+            assert (batch.labels[order, sentences:] == IGNORE_INDEX).all()
+            bins = batch.unpacked.slot[order, :tokens] // bucket.width
             np.testing.assert_array_equal(bins, packed.sentence)
-            assert batch.alone.empty[order].tolist() == [False] * tokens + [True] * (bucket.tokens - tokens)
-            owner, row = batch.alone.owner[order], batch.alone.row[order]
+            assert batch.unpacked.empty[order].tolist() == [False] * tokens + [True] * (bucket.tokens - tokens)
+            owner, row = batch.unpacked.owner[order], batch.unpacked.row[order]
             for sentence in range(size):
                 own = np.flatnonzero(packed.sentence == sentence)
-                assert owner[sentence].tolist() == [sentence] * len(own) + [FILLER] * (bucket.width - len(own))
+                assert owner[sentence].tolist() == [sentence] * len(own) + [PADDING] * (bucket.width - len(own))
                 assert row[sentence, : len(own)].tolist() == own.tolist()
             assert (row < bucket.tokens).all()
 
