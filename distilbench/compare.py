@@ -87,9 +87,9 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
     Raises :class:`SettingsError` if no trial matches, or if a run does not exist.
     """
     from distilbench.report.from_store import DELETED_STORE_HINT, find_sweep
-    from distilbench.tracking import SWEEP
+    from distilbench.tracking import SWEEP_TAG
 
-    trials = store.search({SWEEP: settings.sweep} if settings.sweep else {}, settings.runs)
+    trials = store.search({SWEEP_TAG: settings.sweep} if settings.sweep else {}, settings.runs)
     if settings.sweep and not trials:
         find_sweep(store, settings.sweep)
     missing = sorted(set(settings.runs) - {trial.run_id for trial in trials})

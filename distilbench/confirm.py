@@ -49,7 +49,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.space import Point
     from distilbench.sweep.storage import storage_at
-    from distilbench.tracking import CONFIRMS, SWEEP, find_store
+    from distilbench.tracking import CONFIRMS_TAG, SWEEP_TAG, find_store
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)
@@ -68,7 +68,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     seeds = islice((seed for seed in count(1) if seed not in used), number)
     points = [Point({}, (key, f"seed={seed}"), row.is_baseline) for seed in seeds for key, row in rows.items()]
     done = {(short_hash(trial.treatment), f"seed={trial.seed}")
-            for trial in store.search({SWEEP: name}) if trial.status is Status.FINISHED}  # fmt: skip
+            for trial in store.search({SWEEP_TAG: name}) if trial.status is Status.FINISHED}  # fmt: skip
     missing = [point for point in points if point.extra not in done]
     _print_plan(settings.sweep, rows, missing)
     if settings.dry_run:
@@ -80,7 +80,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     plan = _plan(name, directory, settings.sweep, rows, next(iter(settings_by_treatment.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
     executor = Sequential(lambda jobs: [_train(job, settings_by_treatment) for job in jobs], at_once=1)
-    tags = {CONFIRMS: settings.sweep, f"{CONFIRMS}_run": searched.run_id}
+    tags = {CONFIRMS_TAG: settings.sweep, f"{CONFIRMS_TAG}_run": searched.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
 

@@ -16,7 +16,7 @@ from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult, Verdict
 from distilbench.settings import CompareSettings, SettingsError, settings_from
-from distilbench.tracking import CONFIRMS, MARGIN, SWEEP, MlflowStore
+from distilbench.tracking import CONFIRMS_TAG, MARGIN_TAG, SWEEP_TAG, MlflowStore
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store
@@ -30,21 +30,21 @@ def folder(tmp_path_factory):
     """A store with a sweep, the report's three experiments, one without predictions and one of another protocol."""
     folder = tmp_path_factory.mktemp("compared")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
-    inside = {"parent_run_id": group.run_id, "tags": {SWEEP: "first"}}
+    group = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
+    inside = {"parent_run_id": group.run_id, "tags": {SWEEP_TAG: "first"}}
     for seed in (1, 2):
         add_trial(store, f"seed={seed}", **inside)
         add_trial(store, f"seed={seed}", "freeze.layers=1", wrong=60, seconds=30, **inside)
         add_trial(store, f"seed={seed}", *COSINE, wrong=10, **inside)
-    add_trial(store, "optim.lr=0.5", text="other", tags={SWEEP: "alien"})
-    store.open_parent_run("empty", {SWEEP: "empty"}, Path("empty"))
-    add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP: "blank"})
-    broken = store.open_parent_run("broken", {SWEEP: "broken"}, Path("broken"))
+    add_trial(store, "optim.lr=0.5", text="other", tags={SWEEP_TAG: "alien"})
+    store.open_parent_run("empty", {SWEEP_TAG: "empty"}, Path("empty"))
+    add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP_TAG: "blank"})
+    broken = store.open_parent_run("broken", {SWEEP_TAG: "broken"}, Path("broken"))
     from tests.made_store import start_of
 
     for seed in (1, 2):
         start = start_of(
-            f"seed={seed}", "optim.lr=9", text="broken", tags={SWEEP: "broken"}, parent_run_id=broken.run_id
+            f"seed={seed}", "optim.lr=9", text="broken", tags={SWEEP_TAG: "broken"}, parent_run_id=broken.run_id
         )
         store.begin(start).finish(TrialResult(Status.DIVERGED, "the loss is nan"), None)
     return folder
@@ -119,7 +119,7 @@ def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
 def test_trials_that_repeat_a_setting_and_a_seed_are_counted_where_they_are_left_out(tmp_path, capsys):
     store = make_store(tmp_path)
     for overrides in ((), ("freeze.layers=1",), ("freeze.layers=1", "engine=trainer")):
-        add_trial(store, *overrides, tags={SWEEP: "engines"})
+        add_trial(store, *overrides, tags={SWEEP_TAG: "engines"})
     compare(tmp_path, tmp_path / "report", "sweep=engines")
     assert rows(tmp_path / "report")["layers=1"]["seeds"] == "42"
     assert "Left out: 1 finished trial whose setting and seed a newer one has." in capsys.readouterr().out
@@ -136,9 +136,9 @@ def test_the_margin_decides_what_is_good_enough(folder, tmp_path):
 
 def test_a_sweeps_own_margin_is_kept_with_it(folder, tmp_path):
     store = make_store(folder)
-    group = store.open_parent_run("wide", {SWEEP: "wide", MARGIN: "40"}, Path("wide"))
+    group = store.open_parent_run("wide", {SWEEP_TAG: "wide", MARGIN_TAG: "40"}, Path("wide"))
     for overrides, wrong in (((), 20), (("freeze.layers=1",), 60)):
-        add_trial(store, *overrides, wrong=wrong, parent_run_id=group.run_id, tags={SWEEP: "wide"}, text="wide")
+        add_trial(store, *overrides, wrong=wrong, parent_run_id=group.run_id, tags={SWEEP_TAG: "wide"}, text="wide")
     compare(folder, tmp_path, "sweep=wide")
     assert rows(tmp_path)["layers=1"]["verdict"] == "good enough"
 
@@ -194,8 +194,8 @@ def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     from distilbench.tracking import find_store
 
     store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench", 0))
-    (alien,) = store.search({SWEEP: "alien"})
-    first = store.search({SWEEP: "first"})
+    (alien,) = store.search({SWEEP_TAG: "alien"})
+    first = store.search({SWEEP_TAG: "first"})
     runs = f"runs={','.join(trial.run_id for trial in (alien, *first))}"
     with pytest.raises(SettingsError, match=r"must be of one protocol, got 2: .*tiny on text.*; choose one: protocol="):
         compare(folder, tmp_path, runs)
@@ -285,10 +285,10 @@ def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, t
 def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_alone(tmp_path):
     """A loss of half a point, shown to be below 3 points alone, but not beside nine others."""
     store = make_store(tmp_path)
-    parent = store.open_parent_run("many", {SWEEP: "many"}, tmp_path)
+    parent = store.open_parent_run("many", {SWEEP_TAG: "many"}, tmp_path)
     ids = []
     for number in range(11):
-        tags = {SWEEP: "many", "distilbench.trial": str(number)}
+        tags = {SWEEP_TAG: "many", "distilbench.trial": str(number)}
         ids.append(add_trial(store, *([f"optim.lr={number}e-3"] if number else []), wrong=20 + (number > 0), tags=tags,
                              parent_run_id=parent.run_id))  # fmt: skip
         told = {"difference_points": -0.5}
@@ -313,8 +313,9 @@ def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_al
 def test_at_a_sweeps_end_trials_are_compared_that_were_not_yet(tmp_path):
     """Such as those that ended before their baseline, or while the store was gone."""
     store = make_store(tmp_path)
-    inside = {"parent_run_id": store.open_parent_run("late", {SWEEP: "late"}, tmp_path).run_id}
-    ids = [add_trial(store, *overrides, wrong=wrong, tags={SWEEP: "late", "distilbench.trial": str(wrong)}, **inside)
+    inside = {"parent_run_id": store.open_parent_run("late", {SWEEP_TAG: "late"}, tmp_path).run_id}
+    ids = [add_trial(store, *overrides, wrong=wrong, tags={SWEEP_TAG: "late", "distilbench.trial": str(wrong)},
+                     **inside)
            for overrides, wrong in (((), 20), (("freeze.layers=1",), 60))]  # fmt: skip
     with initialize_config_dir(str(ROOT / "conf")):
         report_sweep(store, "late", tmp_path, default_treatment(), 1.0, Console(quiet=True))
@@ -328,7 +329,10 @@ def test_at_a_sweeps_end_trials_are_compared_that_were_not_yet(tmp_path):
 
 def test_seeds_that_were_not_compared_get_each_its_own_figures_not_their_settings_mean(tmp_path):
     store = make_store(tmp_path)
-    inside = {"parent_run_id": store.open_parent_run("late", {SWEEP: "late"}, tmp_path).run_id, "tags": {SWEEP: "late"}}
+    inside = {
+        "parent_run_id": store.open_parent_run("late", {SWEEP_TAG: "late"}, tmp_path).run_id,
+        "tags": {SWEEP_TAG: "late"},
+    }
     wrong = {("seed=1",): 20, ("seed=2",): 40, ("seed=1", "freeze.layers=1"): 60, ("seed=2", "freeze.layers=1"): 50}
     ids = [add_trial(store, *overrides, wrong=number, **inside) for overrides, number in wrong.items()]
     with initialize_config_dir(str(ROOT / "conf")):
@@ -340,10 +344,10 @@ def test_seeds_that_were_not_compared_get_each_its_own_figures_not_their_setting
 
 def test_a_confirmation_with_another_margin_leaves_its_sweeps_report_to_the_sweeps_own(tmp_path):
     store = make_store(tmp_path)
-    for name, seed, tags in (("first", 1, {MARGIN: "1"}), ("again", 2, {MARGIN: "30", CONFIRMS: "first"})):
-        parent = store.open_parent_run(name, {SWEEP: name, **tags}, tmp_path)
+    for name, seed, tags in (("first", 1, {MARGIN_TAG: "1"}), ("again", 2, {MARGIN_TAG: "30", CONFIRMS_TAG: "first"})):
+        parent = store.open_parent_run(name, {SWEEP_TAG: name, **tags}, tmp_path)
         for overrides in ((), ("freeze.layers=1",)):
-            add_trial(store, f"seed={seed}", *overrides, parent_run_id=parent.run_id, tags={SWEEP: name})
+            add_trial(store, f"seed={seed}", *overrides, parent_run_id=parent.run_id, tags={SWEEP_TAG: name})
     with initialize_config_dir(str(ROOT / "conf")):
         report_sweep(store, "again", tmp_path, default_treatment(), 30.0, Console(quiet=True))
     again, first = (store._client.get_run(store.sweep_run(name).run_id).data for name in ("again", "first"))

@@ -13,7 +13,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP
+from distilbench.tracking import SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -34,17 +34,17 @@ def folder(tmp_path_factory):
     """A real sweep of three tiny trials of seed 1: the baseline and two learning rates."""
     folder = tmp_path_factory.mktemp("confirmed")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
+    group = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
     with initialize_config_dir(str(ROOT / "conf")):
         for number, rate in enumerate(("2e-5", "1e-2", "3e-3")):
             asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",
                      f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
             settings = settings_from(compose("config", asked))
             prepared = prepare(settings)
-            tags = {SWEEP: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
+            tags = {SWEEP_TAG: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
             job = Job(settings, settings, str, SweepContext(f"lr={rate}", group.run_id, tags))
             run_batch([Trial(job, prepared, store)])
-    add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP: "lonely"})
+    add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP_TAG: "lonely"})
     return folder
 
 
@@ -55,7 +55,7 @@ def run_confirm(folder: Path, *asked: str) -> str | None:
 
 
 def confirmed(folder: Path, name="first-confirm"):
-    return make_store(folder).search({SWEEP: name})
+    return make_store(folder).search({SWEEP_TAG: name})
 
 
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys):
@@ -123,7 +123,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
 def test_the_sweeps_own_report_carries_its_confirmation(folder):
     with initialize_config_dir(str(ROOT / "conf")):
         request = ReportRequest("Sweep first", default_treatment(), 1.0, sweep=make_store(folder).sweep_run("first"))
-        report = make_report(make_store(folder), make_store(folder).search({SWEEP: "first"}), request)
+        report = make_report(make_store(folder), make_store(folder).search({SWEEP_TAG: "first"}), request)
     (found,) = report.confirmation
     (row,) = [row for row in report.candidates if row.confirmation]
     assert (row.confirmation, row.final_verdict, row.confirmation.seeds) == (

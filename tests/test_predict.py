@@ -19,7 +19,7 @@ from distilbench.report.from_store import report_of_sweep
 from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
 from distilbench.sweep.reporting import _log_answer
-from distilbench.tracking import SWEEP
+from distilbench.tracking import SWEEP_TAG
 from distilbench.tracking.run import read_predictions
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -35,9 +35,9 @@ def folder(tmp_path_factory):
     """A sweep of two tiny trials, of which the second learns, and one trial without a model."""
     folder = tmp_path_factory.mktemp("predicted")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
+    group = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
     for name, rate in {**TRIALS, "bare": "1e-2"}.items():
-        tags = {SWEEP: "first" if name in TRIALS else "bare"}
+        tags = {SWEEP_TAG: "first" if name in TRIALS else "bare"}
         tags |= {"distilbench.role": "baseline"} if name == "baseline" else {}
         asked = [*TINY[:2], f"optim.lr={rate}", f"output.dir={folder}/{name}", "train.max_length=48",
                  f"train.epochs={8 if name == 'better' else 1}", f"output.save_model={name in TRIALS}",

@@ -25,7 +25,7 @@ from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import RECORD, Status, StoredTrial, Verdict
 from distilbench.settings import FORMATS, SettingsError
-from distilbench.tracking import SWEEP, MlflowStore, SweepRun
+from distilbench.tracking import SWEEP_TAG, MlflowStore, SweepRun
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def report_of_sweep(
     ``default_treatment`` is that of :func:`distilbench.composition.default_treatment`; ``margin`` is in percentage
     points. Trials with another protocol than most are left out, and a note says so.
     """
-    trials = store.search({SWEEP: sweep.name})
+    trials = store.search({SWEEP_TAG: sweep.name})
     if not trials:
         return None
     protocol = mode(trial.protocol_id for trial in trials)
@@ -248,7 +248,7 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
         return ()
     known = [store.sweep_run(sweep.confirms)] if sweep.confirms else store.confirmations(sweep.name)
     runs = [run for run in known if run is not None]
-    trials = [trial for run in runs for trial in store.search({SWEEP: run.name})
+    trials = [trial for run in runs for trial in store.search({SWEEP_TAG: run.name})
               if trial.protocol_id == report.sample.protocol_id]  # fmt: skip
     if not trials:
         return ()

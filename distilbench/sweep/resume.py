@@ -199,7 +199,7 @@ def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
     except KeyError:
         pass
     raise SettingsError(
-        f"sweep.warm_start must be the name of an earlier sweep, got {name!r}; none is in {other.shown}"
+        f"sweep.warm_start must be the name of an earlier sweep, got {name!r}; none is in {other.url_template}"
     )
 
 

@@ -31,7 +31,7 @@ from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, print_pla
 from distilbench.sweep.resume import is_begun, open_studies
 from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
-from distilbench.tracking import MARGIN, SWEEP, MlflowStore, ParentRun, open_store
+from distilbench.tracking import MARGIN_TAG, SWEEP_TAG, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.trials.interruptions import SignalGuard
 
@@ -95,7 +95,7 @@ def _open_parent_run(
     """Create the sweep's own MLflow run, or reopen an earlier one."""
     if store is None:
         return ParentRun()
-    known = {SWEEP: plan.name, MARGIN: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
+    known = {SWEEP_TAG: plan.name, MARGIN_TAG: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
     with storage.lock():  # if several processes begin at once, only one creates it
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
         study.set_user_attr("run_id", parent.run_id)
@@ -287,7 +287,7 @@ class SweepRunner:
             owner=self._owner,
             directory=study.directory(trial.number),
             objectives=plan.objectives,
-            storage=storage.shown,
+            storage=storage.url_template,
             trial_id=trial.trial._trial_id,
             grace_seconds=plan.settings.sweep.grace_seconds,
             is_quiet=isinstance(self._executor, Pool),

@@ -48,10 +48,10 @@ _PASSWORDS = re.compile(r"//[^:/]*:([^@]+)@|[?&]password=([^&]+)")
 
 @dataclass(frozen=True)
 class Storage:
-    """The database that holds the studies; ``shown`` is its URL before interpolation, without a password."""
+    """The database that holds the studies; ``url_template`` is its URL before interpolation, without a password."""
 
     url: str
-    shown: str
+    url_template: str
 
     @property
     def file(self) -> Path | None:

@@ -10,15 +10,15 @@ from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.model import model_directory
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.run import MlflowRun, ParentRun, final_metrics, write_predictions
-from distilbench.tracking.search import CONFIRMS, MARGIN, SWEEP, TRIAL, SweepRun, trial_of
+from distilbench.tracking.search import CONFIRMS_TAG, MARGIN_TAG, SWEEP_TAG, TRIAL_TAG, SweepRun, trial_of
 from distilbench.tracking.start import RunStart, params_of, tags_of
 from distilbench.tracking.store import MlflowStore
 
 __all__ = [
-    "CONFIRMS",
-    "MARGIN",
-    "SWEEP",
-    "TRIAL",
+    "CONFIRMS_TAG",
+    "MARGIN_TAG",
+    "SWEEP_TAG",
+    "TRIAL_TAG",
     "MlflowRun",
     "MlflowStore",
     "ParentRun",

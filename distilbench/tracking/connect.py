@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking.retries import wait_out
+from distilbench.tracking.retries import retry_outage
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, local_folder, sqlite_url, store_address_of
 
@@ -33,10 +33,10 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
     if settings.name == "none":
         return None
     address = store_address_of(settings)
-    quieten()
-    with address.asking():
+    configure_mlflow()
+    with address.errors_as_settings_error():
         patience = settings.patience_seconds if patiently else 0.0
-        experiment = wait_out(patience, partial(_find_or_make, address, settings))
+        experiment = retry_outage(patience, partial(_find_or_make, address, settings))
     store = MlflowStore(address, experiment, settings.patience_seconds)
     if not patiently:
         store.end_left_runs()
@@ -57,10 +57,10 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
             "first (python -m distilbench.train experiment=quick) or name it with tracking.uri=...; where a store "
             "was deleted, figures are left in each trial's trial.json"
         )
-    quieten()
+    configure_mlflow()
     from mlflow import MlflowClient
 
-    with address.asking():
+    with address.errors_as_settings_error():
         if address.artifacts is not None:
             _check_database(address)
         found = MlflowClient(address.uri).search_experiments()
@@ -73,7 +73,7 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     return MlflowStore(address, experiments[settings.experiment], settings.patience_seconds)
 
 
-def quieten() -> None:
+def configure_mlflow() -> None:
     """Silence MLflow, disable its telemetry, and limit how long it waits for a server that does not answer.
 
     A server gets two attempts of 15 s each; PostgreSQL gets 30 s.

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 """Interval between two attempts to reach a store."""
 
-LOST_AFTER_SECONDS = 30.0
+RETRY_SECONDS = 30.0
 """How long a write that is not kept on disk is retried; a locked SQLite file blocks each attempt for 20 s."""
 
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
@@ -67,7 +67,7 @@ def reason_of(error: BaseException) -> str:
     return redact(" ".join(said.split()))[:200]
 
 
-def wait_out(seconds: float, action: Callable[[], _Answer]) -> _Answer:
+def retry_outage(seconds: float, action: Callable[[], _Answer]) -> _Answer:
     """Return ``action()``; while the store is unreachable, retry for up to ``seconds``, then raise its error."""
     until, has_told = time.monotonic() + seconds, False
     while True:
@@ -91,41 +91,41 @@ class Connection:
     def __init__(self, client: MlflowClient | None = None, experiment_id: str = "") -> None:
         self.client: Any = client
         self.experiment_id = experiment_id
-        self.is_gone = False
+        self.is_unreachable = False
         """Whether the store was unreachable at the last attempt."""
 
     def attempt(self, what: str, action: Callable[[], object], is_kept: bool = True) -> bool:
         """Call ``action``; returns False if the store is unreachable, and True otherwise, even after an error.
 
-        An action that is not ``is_kept`` on disk for later is retried for :data:`LOST_AFTER_SECONDS`, unless the store
+        An action that is not ``is_kept`` on disk for later is retried for :data:`RETRY_SECONDS`, unless the store
         was already unreachable. Never raises, since a trained model outweighs its record: permanent errors, and others
         than the store's (such as a figure that can't be drawn), are logged as a warning.
         """
         if self.client is None:
             return True
         try:
-            wait_out(0.0 if is_kept or self.is_gone else LOST_AFTER_SECONDS, action)
+            retry_outage(0.0 if is_kept or self.is_unreachable else RETRY_SECONDS, action)
         except Exception as error:  # the store's, or any other
             if not is_outage(error):
                 log.warning("MLflow did not get %s: %s", what, reason_of(error))
                 return True
-            if not is_kept or not self.is_gone:
+            if not is_kept or not self.is_unreachable:
                 outcome = "what it lacks waits on disk until it is back" if is_kept else f"it did not get {what}"
                 log.warning("MLflow does not answer (%s): %s", reason_of(error), outcome)
-            self.is_gone = True
+            self.is_unreachable = True
             return False
         self._answered()
         return True
 
     def _answered(self) -> None:
-        if self.is_gone:
-            self.is_gone = False
+        if self.is_unreachable:
+            self.is_unreachable = False
             log.info("MLflow answers again")
 
     def wait(self, seconds: float) -> bool:
         """Return whether the store answers within ``seconds``."""
         try:
-            wait_out(seconds, lambda: self.client.get_experiment(self.experiment_id))
+            retry_outage(seconds, lambda: self.client.get_experiment(self.experiment_id))
         except store_errors():
             return False
         self._answered()

@@ -160,7 +160,7 @@ class MlflowRun:
         """Log an evaluation on the selection split, and all buffered metrics."""
         values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
         self._lacking.metrics += points(values | {"epoch": evaluation.epoch}, evaluation.step)
-        if not self._connection.is_gone or time.monotonic() >= self._due:
+        if not self._connection.is_unreachable or time.monotonic() >= self._due:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
@@ -259,7 +259,7 @@ class ParentRun:
 
     def lacks(self, directory: Path) -> bool:
         """Return whether the store is unreachable, or trials in ``directory`` keep something for it."""
-        return self._connection.is_gone or (self._connection.client and undelivered.is_any_below(directory))
+        return self._connection.is_unreachable or (self._connection.client and undelivered.is_any_below(directory))
 
     def catch_up(self, is_over: Callable[[Owner], bool], patience_seconds: float = 0.0) -> None:
         """End and deliver runs whose process ``is_over``; waits up to ``patience_seconds`` for an unreachable store."""

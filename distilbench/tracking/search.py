@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 PAGE = 1000
 
-MARK = "distilbench.treatment_settings"
+TREATMENT_TAG = "distilbench.treatment_settings"
 """Tag that marks a run as a trial; it holds the treatment as JSON."""
 
-SWEEP = "distilbench.sweep"
+SWEEP_TAG = "distilbench.sweep"
 """Tag of a sweep's own run and of all its trials: the sweep's name."""
 
-TRIAL = "distilbench.trial"
+TRIAL_TAG = "distilbench.trial"
 """Tag of a trial's run: which trial of its sweep it is."""
 
-CONFIRMS = "distilbench.confirms"
+CONFIRMS_TAG = "distilbench.confirms"
 """Tag of a sweep's run that confirms another sweep's best settings: that sweep's name."""
 
-MARGIN = "distilbench.margin"
+MARGIN_TAG = "distilbench.margin"
 """Tag of a sweep's run: the margin of its report, in points."""
 
 _TEXTS = ("measured_on", "model", "data", "metric", "selection_split", "report_split")
@@ -82,7 +82,7 @@ def trial_of(
 
     Raises :class:`SettingsError` for a run of another program, or of a version that wrote other tags.
     """
-    if MARK not in tags:
+    if TREATMENT_TAG not in tags:
         raise SettingsError(f"run must be a distilbench trial, got {run_id!r}, which is not; name another one")
     try:
         same: dict[str, Any] = {name: tags[f"distilbench.{name}"] for name in _TEXTS}
@@ -91,7 +91,7 @@ def trial_of(
             run_id=run_id,
             name=name,
             protocol_id=tags["distilbench.protocol"],
-            treatment=dict(json.loads(tags[MARK])),
+            treatment=dict(json.loads(tags[TREATMENT_TAG])),
             seed=int(tags["distilbench.seed"]),
             status=Status(tags["distilbench.status"]),
             trainable_parameters=int(metrics.get("trainable_parameters", 0)),
@@ -100,8 +100,8 @@ def trial_of(
             score=metrics.get(f"selection_{same['metric']}", metrics.get(same["metric"], math.nan)),
             error=tags.get("distilbench.error", ""),
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
-            sweep=tags.get(SWEEP, ""),
-            number=tags.get(TRIAL, ""),
+            sweep=tags.get(SWEEP_TAG, ""),
+            number=tags.get(TRIAL_TAG, ""),
             is_compared="difference_points" in metrics,
             train_examples=int(tags.get("distilbench.train_examples", 0)),
             **same,

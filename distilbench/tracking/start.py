@@ -19,7 +19,7 @@ from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.search import MARK, TRIAL
+from distilbench.tracking.search import TREATMENT_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +85,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
         DIRECTORY: str(Path(start.settings.output.dir).absolute()),
         "distilbench.protocol": start.protocol.id,
         "distilbench.treatment": short_hash(dict(start.treatment)),
-        MARK: json.dumps(dict(start.treatment), sort_keys=True),
+        TREATMENT_TAG: json.dumps(dict(start.treatment), sort_keys=True),
         "distilbench.seed": str(start.settings.seed),
         "distilbench.metric": start.protocol.metric,
         "distilbench.selection_split": start.protocol.selection_split,
@@ -224,7 +224,8 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
         run_id = None
     if run_id is None:
         return client.create_run(experiment_id, tags=dict(content.tags), run_name=content.name)
-    is_renumbered = client.get_run(run_id).data.tags.get(TRIAL) != content.tags.get(TRIAL)  # another trial continues it
+    # another trial continues it
+    is_renumbered = client.get_run(run_id).data.tags.get(TRIAL_TAG) != content.tags.get(TRIAL_TAG)
     client.update_run(run_id, status="RUNNING", name=content.name if is_renumbered else None)
     tags = {**content.tags, "distilbench.resumed": "true", "distilbench.error": ""}
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)

@@ -18,9 +18,17 @@ from distilbench.tracking import undelivered
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import Connection, as_settings_error, wait_out
+from distilbench.tracking.retries import Connection, as_settings_error, retry_outage
 from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
-from distilbench.tracking.search import CONFIRMS, MARGIN, MARK, SWEEP, SweepRun, search_runs, trial_of
+from distilbench.tracking.search import (
+    CONFIRMS_TAG,
+    MARGIN_TAG,
+    SWEEP_TAG,
+    TREATMENT_TAG,
+    SweepRun,
+    search_runs,
+    trial_of,
+)
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, points
 from distilbench.tracking.uri import StoreAddress, local_folder
@@ -57,12 +65,16 @@ class MlflowStore:
         If a server is unreachable, a trial of a sweep begins without a run, which is created later; any other waits.
         """
         run = MlflowRun(self._connection, start)
-        if SWEEP in start.tags and self._address.file is None and not self._connection.attempt("a new run", run.open):
+        if (
+            SWEEP_TAG in start.tags
+            and self._address.file is None
+            and not self._connection.attempt("a new run", run.open)
+        ):
             run.keep()
             return run
-        with self._address.asking():
+        with self._address.errors_as_settings_error():
             try:
-                wait_out(self._patience, run.open)
+                retry_outage(self._patience, run.open)
             except BaseException:
                 if run.run_id:
                     failed = run.run_id, Status.FAILED, "the store did not take its start"
@@ -105,7 +117,7 @@ class MlflowStore:
         Sweeps' own runs and runs of other programs are skipped, but raise :class:`SettingsError` if ``run_ids`` names
         them.
         """
-        kept = [run for run in self._search(tags, run_ids) if MARK in run.data.tags or run_ids]
+        kept = [run for run in self._search(tags, run_ids) if TREATMENT_TAG in run.data.tags or run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
         return [
             trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
@@ -115,11 +127,11 @@ class MlflowStore:
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest parent run of this sweep; None if there is none."""
-        return next(reversed(self._sweeps({SWEEP: sweep})), None)
+        return next(reversed(self._sweeps({SWEEP_TAG: sweep})), None)
 
     def confirmations(self, sweep: str) -> list[SweepRun]:
         """Return the parent runs of this sweep's confirmations, oldest first."""
-        return self._sweeps({CONFIRMS: sweep})
+        return self._sweeps({CONFIRMS_TAG: sweep})
 
     def sweep_names(self) -> list[str]:
         """Return the names of all sweeps, newest first."""
@@ -130,20 +142,20 @@ class MlflowStore:
         found = []
         for run in self._search(wanted):
             tags = run.data.tags
-            if SWEEP in tags and MARK not in tags and "mlflow.parentRunId" not in tags:
-                margin = float(tags[MARGIN]) if MARGIN in tags else None
-                found.append(SweepRun(run.info.run_id, tags[SWEEP], tags.get(CONFIRMS), margin))
+            if SWEEP_TAG in tags and TREATMENT_TAG not in tags and "mlflow.parentRunId" not in tags:
+                margin = float(tags[MARGIN_TAG]) if MARGIN_TAG in tags else None
+                found.append(SweepRun(run.info.run_id, tags[SWEEP_TAG], tags.get(CONFIRMS_TAG), margin))
         return found
 
     def _search(self, tags: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[Run]:
-        with self._address.asking():
+        with self._address.errors_as_settings_error():
             if self._address.artifacts is None:
                 return search_runs(self._client, self._experiment_id, tags, run_ids)
             return search_database(self._address.uri, self._experiment_id, tags, run_ids)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """Return ``(step, value)`` pairs of a metric, sorted by step; empty if it was never logged."""
-        with self._address.asking():
+        with self._address.errors_as_settings_error():
             return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
 
     def config(self, run_id: str) -> str:
@@ -178,10 +190,10 @@ class MlflowStore:
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
         content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, {}, "")
-        with self._address.asking():
-            run = wait_out(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
+        with self._address.errors_as_settings_error():
+            run = retry_outage(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
         undelivered.forget(directory)
-        return ParentRun(self._connection, run.info.run_id, tags[SWEEP], directory)
+        return ParentRun(self._connection, run.info.run_id, tags[SWEEP_TAG], directory)
 
     def runs_url(self, sweep: str | None = None) -> str:
         """Return a link to the table of all runs, or of a sweep's, best first, with the most informative columns.
@@ -189,7 +201,7 @@ class MlflowStore:
         MLflow stores such a view in a tag of the experiment, as its *Share* button does.
         """
         state = {"orderByKey": "metrics.`accuracy`", "orderByAsc": False, "selectedColumns": VIEW_COLUMNS}
-        state |= {"searchFilter": f"tags.`{SWEEP}` = '{sweep}'"} if sweep else {}
+        state |= {"searchFilter": f"tags.`{SWEEP_TAG}` = '{sweep}'"} if sweep else {}
         views: list[str] = []
 
         def share() -> None:

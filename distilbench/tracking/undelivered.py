@@ -153,13 +153,13 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
             replace(record, run_id=run_id).write(directory)
         tags = connection.client.get_run(run_id).data.tags
         if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
-            settle(connection, run_id, directory)
+            deliver_and_end(connection, run_id, directory)
         else:  # the trial was continued elsewhere or by another process, which reports how it ended
             log_metrics(connection.client, run_id, kept.metrics)
             forget(directory)
 
 
-def settle(connection: Connection, run_id: str, directory: Path) -> Status:
+def deliver_and_end(connection: Connection, run_id: str, directory: Path) -> Status:
     """Send a run all that it lacks and end it as its directory says, or as INTERRUPTED if that does not say."""
     kept, record = read(directory), read_record(directory)
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
@@ -192,7 +192,7 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     ended: list[str] = []
 
     def end(run: Run, directory: Path) -> None:
-        ended.append(f"{run.info.run_name} {settle(connection, run.info.run_id, directory)}")
+        ended.append(f"{run.info.run_name} {deliver_and_end(connection, run.info.run_id, directory)}")
 
     for run in running:
         owner = owner_of(run.data.tags)

@@ -31,7 +31,7 @@ class StoreAddress:
     file: Path | None = None
     """The SQLite file; None for a server."""
 
-    def asking(self) -> AbstractContextManager[None]:
+    def errors_as_settings_error(self) -> AbstractContextManager[None]:
         """Convert the store's errors in a block to a :class:`SettingsError` with a remedy."""
         mend = "check the file and its folder" if self.file else "start it or correct the address"
         refusal = f"{self.setting} must be a store that answers, got {redact(self.uri)}"

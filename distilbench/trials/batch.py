@@ -126,7 +126,7 @@ class BatchRunner:
                 trial.store.catch_up(trial.directory)
             if not trial.job.is_baseline:
                 compare_with(partial(self._baseline_of, trial), trial)
-            conclude(trial)
+            write_card_and_log_model(trial)
 
     def _solo(self, trial: Trial) -> float | None:
         """Return the solo estimate for trials of this kind, measured only once; None if it fails."""
@@ -191,7 +191,7 @@ def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) 
         trial.comparison = comparison
 
 
-def conclude(trial: Trial) -> None:
+def write_card_and_log_model(trial: Trial) -> None:
     """Write the model card, and log the model as ``tracking.log_model`` asks; a sweep logs its best one itself."""
     write_or_warn(f"the card of {trial.name}", partial(write_card, trial))
     tracking, directory, store = trial.settings.tracking, trial.directory / MODEL, trial.store

@@ -19,7 +19,7 @@ STEP_SECONDS = 10
 """Longest wait after a signal for the step to end and a checkpoint to be written; Slurm kills 30 s after SIGTERM."""
 
 
-class TakenOver(RuntimeError):
+class TrialTakenOver(RuntimeError):
     """Another process has closed this trial, since its process was frozen for too long, and trains it again."""
 
 

@@ -87,7 +87,7 @@ class Progress:
         if self._told_long or not is_sure:
             return
         self._told_long = True
-        if line := say_long(record.steps / (bar.speed or math.inf), record.steps):
+        if line := long_trial_warning(record.steps / (bar.speed or math.inf), record.steps):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _count(self, trial: int) -> str:
@@ -116,7 +116,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     )
 
 
-def say_long(predicted_seconds: float, steps: int) -> str | None:
+def long_trial_warning(predicted_seconds: float, steps: int) -> str | None:
     """Return a line that warns of a long trial, and names a quicker experiment if there is one; None if not long."""
     if predicted_seconds <= LONG_SECONDS:
         return None

@@ -34,7 +34,7 @@ from distilbench.results import (
 )
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowRun, MlflowStore, RunStart, final_metrics, tags_of, trial_of, write_predictions
-from distilbench.trials.interruptions import SignalGuard, TakenOver
+from distilbench.trials.interruptions import SignalGuard, TrialTakenOver
 from distilbench.trials.prepared import LIBRARIES, Job, Prepared, SweepContext, prepared_trial, version_of
 from distilbench.trials.progress import Progress
 
@@ -332,10 +332,10 @@ class _Observer:
         return bool(reason)
 
     def wants_checkpoint(self) -> bool:
-        """Return whether a signal waits for one; raises :class:`TakenOver` if all trials here were taken over."""
+        """Return whether a signal waits for one; raises :class:`TrialTakenOver` if all trials here were taken over."""
         leases = [trial.context.lease for trial in self._opened]
         if all(lease and lease.is_lost for lease in leases):
-            raise TakenOver("taken over by another process")
+            raise TrialTakenOver("taken over by another process")
         return self._guard.is_waiting
 
     def on_checkpoint(self) -> None:

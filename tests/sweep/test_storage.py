@@ -11,9 +11,9 @@ def test_a_file_is_that_of_the_directory_in_which_it_was_typed_wherever_a_job_ru
     monkeypatch.chdir(tmp_path)
     for typed in ("sqlite:///s.db", f"sqlite:///{tmp_path}/s.db"):
         storage = storage_at(typed, None, tmp_path)
-        assert (storage.file, storage.shown) == (tmp_path / "s.db", f"sqlite:///{tmp_path}/s.db")
+        assert (storage.file, storage.url_template) == (tmp_path / "s.db", f"sqlite:///{tmp_path}/s.db")
     named = storage_at(f"sqlite:///{tmp_path}/s.db", "sqlite:///${oc.env:X}/s.db", tmp_path)
-    assert (named.file, named.shown) == (tmp_path / "s.db", "sqlite:///${oc.env:X}/s.db")
+    assert (named.file, named.url_template) == (tmp_path / "s.db", "sqlite:///${oc.env:X}/s.db")
 
 
 @pytest.mark.parametrize("typed", [None, "sqlite:///study.db"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distilbench.results import Status, TrialResult
-from distilbench.tracking import SWEEP
+from distilbench.tracking import SWEEP_TAG
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.search import search_runs
 from tests.made_store import DONE, make_store, start_of
@@ -17,14 +17,14 @@ from tests.made_store import DONE, make_store, start_of
 def store(tmp_path_factory):
     """Trials of a sweep, one of them diverged, one deleted; a run of no trial; another experiment."""
     store = make_store(tmp_path_factory.mktemp("tables"))
-    parent = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
+    parent = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
     for name, result in {
         "done": DONE,
         "diverged": TrialResult(Status.DIVERGED, "nan", train_seconds=float("nan")),
     }.items():
-        start = start_of("freeze.layers=1", name=name, tags={SWEEP: "first"}, parent_run_id=parent.run_id)
+        start = start_of("freeze.layers=1", name=name, tags={SWEEP_TAG: "first"}, parent_run_id=parent.run_id)
         store.begin(start).finish(result)
-    store._client.delete_run(store.begin(start_of(name="deleted", tags={SWEEP: "first"})).run_id)
+    store._client.delete_run(store.begin(start_of(name="deleted", tags={SWEEP_TAG: "first"})).run_id)
     store.begin(start_of("freeze.layers=2", name="alone"))
     store._client.create_run(store._client.create_experiment("another"))
     return store
@@ -34,9 +34,9 @@ def store(tmp_path_factory):
     ("wanted", "number"),
     [
         ({}, 4),
-        ({SWEEP: "first"}, 3),
-        ({SWEEP: "first", "distilbench.status": "DIVERGED"}, 1),
-        ({SWEEP: "' or 1=1 --"}, 0),
+        ({SWEEP_TAG: "first"}, 3),
+        ({SWEEP_TAG: "first", "distilbench.status": "DIVERGED"}, 1),
+        ({SWEEP_TAG: "' or 1=1 --"}, 0),
     ],
     ids=["all", "sweep", "two tags", "a quote"],
 )

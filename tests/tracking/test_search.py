@@ -10,7 +10,7 @@ import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import SWEEP, find_store, search
+from distilbench.tracking import SWEEP_TAG, find_store, search
 from tests.made_store import DONE, make_store, start_of
 
 
@@ -18,35 +18,35 @@ from tests.made_store import DONE, make_store, start_of
 def kept(tmp_path_factory):
     """A store of two sweeps: ``first`` with a finished, a diverged and a deleted trial, ``empty`` without any."""
     store = make_store(tmp_path_factory.mktemp("kept"))
-    parent = store.open_parent_run("first", {SWEEP: "first"}, Path("first"))
+    parent = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
     ids = {}
     for name, result in {
         "done": DONE,
         "diverged": TrialResult(Status.DIVERGED, "the loss is nan"),
         "picked elsewhere": replace(DONE, selection=replace(DONE.report, accuracy=0.9)),
     }.items():
-        tags = {SWEEP: "first", "distilbench.role": "baseline" if name == "done" else ""}
+        tags = {SWEEP_TAG: "first", "distilbench.role": "baseline" if name == "done" else ""}
         run = store.begin(start_of("freeze.layers=1", name=name, tags=tags, parent_run_id=parent.run_id))
         run.finish(result, None)
         ids[name] = run.run_id
-    store.open_parent_run("empty", {SWEEP: "empty"}, Path("empty"))
-    store._client.delete_run(store.begin(start_of(name="deleted", tags={SWEEP: "first"})).run_id)
-    store._client.create_run(store._client.create_experiment("another"), tags={SWEEP: "first"})
+    store.open_parent_run("empty", {SWEEP_TAG: "empty"}, Path("empty"))
+    store._client.delete_run(store.begin(start_of(name="deleted", tags={SWEEP_TAG: "first"})).run_id)
+    store._client.create_run(store._client.create_experiment("another"), tags={SWEEP_TAG: "first"})
     ids["alone"] = store.begin(start_of(name="alone")).run_id
     return store, ids, parent.run_id
 
 
 def test_a_sweep_is_found_by_its_name_with_all_its_trials_and_nothing_else(kept):
     store, ids, _ = kept
-    found = store.search({SWEEP: "first"})
+    found = store.search({SWEEP_TAG: "first"})
     assert [trial.name for trial in found] == ["done", "diverged", "picked elsewhere"]
     done, diverged, _ = found
     assert (done.accuracy, done.loss, done.train_seconds, done.role) == (0.75, 0.4, 12.5, "baseline")
     assert (diverged.status, diverged.error) == (Status.DIVERGED, "the loss is nan")
     assert done.url.endswith(f"/#/experiments/1/runs/{ids['done']}?workflowType=machine_learning")
-    assert store.search({SWEEP: "nowhere"}) == []
-    assert store.search({SWEEP: "' or 1=1 --"}) == []
-    both = {SWEEP: "first", "distilbench.status": "DIVERGED"}
+    assert store.search({SWEEP_TAG: "nowhere"}) == []
+    assert store.search({SWEEP_TAG: "' or 1=1 --"}) == []
+    both = {SWEEP_TAG: "first", "distilbench.status": "DIVERGED"}
     assert [trial.name for trial in store.search(both)] == ["diverged"]
 
 
@@ -64,7 +64,7 @@ def test_costs_are_found_and_nan_where_an_earlier_version_logged_none(tmp_path):
 
 
 def test_the_score_is_the_metric_on_the_split_that_picked(kept):
-    scores = {trial.name: trial.score for trial in kept[0].search({SWEEP: "first"})}
+    scores = {trial.name: trial.score for trial in kept[0].search({SWEEP_TAG: "first"})}
     assert (scores["done"], scores["picked elsewhere"]) == (0.75, 0.9)
     assert scores["diverged"] != scores["diverged"]
 
@@ -72,7 +72,7 @@ def test_the_score_is_the_metric_on_the_split_that_picked(kept):
 def test_runs_are_found_by_id(kept):
     store, ids, parent = kept
     assert [t.name for t in store.search({}, (ids["alone"], ids["done"]))] == ["done", "alone"]
-    assert [t.name for t in store.search({SWEEP: "first"}, (ids["alone"], ids["done"]))] == ["done"]
+    assert [t.name for t in store.search({SWEEP_TAG: "first"}, (ids["alone"], ids["done"]))] == ["done"]
     assert store.search({}, ("no id, it's a sentence",)) == []
     with pytest.raises(SettingsError, match="must be a distilbench trial"):
         store.search({}, (parent,))

@@ -406,7 +406,7 @@ def test_what_is_not_kept_on_disk_is_tried_again_for_some_seconds(store, client,
 def test_what_is_lost_is_told_and_an_outage_that_is_known_is_not_waited_for(
     store, client, start, blips, monkeypatch, caplog
 ):
-    monkeypatch.setattr(retries, "LOST_AFTER_SECONDS", 3)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 3)
     seconds = itertools.count()  # one passes each time that somebody looks
     monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
     run_id = finished(store, start())
@@ -596,7 +596,7 @@ def test_where_the_view_is_not_taken_a_link_opens_the_plain_table(store, monkeyp
         raise ConnectionError("the server is gone")
 
     monkeypatch.setattr(store._client, "set_experiment_tag", refused)
-    monkeypatch.setattr(retries, "LOST_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", 0.0)
     table = "runs?orderByKey=metrics.%60accuracy%60&orderByAsc=false&workflowType=machine_learning"
     assert store.runs_url() == f"http://127.0.0.1:5000/#/experiments/1/{table}"
     server = address.StoreAddress("MLFLOW_TRACKING_URI", f"https://juan:{SECRET}@example.org/mlflow/")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.results import Owner, Predictions, Record, Status, TrialResult
-from distilbench.tracking import SWEEP
+from distilbench.tracking import SWEEP_TAG
 from distilbench.tracking.undelivered import is_any_below
 from tests.made_store import DONE, LABELS, make_store, start_of
 
@@ -126,12 +126,12 @@ def test_a_directory_that_another_trial_has_used_since_says_nothing_of_a_run(sto
 
 
 def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(store, dead, tmp_path, gone):
-    parent = store.open_parent_run("outage", {SWEEP: "outage"}, tmp_path)
+    parent = store.open_parent_run("outage", {SWEEP_TAG: "outage"}, tmp_path)
     for name, value in {"pid": dead.pid, "process_started": dead.started}.items():
         store._client.set_tag(parent.run_id, f"distilbench.{name}", str(value))
     gone()
     directory = tmp_path / "0"
-    run = store.begin(start_of(f"output.dir={directory}", tags={SWEEP: "outage"}, parent_run_id=parent.run_id))
+    run = store.begin(start_of(f"output.dir={directory}", tags={SWEEP_TAG: "outage"}, parent_run_id=parent.run_id))
     assert run.run_id is None
     Record(IDENTITY, Status.FINISHED, Owner.of_this_process(), None, figures={"steps": 20.0}).write(directory)
     run.on_evaluation(DONE.report)
@@ -146,7 +146,7 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     assert status_of(store, parent.run_id) == ("FINISHED", "FINISHED")
     described = store._client.get_run(parent.run_id).data
     assert (described.metrics["trials_finished"], described.tags["mlflow.note.content"]) == (1, "one of one")
-    (trial,) = [t for t in store.search({SWEEP: "outage"}) if t.status is Status.FINISHED]
+    (trial,) = [t for t in store.search({SWEEP_TAG: "outage"}) if t.status is Status.FINISHED]
     assert (trial.accuracy, trial.train_seconds) == (DONE.report.accuracy, DONE.train_seconds)
     assert store.predictions(trial.run_id).correct.shape == LABELS.shape
     files = [file.path for file in store._client.list_artifacts(trial.run_id)]
@@ -155,12 +155,12 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
 
 
 def test_what_is_kept_of_a_trial_that_another_directory_continues_ends_nothing(store, dead, tmp_path, gone):
-    run = store.begin(start_of(f"output.dir={tmp_path / '0'}", tags={SWEEP: "moved"}))
+    run = store.begin(start_of(f"output.dir={tmp_path / '0'}", tags={SWEEP_TAG: "moved"}))
     gone()
     run.on_evaluation(DONE.report)
     run.finish(TrialResult(Status.INTERRUPTED, "interrupted", steps=20))
     gone()
-    again = store.begin(start_of(f"output.dir={tmp_path / '1'}", tags={SWEEP: "moved"}, run_id=run.run_id))
+    again = store.begin(start_of(f"output.dir={tmp_path / '1'}", tags={SWEEP_TAG: "moved"}, run_id=run.run_id))
     store.catch_up(tmp_path)
     assert again.run_id == run.run_id
     assert status_of(store, run.run_id) == ("RUNNING", "RUNNING")

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from distilbench.identity import point_key
 from distilbench.report.trial import sentence
 from distilbench.settings import TrackingSettings
-from distilbench.trials.batch import compare_with, conclude
+from distilbench.trials.batch import compare_with, write_card_and_log_model
 from distilbench.trials.card import write_card
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -27,7 +27,7 @@ ASKED = ("model=tiny", "data=synthetic", "tracking=none", "train.epochs=1", "sch
 def outcome(tmp_path_factory):
     settings = compose_settings(*ASKED, f"output.dir={tmp_path_factory.mktemp('carded')}")
     (outcome,) = run_batch([Trial(Job(settings, settings, str), prepare(settings), None)])
-    conclude(outcome)
+    write_card_and_log_model(outcome)
     return outcome
 
 
@@ -106,6 +106,6 @@ def test_a_model_is_logged_after_its_trial_as_the_settings_ask(outcome, log_mode
     logged, context = [], SweepContext("0 lr=0.01") if is_swept else None
     job = replace(outcome.job, settings=replace(outcome.settings, tracking=tracking), context=context)
     store = SimpleNamespace(log_model=lambda *call: logged.append(call))
-    conclude(replace(outcome, job=job, store=store, run=SimpleNamespace(run_id="0")))
+    write_card_and_log_model(replace(outcome, job=job, store=store, run=SimpleNamespace(run_id="0")))
     wanted = [("0", Path(outcome.settings.output.dir) / "model", "name@best")]
     assert logged == (wanted if logs else [])

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from distilbench.results import Evaluation, StepRecord
-from distilbench.trials.progress import LINE_SECONDS, Progress, evaluation_text, say_long, step_text
+from distilbench.trials.progress import LINE_SECONDS, Progress, evaluation_text, long_trial_warning, step_text
 
 EVALUATION = Evaluation("validation", 100, 1.0, loss=0.3255, accuracy=0.9071, f1=0.91, mcc=0.8142)
 LONG = "for a first answer in minutes: experiment=quick"
@@ -115,12 +115,12 @@ def test_a_short_trial_is_not_announced():
 
 @pytest.mark.parametrize(("seconds", "said"), [(600.0, None), (601.0, "10 min 1 s"), (7_560.0, "2 h 6 min")])
 def test_long_begins_at_ten_minutes(seconds, said):
-    line = say_long(seconds, steps=12_630)
+    line = long_trial_warning(seconds, steps=12_630)
     assert line is None if said is None else line == f"This trial will take about {said} on this device; {LONG}"
 
 
 def test_the_quick_experiment_is_not_told_to_be_quicker():
-    assert say_long(900.0, steps=125) == "This trial will take about 15 min 0 s on this device"
+    assert long_trial_warning(900.0, steps=125) == "This trial will take about 15 min 0 s on this device"
 
 
 def test_a_terminal_shows_one_bar_and_evaluations_above_it():
