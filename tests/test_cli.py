@@ -244,13 +244,17 @@ def test_text_that_the_terminal_can_not_show_is_replaced():
     assert process.communicate() == ("gr?n ?\n", "")
 
 
-@pytest.mark.parametrize(("given", "policy"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
-    """torch's OpenMP reads the variable when it is loaded, so it must not be there before."""
-    code = "import os, sys, distilbench.train; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["by default", "another number", "another policy"],
+)
+def test_waiting_threads_sleep_early_unless_told_otherwise(given, turns):
+    """torch's OpenMP reads the variable when it is loaded, so torch must not be there before."""
+    code = "import os, sys, distilbench.train; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    without = {k: value for k, value in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     found = subprocess.check_output([sys.executable, "-c", code], env=without | given, text=True)
-    assert found.split() == [policy, "False"]
+    assert found.split() == [turns, "False"]
 
 
 def test_a_command_run_inside_a_process_leaves_its_wish_for_tracebacks_as_it_was(monkeypatch):
