@@ -304,10 +304,7 @@ def attention_backward(
     order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped, query_blocks,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of a block of queries, looping over keys, or of a block of keys and values, over queries.
-
-    Both kinds of program recompute the probabilities from ``log_sums``, and no sums cross programs.
-    """
+    """Compute the gradient of a block of queries, or of keys and values, from ``log_sums``; no sums cross programs."""
     head, order, query_row, queries, key_row, length = _find_sentence(
         first, lengths, order_stride, query_rows, key_rows, one_query, HEADS
     )
