@@ -5,6 +5,7 @@ Exit status: 0 all was predicted, 2 a setting is invalid.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,16 @@ GLUE = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qnli": "
         "mnli": "MNLI-m", "mnli_matched": "MNLI-m", "mnli_mismatched": "MNLI-mm",
         "mnli/test_mismatched": "MNLI-mm"}  # fmt: skip
 """GLUE's submission file of each task, by the task's name (or name and split) on the hub."""
+GLUE_LABELS = {
+    "CoLA": ("unacceptable", "acceptable"),
+    "SST-2": ("negative", "positive"),
+    "MRPC": ("not_equivalent", "equivalent"),
+    "QQP": ("not_duplicate", "duplicate"),
+    "WNLI": ("not_entailment", "entailment"),
+    **dict.fromkeys(("QNLI", "RTE"), ("entailment", "not_entailment")),
+    **dict.fromkeys(("MNLI-m", "MNLI-mm"), ("entailment", "neutral", "contradiction")),
+}
+"""The labels of each submission file in the order of GLUE's numbers, as the hub's data sets have them."""
 GLUE_WITH_LABEL_NAMES = ("MNLI-m", "MNLI-mm", "QNLI", "RTE")
 """Submission files that contain label names; the others contain label numbers."""
 
@@ -129,8 +140,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     from distilbench.data.formats import open_answers
 
     columns = _columns(settings, classifier)
-    is_named, names = path.stem in GLUE_WITH_LABEL_NAMES, classifier.label_names
-    codes = {name: name if is_named else str(number) for number, name in enumerate(names)}
+    codes = _glue_codes(path.stem, classifier.label_names) if settings.format == "glue" else {}
     counts: Counter[str | None] = Counter()
     parts = _read_parts(settings, classifier, columns)
     first = next(parts, None)  # so that an unreadable file raises before anything is written
@@ -191,6 +201,20 @@ def _output_path(settings: PredictSettings, classifier: Classifier) -> Path:
         names = ", ".join(dict.fromkeys(f"{name}.tsv" for name in GLUE.values()))
         raise SettingsError(f"output must be named after GLUE's task ({names}), got {given.name!r}")
     return (given.parent if given.suffix else given) / f"{task}.tsv"
+
+
+def _glue_codes(task: str, names: Sequence[str]) -> dict[str, str]:
+    """Return what GLUE's server expects for each of a model's labels, which may have names or GLUE's numbers."""
+    labels, own = GLUE_LABELS[task], [re.sub("[ -]", "_", name.casefold()) for name in names]
+    readings = (labels, *([f"{prefix}{i}" for i in range(len(labels))] for prefix in ("", "label_")))
+    reading = next((reading for reading in readings if sorted(reading) == sorted(own)), None)
+    if reading is None:
+        raise SettingsError(
+            f"format must be table for a model without {task}'s labels, which are {', '.join(labels)}, got glue and "
+            f"{', '.join(names)}; if they are the same, rename them in the model's config.json (id2label, label2id)"
+        )
+    numbers = {name: reading.index(label) for name, label in zip(names, own, strict=True)}
+    return {name: labels[i] if task in GLUE_WITH_LABEL_NAMES else str(i) for name, i in numbers.items()}
 
 
 if __name__ == "__main__":

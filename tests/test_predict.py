@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 import distilbench
 from distilbench.composition import default_treatment
-from distilbench.predict import predict
+from distilbench.predict import _glue_codes, predict
 from distilbench.report.from_store import report_of_sweep
 from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
@@ -140,9 +140,28 @@ def test_glue_gets_its_file_by_name_with_the_codes_of_its_labels(folder, tmp_pat
     asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
           "format=glue", f"output={tmp_path}/SST-2.tsv")  # fmt: skip
     assert (tmp_path / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n"
-    asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
-          "format=glue", f"output={tmp_path}/QNLI.tsv")  # fmt: skip
-    assert (tmp_path / "QNLI.tsv").read_text().splitlines()[1:] == ["0\tnegative", "1\tpositive"]
+    with pytest.raises(
+        SettingsError, match=r"^format must be table for a model without QNLI's labels, .* negative, pos"
+    ):
+        asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
+              "format=glue", f"output={tmp_path}/QNLI.tsv")  # fmt: skip
+    assert not (tmp_path / "QNLI.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "codes"),
+    [
+        ("SST-2", ("Positive", "Negative"), ("1", "0")),
+        ("SST-2", ("LABEL_0", "LABEL_1"), ("0", "1")),
+        ("CoLA", ("1", "0"), ("1", "0")),
+        ("WNLI", ("entailment", "not entailment"), ("1", "0")),
+        ("RTE", ("entailment", "not-entailment"), ("entailment", "not_entailment")),
+        ("MNLI-mm", ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"), ("contradiction", "neutral", "entailment")),
+        ("MNLI-m", ("LABEL_0", "LABEL_1", "LABEL_2"), ("entailment", "neutral", "contradiction")),
+    ],
+)
+def test_glue_gets_its_own_label_whatever_the_order_of_the_model(task, names, codes):
+    assert tuple(_glue_codes(task, names).values()) == codes
 
 
 def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> 
 
 
 def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
-    """Return a sha256 of everything that determines the tokens; the leading 2 is the version of the file layout.
+    """Return a sha256 of everything that determines the tokens; the leading 3 is the version of the file layout.
 
     It includes the texts: the pool alone does not determine them, since another ``data.split_seed`` draws others.
     """
@@ -117,8 +117,8 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend |= {"truncation": None, "padding": None}  # state of the last call
     texts = fingerprint(text.label_names, (text.train, text.selection, text.report))
-    parts = (2, tokenizers.__version__, texts, text.selection is text.report, max_length,
-             tokenizer.truncation_side, tokenizer.special_tokens_map, backend)  # fmt: skip
+    settings = tokenizer.truncation_side, tokenizer.split_special_tokens, tokenizer.special_tokens_map, backend
+    parts = (3, tokenizers.__version__, texts, text.selection is text.report, max_length, *settings)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

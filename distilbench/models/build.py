@@ -179,6 +179,7 @@ def load_weights(
     :class:`SettingsError` if the weights can't be read, or the architecture has no sequence classifier.
     """
     config = config or _configuration(resolved)
+    config.return_dict = True  # else the model would return tuples
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]

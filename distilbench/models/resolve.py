@@ -29,8 +29,11 @@ MINILM_SHA256 = {
 }
 """SHA-256 of that package's files; the weights are those of sentence-transformers/all-MiniLM-L6-v2."""
 
-HUB_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.*", "merges.txt", "*.model"]
-"""Files that are downloaded from a repository: no code, no pickles, no weights of other frameworks."""
+MODEL_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.*", "merges.txt", "*.model"]
+"""Files that make up a model, and are downloaded from the hub: no code, no pickles, no weights of other frameworks."""
+
+_NEUTRAL = {"_name_or_path", "distilbench", "transformers_version"}
+"""Keys of config.json that affect no result."""
 
 ENCODER_SEED = 0
 """Seed of a random model's encoder: initial weights belong to the protocol, so a trial's seed affects only the head."""
@@ -63,22 +66,25 @@ _PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 """Architectures that number positions from padding_idx + 1 = 2, as in fairseq."""
 
 
-@lru_cache(maxsize=64)
 def resolve_model(settings: ModelSettings) -> ResolvedModel:
     """Find the weights that ``settings`` names, downloading them from the hub if necessary.
 
-    Imports neither torch nor transformers. Cached per process, so that a sweep's trials can't differ. If the hub is
-    unreachable and its cache lacks the model, resolves the fallback instead, which is recorded in ``used``. Raises
-    :class:`SettingsError` if there are no usable weights.
+    Imports neither torch nor transformers. Cached per process, so that a sweep's trials can't differ, until the files
+    of a local directory change. If the hub is unreachable and its cache lacks the model, resolves the fallback instead,
+    which is recorded in ``used``. Raises :class:`SettingsError` if there are no usable weights.
     """
+    files = _model_files(Path(settings.checkpoint).expanduser()) if settings.source == "local" else []
+    stats = [(path.name, path.stat()) for path in files]
+    return _resolved_once(settings, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@lru_cache(maxsize=64)
+def _resolved_once(settings: ModelSettings, _: tuple[tuple[str | int, ...], ...]) -> ResolvedModel:
     return _SOURCES[settings.source](settings)
 
 
-def used_now(resolved: ResolvedModel) -> SourceUsed:
-    """Return ``used`` with the current fingerprint: a local directory may have changed since it was resolved."""
-    if resolved.settings.source != "local" or resolved.directory is None:
-        return resolved.used
-    return replace(resolved.used, fingerprint=file_sha256(resolved.directory / WEIGHTS))
+def _model_files(directory: Path) -> list[Path]:
+    return sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern) if path.is_file()})
 
 
 def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
@@ -138,7 +144,7 @@ def _snapshot(settings: ModelSettings) -> Path | None:
     )
 
     try:
-        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=HUB_FILES,
+        directory = Path(snapshot_download(name, revision=settings.revision, allow_patterns=MODEL_FILES,
                                            local_files_only=not reachable))  # fmt: skip
     except LocalEntryNotFoundError:
         return None
@@ -164,8 +170,11 @@ def _from_package(settings: ModelSettings) -> ResolvedModel:
 def _from_directory(settings: ModelSettings) -> ResolvedModel:
     directory = Path(settings.checkpoint).expanduser().resolve()
     _require_files(directory, settings.checkpoint)
-    used = SourceUsed("local", settings.checkpoint, file_sha256(directory / WEIGHTS))
-    return _resolved(settings, directory, used)
+    found = _resolved(settings, directory, SourceUsed("local", settings.checkpoint, ""))
+    content = {path.name: file_sha256(path) for path in _model_files(directory) if path.name != "config.json"}
+    config = {key: value for key, value in found.config.items() if key not in _NEUTRAL}
+    whole = json.dumps([config, content], sort_keys=True).encode()
+    return replace(found, used=replace(found.used, fingerprint=hashlib.sha256(whole).hexdigest()))
 
 
 def _from_nothing(settings: ModelSettings) -> ResolvedModel:

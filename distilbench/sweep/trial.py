@@ -196,10 +196,9 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
     """
     from omegaconf.errors import OmegaConfBaseException
 
-    from distilbench.models.resolve import used_now
     from distilbench.sweep.storage import STORAGE_ERRORS, Storage, storage_of
 
-    used = {"model": (settings.model, used_now(prepared.model)), "data": (settings.data, prepared.text.used)}
+    used = {"model": (settings.model, prepared.model.used), "data": (settings.data, prepared.text.used)}
     found = {f"{kind} {short_hash(asked)}": {"fingerprint": it.fingerprint, "is": it.describe()}
              for kind, (asked, it) in used.items()}  # fmt: skip
     try:

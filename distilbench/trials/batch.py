@@ -12,7 +12,7 @@ from typing import TypeVar
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.moving_freeze import require_parts
 from distilbench.identity import TrialIdentity, fusion_key, preparation_key, treatment_of
-from distilbench.models.resolve import check_trial
+from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.report.trial import compare, comparison_headline, comparison_markdown, comparison_metrics
 from distilbench.results import MODEL, Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError, TrackingSettings
@@ -50,7 +50,7 @@ class BatchRunner:
     def __init__(self, max_trials: int) -> None:
         self._max_trials = max_trials
         self._open_store = cache(open_store)
-        self._prepared: dict[str, Prepared] = {}
+        self._prepared: dict[Hashable, Prepared] = {}
         self._solo_seconds: dict[Hashable, float | None] = {}
         self._baselines: dict[Hashable, StoredTrial] = {}
 
@@ -94,7 +94,7 @@ class BatchRunner:
 
     def prepare(self, settings: AppSettings) -> Prepared:
         """Resolve and encode, once, what trials share; raises :class:`SettingsError` if this one can't be trained."""
-        key = preparation_key(settings)
+        key = preparation_key(settings), resolve_model(settings.model).used  # a local model may change meanwhile
         if key not in self._prepared:
             self._prepared[key] = prepare(settings)
         prepared = self._prepared[key]
@@ -161,7 +161,7 @@ class BatchRunner:
 
 def _kind_of(trial: Trial) -> Hashable:
     """Return a key, equal for trials that can be trained at once."""
-    return preparation_key(trial.settings), fusion_key(prepared_trial(trial.settings, trial.prepared))
+    return id(trial.prepared), fusion_key(prepared_trial(trial.settings, trial.prepared))
 
 
 def _baseline_identity(trial: Trial) -> TrialIdentity:

@@ -15,7 +15,7 @@ from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
 from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity, value_of
 from distilbench.models.build import load_tokenizer
-from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model, used_now
+from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
 from distilbench.report.names import name_of, varying_keys
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
@@ -112,7 +112,6 @@ def prepare(settings: AppSettings) -> Prepared:
     device = resolve_device(settings.engine.device)
     precision = resolve_precision(settings.train.precision, device)
     model = resolve_model(settings.model)
-    model = replace(model, used=used_now(model))  # a notebook may have trained into that directory since
     check_trial(model, settings)
     engine = resolve_engine(settings, model, precision, device.type)
     text = load_text(settings.data)

@@ -18,7 +18,6 @@ def random(family: str = "distilbert", layers: int = 2):
 
 
 def local(directory):
-    resolve_model.cache_clear()
     return resolve_model(ModelSettings("local", str(directory)))
 
 

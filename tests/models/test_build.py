@@ -135,7 +135,7 @@ def test_a_random_tokenizer_gives_a_row_as_long_as_the_text():
 # Local checkpoints
 
 
-def test_a_local_checkpoint_keeps_its_trained_head_and_its_fingerprint(checkpoint):
+def test_a_local_checkpoint_keeps_its_trained_head(checkpoint):
     from safetensors.torch import load_file
 
     resolved = local(checkpoint)
@@ -143,7 +143,6 @@ def test_a_local_checkpoint_keeps_its_trained_head_and_its_fingerprint(checkpoin
     saved = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
     assert resolved.depth == 2
-    assert resolved.used.fingerprint == file_sha256(checkpoint / "model.safetensors")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

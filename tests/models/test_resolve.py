@@ -13,11 +13,11 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from distilbench.data.hub import file_sha256
-from distilbench.models.resolve import MINILM_SHA256, check_trial, resolve_model, used_now
+from distilbench.models.resolve import MINILM_SHA256, check_trial, resolve_model
 from distilbench.settings import ModelSettings, SettingsError
 from tests.conftest import ROOT
 from tests.loopback_hub import serving_requests
-from tests.models.made_checkpoints import MINILM, random
+from tests.models.made_checkpoints import MINILM, edit_json, local, random
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -254,12 +254,18 @@ def test_a_repository_without_safetensors_is_refused_in_one_line(checkpoint, tmp
     )
 
 
-def test_weights_that_change_in_place_are_told_from_those_that_were_resolved(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2}')
-    (tmp_path / "vocab.txt").write_text("[PAD]\n")
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"first")
-    resolved = resolve_model(ModelSettings("local", str(tmp_path)))
-    assert used_now(resolved) == resolved.used
-    weights.write_bytes(b"second")
-    assert used_now(resolved).fingerprint != resolved.used.fingerprint
+def test_a_local_model_is_known_by_all_that_decides_a_result_at_once(checkpoint):
+    known = local(checkpoint).used.fingerprint
+    edit_json(checkpoint / "config.json", transformers_version="9.9", distilbench={"text_column": "other"})
+    (checkpoint / "README.md").write_text("a card")
+    assert local(checkpoint).used.fingerprint == known
+    prints = [known]
+    for file, change in {"config.json": {"dropout": 0.3}, "tokenizer_config.json": {"do_lower_case": False}}.items():
+        edit_json(checkpoint / file, **change)
+        prints.append(local(checkpoint).used.fingerprint)
+    assert local(checkpoint).config["dropout"] == 0.3
+    for file in ("tokenizer.json", "model.safetensors", "vocab.txt"):
+        with (checkpoint / file).open("a") as content:
+            content.write("\n")
+        prints.append(local(checkpoint).used.fingerprint)
+    assert len(set(prints)) == 6

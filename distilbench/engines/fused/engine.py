@@ -127,7 +127,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     frozen_levels = planned_levels(settings.freeze, schedule, top=resolved.depth + 1)
     flops = planned_flops(model, frozen_levels) if settings.freeze.is_dynamic else {0: TrainFlops.of(model)}
     trained, total = parameter_counts(model)
-    compact, vocabulary = _compact(splits)
+    compact, vocabulary = _compact(splits, model.config.pad_token_id)
     layout = FlatParamLayout(model, vocabulary)
     compute_dtype = torch.bfloat16 if precision == "bf16" else dtype
     return GroupContext(
@@ -160,13 +160,13 @@ def _differs_by_seed(context: GroupContext, splits: EncodedSplits, seeds: Sequen
     return not torch.equal(one, other)
 
 
-def _compact(splits: EncodedSplits) -> tuple[EncodedSplits, Vocabulary]:
+def _compact(splits: EncodedSplits, padding_idx: int | None) -> tuple[EncodedSplits, Vocabulary]:
     """Renumber tokens over the words of all splits; weight decay also changes words that only evaluations contain."""
     parts = {id(s): s for s in (splits.train, splits.selection, splits.report)}
     words = np.unique(np.concatenate([s.tokens for s in parts.values()])).astype(np.int64)
     positions = max(int(np.diff(s.offsets).max()) for s in parts.values())
     compact = {key: replace(s, tokens=np.searchsorted(words, s.tokens)) for key, s in parts.items()}
-    padding = np.flatnonzero(words == splits.pad_token_id)
+    padding = np.flatnonzero(words == padding_idx)
     types = 1 if splits.train.types is None else 2
     vocabulary = Vocabulary(words, positions, int(padding[0]) if len(padding) else None, types)
     train, selection, report = (compact[id(s)] for s in (splits.train, splits.selection, splits.report))

@@ -34,7 +34,7 @@ its matrix library can use its fastest kernels. The gaps are always zero.
 class Vocabulary:
     """The rows of the embedding tables that are used: ``words`` (kept,) sorted, and the first ``positions``.
 
-    ``padding`` is the index in ``words`` of the padding token, if it occurs in the text: it never gets a gradient.
+    ``padding`` is the index in ``words`` of the model's padding token, if that occurs in the text: it has no gradient.
     ``types`` is 2 for pairs; single texts only have token type 0.
     """
 

@@ -31,6 +31,7 @@ from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 from distilbench.settings import ModelSettings
 from tests.engines.conftest import PAIRS
+from tests.models.made_checkpoints import edit_json
 
 NAMES = ("negative", "positive")
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=2",
@@ -170,6 +171,26 @@ def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, cas
     assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), model.state_dict()[name].float().double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("distilbert", {"pad_token_id": 28, "activation": "relu"}),  # a letter of the text, which is not trained then
+        ("distilbert", {"sinusoidal_pos_embds": True}),
+        ("bert", {"pad_token_id": None, "layer_norm_eps": 1e-3, "hidden_act": "relu", "return_dict": False}),
+    ],
+)
+def test_it_does_what_a_local_configuration_says(trial, models, splits_of, recorder, tmp_path, kind, changes):
+    shutil.copytree(models[kind, True], tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", **changes)
+    settings = trial(f"model.checkpoint={tmp_path}/model", LAST_EPOCH)
+    splits = splits_of(settings)
+    _, losses, norms = reference(settings, splits)
+    seen = recorder()
+    FusedEngine(torch.float64).train([settings], splits, seen)
+    assert seen.losses() == pytest.approx(losses, rel=1e-11)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
 
 
 SGD = ("optim=sgd", "optim.lr=0.05", "optim.momentum=0.9", "optim.weight_decay=0.1")
