@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
-    """Return the model's fast tokenizer, with padding and truncation off by default.
+    """Return the model's fast tokenizer, with padding (on the right) and truncation off by default.
 
     The packaged MiniLM gets DistilBERT's tokenizer class with the same vocabulary, a random model one with single
     characters. It returns ``token_type_ids`` if the model has embeddings for them. Raises :class:`SettingsError` if the
@@ -57,6 +58,7 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
             types = ["token_type_ids"] if getattr(_configuration(resolved), "type_vocab_size", 0) > 1 else []
             inputs = ["input_ids", *types, "attention_mask"]
             tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs  # init_kwargs are saved
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # as both engines pad
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     if resolved.max_tokens is not None:  # tokenizers saved without a limit have 1e30
@@ -183,6 +185,8 @@ def load_weights(
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
+    is_masked = "attention_mask" in signature(classifier.forward).parameters
+    require(is_masked, "model.checkpoint", "an architecture whose results don't depend on padding", config.model_type)
     with _reading(resolved):
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,

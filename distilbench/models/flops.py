@@ -80,18 +80,24 @@ def count_flops_by_module(model: PreTrainedModel, length: int) -> dict[str, int]
     """Count the FLOPs of a forward and backward pass over one sentence of ``length`` tokens, by module.
 
     Keys are module names below the name of the model's class, and ``Global`` for the total. Tensors are on the meta
-    device, so nothing is computed. Attention uses the unfused implementation: the counter does not know the CPU's
-    fused kernel, and counts a product of the GPU's twice, since that recomputes it.
+    device, so nothing is computed, unless the model reads their values, as DeBERTa does. Attention uses the unfused
+    implementation: the counter does not know the CPU's fused kernel, and counts a product of the GPU's twice, since
+    that recomputes it.
     """
-
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
-
-    weights = {name: empty(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    tokens = torch.empty(1, length, dtype=torch.long, device="meta")
     was_training = model.training
     model.eval()
+    try:
+        return _count_flops_on("meta", model, length)
+    except RuntimeError:
+        return _count_flops_on(model.device, model, length)
+    finally:
+        model.train(was_training)
+
+
+def _count_flops_on(device: torch.device | str, model: PreTrainedModel, length: int) -> dict[str, int]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    weights = {name: tensor.detach().to(device).requires_grad_(tensor.requires_grad) for name, tensor in tensors}
+    tokens = torch.ones(1, length, dtype=torch.long, device=device)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         functional_call(model, weights, kwargs={"input_ids": tokens, "labels": tokens[:, 0]}).loss.backward()
-    model.train(was_training)
     return {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -14,6 +16,22 @@ from tests.models.made_checkpoints import LABELS, MINILM, edit_json, local, rand
 pytestmark = pytest.mark.usefixtures("empty_cache")
 FAMILIES = ("distilbert", "bert", "roberta", "electra", "albert", "modernbert")
 TEXTS = ["Hello there!", "It was - at best - dull.", "Ünïcode, 你好"]
+
+
+def test_results_that_would_depend_on_padding_are_refused(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": "fnet", "num_hidden_layers": 2, "vocab_size": 141}')
+    with pytest.raises(SettingsError, match=r"must be an architecture whose results don't depend on padding, got 'f"):
+        build_model(local(checkpoint), LABELS, 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_pads_as_the_engines_do_and_is_saved_so(checkpoint, side):
+    edit_json(checkpoint / "tokenizer_config.json", padding_side=side)
+    tokenizer = load_tokenizer(local(checkpoint))
+    ids = tokenizer(["ab", "a"], padding=True)["input_ids"]
+    assert ids[1][-1] == tokenizer.pad_token_id
+    tokenizer.save_pretrained(checkpoint)
+    assert json.loads((checkpoint / "tokenizer_config.json").read_text())["padding_side"] == "right"
 
 
 # The packaged MiniLM

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops
@@ -75,6 +80,19 @@ def test_families_whose_layers_are_shared_or_made_otherwise_cost_what_torch_coun
     for length in (3, 50):
         # transformers below 5.20 has ModernBERT turn its positions by one small product for the whole batch
         assert total(flops, length, length) == pytest.approx(counted(model, 2, length), rel=1e-4)
+
+
+def test_a_model_that_reads_its_tokens_costs_what_torch_counts():
+    config = DebertaV2Config(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                             intermediate_size=64, relative_attention=True, pos_att_type=["p2c", "c2p"])  # fmt: skip
+    model = DebertaV2ForSequenceClassification(config).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    freeze(model, FreezeSettings(1, "auto", True, "depth"))
+    flops = TrainFlops.of(model)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert total(flops, 8) == counted(model.eval(), 1, 8)
 
 
 class Adapter(nn.Module):
