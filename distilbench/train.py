@@ -11,7 +11,6 @@ from distilbench.cli import exit_immediately
 if __name__ == "__main__":
     exit_immediately()  # before the imports, which take half a second
 
-import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 register_schema()
 
-log = logging.getLogger("distilbench.train")  # with python -m, __name__ would be __main__
-
 
 class TrialFailed(CommandFailed):
     """A trial ended without a result; the message is the trial's error."""
@@ -74,7 +71,10 @@ class Assignment:
             return run_in_sweep(self.job, self.sweep_job)
         from distilbench.trials.batch import run_and_compare
 
-        return _value_or_raise(_objective(run_and_compare(self.job)))
+        objective = _objective(run_and_compare(self.job))
+        if isinstance(objective, TrialFailed):
+            raise objective
+        return objective
 
 
 class BatchTrainer:
@@ -103,7 +103,7 @@ class BatchTrainer:
         self._runner = self._runner or BatchRunner(self._max_trials)
         with _report_errors(), ExitStack() as closing:
             parts = [_parts_of(own, self._runner, closing) for own in assignments]
-            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _outcome_of))
+            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _objective))
         return [
             partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
             for own, (jobs, seeds) in zip(assignments, parts, strict=True)
@@ -188,46 +188,27 @@ def _objective(trial: Trial) -> float | TrialFailed:
     return trial.result.selection.metric(trial.settings.train.metric)
 
 
-def _value_or_raise(objective: float | TrialFailed) -> float:
-    if isinstance(objective, TrialFailed):
-        raise objective
-    return objective
-
-
-class _Outcome(NamedTuple):
-    """What is kept in memory of an ended trial."""
-
-    line: str
-    objective: float | TrialFailed
-
-
-def _outcome_of(trial: Trial) -> _Outcome:
-    from distilbench.trials.summary import trial_line
-
-    return _Outcome(trial_line(trial), _objective(trial))
-
-
 def _conclude(
     assignment: Assignment,
     seeds: Seeds | SettingsError | None,
-    ended: Sequence[_Outcome | Exception],
+    ended: Sequence[float | Exception],
     config: DictConfig,
 ) -> float | tuple[float, ...]:
-    """Log how a trial ended; return its objective or raise its error. Trials that train on their own train here."""
+    """Return a trial's objective or raise its error; a trial that trains on its own trains here."""
     with _report_errors():
         if assignment.trains_by_itself:
             return assignment.train()
         if isinstance(seeds, SettingsError):
             raise seeds
         objectives = []
-        for outcome in ended:
-            if isinstance(outcome, Exception):
-                raise outcome
-            log.info(outcome.line)
-            objectives.append(outcome.objective)
+        for objective in ended:
+            if not isinstance(objective, Exception):
+                objectives.append(objective)
+            elif not (assignment.sweep_job and isinstance(objective, TrialFailed)):  # a sweep reads trial.json
+                raise objective
         if seeds:
             seeds.finish()
-        return assignment.sweep_job.final_objectives() if assignment.sweep_job else _value_or_raise(objectives[0])
+        return assignment.sweep_job.final_objectives() if assignment.sweep_job else objectives[0]
 
 
 def _print_resume_command() -> None:

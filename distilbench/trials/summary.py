@@ -11,7 +11,7 @@ from rich.text import Text
 from distilbench.cli import pluralize
 from distilbench.report.columns import rich_table
 from distilbench.report.comparison import floor_of, has_learned
-from distilbench.report.formats import duration, memory, p_value, percent, points
+from distilbench.report.formats import duration, memory, percent
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import by_slice
@@ -45,27 +45,6 @@ def print_outcome(trial: Trial, console: Console | None = None) -> None:
     for label, text in lines.items():
         if text:  # never wrapped, so that it can be clicked or copied
             console.print(Text.assemble((f"{label:<10}", "dim"), text), soft_wrap=True)
-
-
-def trial_line(trial: Trial) -> str:
-    """Return a trial of a batch on one line: status, measures, difference to its baseline, and time."""
-    result, comparison = trial.result, trial.comparison
-    parts = [f"{trial.name} {result.status}"]
-    if result.report is not None:
-        parts.append(f"accuracy {percent(result.report.accuracy)}, loss {result.report.loss:.4f}")
-    base = comparison.baseline.trials[0] if comparison else None
-    if comparison and base and comparison.row.trials[0].run_id != base.run_id:
-        found = comparison.row.difference
-        test = f" (McNemar p {p_value(found.p)})" if found else ""
-        parts.append(f"{points(comparison.row.points or 0.0)} points against the baseline{test}")
-    if result.error is not None:
-        parts.append(result.error)
-    if result.alone:
-        return "; ".join([*parts, f"{duration(result.train_seconds)} training"])
-    estimate = result.solo_seconds_estimate
-    solo = f", alone about {duration(estimate)} (estimate)" if estimate is not None else ""
-    others = pluralize(result.num_trials_in_batch - 1, "other")
-    return "; ".join([*parts, f"{duration(result.train_seconds)} training at once with {others}{solo}"])
 
 
 def _heading(trial: Trial) -> Text:

@@ -149,9 +149,7 @@ def test_a_batch_leaves_every_trial_as_complete_as_one_on_its_own(trained):
         assert (folder / "model" / "model.safetensors").is_file()
         overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
         assert f"freeze.layers={1 - i // 2}" in overrides
-        (line,) = (folder / "train.log").read_text().splitlines()
-        assert ("baseline seed=42", "layers=1 seed=42")[1 - i // 2] in line
-        assert "training at once with 1 other" in line
+        assert (folder / "train.log").is_file()
 
 
 @pytest.mark.e2e
@@ -169,7 +167,7 @@ def test_mlflow_has_a_run_for_each_trial_that_says_in_what_company_it_was_traine
 
 @pytest.mark.e2e
 def test_trials_of_a_batch_are_compared_with_the_baselines_in_it_and_in_time_by_estimates_marked_so(trained):
-    workspace, done = trained
+    workspace, _ = trained
     runs = {run.info.run_name: run for run in workspace.runs()}
     frozen = runs["layers=1 seed=42"]
     text = workspace.artifacts(frozen.info.run_id)["comparison.md"].read_text()
@@ -177,7 +175,6 @@ def test_trials_of_a_batch_are_compared_with_the_baselines_in_it_and_in_time_by_
     assert text.count("| about\N{NO-BREAK SPACE}") == 2
     base = runs["baseline seed=42"]
     assert "comparison.md" not in workspace.artifacts(base.info.run_id)
-    assert done.stdout.count("points against the baseline") == 2
 
 
 @pytest.mark.e2e

@@ -6,12 +6,12 @@ import gc
 
 import numpy as np
 
+from distilbench import train
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import PREDICTIONS
 from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
 from distilbench.train import Assignment, BatchTrainer
-from distilbench.trials import summary
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
 from distilbench.trials.run import Trial
@@ -54,8 +54,8 @@ def test_a_batch_has_left_memory_before_the_next_is_trained(settings, tmp_path, 
         gc.collect()
         return sum(type(it) is Trial and it.ended is not None for it in gc.get_objects())
 
-    alive, told = [], summary.trial_line
-    monkeypatch.setattr(summary, "trial_line", lambda trial: alive.append(trials()) or told(trial))
+    alive, objective = [], train._objective
+    monkeypatch.setattr(train, "_objective", lambda trial: alive.append(trials()) or objective(trial))
     given = ("model=tiny", "data=synthetic", "engine=fused", "train.epochs=1", "output.save_model=false")
     made = [settings(*given, f"seed={seed}", f"output.dir={tmp_path / str(seed)}") for seed in range(3)]
     before = trials()
