@@ -11,10 +11,8 @@ import numpy as np
 
 from distilbench.report.columns import CSV
 from distilbench.report.comparison import difference_of
-from distilbench.report.formats import percent
 from distilbench.report.rows import Row, average
 from distilbench.report.statistics import holm, spread_over_seeds
-from distilbench.results import Predictions
 
 MOST_ROWS = 5
 """Maximum number of settings by slice, best first, besides the baseline; the correction counts all settings."""
@@ -75,16 +73,3 @@ def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: 
         difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,
         has_learned=None, confirmation=None,
     )  # fmt: skip
-
-
-def by_slice(predictions: Predictions) -> str:
-    """Return a line with the accuracy on each slice, largest first; empty without slices."""
-    if predictions.slices is None:
-        return ""
-    counts = Counter(predictions.slices.tolist()).most_common()
-    accuracies = [
-        f"{name or NAMELESS} {percent(float(predictions.correct[predictions.slices == name].mean()))} of {count:,}"
-        for name, count in counts[:MOST_SLICES]
-    ]
-    more = len(counts) - len(accuracies)
-    return ", ".join(accuracies) + (f" and {more:,} smaller ones" if more else "")

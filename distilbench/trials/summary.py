@@ -14,7 +14,6 @@ from distilbench.report.comparison import floor_of, has_learned
 from distilbench.report.formats import duration, memory, percent
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
-from distilbench.report.slices import by_slice
 from distilbench.report.trial import COLUMNS, notes_of, sentence
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import SchedulerSettings, TrialSettings
@@ -86,8 +85,6 @@ def _fact_texts(trial: Trial) -> Iterator[tuple[str, str]]:
         yield "result", _result(result, result.report)
         if trial.predictions is not None:
             yield "floor", _floor(trial.predictions, settings.seed)
-            if slices := by_slice(trial.predictions):
-                yield "slices", slices
         yield "time", _time(result)
     if result.error:
         yield "error", result.error

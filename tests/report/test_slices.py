@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from distilbench.report.page import page
-from distilbench.report.slices import MOST_SLICES, NOTE, by_slice, rows_by_slice
+from distilbench.report.slices import MOST_SLICES, NOTE, rows_by_slice
 from distilbench.report.statistics import compare_over_seeds, holm, spread_over_seeds
 from distilbench.report.tables import csv_report, latex_report, markdown_report, print_report
 from tests.report.made_trials import EXAMPLES, HOSTILE, report_of, treatment, trial
@@ -95,12 +95,6 @@ def test_many_slices_are_cut_to_the_largest(trials):
     rows = report_with([sliced(one, names) for one in trials]).slices
     assert len({row.slice for row in rows}) == MOST_SLICES
     assert rows[0].slice == "s0"
-    assert by_slice(sliced(trials[0], names).predictions).endswith("and 30 smaller ones")
-
-
-def test_a_trial_without_a_baseline_tells_each_slice_in_a_line(trials):
-    assert by_slice(trials[0].predictions) == "web 90.00 % of 600, book 90.00 % of 250, (none) 86.36 % of 22"
-    assert by_slice(trials[1].predictions) == ""
 
 
 def test_every_kind_of_table_and_the_page_have_the_slices(trials):
