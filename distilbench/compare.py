@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 register_schema()
 
-_LIST_KEYS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs", "formats": "formats"}
+_LIST_KEYS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs"}
 """Keys whose lists may be typed as a,b,c, which Hydra takes for a sweep, with the setting that each stands for."""
 
 
@@ -47,7 +47,7 @@ def compare_stored(settings: CompareSettings) -> None:
     report = report_of(settings)
     console = Console()
     print_report(console, report, settings.layout)
-    for path in write_report(report, _directory(settings), settings.formats, settings.layout):
+    for path in write_report(report, _directory(settings), settings.layout):
         console.print(f"report  {path}", markup=False, highlight=False, soft_wrap=True)
 
 

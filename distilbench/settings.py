@@ -574,9 +574,6 @@ class AppSettings(TrialSettings):
         return TrialSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrialSettings)})
 
 
-FORMATS = ("html", "markdown", "latex", "csv")
-
-
 @dataclass(frozen=True)
 class CompareSettings(Checked):
     """The configuration of `python -m distilbench.compare`; the first four keys select trials that match all given."""
@@ -600,10 +597,8 @@ class CompareSettings(Checked):
     """full | paper: all columns, or those of the course report's table."""
     rows: Annotated[int, at_least(1)]
     """How many settings to test and show, best first, 1 or more; the correction for multiple tests counts all."""
-    formats: Annotated[list[str], one_of(FORMATS, each=True)]
-    """Files to write: html, markdown, latex, csv."""
     output: Annotated[Optional[str], IsPath()]
-    """Folder for those files; null is outputs/reports/NAME, named after the sweep, the experiments or the runs."""
+    """Folder for the files; null is outputs/reports/NAME, named after the sweep, the experiments or the runs."""
     tracking: TrackingSettings
 
     def _check(self) -> None:

@@ -153,11 +153,6 @@ def test_of_rows_beyond_those_asked_for_no_predictions_are_read(folder, tmp_path
     assert sorted(read) == sorted(f"{best['runs']} {base['runs']}".split())
 
 
-def test_only_the_files_asked_for_are_written(folder, tmp_path):
-    compare(folder, tmp_path, "sweep=first", "formats=[latex]")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.tex"]
-
-
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
@@ -170,7 +165,6 @@ def test_only_the_files_asked_for_are_written(folder, tmp_path):
         (["sweep=blank"], r"^finished runs must have their predictions, got none for 1 .*untested=show"),
         (["sweep=first", "baseline=0000"], r"^baseline must be the id of a run, or none, got '0000'"),
         (["sweep=first", "layout=wide"], r"^layout must be one of full, paper, got 'wide'"),
-        (["sweep=first", "formats=[pdf]"], r"^formats must be one of html, .*, got 'pdf'"),
         (["sweep=first", "rows=0"], r"^rows must be 1 or more, got 0"),
         (["tracking=none", "sweep=first"], r"^tracking must be mlflow"),
         ([], r"^what to compare must be sweep=NAME"),

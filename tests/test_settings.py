@@ -91,7 +91,7 @@ def test_experiments_add_up_and_the_command_line_wins():
 BARE = {
     "compare": CompareSettings(
         sweep="first", runs=[], experiments=[], protocol=None, baseline=None, margin=None, untested="refuse",
-        layout="full", rows=20, formats=["csv"], output=None,
+        layout="full", rows=20, output=None,
         tracking=TrackingSettings("none", None, "distilbench", 300),
     ),
     "confirm": ConfirmSettings(
@@ -173,8 +173,6 @@ RANGES = {
     "compare.untested": (["refuse", "show"], ["hide"], "one of refuse, show"),
     "compare.layout": (["full", "paper"], ["wide"], "one of full, paper"),
     "compare.rows": ([1], [0], "1 or more"),
-    "compare.formats": ([[], ["html", "markdown", "latex", "csv"]], [["pdf"], ["csv", "pdf"]],
-                        "one of html, markdown, latex, csv"),
     "confirm.sweep": (["a..b"], ["..", "a/b"], "a name without a path in it"),
     "confirm.name": ([None, "c.d"], [".", "a\\b"], "a name without a path in it"),
     "confirm.top": ([1], [0], "1 or more"),

@@ -24,7 +24,7 @@ from distilbench.report.rows import Row, Untested, find_baseline, label_rows, ro
 from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import RECORD, Status, StoredTrial, Verdict
-from distilbench.settings import FORMATS, SettingsError
+from distilbench.settings import SettingsError
 from distilbench.tracking import SWEEP_TAG, MlflowStore, SweepRun
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 CURVES = 8
 """Number of settings whose learning curves are drawn, besides the baseline's."""
 
-_FILES: dict[str, tuple[str, Callable[[Report, str], str]]] = {
-    "html": ("report.html", lambda report, _: page(report)),
-    "markdown": ("report.md", tables.markdown_report),
-    "latex": ("report.tex", tables.latex_report),
-    "csv": ("report.csv", lambda report, _: tables.csv_report(report)),
+_FILES: dict[str, Callable[[Report, str], str]] = {
+    "report.html": lambda report, _: page(report),
+    "report.md": tables.markdown_report,
+    "report.tex": tables.latex_report,
+    "report.csv": lambda report, _: tables.csv_report(report),
 }
 
 
@@ -287,12 +287,12 @@ def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict
     return comparison_metrics(compare(ours, base, report.margin))
 
 
-def write_report(report: Report, directory: Path, formats: Sequence[str], layout: str = "full") -> list[Path]:
-    """Write ``report.html``, ``.md``, ``.tex`` and ``.csv``, as far as ``formats`` ask for them; return their paths."""
+def write_report(report: Report, directory: Path, layout: str = "full") -> list[Path]:
+    """Write ``report.html``, ``.md``, ``.tex`` and ``.csv``; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    for file, write in (_FILES[name] for name in formats):
+    for file, write in _FILES.items():
         (directory / file).write_text(write(report, layout), encoding="utf-8")
-    return [directory / _FILES[name][0] for name in formats]
+    return [directory / file for file in _FILES]
 
 
 def report_sweep(store: MlflowStore, name: str, directory: Path, default_treatment: Mapping[str, object], margin: float,
@@ -308,7 +308,7 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, default_treatme
             log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, DELETED_STORE_HINT)
         return None
     tables.print_report(console or Console(), report)
-    store.attach(sweep.run_id, write_report(report, directory, FORMATS), tables.note(report))
+    store.attach(sweep.run_id, write_report(report, directory), tables.note(report))
     _update_trial_runs(store, report)
     searched = store.sweep_run(sweep.confirms) if sweep.confirms else None
     if searched:  # update the confirmed sweep's report, too, with its own margin

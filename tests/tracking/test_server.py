@@ -177,7 +177,7 @@ def test_two_checkouts_that_share_a_study_and_a_server_make_one_report_that_any_
     assert sum(kept) == 4
     assert sorted(children(client, "shared")) == ["0", "1", "2", "3", "the sweep"]
     known = {"MLFLOW_TRACKING_URI": server.url, **server.login}
-    done = third.run("sweep=shared", "formats=csv", program="distilbench.compare", **known)
+    done = third.run("sweep=shared", program="distilbench.compare", **known)
     assert done.returncode == 0, done.stderr
     (reported,) = third.path.rglob("report.csv")
     lines = reported.read_text().splitlines()
