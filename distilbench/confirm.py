@@ -107,7 +107,8 @@ def _seeds_needed(store: MlflowStore, report: Report, rows: Sequence[Row]) -> in
     from distilbench.report.words import what_decides
 
     base, *best = (with_predictions(store, row) for row in rows)  # the report loads them only for the rows it tests
-    needed = needed_to_confirm(best, base, report.margin)
+    is_chosen_here = report.sample.selection_split == report.sample.report_split
+    needed = needed_to_confirm(best, base, report.margin, report.num_settings if is_chosen_here else len(best))
     if needed and needed.seeds:
         return needed.seeds
     why = what_decides(needed, base.examples) if needed else "predictions to tell it by are missing"

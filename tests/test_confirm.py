@@ -134,6 +134,20 @@ def test_the_sweeps_own_report_carries_its_confirmation(folder):
     assert found.seeds == (1,)
 
 
+def test_where_the_split_chose_too_the_tests_are_corrected_for_all_that_the_sweep_tried(folder):
+    store = make_store(folder)
+    with initialize_config_dir(str(ROOT / "conf")):
+        request = ReportRequest("Again", default_treatment(), 1.0, sweep=store.sweep_run("first-confirm"))
+        trials = store.search({SWEEP_TAG: "first-confirm"})
+        report = make_report(store, trials, request)
+        elsewhere = make_report(store, [replace(trial, selection_split="train") for trial in trials], request)
+    (row,), (other,) = report.candidates, elsewhere.candidates
+    assert (report.num_settings, elsewhere.num_settings) == (2, 1)
+    assert row.difference.p_holm == pytest.approx(min(2 * other.difference.p, 1))
+    assert row.difference.loses_at_most > other.difference.loses_at_most
+    assert "so tests are corrected for all that its sweep tried (2 settings)" in " ".join(report.notes)
+
+
 def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
     trained = []
     real = batch.run_batch

@@ -11,20 +11,29 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.noninferiority import noninferiority_over_seeds, verdict_with_margin
+from distilbench.report.noninferiority import ALPHA, noninferiority_over_seeds, verdict_with_margin
 from distilbench.report.power import PLANNED_SEEDS, Needed, estimate_spread, needed, needed_to_decide
 from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
 from distilbench.report.statistics import SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
-from distilbench.results import Predictions, Verdict
+from distilbench.results import Predictions, Status, Verdict
+
+BY_OUTCOME = (Status.DIVERGED, Status.PRUNED)
+"""Statuses of trials that were stopped because of what they showed."""
 
 
 def compare_with_baseline(
-    rows: Sequence[Row], baseline: int | None, margin: float, shown: int = 200, selected_on_report_split: bool = False
+    rows: Sequence[Row],
+    baseline: int | None,
+    margin: float,
+    shown: int = 200,
+    selected_on_report_split: bool = False,
+    num_settings: int | None = None,
 ) -> tuple[list[Row], float | None]:
     """Compare the first ``shown`` rows with the baseline and test which have learned; return the rows and the floor.
 
     Their trials must have predictions. ``margin`` is in percentage points. ``selected_on_report_split``: the report
-    split also selected among these rows, so that a lead still has to be confirmed.
+    split also selected among these rows, so that a lead still has to be confirmed. ``num_settings`` is how many the
+    tests are corrected for, by default all rows but the baseline's.
 
     A setting that is not tested (not shown, pruned, diverged or failed) counts as one with p = 1. Its real p could only
     be smaller and weaken the correction of the others, so this keeps the level. Leaving it out would not: pruned trials
@@ -35,7 +44,7 @@ def compare_with_baseline(
     floor = floor_of(next(iter(asked.predictions.values())).labels) if asked else None
     if baseline is None:
         return result, floor
-    base, num_settings = result[baseline], len(rows) - 1
+    base, num_settings = result[baseline], num_settings or len(rows) - 1
     spreads: dict[int, SeedSpread] = {}
     for i, row in enumerate(result):
         if i == baseline or not row.trials:
@@ -44,7 +53,7 @@ def compare_with_baseline(
         if isinstance(spread, Untested):
             row = replace(row, untested=spread)
         else:
-            spreads[i], row = spread, replace(row, difference=difference_of(spread, margin))
+            spreads[i], row = spread, replace(row, difference=difference_of(spread, margin, num_settings))
         points = 100 * (row.accuracy - base.accuracy) if base.trials else None
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
@@ -52,7 +61,9 @@ def compare_with_baseline(
     p_holm = holm([one.p for one in found.values()] + untested)
     p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
     for (i, one), p, p_loss in zip(found.items(), p_holm, p_loss_holm, strict=False):
-        corrected = replace(one, p_holm=p, p_loss_holm=p_loss)
+        # Holm may show a loss to be below the margin where the bounds of all settings together can't
+        at_most = min(one.loses_at_most, margin) if p_loss < ALPHA else one.loses_at_most
+        corrected = replace(one, p_holm=p, p_loss_holm=p_loss, loses_at_most=at_most)
         row = _with_verdict(result[i], corrected, spreads[i], margin, num_settings)
         result[i] = _qualify_verdict(row, base, selected_on_report_split)
     return result, floor
@@ -65,6 +76,10 @@ def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row
         return replace(row, verdict=None, untested=why, difference=replace(row.difference, needed=None))
     if row.verdict in PRAISE and row.has_learned is False:
         return replace(row, verdict=None)
+    if row.verdict in PRAISE and any(
+        one.status in BY_OUTCOME and one.seed not in row.seeds for one in row.other_trials
+    ):
+        return replace(row, verdict=None, untested=Untested.SURVIVORS)  # the seeds that are left are the lucky ones
     return replace(row, verdict=Verdict.AHEAD) if selected_on_report_split and row.verdict is Verdict.BETTER else row
 
 
@@ -97,19 +112,19 @@ def _with_learning(row: Row) -> Row:
     return replace(row, has_learned=has_learned(row.predictions), examples=sizes.pop())
 
 
-def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float) -> Needed | None:
+def needed_to_confirm(rows: Sequence[Row], base: Row, margin: float, num_settings: int) -> Needed | None:
     """Return what a confirmation needs to show that each row, if it loses nothing, loses less than ``margin`` points.
 
-    This is for the row that needs most, at the spread observed so far; None if the rows can't be compared.
+    This is for the row that needs most, at the spread observed so far, with tests corrected for ``num_settings``; None
+    if the rows can't be compared.
     """
     found = []
     for row in rows:
         spread = _spread(row, base)
         if isinstance(spread, Untested):
             return None
-        found.append(
-            needed(estimate_spread(spread), PLANNED_SEEDS, len(spread.by_example), margin / 100, rows=len(rows))
-        )
+        examples = len(spread.by_example)
+        found.append(needed(estimate_spread(spread), PLANNED_SEEDS, examples, margin / 100, rows=num_settings))
     return max(found, key=lambda one: (one.seeds is None, one.seeds or one.examples or 0))
 
 
@@ -130,9 +145,13 @@ def _spread(row: Row, base: Row) -> SeedSpread | Untested:
         return Untested.SEEDS
 
 
-def difference_of(spread: SeedSpread, margin: float) -> Difference:
-    """Test a difference without correction, for a ``margin`` in percentage points."""
-    compared, loss = compare_over_seeds(spread), noninferiority_over_seeds(spread, margin / 100)
+def difference_of(spread: SeedSpread, margin: float, num_settings: int = 1) -> Difference:
+    """Test a difference without correction, for a ``margin`` in percentage points.
+
+    The largest loss alone is corrected, by Bonferroni's method: it holds whichever of ``num_settings`` is picked.
+    """
+    compared = compare_over_seeds(spread)
+    loss = noninferiority_over_seeds(spread, margin / 100, ALPHA / num_settings)
     return Difference(
         points=100 * compared.difference,
         low=100 * compared.low,

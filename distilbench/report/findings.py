@@ -28,7 +28,8 @@ class Report:
     of always predicting the most frequent label, if there are predictions; ``url`` opens the table of runs once
     ``ui_command`` runs (None if a server is running); ``slices`` are the best rows on parts of the examples; ``curves``
     are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``sources`` are
-    the overrides that select this model and text; ``confirmation`` holds the sweep's rows that were trained again.
+    the overrides that select this model and text; ``confirmation`` holds the sweep's rows that were trained again;
+    ``num_settings`` is how many settings the tests are corrected for.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Report:
     ui_command: str | None = None
     floor: float | None = None
     slices: tuple[Row, ...] = ()
+    num_settings: int = 0
     default_treatment: Mapping[str, object] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 

@@ -127,7 +127,10 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
     selected_on_report_split = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
-    rows, floor = compare_with_baseline(rows, baseline, request.margin, request.shown, selected_on_report_split)
+    num_settings = _num_settings(store, rows, request)
+    rows, floor = compare_with_baseline(
+        rows, baseline, request.margin, request.shown, selected_on_report_split, num_settings
+    )
     return Report(
         title=request.title,
         rows=tuple(rows),
@@ -138,8 +141,22 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         url=store.runs_url(request.sweep.name if request.sweep else None),
         ui_command=store.ui_command,
         floor=floor,
+        num_settings=num_settings,
         slices=rows_by_slice(rows, request.margin),
     )
+
+
+def _num_settings(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> int:
+    """Return how many settings the tests of these rows are corrected for.
+
+    A confirmation trains the best settings of a sweep. If the split that reports also chose them, they suit its
+    examples by chance, whatever the seed: all that the sweep tried count.
+    """
+    own, sample, sweep = {short_hash(row.treatment) for row in rows}, rows[0].first_trial, request.sweep
+    if sweep is None or sweep.confirms is None or sample.selection_split != sample.report_split:
+        return len(own) - 1
+    tried = (one for one in store.search({SWEEP_TAG: sweep.confirms}) if one.protocol_id == sample.protocol_id)
+    return len(own | {short_hash(trial.treatment) for trial in tried}) - 1
 
 
 def with_predictions(store: MlflowStore, row: Row) -> Row:
@@ -221,7 +238,9 @@ def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
     if request.sweep.confirms:
         return [
             f"Fresh seeds rule out a lucky seed, not lucky sentences: the {sample.report_split} split also chose the "
-            "winner. A sweep with data.selection_fraction=0.1 chooses on other sentences."
+            "winner, so tests are corrected for all that its sweep tried "
+            f"({pluralize(report.num_settings, 'setting')}). A sweep with data.selection_fraction=0.1 chooses on "
+            "other sentences."
         ]
     if any(row.final_verdict is Verdict.AHEAD for row in report.rows):
         confirm = format_command("confirm", [format_override("sweep", request.sweep.name)])
@@ -254,7 +273,8 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
         return ()
     other = _compare(store, trials, replace(request, sweep=runs[-1]))
     before, after = (other, report) if sweep.confirms else (report, other)
-    again = {short_hash(row.treatment): row for row in after.candidates}
+    again = {short_hash(row.treatment): row for row in after.rows
+             if not row.is_baseline and (row.trials or row.status == Status.DIVERGED)}  # fmt: skip
     return tuple(
         replace(row, confirmation=again[key])
         for row in by_score(before.candidates)

@@ -118,8 +118,9 @@ def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
 class Difference:
     """Accuracy of a setting minus the baseline's, in percentage points: 95 % interval, p before and after Holm.
 
-    ``loses_at_most`` is the upper bound of the loss, one-sided at 97.5 %; ``p_loss`` is the p of a loss of the margin
-    or more. ``num_seeds`` counts seeds, or pairs of seeds. ``needed`` is what would decide an undecided comparison.
+    ``loses_at_most`` is the upper bound of the loss, one-sided at 97.5 % for all settings of a report together;
+    ``p_loss`` is the p of a loss of the margin or more. ``num_seeds`` counts seeds, or pairs of seeds. ``needed`` is
+    what would decide an undecided comparison.
     """
 
     points: float
@@ -147,6 +148,7 @@ class Untested(StrEnum):
     ROWS = "beyond the rows asked for"
     BASELINE = "the baseline did not finish"
     IDLE = "the baseline has not learned"
+    SURVIVORS = "other seeds diverged or were pruned"
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,9 @@ class Row:
 
     @property
     def final_row(self) -> Row:
-        """The same setting's row with fresh seeds if it was tested, otherwise this row."""
-        return self.confirmation if self.confirmation and self.confirmation.difference else self
+        """The same setting's row with fresh seeds if these were tested or all diverged, otherwise this row."""
+        fresh = self.confirmation
+        return fresh if fresh and (fresh.difference or fresh.status == Status.DIVERGED) else self
 
     @property
     def final_verdict(self) -> Verdict | None:

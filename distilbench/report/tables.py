@@ -63,7 +63,7 @@ def notes_of(report: Report) -> list[str]:
     tests = (
         f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
         "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
-        "number of settings tried (Holm); intervals and largest losses are not corrected."
+        "number of settings tried (Holm), and so are the largest losses (Bonferroni); intervals are not."
     )
     more = len(report.rows) - len(report.table_rows)
     cut = [f"Not shown: {pluralize(more, 'setting')} more."] if more else []
@@ -142,10 +142,10 @@ def note(report: Report) -> str:
 
 def trial_headline(report: Report, row: Row) -> str:
     """Return one line of Markdown with a sweep's verdict on a setting, for the top of its trials' runs."""
-    corrected = f"corrected for {tried_settings(report)}"
-    return markdown(
-        f"{describe_difference(row)} against the baseline. {report.title}: {describe_verdict(row)}, {corrected}."
-    )
+    is_chosen = report.num_settings > len(report.rows) - 1
+    tried = f"all that its sweep tried ({report.num_settings} settings)" if is_chosen else tried_settings(report)
+    verdict = f"{describe_verdict(row)}, corrected for {tried}"
+    return markdown(f"{describe_difference(row)} against the baseline. {report.title}: {verdict}.")
 
 
 def trial_note(report: Report, row: Row) -> str:

@@ -22,9 +22,11 @@ def describe_verdict(row: Row) -> str:
 
 def _verdict(row: Row) -> str:
     """Return the verdict with its number of seeds; for one seed, better and worse hold "with this seed" only."""
-    if (fresh := row.confirmation) and fresh.difference:
-        outcome = VERDICTS[fresh.verdict] if fresh.verdict else reason_untested(fresh) or "has not learned"
-        return f"{outcome} with fresh seeds (n = {fresh.difference.num_seeds})"
+    if (fresh := row.final_row) is not row:
+        unlearned = "has not learned" if fresh.trials else "diverged"
+        outcome = VERDICTS[fresh.verdict] if fresh.verdict else reason_untested(fresh) or unlearned
+        num_seeds = fresh.difference.num_seeds if fresh.difference else len(fresh.other_trials)
+        return f"{outcome} with fresh seeds (n = {num_seeds})"
     if not row.verdict or not row.difference:
         return ""
     n = row.difference.num_seeds
@@ -82,8 +84,9 @@ def describe_difference(row: Row) -> str:
 def describe_confirmation(row: Row) -> str:
     """State whether a row's advantage survived fresh seeds, with both figures."""
     assert row.confirmation
-    survived = row.confirmation.verdict is Verdict.BETTER
-    word = "survived fresh seeds" if survived else "did not survive fresh seeds"
+    survived, is_ahead = row.confirmation.verdict is Verdict.BETTER, (row.confirmation.points or 0) > 0
+    word = "survived" if survived else "is not shown by" if is_ahead else "did not survive"
+    word += " fresh seeds"
     if (row.points or 0) <= 0:
         word = "appears only now" if survived else "was not there in the sweep either"
     then, now = describe_difference(row), describe_difference(row.confirmation)

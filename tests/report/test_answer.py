@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from distilbench.report.findings import answer
+from distilbench.report.rows import rows_from
 from distilbench.report.words import describe_verdict
-from distilbench.results import Status
+from distilbench.results import Status, Verdict
 from tests.report.made_trials import failed, report_of, treatment, trial
 
 FROZEN, COSINE = treatment(freeze_layers=3), treatment(scheduler_name="cosine")
@@ -144,6 +145,16 @@ def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures()
     assert second.endswith(", n = 3) in the confirmation.")
     assert "did not survive fresh seeds: +4.93" in answer(confirmed(0.95, 0.90))[1]
     assert "was not there in the sweep either" in answer(confirmed(0.89, 0.89))[1]
+    assert "is not shown by fresh seeds: +4.93" in answer(confirmed(0.95, 0.901))[1]
+
+
+def test_a_setting_whose_fresh_seeds_all_diverged_keeps_no_verdict_of_its_sweep():
+    before = three(0.90, frozen=0.6, seeds=(1,))
+    row = next(row for row in before.candidates if row.verdict)
+    assert row.verdict is Verdict.GOOD_ENOUGH
+    (fresh,) = rows_from([failed(Status.DIVERGED, 9, COSINE)])
+    row = replace(row, confirmation=fresh)
+    assert (row.final_verdict, describe_verdict(row)) == (None, "diverged with fresh seeds (n = 1)")
 
 
 def test_settings_that_were_pruned_or_failed_were_tried_and_are_counted():

@@ -1,10 +1,12 @@
 """What may be claimed of a row against the baseline, when it may not, and that claims keep their level together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from distilbench.report.comparison import compare_with_baseline
-from distilbench.report.noninferiority import noninferiority_exact
+from distilbench.report.noninferiority import ALPHA, noninferiority_exact
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact, spread_over_seeds
 from distilbench.report.words import describe_loss, describe_verdict
@@ -151,6 +153,34 @@ def test_an_undecided_row_says_what_would_decide():
     assert row.verdict is Verdict.UNDECIDED
     assert (row.difference.needed.seeds, row.difference.needed.examples > EXAMPLES) == (None, True)
     assert pair(20, 24, margin=2.0).difference.needed.seeds > 1
+
+
+def test_largest_losses_hold_for_whichever_setting_is_picked():
+    base = trial(right=right(range(40)))
+    losses = (0, 2, 30)
+    rows = [trial(right=right(range(40 + loss)), place=i, settings=treatment(optim_lr=float(i)))
+            for i, loss in enumerate(losses, start=1)]  # fmt: skip
+    alone, together = (
+        [100 * noninferiority_exact(0, loss, EXAMPLES, 0.01, level).bound for loss in losses]
+        for level in (ALPHA, ALPHA / 3)
+    )
+    found = report_of([base, *rows], selected_on_report_split=False, margin=0.7).candidates
+    assert [row.difference.loses_at_most for row in found] == pytest.approx(together)
+    assert alone[1] < 1 < together[1], "Holm shows what the bounds of all settings together can't"
+    found = report_of([base, *rows], selected_on_report_split=False, margin=1.0).candidates
+    assert (found[1].verdict, found[1].difference.loses_at_most) == (Verdict.GOOD_ENOUGH, 1.0)
+
+
+@pytest.mark.parametrize("status", [Status.DIVERGED, Status.PRUNED])
+def test_the_seeds_that_were_lucky_do_not_speak_for_those_that_were_stopped(status):
+    trials = [trial(0.90, seed) for seed in (1, 2, 3)] + [trial(0.95, seed, 1, FROZEN) for seed in (1, 3)]
+    stopped = replace(failed(status, 4, FROZEN), seed=2)
+    (row,) = report_of([*trials, stopped], selected_on_report_split=False).candidates
+    assert describe_verdict(row) == "not judged: other seeds diverged or were pruned"
+    assert (row.verdict, row.difference.num_seeds) == (None, 2)
+    again = [*trials, stopped, trial(0.95, 2, 5, FROZEN)]
+    assert report_of(again, selected_on_report_split=False).candidates[0].verdict is Verdict.BETTER
+    assert report_of([*trials, replace(stopped, status=Status.OUT_OF_MEMORY)]).candidates[0].verdict is Verdict.BETTER
 
 
 def test_both_corrections_count_what_was_tried():
