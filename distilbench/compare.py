@@ -116,7 +116,7 @@ def _experiments_of(trials: Sequence[StoredTrial], experiments: Sequence[str]) -
     names: dict[str, str] = {}
     plain = default_treatment()
     for name in experiments:
-        wanted = default_treatment([f"experiment={name}"])
+        wanted = default_treatment((f"experiment={name}",))
         changed = {key: value for key, value in wanted.items() if value_of(plain, key) != value}
         for treatment in (trial.treatment for trial in trials):
             is_same = all(value_of(treatment, key) == value for key, value in changed.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -13,11 +13,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from distilbench.cli import errors_in_one_line, format_command, format_override
-from distilbench.identity import treatment_of
-from distilbench.settings import AppSettings, require, settings_from
+from distilbench.identity import treatment_of, value_of
+from distilbench.report.names import CHOICES
+from distilbench.settings import AppSettings, SettingsError, require, settings_from
 
 
 def baseline_config(config: DictConfig) -> DictConfig:
@@ -41,13 +42,40 @@ def baseline_config(config: DictConfig) -> DictConfig:
     return result
 
 
-def default_treatment(overrides: Sequence[str] = ()) -> dict[str, object]:
+def baseline_choices(config: DictConfig) -> dict[str, str]:
+    """Return the choices of groups among ``baseline.overrides``."""
+    groups = GlobalHydra.instance().config_loader().list_groups("")
+    named = (override.partition("=")[::2] for override in config.baseline.overrides)
+    return {key: value for key, value in named if key in groups}
+
+
+def typed_choices(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, object]:
+    """Return the choices of :data:`CHOICES` that give ``config``, and the settings of the treatment that differ.
+
+    ``freeze=layers3 freeze.dropout=false`` gives ``{"freeze": "layers3", "freeze.dropout": False, ...}``.
+    """
+    chosen: dict[str, object] = {group: choices[group] for group in CHOICES}
+    chosen = {key: f"[{','.join(one)}]" if isinstance(one, ListConfig) else one for key, one in chosen.items()}
+    try:
+        plain = default_treatment(tuple(f"{key}={value}" for key, value in chosen.items() if value is not None))
+    except SettingsError:  # a choice of the user's own that needs further settings
+        return {}
+    ours = _treatment(config)
+    return chosen | {key: value_of(ours, key) for key in {*ours, *plain} if value_of(ours, key) != value_of(plain, key)}
+
+
+@lru_cache(maxsize=64)
+def default_treatment(overrides: tuple[str, ...] = ()) -> Mapping[str, object]:
     """Return the default treatment with ``overrides`` applied, without precision.
 
     Needs an initialised Hydra, as inside a job.
     """
-    settings = settings_from(compose("config", [*overrides, "output.dir=."]))
-    return {key: value for key, value in treatment_of(settings, "").items() if key != "train.precision"}
+    return _treatment(compose("config", [*overrides, "output.dir=."]))
+
+
+def _treatment(config: DictConfig) -> dict[str, object]:
+    treatment = treatment_of(settings_from(config), "")
+    return {key: value for key, value in treatment.items() if key != "train.precision"}
 
 
 def default_margin() -> float:

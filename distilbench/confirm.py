@@ -79,7 +79,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
         points = missing or points
     plan = _plan(name, directory, settings.sweep, rows, next(iter(settings_by_treatment.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
-    executor = Sequential(lambda jobs: [_train(job, settings_by_treatment) for job in jobs], at_once=1)
+    executor = Sequential(lambda jobs: [_train(job, settings_by_treatment, rows) for job in jobs], at_once=1)
     tags = {CONFIRMS_TAG: settings.sweep, f"{CONFIRMS_TAG}_run": searched.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
@@ -143,7 +143,7 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
     )
 
 
-def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings]) -> JobError:
+def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings], rows: Mapping[str, Row]) -> JobError:
     """Train the trial of one point in this process; return the error that ended it, or None."""
     from distilbench.sweep.job import Lease
     from distilbench.sweep.trial import run_in_sweep
@@ -156,7 +156,7 @@ def _train(job: SweepJob, settings_by_treatment: Mapping[str, AppSettings]) -> J
     settings = replace(settings, output=replace(settings.output, dir=str(job.directory)))
     Lease(job).announce()
     try:
-        run_in_sweep(Job(settings, baseline, baseline_command=str), job)
+        run_in_sweep(Job(settings, baseline, baseline_command=str, choices=rows[key].choices), job)
     except Exception as error:  # the trial's boundary
         return error
     return None

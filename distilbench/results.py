@@ -165,6 +165,7 @@ class StoredTrial:
     the estimated time alone of a trial of a batch. ``model`` and ``data`` describe what was really used; ``metric`` and
     the two splits belong to the protocol; ``score`` is that metric on the selection split. ``role`` is
     :data:`BASELINE_ROLE` or empty, ``number`` the trial's number in the sweep named ``sweep``, ``url`` that of its run.
+    ``choices`` are the groups' choices that it was typed with, and what differs from them; empty of earlier versions.
     ``is_compared``: the run has metrics against its baseline. ``train_cpu_seconds`` is NaN unless trained on a CPU.
     """
 
@@ -198,6 +199,7 @@ class StoredTrial:
     ece: float = math.nan
     sweep: str = ""
     number: str = ""
+    choices: Mapping[str, object] = field(default_factory=dict)
     is_compared: bool = False
     train_examples: int = 0
     solo_seconds_estimate: float = math.nan

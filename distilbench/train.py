@@ -34,7 +34,8 @@ from distilbench.cli import (
     raise_on_signal,
     run_command,
 )
-from distilbench.composition import baseline_config, command_for
+from distilbench.composition import baseline_choices, baseline_config, command_for, typed_choices
+from distilbench.identity import treatment_of
 from distilbench.results import read_record
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
 from distilbench.sweep.job import Lease, SweepJob
@@ -175,9 +176,13 @@ def job_of(config: DictConfig, choices: Mapping[str, str]) -> Job:
     from distilbench.trials.prepared import Job
 
     baseline = baseline_config(config)
+    settings, usual = settings_from(config), settings_from(baseline)
+    theirs = typed_choices(baseline, {**choices, **baseline_choices(config), "experiment": None})
     return Job(
-        settings=settings_from(config),
-        baseline=settings_from(baseline),
+        settings=settings,
+        baseline=usual,
+        choices=theirs if treatment_of(settings, "") == treatment_of(usual, "") else typed_choices(config, choices),
+        baseline_choices=theirs,
         baseline_command=partial(command_for, baseline, choices),
     )
 

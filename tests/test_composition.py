@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import open_dict
 
-from distilbench.composition import _composed, baseline_config, check, command_for, overrides_between
+from distilbench.composition import _composed, baseline_config, check, command_for, default_treatment, overrides_between
+from distilbench.identity import treatment_of
+from distilbench.report.rows import find_baseline, label_rows, rows_from
+from distilbench.results import BASELINE_ROLE
 from distilbench.settings import SettingsError, register_schema, settings_from
+from distilbench.sweep.plan import _with_baselines
+from distilbench.sweep.space import Composer, read_space
+from distilbench.train import job_of
 from tests.conftest import ROOT
+from tests.report.made_trials import trial
 
 
 @pytest.fixture
 def composing():
     """Hydra initialised on the project's configurations, as inside a job."""
     register_schema()
+    default_treatment.cache_clear()
     _composed.cache_clear()  # of another registration, whose classes are others
     with initialize_config_dir(str(ROOT / "conf")):
         yield
@@ -104,3 +116,39 @@ def test_the_quick_experiment_and_its_baseline_learn_at_one_rate_from_one_amount
     assert (trial.optim.lr, trial.freeze.layers) == (1e-4, 3)
     assert (baseline.optim.lr, baseline.freeze.layers) == (1e-4, 0)
     assert (baseline.train, baseline.data) == (trial.train, trial.data)
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        (["freeze=none,layers3,bias"], ["baseline: freeze=none", "freeze=layers3", "freeze=bias"]),
+        (["freeze=layers3,embeddings", "freeze.dropout=true,false"],
+         ["freeze=layers3", "freeze=layers3 dropout=false", "freeze=embeddings", "freeze=embeddings dropout=false",
+          "baseline: freeze=none dropout=true"]),
+        (["experiment=baseline,layer_freezing,head"], ["baseline", "layer_freezing", "head"]),
+        (["freeze.layers=0,3", "optim.lr=5e-5"],
+         ["lr=5e-05", "layers=3 lr=5e-05", "baseline: layers=0 lr=2e-05"]),
+    ],
+)  # fmt: skip
+def test_a_sweep_and_its_report_call_a_trial_the_same_and_as_it_was_typed(composing, lines, names):
+    shared = ["model=tiny", "model.layers=4", "data=synthetic", "tracking=none", "sweep.name=unused", "output.dir=x"]
+    config, loader = compose("config", shared, return_hydra_config=True), GlobalHydra.instance().config_loader()
+    space = read_space(None, lines, loader, is_grid=True)
+    composer = Composer(config, loader, space)
+    inside, beside = _with_baselines(space.points(), composer)
+    ours, theirs = composer.shared_choices()
+    points, baseline = [*inside, *beside], {**composer.baseline_params(), **theirs}
+    assert [space.name_of(point, baseline, ours) for point in points] == names
+    trials = []
+    for number, point in enumerate(points):
+        made = loader.load_sweep_config(config, [*space.fixed, *point.overrides])
+        choices = made.hydra.runtime.choices
+        with open_dict(made):
+            del made["hydra"]
+        made.output.dir = "x"
+        job = job_of(made, choices)
+        role = BASELINE_ROLE if point.is_baseline else ""
+        trials.append(trial(0.9, 1, number, treatment_of(job.settings, "")))
+        trials[-1] = replace(trials[-1], choices=json.loads(json.dumps(dict(job.choices))), role=role)
+    rows = label_rows(rows := rows_from(trials), find_baseline(rows, {}))
+    assert sorted(row.label for row in rows) == sorted(names)

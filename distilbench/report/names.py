@@ -19,6 +19,11 @@ _KEY_ORDER = (
 )  # fmt: skip
 """Prefixes of keys, most informative first; other keys follow, and the seed is last."""
 
+Values = dict[str, object]
+
+CHOICES = ("experiment", *(group.rstrip(".") for group in BASELINE_GROUPS))
+"""Groups whose choices are recorded with a trial, since they name it."""
+
 _NAMED_GROUPS = ("adapter", "scheduler")
 """Groups whose name implies their other settings, which are named only if they vary for one name."""
 
@@ -50,6 +55,31 @@ def embeddings_are_auto(treatment: Mapping[str, object]) -> bool:
     """Return whether ``freeze.embeddings`` has the value that ``auto`` gives for these layers or this policy."""
     depth, embeddings = treatment.get("freeze.layers") != 0, treatment.get("freeze.embeddings")
     return "freeze.policy" in treatment or embeddings in (None, depth)
+
+
+def told_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Mapping[str, object]]) -> list[Values]:
+    """Return, for each treatment, the values that tell it from the others.
+
+    ``choices`` are those of :func:`distilbench.composition.typed_choices`, empty for a trial of an earlier version. The
+    choice of a group (``freeze=layers3``) replaces the settings that it brought along, if that makes names no longer.
+    """
+    keys = varying_keys(treatments)
+    changed = {key for one in choices for key in one}
+    for group in CHOICES if treatments else ():
+        own = [key for key in keys if key.startswith("" if group == "experiment" else f"{group}.")]
+        chosen = [one.get(group, ...) for one in choices]
+        left = [
+            key
+            for key in own
+            if key in changed
+            or len({*zip(chosen, (repr(t.get(key)) for t in treatments), strict=True)}) > len({*chosen})
+        ]
+        if ... not in chosen and len({*chosen}) > 1 and len(left) < len(own):
+            keys = in_order([group, *left, *(key for key in keys if key not in own)])
+    return [
+        {key: one[key] if key in CHOICES else value_of(treatment, key) for key in keys}
+        for treatment, one in zip(treatments, choices, strict=True)
+    ]
 
 
 def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:

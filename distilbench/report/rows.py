@@ -10,8 +10,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from distilbench.identity import has_choices_of, short_hash, value_of
-from distilbench.report.names import name_against_baseline, name_of, varying_keys
+from distilbench.identity import has_choices_of, short_hash
+from distilbench.report.names import name_against_baseline, name_of, told_values
 from distilbench.report.power import Needed
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
@@ -235,6 +235,12 @@ class Row:
         return self.all_trials[0]
 
     @property
+    def choices(self) -> Mapping[str, object]:
+        """The choices of groups that its trials were typed with; empty if they differ or are not recorded."""
+        first = self.first_trial.choices
+        return first if all(trial.choices == first for trial in self.all_trials) else {}
+
+    @property
     def is_tagged(self) -> bool:
         """Whether a sweep used it as the baseline."""
         return any(trial.role == BASELINE_ROLE for trial in self.all_trials)
@@ -329,15 +335,17 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
 
     A sweep names its runs in the same way.
     """
-    varying = varying_keys([row.treatment for row in rows])
+    choices = [{k: v for k, v in row.choices.items() if k != "experiment" or not row.label} for row in rows]
+    values = told_values([row.treatment for row in rows], choices)
+    varying = [*values[0]] if values else []
     numbers = Counter(row.first_trial.number for row in rows)
-    values = [{key: value_of(row.treatment, key) for key in varying} for row in rows]
     tagged = baseline is not None and rows[baseline].is_tagged
     reference = values[baseline] if baseline is not None else {}
     labelled = []
     for i, row in enumerate(rows):
         is_baseline = i == baseline or (tagged and row.is_tagged)  # a sweep over amounts has one per amount
-        name = name_of(values[i], varying) if is_baseline else name_against_baseline(values[i], reference, varying)
+        told = {key: value for key, value in values[i].items() if key != "experiment"}
+        name = name_of(told, varying) if is_baseline else name_against_baseline(values[i], reference, varying)
         title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
         shown = ": ".join(part for part in (title, name) if part) or "all settings"
         number = row.first_trial.number if row.first_trial.number.isdigit() else ""

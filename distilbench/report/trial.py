@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from distilbench.cli import pluralize
-from distilbench.identity import value_of
 from distilbench.report.columns import CSV, attribute, markdown_table
 from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.formats import interval, markdown, p_value, points
-from distilbench.report.names import name_of, varying_keys
+from distilbench.report.names import name_of, told_values
 from distilbench.report.rows import Row, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
@@ -105,10 +104,9 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Write the comparison in Markdown: table, outcome, notes, what differs, and slices."""
-    treatments = comparison.row.treatment, comparison.baseline.treatment
-    keys = varying_keys(treatments)
-    ours, theirs = (markdown(name_of({key: value_of(one, key) for key in keys})) for one in treatments)
-    names = f"This trial: {ours}. Baseline: {theirs}." if keys else ""
+    both = comparison.row, comparison.baseline
+    ours, theirs = map(name_of, told_values([row.treatment for row in both], [row.choices for row in both]))
+    names = f"This trial: {markdown(ours)}. Baseline: {markdown(theirs)}." if ours else ""
     notes = " ".join(f"{note}." for note in notes_of(comparison))
     slices = [*markdown_table(comparison.slices, SLICES), "", SLICES_NOTE, ""] if comparison.slices else []
     lines = [f"**{sentence(comparison)}**", "", notes, "", names, ""]

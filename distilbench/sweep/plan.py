@@ -145,6 +145,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     if options.is_grid:
         points = points[: options.n_trials]  # a number with Optuna's grid sampler, else None
     total = len(points) if options.is_grid else min(asked, space.size or asked)
+    shared, theirs = composer.shared_choices()
     return SweepPlan(
         settings=settings[0],
         space=space,
@@ -160,7 +161,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         fixed=fixed_of(settings, space),
         data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
-        name_of=partial(space.name_of, baseline=composer.baseline_params()),
+        name_of=partial(space.name_of, baseline={**composer.baseline_params(), **theirs}, shared=shared),
         max_failures=_max_failures(options, settings[0], total + len(beside)),
         base=composer.base,
         sampler=options.sampler,

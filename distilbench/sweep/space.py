@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from distilbench.composition import baseline_config, check, overrides_between
+from distilbench.composition import baseline_choices, baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_against_baseline, name_of
 from distilbench.settings import AppSettings, SettingsError
@@ -79,17 +79,20 @@ class Space:
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
         return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
 
-    def name_of(self, point: Point, baseline: Mapping[str, Any]) -> str:
+    def name_of(self, point: Point, baseline: Mapping[str, Any], shared: Mapping[str, Any] = {}) -> str:
         """Return a trial's display name, as in reports: ``layers=3 scheduler=cosine``, ``baseline: layers=0``.
 
-        ``baseline`` holds the baseline's value of each dimension; it is empty in a sweep without a baseline.
+        ``baseline`` holds the baseline's value of each dimension, and of what the other points share but not with it
+        (``shared``, their value of that); it is empty in a sweep without a baseline.
         """
+        among = [*self.dimensions, *shared]
         if not point.is_baseline:
-            return name_against_baseline(point.params, baseline, [*self.dimensions]) or " ".join(point.extra) or "trial"
+            told = name_against_baseline({**point.params, **shared}, baseline, among)
+            return told or " ".join(point.extra) or "trial"
         given = dict(override.partition("=")[::2] for override in point.extra)
-        shared = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
-        values = point.params or {key: value for key, value in baseline.items() if is_choice(key)} | shared
-        told = name_of({key: value for key, value in values.items() if key != "experiment"}, [*self.dimensions])
+        given = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
+        values = {key: value for key, value in baseline.items() if is_choice(key)} | (point.params or given)
+        told = name_of({key: value for key, value in values.items() if key != "experiment"}, among)
         return f"baseline: {told}" if told else "baseline"
 
 
@@ -241,12 +244,22 @@ class Composer:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
+    def shared_choices(self) -> tuple[Params, Params]:
+        """Return the fixed settings that a baseline puts back, with the points' value and with the baseline's."""
+        if not self.base.sweep.baseline:
+            return {}, {}
+        baseline = baseline_config(self.base)
+        fixed = (line.partition("=")[0].lstrip("+") for line in self._space.fixed)
+        keys = [key for key in fixed if is_choice(key) and "." in key]
+        ours, theirs = ({key: OmegaConf.select(one, key) for key in keys} for one in (self.base, baseline))
+        differing = [key for key in keys if ours[key] != theirs[key]]
+        return {key: ours[key] for key in differing}, {key: theirs[key] for key in differing}
+
     def baseline_params(self) -> Params:
         """Return the baseline's value of each dimension, a choice for a group; empty in a sweep without a baseline."""
         if not self.base.sweep.baseline:
             return {}
-        named = dict(override.partition("=")[::2] for override in self.base.baseline.overrides)
-        baseline, params = baseline_config(self.base), {}
+        named, baseline, params = baseline_choices(self.base), baseline_config(self.base), {}
         for key, distribution in self._space.dimensions.items():
             if key in self._choices:
                 params[key] = named[key] if key in named else self._choices[key] or "null"

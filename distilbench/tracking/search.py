@@ -26,6 +26,9 @@ SWEEP_TAG = "distilbench.sweep"
 TRIAL_TAG = "distilbench.trial"
 """Tag of a trial's run: which trial of its sweep it is."""
 
+CHOICES_TAG = "distilbench.choices"
+"""Tag of a trial's run: the choices of groups that it was typed with, as JSON; earlier versions did not write it."""
+
 CONFIRMS_TAG = "distilbench.confirms"
 """Tag of a sweep's run that confirms another sweep's best settings: that sweep's name."""
 
@@ -102,6 +105,7 @@ def trial_of(
             peak_memory_bytes=metrics.get("peak_memory_mb", math.nan) * 2**20,
             sweep=tags.get(SWEEP_TAG, ""),
             number=tags.get(TRIAL_TAG, ""),
+            choices=json.loads(tags.get(CHOICES_TAG, "{}")),
             is_compared="difference_points" in metrics,
             train_examples=int(tags.get("distilbench.train_examples", 0)),
             **same,

@@ -19,7 +19,7 @@ from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.search import TREATMENT_TAG, TRIAL_TAG
+from distilbench.tracking.search import CHOICES_TAG, TREATMENT_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,6 +57,8 @@ class RunStart:
     """MLflow's context of an input (training, selection, validation) -> number of examples."""
     alone: bool = True
     """Whether the trial has the device to itself, not shared with a batch of others."""
+    choices: Mapping[str, object] = field(default_factory=dict)
+    """From :func:`distilbench.composition.typed_choices`."""
     tags: Mapping[str, str] = field(default_factory=dict)
     parent_run_id: str | None = None
     run_id: str | None = None
@@ -85,6 +87,7 @@ def tags_of(start: RunStart) -> dict[str, str]:
         DIRECTORY: str(Path(start.settings.output.dir).absolute()),
         "distilbench.protocol": start.protocol.id,
         "distilbench.treatment": short_hash(dict(start.treatment)),
+        CHOICES_TAG: json.dumps(dict(start.choices)),
         TREATMENT_TAG: json.dumps(dict(start.treatment), sort_keys=True),
         "distilbench.seed": str(start.settings.seed),
         "distilbench.metric": start.protocol.metric,

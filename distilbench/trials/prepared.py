@@ -13,10 +13,10 @@ from distilbench.data.text import TextSplits, load_text
 from distilbench.data.tokens import EncodedSplits, encode
 from distilbench.engines import resolve_engine
 from distilbench.engines.device import describe_device, resolve_device, resolve_precision
-from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity, value_of
+from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
-from distilbench.report.names import name_of, varying_keys
+from distilbench.report.names import name_of, told_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 
@@ -33,6 +33,9 @@ class Job:
     """Returns the command line that trains the baseline; a function, since that takes half a second."""
     context: SweepContext | None = None
     """Set for a trial of a sweep, which trains the baseline itself."""
+    choices: Mapping[str, object] = field(default_factory=dict)
+    baseline_choices: Mapping[str, object] = field(default_factory=dict)
+    """Their choices of groups, from :func:`distilbench.composition.typed_choices`."""
 
     @property
     def is_baseline(self) -> bool:
@@ -43,7 +46,7 @@ class Job:
     def name(self) -> str:
         """Name of its run: how its settings differ from the baseline's, as in reports, and the seed."""
         ours, baseline = treatment_of(self.settings, ""), treatment_of(self.baseline, "")
-        told = {key: value_of(ours, key) for key in varying_keys([ours, baseline])}
+        told, _ = told_values([ours, baseline], [self.choices, self.baseline_choices])
         return f"{name_of(told) or 'baseline'} seed={self.settings.seed}"
 
 

@@ -257,6 +257,7 @@ def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
         label_names=splits.label_names,
         datasets={part: len(split) for part, split in parts.items()},
         alone=alone,
+        choices=trial.job.choices,
         tags=context.tags,
         parent_run_id=context.parent_run_id,
         run_id=run_id,
