@@ -103,24 +103,17 @@ def is_choice(key: str) -> bool:
 
 
 def source_overrides(config_yaml: str) -> list[str]:
-    """Return the overrides that select a run's protocol, from its ``config.yaml``: ``data=files data.train=...``.
+    """Return the overrides that select a run's protocol, from its ``config.yaml``: ``data.source=files ...``.
 
     Defaults are omitted, and so is the amount of text, which belongs to the treatment.
     """
     config, overrides = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(config_yaml))), []
-    for group, schema, usual in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):
-        ours = {
-            key: value for key, value in config[group].items() if key != "fallback" and f"{group}.{key}" != TEXT_AMOUNT
-        }
-        unset = {f.name: None if f.default is MISSING else f.default for f in fields(schema)}
-        differing = {}
-        for file in sorted((CONF / group).glob("*.yaml")):
-            choice = {**unset, **cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))}
-            if choice["source"] == ours["source"]:
-                differing[file.stem] = [key for key, value in ours.items() if choice[key] != value]
-        name = min(differing, key=lambda name: (len(differing[name]), name != usual))
-        overrides += [f"{group}={name}"] if name != usual else []
-        overrides += [format_override(f"{group}.{key}", ours[key]) for key in differing[name]]
+    for group, schema, default in (("model", ModelSettings, "distilbert"), ("data", DataSettings, "sst2")):
+        file = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / group / f"{default}.yaml")))
+        usual = {f.name: None if f.default is MISSING else f.default for f in fields(schema)} | file | {"fallback": {}}
+        for key, value in config[group].items():
+            is_told = f"{group}.{key}" != TEXT_AMOUNT and not isinstance(value, dict)  # a dict is a fallback
+            overrides += [format_override(f"{group}.{key}", value)] if is_told and value != usual[key] else []
     metric = config["train"]["metric"]
     return overrides + ([format_override("train.metric", metric)] if metric != "accuracy" else [])
 

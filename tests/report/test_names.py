@@ -1,7 +1,11 @@
 """What a setting is called: what varies, the most telling first, and short."""
 
-from distilbench.identity import value_of
-from distilbench.report.names import name_of, told_values, varying_keys
+import pytest
+from omegaconf import OmegaConf
+
+from distilbench.identity import METRIC, SOURCES, select, value_of
+from distilbench.report.names import name_of, source_overrides, told_values, varying_keys
+from tests.conftest import compose_settings
 from tests.report.made_trials import treatment
 
 
@@ -77,3 +81,16 @@ def test_an_experiment_is_told_by_its_name_alone():
     head = treatment(optim_lr=3e-3) | {"freeze.policy": "head"}
     typed = [{"experiment": None, "freeze": "none"}, {"experiment": "head", "freeze": "head"}]
     assert name_of(told_values([treatment(), head], typed)[1]) == "head"
+
+
+@pytest.mark.parametrize("given", [
+    [], ["model=tiny", "data=synthetic"], ["data=cola"], ["data=cola", "train.metric=accuracy"], ["data=mnli"],
+    ["model.revision=main", "data.fallback=null"], ["model=minilm", "data=tweets", "data.max_train_examples=9"],
+])  # fmt: skip
+def test_the_overrides_of_a_runs_sources_give_the_same_sources(given):
+    first = compose_settings("output.dir=.", *given)
+    again = compose_settings("output.dir=.", *source_overrides(OmegaConf.to_yaml(OmegaConf.structured(first))))
+    same = {name for name in (*SOURCES, *METRIC) if not name.endswith("fallback")}
+    assert select(again, same) == select(first, same)
+    for one, other in ((first.model, again.model), (first.data, again.data)):
+        assert one.source != "hub" or one.fallback == other.fallback
