@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mode
@@ -225,30 +225,24 @@ def report_of_sweep(
     return replace(report, notes=(left, *report.notes))
 
 
-def _notes_on_splits(request: ReportRequest, report: Report) -> list[str]:
-    """Say which split selected and which reported, and what that means for a lead."""
-    sample = report.sample
-    if request.sweep is None:
-        return []
-    if sample.selection_split != sample.report_split:
-        return [
-            f"The {sample.selection_split} split picked epochs and winners; figures are of the {sample.report_split} "
-            "split alone."
-        ]
-    if request.sweep.confirms:
-        return [
+def _notes_on_splits(request: ReportRequest, report: Report) -> Iterator[str]:
+    """Say what a lead is worth if the split that reports it also picked it."""
+    sample, sweep = report.sample, request.sweep
+    if sweep is None or sample.selection_split != sample.report_split:
+        return
+    if sweep.confirms:
+        yield (
             f"Fresh seeds rule out a lucky seed, not lucky sentences: the {sample.report_split} split also chose the "
             "winner, so tests are corrected for all that its sweep tried "
             f"({pluralize(report.num_settings, 'setting')}). A sweep with data.selection_fraction=0.1 chooses on "
             "other sentences."
-        ]
-    if any(row.final_verdict is Verdict.AHEAD for row in report.rows):
-        confirm = format_command("confirm", [format_override("sweep", request.sweep.name)])
-        return [
+        )
+    elif any(row.final_verdict is Verdict.AHEAD for row in report.rows):
+        confirm = format_command("confirm", [format_override("sweep", sweep.name)])
+        yield (
             f"The {sample.report_split} split picked the winners and reports them: a lead is optimistic; confirm it "
             f"with fresh seeds ({confirm}), or sweep with data.selection_fraction=0.1."
-        ]
-    return [f"The {sample.report_split} split picked epochs and winners, and figures are of the same split."]
+        )
 
 
 def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[int, float]]], ...]:

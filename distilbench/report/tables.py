@@ -44,7 +44,7 @@ def protocol_lines(report: Report) -> list[str]:
     sample, floor = report.sample, report.floor
     return [
         f"protocol {sample.protocol_id}: {one_line(sample.model)} on {one_line(sample.data)}",
-        f"{sample.metric} on the split {sample.selection_split} picked epochs, figures are of the split "
+        f"{sample.metric} on the split {sample.selection_split} picked epochs and winners, figures are of the split "
         f"{sample.report_split}"
         + (f"; always predicting the most frequent label scores {percent(floor)}" if floor else ""),
     ]
