@@ -291,7 +291,7 @@ def test_a_model_of_any_origin_is_asked_by_its_own_configuration(folder, tmp_pat
     from distilbench.settings import ModelSettings
 
     resolved = resolve_model(ModelSettings("random", "bert", layers=1))
-    config = BertConfig(**{**resolved.config, "id2label": {0: "no", 1: "maybe", 2: "yes"}})
+    config = BertConfig(**{**resolved.config, "id2label": {1: "no", 2: "maybe", 3: "yes"}})
     BertForSequenceClassification(config).save_pretrained(tmp_path / "theirs")
     load_tokenizer(resolved).save_pretrained(tmp_path / "theirs")
     (tmp_path / "in.jsonl").write_text('{"text": "aaa", "other": "b"}\n{"text": "a", "other": ""}\n')

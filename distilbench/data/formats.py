@@ -173,7 +173,7 @@ def _read_json(lines: Iterator[str], title: str, columns: Columns) -> Iterator[R
 
 def _json(content: str, place: str) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=lambda _: None)  # NaN, which pandas has for a missing value
     except (ValueError, RecursionError) as error:  # too deep nesting is a RecursionError
         reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None

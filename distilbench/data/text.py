@@ -225,7 +225,7 @@ def _usable(part: str, value: Any, place: str) -> str:
     if part == "label" and isinstance(value, (int, str)) and not isinstance(value, bool):
         return str(value).strip()
     is_text = part != "label" and isinstance(value, str)
-    remedy = NO_REGRESSION if isinstance(value, float) else "put it into quotes"
+    remedy = NO_REGRESSION if part == "label" and isinstance(value, float) else "put it into quotes"
     allowed = "an integer or a string" if part == "label" else "a string"
     require(is_text, f"{place}: the {name}", allowed, value, remedy)
     return str(value)

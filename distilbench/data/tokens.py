@@ -100,6 +100,8 @@ def _tokenize(splits: dict[str, TextSplit], tokenizer: Any, max_length: int) -> 
             return_token_type_ids=split.pairs is not None,
         )
         lengths = np.array([len(row) for row in rows["input_ids"]], dtype=np.int64)
+        require(bool(lengths.all()), "every text", "one that the model's tokenizer gives a token",
+                split.texts[int(lengths.argmin())], "delete it")  # fmt: skip
         arrays[f"{name}.tokens"] = np.fromiter(chain.from_iterable(rows["input_ids"]), np.int32, lengths.sum())
         arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(lengths)])
         if split.pairs is not None:

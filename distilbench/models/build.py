@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
@@ -78,12 +79,16 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+_DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
+            StrictDataclassError)  # fmt: skip
+
+
 @contextmanager
 def _reading(resolved: ResolvedModel) -> Iterator[None]:
     """Turn errors caused by a damaged checkpoint into :class:`SettingsError`."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except _DAMAGED as error:
         raise SettingsError(
             f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
             "save or download it again"

@@ -54,7 +54,8 @@ class Classifier:
         asked = [i for i, row in enumerate(texts) if all(text and not text.isspace() for text in row)]
         columns = [list(column) for column in zip(*(texts[i] for i in asked), strict=True)]
         rows = self.tokenizer(*columns, truncation=True, max_length=self.max_length) if asked else {"input_ids": []}
-        order = sorted(range(len(asked)), key=lambda i: len(rows["input_ids"][i]), reverse=True)
+        lengths = [len(ids) for ids in rows["input_ids"]]  # 0 if a tokenizer without special tokens knows no character
+        order = sorted(np.flatnonzero(lengths).tolist(), key=lengths.__getitem__, reverse=True)
         found = np.full((len(texts), len(self.label_names)), np.nan, dtype=np.float32)  # (texts, labels)
         labels = np.full(len(texts), None, dtype=object)
         with torch.inference_mode():
@@ -85,7 +86,7 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     config: Any = model.config
     own = getattr(config, "distilbench", {})
     bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
-    names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    names = tuple(str(name) for _, name in sorted(config.id2label.items()))
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     require(single and len(set(names)) == len(names) > 1, "dir",
             "a model that gives each text one of several labels, named apart", str(directory))  # fmt: skip

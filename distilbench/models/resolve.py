@@ -62,7 +62,8 @@ class ResolvedModel:
         return positions
 
 
-_PADDED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+_PADDED_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text",
+                     "ibert", "xmod", "roberta-prelayernorm"}  # fmt: skip
 """Architectures that number positions from padding_idx + 1 = 2, as in fairseq."""
 
 

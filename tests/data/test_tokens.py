@@ -15,6 +15,7 @@ import pytest
 from distilbench.data import text as data
 from distilbench.data.text import load_text
 from distilbench.data.tokens import encode
+from distilbench.settings import SettingsError
 from tests.conftest import ROOT
 from tests.data.made_files import files, write
 
@@ -95,6 +96,18 @@ def test_text_length_and_tokenizer_each_have_a_cache_file_of_their_own(sentences
     left.split_special_tokens = True  # [SEP] in a text is five letters
     encode(sentences, left, 16, tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_text_without_tokens_is_refused(folder):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    clean = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": False, "lowercase": False}
+    changed = json.loads(letters().backend_tokenizer.to_str()) | {"normalizer": clean, "post_processor": None}
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(changed)), pad_token="[PAD]")
+    path = write(folder / "bare.csv", [("abc", 0), ("\u200b", 1)])
+    with pytest.raises(SettingsError, match=r"^every text must be one that .* a token, got '\\u200b'; delete it$"):
+        encode(load_text(files(path, path)), bare, 16, cache=None)
 
 
 def test_as_many_examples_drawn_with_another_seed_are_other_tokens(folder, tmp_path):

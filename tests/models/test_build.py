@@ -209,6 +209,8 @@ def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpo
             lambda d: edit_json(d / "config.json", n_layers=3),
             "without 16 of them or in other shapes, such as distilbert",
         ),
+        (lambda d: edit_json(d / "config.json", id2label=["no", "yes"]), "must be a readable checkpoint, got .*items"),
+        (lambda d: edit_json(d / "config.json", dim="many"), "must be a readable checkpoint, got .*field 'dim'"),
         (lambda d: edit_json(d / "config.json", dim=16), "without .* in other shapes"),
         (lambda d: edit_json(d / "config.json", model_type="bert", num_hidden_layers=2), "without .* of them"),
     ],
