@@ -30,14 +30,19 @@ def is_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def embedding_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules before the layers, in order; raises as :func:`layer_list`."""
+    """Return the modules before the layers, then what all layers read beside them; raises as :func:`layer_list`.
+
+    That is MPNet's or DeBERTa's table of relative positions, and DeBERTa's norm of it.
+    """
     before: list[nn.Module] = []
     module = model.base_model
     for step in layer_list(model)[0]:
-        names = [name for name, _ in module.named_children()]
-        before += list(module.children())[: names.index(step)]
-        module = module.get_submodule(step)
-    return before
+        children = dict(module.named_children())
+        before += list(children.values())[: list(children).index(step)]
+        module = children[step]
+    tables = [children[name] for name in ("relative_attention_bias", "rel_embeddings") if name in children]
+    norms = [children["LayerNorm"]] if "rel_embeddings" in children and "LayerNorm" in children else []
+    return [*before, *tables, *norms]
 
 
 def layer_list(model: PreTrainedModel) -> tuple[list[str], nn.ModuleList]:

@@ -105,7 +105,7 @@ BROKEN = [
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "line 2: column 'label' is not there, columns are 'text'"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', "line 2: the text is missing"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": NaN, "label": 1}\n', "line 2: the text is missing"),
-    (".jsonl", '{"text": "a", "label": 0}\n{"text": 0.5, "label": 1}\n', "must be a string, got 0.5; put it into quotes"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": 0.5, "label": 1}\n', "a string, got 0.5; put it into quotes"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n', "line 2: the label is missing"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "line 2: the text must be a string, got 5"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": true}\n', "integer or a string, got True"),

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BartConfig, BartForSequenceClassification
 
 from distilbench.models.build import build_model
 from distilbench.models.freezing import freeze, frozen_names, parameter_counts
@@ -57,6 +57,26 @@ def test_embeddings_and_lower_layers_are_frozen_and_nothing_else(family, layers)
     expected = names_that_begin(model, beginnings)
     assert frozen_names(model, freezing(layers)) == expected
     assert bool(expected) == bool(layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        ("mpnet", {"mpnet.encoder.relative_attention_bias.weight"}),
+        ("deberta-v2", {f"deberta.encoder.{name}" for name in
+                        ("rel_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")}),
+    ],
+)  # fmt: skip
+def test_positions_that_all_layers_read_are_frozen_with_the_embeddings(kind, beside):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 2}
+    more = {"relative_attention": True, "pos_att_type": ["c2p"], "norm_rel_ebd": "layer_norm"}
+    config = AutoConfig.for_model(kind, intermediate_size=64, **sizes, **(more if kind == "deberta-v2" else {}))
+    model = AutoModelForSequenceClassification.from_config(config)
+    frozen = frozen_names(model, freezing(1))
+    assert beside < frozen
+    assert not beside & frozen_names(model, freezing(1, embeddings=False))
+    assert not any(name.startswith(model.base_model_prefix) for name, _ in model.named_parameters()
+                   if name not in frozen_names(model, freezing(DEPTH)))  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
