@@ -11,9 +11,11 @@ from typing import Any
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distilbench.cli import errors_in_one_line, format_command, format_override
 from distilbench.identity import treatment_of, value_of
@@ -54,11 +56,12 @@ def typed_choices(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, o
 
     ``freeze=layers3 freeze.dropout=false`` gives ``{"freeze": "layers3", "freeze.dropout": False, ...}``.
     """
-    chosen: dict[str, object] = {group: choices[group] for group in CHOICES}
-    chosen = {key: f"[{','.join(one)}]" if isinstance(one, ListConfig) else one for key, one in chosen.items()}
+    chosen: dict[str, object] = {group: choices[group] for group in CHOICES if group in choices}  # Hydra omits lists
+    typed = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
+    searched = [line for line in typed if line.startswith("hydra.searchpath=")]
     try:
-        plain = default_treatment(tuple(f"{key}={value}" for key, value in chosen.items() if value is not None))
-    except SettingsError:  # a choice of the user's own that needs further settings
+        plain = default_treatment((*searched, *(f"{key}={one}" for key, one in chosen.items() if one is not None)))
+    except (SettingsError, HydraException):  # a choice of the user's own, such as one that needs further settings
         return {}
     ours = _treatment(config)
     return chosen | {key: value_of(ours, key) for key in {*ours, *plain} if value_of(ours, key) != value_of(plain, key)}

@@ -11,7 +11,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from distilbench.composition import _composed, baseline_config, check, command_for, default_treatment, overrides_between
+from distilbench.composition import (
+    _composed,
+    baseline_config,
+    check,
+    command_for,
+    default_treatment,
+    overrides_between,
+    typed_choices,
+)
 from distilbench.identity import treatment_of
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import BASELINE_ROLE
@@ -152,3 +160,18 @@ def test_a_sweep_and_its_report_call_a_trial_the_same_and_as_it_was_typed(compos
         trials[-1] = replace(trials[-1], choices=json.loads(json.dumps(dict(job.choices))), role=role)
     rows = label_rows(rows := rows_from(trials), find_baseline(rows, {}))
     assert sorted(row.label for row in rows) == sorted(names)
+
+
+def test_choices_are_recorded_with_what_differs_from_them_but_lists_of_choices_are_not(composing):
+    plain = {
+        "freeze": "none",
+        "adapter": "none",
+        "scheduler": "linear",
+        "optim": "adamw",
+    }
+    given = ("model=tiny", "data=synthetic", "experiment=[quick,head]", "optim.lr=0.5")
+    found = typed_choices(composed(*given), plain)
+    assert found == {**plain, "freeze.policy": "head", "freeze.embeddings": True, "optim.lr": 0.5, "train.epochs": 1,
+                     "data.max_train_examples": 1200}  # fmt: skip
+    wanting = typed_choices(composed(*given), {**plain, "optim": "none_such_as_hydra_refuses"})
+    assert wanting == {}
