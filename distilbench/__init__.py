@@ -59,13 +59,7 @@ def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
     with _hydra():
         from distilbench.trials.batch import BatchRunner
 
-        ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials], lambda trial: trial)
-    outcomes = []
-    for end in ended:
-        if isinstance(end, Exception):
-            raise end
-        outcomes.append(end)
-    return outcomes
+        return BatchRunner(max_trials=32).train_all([_job(overrides) for overrides in trials])
 
 
 def run_sweep(*overrides: str) -> None:
