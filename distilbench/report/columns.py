@@ -136,6 +136,7 @@ _ALL = (
     Column("flops_gain_percent", attribute("saving.flops")),
     Column("trainable_parameters", attribute("trainable_parameters"), "trained", format_value=formats.millions),
     Column("verdict", lambda row: row.final_verdict or "", "verdict", describe_verdict, is_text=True),
+    Column("verdict_of_fresh_seeds", lambda row: row.final_row is not row),
     Column("not_tested", lambda row: row.untested or ""),
     Column("status", attribute("status")),
     Column("protocol", attribute("first_trial.protocol_id")),

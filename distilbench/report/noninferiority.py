@@ -207,7 +207,7 @@ class _Region:
         step = 1 / self.examples
         while self.p(high) >= alpha:
             high, step = min(high + step, 1.0), 2 * step
-        return float(brentq(lambda loss: self.p(loss) - alpha, low, high, xtol=1e-9))
+        return float(brentq(lambda loss: math.log(self.p(loss) / alpha), low, high, xtol=1e-7))
 
 
 def _region(only_a: int, only_b: int, examples: int) -> _Region:

@@ -68,7 +68,10 @@ def notes_of(report: Report) -> list[str]:
     more = len(report.rows) - len(report.table_rows)
     cut = [f"Not shown: {pluralize(more, 'setting')} more."] if more else []
     slices = [SLICES_NOTE] if report.slices else []
-    return [*report.notes, *_notes_on_time(report), *cut, tests, *slices]
+    common = {*report.baseline.seeds} if report.baseline else set()
+    fewer = any(0 < len(common & {*row.seeds}) < row.num_seeds for row in report.table_rows if row.difference)
+    paired = ["Differences are over the seeds (n) that the baseline has as well, accuracies over all."] if fewer else []
+    return [*report.notes, *_notes_on_time(report), *cut, *paired, tests, *slices]
 
 
 def _notes_on_time(report: Report) -> Iterator[str]:

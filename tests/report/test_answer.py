@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from distilbench.report.columns import CSV
 from distilbench.report.findings import answer
 from distilbench.report.rows import rows_from
 from distilbench.report.words import describe_verdict
@@ -155,6 +156,7 @@ def test_a_setting_whose_fresh_seeds_all_diverged_keeps_no_verdict_of_its_sweep(
     (fresh,) = rows_from([failed(Status.DIVERGED, 9, COSINE)])
     row = replace(row, confirmation=fresh)
     assert (row.final_verdict, describe_verdict(row)) == (None, "diverged with fresh seeds (n = 1)")
+    assert (CSV["verdict"].value(row), CSV["verdict_of_fresh_seeds"].value(row)) == ("", True)
 
 
 def test_settings_that_were_pruned_or_failed_were_tried_and_are_counted():

@@ -9,6 +9,7 @@ from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.noninferiority import ALPHA, noninferiority_exact
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact, spread_over_seeds
+from distilbench.report.tables import notes_of
 from distilbench.report.words import describe_loss, describe_verdict
 from distilbench.results import Predictions, Status, Verdict
 from tests.report.made_trials import EXAMPLES, USUAL, failed, report_of, treatment, trial
@@ -117,6 +118,17 @@ def test_what_cannot_be_tested_says_why(changes, why):
 def test_seeds_that_the_baseline_lacks_are_named():
     trials = [trial(0.9, 42), trial(0.95, 1, 1, FROZEN), trial(0.95, 2, 1, FROZEN)]
     assert describe_verdict(report_of(trials).candidates[0]) == "not tested: the baseline lacks seeds 1, 2"
+
+
+def test_a_difference_over_fewer_seeds_than_the_accuracy_says_so():
+    trials = [trial(0.9, 1), trial(0.9, 2), *(trial(a, s, 1, FROZEN) for s, a in ((1, 0.91), (2, 0.93), (5, 0.99)))]
+    report = report_of(trials)
+    (row,) = report.candidates
+    assert (row.num_seeds, row.difference.num_seeds) == (3, 2)
+    said = "Differences are over the seeds (n) that the baseline has as well, accuracies over all."
+    assert said in notes_of(report)
+    assert said not in notes_of(report_of(trials[:-1]))
+    assert said not in notes_of(report_of([*trials[2:], *(trial(0.9, s) for s in (7, 8))])), "unpaired: all count"
 
 
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
