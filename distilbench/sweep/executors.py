@@ -115,10 +115,14 @@ def _leave_ray() -> None:
 
 
 def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[JobError]:
-    """Launch jobs and keep their submitit handles in ``submitted``, since Hydra's launcher does not expose them."""
+    """Launch jobs and keep their submitit handles in ``submitted``, since Hydra's launcher does not expose them.
+
+    That launcher raises the error of the first job that was killed; each is asked for its own end then.
+    """
     from submitit import AutoExecutor
 
     submit: Any = AutoExecutor.map_array
+    submitted.clear()
 
     def map_array(*given: Any) -> list[Any]:
         submitted[:] = submit(*given)
@@ -127,8 +131,21 @@ def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence
     AutoExecutor.map_array = map_array  # type: ignore[method-assign, assignment]
     try:
         return _launch_through(launcher, jobs)
+    except Exception:
+        if len(submitted) != len(jobs):  # none was submitted
+            raise
+        return [_end_of(job) for job in submitted]
     finally:
         AutoExecutor.map_array = submit  # type: ignore[method-assign]
+
+
+def _end_of(job: Any) -> JobError:
+    """Wait for a submitit job and return its error, or None."""
+    try:
+        end: JobReturn = job.results()[0]
+    except Exception as error:  # the job's boundary
+        return error
+    return None if end.status is JobStatus.COMPLETED else end._return_value
 
 
 def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) -> list[JobError]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +44,9 @@ MAX_LIVE_ROWS = 8
 
 SHUTDOWN_SECONDS = 10.0
 """Longest wait for jobs on this host that were told to stop; each records how its trial ended, if it can."""
+
+MAX_KILLS = 3
+"""Number of times that the process of a trial may be killed until the trial has failed."""
 
 LONGEST_PAUSE = 10.0
 """Longest time between two reads of the study with nothing to do: many processes may wait for the last trial."""
@@ -120,6 +124,8 @@ class SweepRunner:
         self._failed = False
         """Whether that counts as a failure of the sweep."""
         self._pause = POLL_SECONDS
+        self._kills: Counter[str] = Counter()
+        """How often the processes of a point's trials were killed."""
         self._reported = studies[-1].study.user_attrs.get(REPORT_ATTRIBUTE)
 
     def run(self) -> str | None:
@@ -210,7 +216,7 @@ class SweepRunner:
 
     def _work(self) -> None:
         """Launch and settle trials until none is left; baselines come first, but other trials do not wait for them."""
-        running: dict[Future[JobError], tuple[SweepStudy, int]] = {}
+        running: dict[Future[JobError], tuple[SweepStudy, int, int | None]] = {}
         while True:
             taken = self._take(len(running))
             jobs = [self._job(study, trial) for study, trial in taken]
@@ -218,7 +224,7 @@ class SweepRunner:
                 if jobs:
                     self._pause = POLL_SECONDS
                     self._show([trial for _, trial in taken])
-                    begun = [(study, trial.number) for study, trial in taken]
+                    begun = [(study, trial.number, self._executor.at_once) for study, trial in taken]
                     running |= dict(zip(self._executor.start(jobs), begun, strict=True))
                 elif not running and not self._wait_for_others():
                     return
@@ -298,15 +304,20 @@ class SweepRunner:
         job.write()
         return job
 
-    def _settle(self, study: SweepStudy, number: int, end: JobError) -> None:
-        """Record how a trial ended and print it; end the sweep if every other trial would end the same way."""
+    def _settle(self, study: SweepStudy, number: int, at_once: int | None, end: JobError) -> None:
+        """Record how a trial ended and print it; end the sweep if every other trial would end the same way.
+
+        ``at_once`` is how many trials the executor launched at once when this one began.
+        """
         if not study.holds(number):
             study.owned_trials.pop(number, None)
             raise_if_signalled()
             self._say(f"trial {study.path(number)} was taken over by another process: its result here is dropped")
             return
-        is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
-        record = study.finalize_record(number, Status.INTERRUPTED if is_void else Status.FAILED, _said(end))
+        is_void, error = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end), _said(end)
+        if not is_void and end and self._was_killed(study, number, at_once, end):
+            is_void, error = True, "its process was killed, perhaps for memory; it is tried again"
+        record = study.finalize_record(number, Status.INTERRUPTED if is_void else Status.FAILED, error)
         if end or record.status is not Status.FINISHED or self._parent.lacks(study.directory(number)):
             self._close_runs()
         self._tell(study, number, record)
@@ -320,6 +331,21 @@ class SweepRunner:
         ):
             self._end(f"the first trial failed, as every other would: {record.error}", failed=True)
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
+
+    def _was_killed(self, study: SweepStudy, number: int, at_once: int | None, end: BaseException) -> bool:
+        """Return whether a job's process was killed, and fewer than :data:`MAX_KILLS` times, so that its trial is void.
+
+        joblib then kills its other workers too. Half as many trials run at once from then on: memory may be short.
+        """
+        record = read_record(study.directory(number))
+        owner = record.owner if record and record.status is Status.RUNNING else self._owner
+        if not isinstance(end, BrokenExecutor) and (owner == self._owner or not owner.is_dead()):
+            return False
+        if isinstance(self._executor, Pool) and at_once:
+            self._executor.at_once = min(self._executor.at_once, max(1, at_once // 2))
+        point = study.views()[number].point_key
+        self._kills[point] += 1
+        return self._kills[point] < MAX_KILLS
 
     def _leaderboard(self) -> Leaderboard:
         views = self._views()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ SECONDS = float(os.environ.get("TASK_SECONDS", "0.1"))
 LOG = Path(os.environ["FINISHED_LOG"])
 MEET = int(os.environ.get("TASK_MEET", "0"))
 """Number of trials that must have begun before the first of them ends."""
+KILLED = os.environ.get("TASK_KILLED", "")
+"""Number of frozen layers of the trials whose process is killed."""
 LAST = int(os.environ.get("TASK_LAST", "0"))
 """Number of other trials that must have finished before trial 0 ends."""
 
@@ -56,6 +59,8 @@ def main(config: DictConfig) -> float:
     try:
         with lease.send_heartbeats():
             take_time(job)
+            if str(settings.freeze.layers) == KILLED:
+                os.kill(os.getpid(), signal.SIGKILL)
         if not lease.holds():
             return accuracy
         status = Status.DIVERGED if settings.optim.lr > 1 else Status.FINISHED

@@ -6,7 +6,10 @@ import logging
 import warnings
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from submitit import AutoExecutor
 
+from distilbench.sweep import executors
 from distilbench.sweep.executors import quiet
 
 HEARTBEAT = "Heartbeat of storage is supposed to be used with Study.optimize"
@@ -33,6 +36,29 @@ def test_a_sweep_silences_optuna_and_launchers_only_while_it_runs_however_it_end
         assert told == []
         warnings.warn(HEARTBEAT, stacklevel=1)
         assert len(told) == 1
+
+
+class Submitted:
+    """A job of submitit: its result, or the error of a job that was killed."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def results(self):
+        if isinstance(self.end, Exception):
+            raise self.end
+        return [self.end]
+
+
+def test_a_job_of_submitit_that_was_killed_says_nothing_of_the_others(monkeypatch):
+    killed, mistake = RuntimeError("killed"), ValueError("a mistake")
+    ends = [killed, JobReturn(status=JobStatus.COMPLETED), JobReturn(status=JobStatus.FAILED, _return_value=mistake)]
+    monkeypatch.setattr(AutoExecutor, "map_array", lambda *_: [Submitted(end) for end in ends])
+    monkeypatch.setattr(executors, "_launch_through", lambda *_: [j.results()[0] for j in AutoExecutor.map_array(None)])
+    assert executors._launch_by_submitit(None, [], ["a job"] * 3) == [killed, None, mistake]
+    monkeypatch.setattr(executors, "_launch_through", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        executors._launch_by_submitit(None, [], ["a job"] * 3)
 
 
 def test_with_verbose_logging_they_speak(caplog):

@@ -382,6 +382,21 @@ def test_joblib_gives_each_free_worker_the_next_trial(workspace):
     assert len(owners) == 2
 
 
+def test_a_killed_worker_of_joblib_costs_its_trials_a_try_and_only_what_kills_it_each_time_has_failed(workspace):
+    grid = "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "freeze.layers=0,1,2", "sweep.name=killed"
+    ended = workspace.run(*grid, TASK_KILLED="1", TASK_MEET="2", TASK_LAST="1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    trials = workspace.study("killed")
+    by_layers = {n: [t.user_attrs["status"] for t in trials if t.params["freeze.layers"] == n] for n in (0, 1, 2)}
+    assert by_layers[0] == ["INTERRUPTED", "FINISHED"], "it was beside the one that was killed"
+    assert by_layers[1] == ["INTERRUPTED", "INTERRUPTED", "FAILED"]
+    assert by_layers[2] == ["FINISHED"]
+    error = "its process was killed, perhaps for memory; it is tried again"
+    assert {t.user_attrs["error"] for t in trials if t.user_attrs["status"] == "INTERRUPTED"} == {error}
+    assert "2 running" in ended.stdout
+    assert "3 of 3 trials, 1 failed" in ended.stdout
+
+
 def screen(workspace, command, columns):
     """What a terminal of that width is sent, control codes taken out."""
     import fcntl
