@@ -30,7 +30,7 @@ from distilbench.engines.device import (
 from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import Loss, build_optimizer, lr_factors
 from distilbench.engines.running import SMALLER_BATCH_MESSAGE, RunningTrial, Stopwatch, outcome_of
-from distilbench.models.adapters import adapt
+from distilbench.models.adapters import adapt, merge
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
@@ -168,7 +168,7 @@ class _Run(TrainerCallback):
             if self.adapted is not None:
                 export_model(self.adapted, tokenizer, Path(self.settings.output.dir) / ADAPTER)
             if self.adapted is None or self.settings.adapter.merge:
-                model = self.model if self.adapted is None else self.adapted.merge_and_unload()
+                model = self.model if self.adapted is None else merge(self.adapted)
                 export_trial(model, tokenizer, self.settings)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -33,6 +33,16 @@ def adapt(model: PreTrainedModel, settings: AdapterSettings, resolved: ResolvedM
         return get_peft_model(model, _CONFIGS[settings.name](model, settings))
 
 
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """Return the plain model of an adapted one, whose modules are changed in place."""
+    model = adapted.get_base_model()
+    for name, module in [*model.named_modules()]:
+        if hasattr(module, "modules_to_save"):  # the head: beside IA3, peft can merge only one of a single module
+            model.set_submodule(name, module.modules_to_save["default"])
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
+
+
 def _lora(model: PreTrainedModel, settings: AdapterSettings) -> PeftConfig:
     """Configure LoRA for queries and values, as in section 4.2 of Hu et al. (2021, arXiv 2106.09685)."""
     from peft import LoraConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distilbench.models.adapters import adapt
+from distilbench.models.adapters import adapt, merge
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops, count_flops_by_module
 from distilbench.models.freezing import is_head, parameter_counts
@@ -44,6 +44,21 @@ def test_every_layer_gets_one_and_it_and_the_head_are_all_that_trains(family, se
     sizes = sum(p.numel() for name, p in model.named_parameters() if name in added)
     assert parameter_counts(model) == (sizes + head, plain + sizes)
     assert head > 0
+
+
+@pytest.mark.parametrize("settings", [LORA, IA3], ids=["lora", "ia3"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_merged_model_answers_as_the_adapted_one(family, settings):
+    model, peft_model, _ = adapted(family, settings)
+    tokens = torch.arange(5, 29).view(2, 12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        before = model.eval()(input_ids=tokens).logits
+        merged = merge(peft_model)
+        torch.testing.assert_close(merged(input_ids=tokens).logits, before, atol=1e-5, rtol=0)
+    assert not any("original_module" in name or "ia3" in name or "lora" in name for name in merged.state_dict())
 
 
 def test_what_is_drawn_comes_from_the_seed_alone():
