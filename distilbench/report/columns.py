@@ -115,7 +115,6 @@ _ALL = (
     Column("brier", _mean("brier"), "Brier", format_value="{:.4f}".format),
     Column("ece", _mean("ece"), "ECE", format_value="{:.4f}".format),
     Column("train_seconds", attribute("cost.seconds"), "time", _time),
-    Column("train_seconds_deviation", attribute("cost.seconds_deviation")),
     Column("is_time_estimate", attribute("cost.is_estimate")),
     Column("train_cpu_seconds", attribute("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", formats.duration)),
     Column("train_flops", attribute("cost.flops"), "FLOPs", _cost("flops", formats.flops, is_count=True)),

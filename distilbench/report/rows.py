@@ -25,7 +25,6 @@ class Cost:
     """
 
     seconds: float
-    seconds_deviation: float | None
     cpu_seconds: float
     flops: float
     memory: float
@@ -58,10 +57,9 @@ def seconds_of(trial: StoredTrial) -> float:
 def cost_of(trials: Sequence[StoredTrial]) -> Cost:
     """Average the costs of trials."""
     alone = all(trial.alone for trial in trials)
-    seconds, deviation = average([seconds_of(trial) for trial in trials])
+    seconds, _ = average([seconds_of(trial) for trial in trials])
     return Cost(
         seconds,
-        deviation if alone else None,
         cpu_seconds=average([trial.train_cpu_seconds for trial in trials])[0] if alone else math.nan,
         flops=average([trial.train_flops or math.nan for trial in trials])[0],
         memory=average([trial.peak_memory_bytes for trial in trials])[0] if alone else math.nan,
