@@ -177,12 +177,35 @@ def _tables() -> bytes:
     import sqlalchemy
     from mlflow.store.db.utils import _initialize_tables
 
+    load_migrations_once()
     with tempfile.TemporaryDirectory() as folder:
         engine = sqlalchemy.create_engine(f"sqlite:///{folder}/mlflow.db")
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         _initialize_tables(engine)
         engine.dispose()
         return Path(folder, "mlflow.db").read_bytes()
+
+
+@cache
+def load_migrations_once() -> None:
+    """Import the migrations of Optuna and MLflow now, once for this process and all that are forked from it.
+
+    Both run the files of theirs whenever they open a database, to learn which is the latest, longer than they take to
+    open it.
+    """
+    import optuna
+    from alembic.util import pyfiles
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    load = pyfiles.load_module_py
+    load_once = cache(load)
+
+    def load_migration(module_id: str, path: str) -> Any:
+        return (load_once if Path(path).parent.name == "versions" else load)(module_id, path)
+
+    pyfiles.load_module_py = load_migration
+    optuna.storages.RDBStorage("sqlite://")
+    _get_latest_schema_revision()
 
 
 class Workspace:

@@ -13,9 +13,15 @@ gc.disable()
 import importlib
 import pkgutil
 
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 import distilbench
+from distilbench.models.build import build_model, load_tokenizer
+from distilbench.models.resolve import resolve_model
+from distilbench.settings import CONF, ModelSettings, register_schema
+from tests.commands import load_migrations_once
 
 LIBRARIES = (
     "accelerate",
@@ -46,6 +52,17 @@ ROOMS = [
 
 for name in (*LIBRARIES, *ROOMS):
     importlib.import_module(name)
+load_migrations_once()
+registered = ConfigStore.instance().repo
+own = dict(registered)
+register_schema()
+with initialize_config_dir(str(CONF)):  # parsers learn their grammar while they parse
+    compose("config", ["model=tiny", "optim.lr=1e-4", "hydra.run.dir=here"], return_hydra_config=True)
+for name in set(registered) - set(own):
+    del registered[name]  # each command registers its own
+resolved = resolve_model(ModelSettings("random", "distilbert", layers=1))
+load_tokenizer(resolved)
+build_model(resolved, ("one", "two"), seed=0)  # transformers compiles its table of renamed weights for the first model
 Plugins.instance()  # Hydra looks for them, and imports them, once a process
 gc.freeze()  # exclude these objects from collections, which would copy their pages in the children
 gc.enable()
