@@ -141,9 +141,7 @@ def run_command(entrypoint: Callable[[], object], to_hydra: Callable[[str], str]
         with errors_in_one_line(), _hydra_raises():
             if not os.path.exists(os.curdir):
                 raise SettingsError("the current directory must exist, got one that was deleted; cd into another")
-            for argument in sys.argv[1:]:
-                if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
-                    raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
+            _check_arguments(sys.argv[1:])
             sys.argv[1:] = map(to_hydra, sys.argv[1:])
             if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
                 print(f"distilbench {__version__}")
@@ -152,6 +150,18 @@ def run_command(entrypoint: Callable[[], object], to_hydra: Callable[[str], str]
     except KeyboardInterrupt as interrupt:
         exec("")  # resets CPython's flag of an interrupt inside exec (dataclasses), which would end us by SIGINT
         sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise :class:`SettingsError` for what no command takes."""
+    from hydra._internal.utils import get_args_parser
+
+    for argument in arguments:
+        if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
+            raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
+    _, unknown = get_args_parser().parse_known_args([one for one in arguments if one != "--version"])
+    if flag := next((one for one in unknown if one.startswith("-")), None):
+        raise SettingsError(f"{flag} must be a flag of Hydra's; a setting is key=value, without dashes")
 
 
 def run_in_process(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
@@ -231,7 +241,10 @@ def as_settings_error(error: Exception) -> SettingsError | None:
             )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
-    said_by_hydra = isinstance(error, ValueError) and raised_in.startswith("hydra.")
+    said_by_hydra = (isinstance(error, ValueError) and raised_in.startswith("hydra.")) or (
+        isinstance(error, AttributeError)
+        and raised_in.startswith(("hydra.", "omegaconf."))  # a setting of a deleted group
+    )
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return SettingsError(_reword(error, chain))
     return None
@@ -253,8 +266,10 @@ def _reword(error: Exception, chain: Sequence[BaseException]) -> str:
         return _unknown_setting(found[1], chain)
     for pattern, words in _REWORDINGS.items():
         if found := re.search(pattern, text, re.DOTALL):
-            null = [argument for argument in sys.argv[1:] if re.fullmatch(r"[\w/@]+=null", argument, re.IGNORECASE)]
-            return words.format(*found.groups(), key=key, null=" ".join(null) or "a group")
+            typed = (re.fullmatch(r"([\w/@]+)=(null|true|false|[\d.].*)", one, re.IGNORECASE) for one in sys.argv[1:])
+            group, value = next((one.groups() for one in typed if one), ("a group", "null"))
+            deleted = next((one[1:] for one in sys.argv[1:] if one.startswith("~")), "a group")
+            return words.format(*found.groups(), key=key, group=group, value=value, deleted=deleted)
     lines = dict.fromkeys(line.strip() for line in text.splitlines())
     noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "See https")
     return ": ".join(line for line in lines if line and not line.startswith(noise))
@@ -269,16 +284,23 @@ _REWORDINGS = {
         "{0} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"
     ),
     r"Config group override must be a string or a list": (
-        "{null} must name a choice of the group, got null; --help lists them"
+        "{group} must name a choice of the group, got {value}; --help lists them"
     ),
     r"Environment variable '(.+?)' not found": "{key} must have its variable, got none; run: export {0}=...",
     r"override (\S+?)=(.*?)\n.*is not a ListConfig": "{0} must be a list, [{1}], got {1!r}",
     r"Could not load '(\w+)/(.+?)'": "{0} must name choices of the group, got {1!r}; --help lists them",
+    r"(?:Multiple values for |force-add of config groups is not supported: '\+\+)([\w/@]+)": (
+        "{0} must be typed without a plus, as {0}=..."
+    ),
+    "'str' object has no attribute 'get'": "{deleted} must be given beside settings of it, got ~{deleted}; drop that",
+    r"In '(.+?)': ConfigKeyError.*?Key '(.+?)' not in": "{1} must be a setting that there is, got it in {0}.yaml",
+    r"^Key '(\S+)' (?:not in|is not in struct)": "{0} must be given, got nothing; add {0}=...",
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
 }
 """Patterns of Hydra's and OmegaConf's most common messages, and our wording.
 
-``key`` is OmegaConf's ``full_key``, ``null`` the typed argument that sets a group to null."""
+``key`` is OmegaConf's ``full_key``, ``group`` and ``value`` an argument that sets a group to no choice, ``deleted`` the
+group of an argument with ``~``."""
 
 
 def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
@@ -287,6 +309,9 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
 
     from omegaconf import OmegaConf
 
+    if name.startswith(("hydra.", "hydra/")):
+        remedy = "--cfg hydra lists them, some depend on hydra/sweeper and hydra/launcher; a new one takes a plus"
+        return f"{name} must be a key that there is; {remedy}"
     nodes = (getattr(link, "parent_node", None) for link in chain)
     schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
     near = get_close_matches(name, setting_names(next(filter(is_dataclass, schemas), AppSettings)), n=1)

@@ -134,6 +134,17 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
                 yield f"{prefix}{key}", value
 
 
+def _typed(config: DictConfig) -> Iterator[tuple[str, str]]:
+    """Yield key and value of each override that was typed."""
+    for line in (*config.hydra.overrides.hydra, *config.hydra.overrides.task):
+        key, _, value = line.lstrip("+").partition("=")
+        yield key, value
+
+
+OF_SWEEPS = ("sweep.", "search", "hydra/sweeper", "hydra.sweeper.", "hydra/launcher", "hydra.launcher.", "hydra.sweep.")
+"""Beginnings of keys that a single trial would ignore."""
+
+
 class CheckFirst(Callback):
     """Checks every job before the first one starts, so that an invalid setting fails within two seconds.
 
@@ -142,11 +153,18 @@ class CheckFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the job of a single run."""
+        HydraConfig.instance().set_config(config)  # for ${hydra:runtime.cwd} and the like; the job sets its own
         with errors_in_one_line():
+            for key, value in _typed(config):
+                require(not key.startswith(OF_SWEEPS), key, "left to a sweep", value, "add --multirun")
             check(config, ask_hub=False)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check each job of a grid; other sweepers check their own."""
+        HydraConfig.instance().set_config(config)
+        with errors_in_one_line():
+            for key, value in _typed(config):
+                require(key != "hydra.run.dir", key, "left to a single trial", value, "set hydra.sweep.dir")
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             with errors_in_one_line():
                 loader = GlobalHydra.instance().config_loader()

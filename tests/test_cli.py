@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from distilbench.cli import (
     CommandFailed,
+    _check_arguments,
     as_settings_error,
     errors_in_one_line,
     format_command,
@@ -55,16 +56,30 @@ def mistake(*overrides: str) -> str:
         ("++optim.lrr=1", "optim.lrr must be a setting that there is, got 1; --help lists them"),
         ("sweep.objectives=f1", "sweep.objectives must be a list, [f1], got 'f1'"),
         ("experiment=[quick,nosuch]", "experiment must name choices of the group, got 'nosuch'; --help lists them"),
-        ("scheduler=null", "a group must name a choice of the group, got null; --help lists them"),
+        ("scheduler=null", "scheduler must name a choice of the group, got null; --help lists them"),
         ("optim=nosuch", "optim must be one of adamw, sgd, got 'nosuch'"),
         ("hydra/sweeper=nosuch", "hydra/sweeper must be one of basic, grid, optuna, got 'nosuch'"),
         ("nosuch/x=1", "nosuch/x must be a setting that there is; --help lists them"),
         ("a=b=c", "a=b=c must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"),
         ("train.epochs=${nosuch}", "Interpolation key 'nosuch' not found"),
+        ("~data data.source=hub", "data must be given beside settings of it, got ~data; drop that"),
+        ("~optim +optim.own=1", "optim must be given beside settings of it, got ~optim; drop that"),
+        ("freeze=3", "freeze must name a choice of the group, got 3; --help lists them"),
+        ("+freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
+        ("++freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
+        ("hydra.job.env_set.OWN=1", "hydra.job.env_set.OWN must be a key that there is; --cfg hydra lists them, some "
+                                    "depend on hydra/sweeper and hydra/launcher; a new one takes a plus"),
     ],
-)
-def test_what_hydra_says_in_several_lines_becomes_one(typed, line):
-    assert mistake(typed) == line
+)  # fmt: skip
+def test_what_hydra_says_in_several_lines_becomes_one(monkeypatch, typed, line):
+    monkeypatch.setattr(sys, "argv", ["train.py", *typed.split()])
+    assert mistake(*typed.split()) == line
+
+
+def test_a_setting_typed_as_a_flag_is_answered_in_a_line():
+    with pytest.raises(SettingsError, match=r"^--seed must be a flag of Hydra's; a setting is key=value"):
+        _check_arguments(["freeze.layers=0", "--seed", "3"])
+    _check_arguments(["freeze.layers=0", "-m", "seed=1,2", "--config-dir", "mine", "--cfg", "job", "-p", "optim"])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from distilbench.composition import (
+    CheckFirst,
     _composed,
     baseline_config,
     check,
@@ -175,3 +177,39 @@ def test_choices_are_recorded_with_what_differs_from_them_but_lists_of_choices_a
                      "data.max_train_examples": 1200}  # fmt: skip
     wanting = typed_choices(composed(*given), {**plain, "optim": "none_such_as_hydra_refuses"})
     assert wanting == {}
+
+
+@pytest.mark.parametrize(
+    ("start", "typed", "line"),
+    [
+        (
+            CheckFirst.on_run_start,
+            "sweep.seeds=[1,2]",
+            "sweep.seeds must be left to a sweep, got '[1,2]'; add",
+        ),
+        (CheckFirst.on_run_start, "hydra/sweeper=optuna", "hydra/sweeper must be left to a sweep, got 'optuna'"),
+        (CheckFirst.on_run_start, "hydra.sweep.dir=here", "hydra.sweep.dir must be left to a sweep, got 'here'"),
+        (
+            CheckFirst.on_multirun_start,
+            "hydra.run.dir=here",
+            "hydra.run.dir must be left to a single trial",
+        ),
+    ],
+)
+def test_what_hydra_would_ignore_in_its_mode_is_refused(composing, capsys, start, typed, line):
+    with pytest.raises(SystemExit) as ended:
+        start(CheckFirst(), compose("config", ["tracking=none", typed], return_hydra_config=True))
+    HydraConfig.instance().cfg = None
+    assert ended.value.code == 2
+    assert f"distilbench: {line}" in capsys.readouterr().err
+
+
+def test_hydras_own_values_are_known_before_the_job(composing, tmp_path):
+    (tmp_path / "p.csv").write_text("text,label\n")
+    given = ["model=tiny", "tracking=none", "data=files", "data.validation_fraction=0.3",
+             "data.train=${hydra:runtime.cwd}/p.csv"]  # fmt: skip
+    config = compose("config", given, return_hydra_config=True)
+    config.hydra.runtime.cwd = str(tmp_path)
+    CheckFirst().on_run_start(config)
+    assert settings_from(config).data.train == str(tmp_path / "p.csv")
+    HydraConfig.instance().cfg = None

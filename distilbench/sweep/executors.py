@@ -89,6 +89,9 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
     """Return the executor for a launcher: up to ``n_jobs`` trials at once, but one with Hydra's basic launcher."""
     launch = partial(_launch_through, launcher)
     if isinstance(launcher, BasicLauncher):
+        if n_jobs and n_jobs > 1:
+            log.warning("hydra.sweeper.n_jobs=%d: Hydra's basic launcher trains one trial at a time all the same; "
+                        "add hydra/launcher=fused or joblib for several", n_jobs)  # fmt: skip
         return Sequential(launch, 1)
     if config._target_.endswith(".JoblibLauncher") and config.backend in (None, "loky"):
         from joblib import effective_n_jobs

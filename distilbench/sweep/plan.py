@@ -18,7 +18,7 @@ from optuna.distributions import distribution_to_json
 
 from distilbench.identity import METRIC, SOURCES, short_hash
 from distilbench.models.resolve import resolve_model
-from distilbench.settings import AppSettings, DataSettings, SettingsError, require
+from distilbench.settings import SWEEP_NAME, AppSettings, DataSettings, SettingsError, require
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.space import Composer, Point, Space, describe, edges, fixed_of, read_space
 from distilbench.sweep.trial import check_pruning, pruning_objective
@@ -122,10 +122,10 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
 
     Raises :class:`SettingsError` for the first invalid setting.
     """
+    _check_options(options)
     loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
                        partial(_depth, options))  # fmt: skip
-    _check_options(options)
     for key in space.dimensions:
         require(key.lstrip("+").partition(".")[0] not in FIXED_GROUPS, key, "one value for a whole sweep",
                 describe(space.dimensions[key]), "run a sweep for each")  # fmt: skip
@@ -143,6 +143,9 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked, space, composer)
     asked = options.n_trials or settings[0].sweep.trials
     if options.is_grid:
+        trials = [line for line in arguments if line.startswith("sweep.trials=")]
+        require(not trials or options.sampler is not None, "sweep.trials", "left to Optuna", asked,
+                "a grid trains all of its points; add hydra/sweeper=optuna")  # fmt: skip
         points = points[: options.n_trials]  # a number with Optuna's grid sampler, else None
     total = len(points) if options.is_grid else min(asked, space.size or asked)
     shared, theirs = composer.shared_choices()
@@ -169,12 +172,27 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
 
 
 def _check_options(options: SweeperOptions) -> None:
-    """Raise :class:`SettingsError` for invalid numbers in ``hydra.sweeper`` and ``hydra.launcher``."""
+    """Raise :class:`SettingsError` for invalid values in ``hydra.sweeper``, ``hydra.sweep`` and ``hydra.launcher``.
+
+    A ``study_name`` names the sweep, its directory included.
+    """
     for name in ("n_trials", "n_jobs"):
         value = getattr(options, name)
-        require(value is None or value >= 1, f"hydra.sweeper.{name}", "1 or more", value)
+        is_count = value is None or (isinstance(value, int) and value >= 1)
+        require(is_count, f"hydra.sweeper.{name}", "1 or more", value)
     rate = options.max_failure_rate
-    require(rate is None or 0 <= rate <= 1, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
+    is_share = rate is None or (isinstance(rate, int | float) and 0 <= rate <= 1)
+    require(is_share, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
+    hydra, name = options.config.hydra, options.study_name
+    subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
+    require(subdir == "${hydra.job.num}", "hydra.sweep.subdir", "left to a sweep, which finds trials by number", subdir,
+            "set hydra.sweep.dir, or take Hydra's own grid: hydra/sweeper=basic")  # fmt: skip
+    named = [line for line in hydra.overrides.task if line.startswith("sweep.name=")]
+    require(name == options.config.sweep.name or not named, "hydra.sweeper.study_name", "left to sweep.name", name,
+            "drop one of the two")  # fmt: skip
+    key = "sweep.name" if name == options.config.sweep.name else "hydra.sweeper.study_name"
+    require(SWEEP_NAME.is_valid(str(name)), key, SWEEP_NAME.allowed, name)
+    options.config.sweep.name = str(name)
     workers = options.config.hydra.launcher.get("n_jobs")
     require(workers != 0, "hydra.launcher.n_jobs", "a number of workers, or -1 for all processors", workers)
 
@@ -288,6 +306,8 @@ def sampler_of(config: DictConfig | None, trials: int) -> Any:
     """
     from hydra.utils import instantiate
 
+    require(config is None or isinstance(config, DictConfig), "hydra.sweeper.sampler", "settings of a sampler", config,
+            f"choose one by hydra/sweeper/sampler={config}")  # fmt: skip
     if config is None or config._target_ == "optuna.samplers.GridSampler":
         return None
     lacks = config._target_.endswith(".CmaEsSampler") and find_spec("cmaes") is None  # which Optuna asks for in a trial

@@ -183,12 +183,12 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
 
 
 def _custom_function(path: str | None) -> Callable[[DictConfig, Any], None] | None:
-    from hydra.utils import get_method
+    from hydra._internal.utils import _locate  # hydra.utils.get_method also prints its errors
 
     if path is None:
         return None
     try:
-        found: Callable[[DictConfig, Any], None] = get_method(path)
+        found: Callable[[DictConfig, Any], None] = _locate(path)
     except Exception as error:
         raise SettingsError(
             f"hydra.sweeper.custom_search_space must be the dotted path of a function (config, trial), got {path!r}: "

@@ -5,6 +5,7 @@ Hydra imports this module for every command, so that heavy imports wait until a 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -28,10 +29,14 @@ class _Sweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep; an invalid setting or a failure ends the process with one line and its exit status."""
         from distilbench.cli import CommandFailed, errors_in_one_line
+        from distilbench.settings import require
         from distilbench.sweep.plan import SweeperOptions
         from distilbench.sweep.runner import run_sweep
 
         with errors_in_one_line():
+            for key, value in self._options.items():  # an unknown one was typed with a plus
+                known = key in {field.name for field in fields(SweeperOptions)}
+                require(known, f"hydra.sweeper.{key}", "a key of this sweeper", value, "--cfg hydra lists them")
             failed = run_sweep(SweeperOptions(*self._setup, **self._options), arguments)
             if failed:
                 raise CommandFailed(failed)
@@ -48,5 +53,5 @@ class OptunaSweeper(_Sweeper):
     """Lets Optuna choose the trials; accepts every key of hydra-optuna-sweeper."""
 
     def __init__(self, sampler: DictConfig, **options: Any) -> None:
-        is_grid = sampler._target_ == "optuna.samplers.GridSampler"
+        is_grid = isinstance(sampler, DictConfig) and sampler._target_ == "optuna.samplers.GridSampler"
         self._options = {**options, "is_grid": is_grid, "sampler": sampler}

@@ -38,12 +38,14 @@ def test_a_grid_trains_its_baseline_first_then_each_cell_once_and_answers_at_onc
     assert "4 of 4 trials" in again.stdout
 
 
-@pytest.mark.parametrize("space", [["freeze.layers=0,1"], ["hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-3)"]])
+@pytest.mark.parametrize(
+    "space", [["freeze.layers=0,1"], ["hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-3)", "sweep.trials=2"]]
+)
 def test_relative_paths_mean_where_a_sweep_was_typed_and_typed_again_it_trains_nothing_twice(workspace, space):
     (workspace.path / "p.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40)))
     places = ("data.train=p.csv", "hydra.sweeper.storage=sqlite:///s.db", "hydra.sweep.dir=sw", "hydra.job.chdir=true")
     for _ in range(2):
-        done(workspace, *space, "data=files", "data.validation_fraction=0.3", "sweep.trials=2", "sweep.name=a", *places)
+        done(workspace, *space, "data=files", "data.validation_fraction=0.3", "sweep.name=a", *places)
     assert [where for where, _ in workspace.finished()] == ["0", "1"]
     assert all((workspace.path / "sw" / number / "trial.json").exists() for number in "01")
     assert len(workspace.study("a", url=f"sqlite:///{workspace.path}/s.db")) == 2
@@ -121,6 +123,7 @@ def test_keys_of_the_stock_sweeper_are_taken(workspace):
     evaluated = [t for t in trials if t.user_attrs["status"] != "REUSED"]  # the sampler may draw a point again
     assert [t.user_attrs["status"] for t in evaluated] == ["FINISHED"] * 2
     assert trials[0].value == pytest.approx(1 - 1 / (1 + 2e-5))
+    assert (workspace.sweep("mine") / "0" / "trial.json").is_file(), "the study's name names the sweep's directory"
 
 
 def test_flops_are_an_objective_that_goes_down(workspace):
