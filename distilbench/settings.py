@@ -159,6 +159,9 @@ class ModelSettings(Checked, group="model"):
                     "give the folder that holds config.json and model.safetensors")  # fmt: skip
         if self.source == "random":
             require((self.layers or 0) >= 1, "model.layers", "1 or more for a random model", self.layers)
+        else:
+            require(self.layers is None, "model.layers", f"null with model.source={self.source}", self.layers,
+                    "a model that is loaded has the layers that it has")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,7 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("model", {"source": "local", "checkpoint": "/no/such"}, "model.checkpoint must be an existing directory, got "
          "'/no/such'; give the folder that holds config.json and model.safetensors"),
         ("model", {"source": "random"}, "model.layers must be 1 or more for a random model, got None"),
+        ("model", {"layers": 3}, "model.layers must be null with model.source=hub, got 3; a model that is loaded has"),
         ("model", {"source": "random", "layers": 0}, "model.layers must be 1 or more for a random model, got 0"),
         ("data", {"hub_name": None}, "data.hub_name must be the id of a data set on the hub, got None"),
         ("data", {"source": "files", "train": None}, "data.train must be given with data=files, got None; add data"),
