@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sys
 import threading
 from functools import lru_cache
@@ -38,6 +39,11 @@ def hub_reachable() -> bool:
         if name in sys.modules:
             sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
     return False
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether ``name`` may be a repository's, and is no path or address."""
+    return bool(re.fullmatch(r"(?![.-])[\w.-]+(/[\w.-]+)?", name))
 
 
 def hub_endpoint() -> str:

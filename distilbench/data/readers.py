@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distilbench.data.formats import PART, Columns, OpenRows, Row, arrow_rows, check_columns, open_rows
-from distilbench.data.hub import first_line, hub_reachable, package_file
+from distilbench.data.hub import first_line, hub_reachable, is_hub_id, package_file
 from distilbench.settings import DataSettings, SettingsError, require
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def hub_title(settings: DataSettings) -> str:
 
 def hub_builder(settings: DataSettings) -> Any:
     """Return a prepared ``datasets.DatasetBuilder``, or None if neither hub nor cache provides the data."""
+    require(is_hub_id(str(settings.hub_name)), "data.hub_name", "a hub id such as owner/name", settings.hub_name,
+            "files are given as: data=files data.train=<file>")  # fmt: skip
     reachable = hub_reachable()  # before the import of datasets, which reads HF_HUB_OFFLINE
     import datasets
     from datasets.exceptions import DatasetsError

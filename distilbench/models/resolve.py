@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, package_file
+from distilbench.data.hub import file_sha256, first_line, hub_endpoint, hub_reachable, is_hub_id, package_file
 from distilbench.identity import SourceUsed
 from distilbench.settings import ModelSettings, SettingsError, TrialSettings, require
 
@@ -114,10 +113,8 @@ def check_trial(resolved: ResolvedModel, settings: TrialSettings) -> None:
 
 def _from_hub(settings: ModelSettings) -> ResolvedModel:
     name, fallback = settings.checkpoint, settings.fallback
-    # reject paths, so that a mistyped one is not reported as an absent repository
-    well_formed = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith((".", "-"))
     is_directory = (Path(name).expanduser() / "config.json").is_file()
-    require(bool(well_formed) and not is_directory, "model.checkpoint", "a hub id such as owner/name", name,
+    require(is_hub_id(name) and not is_directory, "model.checkpoint", "a hub id such as owner/name", name,
             "a directory is given as: model=local model.checkpoint=<directory>")  # fmt: skip
     directory = _snapshot(settings)
     if directory is not None:

@@ -406,3 +406,11 @@ def test_the_name_of_a_file_reader_is_no_data_set(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.csv").write_text("sentence,label\na,0\nb,1\n")
     assert "csv is a file format, no data set" in refusal(replace(HUB, hub_name="csv"))
+
+
+def test_a_path_is_no_hub_data_set_that_a_fallback_could_stand_in_for(monkeypatch):
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
+    for name in ("/data/reviews", "./reviews", "~/reviews", "a/b/c", "https://example.org/a/b"):
+        message = refusal(replace(HUB, hub_name=name, fallback=DataSettings("tweets")))
+        assert message == (f"data.hub_name must be a hub id such as owner/name, got {name!r}; files are given as: "
+                           "data=files data.train=<file>")  # fmt: skip
