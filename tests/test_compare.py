@@ -102,7 +102,12 @@ def test_runs_are_found_by_id_and_compared_with_the_stores_baseline(folder, tmp_
     compare(folder, tmp_path / "one", f"runs={run_id}")
     found = rows(tmp_path / "one")
     assert (found["layers=1"]["verdict"], found["layers=1"]["seeds"]) == ("worse", "1")
-    assert "The baseline is not among these trials" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The baseline is not among these trials" in told
+    assert (
+        "Picked from sweep first: the correction does not count its 1 other setting; python -m distilbench.compare"
+        in told
+    )
 
 
 def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):

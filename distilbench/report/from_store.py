@@ -120,6 +120,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
+    notes += _notes_on_picked(store, rows, request)
     asked = {trial.run_id for trial in trials}
     repeated = [one for row in rows for one in row.other_trials if one.status is Status.FINISHED]
     if repeats := sum(one.run_id in asked for one in repeated):  # such as with another engine
@@ -144,6 +145,23 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         num_settings=num_settings,
         slices=rows_by_slice(rows, request.margin),
     )
+
+
+def _notes_on_picked(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> tuple[str, ...]:
+    """Say which sweeps these rows were picked from, if there was a choice: the correction does not count the others."""
+    if request.sweep:
+        return ()
+    shown = {short_hash(row.treatment) for row in rows}
+    notes = []
+    for name in sorted({trial.sweep for row in rows for trial in row.all_trials if trial.sweep}):
+        others = {short_hash(trial.treatment) for trial in store.search({SWEEP_TAG: name})} - shown
+        if others:
+            left, command = (
+                pluralize(len(others), "other setting"),
+                format_command("compare", [format_override("sweep", name)]),
+            )
+            notes.append(f"Picked from sweep {name}: the correction does not count its {left}; {command} does.")
+    return tuple(notes)
 
 
 def _num_settings(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> int:

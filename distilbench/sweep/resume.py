@@ -137,11 +137,13 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
     if fixed or (changed and not extend):
         told = [f"{key} {had.get(key, 'unset')} (now {has.get(key, 'unset')})"
                 for key in [*fixed, *(key for key in changed if key in dimensions)]]  # fmt: skip
+        had_lists = {key for key, text in kept["space"].items() if CategoricalDistribution.__name__ in text}
+        can_extend = not fixed and not had_lists & set(now["space"]) & set(changed)  # Optuna stores a choice's place
         more = f" and {len(told) - _LONGEST_SHOWN} more" if len(told) > _LONGEST_SHOWN else ""
         raise SettingsError(
             f"sweep.name must be another one for another sweep, got {name!r}, which had "
             f"{'; '.join(told[:_LONGEST_SHOWN])}{more}; take another name"
-            f"{'' if fixed else ' or add sweep.on_change=extend'}"
+            f"{' or add sweep.on_change=extend' if can_extend else ''}"
         )
 
 

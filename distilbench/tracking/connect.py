@@ -92,6 +92,7 @@ def configure_mlflow() -> None:
 
     for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises, with traceback
 
 
 def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:

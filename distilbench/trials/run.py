@@ -198,7 +198,7 @@ def _take_up_interrupted(trial: Trial) -> None:
     before, directory, settings, prepared = trial.context.continues, trial.directory, trial.settings, trial.prepared
     record = read_record(before) if before else None
     if before and before != directory and record is None:
-        log.info("the interrupted trial starts over: its checkpoints are on another host, not in %s", before)
+        log.info("nothing of the interrupted trial is on this host, in %s: it starts over", before)
     if before is None or record is None or record.is_final:
         return
     old, weights = before / checkpoints.DIRECTORY, prepared.model.used.fingerprint

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
@@ -32,6 +32,19 @@ def test_a_setting_that_an_older_version_did_not_have_is_null():
 LAYERS, RATE = IntDistribution(0, 2), FloatDistribution(1e-5, 1e-3, log=True)
 KIND = CategoricalDistribution(["linear", "cosine"])
 FIXED = {"train.epochs": "1", "scheduler.name": "linear", "optim.lr": "2e-05", "freeze.layers": "3"}
+
+
+@pytest.mark.parametrize(
+    ("had", "now", "remedy"),
+    [
+        (FloatDistribution(0, 1), FloatDistribution(0, 2), "take another name or add sweep.on_change=extend"),
+        (CategoricalDistribution([0, 1]), CategoricalDistribution([0, 1, 2]), "take another name"),
+    ],
+)
+def test_extending_is_only_advised_where_it_is_possible(had, now, remedy):
+    kept, changed = ({**identity(), "space": {"optim.lr": distribution_to_json(one)}} for one in (had, now))
+    with pytest.raises(SettingsError, match=f"; {remedy}$"):
+        check_unchanged(kept, changed, "first", extend=False)
 
 
 def plan(dimensions, custom=None):
