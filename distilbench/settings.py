@@ -470,8 +470,9 @@ class TrackingSettings(Checked, group="tracking"):
     """mlflow | none."""
     uri: Annotated[Optional[str], IS_DATABASE_URL]
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI if set, otherwise mlflow.db in the project's root."""
-    experiment: Annotated[str, matching("a name of at most 256 bytes", r".*\S.*", 256)]
-    """Name of the MLflow experiment, at most 256 bytes."""
+    experiment: Annotated[Optional[str], matching("a name of at most 256 bytes", r".*\S.*", 256)]
+    """Name of the MLflow experiment, at most 256 bytes; null means that of MLFLOW_EXPERIMENT_NAME or
+    MLFLOW_EXPERIMENT_ID, otherwise distilbench."""
     patience_seconds: Annotated[float, at_least(0)]
     """Seconds (0 or more) to wait for an unreachable store: at the end of a trial or sweep, when a worker starts."""
     log_model: Annotated[str, one_of(("never", "best", "always"))] = "never"

@@ -9,8 +9,9 @@ import sqlite3
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.settings import SettingsError, TrackingSettings, require
 from distilbench.tracking.retries import retry_outage
+from distilbench.tracking.start import environment_tags
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, local_folder, sqlite_url, store_address_of
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
+
+EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
+UNUSED_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
+"""Variables that MLflow's fluent API reads, which is not used here."""
 
 LOCK_SECONDS = 4.0
 """Longest wait for another process to release a SQLite file."""
@@ -34,6 +39,10 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
         return None
     address = store_address_of(settings)
     configure_mlflow()
+    environment_tags()  # raises before anything is written
+    for name in UNUSED_VARIABLES if not patiently else ():
+        if os.environ.get(name):
+            log.warning("%s is not used: every trial has a run of its own, without system metrics", name)
     with address.errors_as_settings_error():
         patience = settings.patience_seconds if patiently else 0.0
         experiment = retry_outage(patience, partial(_find_or_make, address, settings))
@@ -64,13 +73,11 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
         if address.artifacts is not None:
             _check_database(address)
         found = MlflowClient(address.uri).search_experiments()
-    experiments = {experiment.name: experiment for experiment in found}
-    if settings.experiment not in experiments:
-        raise SettingsError(
-            f"tracking.experiment must be one of {', '.join(sorted(experiments))}, got {settings.experiment!r}; "
-            "train a trial in it first"
-        )
-    return MlflowStore(address, experiments[settings.experiment], settings.patience_seconds)
+    setting, name = _experiment_asked_for(settings)
+    key = "experiment_id" if setting == EXPERIMENT_ID else "name"
+    experiments = {str(getattr(experiment, key)): experiment for experiment in found}
+    require(name in experiments, setting, f"one of {', '.join(sorted(experiments))}", name, "train a trial in it first")
+    return MlflowStore(address, experiments[name], settings.patience_seconds)
 
 
 def configure_mlflow() -> None:
@@ -93,6 +100,13 @@ def configure_mlflow() -> None:
     for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises, with traceback
+
+
+def _experiment_asked_for(settings: TrackingSettings) -> tuple[str, str]:
+    """Return the setting or variable that chooses the experiment, and its value: a name, or of the last an id."""
+    variables = ("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_ID)  # in MLflow's own order
+    asked = {"tracking.experiment": settings.experiment, **{name: os.environ.get(name) for name in variables}}
+    return next(((name, value) for name, value in asked.items() if value), ("tracking.experiment", "distilbench"))
 
 
 def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:
@@ -155,17 +169,26 @@ def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:
     """Return the experiment, created if it is missing; ``store`` is a client or a store of MLflow's."""
     from mlflow.exceptions import MlflowException
 
-    found = store.get_experiment_by_name(settings.experiment)
+    setting, name = _experiment_asked_for(settings)
+    if setting == EXPERIMENT_ID:
+        try:
+            found = store.get_experiment(name)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            require(False, setting, "the id of an experiment", name, "or name one: tracking.experiment=...")
+    else:
+        found = store.get_experiment_by_name(name)
     if found is None:
         try:
-            return cast("Experiment", store.get_experiment(store.create_experiment(settings.experiment)))
+            return cast("Experiment", store.get_experiment(store.create_experiment(name)))
         except MlflowException:
-            found = store.get_experiment_by_name(settings.experiment)  # another process was faster
+            found = store.get_experiment_by_name(name)  # another process was faster
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         raise SettingsError(
-            f"tracking.experiment must be an active experiment, got {settings.experiment!r}, which was deleted; "
+            f"{setting} must be an active experiment, got {name!r}, which was deleted; "
             f"name another one or run: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
     return cast("Experiment", found)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
-from distilbench.settings import CHECKOUT, TrialSettings
+from distilbench.settings import CHECKOUT, TrialSettings, require
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.search import CHOICES_TAG, TREATMENT_TAG, TRIAL_TAG
 
@@ -138,6 +138,7 @@ def process_tags() -> dict[str, str]:
     except (KeyError, OSError):  # a container's user without a name
         user = str(os.getuid())
     return {
+        **environment_tags(),
         "distilbench.host": owner.host,
         "distilbench.pid": str(owner.pid),
         "distilbench.process_started": f"{owner.started:.2f}",
@@ -146,6 +147,20 @@ def process_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": sys.argv[0],
     }
+
+
+def environment_tags() -> dict[str, str]:
+    """Return the tags in ``MLFLOW_TAGS``, the variable of Transformers' MLflow callback.
+
+    Raises :class:`SettingsError` unless it holds a JSON object.
+    """
+    text = os.environ.get("MLFLOW_TAGS") or "{}"
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    require(isinstance(found, dict), "MLFLOW_TAGS", 'a JSON object, such as {"team": "a"}', text)
+    return {str(name): redact(str(value))[:LONGEST_TAG] for name, value in found.items()}
 
 
 def owner_of(tags: Mapping[str, str]) -> Owner | None:

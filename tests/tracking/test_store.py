@@ -21,7 +21,7 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import RunStart, open_store, params_of, redact, retries
+from distilbench.tracking import RunStart, find_store, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
@@ -702,3 +702,46 @@ def test_a_folder_that_takes_no_database_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore", None)
     with pytest.raises(SettingsError, match=r"tracking.uri must be a store that answers, got .*Permission denied"):
         open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "distilbench", 0))
+
+
+def test_mlflows_variables_choose_the_experiment_unless_a_setting_does(uri, store, client, start, monkeypatch):
+    unnamed, named = TrackingSettings("mlflow", uri, None, 0), TrackingSettings("mlflow", uri, "tests", 0)
+    number = client.get_experiment_by_name("tests").experiment_id
+
+    def experiment_of(settings, **variables):
+        for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+        run = client.get_run(open_store(settings).begin(start()).run_id)
+        return client.get_experiment(run.info.experiment_id).name
+
+    assert experiment_of(unnamed) == "distilbench"
+    assert experiment_of(unnamed, MLFLOW_EXPERIMENT_NAME="of the shell") == "of the shell"
+    assert find_store(unnamed).describe().startswith("experiment of the shell in ")
+    assert experiment_of(unnamed, MLFLOW_EXPERIMENT_ID=number) == "tests"
+    assert find_store(unnamed).describe().startswith("experiment tests in ")
+    assert experiment_of(unnamed, MLFLOW_EXPERIMENT_NAME="of the shell", MLFLOW_EXPERIMENT_ID=number) == "of the shell"
+    assert experiment_of(named, MLFLOW_EXPERIMENT_NAME="of the shell") == "tests"
+    for missing in ("4711", "none"):
+        with pytest.raises(SettingsError, match=rf"^MLFLOW_EXPERIMENT_ID must be the id of .*, got '{missing}'"):
+            experiment_of(unnamed, MLFLOW_EXPERIMENT_ID=missing)
+        with pytest.raises(SettingsError, match=r"^MLFLOW_EXPERIMENT_ID must be one of "):
+            find_store(unnamed)
+
+
+def test_tags_of_the_environment_are_on_every_run_and_others_of_mlflows_variables_are_told(
+    uri, client, start, monkeypatch, caplog, tmp_path
+):
+    settings = TrackingSettings("mlflow", uri, "tests", 0)
+    monkeypatch.setenv("MLFLOW_TAGS", '{"team": "vision", "round": 3, "distilbench.seed": "none"}')
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    store = open_store(settings)
+    assert "MLFLOW_RUN_ID is not used: every trial has a run of its own" in caplog.text
+    parent = store.open_parent_run("mine", {"distilbench.sweep": "mine"}, tmp_path)
+    trial, sweep = (client.get_run(run_id).data.tags for run_id in (store.begin(start()).run_id, parent.run_id))
+    for tags in (trial, sweep):
+        assert (tags["team"], tags["round"]) == ("vision", "3")
+    assert trial["distilbench.seed"] == "42", "what a report reads is ours"
+    for wrong in ("team=vision", "[1]"):
+        monkeypatch.setenv("MLFLOW_TAGS", wrong)
+        with pytest.raises(SettingsError, match=r"^MLFLOW_TAGS must be a JSON object"):
+            open_store(settings)
