@@ -119,6 +119,8 @@ class _Run(TrainerCallback):
         self.resolved = resolve_model(settings.model)
         check_trial(self.resolved, settings)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
+        if hasattr(self.model, "score"):  # a decoder's head, which reads the last token before the padding
+            self.model.config.pad_token_id = self.splits.pad_token_id
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
         counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -460,6 +461,22 @@ def test_an_adapter_is_saved_for_peft_and_merged_for_plain_transformers(trial, s
     told = json.loads((directory / "adapter" / "adapter_config.json").read_text())
     assert told["base_model_name_or_path"] == settings.model.checkpoint
     assert not any("lora" in name or "ia3" in name for name in load_file(directory / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("pad", [None, 5])
+def test_a_decoder_answers_whatever_the_padding(trial, splits_of, recorder, still_model, tmp_path, pad):
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = Qwen2ForSequenceClassification(Qwen2Config(vocab_size=150, intermediate_size=64, pad_token_id=pad, **sizes))
+    shutil.copytree(still_model, tmp_path / "decoder")
+    model.save_pretrained(tmp_path / "decoder")
+    settings = trial("model=local", f"model.checkpoint={tmp_path}/decoder", "train.epochs=1")
+    splits = splits_of(settings)
+    [result] = TrainerEngine().train([settings], splits, recorder())
+    assert (result.status, result.error) == (Status.FINISHED, None)
+    saved = AutoModelForSequenceClassification.from_pretrained(Path(settings.output.dir) / "model").eval()
+    np.testing.assert_allclose(logits(saved, splits.report), result.report.logits, atol=1e-5)
 
 
 def logits(model, split: EncodedSplit) -> np.ndarray:
