@@ -12,7 +12,7 @@ if __name__ == "__main__":
     exit_immediately()  # before the imports, which take half a second
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,10 +78,15 @@ class Assignment:
             return run_in_sweep(self.job, self.sweep_job, runner)
         from distilbench.trials.batch import run_and_compare
 
-        objective = _objective(run_and_compare(self.job))
-        if isinstance(objective, TrialFailed):
-            raise objective
-        return objective
+        return self.conclude(_objective(run_and_compare(self.job)))
+
+    def conclude(self, ended: float | Exception) -> float | tuple[float, ...]:
+        """Return the objective of a trial that has ended, or raise its error; a sweep's ``trial.json`` has both."""
+        if self.sweep_job and (isinstance(ended, TrialFailed) or not isinstance(ended, Exception)):
+            return self.sweep_job.final_objectives()
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
 
 class BatchTrainer:
@@ -111,7 +116,7 @@ class BatchTrainer:
         with _report_errors():
             ended = iter(self._runner.train([own.own_job for own in assignments if not own.has_seeds], _objective))
         return [
-            partial(_train_seeds, own, self._runner) if own.has_seeds else partial(_conclude, own, next(ended))
+            partial(_run, partial(own.train, self._runner) if own.has_seeds else partial(own.conclude, next(ended)))
             for own in assignments
         ]
 
@@ -126,8 +131,7 @@ def _mark_batchable(task: TaskFunction) -> TaskFunction:
 @_mark_batchable
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; return ``train.metric`` on the selection split, or the objectives of its sweep."""
-    with _report_errors():
-        return _assignment(config).train()
+    return _run(lambda: _assignment(config).train(), config)
 
 
 @contextmanager
@@ -175,19 +179,9 @@ def _objective(trial: Trial) -> float | TrialFailed:
     return trial.result.selection.metric(trial.settings.train.metric)
 
 
-def _train_seeds(own: Assignment, runner: BatchRunner, config: DictConfig) -> float | tuple[float, ...]:
+def _run(act: Callable[[], float | tuple[float, ...]], config: DictConfig) -> float | tuple[float, ...]:
     with _report_errors():
-        return own.train(runner)
-
-
-def _conclude(own: Assignment, ended: float | Exception, config: DictConfig) -> float | tuple[float, ...]:
-    """Return the objective of a trial that was trained, or raise its error; for a sweep, ``trial.json`` has both."""
-    with _report_errors():
-        if own.sweep_job and (isinstance(ended, TrialFailed) or not isinstance(ended, Exception)):
-            return own.sweep_job.final_objectives()
-        if isinstance(ended, Exception):
-            raise ended
-        return ended
+        return act()
 
 
 def _print_resume_command() -> None:
