@@ -41,6 +41,9 @@ _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seco
 """Tags and metrics that are fields of :class:`StoredTrial` under the same name."""
 
 
+_ENDED_BY_THEMSELVES = [status.value for status in Status if status not in (Status.RUNNING, Status.INTERRUPTED)]
+
+
 @dataclass(frozen=True)
 class SweepRun:
     """The parent run of a sweep's trials; ``margin`` is in points.
@@ -72,6 +75,27 @@ def search_runs(
         found += page
         token = page.token or ""
     return found
+
+
+def trained_beside_others(runs: Sequence[Run]) -> set[str]:
+    """Return the ids of runs whose trials shared their device with a trial of another process for a time.
+
+    Interrupted runs don't count: if their process was killed, they ended only when that was found out.
+    """
+    ended = [run for run in runs if run.info.end_time and _tags_of(run, "status")[0] in _ENDED_BY_THEMSELVES]
+    last: dict[tuple[str, ...], Run] = {}
+    found: set[str] = set()
+    for run in sorted(ended, key=lambda run: run.info.start_time):
+        device = _tags_of(run, "host", "gpus")
+        other = last.get(device, run)
+        if run.info.start_time < other.info.end_time and _tags_of(run, "pid") != _tags_of(other, "pid"):
+            found |= {run.info.run_id, other.info.run_id}
+        last[device] = max(run, other, key=lambda one: one.info.end_time)
+    return found
+
+
+def _tags_of(run: Run, *names: str) -> tuple[str, ...]:
+    return tuple(run.data.tags.get(f"distilbench.{name}", "") for name in names)
 
 
 def _quoted(value: str) -> str:

@@ -27,6 +27,7 @@ from distilbench.tracking.search import (
     TREATMENT_TAG,
     SweepRun,
     search_runs,
+    trained_beside_others,
     trial_of,
 )
 from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
@@ -119,11 +120,13 @@ class MlflowStore:
         """
         kept = [run for run in self._search(tags, run_ids) if TREATMENT_TAG in run.data.tags or run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
-        return [
+        trials = [
             trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
                      url=self.run_url(run.info.run_id), started_ms=run.info.start_time or 0)
             for run in kept
         ]  # fmt: skip
+        shared = trained_beside_others(kept)
+        return [replace(one, alone=False) if one.run_id in shared else one for one in trials]
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest parent run of this sweep; None if there is none."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
 from distilbench.tracking import SWEEP_TAG, find_store, search
+from distilbench.tracking.search import trained_beside_others
 from tests.made_store import DONE, make_store, start_of
 
 
@@ -143,3 +145,33 @@ def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
     connection.close()
     with pytest.raises(SettingsError, match=r"^tracking.uri must be a store that answers, got .*; check the file"):
         find_store(TrackingSettings("mlflow", f"sqlite:///{copy}", "distilbench", 0))
+
+
+def timed(name, start, end, status=Status.FINISHED, **tags):
+    """A run of a process on a host, in ms."""
+    told = {"host": "here", "gpus": "", "pid": "1", "status": status.value, **tags}
+    data = SimpleNamespace(tags={f"distilbench.{key}": value for key, value in told.items()})
+    return SimpleNamespace(info=SimpleNamespace(run_id=name, start_time=start, end_time=end), data=data)
+
+
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        (timed("b", 50, 70, pid="2"), {"a", "b"}),
+        (timed("b", 100, 120, pid="2"), set()),
+        (timed("b", 50, 120), set()),
+        (timed("b", 50, 70, pid="2", host="there"), set()),
+        (timed("b", 50, 70, pid="2", gpus="1"), set()),
+        (timed("b", 50, 70, pid="2", status=Status.INTERRUPTED), set()),
+        (timed("b", 50, None, pid="2", status=Status.RUNNING), set()),
+        (timed("b", 50, 70, pid="2", status=Status.DIVERGED), {"a", "b"}),
+    ],
+)
+def test_trials_of_two_processes_at_one_time_on_one_device_were_not_alone(other, shared):
+    assert trained_beside_others([timed("c", 200, 300), other, timed("a", 0, 100)]) == shared
+
+
+def test_a_trial_that_outlasts_others_was_beside_each(kept):
+    runs = [timed("long", 0, 100), timed("first", 10, 20, pid="2"), timed("second", 30, 40, pid="2")]
+    assert trained_beside_others(runs) == {"long", "first", "second"}
+    assert all(trial.alone for trial in kept[0].search({SWEEP_TAG: "first"})), "one after the other"
