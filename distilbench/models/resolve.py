@@ -213,6 +213,9 @@ _TINY: dict[str, dict[str, Any]] = {
 
 
 def _require_files(directory: Path, shown: str) -> None:
+    has_adapter = (directory / "adapter_config.json").is_file()  # which transformers would add to the weights unasked
+    require(not has_adapter, "model.checkpoint", "a model without peft's adapter_config.json", shown,
+            "merge the adapter into the weights first")  # fmt: skip
     lacking = _lacking(directory)
     require(lacking is None, "model.checkpoint", f"a model with {lacking}", shown,
             "use a checkpoint whose model and tokenizer were saved with save_pretrained")  # fmt: skip

@@ -269,3 +269,11 @@ def test_a_local_model_is_known_by_all_that_decides_a_result_at_once(checkpoint)
             content.write("\n")
         prints.append(local(checkpoint).used.fingerprint)
     assert len(set(prints)) == 6
+
+
+def test_an_adapter_beside_the_weights_is_refused_and_not_added_unasked(checkpoint):
+    (checkpoint / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(
+        SettingsError, match=r"must be a model without peft's adapter_config.json, got .*; merge the ad"
+    ):
+        local(checkpoint)
