@@ -14,7 +14,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
-from optuna.distributions import distribution_to_json
+from optuna.distributions import CategoricalDistribution, distribution_to_json
 
 from distilbench.identity import METRIC, SOURCES, short_hash
 from distilbench.models.resolve import resolve_model
@@ -122,7 +122,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
 
     Raises :class:`SettingsError` for the first invalid setting.
     """
-    _check_options(options)
+    _check_options(options, arguments)
     loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
                        partial(_depth, options))  # fmt: skip
@@ -133,21 +133,19 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     own = OmegaConf.to_container(composer.base.output, resolve=False)["dir"]  # type: ignore[index, call-overload]
     require(own == "${hydra:runtime.output_dir}", "output.dir", "left to a sweep, which gives each trial its own", own,
             "set hydra.sweep.dir")  # fmt: skip
-    checked = _grid_points(space, composer) if options.is_grid else _checked_values(space, composer)
+    grid = options.is_grid
+    checked = _grid_points(space, composer) if grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
     objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)
     check_pruning(settings[0].sweep, objectives)
     require("seed" not in space.dimensions or not settings[0].sweep.seeds, "sweep.seeds",
             "null where seed varies", settings[0].sweep.seeds, "drop one of the two")  # fmt: skip
     sampler_of(options.sampler, trials=0)
-    points, beside = _with_baselines(checked, composer) if options.is_grid else _baseline(checked, space, composer)
     asked = options.n_trials or settings[0].sweep.trials
-    if options.is_grid:
-        trials = [line for line in arguments if line.startswith("sweep.trials=")]
-        require(not trials or options.sampler is not None, "sweep.trials", "left to Optuna", asked,
-                "a grid trains all of its points; add hydra/sweeper=optuna")  # fmt: skip
+    points, beside = _with_baselines(checked, composer) if grid else _baseline(checked, space, composer, asked)
+    if grid:
         points = points[: options.n_trials]  # a number with Optuna's grid sampler, else None
-    total = len(points) if options.is_grid else min(asked, space.size or asked)
+    total = len(points) if grid else min(asked, space.size or asked)
     shared, theirs = composer.shared_choices()
     return SweepPlan(
         settings=settings[0],
@@ -156,7 +154,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         beside=beside,
         total=total,
         asked=asked,
-        is_grid=options.is_grid,
+        is_grid=grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
         name=options.study_name,
@@ -171,7 +169,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     )
 
 
-def _check_options(options: SweeperOptions) -> None:
+def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     """Raise :class:`SettingsError` for invalid values in ``hydra.sweeper``, ``hydra.sweep`` and ``hydra.launcher``.
 
     A ``study_name`` names the sweep, its directory included.
@@ -187,9 +185,12 @@ def _check_options(options: SweeperOptions) -> None:
     subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
     require(subdir == "${hydra.job.num}", "hydra.sweep.subdir", "left to a sweep, which finds trials by number", subdir,
             "set hydra.sweep.dir, or take Hydra's own grid: hydra/sweeper=basic")  # fmt: skip
-    named = [line for line in hydra.overrides.task if line.startswith("sweep.name=")]
-    require(name == options.config.sweep.name or not named, "hydra.sweeper.study_name", "left to sweep.name", name,
-            "drop one of the two")  # fmt: skip
+    typed = dict(line.partition("=")[::2] for line in arguments)
+    is_total = "," in typed.get("sweep.trials", ",") or not options.is_grid or options.sampler is not None
+    require(is_total, "sweep.trials", "left to Optuna", typed.get("sweep.trials"),
+            "a grid trains all of its points; add hydra/sweeper=optuna")  # fmt: skip
+    require(name == options.config.sweep.name or "sweep.name" not in typed, "hydra.sweeper.study_name",
+            "left to sweep.name", name, "drop one of the two")  # fmt: skip
     key = "sweep.name" if name == options.config.sweep.name else "hydra.sweeper.study_name"
     require(SWEEP_NAME.is_valid(str(name)), key, SWEEP_NAME.allowed, name)
     options.config.sweep.name = str(name)
@@ -262,19 +263,30 @@ def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[P
     return ordered, [baseline for key, baseline in baselines.items() if key not in keys]
 
 
-def _baseline(checked: Sequence[Point], space: Space, composer: Composer) -> tuple[list[Point], list[Point]]:
+def _baseline(
+    checked: Sequence[Point], space: Space, composer: Composer, asked: int
+) -> tuple[list[Point], list[Point]]:
     """Return the baseline as the first trial if it lies in the space, otherwise as a trial beside it.
 
-    If the space varies model, text or metric, each of their values gets a baseline of its own, beside the space: trials
-    of different protocols are never compared. If the settings outside of the space are invalid by themselves, a
-    ``checked`` point completes the baseline.
+    If the space varies model, text or metric, each combination of their values gets a baseline of its own, beside the
+    space: trials of different protocols are never compared. Raises :class:`SettingsError` for more of them than the
+    number of trials ``asked`` for. If the settings outside of the space are invalid by themselves, a ``checked`` point
+    completes the baseline.
     """
     if not composer.settings(checked[0]).sweep.baseline:
         return [], []
-    varied = [key for key in space.dimensions if key in ("model", "data", *SOURCES, *METRIC)]
-    sources = [({key: point.params[key] for key in varied}, point) for point in (checked if varied else checked[:1])]
-    bases = [Point(params) if _is_valid(Point(params), composer) else point for params, point in sources]
-    found = {composer.result_key(baseline): baseline for baseline in map(composer.baseline_of, bases)}
+    varied = {key: kind for key, kind in space.dimensions.items() if key in ("model", "data", *SOURCES, *METRIC)}
+    ranges = {key: kind for key, kind in varied.items() if not isinstance(kind, CategoricalDistribution)}
+    require((Space(ranges, ()).size or asked + 1) <= asked, ", ".join(ranges),
+            f"{asked} values or fewer, since each needs a baseline of its own",
+            " and ".join(map(describe, ranges.values())),
+            "list some, as in choice(1,2), raise sweep.trials, or go without: sweep.baseline=false")  # fmt: skip
+    found = {}
+    for protocol in Space(varied, ()).points():
+        bases = (Point({**point.params, **protocol.params}) for point in (Point({}), *checked))
+        if base := next((point for point in bases if _is_valid(point, composer)), None):
+            baseline = composer.baseline_of(base)
+            found[composer.result_key(baseline)] = baseline
     if varied:
         return [], list(found.values())
     beside = next(iter(found.values()))

@@ -38,7 +38,10 @@ def planned(*typed: str):
             ["seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}"],
             "hydra.sweep.subdir must be left",
         ),
-        (["seed=1,2", "sweep.trials=3"], "sweep.trials must be left to Optuna, got 3; a grid trains all of its points"),
+        (
+            ["seed=1,2", "sweep.trials=3"],
+            "sweep.trials must be left to Optuna, got '3'; a grid trains all of its points",
+        ),
         ([*OPTUNA, "hydra.sweeper.n_trials=two"], "hydra.sweeper.n_trials must be 1 or more, got 'two'"),
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=x"], "hydra.sweeper.max_failure_rate must be a share"),
         ([*OPTUNA, "hydra.sweeper.sampler=random"], "got 'random'; choose one by hydra/sweeper/sampler=random"),
@@ -59,3 +62,33 @@ def test_what_a_sweep_would_ignore_or_stumble_over_is_refused_in_a_line(typed, l
 def test_optunas_name_of_a_study_names_the_sweep_and_its_directory():
     plan = planned(*OPTUNA, "hydra.sweeper.study_name=mine")
     assert (plan.name, plan.directory.name) == ("mine", "mine")
+
+
+def protocols_of(*typed: str) -> list[tuple[str, ...]]:
+    """The values of a sweep's dimensions that its baselines have."""
+    plan = planned("hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-3)", *typed)
+    return [tuple(line for line in point.extra if line.startswith(("data.", "model."))) for point in plan.beside]
+
+
+def test_each_value_and_each_combination_of_what_makes_a_protocol_has_a_baseline():
+    assert protocols_of("data.split_seed=range(0,3)") == [(f"data.split_seed={seed}",) for seed in (0, 1, 2)]
+    both = protocols_of("model.layers=1,2", "data.split_seed=int(interval(4,5))")
+    assert both == [(f"model.layers={m}", f"data.split_seed={d}") for m in (1, 2) for d in (4, 5)]
+    assert len(protocols_of("data.max_train_examples=range(10,100)")) == 1  # treatment, compared with all of the text
+
+
+@pytest.mark.parametrize(
+    ("typed", "got"),
+    [
+        ("data.split_seed=range(0,100)", "whole numbers from 0 to 99"),
+        ("data.report_fraction=interval(0.1,0.3)", "0.1 to 0.3"),
+    ],
+)
+def test_more_protocols_than_trials_are_refused_with_baselines_but_not_without(typed, got):
+    with pytest.raises(SettingsError) as refused:
+        protocols_of(typed)
+    assert str(refused.value) == (
+        f"{typed.partition('=')[0]} must be 20 values or fewer, since each needs a baseline of its own, got {got!r}; "
+        "list some, as in choice(1,2), raise sweep.trials, or go without: sweep.baseline=false"
+    )
+    assert protocols_of(typed, "sweep.baseline=false") == []
