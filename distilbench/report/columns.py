@@ -97,8 +97,8 @@ def _seeds(row: Row) -> str:
 
 
 def _short(saved: float) -> str:
-    """Return the change in cost against the baseline in a few characters: ``-35 %``."""
-    return f"{-saved:+.0f} %" if round(saved) else "0 %"
+    """Return the change in cost against the baseline in a few characters: ``-35 %``, at most ``-99 %``."""
+    return f"{-min(saved, 99):+.0f} %" if round(saved) else "0 %"
 
 
 _ALL = (

@@ -50,24 +50,31 @@ def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
         row for row in shown if [len(one.labels) for one in row.predictions.values()] == row.num_seeds * [len(slices)]
     ]
     base = next((row for row in whole if row.is_baseline), None)
-    found = [_on_slice(row, name, slices == name, base, margin) for name, _ in names[:MOST_SLICES] for row in whole]
+    num_tests = len(names) * sum(not row.is_baseline for row in rows)
+    found = [
+        _on_slice(row, name, slices == name, base, margin, num_tests)
+        for name, _ in names[:MOST_SLICES]
+        for row in whole
+    ]
     differences = [row.difference for row in found if row.difference]
-    num_hidden = len(names) * sum(not row.is_baseline for row in rows) - len(differences)
-    p_holm = iter(holm([one.p for one in differences] + [1.0] * num_hidden))
+    hidden = [1.0] * (num_tests - len(differences))
+    p_holm, p_loss_holm = (iter(holm([getattr(one, p) for one in differences] + hidden)) for p in ("p", "p_loss"))
     return tuple(
-        replace(row, difference=replace(row.difference, p_holm=next(p_holm))) if row.difference else row
+        replace(row, difference=replace(row.difference, p_holm=next(p_holm), p_loss_holm=next(p_loss_holm)))
+        if row.difference
+        else row
         for row in found
     )
 
 
-def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: float) -> Row:
+def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: float, num_tests: int) -> Row:
     """Return a row with the figures of the examples in ``where``, (examples,) bool."""
     ours, theirs = (
         {seed: one.correct[where] for seed, one in side.predictions.items()} if side else {} for side in (row, base)
     )
     accuracy, deviation = average([float(correct.mean()) for correct in ours.values()])
     is_tested = base and row.difference and where.sum() > 1
-    difference = difference_of(spread_over_seeds(ours, theirs), margin) if is_tested else None
+    difference = difference_of(spread_over_seeds(ours, theirs), margin, num_tests) if is_tested else None
     return replace(
         row, slice=name or NAMELESS, accuracy=accuracy, accuracy_deviation=deviation, examples=int(where.sum()),
         difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,

@@ -60,7 +60,9 @@ def test_p_values_are_corrected_for_every_slice_of_every_setting_that_was_tried(
     rows = report_with([*trials, *others]).slices
     found = [row.difference for row in rows if row.difference]
     assert len({row.label for row in rows}) == 6
-    assert [one.p_holm for one in found] == holm([one.p for one in found] + [1.0] * (3 * 9 - len(found)))[: len(found)]
+    hidden = [1.0] * (3 * 9 - len(found))
+    assert [one.p_holm for one in found] == holm([one.p for one in found] + hidden)[: len(found)]
+    assert [one.p_loss_holm for one in found] == holm([one.p_loss for one in found] + hidden)[: len(found)]
 
 
 def test_several_seeds_are_compared_on_each_slice():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from distilbench.report.columns import CSV, NARROW
 from distilbench.report.formats import markdown
 from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
 from distilbench.results import Status
@@ -213,3 +214,11 @@ def test_a_setting_with_a_failed_seed_says_so_beside_its_seeds():
     lost = replace(failed(Status.OUT_OF_MEMORY, 1, FROZEN), seed=2)
     text = markdown_report(report_of([trial(0.9), trial(0.89, 1, 1, FROZEN), lost]))
     assert "| 1 (1\N{NO-BREAK SPACE}out\\_of\\_memory) |" in text.replace("1 (1 ", "1 (1\N{NO-BREAK SPACE}")
+
+
+def test_a_saving_is_the_same_in_every_table():
+    trials = [trial(0.9, train_flops=1e15), trial(0.9, 1, 1, treatment(freeze_layers=3), train_flops=1e12)]
+    report = report_of(trials, margin=5.0)
+    row, base = report.candidates[0], report.baseline
+    (narrow,) = [column for column in NARROW if column.key == "flops_gain_percent"]
+    assert (CSV["train_flops"].text(row), narrow.text(row), narrow.text(base)) == ("1 T (99 % fewer)", "-99 %", "")
