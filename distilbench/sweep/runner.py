@@ -389,6 +389,11 @@ class SweepRunner:
         elif self._ended is None and self._studies[-1].has_more():
             self._say("the sampler finds no further point that was not evaluated: hydra/sweeper/sampler=random may")
         self._say(f"{plan.name}: {leaderboard.line()}; {plan.directory}")
+        retriable = leaderboard.counts[Status.FAILED] + leaderboard.counts[Status.OUT_OF_MEMORY]
+        if retriable and not plan.settings.sweep.retry_failed:
+            self._say(
+                f"{pluralize(retriable, 'failed trial')}: sweep.retry_failed=true added to the command tries again"
+            )
         if not leaderboard.best and self._ended is None:
             self._end("no trial of the sweep finished", failed=True)
         elif plan.needs_all and leaderboard.failed:

@@ -398,6 +398,7 @@ def test_a_killed_worker_of_joblib_costs_its_trials_a_try_and_only_what_kills_it
     assert {t.user_attrs["error"] for t in trials if t.user_attrs["status"] == "INTERRUPTED"} == {error}
     assert "2 running" in ended.stdout
     assert "3 of 3 trials, 1 failed" in ended.stdout
+    assert "1 failed trial: sweep.retry_failed=true added to the command tries again" in ended.stdout
 
 
 def screen(workspace, command, columns):
