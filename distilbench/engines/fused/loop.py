@@ -17,7 +17,8 @@ from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import release_memory
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import BucketedBatches
-from distilbench.engines.fused.cuda.graph_step import GraphSteps, runner_for
+from distilbench.engines.fused.cuda.graph_step import GraphSteps, Objective, runner_for
+from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.member import Member
@@ -289,10 +290,11 @@ class TrialGroup:
             device, [stack] = self.context.device, self.stacks
             bucketed_batches = BucketedBatches(self.context.splits.train, self.schedule, stack.orders, device)
             lrs = np.stack([member.lrs for member in self.members], axis=1)
+            optimizer = CapturableOptimizer(stack.optimizer, lrs)
+            objective = Objective(self.context.loss, stack.prefix, self.deterministic_layers)
             self.graph_steps = GraphSteps(
-                stack.weights, stack.optimizer, stack.prefix, bucketed_batches, lrs, self.losses, self.norms,
-                self.context.loss, self.deterministic_layers, runner_for(device),
-            )  # fmt: skip
+                optimizer, objective, bucketed_batches, self.losses, self.norms, runner_for(device)
+            )
         seconds = self.graph_steps.take(self.step, self.context.trained_until(self.step))
         self.stopwatch.exclude(seconds)
         for member in self.members:

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, Bucket, BucketedBatches, batch_of
@@ -24,9 +23,7 @@ from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.cuda.side_stream import release_held_tensors
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
-from distilbench.engines.fused.optimizer import StackedOptimizer
 from distilbench.engines.fused.packing import Batch
-from distilbench.engines.fused.params import StackedWeights
 from distilbench.engines.fused.prefix import Prefix
 from distilbench.engines.optimization import Loss
 
@@ -45,6 +42,18 @@ class Buffers:
     shape: Batch
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: ``loss``, of what ``prefix`` (None if embeddings train) and the trained part compute.
+
+    See :class:`Forward` for ``deterministic_layers``.
+    """
+
+    loss: Loss
+    prefix: Prefix | None
+    deterministic_layers: int
+
+
 class GraphSteps:
     """The training steps of a stack of trials; rebuilt whenever the stack changes.
 
@@ -52,15 +61,12 @@ class GraphSteps:
     """
 
     def __init__(
-        self, weights: StackedWeights, optimizer: StackedOptimizer, prefix: Prefix | None,
-        bucketed_batches: BucketedBatches, lrs: np.ndarray, losses: torch.Tensor, norms: torch.Tensor,
-        loss: Loss, deterministic_layers: int, runner: GraphRunner | None,
+        self, optimizer: CapturableOptimizer, objective: Objective, bucketed_batches: BucketedBatches,
+        losses: torch.Tensor, norms: torch.Tensor, runner: GraphRunner | None,
     ) -> None:  # fmt: skip
-        """``lrs`` (steps, trials) cover the whole training; see :class:`Forward` for ``deterministic_layers``."""
-        self.weights, self.prefix, self.bucketed_batches = weights, prefix, bucketed_batches
-        self.losses, self.norms, self._loss = losses, norms, loss
-        self._deterministic_layers, self._runner = deterministic_layers, runner
-        self._optimizer = CapturableOptimizer(optimizer, lrs)
+        self.weights, self.prefix, self.bucketed_batches = optimizer.weights, objective.prefix, bucketed_batches
+        self.losses, self.norms = losses, norms
+        self._optimizer, self._objective, self._runner = optimizer, objective, runner
         self._step_scalars = torch.zeros_like(self._optimizer.table[0])
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
@@ -115,9 +121,9 @@ class GraphSteps:
         """Compute the gradient in place, and return the mean loss of each trial, ``(trials,)``."""
         buffers = self._buffers[bucket]
         batch, keys = batch_of(buffers.inputs, bucket)
-        forward = Forward(self.weights, batch, CounterDropout(keys), self._deterministic_layers)
+        forward = Forward(self.weights, batch, CounterDropout(keys), self._objective.deterministic_layers)
         start = 0 if self.prefix is None else self.prefix.depth
-        losses = forward.losses(self._loss, buffers.hidden, start)
+        losses = forward.losses(self._objective.loss, buffers.hidden, start)
         mean = losses.sum(1) / (batch.labels != IGNORE_INDEX).sum(1).clamp(min=1)
         forward.backward(mean.sum())
         return mean.detach()

@@ -22,7 +22,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from distilbench.bench.roofline import Machine
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import Bucket
-from distilbench.engines.fused.cuda.graph_step import GraphSteps
+from distilbench.engines.fused.cuda.graph_step import GraphSteps, Objective
+from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
 from distilbench.engines.optimization import Loss
@@ -157,10 +158,9 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     moments = [torch.empty_like(flat_params) for _ in range(num_moments(optim))]
     prefix = SimpleNamespace(depth=layers, empty=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
     losses = torch.empty(trials, device=META)
-    step = GraphSteps(
-        weights, StackedOptimizer(weights, moments, optim), prefix if layers else None, SimpleNamespace(seeds=(1,)),
-        np.ones((1, trials)), losses, losses.clone(), Loss(0.0, None), 0, None,
-    )  # fmt: skip
+    optimizer = CapturableOptimizer(StackedOptimizer(weights, moments, optim), np.ones((1, trials)))
+    objective = Objective(Loss(0.0, None), prefix if layers else None, 0)
+    step = GraphSteps(optimizer, objective, SimpleNamespace(seeds=(1,)), losses, losses.clone(), None)
     step._buffers_of(BUCKET)
     with counted() as launches:
         step._step(BUCKET)
