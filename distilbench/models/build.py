@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 from transformers import (
@@ -74,13 +72,14 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     is_usable = isinstance(found, PreTrainedTokenizerFast) and found.pad_token_id is not None
     require(is_usable, "model.checkpoint", "a model with a fast tokenizer (tokenizer.json) and a padding token", name)
     tokenizer: PreTrainedTokenizerFast = found
-    require(rows is None or len(tokenizer) <= rows, "model.checkpoint",
-            f"a model with embeddings for its tokenizer's {len(tokenizer)} tokens", f"{name} with {rows}")  # fmt: skip
+    count = len(
+        tokenizer
+    )  # of an empty vocabulary, which is made if its file is missing: special tokens, up to two more
+    require(count > len(tokenizer.all_special_tokens) + 2, "model.checkpoint", "a model with a vocabulary that its "
+            "tokenizer reads", f"{name} with {count} tokens", "save the tokenizer with save_pretrained")  # fmt: skip
+    require(rows is None or count <= rows, "model.checkpoint",
+            f"a model with embeddings for its tokenizer's {count} tokens", f"{name} with {rows}")  # fmt: skip
     return tokenizer
-
-
-_DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
-            StrictDataclassError)  # fmt: skip
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def _reading(resolved: ResolvedModel) -> Iterator[None]:
     """Turn errors caused by a damaged checkpoint into :class:`SettingsError`."""
     try:
         yield
-    except _DAMAGED as error:
+    except Exception as error:  # tokenizers raises no other class
         raise SettingsError(
             f"model.checkpoint must be a readable checkpoint, got {resolved.used.name!r}: {first_line(error)}; "
             "save or download it again"

@@ -224,9 +224,9 @@ def _require_files(directory: Path, shown: str) -> None:
 def _lacking(directory: Path) -> str | None:
     """Return what a checkpoint lacks to be loaded without code or pickles; None if it is complete.
 
-    The vocabulary is checked because AutoTokenizer would silently create an empty one.
+    A vocabulary is required because AutoTokenizer would silently create an empty one.
     """
-    vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    vocabularies = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
     needed = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS,), "its tokenizer": vocabularies}
     return next((what for what, files in needed.items() if not any((directory / f).is_file() for f in files)), None)
 

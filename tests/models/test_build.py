@@ -231,6 +231,14 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(checkpoint, damage, message
             "must be a readable checkpoint, got .*property name",
         ),
         (
+            lambda d: (d / "tokenizer.json").rename(d / "vocab.json"),
+            "a vocabulary that its tokenizer reads, got .* with 5 t",
+        ),
+        (
+            lambda d: (d / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "no"}}'),
+            "must be a readable checkpoint, got",
+        ),
+        (
             lambda d: edit_json(d / "config.json", vocab_size=9),
             "embeddings for its tokenizer's 141 tokens, got .* with 9",
         ),
