@@ -117,12 +117,13 @@ def _job(overrides: Sequence[str]) -> Job:
 
     from omegaconf import open_dict
 
-    from distilbench.composition import check
+    from distilbench.composition import check, refuse_settings_of_sweeps
     from distilbench.settings import root
     from distilbench.train import job_of
 
     directory = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
     config = _composed("config", [f"output.dir={directory}", *overrides])
+    refuse_settings_of_sweeps(config)
     choices = config.hydra.runtime.choices
     with open_dict(config):
         del config["hydra"]

@@ -21,7 +21,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distilbench.settings import AppSettings, SettingsError, setting_names
+from distilbench.settings import AppSettings, SettingsError, require, setting_names
 from distilbench.version import __version__
 
 # Read when torch is loaded. By default a waiting thread keeps its core busy for 300,000 turns; if other processes want
@@ -159,7 +159,11 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
             raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
-    _, unknown = get_args_parser().parse_known_args([one for one in arguments if one != "--version"])
+    flags, unknown = get_args_parser().parse_known_args([one for one in arguments if one != "--version"])
+    if again := flags.experimental_rerun:
+        is_trial = Path(again, ".hydra", "hydra.yaml").is_file() and not Path(again, "job.json").exists()
+        require(is_trial, "--experimental-rerun", "the directory of a trial of no sweep", again,
+                "a sweep's own command, typed again, trains what it lacks")  # fmt: skip
     if flag := next((one for one in unknown if one.startswith("-")), None):
         raise SettingsError(f"{flag} must be a flag of Hydra's; a setting is key=value, without dashes")
 
@@ -295,6 +299,12 @@ _REWORDINGS = {
     "'str' object has no attribute 'get'": "{deleted} must be given beside settings of it, got ~{deleted}; drop that",
     r"In '(.+?)': ConfigKeyError.*?Key '(.+?)' not in": "{1} must be a setting that there is, got it in {0}.yaml",
     r"^Key '(\S+)' (?:not in|is not in struct)": "{0} must be given, got nothing; add {0}=...",
+    r"Error merging override (\S+?)=(.*?)\n.*(?:Cannot convert 'list'|of type 'list' is incompatible)": (
+        "{0} must be one value, got {1!r}"
+    ),
+    r"Target '(\S+)' is not in the Hydra execution whitelist": (
+        "_target_ must be what the command itself uses, got {0!r}; code is not run because a setting names it"
+    ),
     r"override ~(\S+)\s.*does not support deletion": "{0} must be given, got nothing; change its value instead",
 }
 """Patterns of Hydra's and OmegaConf's most common messages, and our wording.

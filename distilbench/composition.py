@@ -145,6 +145,12 @@ OF_SWEEPS = ("sweep.", "search", "hydra/sweeper", "hydra.sweeper.", "hydra/launc
 """Beginnings of keys that a single trial would ignore."""
 
 
+def refuse_settings_of_sweeps(config: DictConfig) -> None:
+    """Raise :class:`SettingsError` for an override that a single trial would ignore."""
+    for key, value in _typed(config):
+        require(not key.startswith(OF_SWEEPS), key, "left to a sweep", value, "add --multirun (in Python: run_sweep)")
+
+
 class CheckFirst(Callback):
     """Checks every job before the first one starts, so that an invalid setting fails within two seconds.
 
@@ -155,8 +161,7 @@ class CheckFirst(Callback):
         """Check the job of a single run."""
         HydraConfig.instance().set_config(config)  # for ${hydra:runtime.cwd} and the like; the job sets its own
         with errors_in_one_line():
-            for key, value in _typed(config):
-                require(not key.startswith(OF_SWEEPS), key, "left to a sweep", value, "add --multirun")
+            refuse_settings_of_sweeps(config)
             check(config, ask_hub=False)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

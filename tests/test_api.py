@@ -102,3 +102,8 @@ def test_a_sweep_that_fails_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("distilbench.sweep.runner.run_sweep", fail)
     with pytest.raises(CommandFailed, match="3 trials failed"):
         distilbench.run_sweep(*TINY, f"hydra.sweep.dir={tmp_path}")
+
+
+def test_settings_of_sweeps_are_refused_for_a_trial():
+    with pytest.raises(SettingsError, match=r"^sweep.seeds must be left to a sweep, got '\[1,2\]'; add --multirun"):
+        distilbench.compose(*TINY, "sweep.seeds=[1,2]")

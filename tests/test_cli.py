@@ -65,6 +65,7 @@ def mistake(*overrides: str) -> str:
         ("~data data.source=hub", "data must be given beside settings of it, got ~data; drop that"),
         ("~optim +optim.own=1", "optim must be given beside settings of it, got ~optim; drop that"),
         ("freeze=3", "freeze must name a choice of the group, got 3; --help lists them"),
+        ("tracking.experiment=[a,b]", "tracking.experiment must be one value, got '[a,b]'"),
         ("+freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
         ("++freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
         ("hydra.job.env_set.OWN=1", "hydra.job.env_set.OWN must be a key that there is; --cfg hydra lists them, some "
@@ -79,6 +80,8 @@ def test_what_hydra_says_in_several_lines_becomes_one(monkeypatch, typed, line):
 def test_a_setting_typed_as_a_flag_is_answered_in_a_line():
     with pytest.raises(SettingsError, match=r"^--seed must be a flag of Hydra's; a setting is key=value"):
         _check_arguments(["freeze.layers=0", "--seed", "3"])
+    with pytest.raises(SettingsError, match=r"^--experimental-rerun must be the directory of a trial of no "):
+        _check_arguments(["--experimental-rerun", "nowhere"])
     _check_arguments(["freeze.layers=0", "-m", "seed=1,2", "--config-dir", "mine", "--cfg", "job", "-p", "optim"])
 
 

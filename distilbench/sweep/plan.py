@@ -181,6 +181,8 @@ def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     rate = options.max_failure_rate
     is_share = rate is None or (isinstance(rate, int | float) and 0 <= rate <= 1)
     require(is_share, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
+    is_text = options.storage is None or isinstance(options.storage, str)
+    require(is_text, "hydra.sweeper.storage", "the URL of a database", options.storage)
     hydra, name = options.config.hydra, options.study_name
     subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
     require(subdir == "${hydra.job.num}", "hydra.sweep.subdir", "left to a sweep, which finds trials by number", subdir,

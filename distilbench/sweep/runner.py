@@ -30,7 +30,7 @@ from distilbench.sweep.job import Orphaned, SweepJob, send_heartbeats
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, print_plan, reporting, say, write_report
 from distilbench.sweep.resume import is_begun, open_studies
-from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, is_disk_full, storage_at
+from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, check_url, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
 from distilbench.tracking import MARGIN_TAG, SWEEP_TAG, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
@@ -58,6 +58,9 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     Raises :class:`SettingsError` for an invalid setting, before anything is written.
     """
     plan = make_plan(options, arguments)
+    written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
+    if options.storage is not None:
+        check_url(options.storage, written["storage"])
     if plan.settings.sweep.dry_run:
         print_plan(plan)
         return None
@@ -65,7 +68,6 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
         for data in plan.data:
             load_text(data)  # raises now what the first trial would raise after files were written
     raise_on_signal()
-    written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
     storage = storage_at(options.storage, written["storage"], plan.directory)
     executor = executor_for(options.launcher, options.config.hydra.launcher, options.n_jobs)
     return run_plan(plan, storage, executor)

@@ -123,7 +123,7 @@ def storage_at(url: str | None, written: str | None, directory: Path) -> Storage
     if url is None:
         default = sqlite_url(directory / "study.db")
         return Storage(default, default)
-    _check_url(url, written or url)
+    check_url(url, written or url)
     storage = Storage(with_absolute_file(url), with_absolute_file(written or url))  # a job may run in another directory
     with _answering(storage):
         if not storage.file:
@@ -163,7 +163,8 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _check_url(url: str, written: str) -> None:
+def check_url(url: str, written: str) -> None:
+    """Raise :class:`SettingsError` for another URL than a database's, or one with a password, as ``written``."""
     if _PASSWORDS.search(re.sub(r"\$\{[^{}]*\}", "", written)):
         raise SettingsError(
             "hydra.sweeper.storage must not hold a password, since Hydra writes settings to disk; put it into "

@@ -44,6 +44,7 @@ def planned(*typed: str):
         ),
         ([*OPTUNA, "hydra.sweeper.n_trials=two"], "hydra.sweeper.n_trials must be 1 or more, got 'two'"),
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=x"], "hydra.sweeper.max_failure_rate must be a share"),
+        ([*OPTUNA, "hydra.sweeper.storage=5"], "hydra.sweeper.storage must be the URL of a database, got 5"),
         ([*OPTUNA, "hydra.sweeper.sampler=random"], "got 'random'; choose one by hydra/sweeper/sampler=random"),
         ([*OPTUNA, "hydra.sweeper.study_name=a/b"], "hydra.sweeper.study_name must be letters"),
         (
