@@ -213,13 +213,18 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
     cells = []
     for column in columns:
         title, *texts = _texts(column, rows, is_folded)
-        cells.append(texts)
         kept = max(min(room, max(map(len, texts))), 8) if is_folded and column.key == "setting" else None
+        cells.append([_break_at_equals(text, kept) for text in texts] if kept else texts)
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
     for row, shown in zip(rows, zip(*cells, strict=True), strict=True):
         table.add_row(*map(Text, shown), style="bold" if row.is_baseline else _STYLES.get(row.final_verdict, ""))
     return table
+
+
+def _break_at_equals(text: str, width: int) -> str:
+    """Return text whose ``key=value`` parts, where longer than a line, break after the ``=``, not within the value."""
+    return " ".join(part if len(part) <= width else part.replace("=", "= ", 1) for part in text.split(" "))
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

@@ -216,6 +216,15 @@ def test_a_setting_with_a_failed_seed_says_so_beside_its_seeds():
     assert "| 1 (1\N{NO-BREAK SPACE}out\\_of\\_memory) |" in text.replace("1 (1 ", "1 (1\N{NO-BREAK SPACE}")
 
 
+def test_a_narrow_terminal_breaks_no_number():
+    rates = [treatment(optim_lr=0.00428, optim_weight_decay=decay, scheduler_warmup=0.06) for decay in (0.0655, 0.0112)]
+    trials = [trial(0.9, number="0"), *(trial(0.85, 1, n, one, number=str(n)) for n, one in enumerate(rates, 1))]
+    shown = io.StringIO()
+    print_report(Console(file=shown, width=62), report_of(trials))
+    lines = [line.strip() for line in shown.getvalue().split("\n")]
+    assert {"weight_decay=", "0.0655", "0.0112"} <= {word for line in lines for word in line.split()}
+
+
 def test_a_saving_is_the_same_in_every_table():
     trials = [trial(0.9, train_flops=1e15), trial(0.9, 1, 1, treatment(freeze_layers=3), train_flops=1e12)]
     report = report_of(trials, margin=5.0)
