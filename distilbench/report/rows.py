@@ -84,8 +84,9 @@ def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -
         note = "measured on different devices, engines, precisions or library versions"
         return Saving(flops=saved["flops"], time_note=note)
     unknown = any(math.isnan(seconds_of(trial)) for trial in everyone)
-    shared = "trained beside other trials" if any(not trial.alone for trial in everyone) else "none recorded"
-    return Saving(**saved, time_note=shared if unknown else "")
+    is_shared = any(not trial.alone for trial in everyone)
+    note = "trained beside other trials, or partly elsewhere" if is_shared else "none recorded"
+    return Saving(**saved, time_note=note if unknown else "")
 
 
 def _saved(ours: float, base: float) -> float | None:

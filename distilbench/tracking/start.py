@@ -243,9 +243,12 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
     if run_id is None:
         return client.create_run(experiment_id, tags=dict(content.tags), run_name=content.name)
     # another trial continues it
-    is_renumbered = client.get_run(run_id).data.tags.get(TRIAL_TAG) != content.tags.get(TRIAL_TAG)
+    before, times = client.get_run(run_id).data.tags, ("distilbench.measured_on", "distilbench.alone")
+    is_renumbered = before.get(TRIAL_TAG) != content.tags.get(TRIAL_TAG)
     client.update_run(run_id, status="RUNNING", name=content.name if is_renumbered else None)
     tags = {**content.tags, "distilbench.resumed": "true", "distilbench.error": ""}
+    if "distilbench.alone" in tags and any(before.get(name) != tags[name] for name in times):
+        tags["distilbench.alone"] = "false"  # part of its time was measured elsewhere, or beside others
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
     return client.get_run(run_id)
 

@@ -300,6 +300,17 @@ def test_an_interrupted_run_is_continued_under_its_id(store, client, start):
     assert [point.step for point in client.get_metric_history(run.run_id, "train/loss")] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("changes", "alone"),
+    [({}, "true"), ({"measured_on": "another cpu"}, "false"), ({"alone": False}, "false")],
+)
+def test_a_run_that_began_elsewhere_or_beside_others_was_not_alone(store, client, start, changes, alone):
+    run = store.begin(replace(start(), **changes))
+    assert client.get_run(run.run_id).data.tags["distilbench.alone"] == str(changes.get("alone", True)).lower()
+    store.begin(start("train.resume=true", run_id=run.run_id))
+    assert client.get_run(run.run_id).data.tags["distilbench.alone"] == alone
+
+
 def test_a_run_that_was_deleted_meanwhile_is_replaced_and_a_line_says_so(store, client, start, caplog):
     deleted = store.begin(start()).run_id
     client.delete_run(deleted)
