@@ -172,6 +172,9 @@ class CheckFirst(Callback):
                 require(key != "hydra.run.dir", key, "left to a single trial", value, "set hydra.sweep.dir")
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             with errors_in_one_line():
+                for key, value in _typed(config):
+                    require(not key.startswith("sweep.") or key == "sweep.name", key, "left to another sweeper", value,
+                            "drop hydra/sweeper=basic")  # fmt: skip
                 loader = GlobalHydra.instance().config_loader()
                 params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
                 parser = OverridesParser.create(config_loader=loader)

@@ -204,6 +204,15 @@ def test_what_hydra_would_ignore_in_its_mode_is_refused(composing, capsys, start
     assert f"distilbench: {line}" in capsys.readouterr().err
 
 
+def test_hydras_own_grid_refuses_settings_of_the_other_sweepers(composing, capsys):
+    typed = ["tracking=none", "hydra/sweeper=basic", "sweep.dry_run=true", "seed=1"]
+    with pytest.raises(SystemExit):
+        CheckFirst().on_multirun_start(compose("config", typed, return_hydra_config=True))
+    HydraConfig.instance().cfg = None
+    line = "sweep.dry_run must be left to another sweeper, got 'true'; drop hydra/sweeper=basic"
+    assert line in capsys.readouterr().err
+
+
 def test_hydras_own_values_are_known_before_the_job(composing, tmp_path):
     (tmp_path / "p.csv").write_text("text,label\n")
     given = ["model=tiny", "tracking=none", "data=files", "data.validation_fraction=0.3",

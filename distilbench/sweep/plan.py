@@ -41,7 +41,7 @@ class SweeperOptions:
     launcher: Launcher
     params: DictConfig | None
     storage: str | None
-    study_name: str
+    study_name: str | None
     is_grid: bool
     n_jobs: int | None
     """Trials to launch at once; None for the launcher's default."""
@@ -157,7 +157,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         is_grid=grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
-        name=options.study_name,
+        name=options.config.sweep.name,
         directory=Path(options.config.hydra.sweep.dir).absolute(),
         fixed=fixed_of(settings, space),
         data=list({short_hash(one.data): one.data for one in settings}.values()),
@@ -183,7 +183,7 @@ def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     require(is_share, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
     is_text = options.storage is None or isinstance(options.storage, str)
     require(is_text, "hydra.sweeper.storage", "the URL of a database", options.storage)
-    hydra, name = options.config.hydra, options.study_name
+    hydra, name = options.config.hydra, options.study_name or options.config.sweep.name
     subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
     require(subdir == "${hydra.job.num}", "hydra.sweep.subdir", "left to a sweep, which finds trials by number", subdir,
             "set hydra.sweep.dir, or take Hydra's own grid: hydra/sweeper=basic")  # fmt: skip
@@ -196,7 +196,10 @@ def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     key = "sweep.name" if name == options.config.sweep.name else "hydra.sweeper.study_name"
     require(SWEEP_NAME.is_valid(str(name)), key, SWEEP_NAME.allowed, name)
     options.config.sweep.name = str(name)
-    workers = options.config.hydra.launcher.get("n_jobs")
+    given = options.params is None or isinstance(options.params, DictConfig)
+    require(given, "hydra.sweeper.params", "null or a space by key", options.params)
+    workers, at_once = (options.config.hydra.launcher.get(name) for name in ("n_jobs", "max_trials"))
+    require(at_once is None or at_once >= 1, "hydra.launcher.max_trials", "1 or more", at_once)
     require(workers != 0, "hydra.launcher.n_jobs", "a number of workers, or -1 for all processors", workers)
 
 

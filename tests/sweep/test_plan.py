@@ -44,6 +44,8 @@ def planned(*typed: str):
         ),
         ([*OPTUNA, "hydra.sweeper.n_trials=two"], "hydra.sweeper.n_trials must be 1 or more, got 'two'"),
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=x"], "hydra.sweeper.max_failure_rate must be a share"),
+        ([*OPTUNA, "hydra.sweeper.params=[a]"], "hydra.sweeper.params must be null or a space by key, got ['a']"),
+        (["seed=1,2", "hydra/launcher=fused", "hydra.launcher.max_trials=0"], "hydra.launcher.max_trials must be 1 or"),
         ([*OPTUNA, "hydra.sweeper.storage=5"], "hydra.sweeper.storage must be the URL of a database, got 5"),
         ([*OPTUNA, "hydra.sweeper.sampler=random"], "got 'random'; choose one by hydra/sweeper/sampler=random"),
         ([*OPTUNA, "hydra.sweeper.study_name=a/b"], "hydra.sweeper.study_name must be letters"),
@@ -63,6 +65,7 @@ def test_what_a_sweep_would_ignore_or_stumble_over_is_refused_in_a_line(typed, l
 def test_optunas_name_of_a_study_names_the_sweep_and_its_directory():
     plan = planned(*OPTUNA, "hydra.sweeper.study_name=mine")
     assert (plan.name, plan.directory.name) == ("mine", "mine")
+    assert planned(*OPTUNA, "hydra.sweeper.study_name=null", "sweep.name=own").name == "own"
 
 
 def protocols_of(*typed: str) -> list[tuple[str, ...]]:
