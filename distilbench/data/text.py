@@ -222,7 +222,7 @@ def _usable(part: str, value: Any, place: str) -> str:
     name = "second text" if part == "pair" else part
     if value is None or not str(value).strip():
         raise SettingsError(f"{place}: the {name} is missing; write one or delete the row")
-    if part == "label" and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if part == "label" and isinstance(value, (int, str)):  # True, too, which a CSV file spells so
         return str(value).strip()
     is_text = part != "label" and isinstance(value, str)
     remedy = NO_REGRESSION if part == "label" and isinstance(value, float) else "put it into quotes"

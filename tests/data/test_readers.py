@@ -108,7 +108,7 @@ BROKEN = [
     (".jsonl", '{"text": "a", "label": 0}\n{"text": 0.5, "label": 1}\n', "a string, got 0.5; put it into quotes"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n', "line 2: the label is missing"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "line 2: the text must be a string, got 5"),
-    (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": true}\n', "integer or a string, got True"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": [1]}\n', "integer or a string, got [1]"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "\\ud800", "label": 1}\n', "line 2 must be whole characters"),
     (".jsonl", "[" * 100_000, "line 1 is not valid JSON"),
     (".jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", "line 1 is not valid JSON"),
@@ -176,6 +176,13 @@ def test_texts_of_train_that_are_reported_on_are_counted(folder, caplog):
     assert splits.shared == 2
     assert splits.label_counts(splits.train) == {"0": 1, "1": 2}
     assert "texts reported on that the training text holds too: 2 of 3, of " in caplog.text
+
+
+def test_booleans_are_labels_spelt_the_same_in_every_format(folder):
+    paths = [write(folder / f"bool{ending}", [(f"text {i}", i % 2 == 0) for i in range(4)]) for ending in FORMATS]
+    loaded = [load_text(files(path, path)) for path in paths]
+    assert {splits.label_names for splits in loaded} == {("False", "True")}
+    assert len({splits.used.fingerprint for splits in loaded}) == 1
 
 
 def test_a_null_in_parquet_is_refused_with_its_row(folder):
