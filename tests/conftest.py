@@ -19,6 +19,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may wait for the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and spinning threads are costly
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # where a test asks for more: its workers wait for those of other tests
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the processes of tests would inherit an ignored SIGHUP
 signal.signal(signal.SIGINT, signal.default_int_handler)  # likewise SIGINT, in a shell's background job
 
