@@ -12,6 +12,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -76,13 +77,23 @@ def settings(tmp_path):
     """Return ``settings(*overrides) -> AppSettings``: a tiny trial, composed by Hydra, that writes to ``tmp_path``."""
 
     def composed(*overrides: str) -> AppSettings:
-        values = [o for o in overrides if re.match(r"(\w+\.[\w.]+|seed)=", o)]
-        config = _choices(*(o for o in overrides if o not in values)).copy()
-        for value in OverridesParser.create().parse_overrides([f"output.dir={tmp_path}", *values]):
-            OmegaConf.update(config, value.get_key_element(), value.value(), force_add=False)
-        return settings_from(config)
+        given = [override.removeprefix("output.dir=") for override in overrides if override.startswith("output.dir=")]
+        values = tuple(override for override in overrides if not override.startswith("output.dir="))
+        environment = frozenset(item for item in os.environ.items() if item[0] != "PYTEST_CURRENT_TEST")
+        made = _composed(values, os.getcwd(), environment)
+        return replace(made, output=replace(made.output, dir=(given or [str(tmp_path)])[-1]))
 
     return composed
+
+
+@cache
+def _composed(overrides: tuple[str, ...], cwd: str, environment: frozenset[tuple[str, str]]) -> AppSettings:
+    """Compose settings once for all tests that ask for the same; they depend on ``cwd`` and ``environment`` too."""
+    values = [o for o in overrides if re.match(r"(\w+\.[\w.]+|seed)=", o)]
+    config = _choices(*(o for o in overrides if o not in values)).copy()
+    for value in OverridesParser.create().parse_overrides(values):
+        OmegaConf.update(config, value.get_key_element(), value.value(), force_add=False)
+    return settings_from(config)
 
 
 @cache

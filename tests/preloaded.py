@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 import distilbench
+from distilbench.data.readers import _synthetic_splits
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import CONF, ModelSettings, register_schema
@@ -60,6 +61,7 @@ with initialize_config_dir(str(CONF)):  # parsers learn their grammar while they
     compose("config", ["model=tiny", "optim.lr=1e-4", "hydra.run.dir=here"], return_hydra_config=True)
 for name in set(registered) - set(own):
     del registered[name]  # each command registers its own
+_synthetic_splits(("negative", "positive"))
 resolved = resolve_model(ModelSettings("random", "distilbert", layers=1))
 load_tokenizer(resolved)
 build_model(resolved, ("one", "two"), seed=0)  # transformers compiles its table of renamed weights for the first model

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -190,9 +191,16 @@ def _read_synthetic(settings: DataSettings) -> Corpus:
 
     Those are aaa, bbb ... ttt, aaaa and so on: they differ in letters, so that a vocabulary of characters is enough.
     """
+    names = tuple(settings.label_names or ("negative", "positive"))
+    train, validation = _synthetic_splits(names)
+    return Corpus(train, validation, names, "synthetic sentences")
+
+
+@cache  # 0.1 s for each trial of a sweep
+def _synthetic_splits(names: tuple[str, ...]) -> list[DataFrame]:
     from pandas import DataFrame
 
-    names, splits = tuple(settings.label_names or ("negative", "positive")), []
+    splits = []
     for role, size in (("train", 4096), ("validation", 1024)):
         draw, labels, texts = random.Random(role), [i % len(names) for i in range(size)], []
         draw.shuffle(labels)
@@ -203,8 +211,7 @@ def _read_synthetic(settings: DataSettings) -> Corpus:
             draw.shuffle(words)
             texts.append(" ".join(words))
         splits.append(DataFrame({"text": texts, "label": [names[label] for label in labels]}))
-    train, validation = splits
-    return Corpus(train, validation, names, "synthetic sentences")
+    return splits
 
 
 _SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {

@@ -35,7 +35,9 @@ from tests.models.made_checkpoints import edit_json
 
 NAMES = ("negative", "positive")
 SMALL = ("data.max_train_examples=37", "data.max_validation_examples=24", "train.batch_size=8", "train.epochs=2",
-         "train.logging_steps=1", "optim.lr=1e-3", "train.checkpoints=false")  # fmt: skip
+         "train.logging_steps=1", "optim.lr=1e-3", "train.checkpoints=false",
+         "output.save_model=false")  # fmt: skip
+SAVED = "output.save_model=true"
 STEPS = 10
 
 
@@ -162,7 +164,7 @@ LADDER = {
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("case", LADDER)
 def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case):
-    settings = trial(*LADDER[case], LAST_EPOCH, kind=kind)
+    settings = trial(*LADDER[case], LAST_EPOCH, SAVED, kind=kind)
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
     [result] = FusedEngine(torch.float64).train([settings], splits, seen)
@@ -214,7 +216,7 @@ MOVING = {
 @pytest.mark.parametrize("case", MOVING)
 def test_freezing_that_moves_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case, graph_steps):
     frozen, overrides = MOVING[case]
-    settings = trial("train.eval_steps=3", *overrides, kind=kind)
+    settings = trial("train.eval_steps=3", *overrides, SAVED, kind=kind)
     splits, seen = splits_of(settings), recorder()
     _, losses, norms = reference(settings, splits, frozen=frozen)
     [result] = FusedEngine(torch.float64, graph_steps=graph_steps).train([settings], splits, seen)
@@ -271,7 +273,7 @@ def test_the_ladder_clips_where_it_says_so(trial, splits_of):
 
 
 def test_untouched_vocabulary_rows_decay_as_they_would_have(trial, splits_of, recorder):
-    settings = trial("optim.weight_decay=0.5", LAST_EPOCH)
+    settings = trial("optim.weight_decay=0.5", LAST_EPOCH, SAVED)
     splits = splits_of(settings)
     before = initial_model(settings, splits, torch.float32).state_dict()
     FusedEngine(torch.float64).train([settings], splits, recorder())
@@ -439,6 +441,7 @@ def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, split
 )
 def test_a_trial_alone_in_two_and_in_eight_is_the_same_trial(trial, splits_of, recorder, kind, freezing):
     trials = [trial(*freezing.split(), *own, "train.epochs=1", kind=kind, still=False) for own in EIGHT]
+    trials[1] = replace(trials[1], output=replace(trials[1].output, save_model=True))
     splits, engine = splits_of(trials[0]), FusedEngine(torch.float64)
     together, all_results = losses_of(engine, trials, splits, recorder)
     weights = exported(trials[1])

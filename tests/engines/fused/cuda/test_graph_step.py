@@ -16,6 +16,7 @@ from tests.engines.fused.test_engine import (  # the ladder, and the loop that i
     EIGHT,
     LADDER,
     LAST_EPOCH,
+    SAVED,
     STEPS,
     SameMasks,
     eager,
@@ -54,7 +55,7 @@ def steps_taken(monkeypatch):
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("case", LADDER)
 def test_static_steps_equal_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case):
-    settings = trial(*LADDER[case], LAST_EPOCH, kind=kind)
+    settings = trial(*LADDER[case], LAST_EPOCH, SAVED, kind=kind)
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
     [result] = FusedEngine(torch.float64, graph_steps=True).train([settings], splits, seen)
