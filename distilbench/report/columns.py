@@ -86,7 +86,15 @@ def _cost(name: str, text: Callable[[float], str], is_count: bool = False) -> Ca
 
 def _time(row: Row) -> str:
     text = _cost("seconds", formats.duration)(row)
-    return f"about {text}" if row.cost.is_estimate else text
+    if row.cost.is_estimate:
+        return f"about {text}"
+    return text.replace("(", "(about ") if row.saving.is_estimate else text
+
+
+def _short_time(row: Row) -> str:
+    if row.saving.seconds is None:
+        return ""
+    return f"{'about ' if row.saving.is_estimate else ''}{_short(row.saving.seconds)}"
 
 
 def _seeds(row: Row) -> str:
@@ -158,7 +166,7 @@ FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", 
 NARROW = (
     *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
     replace(CSV["flops_gain_percent"], title="FLOPs", format_value=_short),
-    replace(CSV["time_gain_percent"], title="time", format_value=_short),
+    replace(CSV["time_gain_percent"], title="time", text_of=_short_time),
     *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
 """Columns for a narrow terminal, which shows as many of them as fit."""
@@ -168,7 +176,8 @@ PAPER = (
     replace(CSV["train_seconds"], title="training time",
             text_of=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
     replace(CSV["time_gain_percent"], title="time gain",
-            text_of=lambda row: "-" if row.saving.seconds is None else f"{row.saving.seconds:+.0f} %"),
+            text_of=lambda row: "-" if row.saving.seconds is None else
+            f"{'about ' if row.saving.is_estimate else ''}{row.saving.seconds:+.0f} %"),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}

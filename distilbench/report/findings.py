@@ -190,7 +190,7 @@ def _savings(row: Row, report: Report) -> Iterator[str]:
     if saved.flops is not None and round(saved.flops):
         yield f"{saving(saved.flops, is_count=True)} FLOPs"
     if saved.seconds is not None and abs(saved.seconds) >= least:
-        yield f"{'about ' if row.cost.is_estimate else ''}{saving(saved.seconds)} time"
+        yield f"{'about ' if saved.is_estimate else ''}{saving(saved.seconds)} time"
     if saved.memory is not None and abs(saved.memory) >= LEAST_SAVING:
         yield f"{saving(saved.memory)} memory"
 

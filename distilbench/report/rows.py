@@ -35,7 +35,7 @@ class Cost:
 class Saving:
     """Per cent of the baseline's cost that a setting saves; negative if it takes more, None if unknown.
 
-    ``time_note`` says why times are not comparable.
+    ``time_note`` says why times are not comparable; ``is_estimate``: one of the two times is an estimate.
     """
 
     seconds: float | None = None
@@ -43,6 +43,7 @@ class Saving:
     flops: float | None = None
     memory: float | None = None
     time_note: str = ""
+    is_estimate: bool = False
 
 
 NO_SAVING = Saving()
@@ -86,7 +87,7 @@ def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -
     unknown = any(math.isnan(seconds_of(trial)) for trial in everyone)
     is_shared = any(not trial.alone for trial in everyone)
     note = "trained beside other trials, or partly elsewhere" if is_shared else "none recorded"
-    return Saving(**saved, time_note=note if unknown else "")
+    return Saving(**saved, time_note=note if unknown else "", is_estimate=ours.is_estimate or base.is_estimate)
 
 
 def _saved(ours: float, base: float) -> float | None:

@@ -123,7 +123,7 @@ def comparison_headline(comparison: Comparison) -> str:
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:
     """Return the available figures of the comparison, by MLflow metric name."""
     found = {name: attribute(path)(comparison.row) for name, path in METRICS.items()}
-    if comparison.row.cost.is_estimate or comparison.baseline.cost.is_estimate:
+    if comparison.row.saving.is_estimate:
         del found["time_gain_percent"]
     return {name: value for name, value in found.items() if value is not None}
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.report.columns import CSV
+from distilbench.report.columns import CSV, NARROW
 from distilbench.report.findings import answer
 from distilbench.report.rows import rows_from
 from distilbench.report.words import describe_verdict
@@ -110,6 +110,16 @@ def test_estimates_of_time_are_called_so():
     shared = {**CHEAP, "alone": False, "solo_seconds_estimate": 850.0}
     (told,) = answer(report_of([trial(0.9, **COSTS), trial(0.9, 1, 1, FROZEN, **shared)], False, margin=5.0))
     assert "47 % fewer FLOPs, about 38 % less time." in told
+
+
+def test_a_saving_against_an_estimate_is_one_too():
+    shared = {**COSTS, "alone": False, "solo_seconds_estimate": 1371.0}
+    report = report_of([trial(0.9, **shared), trial(0.9, 1, 1, FROZEN, **CHEAP)], False, margin=5.0)
+    (told,), (row,) = answer(report), report.candidates
+    assert "47 % fewer FLOPs, about 38 % less time." in told
+    assert CSV["train_seconds"].text(row) == "14 min 10 s (about 38 % less)"
+    (narrow,) = [column for column in NARROW if column.key == "time_gain_percent"]
+    assert narrow.text(row) == "about -38 %"
 
 
 @pytest.mark.parametrize(
