@@ -170,6 +170,9 @@ class CheckFirst(Callback):
         with errors_in_one_line():
             for key, value in _typed(config):
                 require(key != "hydra.run.dir", key, "left to a single trial", value, "set hydra.sweep.dir")
+                name = key.removeprefix("hydra.job.env_set.")  # which trials would read, but not the sweep itself
+                is_ours = name != key and name.startswith(("MLFLOW_", "DISTILBENCH_"))
+                require(not is_ours, key, "left to the shell in a sweep", value, f"run: export {name}=...")
         if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             with errors_in_one_line():
                 for key, value in _typed(config):

@@ -191,6 +191,11 @@ def test_choices_are_recorded_with_what_differs_from_them_but_lists_of_choices_a
         (CheckFirst.on_run_start, "hydra.sweep.dir=here", "hydra.sweep.dir must be left to a sweep, got 'here'"),
         (
             CheckFirst.on_multirun_start,
+            "+hydra.job.env_set.MLFLOW_TRACKING_URI=http://a",
+            "hydra.job.env_set.MLFLOW_TRACKING_URI must be left to the shell in a sweep, got 'http://a'; run: export",
+        ),
+        (
+            CheckFirst.on_multirun_start,
             "hydra.run.dir=here",
             "hydra.run.dir must be left to a single trial",
         ),
