@@ -169,6 +169,7 @@ def split_imports(errors: str) -> tuple[list[str], set[str]]:
 def lay_tables(database: Path) -> None:
     """Write MLflow's empty tables if there is no database, from a cache: MLflow takes longer than a tiny trial."""
     if not database.exists():
+        database.parent.mkdir(exist_ok=True)
         database.write_bytes(_tables())
 
 

@@ -27,8 +27,10 @@ def redact(text: str) -> str:
 
 def _secrets_of_environment() -> list[str]:
     """Return secrets, the longest first, so that one that contains another is replaced as a whole."""
-    found = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-    for value in os.environ.values():
-        for password in _PASSWORD_IN_URI.findall(value):
+    found = set()
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name):
+            found.add(value)
+        for password in _PASSWORD_IN_URI.findall(value) if "//" in value else ():
             found |= {password, unquote(password)}
     return sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=len, reverse=True)

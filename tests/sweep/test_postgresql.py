@@ -127,9 +127,10 @@ def test_two_processes_share_a_sweep_without_a_trial_done_twice(workspace, name)
 
 
 def test_real_trials_are_pruned_through_it_and_the_password_is_written_nowhere(workspace, name):
-    ended(workspace.start(STORAGE, "hydra/sweeper=optuna", "freeze.layers=0,1,2", "data.max_train_examples=64",
-                          f"sweep.name={name}", "sweep.trials=3", "sweep.pruner=threshold", "train.epochs=2",
-                          "sweep.pruner_options.lower=1.1", "output.save_model=false", real=True))  # fmt: skip
+    asked = ("hydra/sweeper=optuna", "freeze.layers=0,1,2", "data.max_train_examples=64", f"sweep.name={name}",
+             "sweep.trials=3", "sweep.pruner=threshold", "train.epochs=2", "sweep.pruner_options.lower=1.1",
+             "output.save_model=false")  # fmt: skip
+    ended(workspace.with_store().start(STORAGE, *asked, real=True))
     states = Counter(trial.state.name for trial in workspace.study(name, url=url()))
     assert states["PRUNED"] >= 2
     password = (make_url(url()).password or "").encode()

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from distilbench.results import Status, read_record
-from tests.commands import ROOT
+from tests.commands import ROOT, lay_tables
 
 LACKING = find_spec("ray") is None or find_spec("hydra_plugins.hydra_ray_launcher") is None
 pytestmark = [
@@ -101,6 +101,7 @@ def cluster():
 def start(workspace, cluster: Cluster, epochs: int):
     """Start a sweep of two trials whose study and runs stand where only its own environment says."""
     study, workspace.uri = (f"sqlite:///{workspace.path}/{name}" for name in ("study.db", "runs/mlflow.db"))
+    lay_tables(workspace.path / "runs" / "mlflow.db")
     return workspace.start("hydra/launcher=ray", f"hydra.launcher.ray.init.address={cluster.address}",
                            "seed=1,2", "hydra.sweeper.storage=${oc.env:SWEEP_DB}", "sweep.name=rays",
                            "sweep.baseline=false", f"train.epochs={epochs}", "output.save_model=false", real=True,
@@ -172,6 +173,7 @@ def test_the_guides_worker_is_a_task_of_the_cluster(workspace, cluster):
         script = script.replace(typed, here)
     (workspace.path / "tasks.py").write_text(script)
     study, workspace.uri = (f"sqlite:///{workspace.path}/{name}" for name in ("study.db", "runs/mlflow.db"))
+    lay_tables(workspace.path / "runs" / "mlflow.db")
     ended = workspace.run(program=workspace.path / "tasks.py", MLFLOW_TRACKING_URI=workspace.uri, SWEEP_DB=study)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert statuses_of_trials(workspace, "big") == [{"FINISHED": 1}, {"FINISHED": 1}]

@@ -176,7 +176,7 @@ def wait_for_trial(workspace, process) -> None:
 def test_trials_whose_runs_are_gone_are_trained_again_by_one_flag(tmp_path):
     workspace = SweepWorkspace(tmp_path)
     command = ("freeze.layers=0,1", "sweep.name=lost")
-    ended(workspace, *command)
+    ended(workspace.with_store(), *command)
     store = next(tmp_path.rglob("mlflow.db"))
     for file in store.parent.glob("mlflow.db*"):
         file.unlink()

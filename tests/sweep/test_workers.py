@@ -57,7 +57,7 @@ def test_the_dead_and_the_frozen_lose_their_trials_and_the_slow_does_not(workspa
 def test_a_preempted_trial_goes_on_where_it_was_in_the_run_that_it_had(workspace):
     command = ("hydra/sweeper=grid", "seed=1,2", "sweep.name=shared", "sweep.baseline=false", "engine=trainer",
                "train.epochs=12", "train.logging_steps=1", "output.save_model=false")  # fmt: skip
-    process = workspace.start(*command, real=True)
+    process = workspace.with_store().start(*command, real=True)
     deadline = time.monotonic() + 120
     while not list(workspace.sweep("shared").glob("0/checkpoints/*/seal.json")):
         assert time.monotonic() < deadline, process.communicate(timeout=1)

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.commands import Workspace
+from tests.commands import Workspace, lay_tables
 from tests.sweep.conftest import SweepWorkspace
 
 pytestmark = pytest.mark.e2e
@@ -37,6 +37,7 @@ class Server:
             "auth_cache_ttl_seconds = 600\n"  # to check a password takes 70 ms, and each request has one
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         )
+        lay_tables(folder / "runs.db")
         self.start()
         deadline = time.monotonic() + 300
         while not self.answers() and time.monotonic() < deadline:
