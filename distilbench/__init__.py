@@ -59,7 +59,13 @@ def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
     with _hydra():
         from distilbench.trials.batch import BatchRunner
 
-        return BatchRunner(max_trials=32).train_all([_job(overrides) for overrides in trials])
+        ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials], lambda trial: trial)
+    outcomes = []
+    for end in ended:
+        if isinstance(end, Exception):
+            raise end
+        outcomes.append(end)
+    return outcomes
 
 
 def run_sweep(*overrides: str) -> None:

@@ -12,10 +12,11 @@ if __name__ == "__main__":
     exit_immediately()  # before the imports, which take half a second
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,9 @@ from distilbench.cli import (
 from distilbench.composition import baseline_choices, baseline_config, command_for, typed_choices
 from distilbench.identity import treatment_of
 from distilbench.results import read_record
-from distilbench.settings import CONF, register_schema, require, settings_from
+from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
 from distilbench.sweep.job import Lease, SweepJob
-from distilbench.sweep.trial import context_of, run_in_sweep
+from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
 
 if TYPE_CHECKING:
     from distilbench.trials.batch import BatchRunner
@@ -60,33 +61,21 @@ class Assignment:
     sweep_job: SweepJob | None
 
     @property
-    def has_seeds(self) -> bool:
-        """Whether the trial is trained once for each of its sweep's seeds, by itself."""
-        return bool(self.sweep_job and self.job.settings.sweep.seeds)
+    def trains_by_itself(self) -> bool:
+        """Whether the trial must be trained on its own, because a pruner decides after each of its seeds."""
+        return bool(self.sweep_job and self.sweep_job.prunes and self.job.settings.sweep.seeds)
 
-    @property
-    def own_job(self) -> Job:
-        """The job with what its sweep, if any, gives the trial."""
-        if self.sweep_job is None:
-            return self.job
-        return replace(self.job, context=context_of(self.sweep_job, self.job.settings, Lease(self.sweep_job)))
-
-    def train(self, runner: BatchRunner | None = None) -> float | tuple[float, ...]:
-        """Train the trial and return its objectives; a ``runner`` trains its seeds at once."""
+    def train(self) -> float | tuple[float, ...]:
+        """Train the trial and return its objectives."""
         raise_on_signal()
         if self.sweep_job:
-            return run_in_sweep(self.job, self.sweep_job, runner)
+            return run_in_sweep(self.job, self.sweep_job)
         from distilbench.trials.batch import run_and_compare
 
-        return self.conclude(_objective(run_and_compare(self.job)))
-
-    def conclude(self, ended: float | Exception) -> float | tuple[float, ...]:
-        """Return the objective of a trial that has ended, or raise its error; a sweep's ``trial.json`` has both."""
-        if self.sweep_job and (isinstance(ended, TrialFailed) or not isinstance(ended, Exception)):
-            return self.sweep_job.final_objectives()
-        if isinstance(ended, Exception):
-            raise ended
-        return ended
+        objective = _objective(run_and_compare(self.job))
+        if isinstance(objective, TrialFailed):
+            raise objective
+        return objective
 
 
 class BatchTrainer:
@@ -106,19 +95,43 @@ class BatchTrainer:
     def train(self, assignments: Sequence[Assignment]) -> list[TaskFunction]:
         """Train the trials; return task functions that end as :func:`main` would have.
 
-        A trial of several seeds (``sweep.seeds``) is trained in its task function, its seeds at once unless a pruner
-        decides after each.
+        The seeds of a trial (``sweep.seeds``) are trained together, too, unless a pruner decides after each seed; such
+        a trial is trained on its own, in its task function.
         """
         raise_on_signal()
         from distilbench.trials.batch import BatchRunner
 
         self._runner = self._runner or BatchRunner(self._max_trials)
-        with _report_errors():
-            ended = iter(self._runner.train([own.own_job for own in assignments if not own.has_seeds], _objective))
+        with _report_errors(), ExitStack() as closing:
+            parts = [_parts_of(own, self._runner, closing) for own in assignments]
+            ended = iter(self._runner.train([job for jobs, _ in parts for job in jobs], _objective))
         return [
-            partial(_run, partial(own.train, self._runner) if own.has_seeds else partial(own.conclude, next(ended)))
-            for own in assignments
+            partial(_conclude, own, seeds, list(islice(ended, len(jobs))))
+            for own, (jobs, seeds) in zip(assignments, parts, strict=True)
         ]
+
+
+def _parts_of(
+    own: Assignment, runner: BatchRunner, closing: ExitStack
+) -> tuple[Sequence[Job], Seeds | SettingsError | None]:
+    """Return the jobs to train for an assignment: its trial, or each of its seeds that has not finished yet.
+
+    The second value is the object that manages the seeds, if any, or the error that keeps them from starting.
+    """
+    job, sweep_job = own.job, own.sweep_job
+    if own.trains_by_itself:
+        return [], None
+    if not sweep_job:
+        return [job], None
+    lease = Lease(sweep_job)
+    if not job.settings.sweep.seeds:
+        return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
+    try:
+        seeds = Seeds(job, sweep_job, lease, runner)
+    except SettingsError as error:  # concerns only this trial: the others are trained
+        return [], error
+    closing.enter_context(seeds.closing())
+    return seeds.remaining, seeds
 
 
 def _mark_batchable(task: TaskFunction) -> TaskFunction:
@@ -131,7 +144,8 @@ def _mark_batchable(task: TaskFunction) -> TaskFunction:
 @_mark_batchable
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; return ``train.metric`` on the selection split, or the objectives of its sweep."""
-    return _run(lambda: _assignment(config).train(), config)
+    with _report_errors():
+        return _assignment(config).train()
 
 
 @contextmanager
@@ -179,9 +193,27 @@ def _objective(trial: Trial) -> float | TrialFailed:
     return trial.result.selection.metric(trial.settings.train.metric)
 
 
-def _run(act: Callable[[], float | tuple[float, ...]], config: DictConfig) -> float | tuple[float, ...]:
+def _conclude(
+    assignment: Assignment,
+    seeds: Seeds | SettingsError | None,
+    ended: Sequence[float | Exception],
+    config: DictConfig,
+) -> float | tuple[float, ...]:
+    """Return a trial's objective or raise its error; a trial that trains on its own trains here."""
     with _report_errors():
-        return act()
+        if assignment.trains_by_itself:
+            return assignment.train()
+        if isinstance(seeds, SettingsError):
+            raise seeds
+        objectives = []
+        for objective in ended:
+            if not isinstance(objective, Exception):
+                objectives.append(objective)
+            elif not (assignment.sweep_job and isinstance(objective, TrialFailed)):  # a sweep reads trial.json
+                raise objective
+        if seeds:
+            seeds.finish()
+        return assignment.sweep_job.final_objectives() if assignment.sweep_job else objectives[0]
 
 
 def _print_resume_command() -> None:

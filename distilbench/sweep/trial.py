@@ -32,14 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run_in_sweep(job: Job, sweep_job: SweepJob, runner: BatchRunner | None = None) -> tuple[float, ...]:
-    """Train one trial of a sweep, one seed after another unless there is a ``runner`` that trains several at once.
-
-    Returns its objectives, or NaN where it has none (``trial.json`` says why).
-    """
+def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
+    """Train one trial of a sweep; returns its objectives, or NaN where it has none (``trial.json`` says why)."""
     from distilbench.trials.batch import BatchRunner
 
-    lease, runner = Lease(sweep_job), runner or BatchRunner(max_trials=1)
+    lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
     with lease.send_heartbeats():
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:
@@ -74,16 +71,13 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 
 
 def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
-    """Train the trial with each seed until one does not finish or the pruner stops it; without one, maybe at once."""
+    """Train the trial with one seed after another, until one does not finish or the pruner stops it."""
     prune, judged = pruning_callback(sweep_job, job.settings.sweep), pruning_objective(sweep_job.objectives)
     seeds = Seeds(job, sweep_job, lease, runner)
-    left, reason = seeds.remaining, None
+    reason = None
     with seeds.closing():
-        if runner.max_trials > 1 and not prune:
-            runner.train_all(left)
-            left = []
         for count, seeded in enumerate(seeds.jobs, start=1):
-            if seeded in left:
+            if seeded in seeds.remaining:
                 runner.train_one(seeded)
             records = seeds.records(count)
             if records[-1].status is not Status.FINISHED:
@@ -98,7 +92,7 @@ def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunne
 class Seeds:
     """A trial of a sweep that is trained once per seed: its parent run, and the mean over the seeds.
 
-    ``jobs`` has one job per seed, each with its own run and directory. ``remaining`` are those to train: the others
+    ``jobs`` has one job per seed, each with its own run and directory. ``left`` are those still to train: the others
     had finished before the trial was interrupted, and their records are kept.
     """
 

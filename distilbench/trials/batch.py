@@ -48,7 +48,7 @@ class BatchRunner:
     """
 
     def __init__(self, max_trials: int) -> None:
-        self.max_trials = max_trials
+        self._max_trials = max_trials
         self._open_store = cache(open_store)
         self._prepared: dict[Hashable, Prepared] = {}
         self._solo_seconds: dict[Hashable, float | None] = {}
@@ -56,16 +56,10 @@ class BatchRunner:
 
     def train_one(self, job: Job) -> Trial:
         """Train one job; raises the exception that prevented its result."""
-        return self.train_all([job])[0]
-
-    def train_all(self, jobs: Sequence[Job]) -> list[Trial]:
-        """Train jobs; raises the first exception that prevented a result, once all have ended."""
-        trials = []
-        for ended in self.train(jobs, lambda trial: trial):
-            if isinstance(ended, Exception):
-                raise ended
-            trials.append(ended)
-        return trials
+        (ended,) = self.train([job], lambda trial: trial)
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
     def train(self, jobs: Sequence[Job], keep: Callable[[Trial], Kept]) -> list[Kept | Exception]:
         """Train every job; returns, for each, ``keep(trial)`` or its exception. Trials are freed after each batch.
@@ -114,7 +108,7 @@ class BatchRunner:
         for index, trial in ready.items():
             is_fused = trial.prepared.engine.name == "fused"
             together[(_kind_of(trial), id(trial.store)) if is_fused else index].append(index)
-        size = self.max_trials
+        size = self._max_trials
         batches = [some[start : start + size] for some in together.values() for start in range(0, len(some), size)]
         return sorted(batches, key=lambda batch: not any(ready[index].job.is_baseline for index in batch))
 

@@ -284,7 +284,7 @@ def test_a_grid_of_ours_trains_all_cells_at_once_and_continues_without_the_finis
 
 
 @pytest.mark.e2e
-def test_the_seeds_of_a_trial_are_trained_at_once_and_each_trial_ends_as_its_seeds_do(tmp_path):
+def test_the_seeds_of_trials_are_trained_at_once_and_each_trial_ends_as_its_seeds_do(tmp_path):
     workspace = Workspace(tmp_path).with_store()
     done = workspace.run(
         *TRIALS, "sweep.name=seeds", "sweep.baseline=false", "sweep.seeds=[1,2]", "sweep.max_failures=1",
@@ -293,7 +293,7 @@ def test_the_seeds_of_a_trial_are_trained_at_once_and_each_trial_ends_as_its_see
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {run.info.run_name: run for run in workspace.runs()}
     seeds = [run for name, run in runs.items() if "seed=" in name]
-    assert [run.data.metrics["num_trials_in_batch"] for run in seeds] == [2] * 4
+    assert [run.data.metrics["num_trials_in_batch"] for run in seeds] == [4] * 4
     first, second = (json.loads((tmp_path / "sweep" / str(i) / "trial.json").read_text()) for i in range(2))
     assert (first["status"], first["figures"]["seeds"], second["status"]) == ("FINISHED", 2, "DIVERGED")
     each = [json.loads((tmp_path / "sweep" / "0" / f"seed-{i}" / "trial.json").read_text())["accuracy"] for i in (1, 2)]

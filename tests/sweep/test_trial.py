@@ -124,7 +124,7 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
         done.write(Path(seeded.settings.output.dir))
 
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
-    runner = SimpleNamespace(prepare=lambda _: identities, train_one=train, max_trials=1)
+    runner = SimpleNamespace(prepare=lambda _: identities, train_one=train)
     given = settings("sweep.seeds=[1,2,3]")
     lease = SimpleNamespace(holds=lambda: True)
     trial._train_seeds(Job(given, given, str), job, lease, runner)
