@@ -43,7 +43,14 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
             _train_seeds(job, sweep_job, lease, runner)
         else:
             runner.train_one(replace(job, context=context_of(sweep_job, job.settings, lease)))
+    exit_if_orphaned(sweep_job)
     return sweep_job.final_objectives()
+
+
+def exit_if_orphaned(job: SweepJob) -> None:
+    """End a worker of joblib whose sweep was killed: it would wait for more work for good, and keep its memory."""
+    if job.is_quiet and job.owner.is_dead():
+        os._exit(0)  # nobody waits for its result, and its trial is recorded
 
 
 def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> SweepContext:

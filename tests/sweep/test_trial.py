@@ -145,3 +145,16 @@ def test_a_study_that_is_deleted_meanwhile_costs_a_trial_its_heartbeat_alone(tmp
         assert lease.holds()
     warned = [record.message.partition(" (")[0] for record in caplog.records if record.name.startswith("distilbench")]
     assert warned == ["the study of trial 0 does not answer here"]
+
+
+@pytest.mark.parametrize(("is_quiet", "is_dead", "left"), [(True, True, [0]), (True, False, []), (False, True, [])])
+def test_a_worker_of_joblib_leaves_after_its_trial_if_its_sweep_was_killed(
+    tmp_path, monkeypatch, is_quiet, is_dead, left
+):
+    mine, exits = Owner.of_this_process(), []
+    owner = Owner(mine.host, mine.pid, mine.started - 3600 * is_dead)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    trial.exit_if_orphaned(
+        SweepJob("alone", "0", "", (), False, None, owner, tmp_path, ("accuracy",), "", 0, 60, is_quiet=is_quiet)
+    )
+    assert exits == left
