@@ -223,13 +223,13 @@ def _store(tensor, values, row, stride, number, count, head, HEAD_SIZE: tl.const
 
 
 @triton.jit
-def _kept(keys, order, site, dropped, query, key_start, EXTENT: tl.constexpr, BLOCK: tl.constexpr):
+def _kept(keys, order, site, dropped, query, key_start, MAX_LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     """Return which probabilities of a block of keys dropout keeps, (queries, BLOCK)."""
     if keys is None:
         kept = tl.full((BLOCK, BLOCK), 1, tl.int1)
     else:
         eighth = key_start // 8 + tl.arange(0, BLOCK // 8)
-        counter = (tl.program_id(0) * EXTENT + query[:, None]) * (EXTENT // 8) + eighth[None, :]
+        counter = (tl.program_id(0) * MAX_LENGTH + query[:, None]) * (MAX_LENGTH // 8) + eighth[None, :]
         kept = _draw(tl.load(keys + order), site, counter) >= dropped
     return kept
 
@@ -238,7 +238,7 @@ def _kept(keys, order, site, dropped, query, key_start, EXTENT: tl.constexpr, BL
 def attention_forward(
     q, k, v, context, log_sums, first, lengths, keys,
     order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, MAX_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Attend with a block of queries of one sentence and head to all of its keys, block by block.
 
@@ -263,7 +263,7 @@ def attention_forward(
         powers = tl.exp(scores - larger[:, None])  # (queries, keys)
         shrink = tl.exp(largest - larger)
         largest, total = larger, total * shrink + tl.sum(powers, 1)
-        powers = tl.where(_kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK), powers, 0.0)
+        powers = tl.where(_kept(keys, order, site, dropped, query, key_start, MAX_LENGTH, BLOCK), powers, 0.0)
         summed = tl.dot(powers.to(values.dtype), values, summed * shrink[:, None], input_precision="ieee")
     total = tl.where(total > 0, total, 1.0)  # an absent sentence has no keys
     result = summed * (65536.0 / (65536 - dropped)) / total[:, None]
@@ -302,7 +302,7 @@ def _scores_backward(q, k, v, grad, log_sum, taken, known, kept, dropped, HEAD_S
 def attention_backward(
     q, k, v, context, log_sums, grad_context, grad_q, grad_k, grad_v, first, lengths, keys,
     order_stride, query_rows, key_rows, query_stride, key_stride, one_query, site, dropped, query_blocks,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EXTENT: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, MAX_LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of queries, or of keys and values, from ``log_sums``; no sums cross programs."""
     head, order, query_row, queries, key_row, length = _find_sentence(
@@ -320,7 +320,7 @@ def attention_backward(
         for key_start in tl.range(0, length, BLOCK, num_stages=1):
             column = key_start + tl.arange(0, BLOCK)
             keys_, values = _load_keys(k, v, key_row, key_stride, column, length, head, HEAD_SIZE, SIZE)
-            kept = _kept(keys, order, site, dropped, query, key_start, EXTENT, BLOCK)
+            kept = _kept(keys, order, site, dropped, query, key_start, MAX_LENGTH, BLOCK)
             _, grad_scores = _scores_backward(
                 asked, keys_, values, grad, log_sum, taken, column < length, kept, dropped, HEAD_SIZE
             )
@@ -340,7 +340,7 @@ def attention_backward(
                 q, context, grad_context, log_sums, query_row, query_stride, query, queries, head,
                 HEADS, HEAD_SIZE, SIZE,
             )  # fmt: skip
-            kept = _kept(keys, order, site, dropped, query, begin, EXTENT, BLOCK)
+            kept = _kept(keys, order, site, dropped, query, begin, MAX_LENGTH, BLOCK)
             left, grad_scores = _scores_backward(
                 asked, keys_, values, grad, log_sum, taken, column < length, kept, dropped, HEAD_SIZE
             )

@@ -16,7 +16,7 @@ import torch
 from numpy.random import SFC64
 
 from distilbench.engines.fused import kernels
-from distilbench.engines.fused.kernels import EXTENT, LANES
+from distilbench.engines.fused.kernels import DRAWS_PER_COUNTER, MAX_LENGTH
 
 _LEVELS = 1 << 16
 """A draw has 16 bits, a quarter of what the generator yields at once: a rate of 0.1 becomes 0.100006."""
@@ -65,7 +65,7 @@ class CounterDropout:
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``; padding is drawn, too."""
-        draw = kernels.dropout_mask if kernels.runs("dropout", self._keys.device) else philox_mask
+        draw = kernels.dropout_mask if kernels.can_run("dropout", self._keys.device) else philox_mask
         return draw(self.site(rate), whole, dtype)
 
     def site(self, rate: float) -> kernels.DropoutSite:
@@ -88,19 +88,19 @@ def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch
 def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return ones where a value is kept and zeros elsewhere, ``(orders, *whole)``.
 
-    ``whole`` is (rows, columns), or in attention (bins, heads, queries, keys), numbered as if there were ``EXTENT``
+    ``whole`` is (rows, columns), or in attention (bins, heads, queries, keys), numbered as if there were ``MAX_LENGTH``
     queries and keys.
     """
     keys, site, dropped = draws
     *outer, rows, columns = whole
-    blocks = -(-columns // LANES)
-    numbered = (EXTENT, EXTENT // LANES) if outer else (rows, blocks)
+    blocks = -(-columns // DRAWS_PER_COUNTER)
+    numbered = (MAX_LENGTH, MAX_LENGTH // DRAWS_PER_COUNTER) if outer else (rows, blocks)
     outside = torch.arange(math.prod(outer), device=keys.device).view(-1, 1, 1)
     row = torch.arange(rows, device=keys.device).view(-1, 1)
     counter = (outside * numbered[0] + row) * numbered[1] + torch.arange(blocks, device=keys.device)
     words = philox(counter.reshape(1, -1), site, keys[:, None])
     bits = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    kept = (bits >= dropped).view(len(keys), -1, blocks * LANES)[..., :columns]
+    kept = (bits >= dropped).view(len(keys), -1, blocks * DRAWS_PER_COUNTER)[..., :columns]
     return kept.to(dtype).view(len(keys), *whole)
 
 

@@ -101,7 +101,7 @@ class Forward:
         """Return the layer norm of ``x`` plus the dropout of the linear ``layer`` of ``branch``, and its copy."""
         weights, width = self.weights, self.architecture.heads * self.architecture.head_size
         by_kernel = self.dropout is None or isinstance(self.dropout, CounterDropout)
-        if by_kernel and kernels.runs("norm", x.device, weights.compute_dtype, width):
+        if by_kernel and kernels.can_run("norm", x.device, weights.compute_dtype, width):
             weight, bias = self._layer_weights(layer)
             product = linear(branch, weight, None, weight.grad, weights.adds(weight, self._part))
             vectors = bias, *self._layer_weights(norm)
@@ -124,7 +124,9 @@ class Forward:
         batch, rate = self.batch, self._rate(i, self.architecture.attention_rate)
         heads, size = self.architecture.heads, self.architecture.head_size
         query = None if first is None else self._linear(first, f"{i}.q")
-        if batch.lengths is not None and kernels.runs("attention", x.device, self.weights.compute_dtype, heads, size):
+        if batch.lengths is not None and kernels.can_run(
+            "attention", x.device, self.weights.compute_dtype, heads, size
+        ):
             rows = self._linear(x, f"{i}.qkv" if query is None else f"{i}.kv")
             draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
             sentences = kernels.Sentences(batch.first, batch.lengths, batch.unpacked.row.shape[2])

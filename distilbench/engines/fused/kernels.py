@@ -19,9 +19,9 @@ import torch
 
 log = logging.getLogger(__name__)
 
-EXTENT = 512
+MAX_LENGTH = 512
 """Attention's draws are numbered as if all sentences had this length, the maximum of the supported encoders."""
-LANES = 8
+DRAWS_PER_COUNTER = 8
 """Draws per counter."""
 SLOW_SECONDS = 2.0
 """Compilation that takes longer than this is logged."""
@@ -62,14 +62,14 @@ class Launch(NamedTuple):
         self.program[self.grid](**self.arguments, enable_fp_fusion=True)
 
 
-def runs(work: str, device: torch.device, *details: Any) -> bool:
-    """Return whether to use kernels for ``work``, a key of :data:`REHEARSALS`; the first call compiles them."""
+def can_run(work: str, device: torch.device, *details: Any) -> bool:
+    """Return whether to use kernels for ``work``, a key of :data:`SMOKE_TESTS`; the first call compiles them."""
     if device.type != "cuda" or torch.float64 in details:
         return False
     return _is_installed() and _accepted(work, device, *details)
 
 
-def prepare(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
+def compile_all(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
     """Compile the kernels before training starts, and disable those that the device can't run."""
     if device.type != "cuda":
         return
@@ -77,10 +77,10 @@ def prepare(device: torch.device, dtype: torch.dtype, heads: int, head_size: int
     notice = threading.Timer(SLOW_SECONDS, log.info, (message, device))
     notice.start()
     try:
-        runs("dropout", device)
-        runs("adamw", device, dtype)
-        runs("attention", device, dtype, heads, head_size)
-        runs("norm", device, dtype, heads * head_size)
+        can_run("dropout", device)
+        can_run("adamw", device, dtype)
+        can_run("attention", device, dtype, heads, head_size)
+        can_run("norm", device, dtype, heads * head_size)
     finally:
         notice.cancel()
 
@@ -98,7 +98,7 @@ def _accepted(work: str, device: torch.device, *details: Any) -> bool:
     """Compile and try the kernels of ``work``; log a failure and return False."""
     try:
         with torch.enable_grad():
-            REHEARSALS[work](device, *details)
+            SMOKE_TESTS[work](device, *details)
         torch.zeros(1, device=device).item()  # synchronizes
     except torch.OutOfMemoryError:  # not the kernels' fault, so not to be cached
         raise
@@ -113,11 +113,12 @@ def dropout_mask(draws: DropoutSite, whole: Sequence[int], dtype: torch.dtype) -
     """Return the same masks as :func:`distilbench.engines.fused.dropout.philox_mask`, bit for bit."""
     mask = torch.empty(len(draws.keys), *whole, dtype=dtype, device=draws.keys.device)
     orders, *outer, rows, columns = mask.shape
-    blocks, size = -(-columns // LANES), 256
+    blocks, size = -(-columns // DRAWS_PER_COUNTER), 256
     count = math.prod(outer) * rows * blocks
     arguments = draws._asdict() | {
         "mask": mask, "count": count, "rows": rows, "blocks": blocks, "columns": columns,
-        "numbered_rows": EXTENT if outer else rows, "numbered_blocks": EXTENT // LANES if outer else blocks,
+        "numbered_rows": MAX_LENGTH if outer else rows,
+        "numbered_blocks": MAX_LENGTH // DRAWS_PER_COUNTER if outer else blocks,
         "stride": math.prod(mask.shape[1:]), "BLOCK": size,
     }  # fmt: skip
     Launch("dropout_mask", (-(-count // size), orders), arguments).run()
@@ -285,7 +286,7 @@ def _attention_arguments(
         "order_stride": sentences.first.stride(0) if len(sentences.first) > 1 else 0,
         "query_rows": q.shape[1], "key_rows": k.shape[1], "query_stride": q.stride(1), "key_stride": k.stride(1),
         "one_query": int(one_query), "HEADS": heads, "HEAD_SIZE": model // heads,
-        "SIZE": max(16, 1 << (model // heads - 1).bit_length()), "BLOCK": block, "EXTENT": EXTENT,
+        "SIZE": max(16, 1 << (model // heads - 1).bit_length()), "BLOCK": block, "MAX_LENGTH": MAX_LENGTH,
     }  # fmt: skip
     return arguments, 1 if one_query else blocks, blocks
 
@@ -321,7 +322,7 @@ def _try_norm(device: torch.device, dtype: torch.dtype, width: int) -> None:
         (normal.sum() + compute_copy.sum()).backward()
 
 
-REHEARSALS: dict[str, Callable[..., None]] = {
+SMOKE_TESTS: dict[str, Callable[..., None]] = {
     "dropout": _try_dropout,
     "adamw": _try_adamw,
     "attention": _try_attention,

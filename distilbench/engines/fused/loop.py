@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from distilbench.engines.fused.cuda.graph_step import GraphSteps, Objective, run
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
-from distilbench.engines.fused.member import Member
+from distilbench.engines.fused.member import Member, Stack
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
@@ -39,22 +38,11 @@ _FEWEST_EVALUATED = 16
 _TRIALS_PER_STACK = 4
 """Trials per stack on a CPU: eight would save 2 % of the time (MiniLM on SST-2, batch 16) but take more memory."""
 
+_TRIALS_PER_PARALLEL_STACK = 2
+"""The same in float32 if stacks run in parallel: two stacks of four would take 200 MiB more to save 3 % of the time."""
+
 Outcome = tuple[Status, str | None]
 """How a trial ended, and the reason in one line."""
-
-
-@dataclass
-class Stack:
-    """Members that take a step together: their slice of the group, weights, optimizer and prefix.
-
-    ``orders`` are the seeds of their orders of examples, or the one seed that all share.
-    """
-
-    trial_slice: slice
-    weights: StackedWeights
-    optimizer: StackedOptimizer
-    orders: list[int]
-    prefix: Prefix | None
 
 
 def train_group(
@@ -92,18 +80,22 @@ class TrialGroup:
         self.schedule = self.context.schedule
         self.step = self.recorded = members[0].trial.progress.step
         self.evaluation_due = False
-        self.taken = 0
+        self.taken: set[int] = set()
+        """Indices of the members that have already taken the next step."""
         self.use_graphs = use_graphs
         on_cpu = self.context.device.type == "cpu" and not use_graphs
         self.at_once = min(MAX_STACKS, torch.get_num_threads()) if on_cpu else 1
         """Stacks that take a step in parallel."""
         # each trial has its own hidden states: in total, no more than a single trial's evaluation batch
-        self.eval_share = max(_FEWEST_EVALUATED, self.settings.train.eval_batch_size // self._stack_size())
+        stacks, count = self._num_stacks(), len(members)
+        parallel = min(stacks, self.at_once)
+        at_least = _FEWEST_EVALUATED // min(2, parallel)
+        self.eval_share = max(at_least, self.settings.train.eval_batch_size // (-(-count // stacks) * parallel))
         self.trained_from = -1  # not started
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
         self.deterministic_layers = self.settings.freeze.deterministic_layers(architecture.depth)
-        kernels.prepare(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
+        kernels.compile_all(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self.graph_steps: GraphSteps | None = None
         self.stacks: list[Stack] = []
         self.losses = self.norms = self.flat_params = torch.empty(0)  # not started: not all trials may fit the device
@@ -133,11 +125,10 @@ class TrialGroup:
             # one prefix for all trials, unless they have trained the weights that are frozen from now on
             frozen = self._weights(self.flat_params.new_empty(0, self.context.layout.size))
             self.prefix = self._prefix_of([frozen]) if "word" in self.context.frozen else None
-        size = self._stack_size()
-        for start in range(0, len(self.members), size):
-            own = slice(start, start + size)
-            place = len(self.stacks) % self.at_once
-            lender = self.stacks[place].weights if place < len(self.stacks) else None
+        ends = [int(chosen[-1]) + 1 for chosen in np.array_split(range(len(self.members)), self._num_stacks())]
+        for own in map(slice, [0, *ends], ends):
+            thread = len(self.stacks) % self.at_once
+            lender = self.stacks[thread].weights if thread < len(self.stacks) else None
             weights = self._weights(self.flat_params[own], lender)
             settings = [m.trial.settings.optim for m in self.members[own]]
             moments = [moment[own] for moment in self.moments]
@@ -145,15 +136,16 @@ class TrialGroup:
             seeds = [m.trial.settings.seed for m in self.members[own]]
             orders = seeds[:1] if len(set(seeds)) == 1 else seeds
             prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
-            self.stacks.append(Stack(own, weights, optimizer, orders, prefix))
+            self.stacks.append(Stack(own, thread, weights, optimizer, orders, prefix))
 
-    def _stack_size(self) -> int:
-        """Return the number of members per stack: all, or on a CPU few enough that several stacks run in parallel."""
+    def _num_stacks(self) -> int:
+        """Return the number of stacks: one, or on a CPU a multiple of ``at_once``, if there are as many members."""
         count = len(self.members)
         if self.use_graphs or self.context.device.type != "cpu":
-            return count
-        stacks = max(-(-count // _TRIALS_PER_STACK), min(2, self.at_once, count))
-        return -(-count // stacks)
+            return 1
+        small = self.at_once > 1 and self.context.compute_dtype == self.context.dtype
+        size = _TRIALS_PER_PARALLEL_STACK if small else _TRIALS_PER_STACK
+        return min(count, -(-count // (size * self.at_once)) * self.at_once)
 
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return the prefix of ``weights``, one per trial or one shared by all; None if the embeddings are trained."""
@@ -175,6 +167,7 @@ class TrialGroup:
         for places in parts:
             group = copy(self)
             group.members, group.stacks, group.graph_steps = [self.members[t] for t in places], [], None
+            group.taken = set()
             if len(self.losses):
                 host = (tensor.cpu()[list(places)] for tensor in self._tensors())
                 group.losses, group.norms, group.flat_params, *group.moments = host
@@ -222,10 +215,11 @@ class TrialGroup:
 
     def _halves(self) -> list[TrialGroup]:
         """Halve the group, or split it into the members that have already taken the step and the rest."""
-        cut, count = self.taken or len(self.members) // 2, len(self.members)
-        first, second = self._split(range(cut), range(cut, count))
-        second.taken = 0
-        return [first, second]
+        everyone = range(len(self.members))
+        first = sorted(self.taken) or everyone[: len(everyone) // 2]
+        groups = self._split(first, [t for t in everyone if t not in first])
+        groups[0].taken = set(range(len(self.taken)))
+        return groups
 
     def _has_work_left(self) -> bool:
         """Return whether all members have another step or evaluation ahead."""
@@ -254,31 +248,31 @@ class TrialGroup:
             self._graph_step()
         else:
             self.graph_steps = None  # after out of memory: captured graphs hold memory
-            for start in range(0, len(self.stacks), self.at_once):
-                stacks = self.stacks[start : start + self.at_once]
-                if stacks[0].trial_slice.start >= self.taken:
-                    self._step(stacks)
-                    self.taken = stacks[-1].trial_slice.stop
-        self.step, self.taken = self.step + 1, 0
+            self._step([stack for stack in self.stacks if stack.trial_slice.start not in self.taken])
+        self.step, self.taken = self.step + 1, set()
         self.evaluation_due = self.schedule.evaluates_after(self.step)
         if self.schedule.records_after(self.step):
             self._record()
 
     def _step(self, stacks: Sequence[Stack]) -> None:
-        """Take a step of ``stacks`` in parallel; if the gradients of one run out of memory, none takes it."""
+        """Take a step of ``stacks``, ``at_once`` of them in parallel."""
         for stack in stacks:
             if stack.prefix is not None:  # here with all threads, and once if stacks share it
                 stack.prefix.prepare(stack.orders, self.step, stack.prefix.window * self.members[0].micro_batch)
-        losses = map_in_threads(self._forward_backward, stacks)
 
-        def update(stack: Stack) -> torch.Tensor:
+        def take(stack: Stack) -> None:
+            loss = self._forward_backward(stack)
             lrs = [member.lrs[self.step] for member in self.members[stack.trial_slice]]
-            return stack.optimizer.step(self.step + 1, lrs)
-
-        norms = map_in_threads(update, stacks)
-        for stack, loss, norm in zip(stacks, losses, norms, strict=True):
+            self.norms[stack.trial_slice] = stack.optimizer.step(self.step + 1, lrs)
             self.losses[stack.trial_slice] += loss
-            self.norms[stack.trial_slice] = norm
+            self.taken.update(range(len(self.members))[stack.trial_slice])
+
+        self._in_threads(take, stacks)
+
+    def _in_threads(self, act: Callable[[Stack], object], stacks: Sequence[Stack]) -> None:
+        """Call ``act`` with each of ``stacks``; a thread's calls come one after another and reuse its freed memory."""
+        of_threads = ([stack for stack in stacks if stack.thread == thread] for thread in range(self.at_once))
+        map_in_threads(lambda own: [act(stack) for stack in own], [own for own in of_threads if own])
 
     def _takes_whole_batch(self) -> bool:
         """Return whether a batch is one micro-batch."""
@@ -374,7 +368,6 @@ class TrialGroup:
             self._save()
         self.observer.on_checkpoint()
 
-    @torch.no_grad()
     def _predict(self, split: EncodedSplit) -> np.ndarray:
         """Return the logits of every trial, ``(trials, examples, labels)`` float32, in the order of ``split``."""
         logits = np.empty((len(self.members), len(split), len(self.context.splits.label_names)), dtype=np.float32)
@@ -385,13 +378,21 @@ class TrialGroup:
                 for examples in batches_by_length(split, size)
             ]
         for examples, batch in self.eval_batches[id(split), size]:
-            hidden, start = None, 0
-            if self.prefix is not None:
-                hidden, start = self.prefix.hidden_without_dropout(split, examples, batch), self.prefix.depth
-            for stack in self.stacks:
-                own = Forward(stack.weights, batch, None).logits(hidden, start)
-                logits[stack.trial_slice, examples] = own.float().cpu().numpy()
+            self._predict_batch(split, examples, batch, logits)
         return logits
+
+    def _predict_batch(self, split: EncodedSplit, examples: np.ndarray, batch: Batch, logits: np.ndarray) -> None:
+        """Fill in ``logits`` (trials, examples, labels) of ``batch``, the ``examples`` of ``split``."""
+        hidden, start = None, 0
+        if self.prefix is not None:
+            hidden, start = self.prefix.hidden_without_dropout(split, examples, batch), self.prefix.depth
+
+        @torch.no_grad()  # holds for the thread that calls
+        def predict(stack: Stack) -> None:
+            own = Forward(stack.weights, batch, None).logits(hidden, start)
+            logits[stack.trial_slice, examples] = own.float().cpu().numpy()
+
+        self._in_threads(predict, self.stacks)
 
     def _finish(self) -> None:
         """Restore the best weights, evaluate them on the report split, and export them."""

@@ -1,4 +1,4 @@
-"""One trial of a fused group: its learning rates and state, its checkpoints and its exported model."""
+"""The members of a fused group: a trial's learning rates, state, checkpoints and exported model; stacks of members."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.batches import BatchSchedule
-from distilbench.engines.fused.optimizer import untouched_factor
-from distilbench.engines.fused.params import FlatParamLayout
+from distilbench.engines.fused.optimizer import StackedOptimizer, untouched_factor
+from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
+from distilbench.engines.fused.prefix import Prefix
 from distilbench.engines.optimization import Loss, lr_factors, lr_scale
 from distilbench.engines.running import RunningTrial
 from distilbench.models.build import build_model, export_trial, load_tokenizer
@@ -26,6 +27,22 @@ from distilbench.models.resolve import ResolvedModel
 from distilbench.settings import require
 
 _STATE = "state.safetensors"
+
+
+@dataclass
+class Stack:
+    """Members that take a step together: their slice of the group, weights, optimizer and prefix.
+
+    Stacks of one ``thread`` share gradient buffers. ``orders`` are the seeds of the members' orders of examples, or the
+    one seed that all share.
+    """
+
+    trial_slice: slice
+    thread: int
+    weights: StackedWeights
+    optimizer: StackedOptimizer
+    orders: list[int]
+    prefix: Prefix | None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 
 def map_in_threads(act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Call ``act`` with all items in parallel, at most ``MAX_STACKS``; returns or raises when all calls have ended."""
-    if len(items) == 1:
-        return [act(items[0])]
+    if len(items) < 2:
+        return list(map(act, items))
     threads = torch.get_num_threads()
     share = max(1, threads // len(items))
 

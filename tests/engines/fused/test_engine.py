@@ -419,7 +419,7 @@ def test_kernels_are_prepared_before_the_first_step_for_what_trains(trial, split
     settings = trial("train.epochs=1", "output.save_model=false")
     splits, events = splits_of(settings), []
     step = TrialGroup._advance
-    monkeypatch.setattr(kernels, "prepare", lambda *what: events.append(what))
+    monkeypatch.setattr(kernels, "compile_all", lambda *what: events.append(what))
     monkeypatch.setattr(TrialGroup, "_advance", lambda group: events.append("step") or step(group))
     FusedEngine().train([settings], splits, recorder())
     config = resolve_model(settings.model).config
@@ -537,16 +537,16 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
     ["freeze=none", "freeze=gradual train.eval_steps=3", "freeze=scheduled freeze.layers=2 train.eval_steps=3"],
 )
 @pytest.mark.parametrize(
-    ("count", "threads", "short"),
+    ("count", "threads", "short", "taken"),
     [
-        (3, 1, lambda group, stack: len(group.members) > 1),
-        (6, 1, lambda group, stack: stack.trial_slice.start > 0),
-        (6, 2, lambda group, stack: stack.trial_slice.start > 0),
+        (3, 1, lambda group, stack: len(group.members) > 1, []),
+        (6, 1, lambda group, stack: stack.trial_slice.start > 0, [0, 1, 2]),
+        (6, 2, lambda group, stack: len(group.members) == 6 and stack.trial_slice.start == 2, [0, 1, 4]),
     ],
     ids=["within a stack", "between two stacks", "in one of two threads"],
 )
 def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
-    trial, splits_of, recorder, monkeypatch, count, threads, short, freezing
+    trial, splits_of, recorder, monkeypatch, count, threads, short, taken, freezing
 ):
     """Those that wait go on from that step, whatever is frozen by then in those before."""
     torch.set_num_threads(threads)
@@ -554,19 +554,19 @@ def test_a_group_that_does_not_fit_is_halved_without_repeating_a_step(
     trials = [trial(*freezing.split(), *overrides, still=False) for overrides in own]
     splits = splits_of(trials[0])
     fitting, _ = losses_of(FusedEngine(), trials, splits, recorder)
-    run, refused = TrialGroup._forward_backward, []
+    run, halves, ahead = TrialGroup._forward_backward, TrialGroup._halves, []
 
     def short_of_memory(group, stack):
         if group.step >= 4 and short(group, stack):
-            refused.append(group.taken)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(group, stack)
 
     monkeypatch.setattr(TrialGroup, "_forward_backward", short_of_memory)
+    monkeypatch.setattr(TrialGroup, "_halves", lambda group: ahead.append(sorted(group.taken)) or halves(group))
     seen = recorder()
     results = FusedEngine().train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * count
-    assert refused[0] == (3 if count > 4 and threads == 1 else 0)
+    assert ahead[0] == taken
     for t in range(count):
         assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=2e-5)

@@ -74,7 +74,7 @@ def compiled(launch):
 def rehearsed(launched, work, *details):
     """The programs, by hash, that are tried before a training."""
     launched.clear()
-    kernels.REHEARSALS[work](torch.device("meta"), *details)
+    kernels.SMOKE_TESTS[work](torch.device("meta"), *details)
     return {program.hash for program in launched}
 
 
@@ -185,7 +185,7 @@ def test_what_does_not_fit_or_does_not_run_is_left_to_the_plain_version_and_said
 
 def test_triton_refuses_what_takes_more_shared_memory_than_a_device_has(gpu, monkeypatch):
     launched = gpu(75)
-    kernels.REHEARSALS["attention"](torch.device("meta"), FP32, 12, 64)
+    kernels.SMOKE_TESTS["attention"](torch.device("meta"), FP32, 12, 64)
     monkeypatch.setattr(triton.compiler.compiler, "max_shared_mem", lambda device: 8 * KIB)
     monkeypatch.setattr(Absent, "launcher_cls", lambda self, *given: None, raising=False)
     with pytest.raises(OutOfResources, match="Required: 12288, Hardware limit: 8192"):
@@ -198,17 +198,17 @@ def test_a_device_that_is_full_says_nothing_of_its_kernels(judge):
 
 
 def test_no_device_but_a_gpu_runs_kernels_and_none_in_double_precision():
-    assert not kernels.runs("attention", torch.device("cpu"), FP32, 12, 64)
-    assert not kernels.runs("attention", torch.device("cuda", 0), torch.float64, 12, 64)
+    assert not kernels.can_run("attention", torch.device("cpu"), FP32, 12, 64)
+    assert not kernels.can_run("attention", torch.device("cuda", 0), torch.float64, 12, 64)
 
 
 def test_a_training_that_waits_for_the_compiler_says_so_and_one_that_does_not_is_silent(monkeypatch):
     asked, said = [], threading.Event()
     monkeypatch.setattr(kernels.log, "info", lambda *message: said.set() or asked.append(message[0] % message[1:]))
-    monkeypatch.setattr(kernels, "runs", lambda work, *details: asked.append(work))
-    kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
+    monkeypatch.setattr(kernels, "can_run", lambda work, *details: asked.append(work))
+    kernels.compile_all(torch.device("cuda", 0), BF16, 12, 64)
     assert asked == ["dropout", "adamw", "attention", "norm"]
     monkeypatch.setattr(kernels, "SLOW_SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "runs", lambda work, *details: said.wait(60))
-    kernels.prepare(torch.device("cuda", 0), BF16, 12, 64)
+    monkeypatch.setattr(kernels, "can_run", lambda work, *details: said.wait(60))
+    kernels.compile_all(torch.device("cuda", 0), BF16, 12, 64)
     assert asked[4:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]

@@ -45,7 +45,7 @@ class CapturableOptimizer:
         norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
         is_plain = self.adaptive and self.scales is None and self.is_whole
-        if is_plain and kernels.runs("adamw", norms.device, weights.compute_dtype):
+        if is_plain and kernels.can_run("adamw", norms.device, weights.compute_dtype):
             compute_part = weights.compute_grad, weights.compute_params
             state = weights.flat_params, weights.grad, compute_part, self.moments
             kernels.adamw(*state, (step_scalars[0], self.constants, factors), (decayed, compute)).run()
