@@ -5,8 +5,6 @@ A step has many small operations, during which all threads but one would be idle
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -15,10 +13,6 @@ import torch
 
 MAX_STACKS = 4
 """Maximum number of parallel stacks: each holds Python's GIL for about a tenth of its step."""
-
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc's M_ARENA_MAX: threads with heaps of their own can't use what others freed, 60 to 100 MiB for 8 trials
-    ctypes.CDLL(None).mallopt(-8, 1)
 
 _POOL = ThreadPoolExecutor(MAX_STACKS, thread_name_prefix="stack")
 
