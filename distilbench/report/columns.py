@@ -24,6 +24,9 @@ Value = float | int | str | bool | None
 LEAST_TEXT = 20
 """The least width in characters of a text column in a terminal, where it wraps between words."""
 
+LONGEST_PART = 32
+"""The longest part of a setting's name that a terminal does not break; longer ones are paths of files."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -191,23 +194,37 @@ def drop_empty(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
 
 
 def fit_columns(rows: Sequence[Row], width: int) -> Sequence[Column]:
-    """Return the columns that fit into a terminal of ``width`` characters with one line per row."""
+    """Return the columns that fit into a terminal of ``width`` characters.
+
+    A row takes one line, or two with seven columns or fewer. The setting and the verdict then get 24 characters each if
+    costs take two columns, and 12 if they take one; costs are left out where that would break a part of a name.
+    """
     if _width(drop_empty(FULL, rows), rows) <= width:
         return FULL
     narrow = drop_empty(NARROW, rows)
-    return next(narrow[:n] for n in range(len(narrow), 0, -1) if n <= 6 or _width(narrow[:n], rows) <= width)
+    layouts = [*((n, False, LEAST_TEXT) for n in range(len(narrow), 7, -1)), (7, True, 24), (6, True, 12)]
+    fitting = (narrow[:n] for n, is_folded, least in layouts if _width(narrow[:n], rows, is_folded, least) <= width)
+    return next(fitting, narrow[:5])
 
 
 def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
-    """Return a column's title and cells; in a folded table, brackets are on a second line."""
+    """Return a column's title and cells; in a folded table, brackets and deviations are on a second line."""
     texts = [column.title, *(formats.one_line(column.text(row)) for row in rows)]
-    return [text.replace(" (", "\n(") for text in texts] if is_folded else texts
+    return [text.replace(" (", "\n(").replace(" ±", "\n±") for text in texts] if is_folded else texts
 
 
-def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool = False) -> int:
-    """Return the least width of the columns in characters: figures are never wrapped."""
-    longest = [max(map(len, "\n".join(_texts(column, rows, is_folded)).split("\n"))) for column in columns]
-    return sum(2 + (min(n, LEAST_TEXT) if column.is_text else n) for column, n in zip(columns, longest, strict=True))
+def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool = False, least: int = LEAST_TEXT) -> int:
+    """Return the least width of the columns in characters: neither figures nor parts of names are wrapped."""
+    total = 0
+    for column in columns:
+        texts = _texts(column, rows, is_folded)
+        longest = max(map(len, "\n".join(texts).split("\n")))
+        total += 2 + (min(longest, max(least, _longest_part(texts))) if column.is_text else longest)
+    return total
+
+
+def _longest_part(texts: Sequence[str]) -> int:
+    return min(max(map(len, " ".join(texts).split(" "))), LONGEST_PART)
 
 
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
@@ -222,18 +239,13 @@ def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Ta
     cells = []
     for column in columns:
         title, *texts = _texts(column, rows, is_folded)
-        kept = max(min(room, max(map(len, texts))), 8) if is_folded and column.key == "setting" else None
-        cells.append([_break_at_equals(text, kept) for text in texts] if kept else texts)
+        cells.append(texts)
+        kept = min(max(room, _longest_part(texts)), max(map(len, texts))) if column.key == "setting" else None
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
     for row, shown in zip(rows, zip(*cells, strict=True), strict=True):
         table.add_row(*map(Text, shown), style="bold" if row.is_baseline else _STYLES.get(row.final_verdict, ""))
     return table
-
-
-def _break_at_equals(text: str, width: int) -> str:
-    """Return text whose ``key=value`` parts, where longer than a line, break after the ``=``, not within the value."""
-    return " ".join(part if len(part) <= width else part.replace("=", "= ", 1) for part in text.split(" "))
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:

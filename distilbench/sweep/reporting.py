@@ -255,13 +255,14 @@ class Leaderboard:
         ended.sort(key=lambda trial: sign * trial.values[0] if trial.values else math.inf)
         is_live = longest is not None
         table = Table(box=None, pad_edge=False)
-        for title in ("trial", "settings", *self.plan.objectives, "time", "status"):
+        time = [] if "train_seconds" in self.plan.objectives else ["time"]
+        for title in ("trial", "settings", *self.plan.objectives, *time, "status"):
             table.add_column(title, no_wrap=title != "settings" and is_live)
         for trial in [*running, *ended[:longest]]:
             values = [shown(name, value) for name, value in zip(self.plan.objectives, trial.values, strict=False)]
             values += [""] * (len(self.plan.objectives) - len(values))
-            seconds = duration(trial.seconds) if trial.seconds else ""
-            cells = [trial.path, trial.name, *values, seconds, _status(trial, has_error=not is_live)]
+            values += [duration(trial.seconds) if trial.seconds else "" for _ in time]
+            cells = [trial.path, trial.name, *values, _status(trial, has_error=not is_live)]
             table.add_row(*(Text(cell, no_wrap=is_live, overflow="ellipsis" if is_live else "fold") for cell in cells))
         return table
 

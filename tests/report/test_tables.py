@@ -216,13 +216,17 @@ def test_a_setting_with_a_failed_seed_says_so_beside_its_seeds():
     assert "| 1 (1\N{NO-BREAK SPACE}out\\_of\\_memory) |" in text.replace("1 (1 ", "1 (1\N{NO-BREAK SPACE}")
 
 
-def test_a_narrow_terminal_breaks_no_number():
-    rates = [treatment(optim_lr=0.00428, optim_weight_decay=decay, scheduler_warmup=0.06) for decay in (0.0655, 0.0112)]
-    trials = [trial(0.9, number="0"), *(trial(0.85, 1, n, one, number=str(n)) for n, one in enumerate(rates, 1))]
-    shown = io.StringIO()
-    print_report(Console(file=shown, width=75), report_of(trials))
-    lines = [line.strip() for line in shown.getvalue().split("\n")]
-    assert {"weight_decay=", "0.0655", "0.0112"} <= {word for line in lines for word in line.split()}
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("num_choices", [1, 2, 4])
+def test_a_terminal_breaks_names_between_choices_only_and_shows_costs(width, num_choices):
+    choices = ["freeze=layers3", "scheduler=cosine_warmup", "lr=3e-05", "weight_decay=0.0655"][:num_choices]
+    trials = [trial(0.9, seed, n, [treatment(), FROZEN][n], number=str(n), train_flops=1e15 / (n + 1))
+              for n in (0, 1) for seed in (1, 2)]  # fmt: skip
+    report = report_of(trials)
+    rows = [row if row.is_baseline else replace(row, label=" ".join(choices)) for row in report.rows]
+    words = printed(replace(report, rows=tuple(rows)), width).split()
+    assert {*choices, "-50", "FLOPs"} <= {*words}
+    assert ("time" in words) == (width == 100 or num_choices == 1)
 
 
 def test_a_saving_is_the_same_in_every_table():
