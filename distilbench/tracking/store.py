@@ -116,9 +116,10 @@ class MlflowStore:
         """Return the trials with all of these tags, oldest first, without predictions; only of ``run_ids`` if given.
 
         Sweeps' own runs and runs of other programs are skipped, but raise :class:`SettingsError` if ``run_ids`` names
-        them.
+        them. The seeds of a trial that was pruned after some of them are PRUNED, as the trial is.
         """
-        kept = [run for run in self._search(tags, run_ids) if TREATMENT_TAG in run.data.tags or run_ids]
+        found = self._search(tags, run_ids)
+        kept = [run for run in found if TREATMENT_TAG in run.data.tags or run_ids]
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
         trials = [
             trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
@@ -126,7 +127,13 @@ class MlflowStore:
             for run in kept
         ]  # fmt: skip
         shared = trained_beside_others(kept)
-        return [replace(one, alone=False) if one.run_id in shared else one for one in trials]
+        pruned = {run.info.run_id for run in found if run.data.tags.get("distilbench.status") == Status.PRUNED.value}
+        of_pruned = {run.info.run_id for run in kept if run.data.tags.get("mlflow.parentRunId") in pruned}
+        return [
+            replace(one, alone=one.alone and one.run_id not in shared,
+                    status=Status.PRUNED if one.run_id in of_pruned else one.status)
+            for one in trials
+        ]  # fmt: skip
 
     def sweep_run(self, sweep: str) -> SweepRun | None:
         """Return the newest parent run of this sweep; None if there is none."""

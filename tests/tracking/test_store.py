@@ -25,6 +25,7 @@ from distilbench.tracking import RunStart, find_store, open_store, params_of, re
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
+from distilbench.tracking.search import SWEEP_TAG
 from tests.commands import lay_tables
 from tests.made_store import blank_figures
 
@@ -362,6 +363,17 @@ def test_a_stored_trial_equals_what_was_logged(store, start):
     predictions = store.predictions(run_id)
     np.testing.assert_array_equal(predictions.logits, PREDICTIONS.logits)
     np.testing.assert_array_equal(predictions.correct, [True, True, False, True])
+
+
+def test_seeds_of_a_trial_that_was_pruned_after_them_are_pruned_too(store, client, start, tmp_path):
+    tags = {SWEEP_TAG: "s", "distilbench.trial": "0"}
+    for status in (Status.PRUNED, Status.DIVERGED):
+        parent = store.open_parent_run("0", tags, tmp_path, parent_run_id="sweep")
+        finished(store, start(parent_run_id=parent.run_id, tags=tags))
+        parent.finish(status, "pruned after 1 seed")
+    found = store.search({SWEEP_TAG: "s"})
+    assert [one.status for one in found] == [Status.PRUNED, Status.FINISHED]
+    assert found[0].accuracy == 0.75
 
 
 def test_missing_or_broken_predictions_load_as_none(store, start, uri):
