@@ -83,8 +83,8 @@ class SignalGuard:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a signal waits for the current step to end."""
-        return self._waits_for_step and bool(self._waiting)
+        """Whether a signal waits."""
+        return bool(self._waiting)
 
     def deliver(self) -> None:
         """Call the original handlers of the waiting signals, which usually raise and so end the training."""

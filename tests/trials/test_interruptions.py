@@ -49,11 +49,10 @@ def test_a_signal_is_let_through_where_it_is_released_and_the_next_one_waits(num
     steps = []
 
     def work():
-        with SignalGuard() as guard:
+        with SignalGuard() as guard, guard.released():
             try:
-                with guard.released():
-                    signal.raise_signal(number)
-                    steps.append("not reached")
+                signal.raise_signal(number)
+                steps.append("not reached")
             finally:
                 signal.raise_signal(number)
                 steps.append("closed")
@@ -88,14 +87,27 @@ def test_the_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_handler_that_goes_on_is_asked_again():
+def test_a_signal_that_comes_while_the_handlers_are_put_back_takes_effect(number):
+    with SignalGuard() as guard:
+        with guard.released_at_steps():
+            pass
+        ours = signal.getsignal(number)
+    with pytest.raises(Ended):
+        ours(number, None)
+
+
+def test_a_handler_that_goes_on_is_asked_again_and_after_the_released_part_at_the_end():
     told = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     try:
-        with SignalGuard() as guard, guard.released():
-            signal.raise_signal(signal.SIGTERM)
+        with SignalGuard() as guard:
+            with guard.released():
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+                assert told == [signal.SIGTERM] * 2
             signal.raise_signal(signal.SIGTERM)
             assert told == [signal.SIGTERM] * 2
+        assert told == [signal.SIGTERM] * 3
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -116,21 +128,23 @@ def test_the_default_ends_the_process_after_the_block_only():
         "import signal; from distilbench.trials.interruptions import SignalGuard\n"
         "with SignalGuard() as guard:\n"
         "    try:\n"
-        "        with guard.released(): signal.raise_signal(signal.SIGTERM)\n"
+        "        with guard.released(): signal.raise_signal(signal.SIGTERM); print('not reached', flush=True)\n"
         "    finally: print('closed', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "closed\n")
 
 
-def test_signals_wait_for_the_end_of_a_step_but_for_ctrl_c():
-    told = []
+def test_signals_wait_for_the_end_of_a_step_but_for_ctrl_c(monkeypatch):
+    told, alarm = [], signal.getsignal(signal.SIGALRM)
     numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
     before = {n: signal.signal(n, lambda number, frame: told.append(number)) for n in numbers}
     try:
         with SignalGuard() as guard, guard.released_at_steps():
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):  # as Slurm does where time is up
                 signal.raise_signal(number)
+                monkeypatch.setattr(interruptions, "STEP_SECONDS", 60)
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 10, "counted from the first"
             assert (told, guard.is_waiting) == ([], True)
             guard.deliver()
             assert (told, guard.is_waiting) == ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], False)
@@ -140,6 +154,7 @@ def test_signals_wait_for_the_end_of_a_step_but_for_ctrl_c():
             signal.raise_signal(signal.SIGUSR1)
             assert told == [signal.SIGINT]
         assert told == [signal.SIGINT, signal.SIGUSR1], "the one that waited for no step comes at the end"
+        assert (signal.getsignal(signal.SIGALRM), signal.alarm(0)) == (alarm, 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -166,21 +181,24 @@ def test_another_thread_is_left_alone():
     seen = []
 
     def work():
-        with SignalGuard() as guard, guard.released():
+        with SignalGuard() as guard, guard.released_at_steps():
             seen.append(signal.getsignal(signal.SIGINT))
+        seen.append("left")
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert seen == [before, "left"]
 
 
 def test_whoever_presses_ctrl_c_again_and_again_is_let_go():
     code = (
         "import signal; from distilbench.trials.interruptions import SignalGuard\n"
         "with SignalGuard() as guard:\n"
-        "    for _ in range(3): signal.raise_signal(signal.SIGINT)\n"
+        "    for _ in range(2): signal.raise_signal(signal.SIGINT)\n"
+        "    print('closing', flush=True)\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
         "    print('not reached', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert (done.returncode, done.stdout) == (130, "")
+    assert (done.returncode, done.stdout) == (130, "closing\n")
