@@ -89,14 +89,15 @@ def make_report(*overrides: str) -> Report:
 
 
 def to_table(report: Report) -> DataFrame:
-    """Return a report's rows as a pandas DataFrame with every column of ``report.csv``."""
+    """Return a report's rows as a pandas DataFrame with every column of ``report.csv``; names and ids stay text."""
     from io import StringIO
 
     from pandas import read_csv
 
     from distilbench.report.tables import csv_report
 
-    return read_csv(StringIO(csv_report(report)))
+    texts = dict.fromkeys(("trial", "setting", "slice", "seeds", "protocol", "runs"), str)
+    return read_csv(StringIO(csv_report(report)), dtype=texts, keep_default_na=False, na_values=[""])
 
 
 def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> DataFrame:

@@ -169,7 +169,7 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def run_in_process(entrypoint: Callable[[], object], arguments: Sequence[str]) -> None:
-    """Run a Hydra entrypoint within a running process; raise the error that would end a command."""
+    """Run a Hydra entrypoint within a running process; raise the error that would end a command, in one line."""
     from hydra.core.global_hydra import GlobalHydra
 
     before = sys.argv
@@ -181,6 +181,11 @@ def run_in_process(entrypoint: Callable[[], object], arguments: Sequence[str]) -
     except SystemExit as end:
         reason = end.__context__
         raise (reason if isinstance(reason, Exception) else CommandFailed(f"exit status {end.code}")) from None
+    except Exception as error:  # while sys.argv is still what was asked for
+        mistake = as_settings_error(error)
+        if mistake is None:
+            raise
+        raise mistake from None
     finally:
         sys.argv = before
 

@@ -87,12 +87,21 @@ def test_settings_are_composed_and_checked():
         (lambda: distilbench.make_report("layout=paper"), r"^what to compare must be"),
         (lambda: distilbench.predict_texts(["a"], "dir=nowhere"), r"^dir must be an existing directory"),
         (lambda: distilbench.run_sweep(*TINY, "freeze.layers=0,9"), r"^freeze.layers must be 0..2"),
+        (lambda: distilbench.run_sweep(*TINY, "scheduler=cosin"), r"^scheduler must be one of constant"),
     ],
 )
 def test_a_mistake_is_an_exception_of_one_line(call, line):
     with pytest.raises(SettingsError, match=line) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+def test_names_and_ids_in_a_table_stay_what_they_are(monkeypatch):
+    header = "trial,slice,seeds,protocol,runs,p"
+    monkeypatch.setattr("distilbench.report.tables.csv_report", lambda _: f"{header}\n03,NA,1,123456789e12,007,\n")
+    row = distilbench.to_table(None).iloc[0]
+    assert list(row[:-1]) == ["03", "NA", "1", "123456789e12", "007"]
+    assert row["p"] != row["p"]
 
 
 def test_a_sweep_that_fails_raises(tmp_path, monkeypatch):

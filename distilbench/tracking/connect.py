@@ -68,16 +68,18 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
         )
     configure_mlflow()
     from mlflow import MlflowClient
+    from mlflow.entities import ViewType
 
     with address.errors_as_settings_error():
         if address.artifacts is not None:
             _check_database(address)
-        found = MlflowClient(address.uri).search_experiments()
+        found = MlflowClient(address.uri).search_experiments(ViewType.ALL)
     setting, name = _experiment_asked_for(settings)
     key = "experiment_id" if setting == EXPERIMENT_ID else "name"
     experiments = {str(getattr(experiment, key)): experiment for experiment in found}
-    require(name in experiments, setting, f"one of {', '.join(sorted(experiments))}", name, "train a trial in it first")
-    return MlflowStore(address, experiments[name], settings.patience_seconds)
+    active = sorted(key for key, experiment in experiments.items() if experiment.lifecycle_stage == "active")
+    require(name in experiments, setting, f"one of {', '.join(active)}", name, "train a trial in it first")
+    return MlflowStore(address, _active(experiments[name], setting, name), settings.patience_seconds)
 
 
 def configure_mlflow() -> None:
@@ -186,6 +188,11 @@ def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:
             found = store.get_experiment_by_name(name)  # another process was faster
             if found is None:
                 raise
+    return _active(found, setting, name)
+
+
+def _active(found: Any, setting: str, name: str) -> Experiment:
+    """Return the experiment; raises :class:`SettingsError` if it was deleted."""
     if found.lifecycle_stage != "active":
         raise SettingsError(
             f"{setting} must be an active experiment, got {name!r}, which was deleted; "

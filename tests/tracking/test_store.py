@@ -705,8 +705,9 @@ def test_a_locked_database_is_told_in_one_line(uri, store, monkeypatch):
 def test_a_deleted_experiment_is_refused(uri, store, client):
     deleted = client.create_experiment("deleted")
     client.delete_experiment(deleted)
-    with pytest.raises(SettingsError, match=f"mlflow experiments restore --experiment-id {deleted}"):
-        open_store(TrackingSettings("mlflow", uri, "deleted", 0))
+    for opened in (open_store, find_store):
+        with pytest.raises(SettingsError, match=f"mlflow experiments restore --experiment-id {deleted}"):
+            opened(TrackingSettings("mlflow", uri, "deleted", 0))
 
 
 def test_opening_leaves_the_programs_own_logging_alone(store):
