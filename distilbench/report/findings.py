@@ -103,13 +103,13 @@ def answer(report: Report) -> list[str]:
         return ["Only the baseline finished: there is nothing to compare it with."]
     if base.has_learned is False and report.floor:
         best = next((row for row in candidates if row.has_learned), None)
-        other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else "Nor has any other setting."
-        return [
-            f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. "
-            "No setting can be judged against it.",
-            _confirmed(report.confirmation, []) or other,
-        ]
-    return [sentence for sentence in _of_candidates(report) if sentence]
+        other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else ""
+        other = "Nor has any other setting." if all(row.has_learned is False for row in candidates) else other
+        said = f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. "
+        told = (f"{said}No setting can be judged against it.", _confirmed(report.confirmation, []) or other)
+    else:
+        told = _of_candidates(report)
+    return [sentence for sentence in told if sentence]
 
 
 def _of_candidates(report: Report) -> tuple[str, str]:

@@ -89,7 +89,8 @@ def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) ->
     """
     ends = Counter(map(_end, among or values))
     titles = {key: "" if key == "experiment" else f"{_end(key) if ends[_end(key)] <= 1 else key}=" for key in values}
-    return " ".join(f"{titles[key]}{_short(values[key])}" for key in in_order([*values]))
+    told = [key for key, value in values.items() if (key, value) != ("experiment", None)]
+    return " ".join(f"{titles[key]}{_short(values[key])}" for key in in_order(told))
 
 
 def name_against_baseline(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:

@@ -60,7 +60,8 @@ def what_decides(needed: Needed | None, examples_there: int) -> str:
         return "more seeds may decide it"
     examples = f"about {needed.examples:,} examples with {needed.with_seeds} seeds" if needed.examples else ""
     if needed.seeds is None:
-        limit = f"the {examples_there:,} examples alone leave ± {100 * needed.floor:.1f} points"
+        left = f"leave ± {100 * needed.floor:.1f} points" if needed.floor >= 0.0005 else "are too few"
+        limit = f"the {examples_there:,} examples alone {left}"
         return f"no number of seeds would decide it, because {limit}" + (f"; {examples} would" if examples else "")
     return f"{needed.seeds} seeds would decide it" + (f", or {examples}" if examples else "")
 

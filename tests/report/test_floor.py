@@ -74,6 +74,12 @@ def test_nothing_is_judged_beside_a_baseline_that_has_not_learned_nor_said_to_ne
     assert comparison_headline(compare(ours, base, 1.0)).startswith("The baseline has not learned: 51.03 %")
 
 
+@pytest.mark.parametrize(("shown", "told"), [(2, ["Nor has any other setting."]), (1, [])])
+def test_of_settings_that_were_not_tested_nobody_says_that_they_have_not_learned(shown, told):
+    report = report_of([made(ALWAYS), made(ALWAYS, place=1, settings=FROZEN)], shown=shown)
+    assert answer(report)[1:] == told
+
+
 def test_a_setting_that_has_not_learned_is_called_so_beside_its_verdict():
     (row,) = report_of([made(LEARNED), made(ALWAYS, place=1, settings=FROZEN)]).candidates
     assert describe_verdict(row) == "worse with this seed (n = 1), has not learned"

@@ -17,6 +17,10 @@ def test_the_most_telling_comes_first_and_the_seed_last():
     )
 
 
+def test_no_experiment_is_not_told():
+    assert name_of({"experiment": None, "freeze.layers": 0}) == "layers=0"
+
+
 def test_a_group_that_a_sweep_chooses_stands_where_its_name_stands_in_a_report():
     space, report = ("scheduler", "optim.lr", "freeze.layers"), ("scheduler.name", "optim.lr", "freeze.layers")
     assert name_of(dict.fromkeys(space, 0)) == name_of(dict.fromkeys(report, 0)) == "layers=0 scheduler=0 lr=0"

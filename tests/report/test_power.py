@@ -22,6 +22,7 @@ from distilbench.report.power import (
     power,
 )
 from distilbench.report.statistics import spread_over_seeds
+from distilbench.report.words import what_decides
 from tests.report import margin_tables as tables
 from tests.report.test_noninferiority import by_seed, pair, table_rows
 
@@ -175,3 +176,8 @@ def test_a_plan_says_whether_a_setting_without_loss_would_be_shown():
     assert chance < POWER
     assert told == needed(assume_spread(), 3, 872, 0.01, rows=7)
     assert plan_power(5_000, 5, 0.01, rows=20)[0] < plan_power(5_000, 5, 0.01)[0]
+
+
+def test_examples_that_never_differed_are_too_few_rather_than_leaving_nothing():
+    told = what_decides(needed_to_decide(spread_over_seeds(*2 * [dict.fromkeys((1, 2), np.ones(120))]), 0.01), 120)
+    assert told.startswith("no number of seeds would decide it, because the 120 examples alone are too few; about ")
