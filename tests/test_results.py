@@ -66,8 +66,9 @@ def test_a_start_time_is_the_same_within_two_seconds(seconds, dead):
 
 
 def test_another_hosts_process_is_dead_only_if_one_says_so():
-    elsewhere = replace(Owner.of_this_process(), host="elsewhere")
+    elsewhere = Owner("elsewhere", os.getpid(), 0.0)
     assert not elsewhere.is_dead()
+    assert replace(elsewhere, host=socket.gethostname()).is_dead()
 
 
 def test_a_process_that_ended_is_dead_even_before_its_parent_notices():
