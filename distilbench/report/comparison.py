@@ -31,7 +31,7 @@ def compare_with_baseline(
 ) -> tuple[list[Row], float | None]:
     """Compare the first ``shown`` rows with the baseline and test which have learned; return the rows and the floor.
 
-    Their trials must have predictions. ``margin`` is in percentage points. ``selected_on_report_split``: the report
+    Their trials must have predictions, the others need none. ``margin`` is in percentage points. ``selected_on_report_split``: the report
     split also selected among these rows, so that a lead still has to be confirmed. ``num_settings`` is how many the
     tests are corrected for, by default all rows but the baseline's.
 
@@ -39,7 +39,7 @@ def compare_with_baseline(
     be smaller and weaken the correction of the others, so this keeps the level. Leaving it out would not: pruned trials
     were seen to be behind, so the remaining tests would be selected by their outcome.
     """
-    result = [_with_learning(row) if i < shown or row.is_baseline else row for i, row in enumerate(rows)]
+    result = [_with_learning(row) for row in rows]
     asked = next((row for row in result if row.examples), None)
     floor = floor_of(next(iter(asked.predictions.values())).labels) if asked else None
     if baseline is None:
@@ -49,7 +49,7 @@ def compare_with_baseline(
     for i, row in enumerate(result):
         if i == baseline or not row.trials:
             continue
-        spread = _spread(row, base) if i < shown or not base.trials else Untested.ROWS
+        spread = _spread(row, base) if i < shown else Untested.ROWS
         if isinstance(spread, Untested):
             row = replace(row, untested=spread)
         else:

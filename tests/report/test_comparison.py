@@ -66,6 +66,8 @@ def test_rows_beyond_those_shown_are_counted_but_not_tested():
     assert shown[0].difference.p_holm == pytest.approx(30 * p)
     assert (shown[2].verdict, describe_verdict(shown[2])) == (None, "not tested: beyond the rows asked for")
     assert shown[2].points == pytest.approx(100 * 32 / EXAMPLES)
+    (asked, *_), _ = compare_with_baseline(rows, find_baseline(rows, USUAL), 1.0, num_settings=50)
+    assert asked.difference.p_holm == pytest.approx(50 * p)
 
 
 def test_the_correction_counts_what_was_pruned_or_failed_too():
@@ -74,8 +76,10 @@ def test_the_correction_counts_what_was_pruned_or_failed_too():
     stopped = [
         failed(status, n, treatment(optim_lr=float(n))) for n, status in enumerate((Status.PRUNED, Status.FAILED), 2)
     ]
-    (row,) = report_of([base, better, *stopped], selected_on_report_split=False).candidates
+    report = report_of([base, better, *stopped], selected_on_report_split=False)
+    (row,) = report.candidates
     assert row.difference.p_holm == pytest.approx(3 * mcnemar_exact(20, 0))
+    assert [(one.points, one.untested, one.verdict) for one in report.rows[2:]] == [(None, None, None)] * 2
 
 
 def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
@@ -132,8 +136,8 @@ def test_a_difference_over_fewer_seeds_than_the_accuracy_says_so():
 
 
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
-    report = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)])
-    assert describe_verdict(report.candidates[0]) == "not tested: the baseline did not finish"
+    (row,) = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)]).candidates
+    assert (describe_verdict(row), row.points) == ("not tested: the baseline did not finish", None)
 
 
 def pair(gains: int, losses: int, margin: float = 1.0, **terms):
