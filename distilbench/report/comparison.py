@@ -145,7 +145,7 @@ def _spread(row: Row, base: Row) -> SeedSpread | Untested:
         return Untested.SEEDS
 
 
-def difference_of(spread: SeedSpread, margin: float, num_settings: int = 1) -> Difference:
+def difference_of(spread: SeedSpread, margin: float, num_settings: int) -> Difference:
     """Test a difference without correction, for a ``margin`` in percentage points.
 
     The largest loss alone is corrected, by Bonferroni's method: it holds whichever of ``num_settings`` is picked.

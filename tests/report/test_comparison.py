@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distilbench.report.comparison import compare_with_baseline
+from distilbench.report.comparison import compare_with_baseline, needed_to_confirm
 from distilbench.report.noninferiority import ALPHA, noninferiority_exact
+from distilbench.report.power import PLANNED_SEEDS, estimate_spread, needed, needed_to_decide
 from distilbench.report.rows import find_baseline, rows_from
 from distilbench.report.statistics import compare_over_seeds, mcnemar_exact, spread_over_seeds
 from distilbench.report.tables import notes_of
@@ -167,6 +168,8 @@ def test_a_row_that_loses_but_less_than_the_margin_is_good_enough():
 def test_an_undecided_row_says_what_would_decide():
     row = pair(30, 30, margin=1.0)
     assert row.verdict is Verdict.UNDECIDED
+    seen = spread_over_seeds({1: right(range(30, 60))}, {1: right(range(30))})
+    assert row.difference.needed == needed_to_decide(seen, 0.01)
     assert (row.difference.needed.seeds, row.difference.needed.examples > EXAMPLES) == (None, True)
     assert pair(20, 24, margin=2.0).difference.needed.seeds > 1
 
@@ -194,6 +197,8 @@ def test_the_seeds_that_were_lucky_do_not_speak_for_those_that_were_stopped(stat
     (row,) = report_of([*trials, stopped], selected_on_report_split=False).candidates
     assert describe_verdict(row) == "not judged: other seeds diverged or were pruned"
     assert (row.verdict, row.difference.num_seeds) == (None, 2)
+    worse = [*trials[:3], *(trial(0.85, seed, 1, FROZEN) for seed in (1, 3)), stopped]
+    assert report_of(worse, selected_on_report_split=False).candidates[0].verdict is Verdict.WORSE
     again = [*trials, stopped, trial(0.95, 2, 5, FROZEN)]
     assert report_of(again, selected_on_report_split=False).candidates[0].verdict is Verdict.BETTER
     assert report_of([*trials, replace(stopped, status=Status.OUT_OF_MEMORY)]).candidates[0].verdict is Verdict.BETTER
@@ -209,3 +214,22 @@ def test_both_corrections_count_what_was_tried():
     assert (first.difference.p_loss, second.difference.p_loss) == tuple(p)
     assert first.difference.p_loss_holm == pytest.approx(3 * p[0])
     assert second.difference.p_loss_holm == pytest.approx(max(2 * p[1], 3 * p[0]))
+
+
+def test_a_confirmation_is_planned_for_the_row_that_needs_most_seeds_then_most_examples():
+    base, *rows = rows_from(
+        [trial(right=right(range(40)))]
+        + [trial(right=right(range(n, n + 41)), place=n, settings=treatment(optim_lr=float(n))) for n in (10, 20, 40)]
+    )
+
+    def alone(row, margin: float):
+        spread = spread_over_seeds(*({1: one.predictions[1].correct} for one in (row, base)))
+        return needed(estimate_spread(spread), PLANNED_SEEDS, EXAMPLES, margin / 100, rows=7)
+
+    near, middle, far = (alone(row, 2.5) for row in rows)
+    assert near.seeds < middle.seeds
+    assert far.seeds is None
+    assert needed_to_confirm(rows[:2], base, 2.5, 7) == middle
+    assert needed_to_confirm([rows[2], *rows[:2]], base, 2.5, 7) == far
+    assert needed_to_confirm([rows[0], rows[2]], base, 1.0, 7) == alone(rows[2], 1.0)
+    assert needed_to_confirm([rows[0], replace(rows[1], trials=(trial(predictions=None),))], base, 2.5, 7) is None
