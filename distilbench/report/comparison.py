@@ -31,7 +31,7 @@ def compare_with_baseline(
 ) -> tuple[list[Row], float | None]:
     """Compare the first ``shown`` rows with the baseline and test which have learned; return the rows and the floor.
 
-    Their trials must have predictions, the others need none. ``margin`` is in percentage points. ``selected_on_report_split``: the report
+    Their trials must have predictions. ``margin`` is in percentage points. ``selected_on_report_split``: the report
     split also selected among these rows, so that a lead still has to be confirmed. ``num_settings`` is how many the
     tests are corrected for, by default all rows but the baseline's.
 
