@@ -38,8 +38,8 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 
 
 def root() -> Path:
-    """Return the directory of outputs/, mlruns/ and mlflow.db: ``DISTILBENCH_ROOT``, or :data:`CHECKOUT` if unset."""
-    return Path(os.environ.get("DISTILBENCH_ROOT") or CHECKOUT)
+    """Return the directory of outputs/, mlruns/ and mlflow.db: ``DISTILBENCH_ROOT``, by default :data:`CHECKOUT`."""
+    return Path(os.environ["DISTILBENCH_ROOT"])
 
 
 class SettingsError(ValueError):

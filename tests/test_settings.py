@@ -67,6 +67,7 @@ def test_every_documented_group_has_choices():
 def test_plain_composition_is_the_reports_baseline_protocol():
     s = composed()
     assert (s.model.checkpoint, s.data.hub_name) == ("distilbert/distilbert-base-uncased", "stanfordnlp/sst2")
+    assert (s.data.split_seed, s.data.selection_fraction, s.data.report_fraction) == (0, 0.0, 0.0)
     assert (s.train.epochs, s.train.batch_size, s.train.max_length) == (3, 16, 128)
     assert (s.optim.name, s.optim.lr, s.optim.weight_decay, s.optim.max_grad_norm) == ("adamw", 2e-5, 0.01, 1.0)
     assert (s.scheduler.name, s.scheduler.warmup(1000)) == ("linear", 0)
@@ -271,6 +272,7 @@ def test_every_declared_range_is_tried_at_its_ends():
          "what is frozen, got 1"),
         ("freeze", {"policy": "scheduled"}, "freeze.layers must be 1 or more with freeze.policy=scheduled, got 0"),
         ("adapter", {"rank": 4}, "adapter.rank must be null with adapter.name=none, got 4"),
+        ("adapter", {"alpha": 4}, "adapter.alpha must be null with adapter.name=none, got 4"),
         ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, "
          "got 0.0"),
         ("adapter", {"name": "lora", "rank": 1, "alpha": 1.0}, "adapter.dropout must be a number with "
@@ -332,12 +334,12 @@ def test_settings_that_contradict_each_other_are_told_with_what_to_do(usual, key
     [
         ("model", {"source": "random", "layers": 1}),
         ("data", {"source": "tweets", "hub_name": None}),
-        ("data", {"source": "files", "train": __file__, "validation": None}),
+        ("data", {"source": "files", "train": __file__, "validation": None, "pair_column": "b", "slice_column": "c"}),
         ("data", {"label_names": ["a", "b"]}),
         ("scheduler", {"name": "constant_with_warmup", "warmup_steps": 3, "warmup_ratio": 0}),
         ("scheduler", {"name": "constant", "warmup_steps": 0, "warmup_ratio": 0}),
         ("freeze", {"policy": "head", "dropout": False}),
-        ("freeze", {"policy": "scheduled", "layers": 2}),
+        ("freeze", {"policy": "scheduled", "layers": 1}),
         ("adapter", {"name": "lora", "rank": 1, "alpha": 0.5, "dropout": 0.0}),
         ("tracking", {"uri": "http://me@host/a:b"}),
         ("sweep", {"pruner_options": {"min_resource": "auto", "max_resource": 3, "lower": 0.5, "upper": None}}),
@@ -456,7 +458,12 @@ def test_what_is_not_given_is_named_with_the_words_that_give_it():
     assert str(caught.value) == "model.checkpoint must be given, got nothing; add model.checkpoint=..."
     with initialize_config_dir(str(CONF)):
         compare = compose("compare", ["sweep=first", "output=here", "tracking=none"])
-    assert settings_from(compare, CompareSettings).output == str(Path.cwd() / "here")
+        confirm = compose("confirm", ["sweep=first", "output=here", "tracking=none"])
+        predict = compose("predict", ["dir=.", "data.test=a.csv", "output=here", "tracking=none"])
+    here = str(Path.cwd() / "here")
+    assert settings_from(compare, CompareSettings).output == settings_from(confirm, ConfirmSettings).output == here
+    predicts = settings_from(predict, PredictSettings)
+    assert (predicts.output, predicts.dir) == (here, str(Path.cwd()))
 
 
 def test_a_trial_is_all_but_what_surrounds_it(usual):
@@ -510,6 +517,18 @@ def test_contradictions_and_missing_paths_say_what_to_do(overrides, remedy):
 def test_auto_freezes_the_embeddings_with_the_first_layer(layers, embeddings):
     frozen = FreezeSettings(layers, embeddings, True, "depth").freezes_embeddings
     assert frozen == (layers > 0 if embeddings == "auto" else embeddings)
+
+
+def test_the_policies_head_and_bias_freeze_the_embeddings_too():
+    frozen = {policy for policy in FREEZE_POLICIES
+              if FreezeSettings(policy == "scheduled", "auto", True, policy).freezes_embeddings}  # fmt: skip
+    assert frozen == {"head", "bias", "scheduled"}
+
+
+def test_dropout_is_off_only_in_what_is_frozen_and_only_if_asked_for():
+    assert FreezeSettings(3, "auto", False, "depth").deterministic_layers(6) == 3
+    assert FreezeSettings(0, "auto", False, "head").deterministic_layers(6) == 6
+    assert FreezeSettings(3, "auto", True, "depth").deterministic_layers(6) == 0
 
 
 @given(
