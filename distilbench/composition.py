@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from distilbench.cli import errors_in_one_line, format_command, format_override
 from distilbench.identity import treatment_of, value_of
-from distilbench.report.names import CHOICES
+from distilbench.report.names import CHOICES, is_choice
 from distilbench.settings import AppSettings, SettingsError, require, settings_from
 
 
@@ -54,17 +54,27 @@ def baseline_choices(config: DictConfig) -> dict[str, str]:
 def typed_choices(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, object]:
     """Return the choices of :data:`CHOICES` that give ``config``, and the settings of the treatment that differ.
 
-    ``freeze=layers3 freeze.dropout=false`` gives ``{"freeze": "layers3", "freeze.dropout": False, ...}``.
+    ``freeze=layers3 freeze.dropout=false`` gives ``{"freeze": "layers3", "freeze.dropout": False, ...}``. An experiment
+    that a baseline has as well, such as ``quick``, names no trial.
     """
     chosen: dict[str, object] = {group: choices[group] for group in CHOICES if group in choices}  # Hydra omits lists
     typed = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
     searched = [line for line in typed if line.startswith("hydra.searchpath=")]
     try:
         plain = default_treatment((*searched, *(f"{key}={one}" for key, one in chosen.items() if one is not None)))
+        if chosen.get("experiment") and _is_baseline(*searched, f"experiment={chosen['experiment']}"):
+            del chosen["experiment"]
     except (SettingsError, HydraException):  # a choice of the user's own, such as one that needs further settings
         return {}
     ours = _treatment(config)
     return chosen | {key: value_of(ours, key) for key in {*ours, *plain} if value_of(ours, key) != value_of(plain, key)}
+
+
+@lru_cache(maxsize=64)
+def _is_baseline(*overrides: str) -> bool:
+    """Return whether these overrides give the baseline that they are compared with, as ``experiment=quick`` does."""
+    config = compose("config", [*overrides])
+    return not any(map(is_choice, overrides_between(config, baseline_config(config))))
 
 
 @lru_cache(maxsize=64)

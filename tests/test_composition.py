@@ -138,9 +138,16 @@ def test_the_quick_experiment_and_its_baseline_learn_at_one_rate_from_one_amount
         (["experiment=baseline,layer_freezing,head"], ["baseline", "layer_freezing", "head"]),
         (["freeze.layers=0,3", "optim.lr=5e-5"],
          ["lr=5e-05", "layers=3 lr=5e-05", "baseline: layers=0 lr=2e-05"]),
+        (["freeze=layers3", "optim.lr=1e-5,2e-5"],
+         ["freeze=layers3 lr=1e-05", "freeze=layers3", "baseline: freeze=none lr=2e-05"]),
+        (["experiment=layer_freezing", "optim.lr=2e-5,1e-3"],
+         ["layer_freezing", "layer_freezing lr=0.001", "baseline: lr=2e-05"]),
+        (["experiment=quick", "freeze=none,layers3"], ["baseline: freeze=none", "freeze=layers3"]),
+        (["adapter=lora", "adapter.rank=4,16"],
+         ["adapter=lora rank=4", "adapter=lora rank=16", "baseline: adapter=none rank=null"]),
     ],
 )  # fmt: skip
-def test_a_sweep_and_its_report_call_a_trial_the_same_and_as_it_was_typed(composing, lines, names):
+def test_a_sweep_its_report_and_a_trial_by_itself_name_it_the_same_and_as_it_was_typed(composing, lines, names):
     shared = ["model=tiny", "model.layers=4", "data=synthetic", "tracking=none", "sweep.name=unused", "output.dir=x"]
     config, loader = compose("config", shared, return_hydra_config=True), GlobalHydra.instance().config_loader()
     space = read_space(None, lines, loader, is_grid=True)
@@ -157,6 +164,7 @@ def test_a_sweep_and_its_report_call_a_trial_the_same_and_as_it_was_typed(compos
             del made["hydra"]
         made.output.dir = "x"
         job = job_of(made, choices)
+        assert job.name == f"{'baseline' if point.is_baseline else names[number]} seed=42"
         role = BASELINE_ROLE if point.is_baseline else ""
         trials.append(trial(0.9, 1, number, treatment_of(job.settings, "")))
         trials[-1] = replace(trials[-1], choices=json.loads(json.dumps(dict(job.choices))), role=role)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, cast
 
@@ -34,18 +34,20 @@ def in_order(keys: Sequence[str]) -> list[str]:
     return sorted(keys, key=lambda key: (key == "seed", places[key], key))
 
 
-def varying_keys(treatments: Sequence[Mapping[str, object]]) -> list[str]:
+def varying_keys(treatments: Sequence[Mapping[str, object]], typed: Collection[str] = ()) -> list[str]:
     """Return the keys that differ, most informative first, without those that another key implies in all treatments.
 
-    ``freeze.layers`` may imply ``freeze.embeddings``; the name of an adapter or scheduler may imply its settings.
+    ``freeze.layers`` may imply ``freeze.embeddings``; the name of an adapter or scheduler may imply those of its
+    settings that were not ``typed``.
     """
 
     def follows(key: str) -> bool:
         if key == "freeze.embeddings":
             return all(map(embeddings_are_auto, treatments))
-        group, _, setting = key.partition(".")
+        group = key.partition(".")[0]
         values = {(value_of(t, f"{group}.name"), repr(t.get(key))) for t in treatments}
-        return group in _NAMED_GROUPS and setting != "name" and len(values) == len({name for name, _ in values})
+        is_implied = key != f"{group}.name" and key not in typed and len(values) == len({name for name, _ in values})
+        return group in _NAMED_GROUPS and is_implied
 
     keys = in_order(list({key for treatment in treatments for key in treatment}))
     return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
@@ -63,8 +65,8 @@ def told_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Ma
     ``choices`` are those of :func:`distilbench.composition.typed_choices`, empty for a trial of an earlier version. The
     choice of a group (``freeze=layers3``) replaces the settings that it brought along, if that makes names no longer.
     """
-    keys = varying_keys(treatments)
     changed = {key for one in choices for key in one}
+    keys = varying_keys(treatments, changed)
     for group in CHOICES if treatments else ():
         own = [key for key in keys if key.startswith("" if group == "experiment" else f"{group}.")]
         chosen = [one.get(group, ...) for one in choices]
@@ -82,20 +84,21 @@ def told_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Ma
     ]
 
 
-def name_of(values: Mapping[str, object], among: Sequence[str] | None = None) -> str:
+def name_of(values: Mapping[str, object], baseline: Mapping[str, object] = {}, title: str = "") -> str:
     """Return a name for ``values`` with the last part of each key: ``freeze=bias scheduler=cosine lr=3e-05``.
 
-    ``among`` are all keys that may occur in names: keys with the same last part are written in full.
+    Choices (:func:`is_choice`) that equal the ``baseline``'s are left out, and behind a ``title`` the experiment is:
+    ``baseline: layers=0``. Keys with the same last part are written in full.
     """
-    ends = Counter(map(_end, among or values))
-    titles = {key: "" if key == "experiment" else f"{_end(key) if ends[_end(key)] <= 1 else key}=" for key in values}
-    told = [key for key, value in values.items() if (key, value) != ("experiment", None)]
-    return " ".join(f"{titles[key]}{_short(values[key])}" for key in in_order(told))
-
-
-def name_against_baseline(values: Mapping[str, object], baseline: Mapping[str, object], among: Sequence[str]) -> str:
-    """Return a name for ``values`` without those :data:`BASELINE_GROUPS` that equal the ``baseline``'s."""
-    return name_of({k: v for k, v in values.items() if not is_choice(k) or baseline.get(k, ...) != v}, among)
+    ends = Counter(map(_end, values))
+    parts = []
+    for key in in_order([*values]):
+        is_shared = is_choice(key) and baseline.get(key, ...) == values[key]
+        if is_shared or (key == "experiment" and (title or values[key] is None)):
+            continue
+        told = "" if key == "experiment" else f"{_end(key) if ends[_end(key)] == 1 else key}="
+        parts.append(f"{told}{_short(values[key])}")
+    return ": ".join(filter(None, (title, " ".join(parts))))
 
 
 def is_choice(key: str) -> bool:

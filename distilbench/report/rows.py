@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from distilbench.identity import has_choices_of, short_hash
-from distilbench.report.names import name_against_baseline, name_of, told_values
+from distilbench.report.names import name_of, told_values
 from distilbench.report.power import Needed
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
@@ -337,18 +337,15 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     """
     choices = [{k: v for k, v in row.choices.items() if k != "experiment" or not row.label} for row in rows]
     values = told_values([row.treatment for row in rows], choices)
-    varying = [*values[0]] if values else []
     numbers = Counter(row.first_trial.number for row in rows)
     tagged = baseline is not None and rows[baseline].is_tagged
     reference = values[baseline] if baseline is not None else {}
     labelled = []
     for i, row in enumerate(rows):
         is_baseline = i == baseline or (tagged and row.is_tagged)  # a sweep over amounts has one per amount
-        told = {key: value for key, value in values[i].items() if key != "experiment"}
-        name = name_of(told, varying) if is_baseline else name_against_baseline(values[i], reference, varying)
-        title = " ".join(dict.fromkeys(part for part in ("baseline" if is_baseline else "", row.label) if part))
-        shown = ": ".join(part for part in (title, name) if part) or "all settings"
+        title = " ".join(dict.fromkeys(filter(None, ("baseline" if is_baseline else "", row.label))))
+        name = name_of(values[i], {} if is_baseline else reference, title) or "all settings"
         number = row.first_trial.number if row.first_trial.number.isdigit() else ""
         number = f"{row.first_trial.sweep}/{number}" if number and numbers[number] > 1 else number
-        labelled.append(replace(row, label=shown, is_baseline=i == baseline, rank=i, number=number))
+        labelled.append(replace(row, label=name, is_baseline=i == baseline, rank=i, number=number))
     return labelled

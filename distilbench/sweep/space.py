@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from distilbench.composition import baseline_choices, baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
-from distilbench.report.names import is_choice, name_against_baseline, name_of
+from distilbench.report.names import is_choice, name_of
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
@@ -85,15 +85,11 @@ class Space:
         ``baseline`` holds the baseline's value of each dimension, and of what the other points share but not with it
         (``shared``, their value of that); it is empty in a sweep without a baseline.
         """
-        among = [*self.dimensions, *shared]
         if not point.is_baseline:
-            told = name_against_baseline({**point.params, **shared}, baseline, among)
-            return told or " ".join(point.extra) or "trial"
-        given = dict(override.partition("=")[::2] for override in point.extra)
-        given = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
-        values = {key: value for key, value in baseline.items() if is_choice(key)} | (point.params or given)
-        told = name_of({key: value for key, value in values.items() if key != "experiment"}, among)
-        return f"baseline: {told}" if told else "baseline"
+            return name_of({**point.params, **shared}, baseline) or " ".join(point.extra) or "trial"
+        given = point.params or dict(override.partition("=")[::2] for override in point.extra)
+        told = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
+        return name_of({key: value for key, value in baseline.items() if is_choice(key)} | told, title="baseline")
 
 
 def edges(distribution: BaseDistribution) -> Sequence[Any]:
@@ -245,15 +241,20 @@ class Composer:
             raise SettingsError(f"the search space must name settings that there are: {said}") from None
 
     def shared_choices(self) -> tuple[Params, Params]:
-        """Return the fixed settings that a baseline puts back, with the points' value and with the baseline's."""
+        """Return the fixed choices that a baseline puts back, with the points' value and with the baseline's."""
         if not self.base.sweep.baseline:
             return {}, {}
-        baseline = baseline_config(self.base)
-        fixed = (line.partition("=")[0].lstrip("+") for line in self._space.fixed)
-        keys = [key for key in fixed if is_choice(key) and "." in key]
-        ours, theirs = ({key: OmegaConf.select(one, key) for key in keys} for one in (self.base, baseline))
-        differing = [key for key in keys if ours[key] != theirs[key]]
-        return {key: ours[key] for key in differing}, {key: theirs[key] for key in differing}
+        named, baseline = baseline_choices(self.base), baseline_config(self.base)
+        fixed = dict(line.lstrip("+").partition("=")[::2] for line in self._space.fixed)
+        keys = [key for key in fixed if is_choice(key) and (key in named or "." in key)]
+        ours: Params = {key: fixed[key] if key in named else OmegaConf.select(self.base, key) for key in keys}
+        theirs: Params = {key: named.get(key, OmegaConf.select(baseline, key)) for key in keys}
+        told = {*keys, *self._space.dimensions}
+        between = [override.partition("=")[0] for override in overrides_between(self.base, baseline)]
+        if any(is_choice(key) and not {key, key.partition(".")[0]} & told for key in between):
+            ours |= {key: value for key, value in fixed.items() if key == "experiment" and value[:1] != "["}
+        differing = [key for key in ours if ours[key] != theirs.get(key)]
+        return {key: ours[key] for key in differing}, {key: theirs.get(key) for key in differing}
 
     def baseline_params(self) -> Params:
         """Return the baseline's value of each dimension, a choice for a group; empty in a sweep without a baseline."""

@@ -42,7 +42,8 @@ def test_what_an_adapters_name_tells_already_is_not_told():
 
 
 def test_keys_that_end_alike_are_told_whole():
-    assert name_of({"adapter.dropout": 0.1}, ["adapter.dropout", "freeze.dropout"]) == "adapter.dropout=0.1"
+    values, baseline = {"adapter.dropout": 0.1, "freeze.dropout": 0}, {"freeze.dropout": 0}
+    assert name_of(values, baseline) == "adapter.dropout=0.1"
 
 
 def test_embeddings_that_follow_the_layers_do_not_vary():

@@ -117,11 +117,6 @@ def test_what_a_baseline_shares_with_its_trial_is_told_of_both(point, name):
     assert space.name_of(point, {"experiment": "baseline", "seed": 1}) == name
 
 
-def test_dimensions_that_end_alike_are_named_whole_even_where_one_is_missing():
-    space = Space({"freeze.layers": LAYERS, "model.layers": LAYERS}, [])
-    assert space.name_of(Point({"freeze.layers": 1}), {}) == "freeze.layers=1"
-
-
 def test_a_dimension_is_described_in_words_its_choices_in_any_order():
     described = [describe(distribution) for distribution in SPACE.dimensions.values()]
     assert described == ["whole numbers from 1 to 5 in steps of 2", "cosine, linear"]
