@@ -732,12 +732,12 @@ def settings_from(config: Any, kind: Any = AppSettings) -> Any:
     Raises :class:`SettingsError` for a value that is missing, unknown or out of range.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue
 
     try:
         nodes = {f.name: config[f.name] for f in dataclasses.fields(kind)}
         values = OmegaConf.to_container(OmegaConf.create(nodes, parent=config), resolve=True, throw_on_missing=True)
-    except (MissingMandatoryValue, InterpolationToMissingValueError, ConfigKeyError) as error:
+    except (MissingMandatoryValue, ConfigKeyError) as error:
         raise SettingsError(f"{error.full_key} must be given, got nothing; add {error.full_key}=...") from None
     return _build(kind, values)
 
