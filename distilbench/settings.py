@@ -807,8 +807,7 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
             hint = Any
         elif nested:
             hint = _schema(nested, (cls, *inside))
-        default = f.default if f.default is not dataclasses.MISSING else "???"
-        fields.append((f.name, hint, dataclasses.field(default=default)))
+        fields.append((f.name, hint, dataclasses.field(default=f.default)))  # without one: missing
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
