@@ -84,6 +84,7 @@ def test_needed_seeds_are_the_fewest_that_suffice(discordance, examples):
     assert power(spread, found.seeds, examples, 0.01) >= POWER
     assert found.seeds == 2 or power(spread, found.seeds - 1, examples, 0.01) < POWER
     assert found.examples is None
+    assert needed(spread, 1, examples, 0.1).seeds == 2
 
 
 def test_where_no_number_of_seeds_will_do_the_fewest_examples_are_counted():
@@ -148,8 +149,10 @@ def test_one_pair_shows_its_discordance_and_half_of_it_is_supposed_to_last():
 
 def test_needed_to_decide_supposes_no_loss_while_that_leaves_something_to_do():
     a, b = pair(20, 29, 872)
-    found = needed_to_decide(spread_over_seeds({1: a}, {1: b}), 0.01)
-    assert found == needed(assume_spread(50 / 872), 1, 872, 0.01)
+    seen = spread_over_seeds({1: a}, {1: b})
+    assert needed_to_decide(seen, 0.01) == needed(assume_spread(50 / 872), 1, 872, 0.01)
+    assert needed_to_decide(seen, 0.03) == needed(assume_spread(50 / 872), 1, 872, 0.03)
+    assert needed_to_decide(seen, 0.03).seeds > 1
 
 
 def test_needed_to_decide_supposes_the_loss_seen_where_the_seeds_at_hand_should_have_decided():
