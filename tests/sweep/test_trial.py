@@ -1,10 +1,11 @@
-"""A GPU for each process: a pure choice among names, held by locks, where there is none to be seen."""
+"""A trial in its sweep: its GPU, its seeds, and by what and when it is judged."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,18 @@ import pytest
 
 from distilbench.engines import device as engine_device
 from distilbench.identity import TrialIdentity
-from distilbench.results import Owner, Record, Status, read_record
+from distilbench.results import Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep import trial
-from distilbench.sweep.job import Lease, SweepJob, objectives_of
-from distilbench.sweep.trial import check_pruning, claim_free, claim_gpu, pruning_callback, pruning_objective
+from distilbench.sweep.job import UNRESOLVED_IDENTITY, Lease, SweepJob, objectives_of
+from distilbench.sweep.trial import (
+    check_pruning,
+    claim_free,
+    claim_gpu,
+    context_of,
+    pruning_callback,
+    pruning_objective,
+)
 from distilbench.trials.prepared import Job
 
 
@@ -116,11 +124,12 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     identity = {"protocol": "p", "treatment": "t", "seed": 1}
     ends = {1: (Status.FINISHED, None), 2: (Status.INTERRUPTED, "its process was killed")}
     for seed, (status, error) in ends.items():
-        Record(identity, status, owner, None, error, {}, {"accuracy": 0.5}).write(job.directory / f"seed-{seed}")
+        earlier = Record(identity, status, owner, None, error, {}, {"accuracy": 0.5}, {"seconds": 3.0, "other": 1.0})
+        earlier.write(job.directory / f"seed-{seed}")
 
     def train(seeded):
         trained.append(seeded.settings.seed)
-        done = Record(identity, Status.FINISHED, owner, None, None, {}, {"accuracy": 0.7})
+        done = Record(identity, Status.FINISHED, owner, None, None, {}, {"accuracy": 0.7}, {"seconds": 6.0})
         done.write(Path(seeded.settings.output.dir))
 
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
@@ -129,7 +138,67 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     lease = SimpleNamespace(holds=lambda: True)
     trial._train_seeds(Job(given, given, str), job, lease, runner)
     assert trained == [2, 3]
-    assert read_record(job.directory).status is Status.FINISHED
+    record = read_record(job.directory)
+    assert (record.status, record.identity) == (Status.FINISHED, identity | {"seed": None})
+    assert record.selection == pytest.approx({"accuracy": (0.5 + 0.7 + 0.7) / 3})
+    assert record.figures == pytest.approx({"seconds": 5.0, "seeds": 3.0, "accuracy_std": 0.2 / math.sqrt(3)})
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason", "trained", "told"),
+    [
+        ([Status.FINISHED, Status.DIVERGED], None, [1, 2], (Status.DIVERGED, "nan", 1.0)),
+        ([Status.FINISHED] * 3, "behind", [1, 2], (Status.PRUNED, "pruned after 2 seeds: behind", 2.0)),
+        ([Status.DIVERGED], "behind", [1], (Status.DIVERGED, "nan", 0.0)),
+    ],
+)
+def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_behind(
+    settings, tmp_path, monkeypatch, ends, reason, trained, told
+):
+    owner, seen, values = Owner.of_this_process(), [], []
+    job = SweepJob("all", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60, prunes=True)
+
+    def train(seeded):
+        seen.append(seeded.settings.seed)
+        status = ends[len(seen) - 1]
+        error = None if status is Status.FINISHED else "nan"
+        ended = Record(UNRESOLVED_IDENTITY, status, owner, None, error, {}, {"accuracy": 0.5 + 0.1 * len(seen)})
+        ended.write(Path(seeded.settings.output.dir))
+
+    def callback(value, count):
+        values.append((round(value, 6), count))
+        return reason if count == 2 else None
+
+    monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: callback if job.prunes else None)
+    identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
+    runner = SimpleNamespace(prepare=lambda _: identities, train_one=train)
+    given = settings("sweep.seeds=[1,2,3]")
+    trial._train_seeds(Job(given, given, str), job, SimpleNamespace(holds=lambda: True), runner)
+    record = read_record(job.directory)
+    assert seen == trained
+    assert values == [(0.6, 1), (0.65, 2)][: ends[: len(trained)].count(Status.FINISHED)]
+    assert (record.status, record.error, record.figures["seeds"]) == told
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "step", "epoch", "count"),
+    [("null", 10, 1.0, 1), ("null", 20, 2.0, 2), ("4", 4, 0.4, 1), ("4", 8, 0.8, 2), ("4", 10, 1.0, 3)],
+)
+def test_a_trial_is_judged_after_each_evaluation_and_told_who_it_is(
+    settings, tmp_path, monkeypatch, eval_steps, step, epoch, count
+):
+    job = SweepJob("one", "3", "lr=1", (), True, "parent", Owner.of_this_process(), tmp_path, ("train_flops", "f1"),
+                   "", 0, 60, is_quiet=True, prunes=True, picks=True)  # fmt: skip
+    monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: lambda value, count: f"{value} {count}")
+    given, lease = settings(f"train.eval_steps={eval_steps}"), object()
+    context = context_of(job, given, lease)
+    evaluation = Evaluation("validation", step, epoch, loss=0.5, accuracy=0.7, f1=0.6, mcc=0.4)
+    assert context.pruning_callback(evaluation) == f"0.6 {count}"
+    assert (context.name, context.parent_run_id, context.tags) == ("3 lr=1", "parent", job.tags)
+    assert (context.is_quiet, context.picks, context.lease, context.continues) == (True, True, lease, tmp_path)
+    assert context_of(replace(job, continues=tmp_path / "2"), given, lease).continues == tmp_path / "2"
+    monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: None)
+    assert context_of(job, given, lease).pruning_callback(evaluation) is None
 
 
 def test_a_study_that_is_deleted_meanwhile_costs_a_trial_its_heartbeat_alone(tmp_path, caplog):
