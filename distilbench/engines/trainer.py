@@ -34,6 +34,7 @@ from distilbench.models.adapters import adapt, merge
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
+from distilbench.models.padding import set_padding
 from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.results import ADAPTER, Status, TrialResult
 from distilbench.settings import TrialSettings
@@ -119,8 +120,7 @@ class _Run(TrainerCallback):
         self.resolved = resolve_model(settings.model)
         check_trial(self.resolved, settings)
         self.model = build_model(self.resolved, self.splits.label_names, settings.seed)
-        if hasattr(self.model, "score"):  # a decoder's head, which reads the last token before the padding
-            self.model.config.pad_token_id = self.splits.pad_token_id
+        set_padding(self.model, self.splits.pad_token_id, self.resolved.used)
         freeze(self.model, settings.freeze)
         self.adapted = adapt(self.model, settings.adapter, self.resolved, settings.seed)
         counts, trial.flops = parameter_counts(self.model), {0: TrainFlops.of(self.model)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,8 +188,6 @@ def load_weights(
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
-    is_masked = "attention_mask" in signature(classifier.forward).parameters
-    require(is_masked, "model.checkpoint", "an architecture whose results don't depend on padding", config.model_type)
     with _reading(resolved):
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,

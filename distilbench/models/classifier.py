@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilbench.cli import pluralize
 from distilbench.models.build import load_tokenizer, load_weights, quiet
+from distilbench.models.padding import set_padding
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
 
@@ -78,6 +79,7 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
         tokenizer = load_tokenizer(resolved)
         with quiet():
             model, lacking = load_weights(resolved)
+        set_padding(model, tokenizer.pad_token_id, resolved.used)
     except SettingsError as error:
         raise SettingsError(str(error).replace("model.checkpoint", "dir", 1)) from None
     require(not lacking, "dir", "a model with a trained classification head", str(directory),

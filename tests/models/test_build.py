@@ -18,12 +18,6 @@ FAMILIES = ("distilbert", "bert", "roberta", "electra", "albert", "modernbert")
 TEXTS = ["Hello there!", "It was - at best - dull.", "Ünïcode, 你好"]
 
 
-def test_results_that_would_depend_on_padding_are_refused(checkpoint):
-    (checkpoint / "config.json").write_text('{"model_type": "fnet", "num_hidden_layers": 2, "vocab_size": 141}')
-    with pytest.raises(SettingsError, match=r"must be an architecture whose results don't depend on padding, got 'f"):
-        build_model(local(checkpoint), LABELS, 0)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_tokenizer_pads_as_the_engines_do_and_is_saved_so(checkpoint, side):
     edit_json(checkpoint / "tokenizer_config.json", padding_side=side)
