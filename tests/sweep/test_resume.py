@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from optuna.trial import create_trial
 
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.resume import _check_same, _params_in, check_unchanged, open_studies
-from distilbench.sweep.space import Space
+from distilbench.sweep.resume import _check_same, _params_in, _to_retry, check_unchanged, open_studies
+from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import storage_at
+from distilbench.sweep.study import SweepStudy
 from distilbench.sweep.trial import SOURCES_ATTRIBUTE
 
 
@@ -92,24 +94,33 @@ def test_another_protocol_or_other_objectives_are_refused():
         _check_same(plan({}), identity | {"fixed": FIXED}, "old")
 
 
-@pytest.mark.parametrize(("name", "call"), [("add_trial", 2), ("set_user_attr", 1), ("set_user_attr", 2)])
-def test_a_warm_start_that_a_kill_cuts_short_is_made_up_for_by_the_next_call(
-    settings, tmp_path, monkeypatch, name, call
-):
-    def plan_of(name: str, *overrides: str) -> SweepPlan:
+@pytest.fixture
+def plan_of(settings, tmp_path):
+    """Return ``plan_of(name, *overrides, **changes)``: a sweep over the learning rate in a folder of that name."""
+
+    def planned(name: str, *overrides: str, **changes) -> SweepPlan:
         space = Space({"optim.lr": RATE}, [])
-        return SweepPlan(
+        return replace(SweepPlan(
             settings=settings(*overrides), space=space, points=[], beside=[], total=1, is_grid=False,
             objectives=("accuracy",), directions=["maximize"], name=name, directory=tmp_path / name, fixed={},
             result_key=str, name_of=partial(space.name_of, baseline={}),
-        )  # fmt: skip
+        ), **changes)  # fmt: skip
 
-    def opened(plan: SweepPlan) -> optuna.Study:
-        return open_studies(plan, storage_at(None, None, plan.directory), None)[1][0].study
+    return planned
 
-    ended = [create_trial(params={"optim.lr": rate}, distributions={"optim.lr": RATE}, value=0.5,
-                          user_attrs={"status": "FINISHED"}) for rate in (1e-5, 1e-4, 1e-3)]  # fmt: skip
-    opened(plan_of("old")).add_trials(ended)
+
+def study_of(plan: SweepPlan, holds=None) -> SweepStudy:
+    return open_studies(plan, storage_at(None, None, plan.directory), holds)[1][0]
+
+
+def ended(rate: float, status: str = "FINISHED", values: tuple[float, ...] = (0.5,), **attributes):
+    return create_trial(params={"optim.lr": rate}, distributions={"optim.lr": FloatDistribution(1e-9, 1.0, log=True)},
+                        values=values, user_attrs={"status": status, **attributes})  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "call"), [("add_trial", 2), ("set_user_attr", 1), ("set_user_attr", 2)])
+def test_a_warm_start_that_a_kill_cuts_short_is_made_up_for_by_the_next_call(plan_of, monkeypatch, name, call):
+    study_of(plan_of("old")).study.add_trials(ended(rate) for rate in (1e-5, 1e-4, 1e-3))
     new, whole, calls = plan_of("new", "sweep.warm_start=old"), getattr(optuna.Study, name), []
 
     def cut_short(study: optuna.Study, *given: object) -> None:
@@ -121,10 +132,69 @@ def test_a_warm_start_that_a_kill_cuts_short_is_made_up_for_by_the_next_call(
     with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, name, cut_short)
         with pytest.raises(KeyboardInterrupt):
-            opened(new)
+            study_of(new)
     for _ in range(2):
-        trials = opened(new).get_trials()
+        trials = study_of(new).study.get_trials()
         assert [trial.user_attrs["reused_from"] for trial in trials] == ["old/0", "old/1", "old/2"]
+
+
+def test_a_warm_start_takes_finished_trials_in_the_space_with_the_objectives_that_are_asked_for(plan_of, caplog):
+    two = {"objectives": ("accuracy", "train_flops"), "directions": ["maximize", "minimize"]}
+    old = study_of(plan_of("old", **two)).study
+    old.add_trials([
+        ended(1e-4, values=(0.5, 7.0), baseline=True),
+        ended(1e-4, values=(0.6, 8.0), name="as it was", run_id="its run", owner={}),
+        ended(1e-1, values=(0.7, 9.0)),
+        ended(1e-4, "DIVERGED", values=(0.0, 9.0)),
+    ])  # fmt: skip
+    old.set_user_attr(SOURCES_ATTRIBUTE, {"model 0": {}})
+    asked = plan_of("new", "sweep.warm_start=old", objectives=("train_flops",), directions=["minimize"])
+    with caplog.at_level("WARNING"):
+        new = study_of(asked).study
+    assert "warm start: of 2 finished trials of old in this space: 1" in caplog.messages
+    (copy,) = new.get_trials()
+    assert (copy.params, copy.values, copy.distributions) == ({"optim.lr": 1e-4}, [8.0], {"optim.lr": RATE})
+    told = {key: copy.user_attrs[key] for key in ("status", "reused_from", "point", "name", "run_id")}
+    assert told == {"status": "REUSED", "reused_from": "old/1", "point": Point(copy.params).key,
+                    "name": asked.name_of(Point(copy.params)), "run_id": "its run"}  # fmt: skip
+    assert new.user_attrs[SOURCES_ATTRIBUTE] == {"model 0": {}}
+    elsewhere = replace(asked, name="far", directory=asked.directory.parent / "far", fixed={"freeze.layers": "3"})
+    assert SOURCES_ATTRIBUTE not in study_of(elsewhere).study.user_attrs, "none of its trials was taken"
+
+
+@pytest.mark.parametrize(
+    ("given", "is_grid", "line"),
+    [
+        ("never", False, r"the name of an earlier sweep, got 'never'; none is in sqlite:.*/never/study.db$"),
+        ("new", False, "the name of an earlier sweep, got 'new'; none is in "),
+        ("old", True, "null in a grid, got 'old'; add hydra/sweeper=optuna$"),
+    ],
+)
+def test_a_warm_start_from_no_other_sweep_is_refused_before_anything_is_written(plan_of, given, is_grid, line):
+    study_of(plan_of("old"))
+    new = plan_of("new", f"sweep.warm_start={given}", is_grid=is_grid)
+    with pytest.raises(SettingsError, match=f"^sweep.warm_start must be {line}"):
+        study_of(new)
+    assert not new.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "again"),
+    [((), []), (("sweep.retry_failed=true",), [0, 2]), (("sweep.retry_lost=true",), [3]),
+     (("sweep.retry_failed=true", "sweep.retry_lost=true"), [0, 2, 3])],
+)  # fmt: skip
+def test_what_failed_or_lost_its_run_is_trained_again_where_that_is_asked_for(plan_of, overrides, again):
+    study, asked = study_of(plan_of("first")).study, plan_of("first", *overrides)
+    ends = [
+        ("FAILED", "kept"),
+        ("DIVERGED", "kept"),
+        ("OUT_OF_MEMORY", None),
+        ("FINISHED", "gone"),
+        ("FINISHED", "kept"),
+    ]
+    study.add_trials(ended(1e-4, status, run_id=run_id) for status, run_id in ends)
+    assert _to_retry(asked, study, "kept".__eq__) == again
+    assert _to_retry(asked, study, None) == [number for number in again if number != 3], "without tracking"
 
 
 def opened(workspace, name: str) -> optuna.Study:
@@ -139,16 +209,17 @@ def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing
         "optim.lr=tag(log,interval(1e-5,1e-3))",
         "hydra.sweeper.sampler.seed=1",
     )
-    workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=6")
+    workspace.run(*space, "freeze.layers=0,1,2", "sweep.name=old", "sweep.trials=4")
     before = {t.number: t for t in workspace.study("old")}
     used = {"model 0123456789abcdef": {"fingerprint": "f", "is": "what the first trials used"}}
     opened(workspace, "old").set_user_attr(SOURCES_ATTRIBUTE, used)
-    new = (*space, "freeze.layers=0,2,3", "sweep.name=new", "sweep.trials=3", "sweep.warm_start=old")
+    new = (*space, "freeze.layers=2,3", "sweep.name=new", "sweep.trials=2", "sweep.warm_start=old")
     ended = workspace.run(*new)
     inside = [
-        n for n, t in before.items() if str(t.params["freeze.layers"]) != "1" and not t.user_attrs.get("baseline")
+        n for n, t in before.items() if str(t.params["freeze.layers"]) == "2" and not t.user_attrs.get("baseline")
     ]
-    assert f"warm start: of 5 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
+    assert 0 < len(inside) < 3
+    assert f"warm start: of 3 finished trials of old in this space: {len(inside)}" in ended.stdout + ended.stderr
     assert opened(workspace, "new").user_attrs[SOURCES_ATTRIBUTE] == used, (
         "its trials are held to the earlier ones' sources"
     )
@@ -156,10 +227,5 @@ def test_an_earlier_sweeps_trials_are_known_to_a_new_study_and_count_for_nothing
     reused = [t for t in trials if t.user_attrs["status"] == "REUSED"]
     assert [t.user_attrs["reused_from"] for t in reused] == [f"old/{n}" for n in inside]
     assert [(t.params, t.values) for t in reused] == [(before[n].params, before[n].values) for n in inside]
-    assert len(trials) == len(inside) + 3
-    assert len(workspace.finished()) == 6 + 3
-    workspace.run(*new)
-    assert len(workspace.study("new")) == len(trials)
-    refused = workspace.run(*space, "sweep.name=newer", "sweep.warm_start=never")
-    assert (refused.returncode, workspace.sweep("newer").exists()) == (2, False)
-    assert "sweep.warm_start must be the name of an earlier sweep, got 'never'; none is in" in refused.stderr
+    assert len(trials) == len(inside) + 2
+    assert len(workspace.finished()) == 4 + 1 + 2, "and the baseline, which lies beside the new space"
