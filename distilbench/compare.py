@@ -67,7 +67,8 @@ def report_of(settings: CompareSettings) -> Report:
     margin = settings.margin or (parent and parent.margin) or default_margin()
     title = f"Experiments {', '.join(settings.experiments)}" if settings.experiments else None
     title = f"Sweep {settings.sweep}" if settings.sweep else title or pluralize(len(settings.runs), "run")
-    request = ReportRequest(title, default_treatment(), margin, settings.baseline, settings.rows, names, parent)
+    whole = None if settings.runs or settings.experiments else parent
+    request = ReportRequest(title, default_treatment(), margin, settings.baseline, settings.rows, names, whole)
     report = make_report(store, trials, request)
     if report.baseline is None and settings.baseline != "none":
         sample = trials[0]

@@ -85,7 +85,10 @@ def test_experiments_are_found_by_their_settings_and_named(folder, tmp_path, cap
     assert any(label.startswith("hyperparameters: ") for label in labels)
     assert any(label.startswith("baseline: ") for label in labels)
     assert len(labels) == 2
-    assert "experiment" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "experiment" in told
+    assert "Picked from sweep first: the correction does not count its 1 other setting" in told
+    assert "ahead" in {row["verdict"] for row in rows(tmp_path).values()}  # picked, so still to be confirmed
 
 
 def test_experiments_are_found_that_set_what_a_plain_trial_does_not_have(tmp_path):

@@ -120,14 +120,16 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
-    notes += _notes_on_picked(store, rows, request)
+    picked = _notes_on_picked(store, rows, request)
+    notes += picked
     asked = {trial.run_id for trial in trials}
     repeated = [one for row in rows for one in row.other_trials if one.status is Status.FINISHED]
     if repeats := sum(one.run_id in asked for one in repeated):  # such as with another engine
         notes += (f"Left out: {pluralize(repeats, 'finished trial')} whose setting and seed a newer one has.",)
     rows = [with_predictions(store, row) if i < request.shown or row.is_baseline else row for i, row in enumerate(rows)]
     is_search, sample = request.sweep is not None and not request.sweep.confirms, trials[0]
-    selected_on_report_split = is_search and len(rows) > 2 and sample.selection_split == sample.report_split
+    is_chosen = bool(picked) or (is_search and len(rows) > 2)
+    selected_on_report_split = is_chosen and sample.selection_split == sample.report_split
     num_settings = _num_settings(store, rows, request)
     rows, floor = compare_with_baseline(
         rows, baseline, request.margin, request.shown, selected_on_report_split, num_settings
