@@ -215,7 +215,7 @@ def pin_sources(prepared: Prepared, settings: AppSettings, job: SweepJob) -> Non
             known: dict[str, Any] = storage.get_study_user_attrs(study).get(SOURCES_ATTRIBUTE, {})
             if not found.keys() <= known.keys():
                 storage.set_study_user_attr(study, SOURCES_ATTRIBUTE, {**found, **known})
-    except (*STORAGE_ERRORS, OmegaConfBaseException):
+    except (*STORAGE_ERRORS, OmegaConfBaseException, KeyError):  # KeyError: the study was deleted
         return
     for key, now in found.items():
         kept = known.get(key, now)
@@ -312,7 +312,7 @@ def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback 
         return None
     import optuna
 
-    from distilbench.sweep.storage import storage_of
+    from distilbench.sweep.storage import STORAGE_ERRORS, storage_of
 
     storage = storage_of(job.storage, settings.grace_seconds)
     study = optuna.load_study(study_name=job.sweep, storage=storage, pruner=pruner_of(settings))
@@ -322,8 +322,11 @@ def pruning_callback(job: SweepJob, settings: SweepSettings) -> PruningCallback 
     def report(value: float, count: int) -> str | None:
         if not math.isfinite(value):
             return None  # the engine ends such a trial as DIVERGED
-        trial.report(value, count)
-        is_worse = not job.is_baseline and trial.should_prune()
+        try:
+            trial.report(value, count)
+            is_worse = not job.is_baseline and trial.should_prune()
+        except (*STORAGE_ERRORS, KeyError):  # trains on, as without a pruner; its lease warns
+            return None
         return f"{name} {value:.4f} at evaluation {count} ({settings.pruner})" if is_worse else None
 
     return report

@@ -15,7 +15,7 @@ import pytest
 from distilbench.engines import device as engine_device
 from distilbench.identity import TrialIdentity
 from distilbench.results import Evaluation, Owner, Record, Status, read_record
-from distilbench.settings import SettingsError
+from distilbench.settings import PRUNERS, SettingsError
 from distilbench.sweep import trial
 from distilbench.sweep.job import UNRESOLVED_IDENTITY, Lease, SweepJob, objectives_of
 from distilbench.sweep.trial import (
@@ -23,6 +23,8 @@ from distilbench.sweep.trial import (
     claim_free,
     claim_gpu,
     context_of,
+    pin_sources,
+    pruner_of,
     pruning_callback,
     pruning_objective,
 )
@@ -87,18 +89,56 @@ def test_trials_are_pruned_by_the_objective_that_is_measured_on_the_way(tmp_path
     study._storage.set_trial_intermediate_value(first._trial_id, 1, 0.7)
     study.tell(first, [0.7] * len(objectives))
 
-    def callback():
-        job = SweepJob("both", "1", "", (), False, None, Owner.of_this_process(), tmp_path, objectives,
+    def callback(is_baseline: bool = False):
+        job = SweepJob("both", "1", "", (), is_baseline, None, Owner.of_this_process(), tmp_path, objectives,
                        storage=url, trial_id=study.ask()._trial_id, grace_seconds=60,
                        prunes=True)  # fmt: skip
         return pruning_callback(job, MEDIAN)
 
     assert callback()(behind, 1) == f"{pruning_objective(objectives)} {behind:.4f} at evaluation 1 (median)"
     assert callback()(0.7, 1) is None
+    assert callback(is_baseline=True)(behind, 1) is None
     assert callback()(float("nan"), 1) is None
     kept = optuna.load_study(storage=url, study_name="both")
-    assert [trial.intermediate_values for trial in kept.trials] == [{1: 0.7}, {1: behind}, {1: 0.7}, {}]
+    assert [trial.intermediate_values for trial in kept.trials] == [{1: 0.7}, {1: behind}, {1: 0.7}, {1: behind}, {}]
     assert [direction.name.lower() for direction in kept.directions] == directions
+    goes_on = callback()
+    optuna.delete_study(study_name="both", storage=url)
+    assert goes_on(behind, 1) is None, "an outage of the study costs no trial"
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_pruner_is_optunas_and_what_it_does_not_take_is_refused(name):
+    needed = {"percentile": {"percentile": 75.0}, "patient": {"patience": 2}, "threshold": {"lower": 0.5}}
+    options = {**needed.get(name, {}), "n_startup_trials": None}
+    made = pruner_of(SimpleNamespace(pruner=name, pruner_options=options))
+    assert type(made).__name__.lower() == f"{name.replace('_', '')}pruner".replace("none", "nop")
+    if name != "none":
+        for wrong in ({"nothing": 1}, {}) if name in needed else ({"nothing": 1},):
+            with pytest.raises(SettingsError, match=f"sweep.pruner_options must be what Optuna's {name} pruner takes"):
+                pruner_of(SimpleNamespace(pruner=name, pruner_options=wrong))
+
+
+def test_all_trials_of_a_sweep_use_the_sources_that_the_first_one_found(settings, tmp_path):
+    url, given = f"sqlite:///{tmp_path / 'study.db'}", settings()
+    study = optuna.create_study(storage=url, study_name="pinned")
+    job = SweepJob("pinned", "0", "", (), False, None, Owner.of_this_process(), tmp_path, (), url, 0, 60)
+
+    def pin(model: str = "m" * 20, data: str = "d" * 20, name: str = "tiny", settings=given, job=job):
+        model, data = (SimpleNamespace(used=SimpleNamespace(fingerprint=one, describe=lambda: name))
+                       for one in (model, data))  # fmt: skip
+        pin_sources(SimpleNamespace(model=model, text=data), settings, job)
+
+    pin()
+    pin()
+    with pytest.raises(SettingsError, match=r"^data must be what the sweep 'pinned' began with, tiny \(d{12}\), got "
+                       r"other contents under that name \(e{12}\); make the first available again"):  # fmt: skip
+        pin(data="e" * 20)
+    with pytest.raises(SettingsError, match=r"^model must be .*, tiny \(m{12}\), got another \(e{12}\);"):
+        pin(model="e" * 20, name="another")
+    pin("e" * 20, settings=replace(given, model=replace(given.model, layers=1)))
+    assert len(study.user_attrs["sources"]) == 3, "another model is another source"
+    pin("e" * 20, job=replace(job, sweep="deleted"))
 
 
 def test_a_pruner_that_these_objectives_leave_nothing_to_judge_is_refused():
@@ -121,15 +161,26 @@ def test_cost_is_seconds_where_trials_run_alone_and_flops_where_they_share_a_dev
 def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_path):
     owner, trained = Owner.of_this_process(), []
     job = SweepJob("again", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60)
-    identity = {"protocol": "p", "treatment": "t", "seed": 1}
+    identity = {"protocol": "p", "treatment": "t"}
     ends = {1: (Status.FINISHED, None), 2: (Status.INTERRUPTED, "its process was killed")}
     for seed, (status, error) in ends.items():
-        earlier = Record(identity, status, owner, None, error, {}, {"accuracy": 0.5}, {"seconds": 3.0, "other": 1.0})
+        earlier = Record(
+            identity | {"seed": seed}, status, owner, None, error, {}, {"accuracy": 0.5}, {"seconds": 3.0, "other": 1.0}
+        )
         earlier.write(job.directory / f"seed-{seed}")
 
     def train(seeded):
-        trained.append(seeded.settings.seed)
-        done = Record(identity, Status.FINISHED, owner, None, None, {}, {"accuracy": 0.7}, {"seconds": 6.0})
+        trained.append((seeded.settings.seed, seeded.baseline.seed))
+        done = Record(
+            identity | {"seed": seeded.settings.seed},
+            Status.FINISHED,
+            owner,
+            None,
+            None,
+            {},
+            {"accuracy": 0.7},
+            {"seconds": 6.0},
+        )
         done.write(Path(seeded.settings.output.dir))
 
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
@@ -137,7 +188,7 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     given = settings("sweep.seeds=[1,2,3]")
     lease = SimpleNamespace(holds=lambda: True)
     trial._train_seeds(Job(given, given, str), job, lease, runner)
-    assert trained == [2, 3]
+    assert trained == [(2, 2), (3, 3)]
     record = read_record(job.directory)
     assert (record.status, record.identity) == (Status.FINISHED, identity | {"seed": None})
     assert record.selection == pytest.approx({"accuracy": (0.5 + 0.7 + 0.7) / 3})
