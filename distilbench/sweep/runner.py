@@ -61,6 +61,9 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     written: Any = OmegaConf.to_container(options.config.hydra.sweeper, resolve=False)
     if options.storage is not None:
         check_url(options.storage, written["storage"])
+    if plan.space.custom:
+        with quiet():
+            plan.space.suggest(plan.base, optuna.create_study().ask())  # raises now what it would raise in every trial
     if plan.settings.sweep.dry_run:
         print_plan(plan)
         return None

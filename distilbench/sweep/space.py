@@ -21,6 +21,7 @@ from distilbench.composition import baseline_choices, baseline_config, check, ov
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_of
 from distilbench.settings import AppSettings, SettingsError
+from distilbench.sweep.storage import STORAGE_ERRORS
 from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
 
@@ -78,6 +79,24 @@ class Space:
         """Return whether ``params`` lie in the space: they name every dimension, each with a valid value."""
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
         return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
+
+    def suggest(self, config: Any, trial: Any) -> None:
+        """Suggest a value of every dimension to an Optuna trial; ``custom`` may read them, and ``config``.
+
+        Raises :class:`SettingsError` if ``custom`` raises.
+        """
+        for key, distribution in self.dimensions.items():
+            trial._suggest(key, distribution)
+        try:
+            if self.custom:
+                self.custom(config, trial)
+        except (SettingsError, *STORAGE_ERRORS):
+            raise
+        except Exception as error:  # the user's own code
+            raise SettingsError(
+                "hydra.sweeper.custom_search_space must suggest values to every trial, got "
+                f"{type(error).__name__}: {reason_of(error)}; mend that function"
+            ) from error
 
     def name_of(self, point: Point, baseline: Mapping[str, Any], shared: Mapping[str, Any] = {}) -> str:
         """Return a trial's display name, as in reports: ``layers=3 scheduler=cosine``, ``baseline: layers=0``.

@@ -229,10 +229,7 @@ class SweepStudy:
         self.owned_trials[trial.number] = trial._trial_id
         self.beat()
         trial.set_user_attr("owner", asdict(self._owner))
-        for key, distribution in self._plan.space.dimensions.items():
-            trial._suggest(key, distribution)
-        if self._plan.space.custom and self._plan.base is not None:
-            self._plan.space.custom(self._plan.base, trial)
+        self._plan.space.suggest(self._plan.base, trial)
         point = self._view(trial.number).point
         trial.set_user_attr("name", self._plan.name_of(point))
         try:

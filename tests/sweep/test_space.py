@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from optuna import create_study
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from distilbench.composition import _composed
@@ -205,6 +206,15 @@ def test_a_custom_space_is_a_function_by_its_path():
             r"got 'no.such.function': No module named 'no'$")  # fmt: skip
     with pytest.raises(SettingsError, match=line):
         read(custom="no.such.function")
+
+
+def test_what_a_custom_space_raises_is_told_in_a_line():
+    def broken(config, trial):
+        return {}[trial.params["a"]]
+
+    line = r"custom_search_space must suggest values to every trial, got KeyError: 3; mend that function$"
+    with pytest.raises(SettingsError, match=line):
+        Space({"a": CategoricalDistribution([3])}, [], broken).suggest(None, create_study().ask())
 
 
 # Composed
