@@ -105,13 +105,12 @@ class Seeds:
 
     def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
         """Open the trial's run, or reopen an earlier one, and write to ``trial.json`` that the trial is RUNNING."""
-        from distilbench.tracking import ParentRun
-        from distilbench.trials.batch import sweep_store
+        from distilbench.tracking import ParentRun, open_store
 
         prepared = runner.prepare(job.settings)  # refuse invalid settings before a run exists
         self._sweep_job, self._lease = sweep_job, lease
         before = sweep_job.continues or sweep_job.directory
-        store, record = sweep_store(job.settings.tracking), read_record(before)
+        store, record = open_store(job.settings.tracking, patiently=True), read_record(before)
         run_id = record.run_id if record else None
         given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
         self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()

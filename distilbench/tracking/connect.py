@@ -27,16 +27,22 @@ UNUSED_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
 LOCK_SECONDS = 4.0
 """Longest wait for another process to release a SQLite file."""
 
+_opened: dict[TrackingSettings, MlflowStore] = {}
+"""The stores that this process has opened."""
+
 
 def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowStore | None:
     """Open the store of ``settings``, creating a missing database or experiment; None for ``tracking=none``.
 
     Several processes may do so at once. Runs of killed processes are ended, unless ``patiently`` is set, which is for
-    the trials of a sweep that has opened the store before. Raises :class:`SettingsError` if the store can't be opened:
-    at once, or ``patiently`` after ``tracking.patience_seconds``.
+    the trials of a sweep that has opened the store before: once a process, since it may be unreachable when a later one
+    begins. Raises :class:`SettingsError` if the store can't be opened: at once, or ``patiently`` after
+    ``tracking.patience_seconds``.
     """
     if settings.name == "none":
         return None
+    if patiently and settings in _opened:
+        return _opened[settings]
     address = store_address_of(settings)
     configure_mlflow()
     environment_tags()  # raises before anything is written
@@ -46,7 +52,7 @@ def open_store(settings: TrackingSettings, patiently: bool = False) -> MlflowSto
     with address.errors_as_settings_error():
         patience = settings.patience_seconds if patiently else 0.0
         experiment = retry_outage(patience, partial(_find_or_make, address, settings))
-    store = MlflowStore(address, experiment, settings.patience_seconds)
+    _opened[settings] = store = MlflowStore(address, experiment, settings.patience_seconds)
     if not patiently:
         store.end_left_runs()
     return store
@@ -99,9 +105,11 @@ def configure_mlflow() -> None:
         os.environ.setdefault(name, value)
     import mlflow  # noqa: F401  its import sets the log levels that are changed below
 
-    for name in ("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # logs what it raises, with traceback
+    levels = dict.fromkeys(("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"), logging.ERROR)
+    levels["mlflow.store.db.utils"] = logging.CRITICAL  # logs what it raises, with traceback
+    for name, level in levels.items():
+        if logging.getLogger(name).level != level:  # to set one empties the caches of all loggers
+            logging.getLogger(name).setLevel(level)
 
 
 def _experiment_asked_for(settings: TrackingSettings) -> tuple[str, str]:

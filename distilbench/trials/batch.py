@@ -15,8 +15,8 @@ from distilbench.identity import TrialIdentity, fusion_key, preparation_key, tre
 from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.report.trial import compare, comparison_headline, comparison_markdown, comparison_metrics
 from distilbench.results import MODEL, Status, StoredTrial
-from distilbench.settings import AppSettings, SettingsError, TrackingSettings
-from distilbench.tracking import MlflowStore, open_store
+from distilbench.settings import AppSettings, SettingsError
+from distilbench.tracking import open_store
 from distilbench.trials.card import write_card
 from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial
@@ -33,12 +33,6 @@ def run_and_compare(job: Job) -> Trial:
     trial = BatchRunner(max_trials=1).train_one(job)
     print_outcome(trial)
     return trial
-
-
-@cache
-def sweep_store(settings: TrackingSettings) -> MlflowStore | None:
-    """Open the store once per process, for all trials of sweeps: it may be unreachable when a later one begins."""
-    return open_store(settings, patiently=True)
 
 
 class BatchRunner:
@@ -72,7 +66,7 @@ class BatchRunner:
         ended: dict[int, Kept | Exception] = {}
         for index, job in enumerate(jobs):
             try:
-                store_of = sweep_store if job.context else self._open_store
+                store_of = partial(open_store, patiently=True) if job.context else self._open_store
                 store, prepared = store_of(job.settings.tracking), self.prepare(job.settings)
                 if job.context and job.context.accept:
                     job.context.accept(prepared)

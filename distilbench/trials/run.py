@@ -253,7 +253,7 @@ def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
         precision=prepared.precision,
         measured_on=prepared.measured_on,
         versions={library: version_of(library) for library in LIBRARIES},
-        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(trial.settings)),
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create(asdict(trial.settings))),
         label_names=splits.label_names,
         datasets={part: len(split) for part, split in parts.items()},
         alone=alone,

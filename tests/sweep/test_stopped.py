@@ -49,7 +49,7 @@ from distilbench.tracking.undelivered import end_run
 from distilbench.trials import batch
 from distilbench.trials import run as trials
 from distilbench.trials.prepared import Job, prepare
-from tests.commands import load_migrations_once
+from tests.commands import load_migrations_once, share_statements
 from tests.conftest import ROOT, TINY
 
 SPACE = Space({"optim.lr": FloatDistribution(1e-5, 1e-2, log=True)}, [])
@@ -132,6 +132,7 @@ class Ground:
         monkeypatch.setattr(reporting, "default_treatment", dict)
         monkeypatch.setattr("distilbench.tracking.start._git_tags", dict)
         load_migrations_once()
+        share_statements()
         latest = db_utils._get_latest_schema_revision()
         monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # lists a hundred files
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)

@@ -571,6 +571,17 @@ def test_tracking_none_opens_no_store_and_imports_no_mlflow():
     assert done.stdout == "None False\n"
 
 
+def test_a_sweeps_trials_share_the_store_that_their_process_opened_last(tmp_path):
+    settings = TrackingSettings("mlflow", f"sqlite:///{tmp_path}/mlflow.db", "shared", 0)
+    first = open_store(settings)
+    assert open_store(settings, patiently=True) is first
+    again = open_store(settings)
+    assert again is not first
+    assert open_store(settings, patiently=True) is again
+    other = open_store(replace(settings, experiment="other"), patiently=True)
+    assert other.describe().startswith("experiment other in ")
+
+
 def test_the_address_is_the_setting_then_the_environment_then_the_root(monkeypatch, tmp_path):
     monkeypatch.setenv("DISTILBENCH_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
