@@ -83,7 +83,9 @@ def default_treatment(overrides: tuple[str, ...] = ()) -> Mapping[str, object]:
 
     Needs an initialised Hydra, as inside a job.
     """
-    return _treatment(compose("config", [*overrides, "output.dir=."]))
+    config = _composed(*overrides).copy()
+    config.output.dir = "."  # Hydra knows the job's directory only once the job runs
+    return _treatment(config)
 
 
 def _treatment(config: DictConfig) -> dict[str, object]:

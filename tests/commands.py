@@ -210,7 +210,7 @@ def load_migrations_once() -> None:
 
 
 def share_statements() -> None:
-    """Have all databases of a kind share the SQL that SQLAlchemy has compiled, in this process and those forked from it.
+    """Have all SQLite databases share the SQL that SQLAlchemy compiles, here and in processes forked from here.
 
     It compiles each statement once for each database that it opens, longer than an empty one takes to answer.
     """

@@ -187,7 +187,7 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
     if declared and not written <= numbers.keys() and written <= by_number.keys():
         numbers = by_number
     allowed = f"one of {show_all(names)}" + (f", or all labels their numbers 0..{len(names) - 1}" if declared else "")
-    for part in rows:
+    for part in rows if written - numbers.keys() else ():
         for place, label in part["label"].items():
             require(label in numbers, f"{place}: the label", allowed, label, "mend it or data.label_names")
     train, *others = (
@@ -211,12 +211,13 @@ def _checked(rows: DataFrame) -> DataFrame:
 
     Thus 1 in Parquet and "1" in CSV are the same label. A missing slice becomes the slice "".
     """
-    return rows.assign(
-        **{str(part): [_usable(str(part), value, str(place)) for place, value in rows[part].items()] for part in rows}
-    )
+    return rows.assign(**{
+        str(part): [_usable(str(part), *one) for one in zip(rows[part].tolist(), rows.index, strict=True)]
+        for part in rows
+    })  # fmt: skip
 
 
-def _usable(part: str, value: Any, place: str) -> str:
+def _usable(part: str, value: Any, place: Any) -> str:
     if part == "slice":
         return "" if value is None else str(value).strip()
     name = "second text" if part == "pair" else part

@@ -16,6 +16,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+from distilbench.models import flops as flops_module
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze
@@ -80,6 +81,17 @@ def test_families_whose_layers_are_shared_or_made_otherwise_cost_what_torch_coun
     for length in (3, 50):
         # transformers below 5.20 has ModernBERT turn its positions by one small product for the whole batch
         assert total(flops, length, length) == pytest.approx(counted(model, 2, length), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "albert", "modernbert"])
+def test_a_large_model_is_counted_without_computing_anything(family, monkeypatch):
+    model, count, devices = tiny(family), flops_module._count_flops_on, []
+    freeze(model, FreezeSettings(1, True, True, "depth"))
+    small = TrainFlops._counted(model)
+    monkeypatch.setattr(flops_module, "_META_FROM", 0)
+    monkeypatch.setattr(flops_module, "_count_flops_on", lambda at, *of: devices.append(at) or count(at, *of))
+    assert TrainFlops._counted(model) == small
+    assert devices == ["meta"] * 3
 
 
 def test_a_model_that_reads_its_tokens_costs_what_torch_counts():
