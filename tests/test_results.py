@@ -49,6 +49,12 @@ def test_the_largest_logit_is_what_was_predicted():
     assert Predictions(np.array([2, 1, 1]), logits).correct.tolist() == [True, False, True]
 
 
+def test_a_trial_that_failed_before_it_began_has_counted_nothing():
+    values = vars(TrialResult(Status.FAILED)).items()
+    counted = {name: value for name, value in values if type(value) in (int, float) and value}
+    assert counted == {"num_trials_in_batch": 1}
+
+
 # Owners
 
 
