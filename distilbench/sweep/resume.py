@@ -53,7 +53,7 @@ def open_studies(
     with storage.lock():
         main = open_study(storage, plan.name, plan.directions, pruner_of(plan.settings.sweep), grace)
         kept = main.user_attrs.get("identity")
-        if kept is not None and kept != plan.identity:
+        if kept is not None:
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_as_known(plan.space, trials))

@@ -11,6 +11,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from optuna.trial import create_trial
 
+from distilbench.results import RECORD
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.resume import _check_same, _params_in, _to_retry, check_unchanged, open_studies
@@ -116,6 +117,25 @@ def study_of(plan: SweepPlan, holds=None) -> SweepStudy:
 def ended(rate: float, status: str = "FINISHED", values: tuple[float, ...] = (0.5,), **attributes):
     return create_trial(params={"optim.lr": rate}, distributions={"optim.lr": FloatDistribution(1e-9, 1.0, log=True)},
                         values=values, user_attrs={"status": status, **attributes})  # fmt: skip
+
+
+def test_a_sweep_goes_on_with_its_own_settings_or_a_space_that_is_extended(plan_of):
+    first = plan_of("first")
+    begun = study_of(first).study.user_attrs["id"]
+    assert study_of(first).study.user_attrs["identity"] == first.identity
+    with pytest.raises(SettingsError, match=r"which had train.epochs unset \(now 2\); take another name$"):
+        study_of(replace(first, fixed={"train.epochs": "2"}))
+    wider = Space({"optim.lr": FloatDistribution(1e-6, 1e-3, log=True)}, [])
+    with pytest.raises(SettingsError, match=r"add sweep.on_change=extend$"):
+        study_of(replace(first, space=wider))
+    extended = plan_of("first", "sweep.on_change=extend", space=wider)
+    study = study_of(extended).study
+    assert (study.user_attrs["id"], study.user_attrs["identity"]) == (begun, extended.identity)
+    (first.directory / "study.db").unlink()
+    (first.directory / "0").mkdir()
+    (first.directory / "0" / RECORD).touch()
+    with pytest.raises(SettingsError, match=r"holds trials of sweep 'first' whose study is gone, or another; take"):
+        study_of(extended)
 
 
 @pytest.mark.parametrize(("name", "call"), [("add_trial", 2), ("set_user_attr", 1), ("set_user_attr", 2)])
