@@ -201,6 +201,23 @@ def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     workers, at_once = (options.config.hydra.launcher.get(name) for name in ("n_jobs", "max_trials"))
     require(at_once is None or at_once >= 1, "hydra.launcher.max_trials", "1 or more", at_once)
     require(workers != 0, "hydra.launcher.n_jobs", "a number of workers, or -1 for all processors", workers)
+    _check_launcher(options.launcher)
+
+
+def _check_launcher(launcher: Any) -> None:
+    """Raise :class:`SettingsError` for what joblib's launcher would refuse at each trial."""
+    if not hasattr(launcher, "joblib"):
+        return
+    from hydra_plugins.hydra_joblib_launcher._core import process_joblib_cfg
+    from joblib import Parallel
+
+    given = dict(launcher.joblib)
+    try:
+        process_joblib_cfg(given)
+        given.pop("inner_max_num_threads")
+        Parallel(**given)
+    except ValueError as error:
+        raise SettingsError(f"hydra.launcher must have settings that joblib takes: {reason_of(error)}") from None
 
 
 def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 
 from distilbench.settings import SettingsError, register_schema
@@ -27,7 +27,8 @@ def planned(*typed: str):
         keys = {key: value for key, value in config.hydra.sweeper.items() if key != "_target_"}
         sweeper = (OptunaSweeper if "hydra/sweeper=optuna" in typed else GridSweeper)(**keys)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-        options = SweeperOptions(config, context, BasicLauncher(), **sweeper._options)
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=print, config=config)
+        options = SweeperOptions(config, context, launcher, **sweeper._options)
         return make_plan(options, [*config.hydra.overrides.task, *swept])
 
 
@@ -46,6 +47,11 @@ def planned(*typed: str):
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=x"], "hydra.sweeper.max_failure_rate must be a share"),
         ([*OPTUNA, "hydra.sweeper.params=[a]"], "hydra.sweeper.params must be null or a space by key, got ['a']"),
         (["seed=1,2", "hydra/launcher=fused", "hydra.launcher.max_trials=0"], "hydra.launcher.max_trials must be 1 or"),
+        (
+            ["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.backend=x"],
+            "hydra.launcher must have settings",
+        ),
+        (["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.prefer=x"], "joblib takes: prefer=x is not a valid"),
         ([*OPTUNA, "hydra.sweeper.storage=5"], "hydra.sweeper.storage must be the URL of a database, got 5"),
         ([*OPTUNA, "hydra.sweeper.sampler=random"], "got 'random'; choose one by hydra/sweeper/sampler=random"),
         ([*OPTUNA, "hydra.sweeper.study_name=a/b"], "hydra.sweeper.study_name must be letters"),
