@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from distilbench.engines import checkpoints, engine_for
+from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.device import resolve_device
 from distilbench.identity import treatment_of
 from distilbench.report.trial import Comparison
@@ -297,9 +298,14 @@ def _train(opened: Sequence[Trial], guard: SignalGuard) -> None:
 
 
 def _share_batch(opened: Sequence[Trial], seconds: float, solo_seconds: float | None) -> None:
-    """Add the batch's size, its seconds and the solo estimate (for FINISHED trials only) to each result."""
+    """Add the batch's size, its seconds and the solo estimate to each result.
+
+    The estimate is for all steps; a trial that ran out of patience gets its share of it, an unfinished one gets none.
+    """
     for trial in opened:
-        solo = solo_seconds if trial.result.status is Status.FINISHED else None
+        steps = BatchSchedule.of(trial.settings.train, len(trial.prepared.splits.train)).steps
+        is_finished = trial.result.status is Status.FINISHED
+        solo = solo_seconds * trial.result.steps / steps if solo_seconds and is_finished else None
         trial.ended = replace(
             trial.result, num_trials_in_batch=len(opened), batch_seconds=seconds, solo_seconds_estimate=solo
         )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 
 from distilbench import train
 from distilbench.report.from_store import ReportRequest, make_report
-from distilbench.results import PREDICTIONS
+from distilbench.results import PREDICTIONS, Status, TrialResult
 from distilbench.tracking.run import read_predictions
 from distilbench.tracking.uri import sqlite_url
 from distilbench.train import Assignment, BatchTrainer
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
-from distilbench.trials.run import Trial
+from distilbench.trials.run import Trial, _share_batch
 from tests.engines.conftest import PAIRS
 from tests.made_store import make_store
 
@@ -61,3 +62,16 @@ def test_a_batch_has_left_memory_before_the_next_is_trained(settings, tmp_path, 
     tasks = BatchTrainer(max_trials=1).train([Assignment(Job(one, one, lambda: ""), None) for one in made])
     assert len(tasks) == 3
     assert [count - before for count in [*alive, trials()]] == [1, 1, 1, 0]
+
+
+def test_a_trial_that_ran_out_of_patience_takes_its_share_of_the_time_alone(settings):
+    asked = settings("train.epochs=4", "train.batch_size=16")
+    splits = SimpleNamespace(train=range(32))  # 8 steps
+    ends = [(Status.FINISHED, 8), (Status.FINISHED, 2), (Status.DIVERGED, 2)]
+    trials = [
+        SimpleNamespace(settings=asked, prepared=SimpleNamespace(splits=splits), result=TrialResult(end, steps=steps))
+        for end, steps in ends
+    ]
+    _share_batch(trials, 9.0, 4.0)
+    assert [one.ended.solo_seconds_estimate for one in trials] == [4.0, 1.0, None]
+    assert {(one.ended.batch_seconds, one.ended.num_trials_in_batch) for one in trials} == {(9.0, 3)}
