@@ -129,7 +129,7 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
         settings=settings,
         space=Space({}, []),
         points=points,
-        beside=[],
+        outside_baselines=[],
         total=len(points),
         is_grid=True,
         objectives=objectives,
@@ -139,7 +139,7 @@ def _plan(name: str, directory: Path, sweep: str, rows: Mapping[str, Row], setti
         fixed={"confirms": sweep},
         result_key=lambda point: point.key,
         name_of=lambda point: f"{rows[point.extra[0]].label} {point.extra[1]}",
-        needs_all=True,
+        requires_all=True,
     )
 
 

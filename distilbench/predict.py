@@ -137,7 +137,7 @@ def _find_model(settings: PredictSettings) -> Path:
 def _write(settings: PredictSettings, classifier: Classifier, path: Path, console: Console) -> Counter[str | None]:
     from rich.progress import Progress
 
-    from distilbench.data.formats import open_answers
+    from distilbench.data.formats import open_prediction_file
 
     columns = _columns(settings, classifier)
     codes = _glue_codes(path.stem, classifier.label_names) if settings.format == "glue" else {}
@@ -147,7 +147,7 @@ def _write(settings: PredictSettings, classifier: Classifier, path: Path, consol
     if first is None:
         raise SettingsError(f"data.test must hold a text, got none in {settings.data.test!r}; check the file")
     with (
-        open_answers(path) as write,
+        open_prediction_file(path) as write,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         bar = progress.add_task("predicting", total=1.0)

@@ -39,7 +39,7 @@ from distilbench.identity import treatment_of
 from distilbench.results import read_record
 from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
 from distilbench.sweep.job import Lease, SweepJob
-from distilbench.sweep.trial import Seeds, context_of, run_in_sweep
+from distilbench.sweep.trial import SeededTrial, context_of, run_in_sweep
 
 if TYPE_CHECKING:
     from distilbench.trials.batch import BatchRunner
@@ -113,7 +113,7 @@ class BatchTrainer:
 
 def _parts_of(
     own: Assignment, runner: BatchRunner, closing: ExitStack
-) -> tuple[Sequence[Job], Seeds | SettingsError | None]:
+) -> tuple[Sequence[Job], SeededTrial | SettingsError | None]:
     """Return the jobs to train for an assignment: its trial, or each of its seeds that has not finished yet.
 
     The second value is the object that manages the seeds, if any, or the error that keeps them from starting.
@@ -127,7 +127,7 @@ def _parts_of(
     if not job.settings.sweep.seeds:
         return [replace(job, context=context_of(sweep_job, job.settings, lease))], None
     try:
-        seeds = Seeds(job, sweep_job, lease, runner)
+        seeds = SeededTrial(job, sweep_job, lease, runner)
     except SettingsError as error:  # concerns only this trial: the others are trained
         return [], error
     closing.enter_context(seeds.closing())
@@ -195,7 +195,7 @@ def _objective(trial: Trial) -> float | TrialFailed:
 
 def _conclude(
     assignment: Assignment,
-    seeds: Seeds | SettingsError | None,
+    seeds: SeededTrial | SettingsError | None,
     ended: Sequence[float | Exception],
     config: DictConfig,
 ) -> float | tuple[float, ...]:

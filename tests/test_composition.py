@@ -26,7 +26,7 @@ from distilbench.identity import treatment_of
 from distilbench.report.rows import find_baseline, label_rows, rows_from
 from distilbench.results import BASELINE_ROLE
 from distilbench.settings import SettingsError, register_schema, settings_from
-from distilbench.sweep.plan import _with_baselines
+from distilbench.sweep.plan import _add_baselines
 from distilbench.sweep.space import Composer, read_space
 from distilbench.train import job_of
 from tests.conftest import ROOT
@@ -152,7 +152,7 @@ def test_a_sweep_its_report_and_a_trial_by_itself_name_it_the_same_and_as_it_was
     config, loader = compose("config", shared, return_hydra_config=True), GlobalHydra.instance().config_loader()
     space = read_space(None, lines, loader, is_grid=True)
     composer = Composer(config, loader, space)
-    inside, beside = _with_baselines(space.points(), composer)
+    inside, beside = _add_baselines(space.points(), composer)
     ours, theirs = composer.shared_choices()
     points, baseline = [*inside, *beside], {**composer.baseline_params(), **theirs}
     assert [space.name_of(point, baseline, ours) for point in points] == names
@@ -185,6 +185,21 @@ def test_choices_are_recorded_with_what_differs_from_them_but_lists_of_choices_a
                      "data.max_train_examples": 1200}  # fmt: skip
     wanting = typed_choices(composed(*given), {**plain, "optim": "none_such_as_hydra_refuses"})
     assert wanting == {}
+
+
+def test_choices_from_a_folder_of_ones_own_name_trials_too(composing, tmp_path, monkeypatch):
+    (tmp_path / "freeze").mkdir()
+    (tmp_path / "freeze" / "mine.yaml").write_text("defaults: [none, _self_]\nlayers: 2\n")
+    typed = [f"hydra.searchpath=[file://{tmp_path}]", "model=tiny", "model.layers=4", "data=synthetic", "output.dir=x"]
+    config = compose("config", [*typed, "freeze=mine", "freeze.dropout=false"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
+    config.hydra.overrides.hydra = typed[:1]
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        trial_config = config.copy()
+        del trial_config["hydra"]
+    found = typed_choices(trial_config, choices)
+    assert (found["freeze"], found["freeze.dropout"], "freeze.layers" in found) == ("mine", False, False)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_split_of_the_hub_is_named_by_the_model_itself(folder, tmp_path, monke
             return datasets.DatasetDict(test=test)
 
     monkeypatch.setattr(readers, "hub_builder", lambda data: asked_for.append(data) or Builder())
-    monkeypatch.setattr(readers, "PART", 2)
+    monkeypatch.setattr(readers, "ROWS_AT_ONCE", 2)
     theirs = tmp_path / "model"
     shutil.copytree(folder / "better" / "model", theirs)
     config = json.loads((theirs / "config.json").read_text())

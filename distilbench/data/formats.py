@@ -22,7 +22,7 @@ from distilbench.settings import SettingsError, require
 
 log = logging.getLogger(__name__)
 
-PART = 4096
+ROWS_AT_ONCE = 4096
 """Rows that are read, predicted and written at a time."""
 
 TEXTS = ("data.text_column", "data.pair_column")
@@ -56,14 +56,14 @@ def open_rows(setting: str, given: str, columns: Columns) -> Iterator[OpenRows]:
             if ending == ".parquet":
                 file = ParquetFile(raw)
                 check_columns(file.schema_arrow.names, columns, title)
-                parts = file.iter_batches(PART, columns=list(dict.fromkeys(columns.values())))
+                parts = file.iter_batches(ROWS_AT_ONCE, columns=list(dict.fromkeys(columns.values())))
                 yield OpenRows(arrow_rows(parts, title, columns), lambda count: count / file.metadata.num_rows)
             else:
                 size = max(path.stat().st_size, 1)
                 stream: Any = gzip.GzipFile(fileobj=raw) if ending.endswith(".gz") else raw
                 # UTF-8, with or without a byte order mark
                 decoded = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-                rows = _TEXT_READERS[ending.removesuffix(".gz")](_lines(decoded, title), title, columns)
+                rows = _TEXT_READERS[ending.removesuffix(".gz")](_decode_lines(decoded, title), title, columns)
                 yield OpenRows(rows, lambda _: min(raw.tell() / size, 1.0))
     except (gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException) as error:
         kind = "Parquet" if ending == ".parquet" else "gzip"
@@ -72,7 +72,7 @@ def open_rows(setting: str, given: str, columns: Columns) -> Iterator[OpenRows]:
         raise SettingsError(f"{title} can't be read: {error.strerror or first_line(error)}") from None
 
 
-def _lines(decoded: Iterable[str], title: str) -> Iterator[str]:
+def _decode_lines(decoded: Iterable[str], title: str) -> Iterator[str]:
     """Yield the lines; raises :class:`SettingsError` for surrogate escapes, i.e. bytes that are not UTF-8."""
     for number, line in enumerate(decoded, start=1):
         broken = re.search("[\udc80-\udcff]", line)
@@ -110,7 +110,7 @@ def _csv_records(lines: Iterator[str], title: str) -> Iterator[tuple[int, list[s
 def _read_csv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
     """Read CSV with a header; fields with a comma, quote or line break must be in double quotes, as in RFC 4180."""
     remedy = "put fields that hold a comma or quotes into double quotes"
-    return _table(_csv_records(lines, title), title, columns, remedy)
+    return _pick_columns(_csv_records(lines, title), title, columns, remedy)
 
 
 def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
@@ -118,18 +118,18 @@ def _read_tsv(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Ro
 
     Quotes are text, as in GLUE's files, unless the whole line is validly quoted as in RFC 4180, as spreadsheets do.
     """
-    records = enumerate((_tsv_fields(line.rstrip("\r\n")) for line in lines), start=1)
-    return _table(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
+    records = enumerate((_split_tsv_line(line.rstrip("\r\n")) for line in lines), start=1)
+    return _pick_columns(records, title, columns, "fields must not hold tabs or line breaks; write those as CSV")
 
 
-def _tsv_fields(line: str) -> list[str]:
+def _split_tsv_line(line: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter="\t", strict=True), [])
     except csv.Error:
         return line.split("\t")
 
 
-def _table(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
+def _pick_columns(records: Iterator[tuple[int, list[str]]], title: str, columns: Columns, remedy: str) -> Iterator[Row]:
     """Yield ``columns`` of ``records`` (first line's number, fields), of which the first is the header.
 
     Empty lines are skipped, except in a table of one column: there they are empty fields, if another record follows.
@@ -159,19 +159,19 @@ def _read_jsonl(lines: Iterator[str], title: str, columns: Columns) -> Iterator[
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{title} line {number}"
-            yield place, _object(_json(line, place), place, columns)
+            yield place, _read_object(_parse_json(line, place), place, columns)
 
 
 def _read_json(lines: Iterator[str], title: str, columns: Columns) -> Iterator[Row]:
     """Read one JSON list of objects, as a whole: JSON can't be read in parts."""
-    content = _json("".join(lines), title)
+    content = _parse_json("".join(lines), title)
     require(isinstance(content, list), title, "a JSON list of objects", content, "or write .jsonl, one a line")
     for number, record in enumerate(content, start=1):
         place = f"{title} record {number}"
-        yield place, _object(record, place, columns)
+        yield place, _read_object(record, place, columns)
 
 
-def _json(content: str, place: str) -> Any:
+def _parse_json(content: str, place: str) -> Any:
     try:
         return json.loads(content, parse_constant=lambda _: None)  # NaN, which pandas has for a missing value
     except (ValueError, RecursionError) as error:  # too deep nesting is a RecursionError
@@ -179,7 +179,7 @@ def _json(content: str, place: str) -> Any:
         raise SettingsError(f"{place} is not valid JSON: {reason}; mend it there") from None
 
 
-def _object(record: Any, place: str, columns: Columns) -> tuple[Any, ...]:
+def _read_object(record: Any, place: str, columns: Columns) -> tuple[Any, ...]:
     require(isinstance(record, dict), place, "a JSON object", record, "write objects")
     check_columns(list(record), columns, place)
     values = tuple(record[column] for column in columns.values())
@@ -209,19 +209,19 @@ def check_columns(names: Sequence[str], columns: Columns, title: str) -> None:
         fault = f"occurs {found} times" if found else "is not there"
         if found != 1:
             raise SettingsError(
-                f"{title}: column {show(column)} {fault}, columns are {show_all(names)}; set {setting}=..."
+                f"{title}: column {short_repr(column)} {fault}, columns are {list_reprs(names)}; set {setting}=..."
             )
 
 
-def show(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a value in one line of at most 60 characters, safe to print."""
     shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def show_all(values: Sequence[str]) -> str:
+def list_reprs(values: Sequence[str]) -> str:
     """Return the first twelve values, and the number of values if there are more."""
-    listed = ", ".join(show(value) for value in values[:12])
+    listed = ", ".join(short_repr(value) for value in values[:12])
     return listed if len(values) <= 12 else f"{listed}, ... ({len(values)} in all)"
 
 
@@ -241,7 +241,7 @@ ENDINGS = (*_TEXT_READERS, ".parquet", *(f"{ending}.gz" for ending in _TEXT_READ
 Write = Callable[[Any], None]
 """Writes predictions for some rows: a pandas DataFrame, whose index counts from the first row of the input."""
 
-_WRITTEN = (".csv", ".tsv", ".jsonl", ".parquet")
+_OUTPUTS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def check_output(path: Path, given: str) -> None:
@@ -249,11 +249,11 @@ def check_output(path: Path, given: str) -> None:
     require(not path.is_dir(), "output", "a file, not a folder", str(path))
     require(path.resolve() != Path(given).expanduser().resolve(), "output",
             "another file than data.test, which it would replace", str(path))  # fmt: skip
-    require(path.suffix.lower() in _WRITTEN, "output", f"a file that ends in {', '.join(_WRITTEN)}", path.name)
+    require(path.suffix.lower() in _OUTPUTS, "output", f"a file that ends in {', '.join(_OUTPUTS)}", path.name)
 
 
 @contextmanager
-def open_answers(path: Path) -> Iterator[Write]:
+def open_prediction_file(path: Path) -> Iterator[Write]:
     """Yield a function that writes predictions in the format of the extension: ``index``, then the frame's columns.
 
     The file appears, complete, when the block ends without an exception, and replaces an existing one.

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from distilbench.data.formats import PART, Columns, OpenRows, Row, arrow_rows, check_columns, open_rows
+from distilbench.data.formats import ROWS_AT_ONCE, Columns, OpenRows, Row, arrow_rows, check_columns, open_rows
 from distilbench.data.hub import first_line, hub_reachable, is_hub_id, package_file
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -160,7 +160,7 @@ def open_split(splits: Any, setting: str, given: str, settings: DataSettings, co
     joined = datasets.concatenate_datasets([splits[part] for part in given.split("+")])
     check_columns(joined.column_names, columns, title)
     chosen = joined.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
-    return OpenRows(arrow_rows(chosen.iter(PART), title, columns), lambda count: count / len(chosen))
+    return OpenRows(arrow_rows(chosen.iter(ROWS_AT_ONCE), title, columns), lambda count: count / len(chosen))
 
 
 def _read_tweets(settings: DataSettings) -> Corpus:
@@ -236,7 +236,7 @@ Part = tuple[list[tuple[str | None, ...]], float]
 def read_file(given: str, columns: Columns) -> Iterator[Part]:
     """Yield the rows of a file in the format of its extension; raises :class:`SettingsError` if it can't be read."""
     with open_rows("data.test", given, columns) as file:
-        yield from _parts(file)
+        yield from _read_in_parts(file)
 
 
 def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator[Part]:
@@ -244,12 +244,12 @@ def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator
     builder = hub_builder(settings)
     require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", settings.hub_name,
             "go online, or name a file with data.test=...")  # fmt: skip
-    yield from _parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
+    yield from _read_in_parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
 
 
-def _parts(file: OpenRows) -> Iterator[Part]:
+def _read_in_parts(file: OpenRows) -> Iterator[Part]:
     count = 0
-    while taken := list(islice(file.rows, PART)):
+    while taken := list(islice(file.rows, ROWS_AT_ONCE)):
         count += len(taken)
         for place, values in taken:
             wrong = next((value for value in values if not isinstance(value, str | None)), None)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distilbench.cli import pluralize
-from distilbench.data.formats import show_all
+from distilbench.data.formats import list_reprs
 from distilbench.data.readers import Corpus, hub_title, read_corpus
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
@@ -55,9 +55,9 @@ class TextSplit:
         """The model's input: the texts and, if there are pairs, the second texts."""
         return [self.texts] if self.pairs is None else [self.texts, self.pairs]
 
-    def folded(self) -> Iterator[tuple[str, ...]]:
+    def normalized(self) -> Iterator[tuple[str, ...]]:
         """Yield the input texts of each example with case and spacing normalised."""
-        return zip(*([_folded(text) for text in column] for column in self.columns), strict=True)
+        return zip(*([_normalize(text) for text in column] for column in self.columns), strict=True)
 
     def take(self, indices: np.ndarray) -> TextSplit:
         """Return the examples at ``indices`` (examples,), in that order."""
@@ -106,55 +106,55 @@ def load_text(settings: DataSettings) -> TextSplits:
     corpus = read_corpus(settings)
     if corpus is None:
         return _fall_back(settings)
-    train, report, names = _labelled(corpus)
+    train, report, names = _labelled_splits(corpus)
     if report is None:
-        train, report = _carve(train, "validation", settings, names)
+        train, report = _hold_out(train, "validation", settings, names)
     selection = None
     if settings.report_fraction:
-        selection = _cap(report, "selection", settings)
-        train, report = _carve(train, "report", settings, names)
-    report = _cap(report, "report", settings)
+        selection = _limit_examples(report, "selection", settings)
+        train, report = _hold_out(train, "report", settings, names)
+    report = _limit_examples(report, "report", settings)
     if settings.selection_fraction:
-        train, selection = _carve(train, "selection", settings, names)
-        selection = _cap(selection, "selection", settings)
+        train, selection = _hold_out(train, "selection", settings, names)
+        selection = _limit_examples(selection, "selection", settings)
     selection = report if selection is None else selection
     pool = fingerprint(names, (train, selection, report))
-    train = _cap(train, "train", settings)
+    train = _limit_examples(train, "train", settings)
     used = SourceUsed(settings.source, corpus.name, pool, corpus.revision)
-    known = set(train.folded())
-    shared = sum(example in known for example in report.folded())
+    known = set(train.normalized())
+    shared = sum(example in known for example in report.normalized())
     if shared:
         log.warning("texts reported on that the training text holds too: %s of %s, of %s",
                     f"{shared:,}", f"{len(report):,}", corpus.name)  # fmt: skip
     if settings.report_fraction:
-        alike = _near_duplicates(train, report)
+        alike = _count_near_duplicates(train, report)
         log.warning("%s held out of train to report on, %s with a run of %d words that is trained on too; the more "
                     "of these, the more the figures flatter new text",
                     pluralize(len(report), "text"), f"{alike:,}", RUN_OF_WORDS)  # fmt: skip
     return TextSplits(train, selection, report, names, used, corpus.dropped, shared)
 
 
-def _near_duplicates(train: TextSplit, report: TextSplit) -> int:
+def _count_near_duplicates(train: TextSplit, report: TextSplit) -> int:
     """Count the examples of ``report`` that share a run of words, or a whole shorter text, with one of ``train``.
 
     In a pair, one such text is enough.
     """
 
-    def runs(example: tuple[str, ...]) -> set[tuple[str, ...]]:
+    def word_ngrams(example: tuple[str, ...]) -> set[tuple[str, ...]]:
         texts = [text.split() for text in example]
         return {
             tuple(words[i : i + RUN_OF_WORDS]) for words in texts for i in range(max(1, len(words) - RUN_OF_WORDS + 1))
         }
 
-    seen = set().union(*map(runs, train.folded()))
-    return sum(not seen.isdisjoint(runs(example)) for example in report.folded())
+    seen = set().union(*map(word_ngrams, train.normalized()))
+    return sum(not seen.isdisjoint(word_ngrams(example)) for example in report.normalized())
 
 
-def _folded_label(name: str) -> str:
-    return re.sub(r"\.0+$", "", _folded(name))
+def _normalize_label(name: str) -> str:
+    return re.sub(r"\.0+$", "", _normalize(name))
 
 
-def _folded(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
@@ -173,20 +173,20 @@ def _fall_back(settings: DataSettings) -> TextSplits:
     return replace(splits, used=replace(splits.used, fallback_for=asked))
 
 
-def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
+def _labelled_splits(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, ...]]:
     """Return train, validation (or None) and the label names, with every example checked.
 
     Labels are read as names, or all as numbers if they don't all match declared names: with names 1, 2, 3 and data
     0, 1, 2, deciding label by label would mix the two readings.
     """
-    rows = [_checked(part) for part in (corpus.train, corpus.validation) if part is not None]
+    rows = [_check_rows(part) for part in (corpus.train, corpus.validation) if part is not None]
     title, declared = str(corpus.train.index.name), corpus.label_names is not None
-    names = corpus.label_names or _names_in(rows[0]["label"], title)
+    names = corpus.label_names or _find_label_names(rows[0]["label"], title)
     numbers, by_number = ({key(i): i for i in range(len(names))} for key in (names.__getitem__, str))
     written = set().union(*(part["label"] for part in rows))
     if declared and not written <= numbers.keys() and written <= by_number.keys():
         numbers = by_number
-    allowed = f"one of {show_all(names)}" + (f", or all labels their numbers 0..{len(names) - 1}" if declared else "")
+    allowed = f"one of {list_reprs(names)}" + (f", or all labels their numbers 0..{len(names) - 1}" if declared else "")
     for part in rows if written - numbers.keys() else ():
         for place, label in part["label"].items():
             require(label in numbers, f"{place}: the label", allowed, label, "mend it or data.label_names")
@@ -201,23 +201,23 @@ def _labelled(corpus: Corpus) -> tuple[TextSplit, TextSplit | None, tuple[str, .
     )
     require(len(names) >= 2, title, "text of 2 classes or more", list(names), "check the label column")
     absent = [name for i, name in enumerate(names) if i not in train.labels]
-    require(not absent, title, f"text with examples of each class, {show_all(absent)} too", "none",
+    require(not absent, title, f"text with examples of each class, {list_reprs(absent)} too", "none",
             "add some, or set data.label_names to the classes that there are")  # fmt: skip
     return train, next(iter(others), None), names
 
 
-def _checked(rows: DataFrame) -> DataFrame:
+def _check_rows(rows: DataFrame) -> DataFrame:
     """Return texts unchanged, and labels and slices as stripped strings.
 
     Thus 1 in Parquet and "1" in CSV are the same label. A missing slice becomes the slice "".
     """
     return rows.assign(**{
-        str(part): [_usable(str(part), *one) for one in zip(rows[part].tolist(), rows.index, strict=True)]
+        str(part): [_to_text(str(part), *one) for one in zip(rows[part].tolist(), rows.index, strict=True)]
         for part in rows
     })  # fmt: skip
 
 
-def _usable(part: str, value: Any, place: Any) -> str:
+def _to_text(part: str, value: Any, place: Any) -> str:
     if part == "slice":
         return "" if value is None else str(value).strip()
     name = "second text" if part == "pair" else part
@@ -232,7 +232,7 @@ def _usable(part: str, value: Any, place: Any) -> str:
     return str(value)
 
 
-def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
+def _find_label_names(labels: Iterable[str], title: str) -> tuple[str, ...]:
     """Return the label names found in the data: integers in numerical order, anything else in alphabetical order.
 
     Raises :class:`SettingsError` for numbers with fractions, which are ratings, not classes; warns of similar labels.
@@ -241,15 +241,17 @@ def _names_in(labels: Iterable[str], title: str) -> tuple[str, ...]:
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
     require(fraction is None, title, "text with classes for labels", fraction,
             f"{NO_REGRESSION}, or name them all in data.label_names")  # fmt: skip
-    for _, alike in groupby(sorted(names, key=_folded_label), key=_folded_label):
+    for _, alike in groupby(sorted(names, key=_normalize_label), key=_normalize_label):
         if len(same := list(alike)) > 1:
             log.warning("%s has labels that differ little, and counts them as different classes: %s",
-                        title, show_all(same))  # fmt: skip
+                        title, list_reprs(same))  # fmt: skip
     numeric = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", name) for name in names)
     return tuple(sorted(names, key=int) if numeric else names)
 
 
-def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]) -> tuple[TextSplit, TextSplit]:
+def _hold_out(
+    split: TextSplit, part: str, settings: DataSettings, names: tuple[str, ...]
+) -> tuple[TextSplit, TextSplit]:
     """Split off about ``<part>_fraction`` of each class, never none or all of it; return the rest and the part."""
     fraction, counts = getattr(settings, f"{part}_fraction"), np.bincount(split.labels, minlength=len(names))
     remedy = "add examples" + (", or give data.validation" if part == "validation" else "")
@@ -259,13 +261,13 @@ def _carve(split: TextSplit, part: str, settings: DataSettings, names: tuple[str
             int(counts[fewest]), remedy)  # fmt: skip
     target = counts * fraction
     low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
-    shares = _shares(target, low, high)
-    drawn = [own[:share] for own, share in zip(_shuffled(split.labels, settings, part), shares, strict=True)]
+    shares = _round_to_sum(target, low, high)
+    drawn = [own[:share] for own, share in zip(_shuffle_by_class(split.labels, settings, part), shares, strict=True)]
     taken = np.sort(np.concatenate(drawn))
     return split.take(np.setdiff1d(np.arange(len(split)), taken)), split.take(taken)
 
 
-def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _round_to_sum(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Round ``target`` (classes,) to integers within ``low``..``high`` with a sum as close to target's as possible."""
     share: np.ndarray = np.clip(np.floor(target), low, high).astype(int)
     total = np.clip(round(target.sum()), low.sum(), high.sum())
@@ -276,7 +278,7 @@ def _shares(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
     return share
 
 
-def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
+def _limit_examples(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
     """Return at most ``max_..._examples`` of ``split``, at least one of each class; fewer are a subset of more."""
     setting = "max_train_examples" if part == "train" else "max_validation_examples"
     most = getattr(settings, setting)
@@ -284,7 +286,7 @@ def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
         return split
     classes = len(np.unique(split.labels))
     require(most >= classes, f"data.{setting}", f"{classes} or more to keep an example of each class", most)
-    shuffled = _shuffled(split.labels, settings, part)
+    shuffled = _shuffle_by_class(split.labels, settings, part)
     ranks = [(np.arange(len(own)) + 0.5) / len(own) for own in shuffled]  # spread evenly, as Sainte-Lague seats parties
     for rank in ranks:
         rank[0] = 0.0
@@ -292,7 +294,7 @@ def _cap(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:
     return split.take(np.sort(order[:most]))
 
 
-def _shuffled(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.ndarray]:
+def _shuffle_by_class(labels: np.ndarray, settings: DataSettings, part: str) -> list[np.ndarray]:
     """Return the indices of each class that occurs, in random order.
 
     Uses RandomState, because numpy guarantees its stream, but not Generator's. Each part has its own stream, so that

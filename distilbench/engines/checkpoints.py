@@ -56,7 +56,7 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
     return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
 
 
-def latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
+def find_latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
     """Return the newest complete checkpoint in ``directory`` with its progress, or None.
 
     Raises :class:`SettingsError` if that checkpoint belongs to a trial of another ``identity``.
@@ -91,7 +91,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     return seal if is_whole else None
 
 
-def seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
+def write_seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
     """Mark the checkpoint at ``path`` as complete, then remove all other checkpoints next to it."""
     files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # a seal may exist for this step
     sizes = {file.name: file.stat().st_size for file in files}

@@ -46,7 +46,7 @@ class Loss:
         """Whether it equals the loss that Transformers' models compute."""
         return not self.label_smoothing and self.class_weights is None
 
-    def of_each(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def per_example(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss of each example of ``logits`` (examples, labels), ``(examples,)``.
 
         The loss of a batch is their mean, whatever the labels; torch's own mean would divide by the sum of the weights.

@@ -187,7 +187,7 @@ class RunningTrial:
         """
         self.identity = checkpoints.identity_of(self.settings, self.splits, weights, self.about["precision"])
         resume = self.settings.train.resume
-        found = checkpoints.latest(self.folder, self.identity) if resume else None
+        found = checkpoints.find_latest(self.folder, self.identity) if resume else None
         if found is None:
             if resume:
                 log.info("nothing to resume in %s: starting from scratch", self.folder.parent)
@@ -202,7 +202,7 @@ class RunningTrial:
         progress, schedule = self.progress, self.schedule
         before, progress.step = progress.step, step
         progress.step_seconds += lap.seconds
-        self._spend(lap)
+        self._add_lap(lap)
         self._require_finite(loss, "training")
         rate = (schedule.num_examples_seen(step) - schedule.num_examples_seen(before)) / lap.seconds
         epoch = step / schedule.steps_per_epoch
@@ -212,7 +212,7 @@ class RunningTrial:
     def evaluate(self, logits: np.ndarray, lap: Lap) -> bool:
         """Evaluate the selection split's ``logits``; return whether it is the best so far; raises as :meth:`record`."""
         step, splits = self.progress.step, self.splits
-        self._spend(lap)
+        self._add_lap(lap)
         name = "validation" if splits.selection is splits.report else "selection"
         epoch = step / self.schedule.steps_per_epoch
         evaluation = evaluate_logits(name, logits, splits.selection.labels, step, epoch)
@@ -220,7 +220,7 @@ class RunningTrial:
         self.progress.history.append(evaluation)
         return self.best is evaluation
 
-    def _spend(self, lap: Lap) -> None:
+    def _add_lap(self, lap: Lap) -> None:
         self.progress.train_seconds += lap.seconds
         self.progress.train_cpu_seconds += lap.cpu_seconds
         self.sample_memory()
@@ -238,7 +238,7 @@ class RunningTrial:
         if self.observer.on_evaluation(self.index, self.progress.history[-1]):
             raise TrialEnded(Status.PRUNED, f"pruned after step {self.progress.step} of {self.schedule.steps}")
 
-    def note_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
+    def store_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
         """Store the best weights' logits: on the selection split if a checkpoint lacked them, and the report split."""
         if selection is not None:
             self.progress.history[self.best_index] = replace(self.best, logits=selection)

@@ -31,7 +31,7 @@ from distilbench.engines.moving_freeze import MovingFreeze
 from distilbench.engines.optimization import Loss, build_optimizer, lr_factors
 from distilbench.engines.running import SMALLER_BATCH_MESSAGE, RunningTrial, Stopwatch, outcome_of
 from distilbench.models.adapters import adapt, merge
-from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, quiet
+from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, silence_transformers
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze, parameter_counts
 from distilbench.models.padding import set_padding
@@ -63,7 +63,7 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
     """Train one trial; when out of memory, resume from its newest checkpoint with about half the micro-batch."""
     began, train = time.perf_counter(), settings.train
     while True:
-        result = _Run(index, replace(settings, train=train), splits, observer, began).attempt()
+        result = _TrainerTrial(index, replace(settings, train=train), splits, observer, began).attempt()
         if result.status is not Status.OUT_OF_MEMORY or (train.examples_per_pass, train.eval_batch_size) == (1, 1):
             return result
         micro, evaluated = train.smaller_micro_batch(train.examples_per_pass) or 1, max(1, train.eval_batch_size // 2)
@@ -72,7 +72,7 @@ def _train_one(index: int, settings: TrialSettings, splits: EncodedSplits, obser
         release_memory()
 
 
-class _Run(TrainerCallback):
+class _TrainerTrial(TrainerCallback):
     """One trial: Trainer's callbacks and the trial's state.
 
     It evaluates by itself instead of through Trainer, without a second data loader or draws from the training's RNG.
@@ -98,7 +98,7 @@ class _Run(TrainerCallback):
         outcome: tuple[Status, str | None] = Status.FINISHED, None
         try:
             self._set_up()
-            with quiet():
+            with silence_transformers():
                 self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
             self._finish()
         except Exception as error:  # the trial's boundary: other trials go on
@@ -142,7 +142,7 @@ class _Run(TrainerCallback):
         loss = Loss.of(train, splits.train.labels, len(splits.label_names), self.device)
 
         def share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-            return loss.of_each(outputs.logits, labels).sum() / num_items_in_batch  # not a mean of micro-batch means
+            return loss.per_example(outputs.logits, labels).sum() / num_items_in_batch  # no mean of micro-batch means
 
         trainer = Trainer(
             model=self.model,
@@ -164,7 +164,7 @@ class _Run(TrainerCallback):
             self.model.load_state_dict(self.best_weights, strict=False)
         selection = self._predict(self.splits.selection) if self.trial.best.logits is None else None
         has_own = self.splits.selection is not self.splits.report
-        self.trial.note_best(selection, self._predict(self.splits.report) if has_own else None)
+        self.trial.store_best(selection, self._predict(self.splits.report) if has_own else None)
         if self.settings.output.save_model:
             tokenizer = load_tokenizer(self.resolved)
             if self.adapted is not None:
@@ -233,7 +233,7 @@ class _Run(TrainerCallback):
             save_file(self.best_weights, path / _BEST_WEIGHTS)
         if self.moving is not None:
             self.moving.store_gradients()
-        checkpoints.seal(path, self.trial.identity, self.trial.progress)
+        checkpoints.write_seal(path, self.trial.identity, self.trial.progress)
         if self.is_stopping:
             self.is_stopping = False
             self.observer.on_checkpoint()

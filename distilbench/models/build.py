@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from distilbench.data.hub import first_line
 from distilbench.models.architecture import BERT, DISTILBERT
-from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _characters
+from distilbench.models.resolve import ENCODER_SEED, ResolvedModel, _character_vocabulary
 from distilbench.results import MODEL
 from distilbench.settings import SettingsError, TrialSettings, require
 
@@ -43,11 +43,11 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     """
     source, vocabulary = resolved.settings.source, None
     if resolved.directory is None:
-        vocabulary = _characters()
+        vocabulary = _character_vocabulary()
     elif source == "package":
         tokens = (resolved.directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
         vocabulary = {token: number for number, token in enumerate(tokens)}
-    with quiet():
+    with silence_transformers():
         if vocabulary is None:
             tokenizer = _saved_tokenizer(resolved)
         else:
@@ -66,7 +66,7 @@ def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
 def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     name, rows = resolved.settings.checkpoint, resolved.config.get("vocab_size")
-    with _reading(resolved):
+    with _damage_as_settings_error(resolved):
         found: Any = AutoTokenizer.from_pretrained(resolved.directory, trust_remote_code=False, local_files_only=True)
     is_usable = isinstance(found, PreTrainedTokenizerFast) and found.pad_token_id is not None
     require(is_usable, "model.checkpoint", "a model with a fast tokenizer (tokenizer.json) and a padding token", name)
@@ -82,7 +82,7 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def _reading(resolved: ResolvedModel) -> Iterator[None]:
+def _damage_as_settings_error(resolved: ResolvedModel) -> Iterator[None]:
     """Turn errors caused by a damaged checkpoint into :class:`SettingsError`."""
     try:
         yield
@@ -100,7 +100,7 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
     changing torch's global random state. Raises :class:`SettingsError` if the weights can't be read or don't match
     their configuration.
     """
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with silence_transformers(), torch.random.fork_rng(devices=[]):
         weights = None
         if resolved.directory is not None and resolved.settings.source == "package":
             config, weights = _minilm_as_distilbert(resolved.directory, resolved.config)
@@ -139,7 +139,7 @@ def _order_head(model: PreTrainedModel, trained: Sequence[str], label_names: Seq
 def _configuration(resolved: ResolvedModel) -> PreTrainedConfig:
     if resolved.directory is None:
         return AutoConfig.for_model(**resolved.config)
-    with _reading(resolved):
+    with _damage_as_settings_error(resolved):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(resolved.directory), trust_remote_code=False, local_files_only=True
         )
@@ -188,7 +188,7 @@ def load_weights(
     require(type(config) in CLASSIFIERS, "model.checkpoint", "an architecture that classifies sequences",
             f"{resolved.settings.checkpoint} ({config.model_type})")  # fmt: skip
     classifier: Any = CLASSIFIERS[type(config)]
-    with _reading(resolved):
+    with _damage_as_settings_error(resolved):
         model, report = classifier.from_pretrained(
             resolved.directory if weights is None else None,
             config=config,
@@ -203,7 +203,7 @@ def load_weights(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Suppress the log messages of transformers, such as that a head is new, and its progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
@@ -240,7 +240,7 @@ def export_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     for leftover in (fresh, former):  # of a killed process
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        with quiet():
+        with silence_transformers():
             model.save_pretrained(str(fresh), **options)
             tokenizer.save_pretrained(fresh)
         if directory.exists():

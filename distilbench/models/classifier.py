@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from distilbench.cli import pluralize
-from distilbench.models.build import load_tokenizer, load_weights, quiet
+from distilbench.models.build import load_tokenizer, load_weights, silence_transformers
 from distilbench.models.padding import set_padding
 from distilbench.models.resolve import resolve_model
 from distilbench.settings import ModelSettings, SettingsError, require
@@ -77,7 +77,7 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
     try:
         resolved = resolve_model(ModelSettings("local", str(directory)))
         tokenizer = load_tokenizer(resolved)
-        with quiet():
+        with silence_transformers():
             model, lacking = load_weights(resolved)
         set_padding(model, tokenizer.pad_token_id, resolved.used)
     except SettingsError as error:

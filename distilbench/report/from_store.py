@@ -131,7 +131,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     is_chosen = bool(picked) or (is_search and len(rows) > 2)
     selected_on_report_split = is_chosen and sample.selection_split == sample.report_split
     num_settings = _num_settings(store, rows, request)
-    rows, floor = compare_with_baseline(
+    rows, majority = compare_with_baseline(
         rows, baseline, request.margin, request.shown, selected_on_report_split, num_settings
     )
     return Report(
@@ -143,7 +143,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         notes=notes,
         url=store.runs_url(request.sweep.name if request.sweep else None),
         ui_command=store.ui_command,
-        floor=floor,
+        majority=majority,
         num_settings=num_settings,
         slices=rows_by_slice(rows, request.margin),
     )

@@ -28,7 +28,7 @@ _NAMED_GROUPS = ("adapter", "scheduler")
 """Groups whose name implies their other settings, which are named only if they vary for one name."""
 
 
-def in_order(keys: Sequence[str]) -> list[str]:
+def sort_keys(keys: Sequence[str]) -> list[str]:
     """Sort keys, most informative first; a group as a whole takes the position of its name."""
     places = {key: next(i for i, start in enumerate(_KEY_ORDER) if f"{key}.name".startswith(start)) for key in keys}
     return sorted(keys, key=lambda key: (key == "seed", places[key], key))
@@ -49,7 +49,7 @@ def varying_keys(treatments: Sequence[Mapping[str, object]], typed: Collection[s
         is_implied = key != f"{group}.name" and key not in typed and len(values) == len({name for name, _ in values})
         return group in _NAMED_GROUPS and is_implied
 
-    keys = in_order(list({key for treatment in treatments for key in treatment}))
+    keys = sort_keys(list({key for treatment in treatments for key in treatment}))
     return [key for key in keys if len({repr(value_of(t, key)) for t in treatments}) > 1 and not follows(key)]
 
 
@@ -59,7 +59,7 @@ def embeddings_are_auto(treatment: Mapping[str, object]) -> bool:
     return "freeze.policy" in treatment or embeddings in (None, depth)
 
 
-def told_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Mapping[str, object]]) -> list[Values]:
+def varying_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Mapping[str, object]]) -> list[Values]:
     """Return, for each treatment, the values that tell it from the others.
 
     ``choices`` are those of :func:`distilbench.composition.typed_choices`, empty for a trial of an earlier version. The
@@ -77,7 +77,7 @@ def told_values(treatments: Sequence[Mapping[str, object]], choices: Sequence[Ma
             or len({*zip(chosen, (repr(t.get(key)) for t in treatments), strict=True)}) > len({*chosen})
         ]
         if ... not in chosen and len({*chosen}) > 1 and len(left) < len(own):
-            keys = in_order([group, *left, *(key for key in keys if key not in own)])
+            keys = sort_keys([group, *left, *(key for key in keys if key not in own)])
     return [
         {key: one[key] if key in CHOICES else value_of(treatment, key) for key in keys}
         for treatment, one in zip(treatments, choices, strict=True)
@@ -92,7 +92,7 @@ def name_of(values: Mapping[str, object], baseline: Mapping[str, object] = {}, t
     """
     ends = Counter(map(_end, values))
     parts = []
-    for key in in_order([*values]):
+    for key in sort_keys([*values]):
         is_shared = is_choice(key) and baseline.get(key, ...) == values[key]
         if is_shared or (key == "experiment" and (title or values[key] is None)):
             continue

@@ -16,7 +16,7 @@ from distilbench.report.columns import FULL, drop_empty, to_csv_value
 from distilbench.report.figures import figures_of, kind_of
 from distilbench.report.findings import Report, answer
 from distilbench.report.formats import one_line
-from distilbench.report.names import embeddings_are_auto, in_order
+from distilbench.report.names import embeddings_are_auto, sort_keys
 from distilbench.report.rows import Row
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.tables import failures, notes_of, protocol_lines
@@ -78,7 +78,7 @@ def _command(row: Row, report: Report) -> str:
     }
     if not embeddings_are_auto(row.treatment):
         changed["freeze.embeddings"] = row.treatment["freeze.embeddings"]
-    overrides = (format_override(key, changed[key]) for key in in_order([*changed]))
+    overrides = (format_override(key, changed[key]) for key in sort_keys([*changed]))
     return format_command("train", [*report.sources, *overrides, f"seed={row.first_trial.seed}"])
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from distilbench.identity import has_choices_of, short_hash
-from distilbench.report.names import name_of, told_values
+from distilbench.report.names import name_of, varying_values
 from distilbench.report.power import Needed
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
@@ -336,7 +336,7 @@ def label_rows(rows: Sequence[Row], baseline: int | None) -> list[Row]:
     A sweep names its runs in the same way.
     """
     choices = [{k: v for k, v in row.choices.items() if k != "experiment" or not row.label} for row in rows]
-    values = told_values([row.treatment for row in rows], choices)
+    values = varying_values([row.treatment for row in rows], choices)
     numbers = Counter(row.first_trial.number for row in rows)
     tagged = baseline is not None and rows[baseline].is_tagged
     reference = values[baseline] if baseline is not None else {}

@@ -33,7 +33,7 @@ _LONGEST_ERROR = 200
 NOTE_ROWS = 10
 
 
-def _in_order(report: Report, layout: str) -> list[Row]:
+def _sort_rows(report: Report, layout: str) -> list[Row]:
     """Return the rows in the layout's order: best first; in ``paper``, the baseline comes first."""
     rows = list(report.table_rows)
     return sorted(rows, key=lambda row: not row.is_baseline) if layout == "paper" else rows
@@ -41,12 +41,12 @@ def _in_order(report: Report, layout: str) -> list[Row]:
 
 def protocol_lines(report: Report) -> list[str]:
     """State what all rows share: model, data, the splits that select and report, and the floor."""
-    sample, floor = report.sample, report.floor
+    sample, majority = report.sample, report.majority
     return [
         f"protocol {sample.protocol_id}: {one_line(sample.model)} on {one_line(sample.data)}",
         f"{sample.metric} on the split {sample.selection_split} picked epochs and winners, figures are of the split "
         f"{sample.report_split}"
-        + (f"; always predicting the most frequent label scores {percent(floor)}" if floor else ""),
+        + (f"; always predicting the most frequent label scores {percent(majority)}" if majority else ""),
     ]
 
 
@@ -101,7 +101,7 @@ def failures(report: Report) -> list[str]:
 
 def print_report(console: Console, report: Report, layout: str = "full", most: int = 25) -> None:
     """Print the answer, the table of the best ``most`` rows (and the baseline), and what failed."""
-    rows = _in_order(report, layout)
+    rows = _sort_rows(report, layout)
     shown = [row for i, row in enumerate(rows) if i < most or row.is_baseline]
     columns = fit_columns(shown, console.width) if layout == "full" else LAYOUTS[layout]
     table = rich_table(shown, columns, console.width)
@@ -127,7 +127,7 @@ def markdown_report(report: Report, layout: str = "full") -> str:
     """Write the report as GitHub-flavoured Markdown; labels link to runs, and markup in names is escaped."""
     lines = [f"# {markdown(report.title)}", "", *(f"{markdown(line)}  " for line in protocol_lines(report)), ""]
     lines += [f"**{markdown(sentence)}**  " for sentence in answer(report)]
-    lines += ["", *markdown_table(_in_order(report, layout), LAYOUTS[layout]), ""]
+    lines += ["", *markdown_table(_sort_rows(report, layout), LAYOUTS[layout]), ""]
     lines += ["## By slice", "", *markdown_table(report.slices, SLICES), ""] if report.slices else []
     return "\n".join([*lines, *(f"- {markdown(line)}" for line in details(report)), ""])
 
@@ -161,7 +161,7 @@ def latex_report(report: Report, layout: str = "full") -> str:
     """Write a LaTeX table with booktabs; the caption holds the answer and the notes."""
     caption = " ".join([*answer(report), *(f"{line}." for line in protocol_lines(report)), *notes_of(report)])
     lines = [r"% \usepackage{booktabs}", r"\begin{table}", rf"\caption{{{latex(caption)}}}"]
-    lines += [*latex_table(_in_order(report, layout), LAYOUTS[layout]), r"\end{table}", ""]
+    lines += [*latex_table(_sort_rows(report, layout), LAYOUTS[layout]), r"\end{table}", ""]
     if report.slices:
         lines += [r"\begin{table}", r"\caption{By slice}", *latex_table(report.slices, SLICES), r"\end{table}", ""]
     return "\n".join(lines)

@@ -9,12 +9,18 @@ from distilbench.cli import pluralize
 from distilbench.report.columns import CSV, attribute, markdown_table
 from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.formats import interval, markdown, p_value, points
-from distilbench.report.names import name_of, told_values
+from distilbench.report.names import name_of, varying_values
 from distilbench.report.rows import Row, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.words import above_floor, describe_difference, describe_loss, reason_untested, what_decides
+from distilbench.report.words import (
+    describe_above_majority,
+    describe_difference,
+    describe_loss,
+    reason_untested,
+    what_decides,
+)
 from distilbench.results import StoredTrial, Verdict
 
 COLUMNS = (
@@ -44,7 +50,7 @@ class Comparison:
 
     row: Row
     baseline: Row
-    floor: float | None
+    majority: float | None
     margin: float
     slices: tuple[Row, ...] = ()
 
@@ -55,8 +61,8 @@ def compare(
     """Compare two finished trials of one protocol; its other arguments are those of :func:`compare_with_baseline`."""
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
-    (base, row), floor = compare_with_baseline(rows, 0, margin, selected_on_report_split=selected_on_report_split)
-    return Comparison(row, base, floor, margin, rows_by_slice([base, row], margin))
+    (base, row), majority = compare_with_baseline(rows, 0, margin, selected_on_report_split=selected_on_report_split)
+    return Comparison(row, base, majority, margin, rows_by_slice([base, row], margin))
 
 
 def sentence(comparison: Comparison) -> str:
@@ -69,9 +75,9 @@ def sentence(comparison: Comparison) -> str:
         return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
     on_these, margin = f"on these {comparison.row.examples:,} examples", pluralize(comparison.margin, "point")
     idle = "".join(
-        f"The {name} has not learned: {above_floor(row.accuracy, comparison.floor)}. "
+        f"The {name} has not learned: {describe_above_majority(row.accuracy, comparison.majority)}. "
         for name, row in (("baseline", comparison.baseline), ("trial", comparison.row))
-        if row.has_learned is False and comparison.floor
+        if row.has_learned is False and comparison.majority
     )
     if comparison.row.verdict is None:
         size = points(found.points)
@@ -105,7 +111,7 @@ def _scope(trial: StoredTrial, baseline: StoredTrial) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """Write the comparison in Markdown: table, outcome, notes, what differs, and slices."""
     both = comparison.row, comparison.baseline
-    ours, theirs = map(name_of, told_values([row.treatment for row in both], [row.choices for row in both]))
+    ours, theirs = map(name_of, varying_values([row.treatment for row in both], [row.choices for row in both]))
     names = f"This trial: {markdown(ours)}. Baseline: {markdown(theirs)}." if ours else ""
     notes = " ".join(f"{note}." for note in notes_of(comparison))
     slices = [*markdown_table(comparison.slices, SLICES), "", SLICES_NOTE, ""] if comparison.slices else []

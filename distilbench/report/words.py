@@ -34,9 +34,9 @@ def _verdict(row: Row) -> str:
     return f"{VERDICTS[row.verdict]}{this_seed} (n = {n})"
 
 
-def above_floor(accuracy: float, floor: float) -> str:
+def describe_above_majority(accuracy: float, majority: float) -> str:
     """Compare an accuracy in words with that of always predicting the most frequent label."""
-    return f"{percent(accuracy)}, while always predicting the most frequent label scores {percent(floor)}"
+    return f"{percent(accuracy)}, while always predicting the most frequent label scores {percent(majority)}"
 
 
 def reason_untested(row: Row) -> str:

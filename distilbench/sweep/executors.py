@@ -47,7 +47,7 @@ class Sequential:
     def start(self, jobs: Sequence[SweepJob]) -> list[Future[JobError]]:
         """Run a batch to its end."""
         futures: list[Future[JobError]] = [Future() for _ in jobs]
-        for future, end in zip(futures, _ends_of(self._launch, jobs), strict=True):
+        for future, end in zip(futures, _launch_or_fail(self._launch, jobs), strict=True):
             future.set_result(end)
         return futures
 
@@ -64,7 +64,7 @@ class Pool:
         return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
 
     def _launch_one(self, job: SweepJob) -> JobError:
-        return _ends_of(self._launch, [job])[0]
+        return _launch_or_fail(self._launch, [job])[0]
 
     def stop(self) -> None:
         """Kill the workers, which a signal to the sweep's process alone does not reach."""
@@ -74,7 +74,7 @@ class Pool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def _ends_of(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[JobError]:
+def _launch_or_fail(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[JobError]:
     try:
         return launch(jobs)
     except Exception as error:  # boundary: a launcher that raises fails its trials, not the sweep
@@ -137,12 +137,12 @@ def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence
     except Exception:
         if len(submitted) != len(jobs):  # none was submitted
             raise
-        return [_end_of(job) for job in submitted]
+        return [_error_of(job) for job in submitted]
     finally:
         AutoExecutor.map_array = submit  # type: ignore[method-assign]
 
 
-def _end_of(job: Any) -> JobError:
+def _error_of(job: Any) -> JobError:
     """Wait for a submitit job and return its error, or None."""
     try:
         end: JobReturn = job.results()[0]
@@ -158,11 +158,11 @@ def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) 
     """
     named = re.findall(r"\$\{oc\.env:(\w+)", " ".join(text for job in jobs for text in (job.storage, *job.overrides)))
     carried = {name: value for name, value in os.environ.items() if name in named or name.startswith("MLFLOW_")}
-    launcher.task_function = partial(_with_variables, carried, task)
+    launcher.task_function = partial(_run_with_variables, carried, task)
     return _launch_through(launcher, jobs)
 
 
-def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictConfig) -> Any:
+def _run_with_variables(variables: dict[str, str], task: TaskFunction, config: DictConfig) -> Any:
     os.environ.update(variables)
     return task(config)
 
@@ -170,11 +170,11 @@ def _with_variables(variables: dict[str, str], task: TaskFunction, config: DictC
 def _launch_through(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[JobError]:
     """Launch jobs as Hydra's sweepers do, each with the overrides that set its directory and its ``job.json``."""
     first = int(jobs[0].directory.name)
-    returns: Sequence[Any] = launcher.launch([_overrides(job) for job in jobs], first)
+    returns: Sequence[Any] = launcher.launch([_job_overrides(job) for job in jobs], first)
     return [None if r.status is JobStatus.COMPLETED else r._return_value for r in returns]
 
 
-def _overrides(job: SweepJob) -> list[str]:
+def _job_overrides(job: SweepJob) -> list[str]:
     """Return a job's overrides, with absolute paths: Ray starts it in another directory and environment."""
     paths = {
         "hydra.sweep.dir": job.directory.parents[len(Path(job.trial).parts) - 1],
@@ -186,7 +186,7 @@ def _overrides(job: SweepJob) -> list[str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_launchers() -> Iterator[None]:
     """Silence Optuna's and the launchers' messages about each step, since the sweep reports its own progress.
 
     ``hydra.verbose`` keeps them. Afterwards they speak as before: a notebook goes on after its sweep.

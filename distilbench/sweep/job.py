@@ -60,7 +60,7 @@ class SweepJob:
     """Whether the job prints nothing, since others run at the same time."""
     prunes: bool = False
     """Whether the trial may be pruned."""
-    picks: bool = False
+    is_selection: bool = False
     """Whether the sweep selects one of several settings."""
     continues: Path | None = None
     """Directory of the interrupted trial that this one continues."""

@@ -56,14 +56,14 @@ class SweeperOptions:
 class SweepPlan:
     """A sweep before its first trial.
 
-    ``points`` are queued first: all of a grid, otherwise the baseline alone. ``beside`` are baselines outside of the
-    space. ``total`` counts the trials inside; in a small space it is below ``asked``, the number requested.
+    ``points`` are queued first: all of a grid, otherwise the baseline alone. ``outside_baselines`` lie outside of the
+    space. ``total`` counts the trials inside; in a small space it is below ``num_requested``.
     """
 
     settings: AppSettings
     space: Space
     points: Sequence[Point]
-    beside: Sequence[Point]
+    outside_baselines: Sequence[Point]
     total: int
     is_grid: bool
     objectives: tuple[str, ...]
@@ -78,10 +78,10 @@ class SweepPlan:
     """Returns a point's display name."""
     max_failures: float = math.inf
     """Number of failed trials that the sweep tolerates; infinite without a limit."""
-    asked: int = 0
+    num_requested: int = 0
     data: Sequence[DataSettings] = ()
     """The trials' text sources, to be loaded and checked before a new sweep starts."""
-    needs_all: bool = False
+    requires_all: bool = False
     """Whether a single failed trial makes the sweep fail, after all others have been trained."""
     base: DictConfig | None = None
     """The config that ``hydra.sweeper.custom_search_space`` is called with."""
@@ -99,7 +99,7 @@ class SweepPlan:
         }
 
     @property
-    def picks(self) -> bool:
+    def is_selection(self) -> bool:
         """Whether the sweep selects one of several settings besides the baseline; a confirmation does not."""
         settings = {frozenset({**point.params, "seed": None}.items()) for point in self.points if not point.is_baseline}
         return "confirms" not in self.fixed and (len(settings) > 1 or not self.is_grid)
@@ -125,7 +125,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     _check_options(options, arguments)
     loader = options.context.config_loader
     space = read_space(options.params, arguments, loader, options.is_grid, options.custom_search_space,
-                       partial(_depth, options))  # fmt: skip
+                       partial(_min_depth, options))  # fmt: skip
     for key in space.dimensions:
         require(key.lstrip("+").partition(".")[0] not in FIXED_GROUPS, key, "one value for a whole sweep",
                 describe(space.dimensions[key]), "run a sweep for each")  # fmt: skip
@@ -142,7 +142,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
             "null where seed varies", settings[0].sweep.seeds, "drop one of the two")  # fmt: skip
     sampler_of(options.sampler, trials=0)
     asked = options.n_trials or settings[0].sweep.trials
-    points, beside = _with_baselines(checked, composer) if grid else _baseline(checked, space, composer, asked)
+    points, outside = _add_baselines(checked, composer) if grid else _search_baselines(checked, space, composer, asked)
     if grid:
         points = points[: options.n_trials]  # a number with Optuna's grid sampler, else None
     total = len(points) if grid else min(asked, space.size or asked)
@@ -151,9 +151,9 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         settings=settings[0],
         space=space,
         points=points,
-        beside=beside,
+        outside_baselines=outside,
         total=total,
-        asked=asked,
+        num_requested=asked,
         is_grid=grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
@@ -163,7 +163,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         data=list({short_hash(one.data): one.data for one in settings}.values()),
         result_key=composer.result_key,
         name_of=partial(space.name_of, baseline={**composer.baseline_params(), **theirs}, shared=shared),
-        max_failures=_max_failures(options, settings[0], total + len(beside)),
+        max_failures=_max_failures(options, settings[0], total + len(outside)),
         base=composer.base,
         sampler=options.sampler,
     )
@@ -220,7 +220,7 @@ def _check_launcher(launcher: Any) -> None:
         raise SettingsError(f"hydra.launcher must have settings that joblib takes: {reason_of(error)}") from None
 
 
-def _depth(options: SweeperOptions, lines: Sequence[str]) -> int:
+def _min_depth(options: SweeperOptions, lines: Sequence[str]) -> int:
     """Return the number of encoder layers of the model, or of the shallowest one if the model varies."""
     loader = options.context.config_loader
     space = read_space(None, lines, loader, options.is_grid)
@@ -272,7 +272,7 @@ def _is_valid(point: Point, composer: Composer) -> bool:
     return True
 
 
-def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[Point], list[Point]]:
+def _add_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[Point], list[Point]]:
     """Return the points of a grid, baselines first, and the baselines that are not among these points."""
     if not composer.settings(points[0]).sweep.baseline:
         return list(points), []
@@ -285,7 +285,7 @@ def _with_baselines(points: Sequence[Point], composer: Composer) -> tuple[list[P
     return ordered, [baseline for key, baseline in baselines.items() if key not in keys]
 
 
-def _baseline(
+def _search_baselines(
     checked: Sequence[Point], space: Space, composer: Composer, asked: int
 ) -> tuple[list[Point], list[Point]]:
     """Return the baseline as the first trial if it lies in the space, otherwise as a trial beside it.
@@ -311,12 +311,12 @@ def _baseline(
             found[composer.result_key(baseline)] = baseline
     if varied:
         return [], list(found.values())
-    beside = next(iter(found.values()))
+    baseline = next(iter(found.values()))
     inside = Point(composer.baseline_params(), is_baseline=True)
     is_inside = space.contains(inside.params) and _is_valid(inside, composer)
-    if is_inside and composer.result_key(inside) == composer.result_key(beside):
+    if is_inside and composer.result_key(inside) == composer.result_key(baseline):
         return [inside], []
-    return [], [beside]
+    return [], [baseline]
 
 
 def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:

@@ -45,7 +45,7 @@ REPORT_ATTRIBUTE = "reported"
 
 
 @contextmanager
-def reporting(study: optuna.Study, storage: Storage, ends: int, before: Any, grace_seconds: float) -> Iterator[bool]:
+def claim_report(study: optuna.Study, storage: Storage, ends: int, before: Any, grace_seconds: float) -> Iterator[bool]:
     """Wait until no other worker writes a report; yields whether a report on ``ends`` ended trials is still due.
 
     If the worker that holds the lock dies, the lock is released and the next worker writes the report. The report that
@@ -101,9 +101,9 @@ def say(console: Console, line: str) -> None:
 def print_plan(plan: SweepPlan) -> None:
     """Print the points (or the space), the number of trials, and a time estimate from a few steps of one trial."""
     console = Console()
-    console.print(_table(plan))
+    console.print(_plan_table(plan))
     seeds = len(plan.settings.sweep.seeds or [0])
-    trials = plan.total + len(plan.beside)
+    trials = plan.total + len(plan.outside_baselines)
     what = pluralize(trials, "trial") + (f" of {seeds} seeds each" if seeds > 1 else "")
     from distilbench.trials.estimate import estimate_alone  # torch: not needed until here
     from distilbench.trials.prepared import prepare
@@ -136,11 +136,11 @@ def _warning(plan: SweepPlan, examples: int) -> str | None:
     )
 
 
-def _table(plan: SweepPlan) -> Table:
+def _plan_table(plan: SweepPlan) -> Table:
     """Return the points of a grid, or the dimensions of another space."""
     rows = [(key, describe(distribution)) for key, distribution in plan.space.dimensions.items()]
     if plan.is_grid:
-        rows = [("baseline", plan.name_of(point)) for point in plan.beside]
+        rows = [("baseline", plan.name_of(point)) for point in plan.outside_baselines]
         rows += [(str(number), plan.name_of(point)) for number, point in enumerate(plan.points)]
     table = Table(*(("trial", "settings") if plan.is_grid else ("setting", "values")), box=None, pad_edge=False)
     table.columns[1].overflow = "fold"
@@ -164,7 +164,7 @@ class Leaderboard:
     @property
     def total(self) -> int:
         """Number of trials of the whole plan."""
-        return self.plan.total + len(self.plan.beside)
+        return self.plan.total + len(self.plan.outside_baselines)
 
     @cached_property
     def counts(self) -> Counter[Status]:
@@ -216,12 +216,12 @@ class Leaderboard:
 
     def _against_baseline(self, trial: TrialView) -> str:
         objective = self.plan.objectives[0]
-        text = f"{objective} {shown(objective, trial.values[0])} (trial {trial.path})"
+        text = f"{objective} {format_objective(objective, trial.values[0])} (trial {trial.path})"
         if self.baseline is None:
             return text
         if trial is self.baseline:
             return f"{text}, the baseline"
-        return f"{text} against the baseline's {shown(objective, self.baseline.values[0])}"
+        return f"{text} against the baseline's {format_objective(objective, self.baseline.values[0])}"
 
     def metrics(self) -> dict[str, float]:
         """Return counts, best and baseline values, as metrics of the sweep's own run."""
@@ -259,7 +259,7 @@ class Leaderboard:
         for title in ("trial", "settings", *self.plan.objectives, *time, "status"):
             table.add_column(title, no_wrap=title != "settings" and is_live)
         for trial in [*running, *ended[:longest]]:
-            values = [shown(name, value) for name, value in zip(self.plan.objectives, trial.values, strict=False)]
+            values = [format_objective(name, v) for name, v in zip(self.plan.objectives, trial.values, strict=False)]
             values += [""] * (len(self.plan.objectives) - len(values))
             values += [duration(trial.seconds) if trial.seconds else "" for _ in time]
             cells = [trial.path, trial.name, *values, _status(trial, has_error=not is_live)]
@@ -275,7 +275,7 @@ def _status(trial: TrialView, has_error: bool) -> str:
     return trial.status + (", baseline" if trial.is_baseline else "") + (f": {error}" if error else "")
 
 
-def shown(objective: str, value: float) -> str:
+def format_objective(objective: str, value: float) -> str:
     """Return an objective's value as text."""
     if objective in _SHARES:
         return percent(value)

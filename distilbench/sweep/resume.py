@@ -27,7 +27,7 @@ from distilbench.sweep.space import Point, Space, describe
 from distilbench.sweep.storage import Storage, open_study, storage_at, storage_of
 from distilbench.sweep.study import BASELINE_STUDY, RESULT, SweepStudy
 from distilbench.sweep.trial import SOURCES_ATTRIBUTE, pruner_of
-from distilbench.tracking.start import spelled
+from distilbench.tracking.start import format_param
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +39,15 @@ SWEEP_FILE = "sweep.json"
 
 
 def open_studies(
-    plan: SweepPlan, storage: Storage, holds: Callable[[str], bool] | None
+    plan: SweepPlan, storage: Storage, has_run: Callable[[str], bool] | None
 ) -> tuple[SweepPlan, list[SweepStudy]]:
     """Create or load the sweep's studies; the one for baselines outside of its space, if any, comes first.
 
-    Also returns the plan, with its choices in the order that the study stores. ``holds`` returns whether MLflow has a
+    Also returns the plan, with its choices in the order that the study stores. ``has_run`` returns whether MLflow has a
     run; None without tracking. Raises :class:`SettingsError` if the plan does not continue what is there.
     """
     _refuse_others(plan, has_study=not storage.is_missing)
-    warm, sources = ([], None) if is_begun(plan) else find_warm_trials(plan, storage)
+    warm, sources = ([], None) if has_begun(plan) else find_warm_trials(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
     owner, grace = Owner.of_this_process(), plan.settings.sweep.grace_seconds
     with storage.lock():
@@ -56,8 +56,8 @@ def open_studies(
         if kept is not None:
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
         trials = main.get_trials(deepcopy=False)
-        plan = replace(plan, space=_as_known(plan.space, trials))
-        marked, known = _marker(plan).get("id"), main.user_attrs.get("id")
+        plan = replace(plan, space=_keep_choice_order(plan.space, trials))
+        marked, known = _read_sweep_file(plan).get("id"), main.user_attrs.get("id")
         _refuse_others(plan, has_study=kept is not None and marked in (None, known))
         ours = {"sweep": plan.name, "id": known or marked or uuid.uuid4().hex}
         if known is None:
@@ -69,55 +69,54 @@ def open_studies(
             main.set_user_attr(SOURCES_ATTRIBUTE, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)
-        if ours != _marker(plan):  # last: once it exists, no call looks for a warm start again
+        if ours != _read_sweep_file(plan):  # last: once it exists, no call looks for a warm start again
             (plan.directory / SWEEP_FILE).write_text(json.dumps(ours) + "\n")
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
-        beside = (
-            open_study(storage, f"{plan.name}.{BASELINE_STUDY}", plan.directions, None, grace) if plan.beside else None
-        )
-    studies = [SweepStudy(main, plan, owner, retry=_to_retry(plan, main, holds))]
-    if beside:
-        own = replace(plan, space=Space({}, plan.space.fixed), points=plan.beside, is_grid=True)
-        studies.insert(0, SweepStudy(beside, own, owner, True, _to_retry(plan, beside, holds)))
+        if plan.outside_baselines:
+            baselines = open_study(storage, f"{plan.name}.{BASELINE_STUDY}", plan.directions, None, grace)
+    studies = [SweepStudy(main, plan, owner, retry=_trials_to_retry(plan, main, has_run))]
+    if plan.outside_baselines:
+        own = replace(plan, space=Space({}, plan.space.fixed), points=plan.outside_baselines, is_grid=True)
+        studies.insert(0, SweepStudy(baselines, own, owner, True, _trials_to_retry(plan, baselines, has_run)))
     return plan, studies
 
 
-def is_begun(plan: SweepPlan) -> bool:
+def has_begun(plan: SweepPlan) -> bool:
     """Return whether an earlier call has started a sweep in this directory."""
     return (plan.directory / SWEEP_FILE).exists()
 
 
 def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
-    """Raise :class:`SettingsError` if the directory belongs to another sweep, or holds trials whose study is gone.
+    """Raise :class:`SettingsError` if the directory belongs to another sweep, or has_run trials whose study is gone.
 
     Trials are identified by their numbers, which another study would assign again.
     """
-    other = _marker(plan).get("sweep", plan.name)
+    other = _read_sweep_file(plan).get("sweep", plan.name)
     records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BASELINE_STUDY}/*/{RECORD}"))
     if other != plan.name or (not has_study and any(records)):
         raise SettingsError(
-            f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which holds trials "
+            f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which has_run trials "
             f"of sweep {other!r}{' whose study is gone, or another' if other == plan.name else ''}; take another "
             "sweep.name or hydra.sweep.dir"
         )
 
 
-def _marker(plan: SweepPlan) -> dict[str, str]:
+def _read_sweep_file(plan: SweepPlan) -> dict[str, str]:
     try:
         return dict(json.loads((plan.directory / SWEEP_FILE).read_text()))
     except (OSError, ValueError):  # missing, or truncated by a kill
         return {}
 
 
-def _to_retry(plan: SweepPlan, study: optuna.Study, holds: Callable[[str], bool] | None) -> list[int]:
+def _trials_to_retry(plan: SweepPlan, study: optuna.Study, has_run: Callable[[str], bool] | None) -> list[int]:
     """Return the numbers of trials to train again: failed ones, except DIVERGED, and those whose runs are gone."""
     sweep = plan.settings.sweep
     again = (Status.FAILED, Status.OUT_OF_MEMORY) if sweep.retry_failed else ()
     told = {trial.number: trial.user_attrs for trial in study.get_trials(deepcopy=False)}
     failed = [number for number, one in told.items() if one.get("status") in again]
-    if holds is None or not sweep.retry_lost:
+    if has_run is None or not sweep.retry_lost:
         return failed
-    return failed + [number for number, one in told.items() if one.get("run_id") and not holds(one["run_id"])]
+    return failed + [number for number, one in told.items() if one.get("run_id") and not has_run(one["run_id"])]
 
 
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:
@@ -125,7 +124,7 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
 
     With ``extend``, the search space may change, but not the fixed settings.
     """
-    earlier = {key: spelled(value) for key, value in OLD_DEFAULTS.items()}
+    earlier = {key: format_param(value) for key, value in OLD_DEFAULTS.items()}
     parts = [{**earlier, **one["fixed"], "objectives": one["objectives"], "directions": one["directions"],
               **{key: describe(json_to_distribution(text)) for key, text in one["space"].items()}}
              for one in (kept, now)]  # fmt: skip
@@ -147,7 +146,7 @@ def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, 
         )
 
 
-def _as_known(space: Space, trials: Sequence[FrozenTrial]) -> Space:
+def _keep_choice_order(space: Space, trials: Sequence[FrozenTrial]) -> Space:
     """Return the space with choices in the study's order, since Optuna stores a choice as its index in the list.
 
     Raises :class:`SettingsError` for changes that Optuna does not allow: of the choices, of a parameter's kind
@@ -179,18 +178,18 @@ def find_warm_trials(plan: SweepPlan, storage: Storage) -> tuple[list[FrozenTria
     if name is None:
         return [], None
     require(not plan.is_grid, "sweep.warm_start", "null in a grid", name, "add hydra/sweeper=optuna")
-    earlier = _study(plan, storage, name)
+    earlier = _load_warm_study(plan, storage, name)
     identity = earlier.user_attrs.get("identity", {})
-    _check_same(plan, identity, name)
+    _check_same_protocol(plan, identity, name)
     own = [t for t in earlier.get_trials(deepcopy=False) if t.user_attrs.get("status") == Status.FINISHED.value
            and not t.user_attrs.get("baseline")]  # fmt: skip
-    found = [_as_own(trial, params, plan, identity["objectives"], name)
+    found = [_copy_for_plan(trial, params, plan, identity["objectives"], name)
              for trial in own if (params := _params_in(plan, trial, identity["fixed"])) is not None]  # fmt: skip
     log.warning("warm start: of %s of %s in this space: %d", pluralize(len(own), "finished trial"), name, len(found))
     return found, earlier.user_attrs.get(SOURCES_ATTRIBUTE) if found else None
 
 
-def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
+def _load_warm_study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
     own_file = storage == storage_at(None, None, plan.directory)
     other = storage_at(None, None, plan.directory.parent / name) if own_file else storage
     try:
@@ -205,7 +204,7 @@ def _study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Study:
     )
 
 
-def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None:
+def _check_same_protocol(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None:
     had = identity.get("fixed", {})
     differing = [f"{key}={had.get(key)} (now {plan.fixed.get(key)})" for key in (*SOURCES, *METRIC)
                  if had.get(key) != plan.fixed.get(key)]  # fmt: skip
@@ -216,27 +215,27 @@ def _check_same(plan: SweepPlan, identity: Mapping[str, Any], name: str) -> None
 
 def _params_in(plan: SweepPlan, trial: FrozenTrial, fixed: Mapping[str, str]) -> dict[str, Any] | None:
     """Return the trial's point in the plan's space; None if it lies outside, or if fixed settings differ."""
-    had = {**fixed, **{key: spelled(value) for key, value in trial.params.items()}}
+    had = {**fixed, **{key: format_param(value) for key, value in trial.params.items()}}
     params: dict[str, Any] = {}
     for key, distribution in plan.space.dimensions.items():
         if key not in had:
             return None
-        params[key] = trial.params[key] if key in trial.params else _typed(had[key], distribution)
-    beside = {key: value for key, value in trial.params.items() if key not in params and key not in plan.fixed}
-    same = all(had.get(key) == value for key, value in plan.fixed.items()) and (plan.space.custom or not beside)
-    return {**params, **beside} if same and plan.space.contains(params) else None
+        params[key] = trial.params[key] if key in trial.params else _parse_param(had[key], distribution)
+    extra = {key: value for key, value in trial.params.items() if key not in params and key not in plan.fixed}
+    same = all(had.get(key) == value for key, value in plan.fixed.items()) and (plan.space.custom or not extra)
+    return {**params, **extra} if same and plan.space.contains(params) else None
 
 
-def _typed(text: str, distribution: BaseDistribution) -> Any:
+def _parse_param(text: str, distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
-        return next((choice for choice in distribution.choices if spelled(choice) == text), text)
+        return next((choice for choice in distribution.choices if format_param(choice) == text), text)
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _as_own(
+def _copy_for_plan(
     trial: FrozenTrial, params: dict[str, Any], plan: SweepPlan, objectives: Sequence[str], name: str
 ) -> FrozenTrial:
     """Return a copy of the trial with the plan's objectives, for the plan's study."""

@@ -25,11 +25,11 @@ from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import Executor, JobError, Pool, executor_for, quiet
+from distilbench.sweep.executors import Executor, JobError, Pool, executor_for, silence_launchers
 from distilbench.sweep.job import Orphaned, SweepJob, send_heartbeats
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
-from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, print_plan, reporting, say, write_report
-from distilbench.sweep.resume import is_begun, open_studies
+from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, claim_report, print_plan, say, write_report
+from distilbench.sweep.resume import has_begun, open_studies
 from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, check_url, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
 from distilbench.tracking import MARGIN_TAG, SWEEP_TAG, MlflowStore, ParentRun, open_store
@@ -62,12 +62,12 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     if options.storage is not None:
         check_url(options.storage, written["storage"])
     if plan.space.custom:
-        with quiet():
+        with silence_launchers():
             plan.space.suggest(plan.base, optuna.create_study().ask())  # raises now what it would raise in every trial
     if plan.settings.sweep.dry_run:
         print_plan(plan)
         return None
-    if not is_begun(plan):
+    if not has_begun(plan):
         for data in plan.data:
             load_text(data)  # raises now what the first trial would raise after files were written
     raise_on_signal()
@@ -76,7 +76,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     return run_plan(plan, storage, executor)
 
 
-@quiet()
+@silence_launchers()
 def run_plan(
     plan: SweepPlan, storage: Storage, executor: Executor, tags: Mapping[str, str] | None = None
 ) -> str | None:
@@ -84,7 +84,7 @@ def run_plan(
     store = open_store(plan.settings.tracking)
     try:
         with SignalGuard() as guard:
-            plan, studies = open_studies(plan, storage, store.holds if store else None)
+            plan, studies = open_studies(plan, storage, store.has_run if store else None)
             parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
             runner = SweepRunner(plan, studies, storage, executor, parent, guard)
             failure = runner.run()
@@ -92,7 +92,7 @@ def run_plan(
         return failure
     except (*STORAGE_ERRORS, OSError) as error:
         if is_disk_full(error):
-            return _no_space(plan)
+            return _no_space_message(plan)
         if isinstance(error, OSError):
             raise
         return f"hydra.sweeper.storage no longer answers: {reason_of(error)}; run the same command again to continue"
@@ -137,9 +137,9 @@ class SweepRunner:
         """Work until nothing is left to do; returns why the sweep failed, or None."""
         grace = self._plan.settings.sweep.grace_seconds
         with self._live or contextlib.nullcontext(), self._closing(), send_heartbeats(self._beat, beat_seconds(grace)):
-            self._end_dead()
+            self._close_dead_trials()
             self._close_runs()
-            self._work()
+            self._train_all()
             return self._finish()
 
     def _beat(self) -> None:
@@ -192,7 +192,7 @@ class SweepRunner:
         with self._storage.lock():
             study.tell(number, record)
 
-    def _end_dead(self) -> None:
+    def _close_dead_trials(self) -> None:
         """End the trials of killed processes, and print how many."""
         with self._storage.lock():
             dead = [(study, number) for study in self._studies for number in study.take_over_dead_trials()]
@@ -219,11 +219,11 @@ class SweepRunner:
             study.refresh()
         return [(study, view) for study in self._studies for view in study.views()]
 
-    def _work(self) -> None:
+    def _train_all(self) -> None:
         """Launch and settle trials until none is left; baselines come first, but other trials do not wait for them."""
         running: dict[Future[JobError], tuple[SweepStudy, int, int | None]] = {}
         while True:
-            taken = self._take(len(running))
+            taken = self._take_trials(len(running))
             jobs = [self._job(study, trial) for study, trial in taken]
             with self._guard.released():
                 if jobs:
@@ -235,7 +235,7 @@ class SweepRunner:
                     return
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
-                self._settle(*running.pop(future), future.result())
+                self._end_trial(*running.pop(future), future.result())
 
     def _wait_for_others(self) -> bool:
         """Return whether other processes are training trials, after a pause if so."""
@@ -253,9 +253,9 @@ class SweepRunner:
             view.status is Status.RUNNING and view.number not in study.owned_trials for study, view in self._views()
         )
 
-    def _take(self, running: int) -> list[tuple[SweepStudy, TrialView]]:
+    def _take_trials(self, running: int) -> list[tuple[SweepStudy, TrialView]]:
         """Begin as many trials as the executor has room for, after closing dead ones and filling the queue."""
-        self._end_dead()
+        self._close_dead_trials()
         taken: list[tuple[SweepStudy, TrialView]] = []
         at_once = self._executor.at_once
         with self._storage.lock():
@@ -303,13 +303,13 @@ class SweepRunner:
             grace_seconds=plan.settings.sweep.grace_seconds,
             is_quiet=isinstance(self._executor, Pool),
             continues=None if continued is None else study.directory(continued),
-            prunes=plan.settings.sweep.pruner != "none" and not study.is_beside,
-            picks=plan.picks,
+            prunes=plan.settings.sweep.pruner != "none" and not study.is_outside,
+            is_selection=plan.is_selection,
         )
         job.write()
         return job
 
-    def _settle(self, study: SweepStudy, number: int, at_once: int | None, end: JobError) -> None:
+    def _end_trial(self, study: SweepStudy, number: int, at_once: int | None, end: JobError) -> None:
         """Record how a trial ended and print it; end the sweep if every other trial would end the same way.
 
         ``at_once`` is how many trials the executor launched at once when this one began.
@@ -319,18 +319,19 @@ class SweepRunner:
             raise_if_signalled()
             self._say(f"trial {study.path(number)} was taken over by another process: its result here is dropped")
             return
-        is_void, error = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end), _said(end)
+        is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
+        error = _error_text(end)
         if not is_void and end and self._was_killed(study, number, at_once, end):
             is_void, error = True, "its process was killed, perhaps for memory; it is tried again"
         record = study.finalize_record(number, Status.INTERRUPTED if is_void else Status.FAILED, error)
-        if end or record.status is not Status.FINISHED or self._parent.lacks(study.directory(number)):
+        if end or record.status is not Status.FINISHED or self._parent.has_pending(study.directory(number)):
             self._close_runs()
         self._tell(study, number, record)
         if isinstance(end, SettingsError):
             raise end
         raise_if_signalled()  # the interrupted code may have swallowed the exception
         if is_disk_full(end) or NO_SPACE in (record.error or ""):
-            self._end(_no_space(self._plan), failed=True)
+            self._end(_no_space_message(self._plan), failed=True)
         elif record.status is Status.FAILED and not any(
             view.status in (Status.FINISHED, Status.PRUNED) for study in self._studies for view in study.counted()
         ):
@@ -373,7 +374,7 @@ class SweepRunner:
         """Write the report, unless another worker has; if it can't be written, print the leaderboard."""
         ends = sum(view.trial.state.is_finished() for _, view in self._views())
         grace = self._plan.settings.sweep.grace_seconds
-        with reporting(self._studies[-1].study, self._storage, ends, self._reported, grace) as is_due:
+        with claim_report(self._studies[-1].study, self._storage, ends, self._reported, grace) as is_due:
             if not is_due:
                 return self._say(f"the report was written by another process: {self._plan.directory}")
             for study in self._studies:
@@ -389,7 +390,7 @@ class SweepRunner:
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
         self._say(f"trials are ranked by {plan.chosen_by}")
-        if not plan.is_grid and plan.asked > plan.total and self._studies[-1].is_exhausted():
+        if not plan.is_grid and plan.num_requested > plan.total and self._studies[-1].is_exhausted():
             self._say(f"every point of the space ({plan.total}) has been evaluated: no more to try")
         elif self._ended is None and self._studies[-1].has_more():
             self._say("the sampler finds no further point that was not evaluated: hydra/sweeper/sampler=random may")
@@ -401,7 +402,7 @@ class SweepRunner:
             )
         if not leaderboard.best and self._ended is None:
             self._end("no trial of the sweep finished", failed=True)
-        elif plan.needs_all and leaderboard.failed:
+        elif plan.requires_all and leaderboard.failed:
             failed = pluralize(leaderboard.failed, "trial")
             self._end(f"{failed} did not finish; the same command trains what is missing", failed=True)
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
@@ -411,11 +412,11 @@ class SweepRunner:
         say(self._console, line)
 
 
-def _no_space(plan: SweepPlan) -> str:
+def _no_space_message(plan: SweepPlan) -> str:
     return f"no space left on the disk of {plan.directory}; make room, then run the same command again to continue"
 
 
-def _said(end: JobError) -> str | None:
+def _error_text(end: JobError) -> str | None:
     """Return a job's error as text on one line; None without an error."""
     if end is None:
         return None

@@ -117,9 +117,9 @@ class SweepStudy:
     :meth:`take_over_dead_trials` must hold the sweep's lock.
     """
 
-    def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_beside: bool = False,
+    def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_outside: bool = False,
                  retry: Sequence[int] = ()) -> None:  # fmt: skip
-        self.study, self.is_beside = study, is_beside
+        self.study, self.is_outside = study, is_outside
         self._storage: Any = study._storage  # Any: private methods are used as well
         self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
         self.owned_trials: dict[int, int] = {}
@@ -133,7 +133,7 @@ class SweepStudy:
 
     def path(self, number: int) -> str:
         """Return a trial's directory relative to the sweep's."""
-        return f"{BASELINE_STUDY}/{number}" if self.is_beside else str(number)
+        return f"{BASELINE_STUDY}/{number}" if self.is_outside else str(number)
 
     def directory(self, number: int) -> Path:
         """Return a trial's directory."""
@@ -213,7 +213,7 @@ class SweepStudy:
         while self.has_more() and (drawn < 2 * MAX_REPEATED_DRAWS or self._has_waiting() or self._plan.is_grid):
             if not self._has_waiting():
                 self.queue()
-            view, is_pending = self._draw()
+            view, is_pending = self._sample()
             if view is not None or is_pending:
                 return view
             drawn += 1
@@ -221,7 +221,7 @@ class SweepStudy:
                 self._enqueue_untried()
         return None
 
-    def _draw(self) -> tuple[TrialView | None, bool]:
+    def _sample(self) -> tuple[TrialView | None, bool]:
         """Draw a point; returns its trial, or None if it is not new, and whether it is being trained elsewhere."""
         self.refresh()
         others = self.counted()

@@ -57,12 +57,12 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
     """Return what a sweep gives its trial: name, parent run, tags, pruning callback, and check of the sources."""
     from distilbench.trials.prepared import SweepContext
 
-    prune, judged = pruning_callback(sweep_job, settings.sweep), pruning_objective(sweep_job.objectives)
+    prune, objective = pruning_callback(sweep_job, settings.sweep), pruning_objective(sweep_job.objectives)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
         every = settings.train.eval_steps  # else once per epoch; a resumed trial had some before
         count = math.ceil(evaluation.step / every if every else evaluation.epoch)
-        return prune(evaluation.metric(judged), count) if prune and judged else None
+        return prune(evaluation.metric(objective), count) if prune and objective else None
 
     return SweepContext(
         name=sweep_job.run_name,
@@ -73,14 +73,14 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
         accept=lambda prepared: pin_sources(prepared, settings, sweep_job),
         lease=lease,
         continues=sweep_job.continues or sweep_job.directory,
-        picks=sweep_job.picks,
+        is_selection=sweep_job.is_selection,
     )
 
 
 def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
     """Train the trial with one seed after another, until one does not finish or the pruner stops it."""
-    prune, judged = pruning_callback(sweep_job, job.settings.sweep), pruning_objective(sweep_job.objectives)
-    seeds = Seeds(job, sweep_job, lease, runner)
+    prune, objective = pruning_callback(sweep_job, job.settings.sweep), pruning_objective(sweep_job.objectives)
+    seeds = SeededTrial(job, sweep_job, lease, runner)
     reason = None
     with seeds.closing():
         for count, seeded in enumerate(seeds.jobs, start=1):
@@ -89,14 +89,14 @@ def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunne
             records = seeds.records(count)
             if records[-1].status is not Status.FINISHED:
                 break
-            if prune and judged and count < len(seeds.jobs):
-                reason = prune(statistics.fmean(record.objective(judged) for record in records), count)
+            if prune and objective and count < len(seeds.jobs):
+                reason = prune(statistics.fmean(record.objective(objective) for record in records), count)
             if reason:
                 break
         seeds.finish(reason)
 
 
-class Seeds:
+class SeededTrial:
     """A trial of a sweep that is trained once per seed: its parent run, and the mean over the seeds.
 
     ``jobs`` has one job per seed, each with its own run and directory. ``left`` are those still to train: the others
@@ -118,7 +118,7 @@ class Seeds:
         self._begun.write(sweep_job.directory)
         self.jobs, self.remaining = [], []
         for seed in job.settings.sweep.seeds or []:
-            seeded = self._with_seed(job, seed, before / f"seed-{seed}")
+            seeded = self._job_with_seed(job, seed, before / f"seed-{seed}")
             self.jobs.append(seeded)
             earlier = read_record(before / f"seed-{seed}")
             identity = asdict(prepared.identity_of(seeded.settings))
@@ -127,7 +127,7 @@ class Seeds:
             else:
                 self.remaining.append(seeded)
 
-    def _with_seed(self, job: Job, seed: int, before: Path) -> Job:
+    def _job_with_seed(self, job: Job, seed: int, before: Path) -> Job:
         output = replace(job.settings.output, dir=str(self._sweep_job.directory / before.name))
         name, parent = f"{self._sweep_job.name} seed={seed}", self._parent.run_id
         # the trial is pruned as a whole

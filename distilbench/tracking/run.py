@@ -29,7 +29,7 @@ from distilbench.tracking import undelivered
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, reason_of
 from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart
-from distilbench.tracking.undelivered import NOTE, Undelivered, points
+from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 
 log = logging.getLogger(__name__)
 
@@ -131,42 +131,42 @@ class MlflowRun:
         self._split = "validation" if same else "selection"
         kept = undelivered.read(self._directory)
         metrics = kept.metrics if kept and kept.run_id == start.run_id else []
-        self._lacking = Undelivered(start.run_id, RunContent.of(start), metrics)
+        self._pending = Undelivered(start.run_id, RunContent.of(start), metrics)
         self._losses: list[tuple[int, float]] = []
         self._due = time.monotonic() + SHORTEST_WAIT
 
     @property
     def run_id(self) -> str | None:
         """The run's id; None until the store has created it."""
-        return self._lacking.run_id
+        return self._pending.run_id
 
     def open(self) -> None:
         """Create, complete or reopen the run; raises the store's errors."""
-        self._lacking.make(self._connection)
+        self._pending.make(self._connection)
 
     def keep(self) -> Path:
         """Write what the run lacks into the trial's directory; returns the folder for files that it lacks."""
-        return self._lacking.write(self._directory)
+        return self._pending.write(self._directory)
 
     def on_step(self, record: StepRecord) -> None:
         """Log an optimisation step."""
         self._losses.append((record.step, record.loss))
         names = ("loss", "learning_rate", "gradient_norm", "examples_per_second")
-        self._lacking.metrics += points({f"train/{name}": getattr(record, name) for name in names}, record.step)
+        self._pending.metrics += metric_points({f"train/{name}": getattr(record, name) for name in names}, record.step)
         if time.monotonic() >= self._due:
             self._flush()
 
     def on_evaluation(self, evaluation: Evaluation) -> None:
         """Log an evaluation on the selection split, and all buffered metrics."""
         values = {f"{self._split}/{name}": evaluation.metric(name) for name in MEASURES}
-        self._lacking.metrics += points(values | {"epoch": evaluation.epoch}, evaluation.step)
+        self._pending.metrics += metric_points(values | {"epoch": evaluation.epoch}, evaluation.step)
         if not self._connection.is_unreachable or time.monotonic() >= self._due:
             self._flush()
 
     def finish(self, result: TrialResult, predictions: Predictions | None = None) -> None:
         """Log final metrics, predictions and figures, then the status."""
-        self._lacking.metrics += points(final_metrics(result), result.steps)
-        self._lacking.status, self._lacking.error = result.status, result.error
+        self._pending.metrics += metric_points(final_metrics(result), result.steps)
+        self._pending.status, self._pending.error = result.status, result.error
         with tempfile.TemporaryDirectory() as folder:
             files = self._write_files(Path(folder), result, predictions)
             if self._connection.attempt("the end of the run", lambda: self._send(files)):
@@ -201,8 +201,8 @@ class MlflowRun:
         self._due = ended + min(max(SHORTEST_WAIT, (ended - began) / SHARE_OF_TIME), LONGEST_WAIT)
 
     def _send(self, files: Sequence[Path] = ()) -> None:
-        self._lacking.deliver(self._connection, files)
-        undelivered.forget(self._directory)
+        self._pending.deliver(self._connection, files)
+        undelivered.discard(self._directory)
 
 
 def final_metrics(result: TrialResult) -> dict[str, float]:
@@ -233,23 +233,23 @@ class ParentRun:
     def __init__(self, connection: Connection | None = None, run_id: str | None = None, sweep: str = "",
                  directory: Path | None = None) -> None:  # fmt: skip
         self._connection, self.run_id, self._sweep = connection or Connection(), run_id, sweep
-        self._directory, self._lacking = directory or Path(), Undelivered(run_id)
+        self._directory, self._pending = directory or Path(), Undelivered(run_id)
 
     def update(self, metrics: Mapping[str, float], note: str | None = None) -> None:
         """Log metrics, and replace the Markdown description that MLflow's page shows."""
-        self._lacking.metrics = points(metrics)
-        self._lacking.tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
-        self._tell("how the sweep stands")
+        self._pending.metrics = metric_points(metrics)
+        self._pending.tags = {} if note is None else {NOTE: redact(note)[:LONGEST_TAG]}
+        self._deliver("how the sweep stands")
 
     def finish(self, status: Status, error: str | None = None) -> None:
         """End the run; a reopened run may be ended again."""
-        self._lacking.status, self._lacking.error = status, error
-        if not self._tell("the end of the sweep"):
+        self._pending.status, self._pending.error = status, error
+        if not self._deliver("the end of the sweep"):
             with contextlib.suppress(OSError):  # disk full: the next call of the sweep ends it
-                self._lacking.write(self._directory)
+                self._pending.write(self._directory)
 
-    def _tell(self, what: str) -> bool:
-        return self._connection.attempt(what, partial(self._lacking.deliver, self._connection))
+    def _deliver(self, what: str) -> bool:
+        return self._connection.attempt(what, partial(self._pending.deliver, self._connection))
 
     def restore_ends(self, ends: Mapping[str, tuple[Status, str | None]]) -> None:
         """Restore the given ends of runs, by run id, where a process that had lost their trials wrote others."""
@@ -257,13 +257,13 @@ class ParentRun:
             write = partial(undelivered.restore_ends, self._connection.client, run_id, status, error)
             self._connection.attempt("the end of a trial", write, is_kept=False)
 
-    def lacks(self, directory: Path) -> bool:
+    def has_pending(self, directory: Path) -> bool:
         """Return whether the store is unreachable, or trials in ``directory`` keep something for it."""
         return self._connection.is_unreachable or (self._connection.client and undelivered.is_any_below(directory))
 
     def catch_up(self, is_over: Callable[[Owner], bool], patience_seconds: float = 0.0) -> None:
         """End and deliver runs whose process ``is_over``; waits up to ``patience_seconds`` for an unreachable store."""
         for wait in (0.0, patience_seconds):
-            if not wait or (self.lacks(self._directory) and self._connection.wait(wait)):
+            if not wait or (self.has_pending(self._directory) and self._connection.wait(wait)):
                 undelivered.end_left_runs(self._connection, is_over, self._sweep, self.run_id)
                 undelivered.deliver_below(self._connection, self._directory, is_over)

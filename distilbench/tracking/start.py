@@ -72,10 +72,10 @@ def params_of(settings: TrialSettings) -> dict[str, str]:
     """
     values = select(settings, chain.from_iterable(TABLES))
     told = {key: getattr(value, "source", value) for key, value in values.items()}
-    return {key: redact(spelled(value))[:LONGEST_PARAM] for key, value in told.items()}
+    return {key: redact(format_param(value))[:LONGEST_PARAM] for key, value in told.items()}
 
 
-def spelled(value: object) -> str:
+def format_param(value: object) -> str:
     """Return a value as a parameter's text: strings unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -218,7 +218,7 @@ def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
     }
 
 
-def holds(client: MlflowClient, run_id: str) -> bool:
+def run_exists(client: MlflowClient, run_id: str) -> bool:
     """Return whether the run exists and was not deleted."""
     from mlflow.exceptions import MlflowException
 
@@ -237,7 +237,7 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
     """
     from mlflow.entities import RunTag
 
-    if run_id is not None and not holds(client, run_id):
+    if run_id is not None and not run_exists(client, run_id):
         log.warning("run %s is no longer in the store; it continues as a new one", run_id)
         run_id = None
     if run_id is None:

@@ -30,8 +30,8 @@ from distilbench.tracking.search import (
     trained_beside_others,
     trial_of,
 )
-from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, holds, process_tags
-from distilbench.tracking.undelivered import NOTE, Undelivered, points
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, process_tags, run_exists
+from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ class MlflowStore:
         """Attach ``comparison.md`` and metrics to a run, which may have ended; ``sentence`` begins its description."""
 
         def send() -> None:
-            undelivered.describe_first(self._client, run_id, sentence)
+            undelivered.prepend_note(self._client, run_id, sentence)
             self._client.log_text(run_id, redact(text), "comparison.md")
-            undelivered.log_metrics(self._client, run_id, points(metrics))
+            undelivered.log_metrics(self._client, run_id, metric_points(metrics))
 
         self._connection.attempt("the comparison", send, is_kept=False)
 
@@ -202,7 +202,7 @@ class MlflowStore:
         content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, {}, "")
         with self._address.errors_as_settings_error():
             run = retry_outage(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
-        undelivered.forget(directory)
+        undelivered.discard(directory)
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP_TAG], directory)
 
     def runs_url(self, sweep: str | None = None) -> str:
@@ -232,9 +232,9 @@ class MlflowStore:
         place = self._address.file or redact(self._address.uri)
         return f"experiment {self._experiment} in {place}" + (f" ({self.ui_command})" if self.ui_command else "")
 
-    def holds(self, run_id: str) -> bool:
+    def has_run(self, run_id: str) -> bool:
         """Return whether the run exists and was not deleted."""
-        return holds(self._client, run_id)
+        return run_exists(self._client, run_id)
 
     def predictions(self, run_id: str) -> Predictions | None:
         """Return the run's predictions; None if they were never written or can't be read."""

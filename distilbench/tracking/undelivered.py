@@ -118,7 +118,7 @@ def read(directory: Path) -> Undelivered | None:
         return None
 
 
-def forget(directory: Path) -> None:
+def discard(directory: Path) -> None:
     """Remove what was kept in ``directory``, after its delivery."""
     shutil.rmtree(directory / UNDELIVERED, ignore_errors=True)
 
@@ -143,7 +143,7 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
     with FileLock(directory / UNDELIVERED / ".lock"):  # so that no two workers create the run
         kept = read(directory)
         if kept is None:
-            return forget(directory)  # another process was faster
+            return discard(directory)  # another process was faster
         try:
             run_id = kept.make(connection)
         finally:
@@ -156,7 +156,7 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
             deliver_and_end(connection, run_id, directory)
         else:  # the trial was continued elsewhere or by another process, which reports how it ended
             log_metrics(connection.client, run_id, kept.metrics)
-            forget(directory)
+            discard(directory)
 
 
 def deliver_and_end(connection: Connection, run_id: str, directory: Path) -> Status:
@@ -166,7 +166,7 @@ def deliver_and_end(connection: Connection, run_id: str, directory: Path) -> Sta
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
     if kept.status is Status.RUNNING:
         kept.status, kept.error = Status.INTERRUPTED, KILLED
-        kept.metrics += points(record.figures, int(record.figures.get("steps", 0))) if record else []
+        kept.metrics += metric_points(record.figures, int(record.figures.get("steps", 0))) if record else []
     if record and record.status is Status.RUNNING:
         record = replace(record, status=kept.status, error=kept.error)
         record.write(directory)
@@ -175,7 +175,7 @@ def deliver_and_end(connection: Connection, run_id: str, directory: Path) -> Sta
         kept.status, kept.error = record.status, record.error
         files.append(directory / PREDICTIONS)
     kept.deliver(connection, [file for file in files if file.is_file() and file.name != RUN])
-    forget(directory)
+    discard(directory)
     return kept.status
 
 
@@ -204,7 +204,7 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     return ended
 
 
-def points(values: Mapping[str, float], step: int = 0) -> list[Point]:
+def metric_points(values: Mapping[str, float], step: int = 0) -> list[Point]:
     """Return values as metrics measured now."""
     at = int(time.time() * 1000)
     return [(name, float(value), at, step) for name, value in values.items()]
@@ -226,7 +226,7 @@ def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None
         reason = redact(" ".join(error.split()))
         client.set_tag(run_id, "distilbench.error", reason[:LONGEST_TAG])
         quoted = reason.replace("`", "'")
-        describe_first(client, run_id, f"**{status.value}** `{quoted}`")
+        prepend_note(client, run_id, f"**{status.value}** `{quoted}`")
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
@@ -241,7 +241,7 @@ def restore_ends(client: MlflowClient, run_id: str, status: Status, error: str |
         end_run(client, run_id, status, error)
 
 
-def describe_first(client: MlflowClient, run_id: str, sentence: str) -> None:
+def prepend_note(client: MlflowClient, run_id: str, sentence: str) -> None:
     """Begin a run's description with a Markdown sentence, in place of an earlier such sentence."""
     tags = client.get_run(run_id).data.tags
     known, head = tags.get(NOTE, ""), redact(sentence)

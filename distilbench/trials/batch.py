@@ -111,7 +111,7 @@ class BatchRunner:
             ensure = trial.settings.baseline.ensure and trial.job.context is None
             if ensure and _baseline_identity(trial) not in trained_here and not self._baseline_of(trial):
                 self._train_baseline(trial)
-        run_batch(trials, self._solo(trials[0]) if len(trials) > 1 else None)
+        run_batch(trials, self._estimate_solo(trials[0]) if len(trials) > 1 else None)
         for trial in trials:
             if trial.result.status is Status.FINISHED and trial.job.is_baseline:
                 self._baselines[_baseline_identity(trial)] = trial.stored
@@ -122,7 +122,7 @@ class BatchRunner:
                 compare_with(partial(self._baseline_of, trial), trial)
             write_card_and_log_model(trial)
 
-    def _solo(self, trial: Trial) -> float | None:
+    def _estimate_solo(self, trial: Trial) -> float | None:
         """Return the solo estimate for trials of this kind, measured only once; None if it fails."""
         kind = _kind_of(trial)
         if kind not in self._solo_seconds:
@@ -174,7 +174,7 @@ def compare_with(find_baseline: Callable[[], StoredTrial | None], trial: Trial) 
         if baseline is None:
             return
         protocol = trial.prepared.protocol
-        selected_on_report_split = trial.context.picks and protocol.selection_split == protocol.report_split
+        selected_on_report_split = trial.context.is_selection and protocol.selection_split == protocol.report_split
         comparison = compare(trial.stored, baseline, trial.settings.margin, selected_on_report_split)
         if trial.store and trial.run_id:
             text, figures = comparison_markdown(comparison), comparison_metrics(comparison)

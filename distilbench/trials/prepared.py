@@ -16,7 +16,7 @@ from distilbench.engines.device import describe_device, resolve_device, resolve_
 from distilbench.identity import ProtocolIdentity, TrialIdentity, treatment_of, trial_identity
 from distilbench.models.build import load_tokenizer
 from distilbench.models.resolve import ResolvedModel, check_trial, resolve_model
-from distilbench.report.names import name_of, told_values
+from distilbench.report.names import name_of, varying_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 
@@ -46,7 +46,7 @@ class Job:
     def name(self) -> str:
         """Name of its run: how its settings differ from the baseline's, as in reports, and the seed."""
         ours, baseline = treatment_of(self.settings, ""), treatment_of(self.baseline, "")
-        told, _ = told_values([ours, baseline], [self.choices, self.baseline_choices])
+        told, _ = varying_values([ours, baseline], [self.choices, self.baseline_choices])
         return f"{name_of(told) or 'baseline'} seed={self.settings.seed}"
 
 
@@ -78,7 +78,7 @@ class SweepContext:
     """Checked before anything of the trial is recorded."""
     continues: Path | None = None
     """Directory of the interrupted trial to continue (its own or an earlier one), if its checkpoint still fits."""
-    picks: bool = False
+    is_selection: bool = False
     """Whether the sweep selects one of several settings, so that a lead on the selecting split needs confirmation."""
 
 

@@ -107,7 +107,7 @@ class Trial:
         tags, metrics = {**tags_of(self.start), "distilbench.status": self.result.status}, final_metrics(self.result)
         return trial_of(self.run_id or "", self.name, tags, metrics, predictions=self.predictions)
 
-    def is_held(self) -> bool:
+    def holds_lease(self) -> bool:
         """Return whether the trial is still this process's; logs a warning if not."""
         if self.context.lease is None or self.context.lease.holds():
             return True
@@ -167,7 +167,7 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
     over. Signals must be deferred on entry and exit.
     """
     for trial in trials:
-        _take_up_interrupted(trial)
+        _continue_interrupted(trial)
     records = [_begin(trial) for trial in trials]  # refuse trials before any run is open
     opened: list[Trial] = []
     try:
@@ -185,13 +185,13 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
             trial.ended = trial.ended or _ended_by(error)
         raise
     finally:
-        for trial in filter(Trial.is_held, opened):  # directories first: it takes milliseconds, and trial.json decides
+        for trial in filter(Trial.holds_lease, opened):  # directories first: fast, and trial.json decides
             trial.keep_in_directory()
-        for trial in filter(Trial.is_held, opened):
+        for trial in filter(Trial.holds_lease, opened):
             trial.keep_in_store()
 
 
-def _take_up_interrupted(trial: Trial) -> None:
+def _continue_interrupted(trial: Trial) -> None:
     """Let a trial continue the interrupted one that its sweep names, by moving checkpoints and record over.
 
     A trial starts anew if nothing of it is on this host, or if its checkpoints are of another precision or engine.
@@ -206,7 +206,7 @@ def _take_up_interrupted(trial: Trial) -> None:
     try:
         asked = prepared_trial(settings, prepared), prepared.splits, weights, prepared.precision
         kept = checkpoints.identity_of(*asked)
-        if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.latest(old, kept) is None:
+        if record.identity != asdict(prepared.identity_of(settings)) or checkpoints.find_latest(old, kept) is None:
             return
     except SettingsError as error:
         log.info("the interrupted trial is not continued: %s", error)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from distilbench.cli import pluralize
 from distilbench.report.columns import rich_table
-from distilbench.report.comparison import floor_of, has_learned
+from distilbench.report.comparison import has_learned, majority_accuracy
 from distilbench.report.formats import duration, memory, percent
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
@@ -159,7 +159,7 @@ def _floor(predictions: Predictions, seed: int) -> str:
         if has_learned({seed: predictions})
         else "this trial is not shown to be above it: it HAS NOT LEARNED"
     )
-    return f"{percent(floor_of(predictions.labels))} for always predicting the most frequent label; {learned}"
+    return f"{percent(majority_accuracy(predictions.labels))} for always predicting the most frequent label; {learned}"
 
 
 def _time(result: TrialResult) -> str:

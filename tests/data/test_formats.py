@@ -7,7 +7,7 @@ import csv
 import pandas
 import pytest
 
-from distilbench.data.formats import open_answers, open_rows
+from distilbench.data.formats import open_prediction_file, open_rows
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
@@ -28,7 +28,7 @@ def test_an_empty_line_is_an_empty_text_where_there_is_no_other_column(tmp_path,
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
 def test_answers_to_any_text_are_a_row_each_for_whoever_reads_them(tmp_path, ending):
     texts = ["a\rb", "a\r\nb", "a\nb", '"q"', "a,b", "\u2028", "nul\0", None]
-    with open_answers(tmp_path / f"out{ending}") as write:
+    with open_prediction_file(tmp_path / f"out{ending}") as write:
         write(pandas.DataFrame({"text": texts, "probability": [0.5] * len(texts)}))
     with (tmp_path / f"out{ending}").open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t" if ending == ".tsv" else ","))

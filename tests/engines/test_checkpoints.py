@@ -17,8 +17,8 @@ def test_a_step_that_is_kept_twice_is_whole(tmp_path):
     checkpoint.mkdir()
     for seconds in (1.0, 2.0):
         (checkpoint / "state").write_bytes(b"weights")
-        checkpoints.seal(checkpoint, {"seed": 1}, Progress(step=96, train_seconds=seconds))
-    assert checkpoints.latest(tmp_path, {"seed": 1}) == (checkpoint, Progress(step=96, train_seconds=2.0))
+        checkpoints.write_seal(checkpoint, {"seed": 1}, Progress(step=96, train_seconds=seconds))
+    assert checkpoints.find_latest(tmp_path, {"seed": 1}) == (checkpoint, Progress(step=96, train_seconds=2.0))
 
 
 def test_what_is_whole_is_not_written_over(tmp_path):
@@ -31,4 +31,4 @@ def test_what_is_whole_is_not_written_over(tmp_path):
     kept = state.stat()
     Member.save(member, torch.ones(3), [])
     assert (state.stat().st_mtime_ns, state.stat().st_ino) == (kept.st_mtime_ns, kept.st_ino)
-    assert checkpoints.latest(tmp_path, {"seed": 1}) == (tmp_path / "checkpoint-96", progress)
+    assert checkpoints.find_latest(tmp_path, {"seed": 1}) == (tmp_path / "checkpoint-96", progress)

@@ -153,7 +153,7 @@ def test_without_either_it_is_the_plain_cross_entropy(settings):
     loss = Loss.of(settings().train, LABELS, 3, CPU)
     assert loss.is_plain
     expected = torch.nn.functional.cross_entropy(LOGITS, torch.tensor([0, 2]), reduction="none")
-    assert torch.equal(loss.of_each(LOGITS, torch.tensor([0, 2])), expected)
+    assert torch.equal(loss.per_example(LOGITS, torch.tensor([0, 2])), expected)
 
 
 def test_smoothing_spreads_a_share_of_the_target_over_all_labels(settings):
@@ -161,14 +161,16 @@ def test_smoothing_spreads_a_share_of_the_target_over_all_labels(settings):
     target = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], dtype=torch.float64)
     expected = -(target * LOGITS.log_softmax(1)).sum(1)
     assert not loss.is_plain
-    torch.testing.assert_close(loss.of_each(LOGITS, torch.tensor([0, 2])), expected)
+    torch.testing.assert_close(loss.per_example(LOGITS, torch.tensor([0, 2])), expected)
 
 
 def test_balanced_weights_are_those_of_scikit_learn_and_multiply_an_examples_loss(settings):
     loss = Loss.of(settings("train.class_weights=balanced").train, LABELS, 3, CPU)
     weights = compute_class_weight("balanced", classes=np.arange(3), y=LABELS)
-    plain = Loss(0.0, None).of_each(LOGITS, torch.tensor([1, 2]))
-    torch.testing.assert_close(loss.of_each(LOGITS, torch.tensor([1, 2])), plain * torch.from_numpy(weights[[1, 2]]))
+    plain = Loss(0.0, None).per_example(LOGITS, torch.tensor([1, 2]))
+    torch.testing.assert_close(
+        loss.per_example(LOGITS, torch.tensor([1, 2])), plain * torch.from_numpy(weights[[1, 2]])
+    )
     assert weights.mean() != pytest.approx(1)
 
 
@@ -179,4 +181,4 @@ def test_a_label_that_no_example_has_weighs_as_one_example(settings):
 
 def test_examples_that_fill_up_a_batch_lose_nothing(settings):
     loss = Loss.of(settings("train.class_weights=balanced", "train.label_smoothing=0.1").train, LABELS, 3, CPU)
-    assert loss.of_each(LOGITS, torch.tensor([1, -100]))[1] == 0
+    assert loss.per_example(LOGITS, torch.tensor([1, -100]))[1] == 0

@@ -273,7 +273,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_no_half_of_it(settings, spl
         raise KeyboardInterrupt
 
     trial = settings(*SMALL, "train.eval_steps=null").trial
-    monkeypatch.setattr(checkpoints, "seal", interrupt)
+    monkeypatch.setattr(checkpoints, "write_seal", interrupt)
     with pytest.raises(KeyboardInterrupt):
         TrainerEngine().train([trial], splits_of(trial), recorder())
     assert list(Path(trial.output.dir).iterdir()) == []
@@ -319,7 +319,7 @@ def test_what_changes_speed_only_may_change_on_resuming(interrupted, recorder):
 
 def test_a_resumed_trial_reports_the_time_and_tokens_of_all_its_parts(interrupted, recorder):
     trial, splits = interrupted()
-    _, stored = checkpoints.latest(Path(trial.output.dir) / "checkpoints", identity(trial, splits))
+    _, stored = checkpoints.find_latest(Path(trial.output.dir) / "checkpoints", identity(trial, splits))
     result = resume(trial, splits, recorder())
     assert stored.step == 5
     assert result.train_seconds > stored.train_seconds > stored.step_seconds > 0
@@ -363,19 +363,19 @@ def test_out_of_memory_says_what_to_change(trial, splits_of, recorder, error):
 
 
 def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(trial, splits_of, recorder, monkeypatch):
-    from distilbench.engines.trainer import _Run
+    from distilbench.engines.trainer import _TrainerTrial
 
     settings = trial("train.eval_batch_size=8", "output.save_model=false")
     splits = splits_of(settings)
     [fitting] = TrainerEngine().train([settings], splits, recorder())
-    predict = _Run._predict
+    predict = _TrainerTrial._predict
 
     def short_of_memory(run, split):
         if run.settings.train.eval_batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return predict(run, split)
 
-    monkeypatch.setattr(_Run, "_predict", short_of_memory)
+    monkeypatch.setattr(_TrainerTrial, "_predict", short_of_memory)
     [result] = TrainerEngine().train([settings], splits, recorder())
     assert (result.status, result.micro_batch_size) == (Status.FINISHED, 2)
     assert result.report.loss == pytest.approx(fitting.report.loss, rel=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distilbench.models.build import build_model, export_model, load_tokenizer
-from distilbench.models.resolve import _resolved_once
+from distilbench.models.resolve import _resolve_once
 from tests.models.made_checkpoints import LABELS, random
 
 
@@ -15,9 +15,9 @@ def empty_cache(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    _resolved_once.cache_clear()
+    _resolve_once.cache_clear()
     yield
-    _resolved_once.cache_clear()
+    _resolve_once.cache_clear()
 
 
 @pytest.fixture

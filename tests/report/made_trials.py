@@ -100,6 +100,6 @@ def report_of(
     rows = rows_from(trials)
     baseline = find_baseline(rows, USUAL)
     rows = label_rows(rows, baseline)
-    rows, floor = compare_with_baseline(rows, baseline, margin, shown, selected_on_report_split and len(rows) > 2)
+    rows, majority = compare_with_baseline(rows, baseline, margin, shown, selected_on_report_split and len(rows) > 2)
     curves = tuple((row, [(step, row.accuracy - 0.03 / step) for step in (1, 2, 3)]) for row in rows[:8] if row.trials)
-    return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, floor=floor, **changes)
+    return Report(title, tuple(rows), shown, trials[0], margin, curves=curves, majority=majority, **changes)

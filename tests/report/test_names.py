@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from distilbench.identity import METRIC, SOURCES, select, value_of
-from distilbench.report.names import name_of, source_overrides, told_values, varying_keys
+from distilbench.report.names import name_of, source_overrides, varying_keys, varying_values
 from tests.conftest import compose_settings
 from tests.report.made_trials import treatment
 
@@ -56,36 +56,36 @@ def test_embeddings_that_follow_the_layers_do_not_vary():
 def test_a_choice_of_a_group_is_told_as_it_was_typed_with_what_was_changed_of_it():
     none, three = treatment(), treatment(freeze_layers=3)
     typed = [{"freeze": "none"}, {"freeze": "layers3"}]
-    assert told_values([none, three], typed) == [{"freeze": "none"}, {"freeze": "layers3"}]
+    assert varying_values([none, three], typed) == [{"freeze": "none"}, {"freeze": "layers3"}]
     dropout = {"freeze.dropout": False}
-    told = told_values([none, three, three | dropout], [*typed, {"freeze": "layers3", **dropout}])
+    told = varying_values([none, three, three | dropout], [*typed, {"freeze": "layers3", **dropout}])
     assert [name_of(one) for one in told[1:]] == ["freeze=layers3 dropout=null", "freeze=layers3 dropout=false"]
 
 
 def test_settings_that_were_typed_are_told_as_settings():
     treatments = [treatment(freeze_layers=layers) for layers in (0, 3)]
-    assert told_values(treatments, [{"freeze": "none"}, {"freeze": "none", "freeze.layers": 3}])[1] == {
+    assert varying_values(treatments, [{"freeze": "none"}, {"freeze": "none", "freeze.layers": 3}])[1] == {
         "freeze.layers": 3
     }
     mixed = [{"freeze": "none"}, {"freeze": "layers3"}, {"freeze": "none", "freeze.layers": 5}]
-    assert told_values([*treatments, treatment(freeze_layers=5)], mixed)[1] == {"freeze.layers": 3}
+    assert varying_values([*treatments, treatment(freeze_layers=5)], mixed)[1] == {"freeze.layers": 3}
 
 
 def test_records_of_earlier_versions_are_told_by_their_settings():
     treatments = [treatment(freeze_layers=layers) for layers in (0, 3)]
-    assert told_values(treatments, [{"freeze": "none"}, {}]) == [{"freeze.layers": 0}, {"freeze.layers": 3}]
+    assert varying_values(treatments, [{"freeze": "none"}, {}]) == [{"freeze.layers": 0}, {"freeze.layers": 3}]
 
 
 def test_two_contents_of_one_choice_are_told_apart():
     treatments = [treatment(), *(treatment(freeze_layers=layers) for layers in (3, 4))]
-    told = told_values(treatments, [{"freeze": "none"}, {"freeze": "mine"}, {"freeze": "mine"}])
+    told = varying_values(treatments, [{"freeze": "none"}, {"freeze": "mine"}, {"freeze": "mine"}])
     assert [one["freeze.layers"] for one in told] == [0, 3, 4]
 
 
 def test_an_experiment_is_told_by_its_name_alone():
     head = treatment(optim_lr=3e-3) | {"freeze.policy": "head"}
     typed = [{"experiment": None, "freeze": "none"}, {"experiment": "head", "freeze": "head"}]
-    assert name_of(told_values([treatment(), head], typed)[1]) == "head"
+    assert name_of(varying_values([treatment(), head], typed)[1]) == "head"
 
 
 @pytest.mark.parametrize("given", [

@@ -10,7 +10,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from submitit import AutoExecutor
 
 from distilbench.sweep import executors
-from distilbench.sweep.executors import quiet
+from distilbench.sweep.executors import silence_launchers
 
 HEARTBEAT = "Heartbeat of storage is supposed to be used with Study.optimize"
 
@@ -22,7 +22,7 @@ def levels():
 def test_a_sweep_silences_optuna_and_launchers_only_while_it_runs_however_it_ends():
     before = levels()
 
-    @quiet()
+    @silence_launchers()
     def run():
         warnings.warn(HEARTBEAT, stacklevel=1)
         assert levels() == [logging.ERROR, logging.WARNING, logging.WARNING]
@@ -62,5 +62,5 @@ def test_a_job_of_submitit_that_was_killed_says_nothing_of_the_others(monkeypatc
 
 
 def test_with_verbose_logging_they_speak(caplog):
-    with caplog.at_level(logging.DEBUG, "optuna"), quiet():
+    with caplog.at_level(logging.DEBUG, "optuna"), silence_launchers():
         assert levels()[0] == logging.DEBUG

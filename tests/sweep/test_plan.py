@@ -77,7 +77,9 @@ def test_optunas_name_of_a_study_names_the_sweep_and_its_directory():
 def protocols_of(*typed: str) -> list[tuple[str, ...]]:
     """The values of a sweep's dimensions that its baselines have."""
     plan = planned("hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-3)", *typed)
-    return [tuple(line for line in point.extra if line.startswith(("data.", "model."))) for point in plan.beside]
+    return [
+        tuple(line for line in point.extra if line.startswith(("data.", "model."))) for point in plan.outside_baselines
+    ]
 
 
 def test_each_value_and_each_combination_of_what_makes_a_protocol_has_a_baseline():

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.distributions import IntDistribution
 
-from distilbench.sweep.reporting import REPORT_ATTRIBUTE, _warning, reporting
+from distilbench.sweep.reporting import REPORT_ATTRIBUTE, _warning, claim_report
 from distilbench.sweep.space import Point
 from distilbench.sweep.storage import storage_at
 
@@ -27,7 +27,7 @@ def worker(tmp_path):
             self._before = study.user_attrs.get(REPORT_ATTRIBUTE)
 
         def at_the_end(self, ends: int = 3):
-            return reporting(study, storage, ends, self._before, self._grace)
+            return claim_report(study, storage, ends, self._before, self._grace)
 
         def writes(self, ends: int = 3) -> bool:
             with self.at_the_end(ends) as is_due:

@@ -14,7 +14,7 @@ from optuna.trial import create_trial
 from distilbench.results import RECORD
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.resume import _check_same, _params_in, _to_retry, check_unchanged, open_studies
+from distilbench.sweep.resume import _check_same_protocol, _params_in, _trials_to_retry, check_unchanged, open_studies
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import storage_at
 from distilbench.sweep.study import SweepStudy
@@ -90,9 +90,9 @@ def test_what_a_function_suggests_comes_along():
 def test_another_protocol_or_other_objectives_are_refused():
     identity = {"fixed": {**FIXED, "train.metric": "f1"}, "objectives": ["loss"]}
     with pytest.raises(SettingsError, match=r"of the same protocol, got .old.; it had train.metric=f1 "):
-        _check_same(plan({}), identity, "old")
+        _check_same_protocol(plan({}), identity, "old")
     with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
-        _check_same(plan({}), identity | {"fixed": FIXED}, "old")
+        _check_same_protocol(plan({}), identity | {"fixed": FIXED}, "old")
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def plan_of(settings, tmp_path):
     def planned(name: str, *overrides: str, **changes) -> SweepPlan:
         space = Space({"optim.lr": RATE}, [])
         return replace(SweepPlan(
-            settings=settings(*overrides), space=space, points=[], beside=[], total=1, is_grid=False,
+            settings=settings(*overrides), space=space, points=[], outside_baselines=[], total=1, is_grid=False,
             objectives=("accuracy",), directions=["maximize"], name=name, directory=tmp_path / name, fixed={},
             result_key=str, name_of=partial(space.name_of, baseline={}),
         ), **changes)  # fmt: skip
@@ -213,8 +213,8 @@ def test_what_failed_or_lost_its_run_is_trained_again_where_that_is_asked_for(pl
         ("FINISHED", "kept"),
     ]
     study.add_trials(ended(1e-4, status, run_id=run_id) for status, run_id in ends)
-    assert _to_retry(asked, study, "kept".__eq__) == again
-    assert _to_retry(asked, study, None) == [number for number in again if number != 3], "without tracking"
+    assert _trials_to_retry(asked, study, "kept".__eq__) == again
+    assert _trials_to_retry(asked, study, None) == [number for number in again if number != 3], "without tracking"
 
 
 def opened(workspace, name: str) -> optuna.Study:

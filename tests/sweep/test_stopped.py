@@ -240,7 +240,7 @@ def train_in(settings):
 def plan_of(settings, directory: Path, **changes) -> SweepPlan:
     """One draw of Optuna's; ``changes`` make a confirmation of it."""
     plan = SweepPlan(
-        settings=settings, space=SPACE, points=[], beside=[], total=1, asked=1, is_grid=False,
+        settings=settings, space=SPACE, points=[], outside_baselines=[], total=1, num_requested=1, is_grid=False,
         objectives=("accuracy",), directions=["maximize"], name="stopped", directory=directory, fixed={},
         result_key=lambda point: point.key, name_of=partial(SPACE.name_of, baseline={}), max_failures=0,
     )  # fmt: skip
@@ -257,7 +257,7 @@ def ground(tmp_path_factory):
     sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
 
 
-CONFIRMATION = {"space": Space({}, []), "is_grid": True, "needs_all": True,
+CONFIRMATION = {"space": Space({}, []), "is_grid": True, "requires_all": True,
                 "points": [Point({}, ("treatment", "seed=1"), is_baseline=True)]}  # fmt: skip
 
 
@@ -337,7 +337,7 @@ def test_what_a_process_writes_late_that_had_lost_its_trial_is_put_right_at_the_
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])
 def test_a_signal_that_a_library_makes_something_else_of_ends_the_sweep_and_fails_no_trial(ground, is_kept):
     """OmegaConf and Hydra do so in one of ten places of a composition, Python in a generator that is closed."""
-    plan = plan_of(ground.settings, ground.directory, total=2, asked=2)
+    plan = plan_of(ground.settings, ground.directory, total=2, num_requested=2)
 
     def interrupted(jobs: list[SweepJob]):
         try:

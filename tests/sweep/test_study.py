@@ -69,7 +69,8 @@ def make(tmp_path):
 
     def open_as(owner: Owner, retry=(), **changes) -> SweepStudy:
         settings = SimpleNamespace()
-        plan = {"settings": settings, "space": SPACE, "points": [], "beside": [], "total": 100, "asked": 100,
+        plan = {"settings": settings, "space": SPACE, "points": [], "outside_baselines": [],
+                "total": 100, "num_requested": 100,
                 "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
                 "directory": tmp_path, "fixed": {}, "result_key": result_key,
                 "name_of": partial(SPACE.name_of, baseline={}), "max_failures": 0}  # fmt: skip

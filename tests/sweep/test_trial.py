@@ -239,14 +239,14 @@ def test_a_trial_is_judged_after_each_evaluation_and_told_who_it_is(
     settings, tmp_path, monkeypatch, eval_steps, step, epoch, count
 ):
     job = SweepJob("one", "3", "lr=1", (), True, "parent", Owner.of_this_process(), tmp_path, ("train_flops", "f1"),
-                   "", 0, 60, is_quiet=True, prunes=True, picks=True)  # fmt: skip
+                   "", 0, 60, is_quiet=True, prunes=True, is_selection=True)  # fmt: skip
     monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: lambda value, count: f"{value} {count}")
     given, lease = settings(f"train.eval_steps={eval_steps}"), object()
     context = context_of(job, given, lease)
     evaluation = Evaluation("validation", step, epoch, loss=0.5, accuracy=0.7, f1=0.6, mcc=0.4)
     assert context.pruning_callback(evaluation) == f"0.6 {count}"
     assert (context.name, context.parent_run_id, context.tags) == ("3 lr=1", "parent", job.tags)
-    assert (context.is_quiet, context.picks, context.lease, context.continues) == (True, True, lease, tmp_path)
+    assert (context.is_quiet, context.is_selection, context.lease, context.continues) == (True, True, lease, tmp_path)
     assert context_of(replace(job, continues=tmp_path / "2"), given, lease).continues == tmp_path / "2"
     monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: None)
     assert context_of(job, given, lease).pruning_callback(evaluation) is None

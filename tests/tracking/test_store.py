@@ -506,7 +506,7 @@ def test_trouble_in_mid_training_warns_once_and_loses_nothing(store, client, sta
 def opened(client, start):
     """A run that has been made."""
     run = MlflowRun(Connection(client), replace(start, run_id="id"))
-    run._lacking.content = None
+    run._pending.content = None
     return run
 
 
@@ -541,9 +541,9 @@ def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, c
 def test_a_batch_sent_twice_is_kept_once(store, client, start):
     run = store.begin(start())
     run.on_step(step(1))
-    waiting = list(run._lacking.metrics)
+    waiting = list(run._pending.metrics)
     run._send()
-    run._lacking.metrics = waiting
+    run._pending.metrics = waiting
     run._send()
     assert len(client.get_metric_history(run.run_id, "train/loss")) == 1
 

@@ -59,7 +59,7 @@ class Forward:
         """Return losses ``(trials, sentences)``; see :meth:`logits`."""
         logits = self.logits(hidden, start)
         labels = self.batch.labels.expand(len(logits), -1)
-        return loss.of_each(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
+        return loss.per_example(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients of the weights from ``loss``, a sum of what :meth:`losses` returns."""
@@ -103,7 +103,7 @@ class Forward:
         by_kernel = self.dropout is None or isinstance(self.dropout, CounterDropout)
         if by_kernel and kernels.can_run("norm", x.device, weights.compute_dtype, width):
             weight, bias = self._layer_weights(layer)
-            product = linear(branch, weight, None, weight.grad, weights.adds(weight, self._part))
+            product = linear(branch, weight, None, weight.grad, weights.accumulates(weight, self._part))
             vectors = bias, *self._layer_weights(norm)
             if _is_simple(x, product, *vectors):
                 draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
@@ -138,7 +138,7 @@ class Forward:
             dropout_mask = self._drawn(rate, shapes, (slots.shape[1], heads, 1, slots.shape[2]), slots.dtype)
             dropout_mask = None if dropout_mask is None else dropout_mask[:, :, :, 0]
             weight, bias = self._layer_weights(f"{i}.kv")
-            add = self.weights.adds(weight, self._part)
+            add = self.weights.accumulates(weight, self._part)
             return cls_attention(slots, query, weight, bias, add, heads, batch.first_mask, dropout_mask, scale)
         slots = batch.packed.to_slots(self._linear(x, f"{i}.qkv"), 3, heads)
         shapes = [(p.bins, heads, p.width, p.width) for p in batch.packs]
@@ -162,7 +162,7 @@ class Forward:
 
     def _linear(self, x: torch.Tensor, layer: str) -> torch.Tensor:
         weight, bias = self._layer_weights(layer)
-        return linear(x, weight, bias, weight.grad, self.weights.adds(weight, self._part))
+        return linear(x, weight, bias, weight.grad, self.weights.accumulates(weight, self._part))
 
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]

@@ -66,7 +66,7 @@ def can_run(work: str, device: torch.device, *details: Any) -> bool:
     """Return whether to use kernels for ``work``, a key of :data:`SMOKE_TESTS`; the first call compiles them."""
     if device.type != "cuda" or torch.float64 in details:
         return False
-    return _is_installed() and _accepted(work, device, *details)
+    return _is_installed() and _is_working(work, device, *details)
 
 
 def compile_all(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
@@ -94,7 +94,7 @@ def _is_installed() -> bool:
 
 
 @cache
-def _accepted(work: str, device: torch.device, *details: Any) -> bool:
+def _is_working(work: str, device: torch.device, *details: Any) -> bool:
     """Compile and try the kernels of ``work``; log a failure and return False."""
     try:
         with torch.enable_grad():

@@ -137,7 +137,7 @@ class TrialGroup:
             optimizer = StackedOptimizer(weights, moments, settings, self.context.first_steps)
             seeds = [m.trial.settings.seed for m in self.members[own]]
             orders = seeds[:1] if len(set(seeds)) == 1 else seeds
-            prefix = self.prefix or self._prefix_of([weights.of_trial(t) for t in range(len(seeds))])
+            prefix = self.prefix or self._prefix_of([weights.view_trial(t) for t in range(len(seeds))])
             self.stacks.append(Stack(own, thread, weights, optimizer, orders, prefix))
 
     def _num_stacks(self) -> int:
@@ -233,7 +233,7 @@ class TrialGroup:
         if self.evaluation_due:
             self.eval_batches.clear()
             if self.prefix is not None:
-                self.prefix.forget()
+                self.prefix.clear_cache()
             member.eval_batch, before = max(1, member.eval_batch // 2), member.eval_batch
             return before > 1
         smaller = member.trial.settings.train.smaller_micro_batch(member.micro_batch)
@@ -410,7 +410,7 @@ class TrialGroup:
         selection = self._predict(splits.selection) if is_resumed else None
         report = self._predict(splits.report) if splits.selection is not splits.report else None
         for t, member in enumerate(self.members):
-            member.trial.note_best(None if selection is None else selection[t], None if report is None else report[t])
+            member.trial.store_best(None if selection is None else selection[t], None if report is None else report[t])
 
         def finish(t: int, member: Member) -> Outcome:
             if member.trial.settings.output.save_model:

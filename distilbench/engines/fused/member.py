@@ -132,7 +132,7 @@ class Member:
         if self.best_params is not None and self.trial.best.step != self.trial.progress.step:
             state["best"] = self.best_params
         save_file({name: values.detach().cpu().contiguous() for name, values in state.items()}, path / _STATE)
-        checkpoints.seal(path, self.trial.identity, self.trial.progress)
+        checkpoints.write_seal(path, self.trial.identity, self.trial.progress)
 
     def export(self, flat_params: torch.Tensor) -> None:
         """Write ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""

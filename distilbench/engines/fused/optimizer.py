@@ -38,28 +38,28 @@ class StackedOptimizer:
         """
         norms = []
         for trial, (settings, lr) in enumerate(zip(self.settings, lrs, strict=True)):
-            grads = (self.weights.grad_of(trial, part) for part, _ in self.weights.parts())
+            grads = (self.weights.grad_of(trial, chunk) for chunk, _ in self.weights.chunks())
             norms.append(torch.stack([grad.dot(grad) for grad in grads]).sum().sqrt())
             factor = _clipped(norms[-1], settings.max_grad_norm)
-            for part, scale, before in self._parts(settings):
-                grad, divisor = self.weights.grad_of(trial, part), None
+            for chunk, scale, before in self._chunks(settings):
+                grad, divisor = self.weights.grad_of(trial, chunk), None
                 if factor is not None and grad.dtype == torch.float32:
                     divisor = 1 / factor  # torch's kernels support grad_scale only in float32
                 elif factor is not None:
                     grad.mul_(factor)
-                decay = settings.weight_decay if part.start < self.weights.layout.decayed_end else 0.0
-                moments = [moment[trial, part] for moment in self.moments]
-                row = self.weights.flat_params[trial, part]
+                decay = settings.weight_decay if chunk.start < self.weights.layout.decayed_end else 0.0
+                moments = [moment[trial, chunk] for moment in self.moments]
+                row = self.weights.flat_params[trial, chunk]
                 _update(row, grad, moments, settings, number - before, lr * scale, decay, divisor)
-                self.weights.updated(trial, part)
+                self.weights.refresh_compute_params(trial, chunk)
         return torch.stack(norms)
 
-    def _parts(self, settings: OptimSettings) -> Iterator[tuple[slice, float, int]]:
+    def _chunks(self, settings: OptimSettings) -> Iterator[tuple[slice, float, int]]:
         """Yield parts of the parameters, each with its learning-rate factor and the first step that trains it."""
         layered = settings.layer_decay != 1
-        for part, level in self.weights.parts(by_level=layered or bool(self.first_steps)):
+        for chunk, level in self.weights.chunks(by_level=layered or bool(self.first_steps)):
             scale = lr_scale(level, self.weights.layout.top, settings.layer_decay) if layered else 1.0
-            yield part, scale, self.first_steps[level] if self.first_steps else 0
+            yield chunk, scale, self.first_steps[level] if self.first_steps else 0
 
 
 def _clipped(norm: torch.Tensor, limit: float) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ def _update(
 def untouched_factor(settings: OptimSettings, lrs: Sequence[float]) -> float:
     """Return the factor by which steps at ``lrs`` change a decayed weight that never has a gradient.
 
-    AdamW multiplies by ``1 - lr * decay``. With SGD, the L2 term is part of the gradient and gathers momentum.
+    AdamW multiplies by ``1 - lr * decay``. With SGD, the L2 term is chunk of the gradient and gathers momentum.
     """
     value, velocity = 1.0, 0.0
     for lr in lrs:

@@ -18,13 +18,13 @@ from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.architecture import TABLES, Architecture
 from distilbench.models.freezing import levels
 
-CACHED = 1 << 20
+CHUNK_ELEMENTS = 1 << 20
 """Elements that a CPU's optimizer updates at once, to stay in the cache: several passes over all parameters would take
 8 % more time for 5.5 million on two threads.
 """
 
 
-ALIGNED = 16
+ALIGNMENT = 16
 """Each weight, and each trial, begins at a multiple of this number of elements: a GPU then loads 16 bytes at once, and
 its matrix library can use its fastest kernels. The gaps are always zero.
 """
@@ -43,7 +43,7 @@ class Vocabulary:
     padding: int | None = None
     types: int = 1
 
-    def rows(self, leaf: str) -> np.ndarray:
+    def kept_rows(self, leaf: str) -> np.ndarray:
         """Return the rows of a table that are kept, ``(kept,)``."""
         return {"word": self.words, "position": np.arange(self.positions), "type": np.arange(self.types)}[leaf]
 
@@ -77,7 +77,7 @@ class FlatParamLayout:
         parameters, level_of = dict(model.named_parameters()), levels(model)
         self.frozen = {leaf for leaf, names in self.leaves.items() if not parameters[names[0]].requires_grad}
         decayed = decay_parameter_names(model)
-        ranks = {leaf: _rank(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
+        sections = {leaf: _section_of(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
 
         self.param_slices: list[ParamSlice] = []
         self.gaps: list[slice] = []
@@ -88,14 +88,14 @@ class FlatParamLayout:
         """The level of the weights by the index from which it applies."""
         ends = [0, 0, 0, 0]
         start = 0
-        for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=ranks.__getitem__):
+        for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=sections.__getitem__):
             param_slice = ParamSlice(leaf, start, tuple(self.read(leaf, parameters).shape))
             if not self.param_slices or self.level_of[leaf] != self.level_of[self.param_slices[-1].leaf]:
                 self.level_at[start] = self.level_of[leaf]
             self.param_slices.append(param_slice)
-            start = -(-param_slice.stop // ALIGNED) * ALIGNED
+            start = -(-param_slice.stop // ALIGNMENT) * ALIGNMENT
             self.gaps += [slice(param_slice.stop, start)] if start > param_slice.stop else []
-            ends[ranks[leaf] :] = [start] * (4 - ranks[leaf])
+            ends[sections[leaf] :] = [start] * (4 - sections[leaf])
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
 
     def frozen_below(self, level: int) -> set[str]:
@@ -107,7 +107,7 @@ class FlatParamLayout:
         """Return a weight in the format of this module from a Hugging Face model's ``weights``."""
         parts = [weights[name] for name in self.leaves[leaf]]
         if leaf in TABLES:
-            return parts[0][torch.from_numpy(self.vocabulary.rows(leaf))]
+            return parts[0][torch.from_numpy(self.vocabulary.kept_rows(leaf))]
         return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1)
 
     def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -140,13 +140,13 @@ class FlatParamLayout:
             targets = [weights[name] for name in self.leaves[param_slice.leaf]]
             if param_slice.leaf in TABLES:
                 targets[0].mul_(untouched)
-                targets[0][torch.from_numpy(self.vocabulary.rows(param_slice.leaf))] = value.to(targets[0].dtype)
+                targets[0][torch.from_numpy(self.vocabulary.kept_rows(param_slice.leaf))] = value.to(targets[0].dtype)
                 continue
             for target, part in zip(targets, value.chunk(len(targets), dim=-1), strict=True):
                 target.copy_(part.mT if part.dim() == 2 else part)
 
 
-def _rank(leaf: str, decayed: bool) -> int:
+def _section_of(leaf: str, decayed: bool) -> int:
     if leaf in TABLES:
         return 0
     if decayed:
@@ -174,8 +174,8 @@ class StackedWeights:
         """
         self.layout, self.compute_dtype, self.flat_params = layout, compute_dtype, flat_params
         self.trained_from, self.frozen = trained_from, layout.frozen_below(trained_from)
-        self._most = CACHED if flat_params.device.type == "cpu" else max(1, layout.size)
-        self._in_parts = False
+        self._chunk_size = CHUNK_ELEMENTS if flat_params.device.type == "cpu" else max(1, layout.size)
+        self._is_micro_batch = False
         self.compute_params: torch.Tensor | None = None  # (trials, compute_end - tables_end)
         self.grad: torch.Tensor = (
             torch.empty_like(flat_params) if grad_owner is None else grad_owner.grad[: len(flat_params)]
@@ -185,41 +185,45 @@ class StackedWeights:
             self.compute_params = flat_params[:, layout.tables_end : layout.compute_end].to(compute_dtype)
             lent = None if grad_owner is None else grad_owner.compute_grad
             self.compute_grad = torch.empty_like(self.compute_params) if lent is None else lent[: len(flat_params)]
-            widest = min(self._most, self.compute_params.shape[1])
-            self._wide: torch.Tensor = flat_params.new_empty(widest) if grad_owner is None else grad_owner._wide
+            longest = min(self._chunk_size, self.compute_params.shape[1])
+            self._grad_chunk: torch.Tensor = (
+                flat_params.new_empty(longest) if grad_owner is None else grad_owner._grad_chunk
+            )
         for gap in layout.gaps:
-            self._columns(gap, self.grad, self.compute_grad).zero_()
+            self._view_columns(gap, self.grad, self.compute_grad).zero_()
         self._leaves: dict[str, torch.Tensor] = {}
         for param_slice in layout.param_slices:
-            leaf = self._leaves[param_slice.leaf] = self._cut(param_slice, flat_params, self.compute_params).detach()
+            leaf = self._leaves[param_slice.leaf] = self._view_weight(
+                param_slice, flat_params, self.compute_params
+            ).detach()
             if param_slice.leaf not in self.frozen and param_slice.leaf not in TABLES:
-                leaf.requires_grad_().grad = self._cut(param_slice, self.grad, self.compute_grad)
+                leaf.requires_grad_().grad = self._view_weight(param_slice, self.grad, self.compute_grad)
         self._leaves |= {leaf: weight for leaf, weight in frozen.items() if leaf in self.frozen}
 
-    def _cut(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
+    def _view_weight(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` of ``full``, or of ``compute`` if products use that."""
-        flat = self._columns(slice(param_slice.start, param_slice.stop), full, compute)
+        flat = self._view_columns(slice(param_slice.start, param_slice.stop), full, compute)
         return flat.view(len(flat), *param_slice.shape)
 
-    def _columns(self, part: slice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
+    def _view_columns(self, chunk: slice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return these columns of ``full``, or of ``compute`` if products use that, ``(trials, columns)``."""
-        if compute is None or not self._is_compute(part):
-            return full[:, part]
+        if compute is None or not self._is_in_compute_range(chunk):
+            return full[:, chunk]
         start = self.layout.tables_end
-        return compute[:, part.start - start : part.stop - start]
+        return compute[:, chunk.start - start : chunk.stop - start]
 
     def __getitem__(self, leaf: str) -> torch.Tensor:
         """Return a weight, ``(trials, ...)``, or ``(1, ...)`` if it is frozen and shared."""
         return self._leaves[leaf]
 
-    def of_trial(self, trial: int) -> StackedWeights:
+    def view_trial(self, trial: int) -> StackedWeights:
         """Return a read-only view of one trial's weights."""
         one = copy(self)
         one.flat_params = self.flat_params[trial : trial + 1]
         one._leaves = {leaf: w if len(w) == 1 else w.detach()[trial : trial + 1] for leaf, w in self._leaves.items()}
         return one
 
-    def parts(self, by_level: bool = False) -> Iterator[tuple[slice, int]]:
+    def chunks(self, by_level: bool = False) -> Iterator[tuple[slice, int]]:
         """Yield slices of the trained parameters, each of one precision and with or without weight decay, and a level.
 
         On a CPU each fits the cache. The level is meaningful only with ``by_level``, which also splits by level.
@@ -228,30 +232,30 @@ class StackedWeights:
         ends = {0, layout.tables_end, layout.decayed_end, layout.compute_end, layout.size}
         for start, stop in pairwise(sorted(ends | layout.level_at.keys() if by_level or self.trained_from else ends)):
             level = layout.level_at.get(start, level)
-            for first in range(start, stop, self._most) if level >= self.trained_from else ():
-                yield slice(first, min(first + self._most, stop)), level
+            for first in range(start, stop, self._chunk_size) if level >= self.trained_from else ():
+                yield slice(first, min(first + self._chunk_size, stop)), level
 
-    def grad_of(self, trial: int, part: slice) -> torch.Tensor:
-        """Return one of the :meth:`parts` of a trial's gradient, ``(elements,)`` in the dtype of ``flat_params``.
+    def grad_of(self, trial: int, chunk: slice) -> torch.Tensor:
+        """Return one of the :meth:`chunks` of a trial's gradient, ``(elements,)`` in the dtype of ``flat_params``.
 
         It is valid until the next call; modifying it may modify the gradient itself.
         """
-        if self.compute_grad is None or self._in_parts or not self._is_compute(part):
-            return self.grad[trial, part]
+        if self.compute_grad is None or self._is_micro_batch or not self._is_in_compute_range(chunk):
+            return self.grad[trial, chunk]
         start = self.layout.tables_end
-        return self._wide[: part.stop - part.start].copy_(
-            self.compute_grad[trial, part.start - start : part.stop - start]
+        return self._grad_chunk[: chunk.stop - chunk.start].copy_(
+            self.compute_grad[trial, chunk.start - start : chunk.stop - start]
         )
 
-    def updated(self, trial: int | slice = slice(None), part: slice | None = None) -> None:
-        """Update ``compute_params`` after an optimizer step, for one trial or all, one of the :meth:`parts` or all."""
+    def refresh_compute_params(self, trial: int | slice = slice(None), chunk: slice | None = None) -> None:
+        """Update ``compute_params`` after an optimizer step, for one trial or all, one of the :meth:`chunks` or all."""
         tables, compute = self.layout.tables_end, self.layout.compute_end
-        part = slice(tables, compute) if part is None else part
-        if self.compute_params is not None and self._is_compute(part):
-            self.compute_params[trial, part.start - tables : part.stop - tables] = self.flat_params[trial, part]
+        chunk = slice(tables, compute) if chunk is None else chunk
+        if self.compute_params is not None and self._is_in_compute_range(chunk):
+            self.compute_params[trial, chunk.start - tables : chunk.stop - tables] = self.flat_params[trial, chunk]
 
-    def _is_compute(self, part: slice) -> bool:
-        return bool(self.layout.tables_end <= part.start < self.layout.compute_end)
+    def _is_in_compute_range(self, chunk: slice) -> bool:
+        return bool(self.layout.tables_end <= chunk.start < self.layout.compute_end)
 
     def backward(
         self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, part: int | None = None
@@ -261,23 +265,23 @@ class StackedWeights:
         With ``part``, the offset of a part in its batch, gradients accumulate in ``grad``, in full precision. Gradients
         of matrices are written by :func:`~distilbench.engines.fused.autograd.linear`.
         """
-        layout, self._in_parts = self.layout, part is not None
+        layout, self._is_micro_batch = self.layout, part is not None
         vectors = [
             w for w in self._leaves.values() if w.requires_grad and w.dim() == 2
         ]  # biases and norms: (trials, size)
         trained = [] if embedded is None or "word" in self.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
         wait_for_side_stream(loss.device)
-        self._fill_vectors(gradients[: len(vectors)], bool(part))
-        if self.compute_grad is not None and self._in_parts:
+        self._copy_vector_grads(gradients[: len(vectors)], bool(part))
+        if self.compute_grad is not None and self._is_micro_batch:
             total = self.grad[:, layout.tables_end : layout.compute_end]
             (total.add_ if part else total.copy_)(self.compute_grad)
         if trained:
             if not part:
                 self.grad[:, : layout.tables_end].zero_()
-            self._add_up_tables(gradients[-1], batch)
+            self._add_table_grads(gradients[-1], batch)
 
-    def _fill_vectors(self, gradients: Sequence[torch.Tensor], add: bool) -> None:
+    def _copy_vector_grads(self, gradients: Sequence[torch.Tensor], add: bool) -> None:
         """Copy the ``gradients`` of biases and norms, ``(trials, size)`` each, to their columns.
 
         With ``add``, they are added to those of earlier parts of a batch, except in low precision.
@@ -286,21 +290,21 @@ class StackedWeights:
         for start, stop in pairwise((layout.decayed_end, layout.compute_end, layout.size)):  # biases, then norms
             own = [p for p in layout.param_slices if start <= p.start < stop and p.leaf not in self.frozen]
             if own:  # frozen ones come before the first
-                place = self._columns(slice(own[0].start, stop), self.grad, self.compute_grad)
-                row = torch.cat([_padded(gradient) for gradient in islice(left, len(own))], dim=1)
+                place = self._view_columns(slice(own[0].start, stop), self.grad, self.compute_grad)
+                row = torch.cat([_pad_to_alignment(gradient) for gradient in islice(left, len(own))], dim=1)
                 (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(row)
 
-    def adds(self, weight: torch.Tensor, part: int | None) -> bool:
+    def accumulates(self, weight: torch.Tensor, part: int | None) -> bool:
         """Return whether to add the gradient of ``weight`` to that of earlier parts; low precision adds later."""
         return bool(part) and weight.dtype == self.flat_params.dtype
 
-    def _add_up_tables(self, grad: torch.Tensor, batch: Batch) -> None:
+    def _add_table_grads(self, grad: torch.Tensor, batch: Batch) -> None:
         """Add ``grad`` of the tokens' embeddings, ``(trials, tokens, width)``, to the tables' gradients."""
         index_of = {"word": batch.ids, "position": batch.positions, "type": batch.types}
         for param_slice in (p for p in self.layout.param_slices if p.leaf in TABLES):
-            table, index = self._cut(param_slice, self.grad, None), index_of[param_slice.leaf]
+            table, index = self._view_weight(param_slice, self.grad, None), index_of[param_slice.leaf]
             if batch.lengths is not None:
-                _add_rows(table, index, grad)
+                _scatter_add_rows(table, index, grad)
             else:
                 for trial, rows in enumerate(index.expand(len(table), -1)):
                     table[trial].index_add_(0, rows, grad[trial])
@@ -308,13 +312,13 @@ class StackedWeights:
                 table[:, self.layout.vocabulary.padding].zero_()
 
 
-def _padded(vectors: torch.Tensor) -> torch.Tensor:
+def _pad_to_alignment(vectors: torch.Tensor) -> torch.Tensor:
     """Pad ``vectors`` (trials, size) to the start of the next weight."""
-    missing = -vectors.shape[1] % ALIGNED
+    missing = -vectors.shape[1] % ALIGNMENT
     return F.pad(vectors, (0, missing)) if missing else vectors
 
 
-def _add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+def _scatter_add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
 
     A product sums all values of a row at its first occurrence; later occurrences add zeros. The result therefore does

@@ -49,71 +49,75 @@ class Prefix:
         ``split`` is the training split; ``dropout`` tells whether the prefix has dropout in training.
         """
         self._weights, self._split, self._schedule, self._dropout = weights, split, schedule, dropout
-        self._empty = weights[0].flat_params.new_empty(0, weights[0]["word"].shape[2])
-        self.depth, self.window = depth, WINDOW if self._empty.device.type == "cpu" else GPU_WINDOW
-        self._sentences_only = depth == weights[0].layout.architecture.depth
+        self._no_rows = weights[0].flat_params.new_empty(0, weights[0]["word"].shape[2])
+        self.depth, self.window = depth, WINDOW if self._no_rows.device.type == "cpu" else GPU_WINDOW
+        self._cls_only = depth == weights[0].layout.architecture.depth
         self._windows: dict[tuple[int, int], tuple[int, list[list[torch.Tensor]]]] = {}
-        self._kept: dict[int, list[torch.Tensor]] = {}
-        self._room = CACHE_BYTES
+        self._cache: dict[int, list[torch.Tensor]] = {}
+        self._cache_bytes_left = CACHE_BYTES
 
     def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
-        """Return the hidden states of a ``part`` of step ``step`` in ``orders`` (seeds), shaped as in :meth:`empty`.
+        """Return the hidden states of a ``part`` of step ``step`` in ``orders`` (seeds), as in :meth:`zeros_for`.
 
         ``batch`` gives the shape; the prefix processes at most ``at_once`` examples at a time.
         """
-        hidden = self.empty(batch)
+        hidden = self.zeros_for(batch)
         seeds = orders if len(orders) == len(hidden) else [orders[0]] * len(hidden)
         for trial, (row, seed) in enumerate(zip(hidden, seeds, strict=True)):
-            states = torch.cat(self._of_order(trial % len(self._weights), seed, step, at_once)[part])
+            states = torch.cat(self._states_of_step(trial % len(self._weights), seed, step, at_once)[part])
             row[: len(states)] = states
         return hidden
 
     def prepare(self, orders: Sequence[int], step: int, at_once: int) -> None:
         """Compute what :meth:`hidden` needs for a step; afterwards several threads may call that at the same time."""
         for trial in range(max(len(orders), len(self._weights))):
-            self._of_order(trial % len(self._weights), orders[trial % len(orders)], step, at_once)
+            self._states_of_step(trial % len(self._weights), orders[trial % len(orders)], step, at_once)
 
     def hidden_without_dropout(self, split: EncodedSplit, examples: np.ndarray, batch: Batch) -> torch.Tensor:
         """Return the hidden states of ``batch``, the ``examples`` of ``split``, ``(1, rows, width)``."""
-        hidden = self.empty(batch)
-        states = self._kept_states(split, examples, len(examples)) or self._run(self._weights[0], split, examples, None)
+        hidden = self.zeros_for(batch)
+        states = self._cached_states(split, examples, len(examples)) or self._compute(
+            self._weights[0], split, examples, None
+        )
         torch.cat(states, out=hidden[0, : sum(map(len, states))])
         return hidden
 
-    def empty(self, batch: Batch) -> torch.Tensor:
+    def zeros_for(self, batch: Batch) -> torch.Tensor:
         """Return zeros for the hidden states of ``batch``, ``(orders, rows, width)``; per trial if the weights are."""
-        orders, rows = (batch.first if self._sentences_only else batch.ids).shape
-        return self._empty.new_zeros(max(orders, len(self._weights)), rows, self._empty.shape[1])
+        orders, rows = (batch.first if self._cls_only else batch.ids).shape
+        return self._no_rows.new_zeros(max(orders, len(self._weights)), rows, self._no_rows.shape[1])
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Clear the cached hidden states; they are computed again when needed."""
-        self._room += sum(states.nbytes for kept in self._kept.values() for states in kept)
-        self._kept.clear()
+        self._cache_bytes_left += sum(states.nbytes for kept in self._cache.values() for states in kept)
+        self._cache.clear()
 
-    def _of_order(self, trial: int, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
+    def _states_of_step(self, trial: int, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
         """Return the hidden states of each example of a step, ``(rows, width)``."""
-        if not self._dropout and (kept := self._kept_states(self._split, self._schedule.batch(seed, step), at_once)):
+        if not self._dropout and (kept := self._cached_states(self._split, self._schedule.batch(seed, step), at_once)):
             return kept
         number, window = self._windows.get((trial, seed), (-1, []))
         if step // self.window != number:
             number = step // self.window
-            window = self._run_window(self._weights[trial], seed, number, at_once)
+            window = self._compute_window(self._weights[trial], seed, number, at_once)
             self._windows[trial, seed] = number, window
         return window[step % self.window]
 
-    def _kept_states(self, split: EncodedSplit, examples: np.ndarray, at_once: int) -> list[torch.Tensor]:
+    def _cached_states(self, split: EncodedSplit, examples: np.ndarray, at_once: int) -> list[torch.Tensor]:
         """Return hidden states without dropout, ``(rows, width)`` each; an empty list if the split does not fit."""
-        key, rows = id(split), len(split) if self._sentences_only else len(split.tokens)
-        size = rows * self._empty.shape[1] * self._empty.element_size()
-        if key not in self._kept and size <= self._room:
-            kept = [self._empty] * len(split)
+        key, rows = id(split), len(split) if self._cls_only else len(split.tokens)
+        size = rows * self._no_rows.shape[1] * self._no_rows.element_size()
+        if key not in self._cache and size <= self._cache_bytes_left:
+            kept = [self._no_rows] * len(split)
             for chosen in batches_by_length(split, at_once):
-                for i, states in zip(chosen, self._run(self._weights[0], split, chosen, None), strict=True):
+                for i, states in zip(chosen, self._compute(self._weights[0], split, chosen, None), strict=True):
                     kept[i] = states
-            self._kept[key], self._room = kept, self._room - size
-        return [self._kept[key][i] for i in examples] if key in self._kept else []
+            self._cache[key], self._cache_bytes_left = kept, self._cache_bytes_left - size
+        return [self._cache[key][i] for i in examples] if key in self._cache else []
 
-    def _run_window(self, weights: StackedWeights, seed: int, number: int, at_once: int) -> list[list[torch.Tensor]]:
+    def _compute_window(
+        self, weights: StackedWeights, seed: int, number: int, at_once: int
+    ) -> list[list[torch.Tensor]]:
         """Compute the prefix for all steps of a window, even if training resumes in the middle of it."""
         steps = range(number * self.window, min((number + 1) * self.window, self._schedule.steps))
         batches = [self._schedule.batch(seed, step) for step in steps]
@@ -121,17 +125,17 @@ class Prefix:
         states: list[torch.Tensor] = []
         for start in range(0, len(examples), at_once):
             stage = f"prefix+{start}" if start else "prefix"
-            dropout = dropout_masks_for([seed], stage, number, self._empty.device) if self._dropout else None
-            states += self._run(weights, self._split, examples[start : start + at_once], dropout)
+            dropout = dropout_masks_for([seed], stage, number, self._no_rows.device) if self._dropout else None
+            states += self._compute(weights, self._split, examples[start : start + at_once], dropout)
         own = iter(states)
         return [list(islice(own, len(batch))) for batch in batches]
 
     @torch.no_grad()
-    def _run(
+    def _compute(
         self, weights: StackedWeights, split: EncodedSplit, examples: np.ndarray, dropout: DropoutMasks | None
     ) -> list[torch.Tensor]:
         """Return the hidden states of each of ``examples``, ``(rows, width)``; only [CLS] if all layers are frozen."""
-        device = self._empty.device
+        device = self._no_rows.device
         packed = pack(split, examples, share=device.type == "cpu")  # with a GPU, the host's search would be too slow
         batch = stack_batches([packed], device, weights.compute_dtype)
         if device.type != "cpu":
@@ -139,5 +143,5 @@ class Prefix:
             batch = replace(batch, lengths=lengths.to(device))  # lets the attention kernel read token rows directly
         forward = Forward(weights, batch, dropout)
         states = forward.layers(forward.embed(), 0, self.depth)[0]
-        rows = np.ones(len(examples), dtype=int) if self._sentences_only else np.bincount(packed.sentence)
+        rows = np.ones(len(examples), dtype=int) if self._cls_only else np.bincount(packed.sentence)
         return list(states[: rows.sum()].split(rows.tolist()))

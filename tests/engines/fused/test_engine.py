@@ -653,7 +653,7 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(trial, splits_of,
     splits = splits_of(settings)
     with pytest.raises(KeyboardInterrupt):
         FusedEngine().train([settings], splits, recorder(raise_at={4: KeyboardInterrupt()}))
-    monkeypatch.setattr(params, "ALIGNED", 1)
+    monkeypatch.setattr(params, "ALIGNMENT", 1)
     again = replace(settings, train=replace(settings.train, resume=True))
     [result] = FusedEngine().train([again], splits, recorder())
     assert result.status is Status.FAILED

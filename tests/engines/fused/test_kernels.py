@@ -64,7 +64,7 @@ def test_masks_are_the_same_bit_for_bit(device, whole, dtype):
 def test_what_is_tried_before_a_training_runs(device, dtype):
     for work, details in {"dropout": (), "adamw": (dtype,), "attention": (dtype, 2, 8), "norm": (dtype, 24)}.items():
         with torch.no_grad():
-            assert kernels._accepted.__wrapped__(work, device, *details), work
+            assert kernels._is_working.__wrapped__(work, device, *details), work
 
 
 @pytest.mark.parametrize("with_copy", [False, True])

@@ -165,7 +165,7 @@ def judge(monkeypatch):
                 raise error
 
         monkeypatch.setattr(Launch, "run", run)
-        return kernels._accepted.__wrapped__("attention", torch.device("cpu"), FP32, 12, 64)
+        return kernels._is_working.__wrapped__("attention", torch.device("cpu"), FP32, 12, 64)
 
     return ask
 

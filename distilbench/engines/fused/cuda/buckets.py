@@ -58,8 +58,8 @@ class BucketedBatches:
     ) -> None:
         self.split, self.schedule, self.seeds, self.device = split, schedule, tuple(seeds), device
         self.tokens, widths = _sizes(split, schedule, self.seeds)  # (steps, orders) each
-        token_levels = levels(self.tokens.max(1), TOKEN_MULTIPLE, TOKEN_LEVELS, power=1)
-        width_levels = levels(widths.max(1), WIDTH_MULTIPLE, WIDTH_LEVELS, power=2)
+        token_levels = bucket_sizes(self.tokens.max(1), TOKEN_MULTIPLE, TOKEN_LEVELS, power=1)
+        width_levels = bucket_sizes(widths.max(1), WIDTH_MULTIPLE, WIDTH_LEVELS, power=2)
         self._buckets = [
             Bucket(int(t), int(w), schedule.batch_size)
             for t, w in zip(
@@ -79,10 +79,10 @@ class BucketedBatches:
     def inputs(self, step: int) -> torch.Tensor:
         """Return the description of a step's batch, ``(orders, fields)`` int64 on the device."""
         if step // WINDOW != self._window:
-            self._ship(step // WINDOW)
+            self._load_window(step // WINDOW)
         return self._inputs[self._buckets[step]][int(self._places[step % WINDOW])]
 
-    def _ship(self, window: int) -> None:
+    def _load_window(self, window: int) -> None:
         """Lay out the steps of a window and copy them to the device, one transfer per bucket."""
         steps = np.arange(window * WINDOW, min((window + 1) * WINDOW, self.schedule.steps))
         buckets = [self._buckets[step] for step in steps]
@@ -92,16 +92,16 @@ class BucketedBatches:
             own = np.array([i for i, other in enumerate(buckets) if other == bucket])
             self._places[own] = np.arange(len(own))
             orders = [_lay_out(self.split, self.schedule, seed, steps[own], bucket) for seed in self.seeds]
-            self._inputs[bucket] = _shipped(np.stack(orders, axis=1), self.device)
+            self._inputs[bucket] = _to_device(np.stack(orders, axis=1), self.device)
         self._window = window
 
 
-def _shipped(values: np.ndarray, device: torch.device) -> torch.Tensor:
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _chosen(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
+def _examples_of(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
     """Return the examples of ``steps`` in the order of ``seed``, ``(steps, batch_size)``; -1 pads a short batch."""
     epochs, numbers = np.divmod(steps, schedule.steps_per_epoch)
     places = numbers[:, None] * schedule.batch_size + np.arange(schedule.batch_size)
@@ -118,11 +118,11 @@ def _lengths(split: EncodedSplit, chosen: np.ndarray) -> np.ndarray:
 
 def _sizes(split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the token count and the longest sentence of every step, ``(steps, orders)`` each."""
-    each = [_lengths(split, _chosen(schedule, seed, np.arange(schedule.steps))) for seed in seeds]
+    each = [_lengths(split, _examples_of(schedule, seed, np.arange(schedule.steps))) for seed in seeds]
     return np.stack([e.sum(1) for e in each], axis=1), np.stack([e.max(1) for e in each], axis=1)
 
 
-def levels(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarray:
+def bucket_sizes(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarray:
     """Choose at most ``most`` multiples of ``multiple`` to pad ``sizes`` to, at the lowest cost.
 
     The cost is the sum of the padded sizes to the ``power``. Dynamic programming over runs of sorted sizes is exact.
@@ -148,7 +148,7 @@ def levels(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarra
 
 def _lay_out(split: EncodedSplit, schedule: BatchSchedule, seed: int, steps: np.ndarray, bucket: Bucket) -> np.ndarray:
     """Return the description of the batches of ``steps`` in one order, ``(steps, fields)`` int64."""
-    chosen = _chosen(schedule, seed, steps)
+    chosen = _examples_of(schedule, seed, steps)
     lengths = _lengths(split, chosen)  # (steps, sentences)
     counts = lengths.sum(1)
     first = np.cumsum(lengths, axis=1) - lengths

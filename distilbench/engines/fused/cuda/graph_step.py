@@ -99,7 +99,7 @@ class GraphSteps:
             orders, device = len(self.bucketed_batches.seeds), self.losses.device
             inputs = torch.zeros(orders, bucket.fields, dtype=torch.int64, device=device)
             batch, _ = batch_of(inputs, bucket)
-            hidden = None if self.prefix is None else self.prefix.empty(batch)
+            hidden = None if self.prefix is None else self.prefix.zeros_for(batch)
             self._buffers[bucket] = Buffers(inputs, hidden, batch)
         return self._buffers[bucket]
 

@@ -32,7 +32,7 @@ class CapturableOptimizer:
             for numbers in (table, [_constants(s) for s in settings], limits)
         )
         self.is_whole = not weights.trained_from and not optimizer.first_steps
-        self.parts = [(slice(0, weights.layout.size), 0)] if self.is_whole else [*weights.parts(by_level=True)]
+        self.chunks = [(slice(0, weights.layout.size), 0)] if self.is_whole else [*weights.chunks(by_level=True)]
         for grad in (weights.grad, weights.compute_grad):
             if weights.trained_from and grad is not None:
                 grad.zero_()  # so that frozen parameters add nothing to the norm
@@ -53,21 +53,21 @@ class CapturableOptimizer:
         if weights.compute_grad is not None:
             weights.grad[:, compute] = weights.compute_grad
         update = adamw if self.adaptive else sgd
-        for part, level in self.parts:
-            moments = [moment[:, part] for moment in self.moments]
+        for chunk, level in self.chunks:
+            moments = [moment[:, chunk] for moment in self.moments]
             rule = step_scalars[min(level, len(step_scalars) - 1)], self.constants, factors
-            scales = None if self.scales is None else self.scales[:, part]
-            params, grad = weights.flat_params[:, part], weights.grad[:, part]
-            update(params, grad, moments, *rule, max(0, decayed - part.start), scales)
-        weights.updated()
+            scales = None if self.scales is None else self.scales[:, chunk]
+            params, grad = weights.flat_params[:, chunk], weights.grad[:, chunk]
+            update(params, grad, moments, *rule, max(0, decayed - chunk.start), scales)
+        weights.refresh_compute_params()
 
 
 def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> torch.Tensor:
     """Return the learning-rate factor of each parameter, ``(trials, size)``."""
     scales = torch.ones_like(weights.flat_params)
     for trial, own in enumerate(settings):
-        for part, level in weights.parts(by_level=True):
-            scales[trial, part] = lr_scale(level, weights.layout.top, own.layer_decay)
+        for chunk, level in weights.chunks(by_level=True):
+            scales[trial, chunk] = lr_scale(level, weights.layout.top, own.layer_decay)
     return scales
 
 
@@ -77,7 +77,7 @@ def gradient_norms(weights: StackedWeights) -> torch.Tensor:
     if weights.compute_grad is not None:
         layout = weights.layout
         parts = [weights.grad[:, : layout.tables_end], weights.compute_grad, weights.grad[:, layout.compute_end :]]
-    each = [torch.linalg.vector_norm(part, dim=1, dtype=weights.flat_params.dtype) for part in parts]
+    each = [torch.linalg.vector_norm(chunk, dim=1, dtype=weights.flat_params.dtype) for chunk in parts]
     norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
     return norms
 

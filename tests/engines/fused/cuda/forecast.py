@@ -156,7 +156,7 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     weights = StackedWeights(layout, frozen, dtype, flat_params)
     optim = [OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)] * trials
     moments = [torch.empty_like(flat_params) for _ in range(num_moments(optim))]
-    prefix = SimpleNamespace(depth=layers, empty=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
+    prefix = SimpleNamespace(depth=layers, zeros_for=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
     losses = torch.empty(trials, device=META)
     optimizer = CapturableOptimizer(StackedOptimizer(weights, moments, optim), np.ones((1, trials)))
     objective = Objective(Loss(0.0, None), prefix if layers else None, 0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.fused.cuda import buckets as bucketed_batches
-from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, BucketedBatches, batch_of, levels
+from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, BucketedBatches, batch_of, bucket_sizes
 from distilbench.engines.fused.packing import PADDING, pack
 
 CPU = torch.device("cpu")
@@ -73,16 +73,16 @@ def test_windows_follow_one_another(monkeypatch):
 
 def test_levels_add_as_little_as_they_can():
     sizes = np.array([10] * 50 + [20] * 5 + [30] * 40 + [90])
-    assert levels(sizes, 10, 4, power=1).tolist() == [10, 20, 30, 90]
-    assert levels(sizes, 10, 3, power=1).tolist() == [10, 30, 90]
-    assert levels(sizes, 10, 1, power=1).tolist() == [90]
-    assert levels(np.array([7, 7]), 8, 3, power=2).tolist() == [8]
+    assert bucket_sizes(sizes, 10, 4, power=1).tolist() == [10, 20, 30, 90]
+    assert bucket_sizes(sizes, 10, 3, power=1).tolist() == [10, 30, 90]
+    assert bucket_sizes(sizes, 10, 1, power=1).tolist() == [90]
+    assert bucket_sizes(np.array([7, 7]), 8, 3, power=2).tolist() == [8]
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=50), st.integers(1, 5))
 @settings(max_examples=50)
 def test_every_size_fits_a_level(sizes, most):
-    found = levels(np.array(sizes), 16, most, power=1)
+    found = bucket_sizes(np.array(sizes), 16, most, power=1)
     assert len(found) <= most
     assert (np.diff(found) > 0).all()
     assert max(sizes) <= found[-1] < max(sizes) + 16

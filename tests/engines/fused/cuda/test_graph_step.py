@@ -227,7 +227,7 @@ def poison(weights):
         if gradient is not None:
             gradient.fill_(torch.nan)
     for gap in weights.layout.gaps:
-        weights._columns(gap, weights.grad, weights.compute_grad).zero_()
+        weights._view_columns(gap, weights.grad, weights.compute_grad).zero_()
 
 
 @pytest.mark.parametrize("freezing", ["freeze=none", "freeze.layers=1"])
@@ -289,12 +289,12 @@ def test_out_of_memory_halves_the_group_and_then_the_batch(
 
 
 def test_gradients_of_tokens_are_added_up_to_those_of_their_rows():
-    from distilbench.engines.fused.params import _add_rows
+    from distilbench.engines.fused.params import _scatter_add_rows
 
     values = torch.randn(2, 50, 8, dtype=torch.float64)
     index = torch.randint(0, 7, (2, 50))
     table = torch.zeros(2, 7, 8, dtype=torch.float64)
     expected = torch.stack([table[t].index_add(0, index[t], values[t]) for t in range(2)])
-    _add_rows(table, index, values)
+    _scatter_add_rows(table, index, values)
     torch.testing.assert_close(table, expected)
     assert len(index.unique()) < 50, "some rows have several tokens"
