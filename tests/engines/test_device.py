@@ -14,6 +14,7 @@ from distilbench.engines.device import (
     describe_device,
     has_native_bf16,
     peak_memory,
+    reset_peak_memory,
     resolve_device,
     resolve_precision,
 )
@@ -147,3 +148,14 @@ def test_the_drivers_version_is_what_nvidia_smi_says(tmp_path, monkeypatch, said
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert device.driver_version(torch.device("cuda", 0)) == expected
     assert device.driver_version(CPU) is None
+
+
+def test_memory_that_an_earlier_trial_freed_does_not_count():
+    """Small blocks stay in the process: the last one holds the heap's end."""
+    blocks = [bytes(60_000) for _ in range(2_000)]
+    last = blocks.pop()
+    del blocks
+    held = peak_memory(CPU)
+    reset_peak_memory(CPU)
+    assert held - peak_memory(CPU) > 60_000 * 1_000
+    assert len(last) == 60_000
