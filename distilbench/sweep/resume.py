@@ -59,7 +59,7 @@ def open_studies(
         plan = replace(plan, space=_keep_choice_order(plan.space, trials))
         marked, known = _read_sweep_file(plan).get("id"), main.user_attrs.get("id")
         _refuse_others(plan, has_study=kept is not None and marked in (None, known))
-        ours = {"sweep": plan.name, "id": known or marked or uuid.uuid4().hex}
+        ours = {"sweep": plan.name, "id": known or uuid.uuid4().hex}
         if known is None:
             main.set_user_attr("id", ours["id"])
         if kept is None:
@@ -87,7 +87,7 @@ def has_begun(plan: SweepPlan) -> bool:
 
 
 def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
-    """Raise :class:`SettingsError` if the directory belongs to another sweep, or has_run trials whose study is gone.
+    """Raise :class:`SettingsError` if the directory belongs to another sweep, or holds trials whose study is gone.
 
     Trials are identified by their numbers, which another study would assign again.
     """
@@ -95,7 +95,7 @@ def _refuse_others(plan: SweepPlan, has_study: bool) -> None:
     records = (any(plan.directory.glob(pattern)) for pattern in (f"*/{RECORD}", f"{BASELINE_STUDY}/*/{RECORD}"))
     if other != plan.name or (not has_study and any(records)):
         raise SettingsError(
-            f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which has_run trials "
+            f"hydra.sweep.dir must be a new directory, or this sweep's own, got {plan.directory}, which holds trials "
             f"of sweep {other!r}{' whose study is gone, or another' if other == plan.name else ''}; take another "
             "sweep.name or hydra.sweep.dir"
         )

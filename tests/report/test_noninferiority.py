@@ -70,6 +70,13 @@ def test_limit_is_tango_s():
     assert ni._region(7, 1, 21).upper_limit == pytest.approx(-0.026, abs=5e-4)
 
 
+@pytest.mark.parametrize("differ", [0, 3, 40])
+def test_the_discordance_is_searched_within_its_exact_interval(differ):
+    region = ni._region(differ, 0, 40)
+    assert region.low == (0.0 if not differ else pytest.approx(stats.beta.ppf(ni.BETA / 2, differ, 41 - differ)))
+    assert region.high == (1.0 if differ == 40 else pytest.approx(stats.beta.isf(ni.BETA / 2, differ + 1, 40 - differ)))
+
+
 @pytest.mark.parametrize("examples", [20, 64, 200])
 def test_at_a_loss_of_the_margin_at_most_its_level_is_called_good_enough_whatever_the_discordance(examples):
     margin = tables.COMPARED[examples]

@@ -11,13 +11,21 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from optuna.trial import create_trial
 
+from distilbench.identity import SOURCES
 from distilbench.results import RECORD
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
-from distilbench.sweep.resume import _check_same_protocol, _params_in, _trials_to_retry, check_unchanged, open_studies
+from distilbench.sweep.resume import (
+    SWEEP_FILE,
+    _check_same_protocol,
+    _params_in,
+    _trials_to_retry,
+    check_unchanged,
+    open_studies,
+)
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import storage_at
-from distilbench.sweep.study import SweepStudy
+from distilbench.sweep.study import BASELINE_STUDY, SweepStudy
 from distilbench.sweep.trial import SOURCES_ATTRIBUTE
 
 
@@ -30,6 +38,24 @@ def test_a_setting_that_an_older_version_did_not_have_is_null():
     check_unchanged(older, identity(seed="1", **{"data.pair_column": "null"}), "first", extend=False)
     with pytest.raises(SettingsError, match=r"which had data\.pair_column unset \(now two\); take another name$"):
         check_unchanged(older, identity(seed="1", **{"data.pair_column": "two"}), "first", extend=False)
+
+
+def test_a_setting_that_is_gone_is_a_change_and_each_is_named():
+    kept = identity(seed="1", **{"data.pair_column": "two"})
+    with pytest.raises(SettingsError, match=r"which had data\.pair_column two \(now unset\); take another name$"):
+        check_unchanged(kept, identity(seed="1"), "first", extend=True)
+    many = identity(**{f"setting{i}": "1" for i in range(8)})
+    with pytest.raises(SettingsError, match=r"which had setting0 1 \(now unset\); .*; setting5 1 .* and 2 more; take"):
+        check_unchanged(many, identity(), "first", extend=True)
+
+
+def test_a_group_that_varies_in_one_of_two_calls_has_its_members_fixed_in_the_other():
+    varies = {**identity(), "space": {"freeze": distribution_to_json(CategoricalDistribution(["none", "layers3"]))}}
+    fixed = identity(**{"freeze.layers": "3", "freeze.policy": "depth"})
+    for kept, now in ((varies, fixed), (fixed, varies)):
+        check_unchanged(kept, now, "first", extend=True)
+        with pytest.raises(SettingsError, match=r"which had freeze [^;]+; take another name or add sweep.on_change"):
+            check_unchanged(kept, now, "first", extend=False)
 
 
 LAYERS, RATE = IntDistribution(0, 2), FloatDistribution(1e-5, 1e-3, log=True)
@@ -91,6 +117,9 @@ def test_another_protocol_or_other_objectives_are_refused():
     identity = {"fixed": {**FIXED, "train.metric": "f1"}, "objectives": ["loss"]}
     with pytest.raises(SettingsError, match=r"of the same protocol, got .old.; it had train.metric=f1 "):
         _check_same_protocol(plan({}), identity, "old")
+    for source in SOURCES:
+        with pytest.raises(SettingsError, match=rf"of the same protocol, .*; it had {source}=other \(now None\)"):
+            _check_same_protocol(plan({}), identity | {"fixed": {**FIXED, source: "other"}}, "old")
     with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
         _check_same_protocol(plan({}), identity | {"fixed": FIXED}, "old")
 
@@ -131,11 +160,30 @@ def test_a_sweep_goes_on_with_its_own_settings_or_a_space_that_is_extended(plan_
     extended = plan_of("first", "sweep.on_change=extend", space=wider)
     study = study_of(extended).study
     assert (study.user_attrs["id"], study.user_attrs["identity"]) == (begun, extended.identity)
+
+
+@pytest.mark.parametrize("trial", ["0", f"{BASELINE_STUDY}/0"])
+def test_trials_whose_study_is_gone_or_of_another_sweep_are_not_mixed_with_new_ones(plan_of, trial):
+    first = plan_of("first")
+    begun, kept = study_of(first).study.user_attrs["id"], (first.directory / SWEEP_FILE).read_text()
+    assert begun in kept
+    (first.directory / SWEEP_FILE).write_text(kept.replace(begun, "of a study that was deleted"))
+    assert study_of(first).study.user_attrs["id"] == begun, "without trials, nothing is mixed"
+    assert (first.directory / SWEEP_FILE).read_text() == kept
+    (first.directory / trial).mkdir(parents=True)
+    (first.directory / trial / RECORD).touch()
+    assert study_of(first).study.user_attrs["id"] == begun
+    (first.directory / SWEEP_FILE).write_text(kept.replace(begun, "of a study that was deleted"))
+    gone = (
+        "must be a new directory, or this sweep's own, got .*, which holds trials of sweep 'first' whose study is gone"
+    )
+    with pytest.raises(SettingsError, match=gone):
+        study_of(first)
     (first.directory / "study.db").unlink()
-    (first.directory / "0").mkdir()
-    (first.directory / "0" / RECORD).touch()
-    with pytest.raises(SettingsError, match=r"holds trials of sweep 'first' whose study is gone, or another; take"):
-        study_of(extended)
+    with pytest.raises(SettingsError, match=gone):
+        study_of(first)
+    with pytest.raises(SettingsError, match=r"which holds trials of sweep 'first'; take another sweep.name"):
+        study_of(replace(first, name="second"))
 
 
 @pytest.mark.parametrize(("name", "call"), [("add_trial", 2), ("set_user_attr", 1), ("set_user_attr", 2)])

@@ -158,29 +158,25 @@ def test_cost_is_seconds_where_trials_run_alone_and_flops_where_they_share_a_dev
     assert objectives_of(settings, alone) == ("accuracy", cost)
 
 
-def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_path):
+@pytest.mark.parametrize("before", ["0", "old"])
+def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_path, before):
     owner, trained = Owner.of_this_process(), []
-    job = SweepJob("again", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60)
-    identity = {"protocol": "p", "treatment": "t"}
-    ends = {1: (Status.FINISHED, None), 2: (Status.INTERRUPTED, "its process was killed")}
-    for seed, (status, error) in ends.items():
-        earlier = Record(
-            identity | {"seed": seed}, status, owner, None, error, {}, {"accuracy": 0.5}, {"seconds": 3.0, "other": 1.0}
-        )
-        earlier.write(job.directory / f"seed-{seed}")
+    job = SweepJob("again", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60,
+                   continues=tmp_path / "old" if before == "old" else None)  # fmt: skip
+    identity, finished = {"protocol": "p", "treatment": "t"}, Status.FINISHED
+    for seed, status, treatment in (
+        (1, finished, "t"),
+        (2, Status.INTERRUPTED, "t"),
+        (3, finished, "of other settings"),
+    ):
+        earlier = Record({"protocol": "p", "treatment": treatment, "seed": seed}, status, owner,
+                         selection={"accuracy": 0.5}, figures={"seconds": 3.0, "other": 1.0})  # fmt: skip
+        earlier.write(tmp_path / before / f"seed-{seed}")
 
     def train(seeded):
         trained.append((seeded.settings.seed, seeded.baseline.seed))
-        done = Record(
-            identity | {"seed": seeded.settings.seed},
-            Status.FINISHED,
-            owner,
-            None,
-            None,
-            {},
-            {"accuracy": 0.7},
-            {"seconds": 6.0},
-        )
+        done = Record(identity | {"seed": seeded.settings.seed}, finished, owner,
+                      selection={"accuracy": 0.7}, figures={"seconds": 6.0})  # fmt: skip
         done.write(Path(seeded.settings.output.dir))
 
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
@@ -190,9 +186,25 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     trial._train_seeds(Job(given, given, str), job, lease, runner)
     assert trained == [(2, 2), (3, 3)]
     record = read_record(job.directory)
-    assert (record.status, record.identity) == (Status.FINISHED, identity | {"seed": None})
+    assert (record.status, record.identity) == (finished, identity | {"seed": None})
     assert record.selection == pytest.approx({"accuracy": (0.5 + 0.7 + 0.7) / 3})
     assert record.figures == pytest.approx({"seconds": 5.0, "seeds": 3.0, "accuracy_std": 0.2 / math.sqrt(3)})
+
+
+@pytest.mark.parametrize(("holds", "status"), [(True, Status.INTERRUPTED), (False, Status.RUNNING)])
+def test_a_signal_between_seeds_closes_the_trial_unless_another_process_took_it_over(settings, tmp_path, holds, status):
+    job = SweepJob("cut", "0", "", (), False, None, Owner.of_this_process(), tmp_path, ("accuracy",), "", 0, 60)
+
+    def train(_):
+        raise KeyboardInterrupt
+
+    runner = SimpleNamespace(prepare=lambda _: SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", 1)),
+                             train_one=train)  # fmt: skip
+    given = settings("sweep.seeds=[1,2]")
+    with pytest.raises(KeyboardInterrupt):
+        trial._train_seeds(Job(given, given, str), job, SimpleNamespace(holds=lambda: holds), runner)
+    record = read_record(tmp_path)
+    assert (record.status, record.error) == (status, "interrupted" if holds else None)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +241,7 @@ def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_beh
     assert seen == trained
     assert values == [(0.6, 1), (0.65, 2)][: ends[: len(trained)].count(Status.FINISHED)]
     assert (record.status, record.error, record.figures["seeds"]) == told
+    assert ("accuracy_std" in record.figures) == (record.figures["seeds"] > 1)
 
 
 @pytest.mark.parametrize(
