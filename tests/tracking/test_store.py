@@ -18,16 +18,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
+from distilbench.identity import ProtocolIdentity, SourceUsed
 from distilbench.results import Evaluation, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import RunStart, find_store, open_store, params_of, redact, retries
+from distilbench.tracking import find_store, open_store, params_of, redact, retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
 from distilbench.tracking.search import SWEEP_TAG
 from tests.commands import lay_tables
-from tests.made_store import blank_figures
+from tests.made_store import blank_figures, start_of
 
 SECRET = "correct-horse-battery"
 PREDICTIONS = Predictions(
@@ -63,28 +63,16 @@ def client(uri, store):
 
 
 @pytest.fixture
-def start(settings):
+def start():
     """Return ``start(*overrides, **fields) -> RunStart``; every protocol is new unless ``data`` names one."""
     fresh = f"{time.perf_counter_ns():x}"
 
     def make(*overrides, data=fresh, **changes):
-        chosen = settings(*overrides).trial
-        source = SourceUsed("hub", "owner/text", data, "0123456789abcdef", fallback_for=None)
         model = SourceUsed("package", "minilm", "feed", fallback_for="distilbert")
-        values = {
-            "name": "freeze0-linear-s42",
-            "settings": chosen,
-            "protocol": ProtocolIdentity(model, source, "accuracy", "validation", "validation"),
-            "treatment": treatment_of(chosen, "fp32"),
-            "device": "cpu",
-            "precision": "fp32",
-            "measured_on": "cpu; trainer; fp32",
-            "versions": {"torch": "2.13.0"},
-            "config_yaml": "seed: 42\n",
-            "label_names": ("negative", "positive"),
-            "datasets": {"training": 256, "validation": 64},
-        }
-        return RunStart(**values | changes)
+        text = SourceUsed("hub", "owner/text", data, "0123456789abcdef", fallback_for=None)
+        protocol = ProtocolIdentity(model, text, "accuracy", "validation", "validation")
+        own = {"protocol": protocol, "versions": {"torch": "2.13.0"}, "datasets": {"training": 256, "validation": 64}}
+        return start_of(*overrides, **own | changes)
 
     return make
 

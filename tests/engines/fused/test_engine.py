@@ -41,14 +41,6 @@ SAVED = "output.save_model=true"
 STEPS = 10
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Directories of tiny models by architecture, ``still`` ones without dropout."""
@@ -81,6 +73,13 @@ def initial_model(settings, splits, dtype):
     model = build_model(resolve_model(settings.model), splits.label_names, settings.seed).to(dtype)
     freeze(model, settings.freeze)
     return model.train()
+
+
+def assert_follows(losses, norms, result, seen, loss_rel=1e-11, norm_rel=1e-9):
+    """Assert that the first trial finished with these losses and gradient norms at every step."""
+    assert result.status is Status.FINISHED, result.error
+    assert seen.losses() == pytest.approx(losses, rel=loss_rel)
+    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=norm_rel)
 
 
 def reference(settings, splits, dtype=torch.float64, around_step=lambda step, packed: None, frozen=(0,), until=10**9):
@@ -168,9 +167,7 @@ def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, cas
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
     [result] = FusedEngine(torch.float64).train([settings], splits, seen)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-11)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    assert_follows(losses, norms, result, seen)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), model.state_dict()[name].float().double(), rtol=0, atol=1e-7)
 
@@ -220,9 +217,7 @@ def test_freezing_that_moves_equals_a_plain_loop_in_float64(trial, splits_of, re
     splits, seen = splits_of(settings), recorder()
     _, losses, norms = reference(settings, splits, frozen=frozen)
     [result] = FusedEngine(torch.float64, graph_steps=graph_steps).train([settings], splits, seen)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-11)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    assert_follows(losses, norms, result, seen)
     best, _, _ = reference(settings, splits, frozen=frozen, until=result.selection.step)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), best.state_dict()[name].float().double(), rtol=0, atol=1e-7)
@@ -360,9 +355,7 @@ def test_with_the_same_masks_dropout_is_that_of_the_architecture(
     monkeypatch.setattr(torch.nn.functional, "dropout", masks)
     monkeypatch.setattr(PreTrainedModel, "train", eager(PreTrainedModel.train))
     _, losses, norms = reference(settings, splits, around_step=masks.around_step)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-11)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    assert_follows(losses, norms, result, seen)
 
 
 def eager(train):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.trainer import TrainerEngine
@@ -17,15 +16,6 @@ from distilbench.settings import ModelSettings
 
 SST2 = Path(os.environ.get("DISTILBENCH_SST2") or Path(__file__).resolve().parents[4] / "shared" / "data" / "sst2")
 STEPS = 200
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Short products on several threads wait for each other more than they work where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,17 @@ from tests.engines.fused.test_engine import (  # the ladder, and the loop that i
     SAVED,
     STEPS,
     SameMasks,
+    assert_follows,
     eager,
     exported,
     losses_of,
     models,
-    one_thread,
     reference,
     trial,
 )
 from tests.engines.recording import FakeGraphs, Recording
 
-__all__ = ["models", "one_thread", "trial"]
+__all__ = ["models", "trial"]
 
 
 @pytest.fixture
@@ -59,9 +59,7 @@ def test_static_steps_equal_a_plain_loop_in_float64(trial, splits_of, recorder, 
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
     [result] = FusedEngine(torch.float64, graph_steps=True).train([settings], splits, seen)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-11)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    assert_follows(losses, norms, result, seen)
     for name, values in exported(settings).items():
         torch.testing.assert_close(values.double(), model.state_dict()[name].float().double(), rtol=0, atol=1e-7)
 
@@ -91,9 +89,7 @@ def test_with_the_same_masks_dropout_is_that_of_the_architecture(
     monkeypatch.setattr(torch.nn.functional, "dropout", masks)
     monkeypatch.setattr(PreTrainedModel, "train", eager(PreTrainedModel.train))
     _, losses, norms = reference(settings, splits, around_step=masks.around_step)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-11)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-9)
+    assert_follows(losses, norms, result, seen)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])

@@ -18,7 +18,16 @@ from distilbench.engines.fused.loop import TrialGroup
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.results import Status
 from tests.engines.fused.cuda.test_graph_step import RECORDED, poison
-from tests.engines.fused.test_engine import LADDER, LAST_EPOCH, MOVING, losses_of, models, reference, trial
+from tests.engines.fused.test_engine import (
+    LADDER,
+    LAST_EPOCH,
+    MOVING,
+    assert_follows,
+    losses_of,
+    models,
+    reference,
+    trial,
+)
 from tests.engines.fused.test_kernels import (
     on_device,
     test_a_copy_in_low_precision_has_its_own_gradient,
@@ -89,9 +98,7 @@ def test_recorded_steps_of_freezing_that_moves_equal_a_plain_loop(trial, splits_
     splits, seen = splits_of(settings), recorder()
     _, losses, norms = reference(settings, splits, frozen=frozen)
     [result] = FusedEngine(torch.float64).train([settings], splits, seen)
-    assert result.status is Status.FINISHED, result.error
-    assert seen.losses() == pytest.approx(losses, rel=1e-9)
-    assert [r.gradient_norm for r in seen.steps[0]] == pytest.approx(norms, rel=1e-7)
+    assert_follows(losses, norms, result, seen, 1e-9, 1e-7)
 
 
 @pytest.mark.parametrize("seeds", [(1, 1), (1, 2)], ids=["one order", "two orders"])
