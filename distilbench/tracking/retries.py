@@ -21,7 +21,10 @@ POLL_SECONDS = 2.0
 """Interval between two attempts to reach a store."""
 
 RETRY_SECONDS = 30.0
-"""How long a write that is not kept on disk is retried; a locked SQLite file blocks each attempt for 20 s."""
+"""How long a write that is not kept on disk is retried."""
+
+LOCK_SECONDS = 4.0, 20.0
+"""Shortest and longest wait of an attempt for a locked SQLite file; between these, ``tracking.patience_seconds``."""
 
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a server that is unreachable, restarting or overloaded; all others are permanent."""
@@ -80,6 +83,16 @@ def retry_outage(seconds: float, action: Callable[[], _Answer]) -> _Answer:
                 log.warning("MLflow does not answer (%s): waiting up to %g s for it", reason_of(error), seconds)
             has_told = True
             time.sleep(POLL_SECONDS)
+
+
+def limit_lock_wait(client: MlflowClient, seconds: float) -> None:
+    """Make a client of a SQLite file wait up to ``seconds`` for its lock; MLflow asks for 20 s in each session."""
+    from sqlalchemy import event
+
+    def limit(_: object, __: object, statement: str, parameters: object, *___: object) -> tuple[str, object]:
+        return statement.replace("busy_timeout = 20000", f"busy_timeout = {seconds * 1000:.0f}"), parameters
+
+    event.listen(client._tracking_client.store.engine, "before_cursor_execute", limit, retval=True)
 
 
 class Connection:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 SHARE_OF_TIME = 0.01
 """Share of a trial's time that sending metrics may take; a batch takes 10-40 ms (SQLite, server) when idle."""
 SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
-"""Minimum and maximum seconds that metrics wait in memory; a locked database blocks each attempt for 20 s."""
+"""Minimum and maximum seconds that metrics wait in memory; a locked SQLite file blocks each attempt."""
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
