@@ -217,11 +217,12 @@ class Leaderboard:
     def _against_baseline(self, trial: TrialView) -> str:
         objective = self.plan.objectives[0]
         text = f"{objective} {format_objective(objective, trial.values[0])} (trial {trial.path})"
-        if self.baseline is None:
-            return text
-        if trial is self.baseline:
-            return f"{text}, the baseline"
-        return f"{text} against the baseline's {format_objective(objective, self.baseline.values[0])}"
+        if self.baseline is None or trial.is_baseline:
+            return f"{text}, the baseline" if trial.is_baseline else text
+        own = {*trial.point.overrides}  # of several baselines, that of its own model, text and seed
+        baselines = [one for one in self.trials if one.is_baseline and one.values]
+        nearest = max(baselines, key=lambda one: len(own & {*one.point.overrides}))
+        return f"{text} against the baseline's {format_objective(objective, nearest.values[0])}"
 
     def metrics(self) -> dict[str, float]:
         """Return counts, best and baseline values, as metrics of the sweep's own run."""

@@ -11,7 +11,8 @@ import optuna
 import pytest
 from optuna.distributions import IntDistribution
 
-from distilbench.sweep.reporting import REPORT_ATTRIBUTE, _warning, claim_report
+from distilbench.results import Status
+from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, _warning, claim_report
 from distilbench.sweep.space import Point
 from distilbench.sweep.storage import storage_at
 
@@ -99,3 +100,22 @@ def test_a_dry_run_warns_where_seeds_and_examples_cannot_show_the_margin(made, e
     assert (warning is None) == (said is None)
     if said:
         assert re.search(said.replace("(", r"\("), warning), warning
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ((0.9, 0.5, 0.8, 0.6), "90.00 % (trial 0), the baseline"),
+        ((0.6, 0.9, 0.8, 0.7), "90.00 % (trial 1), the baseline"),
+        ((0.7, 0.5, 0.6, 0.8), "80.00 % (trial 3) against the baseline's 50.00 %"),
+    ],
+)
+def test_the_best_trial_is_told_beside_its_own_baseline(scores, told):
+    points = [Point({"model": model, "freeze.layers": k}, is_baseline=k == 0) for k in (0, 3) for model in "ab"]
+    trials = [
+        SimpleNamespace(point=point, is_baseline=point.is_baseline, values=(score,), status=Status.FINISHED,
+                        path=str(number), seconds=0.0)
+        for number, (point, score) in enumerate(zip(points, scores, strict=True))
+    ]  # fmt: skip
+    plan = SimpleNamespace(objectives=("accuracy",), directions=["maximize"], total=4, beside=())
+    assert Leaderboard(trials, plan).line() == f"4 of 4 trials, best accuracy {told}"
