@@ -83,7 +83,7 @@ def test_imports_point_up_the_list_of_rooms(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_each_library_has_its_rooms(path):
+def test_each_library_is_imported_only_where_the_map_allows(path):
     for library, rooms in ROOMS_OF.items():
         if any(name.split(".")[0] == library for name in imports(path) - for_types_alone(path)):
             assert room_of(name_of(path)) in rooms, f"{library} imported in {name_of(path)}"
@@ -108,7 +108,7 @@ def test_no_file_imports_itself_through_others():
             del edges[module]
 
 
-def test_every_room_stands_in_the_map():
+def test_every_package_stands_in_the_map():
     assert {room_of(name_of(path)) for path in FILES} == LEVEL.keys()
 
 

@@ -150,11 +150,11 @@ def test_a_string_that_is_printed_and_typed_comes_back_as_it_was(text):
 
 
 @pytest.mark.parametrize("value", [None, True, False, 3, 2e-5, 1e-08, [], [1, "a b"], ["null", None, ["x,y"]]])
-def test_other_values_come_back_as_they_were(value):
+def test_a_quoted_value_is_parsed_back_to_itself(value):
     assert OverridesParser.create().parse_override(format_override("key", value)).value() == value
 
 
-def test_plain_words_stay_readable():
+def test_plain_words_are_not_quoted_in_overrides():
     assert [format_override("k", v) for v in ("linear", "runs/a-1", "2e-5", 2e-5, 0)] == [
         "k=linear", "k=runs/a-1", "k='2e-5'", "k=2e-05", "k=0",
     ]  # fmt: skip
@@ -281,7 +281,7 @@ def test_a_command_run_inside_a_process_leaves_its_wish_for_tracebacks_as_it_was
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
-def test_hydras_wish_for_tracebacks_is_heard():
+def test_hydra_full_error_shows_the_traceback():
     code = "run_command(lambda: (_ for _ in ()).throw(OSError(28, 'full', 'file')))"
     lines = []
     for wish in ({}, {"HYDRA_FULL_ERROR": "1"}):

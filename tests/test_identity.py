@@ -92,7 +92,7 @@ def test_the_same_contents_from_elsewhere_are_the_same_protocol():
     ["optim.lr=1e-3", "optim.weight_decay=0.5", "optim.max_grad_norm=0", "optim.layer_decay=0.9", "scheduler=cosine",
      "scheduler.warmup_ratio=0.1", "seed=7", "train.metric=loss", "train.checkpoints=false", "output.dir=elsewhere"],
 )  # fmt: skip
-def test_trials_that_differ_so_train_at_once(settings, override):
+def test_trials_that_differ_in_their_own_settings_train_at_once(settings, override):
     assert fusion_key(settings(override).trial) == fusion_key(settings().trial)
 
 
@@ -103,11 +103,11 @@ def test_trials_that_differ_so_train_at_once(settings, override):
      "train.precision=bf16",
      "train.eval_steps=3", "optim=sgd", "model.layers=3", "data.max_train_examples=9", "engine.device=cpu"],
 )  # fmt: skip
-def test_trials_that_differ_so_do_not(settings, override):
+def test_trials_that_differ_in_what_a_batch_shares_do_not(settings, override):
     assert fusion_key(settings(override).trial) != fusion_key(settings().trial)
 
 
-def test_keys_take_lists_in_the_settings(settings):
+def test_settings_with_lists_have_keys_too(settings):
     given = "data.label_names=[a,b]"
     assert fusion_key(settings(given).trial) == fusion_key(settings(given).trial)
 

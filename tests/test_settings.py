@@ -466,7 +466,7 @@ def test_what_is_not_given_is_named_with_the_words_that_give_it():
     assert (predicts.output, predicts.dir) == (here, str(Path.cwd()))
 
 
-def test_a_trial_is_all_but_what_surrounds_it(usual):
+def test_trial_settings_are_the_applications_without_sweep_and_tracking(usual):
     trial = usual.trial
     assert type(trial) is TrialSettings
     assert all(getattr(trial, f.name) is getattr(usual, f.name) for f in dataclasses.fields(TrialSettings))

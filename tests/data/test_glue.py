@@ -89,7 +89,7 @@ def task(name: str, *overrides: str):
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "stsb"])
-def test_a_task_is_read_by_its_name(glue, name, caplog):
+def test_a_glue_task_is_read_by_its_name(glue, name, caplog):
     texts, names, _ = TASKS[name]
     with caplog.at_level("INFO"):
         splits = load_text(task(name).data)

@@ -31,7 +31,7 @@ def per_class(split: data.TextSplit, classes: int) -> np.ndarray:
 
 @examples(max_examples=80)
 @given(counts=class_counts, fraction=st.floats(0.01, 0.99), seed=st.integers(-5, 2**40))
-def test_a_carved_split_is_disjoint_stratified_and_deterministic(folder, counts, fraction, seed):
+def test_a_held_out_split_is_disjoint_stratified_and_deterministic(folder, counts, fraction, seed):
     path = labelled_file(folder, counts)
     settings = files(path, validation_fraction=fraction, split_seed=seed)
     splits, again = load_text(settings), load_text(settings)
@@ -131,7 +131,7 @@ def test_near_duplicates_across_the_cut_are_counted(folder, caplog):
     assert "4 texts held out of train to report on, 4 with a run of 5 words" in caplog.text
 
 
-def test_two_splits_carved_to_judge_are_refused(folder):
+def test_holding_out_a_selection_and_a_report_split_is_refused(folder):
     path = write(folder / "both.csv", numbered(20))
     with pytest.raises(SettingsError, match=r"data.selection_fraction must be 0 with data.report_fraction"):
         files(path, path, report_fraction=0.1, selection_fraction=0.1)

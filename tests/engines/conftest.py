@@ -68,7 +68,7 @@ def splits_of():
 
 
 @pytest.fixture(scope="session")
-def still_model(tmp_path_factory):
+def model_without_dropout(tmp_path_factory):
     """Return the directory of a tiny DistilBERT without dropout, on which all engines must agree."""
     from distilbench.settings import ModelSettings
 

@@ -21,7 +21,7 @@ def test_a_step_that_is_kept_twice_is_whole(tmp_path):
     assert checkpoints.find_latest(tmp_path, {"seed": 1}) == (checkpoint, Progress(step=96, train_seconds=2.0))
 
 
-def test_what_is_whole_is_not_written_over(tmp_path):
+def test_a_complete_checkpoint_is_not_overwritten(tmp_path):
     """A kill while the same step is kept once more would leave a seal beside half of a file."""
     progress = Progress(step=96, train_seconds=1.0)
     trial = SimpleNamespace(folder=tmp_path, identity={"seed": 1}, progress=progress)

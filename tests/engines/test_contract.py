@@ -36,12 +36,12 @@ def engine_name(request):
 
 
 @pytest.fixture
-def trial(settings, still_model, tmp_path, engine_name):
+def trial(settings, model_without_dropout, tmp_path, engine_name):
     """Return ``trial(*overrides, dropout=False) -> TrialSettings``, each in a directory of its own."""
     made = iter(range(1000))
 
     def make(*overrides: str, dropout: bool = False):
-        model = () if dropout else ("model=local", f"model.checkpoint={still_model}")
+        model = () if dropout else ("model=local", f"model.checkpoint={model_without_dropout}")
         directory = f"output.dir={tmp_path / str(next(made))}"
         return settings(f"engine.name={engine_name}", *model, *SMALL, directory, *overrides).trial
 
@@ -241,7 +241,7 @@ def test_pairs_are_read_as_the_saved_model_and_tokenizer_read_them(trial, train,
     assert (swapped - logits).abs().max() > 5e-5, "which text comes first counts"
 
 
-def test_one_split_that_does_both_is_one_evaluation(trial, train):
+def test_a_split_that_selects_and_reports_is_evaluated_once(trial, train):
     [result], _ = train([trial()])
     assert result.report is result.selection
     assert result.selection.split == "validation"

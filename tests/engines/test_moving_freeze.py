@@ -45,7 +45,7 @@ def test_evaluations_too_few_for_anything_to_move_are_refused(settings, choice, 
 
 
 @pytest.mark.parametrize("choice", ["freeze=auto", "freeze.layers=2", "freeze=bias"])
-def test_nothing_is_planned_for_other_policies(settings, choice):
+def test_fixed_freezing_policies_plan_no_change(settings, choice):
     assert planned_levels(settings(choice).freeze, BatchSchedule(10, 2, epochs=3), TOP) == {0: 0}
 
 

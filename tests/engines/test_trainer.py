@@ -40,9 +40,11 @@ STEPS_PER_EPOCH, STEPS = 5, 10
 
 
 @pytest.fixture
-def trial(settings, still_model):
+def trial(settings, model_without_dropout):
     """Return ``trial(*overrides) -> TrialSettings`` of a model without dropout: 10 steps, two of them on 5 examples."""
-    return lambda *overrides: settings("model=local", f"model.checkpoint={still_model}", *SMALL, *overrides).trial
+    return lambda *overrides: (
+        settings("model=local", f"model.checkpoint={model_without_dropout}", *SMALL, *overrides).trial
+    )
 
 
 # The protocol, written a second time with nothing but torch.
@@ -142,13 +144,13 @@ def update(optim, p, g, m, v, lr, decay, step):
         ),
     ],
 )
-def test_the_engine_equals_a_plain_loop(trial, splits_of, recorder, still_model, overrides):
+def test_the_engine_equals_a_plain_loop(trial, splits_of, recorder, model_without_dropout, overrides):
     lr = "optim.lr=0.05" if "optim=sgd" in overrides else "optim.lr=1e-3"
     settings = trial(*overrides, lr)
     splits = splits_of(settings)
     observer = recorder()
     [result] = TrainerEngine().train([settings], splits, observer)
-    model = AutoModelForSequenceClassification.from_pretrained(still_model).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(model_without_dropout).eval()
     losses, rates, norms = plain_loop(settings, splits, model)
 
     assert result.status is Status.FINISHED
@@ -464,12 +466,12 @@ def test_an_adapter_is_saved_for_peft_and_merged_for_plain_transformers(trial, s
 
 
 @pytest.mark.parametrize("pad", [None, 5])
-def test_a_decoder_answers_whatever_the_padding(trial, splits_of, recorder, still_model, tmp_path, pad):
+def test_a_decoder_answers_whatever_the_padding(trial, splits_of, recorder, model_without_dropout, tmp_path, pad):
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = Qwen2ForSequenceClassification(Qwen2Config(vocab_size=150, intermediate_size=64, pad_token_id=pad, **sizes))
-    shutil.copytree(still_model, tmp_path / "decoder")
+    shutil.copytree(model_without_dropout, tmp_path / "decoder")
     model.save_pretrained(tmp_path / "decoder")
     settings = trial("model=local", f"model.checkpoint={tmp_path}/decoder", "train.epochs=1")
     splits = splits_of(settings)

@@ -61,7 +61,7 @@ def test_a_merged_model_answers_as_the_adapted_one(family, settings):
     assert not any("original_module" in name or "ia3" in name or "lora" in name for name in merged.state_dict())
 
 
-def test_what_is_drawn_comes_from_the_seed_alone():
+def test_random_adapter_weights_depend_on_the_seed_alone():
     state = torch.random.get_rng_state()
     drawn = [{n: p for n, p in adapted("distilbert", LORA, seed)[0].named_parameters() if "lora_A" in n}
              for seed in (1, 1, 2)]  # fmt: skip

@@ -40,13 +40,13 @@ def test_the_cheapest_good_enough_setting_is_named_with_what_it_saves_and_costs_
     )
 
 
-def test_one_seed_speaks_of_itself_alone():
+def test_a_verdict_of_one_seed_says_with_this_seed():
     first, second = answer(three(seeds=(1,), margin=5.0, best=0.95))
     assert first.startswith("layers=3 is good enough with this seed: it loses")
     assert second.startswith("Most accurate: scheduler=cosine is better with this seed, +")
 
 
-def test_a_more_accurate_one_is_named_second():
+def test_a_more_accurate_setting_is_named_second():
     first, second = answer(three(best=0.95))
     assert first.startswith("layers=3 is good enough")
     assert second.startswith("Most accurate: scheduler=cosine is better, +4.93 points (95 % +3.")
@@ -112,7 +112,7 @@ def test_estimates_of_time_are_called_so():
     assert "47 % fewer FLOPs, about 38 % less time." in told
 
 
-def test_a_saving_against_an_estimate_is_one_too():
+def test_a_saving_against_an_estimate_is_marked_as_an_estimate():
     shared = {**COSTS, "alone": False, "solo_seconds_estimate": 1371.0}
     report = report_of([trial(0.9, **shared), trial(0.9, 1, 1, FROZEN, **CHEAP)], False, margin=5.0)
     (told,), (row,) = answer(report), report.candidates

@@ -30,7 +30,7 @@ def test_the_pareto_front_holds_what_no_other_beats_in_both():
     assert [row.cost.seconds for row in pareto_front(rows, lambda row: row.cost.seconds)] == [50.0, 100.0]
 
 
-def test_the_front_is_the_studys_by_the_score_that_selects_and_with_ties():
+def test_the_pareto_front_ranks_by_the_selection_score_and_keeps_ties():
     rows = rows_from([
         trial(0.90, 1, 0, train_seconds=100.0, score=0.80),
         trial(0.88, 1, 1, FROZEN, train_seconds=100.0, score=0.80),

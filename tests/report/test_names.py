@@ -17,7 +17,7 @@ def test_the_most_telling_comes_first_and_the_seed_last():
     )
 
 
-def test_no_experiment_is_not_told():
+def test_a_missing_experiment_is_left_out_of_the_name():
     assert name_of({"experiment": None, "freeze.layers": 0}) == "layers=0"
 
 

@@ -63,7 +63,7 @@ def test_p_is_the_largest_chance_of_an_outcome_with_as_low_a_limit():
         )
 
 
-def test_limit_is_tango_s():
+def test_the_limit_of_a_loss_is_that_of_tangos_score_interval():
     # The airway data in Fagerland, Lydersen and Laake 2014: 1 and 7 of 21, score interval of the difference
     # -0.517 to -0.026; the other end by exchanging the sides.
     assert ni._region(1, 7, 21).upper_limit == pytest.approx(0.517, abs=5e-4)
@@ -142,7 +142,7 @@ def test_a_hundred_thousand_examples_agree_with_the_normal_limit():
     assert found.bound == pytest.approx(0.0001 + 1.96 * math.sqrt(6_010) / 100_000, abs=1e-5)
 
 
-def test_counts_that_do_not_fit_are_refused():
+def test_impossible_counts_are_refused():
     for counts in ((3, 2, 4), (-1, 2, 9), (0, 0, 0)):
         with pytest.raises(ValueError, match="do not fit"):
             noninferiority_exact(*counts, 0.01)

@@ -120,7 +120,7 @@ def test_where_seeds_alone_are_too_far_apart_no_more_examples_are_asked_for():
     assert found.examples is None
 
 
-def test_more_rows_need_more():
+def test_more_settings_to_correct_for_need_more_seeds():
     alone, among = (needed(assume_spread(), 3, 5_000, 0.01, rows=rows) for rows in (1, 10))
     assert among.seeds > alone.seeds
     assert among.floor > alone.floor

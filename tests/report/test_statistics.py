@@ -89,7 +89,7 @@ def test_interval_covers_by_enumeration(examples, share, lean):
     assert covered >= 1 - ALPHA
 
 
-def test_one_seed_each_is_mcnemar():
+def test_the_interval_of_one_seed_each_agrees_with_mcnemar():
     a, b = bits("1" * 12 + "0" * 8), bits("1" * 5 + "0" * 15)
     result = compared({1: a}, {2: b})
     assert result.p == pytest.approx(2 / 2**7)
@@ -298,7 +298,7 @@ def test_among_treatments_that_do_not_differ_sweeps_with_a_false_verdict_stay_at
     assert false <= at_most(ALPHA, sweeps)
 
 
-def test_holm_by_hand():
+def test_holms_correction_is_that_computed_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []

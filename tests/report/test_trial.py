@@ -99,7 +99,7 @@ def test_untracked_trials_are_not_taken_for_one_another():
     assert sentence(result).startswith("Better")
 
 
-def test_other_examples_are_not_tested():
+def test_predictions_of_other_examples_are_not_tested():
     result = compare(stored(SAME), baseline(SAME[:98]))
     assert sentence(result).endswith("points against the baseline, not tested: predictions are of other examples.")
 
@@ -171,7 +171,7 @@ def test_markdown_holds_the_table_the_sentence_and_escaped_names():
         (saving(99.7, is_count=True), "99 % fewer"),
     ],
 )
-def test_formats(text, expected):
+def test_figures_are_formatted_for_people(text, expected):
     assert text == expected
 
 

@@ -37,7 +37,7 @@ def worker(tmp_path):
     return Worker
 
 
-def test_one_writes_it_the_others_do_not_and_the_same_command_again_does(worker):
+def test_one_worker_writes_the_report_and_the_same_command_again_does(worker):
     first, second = worker(), worker()
     assert first.writes()
     assert not second.writes()
@@ -46,7 +46,7 @@ def test_one_writes_it_the_others_do_not_and_the_same_command_again_does(worker)
     assert worker().writes(4)
 
 
-def test_the_others_wait_until_it_is_written(worker):
+def test_other_workers_wait_until_the_report_is_written(worker):
     first, second = worker(), worker()
     with ThreadPoolExecutor() as threads:
         with first.at_the_end() as is_due:
@@ -55,7 +55,7 @@ def test_the_others_wait_until_it_is_written(worker):
         assert not waiting.result(60)
 
 
-def test_the_next_writes_it_where_the_first_is_killed_or_stands_still(worker):
+def test_the_next_worker_writes_the_report_if_the_first_is_killed_or_hangs(worker):
     ready, write = os.pipe()
     child = os.fork()
     if child == 0:

@@ -105,7 +105,7 @@ def test_a_trial_lies_in_a_space_where_it_has_what_is_fixed_and_a_value_for_what
     assert _params_in(plan(dimensions), trial(**params), FIXED) == expected
 
 
-def test_what_a_function_suggests_comes_along():
+def test_a_warm_start_keeps_what_a_custom_function_suggested():
     custom = plan({"freeze.layers": LAYERS}, custom=print)
     del custom.fixed["optim.lr"]
     assert _params_in(custom, trial(freeze__layers=1, optim__lr=5e-3), FIXED) == {

@@ -276,7 +276,7 @@ def test_an_objective_that_is_not_finite_is_a_failure(make, value):
 
 @pytest.mark.parametrize(("status", "state"), [(Status.PRUNED, "PRUNED"), (Status.DIVERGED, "FAIL"),
                                                (Status.OUT_OF_MEMORY, "FAIL"), (Status.FAILED, "FAIL")])  # fmt: skip
-def test_each_end_is_told_by_its_own_name(make, status, state):
+def test_each_status_of_a_trial_has_its_state_in_optuna(make, status, state):
     study = make(ME)
     finish(study, study.take().number, status, error="why")
     assert end(study, 0).status is status

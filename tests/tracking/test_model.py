@@ -52,7 +52,7 @@ def test_a_registered_model_answers_as_the_prediction_command_does(logged, answe
     assert list(model.input_example.columns) == ["text"]
 
 
-def test_mlflows_own_command_answers_so_too(logged, answers, tmp_path):
+def test_mlflows_own_command_gives_the_same_predictions(logged, answers, tmp_path):
     from mlflow.models.cli import commands
 
     (tmp_path / "in.json").write_text(json.dumps({"dataframe_split": TEXTS.to_dict(orient="split")}))

@@ -526,7 +526,7 @@ def test_a_store_that_is_gone_at_the_end_only_warns(store, start, monkeypatch, c
     ]
 
 
-def test_a_batch_sent_twice_is_kept_once(store, client, start):
+def test_metrics_that_are_sent_twice_are_stored_once(store, client, start):
     run = store.begin(start())
     run.on_step(step(1))
     waiting = list(run._pending.metrics)

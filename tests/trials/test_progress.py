@@ -114,7 +114,7 @@ def test_a_short_trial_is_not_announced():
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(600.0, None), (601.0, "10 min 1 s"), (7_560.0, "2 h 6 min")])
-def test_long_begins_at_ten_minutes(seconds, said):
+def test_a_trial_of_ten_minutes_is_announced_as_long(seconds, said):
     line = long_trial_warning(seconds, steps=12_630)
     assert line is None if said is None else line == f"This trial will take about {said} on this device; {LONG}"
 

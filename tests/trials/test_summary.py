@@ -150,7 +150,7 @@ def test_without_a_baseline_the_command_that_makes_one_is_whole(outcome):
     assert any("no finished baseline of this protocol" in line for line in lines)
 
 
-def test_a_baseline_is_called_one(outcome):
+def test_the_summary_says_which_trial_is_a_baseline(outcome):
     assert "This is a baseline" in shown(replace(outcome, comparison=None))
 
 

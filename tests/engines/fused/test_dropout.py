@@ -69,7 +69,7 @@ def words(counter, site, key):
         (0x243F6A88, 0x85A308D3, 0x299F31D0A4093822, None),
     ],
 )
-def test_philox_is_that_of_its_authors(counter, site, key, expected):
+def test_philox_gives_the_numbers_of_its_authors(counter, site, key, expected):
     """The known answer for zeros is in Random123's ``kat_vectors``; the others are checked with Python's integers."""
     assert words(counter, site, key) == (
         [int(word, 16) for word in expected.split()] if expected else plain_philox(counter, site, key)

@@ -162,7 +162,7 @@ LADDER = {
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("case", LADDER)
-def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case):
+def test_the_fused_engine_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, case):
     settings = trial(*LADDER[case], LAST_EPOCH, SAVED, kind=kind)
     splits, seen = splits_of(settings), recorder()
     model, losses, norms = reference(settings, splits)
@@ -180,7 +180,9 @@ def test_it_equals_a_plain_loop_in_float64(trial, splits_of, recorder, kind, cas
         ("bert", {"pad_token_id": None, "layer_norm_eps": 1e-3, "hidden_act": "relu", "return_dict": False}),
     ],
 )
-def test_it_does_what_a_local_configuration_says(trial, models, splits_of, recorder, tmp_path, kind, changes):
+def test_the_fused_engine_follows_a_local_models_configuration(
+    trial, models, splits_of, recorder, tmp_path, kind, changes
+):
     shutil.copytree(models[kind, True], tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", **changes)
     settings = trial(f"model.checkpoint={tmp_path}/model", LAST_EPOCH)
@@ -259,7 +261,7 @@ def test_a_frozen_pooler_that_the_checkpoint_lacks_is_that_of_each_trials_own_se
         np.testing.assert_allclose(result.report.logits, alone.report.logits, atol=1e-6)
 
 
-def test_the_ladder_clips_where_it_says_so(trial, splits_of):
+def test_gradients_of_the_clipped_cases_are_clipped(trial, splits_of):
     """Without this, the rungs about clipping could all be the same."""
     splits = splits_of(trial())
     _, _, norms = reference(trial("optim.max_grad_norm=0.05"), splits)
@@ -482,7 +484,7 @@ def test_trials_of_one_seed_share_one_batch_to_the_same_bits(trial, splits_of, r
 
 
 @pytest.mark.parametrize("freezing", ["freeze=none", "freeze=gradual", "freeze=scheduled freeze.layers=2"])
-def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder, freezing):
+def test_the_fused_engine_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder, freezing):
     """Same order of examples, same schedule, same records, on the way that users take."""
     from distilbench.engines.trainer import TrainerEngine
 
@@ -504,7 +506,7 @@ def test_it_follows_the_trainer_engine_step_by_step(trial, splits_of, recorder, 
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_still_prefix_is_the_same_kept_or_run_anew(trial, splits_of, recorder, monkeypatch, depth):
+def test_a_prefix_without_dropout_is_the_same_cached_or_computed_again(trial, splits_of, recorder, monkeypatch, depth):
     settings = trial(f"freeze.layers={depth}", "freeze.dropout=false", still=False)
     splits = splits_of(settings)
     kept, _ = losses_of(FusedEngine(torch.float64), [settings], splits, recorder)
@@ -695,7 +697,7 @@ def test_bf16_follows_autocast(trial, splits_of, recorder, freezing, whole):
         np.testing.assert_allclose(*norms, rtol=0.05, atol=1e-3)
 
 
-def test_two_labels_or_more(trial, splits_of, recorder):
+def test_the_fused_engine_trains_two_labels_or_more(trial, splits_of, recorder):
     settings = trial(LAST_EPOCH)
     splits = splits_of(settings)
     labels = np.arange(len(splits.train)) % 3

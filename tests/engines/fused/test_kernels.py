@@ -61,7 +61,7 @@ def test_masks_are_the_same_bit_for_bit(device, whole, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_tried_before_a_training_runs(device, dtype):
+def test_every_kernel_is_tried_before_training(device, dtype):
     for work, details in {"dropout": (), "adamw": (dtype,), "attention": (dtype, 2, 8), "norm": (dtype, 24)}.items():
         with torch.no_grad():
             assert kernels._is_working.__wrapped__(work, device, *details), work
@@ -220,7 +220,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(on_device):
 
 @pytest.mark.parametrize(("kind", "freezing"), [("distilbert", "freeze=none"), ("bert", "freeze.layers=1")])
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process with TRITON_INTERPRET=1 that another test starts")
-def test_training_by_kernels_is_training(trial, splits_of, recorder, monkeypatch, kind, freezing):
+def test_training_with_kernels_equals_training_without(trial, splits_of, recorder, monkeypatch, kind, freezing):
     """All kernels together: two orders of examples, dropout, and batches that lack a sentence; two steps."""
     common = (freezing, "train.epochs=2", "train.batch_size=3", "data.max_train_examples=2", "train.max_length=16",
               "data.max_validation_examples=4", "output.save_model=false")  # fmt: skip

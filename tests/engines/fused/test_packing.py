@@ -89,7 +89,7 @@ def test_the_order_of_an_epoch_is_that_of_accelerates_sampler():
 
 
 @pytest.mark.parametrize(("step", "seen"), [(0, 0), (4, 32), (5, 37), (6, 45), (10, 74)])
-def test_a_course_counts_the_smaller_last_batch(step, seen):
+def test_a_schedule_counts_the_smaller_last_batch(step, seen):
     schedule = BatchSchedule(examples=37, batch_size=8, epochs=2)
     assert (schedule.steps_per_epoch, schedule.steps) == (5, 10)
     assert schedule.num_examples_seen(step) == seen

@@ -71,7 +71,7 @@ def test_windows_follow_one_another(monkeypatch):
         assert torch.equal(whole.inputs(step), parts.inputs(step))
 
 
-def test_levels_add_as_little_as_they_can():
+def test_bucket_sizes_add_as_little_padding_as_they_can():
     sizes = np.array([10] * 50 + [20] * 5 + [30] * 40 + [90])
     assert bucket_sizes(sizes, 10, 4, power=1).tolist() == [10, 20, 30, 90]
     assert bucket_sizes(sizes, 10, 3, power=1).tolist() == [10, 30, 90]
@@ -81,7 +81,7 @@ def test_levels_add_as_little_as_they_can():
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=50), st.integers(1, 5))
 @settings(max_examples=50)
-def test_every_size_fits_a_level(sizes, most):
+def test_every_size_fits_a_bucket_size(sizes, most):
     found = bucket_sizes(np.array(sizes), 16, most, power=1)
     assert len(found) <= most
     assert (np.diff(found) > 0).all()
@@ -90,7 +90,7 @@ def test_every_size_fits_a_level(sizes, most):
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
-def test_there_are_few_buckets(seeds):
+def test_batches_share_few_buckets(seeds):
     rng = np.random.default_rng(0)
     split = split_of(rng.integers(3, 60, 2000).tolist())
     plan = BucketedBatches(split, BatchSchedule(2000, 16, 2), seeds, CPU)

@@ -88,6 +88,6 @@ def test_being_out_of_memory_is_the_groups_to_answer_and_keeps_none(cuda, monkey
     assert held == []
 
 
-def test_a_cpu_records_nothing(cuda):
+def test_on_a_cpu_no_graph_is_recorded(cuda):
     assert isinstance(runner_for(GPU), GraphRunner)
     assert runner_for(torch.device("cpu")) is None

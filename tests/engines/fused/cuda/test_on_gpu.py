@@ -140,7 +140,7 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
     np.testing.assert_array_equal(clean, dirty)
 
 
-def test_a_step_waits_for_nothing(trial, splits_of, recorder, monkeypatch):
+def test_a_recorded_step_does_not_wait_for_the_device(trial, splits_of, recorder, monkeypatch):
     take = graph_step.GraphSteps.take
 
     def without_waiting(steps, step, stop):
@@ -222,7 +222,7 @@ def device():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", [32, 64, 96])
-def test_no_kernel_is_left_out(caplog, dtype, head_size):
+def test_every_kernel_runs_on_a_gpu(caplog, dtype, head_size):
     if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("needs a GPU with bfloat16")
     kernels.compile_all(torch.device("cuda", 0), dtype, 12, head_size)
