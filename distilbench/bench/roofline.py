@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
 from distilbench.models.flops import count_flops_by_module
-from distilbench.models.freezing import layer_list, levels
+from distilbench.models.freezing import layer_list, parameter_levels
 
 _SIDE = 2048
 
@@ -82,7 +82,7 @@ def step_cost_of(model: PreTrainedModel, tokens: float, sentences: int, words: i
     each = [float(counted[f"{name}.{i}"]) for i in range(len(layers))]  # (layers,) for one sentence
     spared = each[-1] * (1 - 1 / length)
     each[-1] -= spared
-    level_of, trained = levels(model), [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    level_of, trained = parameter_levels(model), [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     frozen_layers = max(0, min(level_of[name] for name, _ in trained) - 1)  # level 0 is the embeddings
     vocabulary = model.get_input_embeddings().weight
     elements = sum(words * p.shape[1] if p is vocabulary else p.numel() for _, p in trained)

@@ -28,7 +28,7 @@ _SEAL = "seal.json"
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """The progress of a trial, summed over all processes that have trained it.
 
     ``train_seconds`` and ``train_cpu_seconds`` are reported in the result; ``step_seconds`` is ``train_seconds``
@@ -56,7 +56,7 @@ def identity_of(settings: TrialSettings, splits: EncodedSplits, weights: str, pr
     return checkpoint_identity(settings, weights, texts.hexdigest(), precision)
 
 
-def find_latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, Progress] | None:
+def find_latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, TrainingState] | None:
     """Return the newest complete checkpoint in ``directory`` with its progress, or None.
 
     Raises :class:`SettingsError` if that checkpoint belongs to a trial of another ``identity``.
@@ -76,9 +76,9 @@ def find_latest(directory: Path, identity: Mapping[str, object]) -> tuple[Path, 
             f"train.resume must continue with the settings of {path}, which has {its}, got {own}; "
             "use the same settings, another output.dir, or train.resume=false"
         )
-    known = {field.name for field in fields(Progress)}  # other versions may have more fields
+    known = {field.name for field in fields(TrainingState)}  # other versions may have more fields
     done = {name: value for name, value in seal["progress"].items() if name in known}
-    return path, Progress(**done | {"history": [Evaluation(**values) for values in done["history"]]})
+    return path, TrainingState(**done | {"history": [Evaluation(**values) for values in done["history"]]})
 
 
 def read_seal(path: Path) -> dict[str, Any] | None:
@@ -91,7 +91,7 @@ def read_seal(path: Path) -> dict[str, Any] | None:
     return seal if is_whole else None
 
 
-def write_seal(path: Path, identity: Mapping[str, object], progress: Progress) -> None:
+def write_seal(path: Path, identity: Mapping[str, object], progress: TrainingState) -> None:
     """Mark the checkpoint at ``path`` as complete, then remove all other checkpoints next to it."""
     files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # a seal may exist for this step
     sizes = {file.name: file.stat().st_size for file in files}

@@ -1,6 +1,6 @@
 """Freeze policies that change which levels are frozen at each evaluation.
 
-A part of training lies between two evaluations. Levels are those of :func:`distilbench.models.freezing.levels`: one
+A part of training lies between two evaluations. Levels are :func:`~distilbench.models.freezing.parameter_levels`: one
 frozen level means the embeddings; of ``n`` encoder layers, ``n + 1`` frozen levels leave only what follows the last.
 """
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from distilbench.engines.batches import BatchSchedule
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import freeze_levels, levels, parameter_counts
+from distilbench.models.freezing import freeze_levels, parameter_counts, parameter_levels
 from distilbench.results import Evaluation
 from distilbench.settings import FreezeSettings, require
 
@@ -81,7 +81,7 @@ class MovingFreeze:
         self, model: PreTrainedModel, settings: FreezeSettings, schedule: BatchSchedule, gradients: list[list[float]]
     ) -> None:
         self.gradients, self._model, self._by_gradients = gradients, model, settings.policy == "auto"
-        named, level_of = dict(model.named_parameters()), levels(model)
+        named, level_of = dict(model.named_parameters()), parameter_levels(model)
         self._top = max(level_of.values())
         self._by_level = [[named[n] for n in named if level_of[n] == level] for level in range(self._top + 1)]
         self._part, self._steps = 0, 0

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from distilbench.models.freezing import levels
+from distilbench.models.freezing import parameter_levels
 from distilbench.settings import OptimSettings, SchedulerSettings, TrainSettings, require
 
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -78,7 +78,7 @@ def parameter_groups(model: PreTrainedModel, settings: OptimSettings) -> list[di
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed, groups = decay_parameter_names(model), []
-    level_of = dict.fromkeys(dict(trainable), 0) if settings.layer_decay == 1 else levels(model)
+    level_of = dict.fromkeys(dict(trainable), 0) if settings.layer_decay == 1 else parameter_levels(model)
     top = max(level_of.values())
     for level in sorted({level_of[name] for name, _ in trainable}, reverse=True):
         lr = settings.lr * lr_scale(level, top, settings.layer_decay)

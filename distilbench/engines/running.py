@@ -23,7 +23,7 @@ from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
 from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import BatchSchedule
-from distilbench.engines.checkpoints import Progress
+from distilbench.engines.checkpoints import TrainingState
 from distilbench.engines.device import peak_memory
 from distilbench.models.flops import TrainFlops
 from distilbench.results import Evaluation, Status, StepRecord, TrialResult
@@ -147,7 +147,7 @@ class RunningTrial:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     about: dict[str, Any] = field(default_factory=dict)
     flops: Mapping[int, TrainFlops] = field(default_factory=dict)
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingState = field(default_factory=TrainingState)
     identity: dict[str, object] = field(default_factory=dict)
     report: Evaluation | None = None
     setup_seconds: float = 0.0

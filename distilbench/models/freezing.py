@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from distilbench.settings import FreezeSettings, SettingsError
 
 
-def levels(model: PreTrainedModel) -> dict[str, int]:
+def parameter_levels(model: PreTrainedModel) -> dict[str, int]:
     """Return the level of each of ``model.named_parameters()``, counted from the input.
 
     Level 0 is the embeddings (with ELECTRA's and ALBERT's projections), ``i + 1`` is encoder layer ``i``, and the last
@@ -127,8 +127,8 @@ def _keep_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def freeze_levels(model: PreTrainedModel, count: int) -> None:
-    """Freeze the lowest ``count`` levels of :func:`levels` in place, and unfreeze the others."""
-    level_of = levels(model)
+    """Freeze the lowest ``count`` levels of :func:`parameter_levels` in place, and unfreeze the others."""
+    level_of = parameter_levels(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(level_of[name] >= count)
 

@@ -26,7 +26,7 @@ SURE_STEPS, SURE_SECONDS = 10, 2.0
 """Steps and seconds of a trial that must have passed before its time is predicted."""
 
 
-class Progress:
+class ProgressBars:
     """Shows the progress of the trials ``names``; a context manager, and an observer that stops no trial.
 
     ``console`` is by default a new one on standard output; ``clock`` returns seconds. On a terminal, each trial has a
@@ -57,7 +57,7 @@ class Progress:
         for trial in range(len(names)):  # without names, so that they fit eighty columns
             self._bars.add_task(self._count(trial), total=None, visible=trial == 0, status="first steps")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBars:
         self._bars.start()
         return self
 

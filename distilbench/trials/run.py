@@ -37,7 +37,7 @@ from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking import MlflowRun, MlflowStore, RunStart, final_metrics, tags_of, trial_of, write_predictions
 from distilbench.trials.interruptions import SignalGuard, TrialTakenOver
 from distilbench.trials.prepared import LIBRARIES, Job, Prepared, SweepContext, prepared_trial, version_of
-from distilbench.trials.progress import Progress
+from distilbench.trials.progress import ProgressBars
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ def _train(opened: Sequence[Trial], guard: SignalGuard) -> None:
     console = Console(quiet=any(trial.context.is_quiet for trial in opened))
     engine = engine_for(prepared.engine)
     used = [prepared_trial(trial.settings, prepared) for trial in opened]
-    with Progress([trial.name for trial in opened], console) as progress:
+    with ProgressBars([trial.name for trial in opened], console) as progress:
         observer = _Observer(opened, progress, guard)
         for index, result in enumerate(engine.train(used, prepared.splits, observer)):
             reason = observer.reasons.get(index) if result.status is Status.PRUNED else None
@@ -314,7 +314,7 @@ def _share_batch(opened: Sequence[Trial], seconds: float, solo_seconds: float | 
 class _Observer:
     """Passes what an engine reports to each trial's run, to the progress display, and to the pruning callback."""
 
-    def __init__(self, opened: Sequence[Trial], progress: Progress, guard: SignalGuard) -> None:
+    def __init__(self, opened: Sequence[Trial], progress: ProgressBars, guard: SignalGuard) -> None:
         self._opened, self._progress, self._guard = opened, progress, guard
         self.reasons: dict[int, str] = {}
         """Index of a pruned trial -> why it was pruned."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from distilbench.engines import checkpoints
-from distilbench.engines.checkpoints import Progress
+from distilbench.engines.checkpoints import TrainingState
 from distilbench.engines.fused.member import Member
 
 
@@ -17,13 +17,13 @@ def test_a_step_that_is_kept_twice_is_whole(tmp_path):
     checkpoint.mkdir()
     for seconds in (1.0, 2.0):
         (checkpoint / "state").write_bytes(b"weights")
-        checkpoints.write_seal(checkpoint, {"seed": 1}, Progress(step=96, train_seconds=seconds))
-    assert checkpoints.find_latest(tmp_path, {"seed": 1}) == (checkpoint, Progress(step=96, train_seconds=2.0))
+        checkpoints.write_seal(checkpoint, {"seed": 1}, TrainingState(step=96, train_seconds=seconds))
+    assert checkpoints.find_latest(tmp_path, {"seed": 1}) == (checkpoint, TrainingState(step=96, train_seconds=2.0))
 
 
 def test_a_complete_checkpoint_is_not_overwritten(tmp_path):
     """A kill while the same step is kept once more would leave a seal beside half of a file."""
-    progress = Progress(step=96, train_seconds=1.0)
+    progress = TrainingState(step=96, train_seconds=1.0)
     trial = SimpleNamespace(folder=tmp_path, identity={"seed": 1}, progress=progress)
     member = SimpleNamespace(trial=trial, best_params=None)
     Member.save(member, torch.ones(3), [])

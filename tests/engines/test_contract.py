@@ -20,7 +20,7 @@ from distilbench.engines import engine_for
 from distilbench.engines.batches import BatchSchedule, epoch_order
 from distilbench.models.build import build_model
 from distilbench.models.flops import TrainFlops, count_flops_by_module
-from distilbench.models.freezing import freeze, freeze_levels, levels
+from distilbench.models.freezing import freeze, freeze_levels, parameter_levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import MEASURES, Status
 from tests.engines.conftest import PAIRS
@@ -319,7 +319,7 @@ def test_what_gradual_has_not_come_to_stays_as_it_was(trial, train, splits_of):
     [result], _ = train([settings])
     assert result.selection.step == STEPS, "the last part must be the best for this test to tell anything"
     model = build_model(resolve_model(settings.model), splits_of(settings).label_names, settings.seed)
-    level_of, trained = levels(model), load_file(f"{settings.output.dir}/model/model.safetensors")
+    level_of, trained = parameter_levels(model), load_file(f"{settings.output.dir}/model/model.safetensors")
     changed = {level_of[name] for name, p in model.named_parameters()
                if not np.array_equal(trained[name], p.detach().numpy())}  # fmt: skip
     assert changed == {2, 3}
@@ -327,7 +327,7 @@ def test_what_gradual_has_not_come_to_stays_as_it_was(trial, train, splits_of):
 
 
 def _parameters_from(model, level):
-    return sum(p.numel() for name, p in model.named_parameters() if levels(model)[name] >= level)
+    return sum(p.numel() for name, p in model.named_parameters() if parameter_levels(model)[name] >= level)
 
 
 def test_a_trial_that_ends_early_has_trained_what_its_parts_so_far_did(trial, train, splits_of, recorder):

@@ -29,7 +29,7 @@ from distilbench.engines.running import outcome_of
 from distilbench.engines.trainer import TrainerEngine
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
-from distilbench.models.freezing import levels
+from distilbench.models.freezing import parameter_levels
 from distilbench.models.resolve import resolve_model
 from distilbench.results import Status
 from tests.engines.conftest import Recorder
@@ -526,7 +526,7 @@ class FrozenAt(Recorder):
 
 def sizes_by_level(settings, splits) -> list[int]:
     model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
-    level_of = levels(model)
+    level_of = parameter_levels(model)
     return [sum(p.numel() for n, p in model.named_parameters() if level_of[n] == level) for level in range(4)]
 
 
@@ -553,7 +553,7 @@ def test_what_is_frozen_moves_at_evaluations_and_costs_the_sum_of_its_parts(
     expected = 0
     for step in range(STEPS):
         model = build_model(resolve_model(settings.model), splits.label_names, seed=0)
-        level_of = levels(model)
+        level_of = parameter_levels(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(level_of[name] >= frozen[step // 3])
         lengths = np.array([len(splits.train.row(i)) for i in BatchSchedule(37, 8, 2).batch(settings.seed, step)])

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from distilbench.results import Evaluation, StepRecord
-from distilbench.trials.progress import LINE_SECONDS, Progress, evaluation_text, long_trial_warning, step_text
+from distilbench.trials.progress import LINE_SECONDS, ProgressBars, evaluation_text, long_trial_warning, step_text
 
 EVALUATION = Evaluation("validation", 100, 1.0, loss=0.3255, accuracy=0.9071, f1=0.91, mcc=0.8142)
 LONG = "for a first answer in minutes: experiment=quick"
@@ -28,7 +28,7 @@ class Watched:
         self.file = io.StringIO()
         self.now = 0.0
         console = Console(file=self.file, force_terminal=terminal, width=160, color_system=None, legacy_windows=False)
-        self.progress = Progress(names, console, clock=lambda: self.now)
+        self.progress = ProgressBars(names, console, clock=lambda: self.now)
 
     def steps(self, first, last, seconds_per_step, steps=300, trial=0):
         for step in range(first, last + 1):

@@ -21,7 +21,7 @@ from distilbench.tracking import undelivered
 from distilbench.tracking.run import MlflowRun
 from distilbench.trials import batch, run, summary
 from distilbench.trials.prepared import Job, SweepContext, prepare
-from distilbench.trials.progress import Progress
+from distilbench.trials.progress import ProgressBars
 from tests.conftest import TINY, compose_settings
 from tests.made_store import blank_figures, make_store
 
@@ -177,12 +177,12 @@ BEFORE_RESULT = {
     "the first record is written": (run, "_write_first", True),
     "the second run is made": (run, "_write_first", False),
     "the engine is made": (run, "engine_for", False),
-    "the bar is shown": (Progress, "__enter__", False),
+    "the bar is shown": (ProgressBars, "__enter__", False),
     "training": (FakeEngine, "train", False),
     "a step is logged": (MlflowRun, "on_step", False),
-    "a step is shown": (Progress, "on_step", True),
+    "a step is shown": (ProgressBars, "on_step", True),
     "an evaluation is logged": (MlflowRun, "on_evaluation", True),
-    "an evaluation is shown": (Progress, "on_evaluation", False),
+    "an evaluation is shown": (ProgressBars, "on_evaluation", False),
 }
 
 
@@ -205,7 +205,7 @@ def test_a_trial_without_a_result_is_closed_whatever_ends_it(store, trials, trai
 
 
 KEEPING = {
-    "the bar is put away": (Progress, "__exit__", True),
+    "the bar is put away": (ProgressBars, "__exit__", True),
     "the batch's seconds are shared": (run, "_share_batch", False),
     "the predictions are written": (run, "write_predictions", False),
     "the predictions have been written": (run, "write_predictions", True),

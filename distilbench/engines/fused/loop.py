@@ -290,7 +290,7 @@ class TrialGroup:
             self.graph_steps = GraphSteps(
                 optimizer, objective, bucketed_batches, self.losses, self.norms, runner_for(device)
             )
-        seconds = self.graph_steps.take(self.step, self.context.trained_until(self.step))
+        seconds = self.graph_steps.take_steps(self.step, self.context.trained_until(self.step))
         self.stopwatch.exclude(seconds)
         for member in self.members:
             member.trial.setup_seconds += seconds

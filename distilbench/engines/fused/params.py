@@ -16,7 +16,7 @@ from distilbench.engines.fused.cuda.side_stream import wait_for_side_stream
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.architecture import TABLES, Architecture
-from distilbench.models.freezing import levels
+from distilbench.models.freezing import parameter_levels
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements that a CPU's optimizer updates at once, to stay in the cache: several passes over all parameters would take
@@ -74,7 +74,7 @@ class FlatParamLayout:
         self.architecture = Architecture.of(model.config)
         self.vocabulary = vocabulary
         self.leaves = self.architecture.leaves()
-        parameters, level_of = dict(model.named_parameters()), levels(model)
+        parameters, level_of = dict(model.named_parameters()), parameter_levels(model)
         self.frozen = {leaf for leaf, names in self.leaves.items() if not parameters[names[0]].requires_grad}
         decayed = decay_parameter_names(model)
         sections = {leaf: _section_of(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
@@ -83,7 +83,7 @@ class FlatParamLayout:
         self.gaps: list[slice] = []
         self.top = max(level_of.values())
         self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
-        """The level of each weight: :func:`~distilbench.models.freezing.levels`."""
+        """The level of each weight: :func:`~distilbench.models.freezing.parameter_levels`."""
         self.level_at: dict[int, int] = {}
         """The level of the weights by the index from which it applies."""
         ends = [0, 0, 0, 0]

@@ -71,7 +71,7 @@ class GraphSteps:
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
 
-    def take(self, step: int, stop: int) -> float:
+    def take_steps(self, step: int, stop: int) -> float:
         """Take step ``step`` (from 0); return the seconds spent on capturing graphs, which happens once.
 
         Graphs are valid for the steps before ``stop``, where what is trained changes. The first step runs eagerly: it
