@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import optuna
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -73,18 +73,24 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
     raise_on_signal()
     storage = storage_at(options.storage, written["storage"], plan.directory)
     executor = executor_for(options.launcher, options.config.hydra.launcher, options.n_jobs)
-    return run_plan(plan, storage, executor)
+    return run_plan(plan, storage, executor, config=options.config)
 
 
 @silence_launchers()
 def run_plan(
-    plan: SweepPlan, storage: Storage, executor: Executor, tags: Mapping[str, str] | None = None
-) -> str | None:
-    """Run a plan, with ``tags`` on the sweep's own MLflow run; returns None, or why it failed, in one line."""
+    plan: SweepPlan, storage: Storage, executor: Executor, tags: Mapping[str, str] | None = None,
+    config: DictConfig | None = None,
+) -> str | None:  # fmt: skip
+    """Run a plan, with ``tags`` on the sweep's own MLflow run; returns None, or why it failed, in one line.
+
+    ``config`` is saved as ``multirun.yaml``, as Hydra's own sweeper does.
+    """
     store = open_store(plan.settings.tracking)
     try:
         with SignalGuard() as guard:
             plan, studies = open_studies(plan, storage, store.has_run if store else None)
+            if config is not None:
+                OmegaConf.save(config, plan.directory / "multirun.yaml")
             parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
             runner = SweepRunner(plan, studies, storage, executor, parent, guard)
             failure = runner.run()

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.sweep.conftest import SweepWorkspace
 
@@ -62,7 +63,8 @@ def test_the_sweep_ends_with_a_report_printed_and_saved(grid):
     assert "Sweep grid" in process.stdout
     assert "verdict" in process.stdout
     written = {path.name for path in workspace.sweep("grid").iterdir()}
-    assert {"report.html", "report.md", "report.tex", "report.csv"} <= written
+    assert {"report.html", "report.md", "report.tex", "report.csv", "multirun.yaml"} <= written
+    assert OmegaConf.load(workspace.sweep("grid") / "multirun.yaml").hydra.mode == "MULTIRUN"
     assert "\x1b[" not in process.stdout, "control codes in piped output"
     with (workspace.sweep("grid") / "report.csv").open() as file:
         rows = {f"{row['trial']} {row['setting']}" for row in csv.DictReader(file)}
