@@ -267,14 +267,14 @@ def test_out_of_memory_halves_the_group_and_then_the_batch(
     trials = [trial(f"seed={seed}", f"train.precision={precision}") for seed in (1, 2)]
     splits, expected = splits_of(trials[0]), recorder()
     FusedEngine(dtype).train(trials, splits, expected)
-    run = graph_step.GraphSteps.take
+    run = graph_step.GraphSteps.take_steps
 
     def short_of_memory(steps, step, stop):
         if step >= 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return run(steps, step, stop)
 
-    monkeypatch.setattr(graph_step.GraphSteps, "take", short_of_memory)
+    monkeypatch.setattr(graph_step.GraphSteps, "take_steps", short_of_memory)
     seen = recorder()
     results = FusedEngine(dtype, graph_steps=True).train(trials, splits, seen)
     assert [r.status for r in results] == [Status.FINISHED] * 2

@@ -141,7 +141,7 @@ def test_a_replay_reads_nothing_that_is_left_over(trial, splits_of, recorder, mo
 
 
 def test_a_recorded_step_does_not_wait_for_the_device(trial, splits_of, recorder, monkeypatch):
-    take = graph_step.GraphSteps.take
+    take = graph_step.GraphSteps.take_steps
 
     def without_waiting(steps, step, stop):
         if not steps._recorded or step % 5 == 0:  # the first is recorded; others may begin a window or a prefix
@@ -152,7 +152,7 @@ def test_a_recorded_step_does_not_wait_for_the_device(trial, splits_of, recorder
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(graph_step.GraphSteps, "take", without_waiting)
+    monkeypatch.setattr(graph_step.GraphSteps, "take_steps", without_waiting)
     settings = trial(ON_GPU, "train.logging_steps=5", "output.save_model=false", still=False)
     losses_of(FusedEngine(), [settings], splits_of(settings), recorder)
 
