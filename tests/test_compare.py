@@ -284,7 +284,8 @@ def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, t
     assert "trains them again with sweep.retry_lost=true" in caplog.text
 
 
-def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_alone(tmp_path):
+@pytest.mark.parametrize("margin", [3.0, 0.6], ids=["good enough alone", "undecided alone, by a lower bound"])
+def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_alone(tmp_path, margin):
     """A loss of half a point, shown to be below 3 points alone, but not beside nine others."""
     store = make_store(tmp_path)
     parent = store.open_parent_run("many", {SWEEP_TAG: "many"}, tmp_path)
@@ -297,7 +298,7 @@ def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_al
         store.add_comparison(ids[-1], "alone", told, "-0.50 points against the baseline. Good enough")
     for _ in range(2):  # a report made again adds nothing
         with initialize_config_dir(str(ROOT / "conf")):
-            report = report_sweep(store, "many", tmp_path, default_treatment(), 3.0, Console(quiet=True))
+            report = report_sweep(store, "many", tmp_path, default_treatment(), margin, Console(quiet=True))
     assert {(row.number, row.final_verdict) for row in report.candidates} == {
         (str(n), Verdict.UNDECIDED) for n in range(1, 11)
     }

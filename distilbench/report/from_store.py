@@ -18,7 +18,6 @@ from distilbench.report import tables
 from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.findings import Report, by_score
 from distilbench.report.names import source_overrides
-from distilbench.report.noninferiority import verdict_with_margin
 from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
@@ -299,13 +298,11 @@ def _confirmation(store: MlflowStore, report: Report, request: ReportRequest) ->
 def _update_trial_runs(store: MlflowStore, report: Report) -> None:
     """Write the report's verdicts to the runs of trials whose own comparison differs, or that have none yet.
 
-    The report's verdicts are corrected for all settings, use all seeds, and are replaced by those of fresh seeds. A
-    trial has no comparison yet if it ended before the baseline did, or while the store was unreachable.
+    The report's verdicts and bounds are corrected for all settings, use all seeds, and are replaced by those of fresh
+    seeds. A trial has no comparison yet if it ended before the baseline did, or while the store was unreachable.
     """
     for row in report.candidates if report.baseline and report.baseline.trials else ():
-        found = row.difference
-        alone = verdict_with_margin(found.low, found.high, found.p, found.p_loss) if found else None
-        differs = row.verdict and (row.num_seeds > 1 or row.confirmation or row.verdict not in (alone, Verdict.AHEAD))
+        differs = row.verdict and (report.num_settings > 1 or row.num_seeds > 1 or row.confirmation)
         text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:
