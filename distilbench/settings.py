@@ -807,7 +807,8 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
             hint = Any
         elif nested:
             hint = _schema(nested, (cls, *inside))
-        fields.append((f.name, hint, dataclasses.field(default=f.default)))  # without one: missing
+        default = f.default if f.default is not dataclasses.MISSING else "???"  # joblib's workers unpickle another one
+        fields.append((f.name, hint, dataclasses.field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
