@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -207,6 +208,17 @@ def load_migrations_once() -> None:
     pyfiles.load_module_py = load_migration
     optuna.storages.RDBStorage("sqlite://")
     _get_latest_schema_revision()
+
+
+def wait_for_no_disk() -> None:
+    """Have SQLite leave writing to the disk to the system: a process may be killed in a test, the machine is not."""
+    import sqlalchemy
+
+    def connected(connection: Any, record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connected)
 
 
 def share_statements() -> None:

@@ -30,7 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from distilbench.settings import AppSettings, register_schema, settings_from
-from tests.commands import Workspace
+from tests.commands import Workspace, wait_for_no_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
@@ -38,6 +38,7 @@ hypothesis.settings.register_profile(
     "whatever-the-clock-says", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("whatever-the-clock-says")
+wait_for_no_disk()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,9 +20,11 @@ from hydra.core.plugins import Plugins
 import distilbench
 from distilbench.data.readers import _synthetic_splits
 from distilbench.models.build import build_model, load_tokenizer
+from distilbench.models.flops import TrainFlops
+from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
-from distilbench.settings import CONF, ModelSettings, register_schema
-from tests.commands import load_migrations_once
+from distilbench.settings import CONF, FreezeSettings, ModelSettings, register_schema
+from tests.commands import load_migrations_once, wait_for_no_disk
 
 LIBRARIES = (
     "accelerate",
@@ -54,6 +56,7 @@ ROOMS = [
 for name in (*LIBRARIES, *ROOMS):
     importlib.import_module(name)
 load_migrations_once()
+wait_for_no_disk()
 registered = ConfigStore.instance().repo
 own = dict(registered)
 register_schema()
@@ -62,9 +65,12 @@ with initialize_config_dir(str(CONF)):  # parsers learn their grammar while they
 for name in set(registered) - set(own):
     del registered[name]  # each command registers its own
 _synthetic_splits(("negative", "positive"))
-resolved = resolve_model(ModelSettings("random", "distilbert", layers=1))
+resolved = resolve_model(ModelSettings("random", "distilbert", layers=2))
 load_tokenizer(resolved)
-build_model(resolved, ("one", "two"), seed=0)  # transformers compiles its table of renamed weights for the first model
+for layers in range(3):  # transformers compiles its table of renamed weights for the first model
+    model = build_model(resolved, ("negative", "positive"), seed=0)
+    freeze(model, FreezeSettings(layers, "auto", True, "depth"))
+    TrainFlops.of(model)
 Plugins.instance()  # Hydra looks for them, and imports them, once a process
 gc.freeze()  # exclude these objects from collections, which would copy their pages in the children
 gc.enable()

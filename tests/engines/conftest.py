@@ -56,13 +56,18 @@ def recorder():
     return Recorder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def splits_of():
     """Return ``splits_of(settings) -> EncodedSplits``: the splits that an engine gets for these settings."""
 
+    known: dict[str, EncodedSplits] = {}
+
     def make(settings: TrialSettings) -> EncodedSplits:
-        tokenizer = load_tokenizer(resolve_model(settings.model))
-        return encode(load_text(settings.data), tokenizer, settings.train.max_length, None)
+        key = f"{settings.model} {settings.data} {settings.train.max_length}"
+        if key not in known:
+            tokenizer = load_tokenizer(resolve_model(settings.model))
+            known[key] = encode(load_text(settings.data), tokenizer, settings.train.max_length, None)
+        return known[key]
 
     return make
 

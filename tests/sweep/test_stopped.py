@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from mlflow.store.db import utils as db_utils
@@ -135,7 +134,6 @@ class Ground:
         share_statements()
         latest = db_utils._get_latest_schema_revision()
         monkeypatch.setattr(db_utils, "_get_latest_schema_revision", lambda: latest)  # lists a hundred files
-        sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
         _warm_up(_tracked_in(folder / "warm", settings), folder / "warm" / "sweep")
         assert in_process(lambda: int(open_store(self.settings.tracking) is None)) == 0
         (folder / "mlruns").mkdir(exist_ok=True)
@@ -215,11 +213,6 @@ def _tracked_in(folder: Path, settings):
     return replace(settings, tracking=replace(settings.tracking, name="mlflow", uri=f"sqlite:///{folder}/mlflow.db"))
 
 
-def _without_waiting_for_the_disk(connection, record) -> None:
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous = OFF")
-
-
 def _run(plan: SweepPlan, settings, train=None) -> str | None:
     return runner.run_plan(plan, storage_at(None, None, plan.directory), Sequential(train or train_in(settings), 1))
 
@@ -254,7 +247,6 @@ def ground(tmp_path_factory):
     register_schema()
     with initialize_config_dir(str(ROOT / "conf")), pytest.MonkeyPatch.context() as monkeypatch:
         yield Ground(folder, settings_from(compose("config", [*TINY, *asked])), monkeypatch)
-    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _without_waiting_for_the_disk)
 
 
 CONFIRMATION = {"space": Space({}, []), "is_grid": True, "requires_all": True,

@@ -148,6 +148,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         },
         dtype=dtype,
         compute_dtype=compute_dtype,
+        initial={settings.seed: layout.flat_params(dict(model.named_parameters()), dtype)},
     )
 
 

@@ -106,8 +106,9 @@ class TrialGroup:
     def _initial_state(self) -> list[torch.Tensor]:
         """Return summed losses and last gradient norms, (trials,), parameters and moments, (trials, size)."""
         context = self.context
-        initial: dict[int, torch.Tensor] = {}
-        for seed in {m.trial.settings.seed for m in self.members if m.checkpoint is None}:
+        initial = dict(context.initial)
+        context.initial.clear()  # they are needed once, and as large as a trial
+        for seed in {m.trial.settings.seed for m in self.members if m.checkpoint is None} - {*initial}:
             model = build_model(context.resolved, context.splits.label_names, seed)
             initial[seed] = context.layout.flat_params(dict(model.named_parameters()), context.dtype)
         count, moments = len(self.members), num_moments([m.trial.settings.optim for m in self.members])

@@ -51,7 +51,7 @@ class GroupContext:
 
     ``frozen`` are the frozen weights of :meth:`FlatParamLayout.frozen_weights`; ``dtype`` is that of the trained
     weights, ``compute_dtype`` that of matrix products. ``frozen_levels`` is the number of frozen levels, and ``flops``
-    the FLOPs, by the step from which they apply.
+    the FLOPs, by the step from which they apply. ``initial`` has flat parameters (size,) by seed, until trials start.
     """
 
     splits: EncodedSplits
@@ -66,6 +66,7 @@ class GroupContext:
     about: Mapping[str, Any]
     dtype: torch.dtype
     compute_dtype: torch.dtype
+    initial: dict[int, torch.Tensor]
 
     def trained_from(self, step: int) -> int:
         """Return the lowest level that is trained in step ``step``."""
