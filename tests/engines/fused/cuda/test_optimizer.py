@@ -36,7 +36,7 @@ class Weights:
         self.compute_dtype, self.trained_from = rows.dtype, 0
         self.layout = SimpleNamespace(decayed_end=DECAYED, size=SIZE, tables_end=0, compute_end=0)
 
-    def updated(self):
+    def refresh_compute_params(self):
         pass
 
 
