@@ -212,24 +212,26 @@ PREDICTIONS = "predictions.parquet"
 MODEL, ADAPTER = "model", "adapter"
 """Subdirectories of a trial's directory for its model and its adapter."""
 
-_CLOCK_SECONDS = 2.0
-"""Tolerance between two readings of a process's start time: the system clock may have been adjusted."""
-
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, identified by host, pid and start time (seconds since 1970)."""
+    """A process, identified by host, pid and start time (seconds since boot: since 1970, it moves with the clock)."""
 
     host: str
     pid: int
     started: float
 
     @classmethod
-    def of_this_process(cls) -> Owner:
-        """Return the owner that stands for the current process."""
+    def of(cls, pid: int) -> Owner:
+        """Return the owner that stands for a process of this host."""
         import psutil
 
-        return cls(socket.gethostname(), os.getpid(), round(psutil.Process().create_time(), 2))
+        return cls(socket.gethostname(), pid, round(psutil.Process(pid).create_time() - psutil.boot_time(), 2))
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """Return the owner that stands for the current process."""
+        return cls.of(os.getpid())
 
     def is_dead(self) -> bool:
         """Return whether the process is known to have ended; False for other hosts, where this can't be known."""
@@ -238,9 +240,7 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            process = psutil.Process(self.pid)
-            reused = abs(process.create_time() - self.started) > _CLOCK_SECONDS
-            return bool(reused or process.status() == psutil.STATUS_ZOMBIE)
+            return Owner.of(self.pid) != self or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:

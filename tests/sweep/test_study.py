@@ -10,7 +10,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import optuna
-import psutil
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import InMemoryStorage
@@ -165,7 +164,7 @@ def test_a_living_process_and_another_host_are_left_alone(make):
 
 
 def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_which_finds_out(make):
-    alive = Owner(ME.host, os.getppid(), psutil.Process(os.getppid()).create_time())
+    alive = Owner.of(os.getppid())
     for owner in (Owner("another-host", 1, 0.0), alive):
         frozen, mine = make(owner), make(ME)
         taken = frozen.take()
