@@ -71,9 +71,7 @@ def _saved_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerFast:
     is_usable = isinstance(found, PreTrainedTokenizerFast) and found.pad_token_id is not None
     require(is_usable, "model.checkpoint", "a model with a fast tokenizer (tokenizer.json) and a padding token", name)
     tokenizer: PreTrainedTokenizerFast = found
-    count = len(
-        tokenizer
-    )  # of an empty vocabulary, which is made if its file is missing: special tokens, up to two more
+    count = len(tokenizer)  # an empty vocabulary, made if its file is missing, has special tokens and up to two more
     require(count > len(tokenizer.all_special_tokens) + 2, "model.checkpoint", "a model with a vocabulary that its "
             "tokenizer reads", f"{name} with {count} tokens", "save the tokenizer with save_pretrained")  # fmt: skip
     require(rows is None or count <= rows, "model.checkpoint",
@@ -127,11 +125,9 @@ def build_model(resolved: ResolvedModel, label_names: Sequence[str], seed: int) 
 
 def _order_head(model: PreTrainedModel, trained: Sequence[str], label_names: Sequence[str]) -> None:
     """Reorder the head's rows from ``trained`` to ``label_names``, if both are the same labels in another order."""
-    from torch.nn import Linear
-
     had, wanted = ([name.casefold() for name in names] for names in (trained, label_names))
     if had != wanted and sorted(had) == sorted(wanted) and len(set(had)) == len(had):
-        *_, head = (module for module in model.modules() if isinstance(module, Linear))
+        *_, head = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
         for weight in head.parameters():  # (labels, width) and (labels,)
             weight.data = weight.data[[had.index(name) for name in wanted]]
 
