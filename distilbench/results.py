@@ -213,6 +213,10 @@ MODEL, ADAPTER = "model", "adapter"
 """Subdirectories of a trial's directory for its model and its adapter."""
 
 
+_BOOT_SECONDS = 2.0
+"""Tolerance between two readings of a start time: some systems give the time of boot in whole seconds, by the clock."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """A process, identified by host, pid and start time (seconds since boot: since 1970, it moves with the clock)."""
@@ -240,7 +244,8 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            return Owner.of(self.pid) != self or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            reused = abs(Owner.of(self.pid).started - self.started) > _BOOT_SECONDS
+            return reused or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:

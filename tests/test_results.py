@@ -62,7 +62,12 @@ def test_this_process_owns_what_it_signs_and_lives():
     mine = Owner.of_this_process()
     assert (mine.host, mine.pid) == (socket.gethostname(), os.getpid())
     assert not mine.is_dead()
-    assert replace(mine, started=mine.started + 0.05).is_dead(), "another process had the same pid"
+
+
+@pytest.mark.parametrize(("seconds", "dead"), [(0.0, False), (1.9, False), (-1.9, False), (2.5, True), (-2.5, True)])
+def test_a_start_time_is_the_same_within_two_seconds(seconds, dead):
+    mine = Owner.of_this_process()
+    assert replace(mine, started=mine.started + seconds).is_dead() is dead
 
 
 def test_a_clock_that_jumps_ends_no_process(monkeypatch):
