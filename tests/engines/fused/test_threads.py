@@ -11,11 +11,8 @@ from distilbench.engines.fused.threads import MAX_STACKS, map_in_threads
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
+def six_threads(one_thread):  # which restores the number
     torch.set_num_threads(6)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_each_runs_with_its_share_of_the_threads_and_gives_its_result():
