@@ -60,7 +60,9 @@ def start_of(*overrides: str, text: str = "text", **changes) -> RunStart:
     return RunStart(**{**values, **changes})
 
 
-def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: float = 60.0, predictions=True, **changes):
+def add_trial(
+    store: MlflowStore, *overrides: str, wrong=20, seconds: float = 60.0, predictions=True, slices=None, **changes
+):
     """Store a finished trial that is wrong on the first ``wrong`` of 200 examples; returns its run id."""
     correct = np.arange(len(LABELS)) >= wrong
     logits = np.eye(2)[np.where(correct, LABELS, 1 - LABELS)]
@@ -69,7 +71,7 @@ def add_trial(store: MlflowStore, *overrides: str, wrong: int = 20, seconds: flo
     run = store.begin(start_of(*overrides, **changes))
     run.on_evaluation(end)
     with blank_figures():
-        run.finish(result, Predictions(LABELS, logits) if predictions else None)
+        run.finish(result, Predictions(LABELS, logits, slices) if predictions else None)
     return run.run_id
 
 

@@ -19,7 +19,7 @@ from distilbench.settings import CompareSettings, SettingsError, settings_from
 from distilbench.tracking import CONFIRMS_TAG, MARGIN_TAG, SWEEP_TAG, MlflowStore
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
-from tests.made_store import add_trial, make_store
+from tests.made_store import add_trial, make_store, start_of
 
 COMMAND = "distilbench.compare"
 COSINE = ("scheduler=cosine", "optim.lr=3e-5", "optim.weight_decay=0.05", "scheduler.warmup_ratio=0.1")
@@ -40,8 +40,6 @@ def folder(tmp_path_factory):
     store.open_parent_run("empty", {SWEEP_TAG: "empty"}, Path("empty"))
     add_trial(store, "freeze.layers=2", predictions=False, tags={SWEEP_TAG: "blank"})
     broken = store.open_parent_run("broken", {SWEEP_TAG: "broken"}, Path("broken"))
-    from tests.made_store import start_of
-
     for seed in (1, 2):
         start = start_of(
             f"seed={seed}", "optim.lr=9", text="broken", tags={SWEEP_TAG: "broken"}, parent_run_id=broken.run_id
@@ -111,6 +109,13 @@ def test_runs_are_found_by_id_and_compared_with_the_stores_baseline(folder, tmp_
         "Picked from sweep first: the correction does not count its 1 other setting; python -m distilbench.compare"
         in told
     )
+
+
+def test_a_run_of_its_own_is_not_picked_from_the_sweep_that_its_baseline_is_of(folder, tmp_path, capsys):
+    alone = add_trial(make_store(folder), "seed=1", "optim.lr=0.1", wrong=0)
+    compare(folder, tmp_path, f"runs={alone}")
+    assert rows(tmp_path)["lr=0.1"]["verdict"] == "better"
+    assert "Picked from" not in capsys.readouterr().out
 
 
 def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
@@ -328,6 +333,20 @@ def test_at_a_sweeps_end_trials_are_compared_that_were_not_yet(tmp_path):
     assert "against the baseline. Sweep late: worse with this seed (n = 1)" in frozen.tags["mlflow.note.content"]
     assert "comparison.md" in [file.path for file in store._client.list_artifacts(ids[1])]
     assert "difference_points" not in base.metrics
+
+
+def test_at_a_sweeps_end_a_trial_claims_nothing_whose_other_seed_diverged(tmp_path):
+    store = make_store(tmp_path)
+    parent = store.open_parent_run("lucky", {SWEEP_TAG: "lucky"}, tmp_path)
+    inside = {"parent_run_id": parent.run_id, "tags": {SWEEP_TAG: "lucky"}}
+    _, _, lucky = (add_trial(store, *asked, **inside) for asked in (["seed=1"], ["seed=2"], ["seed=1", "optim.lr=1"]))
+    store.begin(start_of("seed=2", "optim.lr=1", **inside)).finish(TrialResult(Status.DIVERGED, "nan"), None)
+    store.add_comparison(lucky, "alone", {"difference_points": 0.0}, "0.00 points against the baseline. Good enough")
+    with initialize_config_dir(str(ROOT / "conf")):
+        report_sweep(store, "lucky", tmp_path, default_treatment(), 40.0, Console(quiet=True))
+    described = store._client.get_run(lucky).data.tags["mlflow.note.content"]
+    assert "Sweep lucky: not judged: other seeds diverged or were pruned, corrected for the setting tried." in described
+    assert "Good enough" not in described
 
 
 def test_seeds_that_were_not_compared_get_each_its_own_figures_not_their_settings_mean(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -13,7 +14,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import SWEEP_TAG
+from distilbench.tracking import CONFIRMS_TAG, SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -146,6 +147,20 @@ def test_where_the_split_chose_too_the_tests_are_corrected_for_all_that_the_swee
     assert row.difference.p_holm == pytest.approx(min(2 * other.difference.p, 1))
     assert row.difference.loses_at_most > other.difference.loses_at_most
     assert "so tests are corrected for all that its sweep tried (2 settings)" in " ".join(report.notes)
+
+
+def test_slices_of_a_confirmation_are_corrected_for_all_that_the_sweep_tried_too(tmp_path):
+    store, slices = make_store(tmp_path), np.repeat(["web", "book"], 100)
+    for name, seed, rates, tags in (("a", 1, "1234", {}), ("b", 2, "1", {CONFIRMS_TAG: "a"})):
+        parent = store.open_parent_run(name, {SWEEP_TAG: name, **tags}, tmp_path)
+        for rate, wrong in (("2e-5", 20), *((f"{n}e-3", 34) for n in rates)):
+            add_trial(store, f"seed={seed}", f"optim.lr={rate}", wrong=wrong, slices=slices, tags={SWEEP_TAG: name},
+                      parent_run_id=parent.run_id)  # fmt: skip
+    with initialize_config_dir(str(ROOT / "conf")):
+        request = ReportRequest("Again", default_treatment(), 1.0, sweep=store.sweep_run("b"))
+        report = make_report(store, store.search({SWEEP_TAG: "b"}), request)
+    (web,) = [row.difference for row in report.slices if row.slice == "web" and not row.is_baseline]
+    assert web.p_holm == pytest.approx(2 * 4 * web.p), "two slices of four settings"
 
 
 def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):

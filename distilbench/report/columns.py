@@ -62,7 +62,8 @@ def attribute(path: str) -> Callable[[Row], Any]:
 
 
 def _mean(measure: str) -> Callable[[Row], Value]:
-    return lambda row: average([getattr(trial, measure) for trial in row.trials])[0]
+    """Return a getter for the mean of a measure over seeds; it is not known of a slice."""
+    return lambda row: math.nan if row.slice else average([getattr(trial, measure) for trial in row.trials])[0]
 
 
 def _setting(key: str) -> Callable[[Row], Value]:
@@ -72,7 +73,7 @@ def _setting(key: str) -> Callable[[Row], Value]:
 def _difference(row: Row) -> str:
     found = row.difference
     if found is None:
-        return "" if row.points is None else formats.points(row.points)
+        return "" if math.isnan(row.points) else formats.points(row.points)
     return f"{formats.points(found.points)} ({formats.interval(found.low, found.high)})"
 
 
@@ -81,7 +82,7 @@ def _cost(name: str, text: Callable[[float], str], is_count: bool = False) -> Ca
 
     def text_of(row: Row) -> str:
         value, percent = getattr(row.cost, name), getattr(row.saving, name)
-        saved = f" ({formats.saving(percent, is_count)})" if percent is not None else ""
+        saved = "" if math.isnan(percent) else f" ({formats.saving(percent, is_count)})"
         return "" if math.isnan(value) else text(value) + saved
 
     return text_of
@@ -94,10 +95,14 @@ def _time(row: Row) -> str:
     return text.replace("(", "(about ") if row.saving.is_estimate else text
 
 
-def _short_time(row: Row) -> str:
-    if row.saving.seconds is None:
-        return ""
-    return f"{'about ' if row.saving.is_estimate else ''}{_short(row.saving.seconds)}"
+def _saved_time(text: Callable[[float], str], missing: str = "") -> Callable[[Row], str]:
+    """Return a formatter for the saving of time alone."""
+
+    def text_of(row: Row) -> str:
+        saved = row.saving
+        return missing if math.isnan(saved.seconds) else f"{'about ' if saved.is_estimate else ''}{text(saved.seconds)}"
+
+    return text_of
 
 
 def _seeds(row: Row) -> str:
@@ -169,7 +174,7 @@ FULL = _choose("trial", "setting", "difference_points", "loses_at_most_points", 
 NARROW = (
     *_choose("trial", "setting", "accuracy", "difference_points", "verdict"),
     replace(CSV["flops_gain_percent"], title="FLOPs", format_value=_short),
-    replace(CSV["time_gain_percent"], title="time", text_of=_short_time),
+    replace(CSV["time_gain_percent"], title="time", text_of=_saved_time(_short)),
     *_choose("seeds_needed", "loses_at_most_points", "seeds"),
 )
 """Columns for a narrow terminal, which shows as many of them as fit."""
@@ -178,9 +183,7 @@ PAPER = (
     *_choose("accuracy", "loss"),
     replace(CSV["train_seconds"], title="training time",
             text_of=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
-    replace(CSV["time_gain_percent"], title="time gain",
-            text_of=lambda row: "-" if row.saving.seconds is None else
-            f"{'about ' if row.saving.is_estimate else ''}{row.saving.seconds:+.0f} %"),
+    replace(CSV["time_gain_percent"], title="time gain", text_of=_saved_time("{:+.0f} %".format, "-")),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""
 LAYOUTS = {"full": FULL, "paper": PAPER}

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from distilbench.report.noninferiority import ALPHA, noninferiority_over_seeds, verdict_with_margin
+from distilbench.report.noninferiority import noninferiority_over_seeds
 from distilbench.report.power import PLANNED_SEEDS, Needed, estimate_spread, needed, needed_to_decide
 from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
-from distilbench.report.statistics import SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
+from distilbench.report.statistics import ALPHA, SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
 from distilbench.results import Predictions, Status, Verdict
 
 BY_OUTCOME = (Status.DIVERGED, Status.PRUNED)
@@ -54,19 +54,25 @@ def compare_with_baseline(
             row = replace(row, untested=spread)
         else:
             spreads[i], row = spread, replace(row, difference=difference_of(spread, margin, num_settings))
-        points = 100 * (row.accuracy - base.accuracy) if base.trials else None
+        points = row.difference.points if row.difference else 100 * (row.accuracy - base.accuracy)
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
-    untested = [1.0] * (num_settings - len(found))
-    p_holm = holm([one.p for one in found.values()] + untested)
-    p_loss_holm = holm([one.p_loss for one in found.values()] + untested)
-    for (i, one), p, p_loss in zip(found.items(), p_holm, p_loss_holm, strict=False):
-        # Holm may show a loss to be below the margin where the bounds of all settings together can't
-        at_most = min(one.loses_at_most, margin) if p_loss < ALPHA else one.loses_at_most
-        corrected = replace(one, p_holm=p, p_loss_holm=p_loss, loses_at_most=at_most)
-        row = _with_verdict(result[i], corrected, spreads[i], margin, num_settings)
+    for i, one in zip(found, correct([*found.values()], margin, num_settings), strict=True):
+        row = _with_verdict(result[i], one, spreads[i], margin, num_settings)
         result[i] = _qualify_verdict(row, base, selected_on_report_split)
     return result, majority
+
+
+def correct(found: Sequence[Difference], margin: float, num_tests: int) -> list[Difference]:
+    """Correct differences by Holm's method for ``num_tests``, of which those not given count as p = 1."""
+    others = [1.0] * (num_tests - len(found))
+    p_holm, p_loss_holm = (holm([getattr(one, p) for one in found] + others) for p in ("p", "p_loss"))
+    return [
+        # Holm may show a loss to be below the margin where the bounds of all settings together can't
+        replace(one, p_holm=p, p_loss_holm=p_loss,
+                loses_at_most=min(one.loses_at_most, margin) if p_loss < ALPHA else one.loses_at_most)
+        for one, p, p_loss in zip(found, p_holm, p_loss_holm, strict=False)
+    ]  # fmt: skip
 
 
 def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row:
@@ -167,7 +173,7 @@ def difference_of(spread: SeedSpread, margin: float, num_settings: int) -> Diffe
 
 def _with_verdict(row: Row, found: Difference, spread: SeedSpread, margin: float, num_settings: int) -> Row:
     """Return a row with its verdict and, if undecided, what would decide."""
-    claim = verdict_with_margin(found.low, found.high, found.p_holm, found.p_loss_holm)
+    claim = verdict(found.low, found.high, found.p_holm, found.p_loss_holm)
     if claim is Verdict.UNDECIDED:
         found = replace(found, needed=needed_to_decide(spread, margin / 100, rows=num_settings))
     return replace(row, difference=found, verdict=claim)

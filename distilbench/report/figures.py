@@ -82,7 +82,7 @@ def comparable_in_time(report: Report) -> list[Row]:
     if report.baseline is None or not report.baseline.trials:
         alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
         return report.candidates if alike else []
-    return [row for row in report.rows if row.is_baseline or row.saving.seconds is not None]
+    return [row for row in report.rows if row.is_baseline or not math.isnan(row.saving.seconds)]
 
 
 def _trade_off(report: Report) -> Iterator[Figure]:
@@ -104,7 +104,7 @@ def _against_cost(
     finished = [row for row in rows if row.trials]
     if len(finished) < 2:
         return
-    stopped = [row for row in report.rows if row.stopped_trial and cost(row) > 0]
+    stopped = [row for row in report.rows if not row.trials and row.accuracy_so_far >= 0 and cost(row) > 0]
     front = pareto_front(finished, cost)
     marks = [Mark("line", [(cost(row), 100 * row.accuracy) for row in front], "front", "Pareto front")]
     drawn = [*stopped, *sorted(_thinned(finished), key=lambda row: row.is_baseline)]

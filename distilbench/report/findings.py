@@ -133,16 +133,10 @@ def _of_candidates(report: Report) -> tuple[str, str]:
         wanted = f"to be better than the baseline, or to lose less than {pluralize(report.margin, 'point')}"
         return f"{nothing} was shown {wanted}{beside}.", confirmed or _undecided(report)
     cheapest = min(good, key=cost_rank(report))
-    rank = (
-        f"the cheapest of {len(good)} such settings, of"
-        if len(good) > 1
-        else "the only one of"
-        if len(report.rows) > 2
-        else ""
-    )
     saved = ", ".join(_savings(cheapest, report))
     first = f"{cheapest.name} {_claim(cheapest)}" + (f", and takes {saved}" if saved else "")
-    first += f"; {rank} {tried}." if rank else "."
+    rank = f"the cheapest of {len(good)} such settings, of" if len(good) > 1 else "the only one of"
+    first += f"; {rank} {tried}." if len(report.rows) > 2 else "."
     best = next((row for row in good if row.final_verdict is not Verdict.GOOD_ENOUGH), cheapest)
     return first, confirmed or ("" if best is cheapest else f"Most accurate: {best.name} {_claim(best)}.")
 
@@ -172,7 +166,7 @@ def cost_rank(report: Report) -> CostOf:
     rows = report.candidates
     if all(row.cost.flops > 0 for row in rows):
         return lambda row: row.cost.flops
-    if all(row.saving.seconds is not None for row in rows):
+    if not any(math.isnan(row.saving.seconds) for row in rows):
         return lambda row: row.cost.seconds
     return lambda row: float(row.trainable_parameters)
 
@@ -194,20 +188,19 @@ def _savings(row: Row, report: Report) -> Iterator[str]:
     saved = row.saving
     noise, _ = noise_of_time([trial for each in report.rows for trial in each.trials])
     least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise)
-    if saved.flops is not None and round(saved.flops):
+    if abs(saved.flops) > 0.5:
         yield f"{saving(saved.flops, is_count=True)} FLOPs"
-    if saved.seconds is not None and abs(saved.seconds) >= least:
+    if abs(saved.seconds) >= least:
         yield f"{'about ' if saved.is_estimate else ''}{saving(saved.seconds)} time"
-    if saved.memory is not None and abs(saved.memory) >= LEAST_MEMORY:
+    if abs(saved.memory) >= LEAST_MEMORY:
         yield f"{saving(saved.memory)} memory"
 
 
 def _undecided(report: Report) -> str:
     """Name the cheapest undecided setting, and what would decide."""
-    open_rows = [
-        row for row in report.candidates if row.final_verdict is Verdict.UNDECIDED and row.has_learned is not False
-    ]
-    hopeful = [row for row in open_rows if (row.points or 0) > -report.margin]
+    undecided = [row for row in report.candidates if row.final_verdict is Verdict.UNDECIDED]
+    open_rows = [row for row in undecided if row.has_learned is not False]
+    hopeful = [row for row in open_rows if row.points > -report.margin]
     if not open_rows:
         return ""
     row = min(hopeful or open_rows, key=cost_rank(report))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mode
@@ -30,13 +30,6 @@ log = logging.getLogger(__name__)
 
 CURVES = 8
 """Number of settings whose learning curves are drawn, besides the baseline's."""
-
-_FILES: dict[str, Callable[[Report, str], str]] = {
-    "report.html": lambda report, _: page(report),
-    "report.md": tables.markdown_report,
-    "report.tex": tables.latex_report,
-    "report.csv": lambda report, _: tables.csv_report(report),
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
                  "compare with another by baseline=ID of its run.",)  # fmt: skip
-    picked = _notes_on_picked(store, rows, request)
+    picked = () if request.sweep else tuple(_notes_on_picked(store, rows))
     notes += picked
     asked = {trial.run_id for trial in trials}
     repeated = [one for row in rows for one in row.other_trials if one.status is Status.FINISHED]
@@ -144,25 +137,19 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         ui_command=store.ui_command,
         majority=majority,
         num_settings=num_settings,
-        slices=rows_by_slice(rows, request.margin),
+        slices=rows_by_slice(rows, request.margin, num_settings),
     )
 
 
-def _notes_on_picked(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> tuple[str, ...]:
+def _notes_on_picked(store: MlflowStore, rows: Sequence[Row]) -> Iterator[str]:
     """Say which sweeps these rows were picked from, if there was a choice: the correction does not count the others."""
-    if request.sweep:
-        return ()
     shown = {short_hash(row.treatment) for row in rows}
-    notes = []
-    for name in sorted({trial.sweep for row in rows for trial in row.all_trials if trial.sweep}):
-        others = {short_hash(trial.treatment) for trial in store.search({SWEEP_TAG: name})} - shown
-        if others:
-            left, command = (
-                pluralize(len(others), "other setting"),
-                format_command("compare", [format_override("sweep", name)]),
-            )
-            notes.append(f"Picked from sweep {name}: the correction does not count its {left}; {command} does.")
-    return tuple(notes)
+    picked = {trial.sweep for row in rows if not row.is_baseline for trial in row.all_trials}
+    for name in sorted(picked - {""}):
+        if others := {short_hash(trial.treatment) for trial in store.search({SWEEP_TAG: name})} - shown:
+            command = format_command("compare", [format_override("sweep", name)])
+            left = pluralize(len(others), "other setting")
+            yield f"Picked from sweep {name}: the correction does not count its {left}; {command} does."
 
 
 def _num_settings(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> int:
@@ -302,7 +289,7 @@ def _update_trial_runs(store: MlflowStore, report: Report) -> None:
     seeds. A trial has no comparison yet if it ended before the baseline did, or while the store was unreachable.
     """
     for row in report.candidates if report.baseline and report.baseline.trials else ():
-        differs = row.verdict and (report.num_settings > 1 or row.num_seeds > 1 or row.confirmation)
+        differs = row.difference and (report.num_settings > 1 or len(row.all_trials) > 1 or row.confirmation)
         text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:
@@ -320,10 +307,16 @@ def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict
 
 def write_report(report: Report, directory: Path, layout: str = "full") -> list[Path]:
     """Write ``report.html``, ``.md``, ``.tex`` and ``.csv``; return their paths."""
+    texts = {
+        "html": page(report),
+        "md": tables.markdown_report(report, layout),
+        "tex": tables.latex_report(report, layout),
+        "csv": tables.csv_report(report),
+    }
     directory.mkdir(parents=True, exist_ok=True)
-    for file, write in _FILES.items():
-        (directory / file).write_text(write(report, layout), encoding="utf-8")
-    return [directory / file for file in _FILES]
+    for ending, text in texts.items():
+        (directory / f"report.{ending}").write_text(text, encoding="utf-8")
+    return [directory / f"report.{ending}" for ending in texts]
 
 
 def report_sweep(store: MlflowStore, name: str, directory: Path, default_treatment: Mapping[str, object], margin: float,

@@ -28,17 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distilbench.report.statistics import (
-    SeedSpread,
-    Z,
-    critical_difference,
-    p_of_difference,
-    verdict,
-)
-from distilbench.results import Verdict
+from distilbench.report.statistics import ALPHA, SeedSpread, Z, critical_difference, p_of_difference
 
-ALPHA = 0.025
-"""One-sided level of the test that a loss is below the margin, and of every bound of a loss."""
 BETA = 1e-6
 """Probability that the discordance lies outside the interval that is searched; also the smallest possible p."""
 _STEP = 0.25
@@ -195,19 +186,12 @@ class _Region:
         return inside
 
     def bound(self, alpha: float) -> float:
-        """Return the largest loss whose p is not below ``alpha``; the search starts at ``upper_limit``, close to it."""
+        """Return the largest loss whose p is not below ``alpha``; p is 1 at ``-high`` and BETA at ``high``."""
         from scipy.optimize import brentq
 
         if self.upper_limit >= 1 or alpha <= BETA:
             return 1.0
-        low = high = self.upper_limit
-        step = 1 / self.examples
-        while self.p(low) < alpha:
-            low, step = max(low - step, -1.0), 2 * step
-        step = 1 / self.examples
-        while self.p(high) >= alpha:
-            high, step = min(high + step, 1.0), 2 * step
-        return float(brentq(lambda loss: math.log(self.p(loss) / alpha), low, high, xtol=1e-7))
+        return float(brentq(lambda loss: math.log(self.p(loss) / alpha), -self.high, self.high, xtol=1e-7))
 
 
 def _region(only_a: int, only_b: int, examples: int) -> _Region:
@@ -238,14 +222,3 @@ def variance_at_loss(gains: np.ndarray | float, losses: np.ndarray | float, exam
     root = np.sqrt(np.maximum(linear**2 + 8 * examples * gains * loss * (1 - loss), 0))
     share = (linear + root) / (4 * examples)
     return np.asarray((2 * share + loss * (1 - loss)) / examples)
-
-
-def verdict_with_margin(low: float, high: float, p: float, p_loss: float) -> Verdict:
-    """Decide between better, good enough, worse and undecided from both (corrected) p-values.
-
-    ``p`` is that of no difference, ``p_loss`` that of a loss of the margin or more; ``low`` and ``high`` are the limits
-    of the difference A - B. A significant lead is better; otherwise a loss shown to be below the margin is good enough,
-    even if the loss itself is significant.
-    """
-    claim = verdict(low, high, p)
-    return Verdict.GOOD_ENOUGH if claim is not Verdict.BETTER and p_loss < ALPHA else claim

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from distilbench.report.noninferiority import ALPHA, variance_at_loss
-from distilbench.report.statistics import SeedSpread, critical_difference
+from distilbench.report.noninferiority import variance_at_loss
+from distilbench.report.statistics import ALPHA, SeedSpread, critical_difference
 
 POWER = 0.8
 """Required power of a design; a margin that gives less counts as "can't be shown"."""

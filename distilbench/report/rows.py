@@ -18,35 +18,22 @@ from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial,
 
 @dataclass(frozen=True)
 class Cost:
-    """Mean costs over the trials of a setting; NaN if unknown.
+    """Mean costs over the trials of a setting, or the per cent of the baseline's that it saves; NaN if unknown.
 
     ``seconds`` is training time; for trials that were trained together, it is the estimated time alone
-    (``is_estimate``). ``flops`` are exact on any machine. ``memory`` is in bytes.
+    (``is_estimate``, as is a saving if one of its two times is). ``flops`` are exact on any machine. ``memory`` is in
+    bytes. ``time_note`` says why a saving of time is unknown. A saving is negative where more is taken.
     """
 
-    seconds: float
-    cpu_seconds: float
-    flops: float
-    memory: float
-    is_estimate: bool
-
-
-@dataclass(frozen=True)
-class Saving:
-    """Per cent of the baseline's cost that a setting saves; negative if it takes more, None if unknown.
-
-    ``time_note`` says why times are not comparable; ``is_estimate``: one of the two times is an estimate.
-    """
-
-    seconds: float | None = None
-    cpu_seconds: float | None = None
-    flops: float | None = None
-    memory: float | None = None
-    time_note: str = ""
+    seconds: float = math.nan
+    cpu_seconds: float = math.nan
+    flops: float = math.nan
+    memory: float = math.nan
     is_estimate: bool = False
+    time_note: str = ""
 
 
-NO_SAVING = Saving()
+NO_SAVING = Cost()
 
 
 def seconds_of(trial: StoredTrial) -> float:
@@ -75,23 +62,23 @@ def average(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
-def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> Saving:
-    """Compare the costs of trials with those of the baseline's trials; either may be empty."""
+def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> Cost:
+    """Return what trials save of the costs of the baseline's trials, in per cent; either may be empty."""
     ours, base, everyone = cost_of(trials), cost_of(baselines), (*trials, *baselines)
     saved = {
         name: _saved(getattr(ours, name), getattr(base, name)) for name in ("seconds", "cpu_seconds", "flops", "memory")
     }
     if len({trial.measured_on for trial in everyone}) > 1:
         note = "measured on different devices, engines, precisions or library versions"
-        return Saving(flops=saved["flops"], time_note=note)
+        return Cost(flops=saved["flops"], time_note=note)
     unknown = any(math.isnan(seconds_of(trial)) for trial in everyone)
     is_shared = any(not trial.alone for trial in everyone)
     note = "trained beside other trials, or partly elsewhere" if is_shared else "none recorded"
-    return Saving(**saved, time_note=note if unknown else "", is_estimate=ours.is_estimate or base.is_estimate)
+    return Cost(**saved, time_note=note if unknown else "", is_estimate=ours.is_estimate or base.is_estimate)
 
 
-def _saved(ours: float, base: float) -> float | None:
-    return 100 * (1 - ours / base) if ours >= 0 and base > 0 else None
+def _saved(ours: float, base: float) -> float:
+    return 100 * (1 - ours / base) if base > 0 else math.nan
 
 
 def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
@@ -156,8 +143,8 @@ class Row:
     """One setting: ``trials`` are finished, one per seed in seed order; ``other_trials`` are unfinished, or repeats.
 
     Figures are means over ``trials`` (NaN without any); deviations are None for fewer than two. ``label`` says what
-    differs from the baseline; ``rank`` is the position in the report. ``points`` is the mean accuracy minus the
-    baseline's, tested or not; ``difference`` is the tested one, over common seeds. ``verdict`` is None for the
+    differs from the baseline; ``rank`` is the position in the report. ``points`` is the accuracy minus the baseline's:
+    over common seeds if tested (``difference``), otherwise that of the means. ``verdict`` is None for the
     baseline itself, without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: the
     accuracy is shown to be above that of always predicting the most frequent label; None if not tested. ``examples`` is
     the number of examples reported on, 0 if unknown. ``confirmation`` is the row of the same setting in a confirmation,
@@ -175,9 +162,9 @@ class Row:
     cost: Cost
     is_baseline: bool = False
     rank: int = 0
-    points: float | None = None
+    points: float = math.nan
     difference: Difference | None = None
-    saving: Saving = NO_SAVING
+    saving: Cost = NO_SAVING
     verdict: Verdict | None = None
     untested: Untested | None = None
     has_learned: bool | None = None
@@ -193,8 +180,13 @@ class Row:
 
     @property
     def accuracy_half_width(self) -> float:
-        """Half the width of the accuracy's 95 % interval, as a share: over examples and, if several, over seeds."""
-        over_examples = self.accuracy * (1 - self.accuracy) / self.examples if self.examples else 0.0
+        """Half the width of the accuracy's 95 % interval, as a share: over examples and, if several, over seeds.
+
+        Over examples, with two right and two wrong ones added (Agresti and Coull 1998, Am. Stat. 52:119): all right in
+        a few examples is no certainty.
+        """
+        share, num = (self.accuracy * self.examples + 2) / (self.examples + 4), self.examples + 4
+        over_examples = share * (1 - share) / num if self.examples else 0.0
         over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.num_seeds, 1)
         return 1.96 * math.sqrt(over_examples + over_seeds)
 
@@ -262,18 +254,13 @@ class Row:
         return min(trial.started_ms for trial in self.all_trials)
 
     @property
-    def stopped_trial(self) -> StoredTrial | None:
-        """If no trial finished, the last one with an accuracy; otherwise None."""
-        shown = [trial for trial in self.other_trials if not math.isnan(trial.accuracy)]
-        return shown[-1] if shown and not self.trials else None
-
-    @property
     def accuracy_so_far(self) -> float:
-        """The accuracy, or that at which it was stopped; NaN if it was never evaluated."""
-        return self.stopped_trial.accuracy if self.stopped_trial else self.accuracy
+        """The accuracy or, if no trial finished, that at which the last one was stopped; NaN if never evaluated."""
+        stopped = [trial.accuracy for trial in self.other_trials if not math.isnan(trial.accuracy)]
+        return self.accuracy if self.trials or not stopped else stopped[-1]
 
 
-def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = None) -> list[Row]:
+def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] = {}) -> list[Row]:
     """Return the rows of one protocol's trials, best mean accuracy first, those without a finished trial last.
 
     ``names`` maps hashes of treatments to labels, which precede what differs.
@@ -281,8 +268,7 @@ def rows_from(trials: Sequence[StoredTrial], names: Mapping[str, str] | None = N
     by_treatment: dict[str, list[StoredTrial]] = defaultdict(list)
     for trial in trials:
         by_treatment[short_hash(trial.treatment)].append(trial)
-    named = names or {}
-    rows = [replace(row_from(members), label=named.get(key, "")) for key, members in by_treatment.items()]
+    rows = [replace(row_from(members), label=names.get(key, "")) for key, members in by_treatment.items()]
     return sorted(rows, key=lambda row: (not row.trials, -row.accuracy if row.trials else 0.0))
 
 
@@ -293,13 +279,12 @@ def row_from(members: Sequence[StoredTrial]) -> Row:
         if trial.status is Status.FINISHED and not math.isnan(trial.accuracy):
             newest[trial.seed] = trial
     trials = tuple(newest[seed] for seed in sorted(newest))
-    counted = {id(trial) for trial in trials}
     accuracy, accuracy_deviation = average([trial.accuracy for trial in trials])
     return Row(
         label="",
         treatment=members[0].treatment,
         trials=trials,
-        other_trials=tuple(trial for trial in members if id(trial) not in counted),
+        other_trials=tuple(trial for trial in members if newest.get(trial.seed) is not trial),
         accuracy=accuracy,
         accuracy_deviation=accuracy_deviation,
         loss=average([trial.loss for trial in trials])[0],

@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from distilbench.report.columns import CSV
-from distilbench.report.comparison import difference_of
+from distilbench.report.comparison import correct, difference_of
 from distilbench.report.rows import Row, average
-from distilbench.report.statistics import holm, spread_over_seeds
+from distilbench.report.statistics import spread_over_seeds
 
 MOST_ROWS = 5
 """Maximum number of settings by slice, best first, besides the baseline; the correction counts all settings."""
@@ -34,11 +34,11 @@ COLUMNS = (
 NOTE = "By slice: p is corrected (Holm) for all slices of all settings tried; each interval is of its own comparison."
 
 
-def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
+def rows_by_slice(rows: Sequence[Row], margin: float, num_settings: int) -> tuple[Row, ...]:
     """Return a row for the baseline and each of the best rows on each slice, largest slice first; empty without slices.
 
-    Accuracy, difference and ``examples`` are those of the slice. The correction counts every slice of every setting;
-    those that are not shown count as p = 1.
+    Accuracy, difference and ``examples`` are those of the slice. The correction counts every slice of each of
+    ``num_settings`` settings; those that are not shown count as p = 1.
     """
     others = [row for row in rows if row.trials and not row.is_baseline]
     shown = [*(row for row in rows if row.trials and row.is_baseline), *others[:MOST_ROWS]]
@@ -46,25 +46,16 @@ def rows_by_slice(rows: Sequence[Row], margin: float) -> tuple[Row, ...]:
     if slices is None:
         return ()
     names = Counter(slices.tolist()).most_common()
-    whole = [
-        row for row in shown if [len(one.labels) for one in row.predictions.values()] == row.num_seeds * [len(slices)]
-    ]
+    whole = [row for row in shown if row.examples == len(slices) and len(row.predictions) == row.num_seeds]
     base = next((row for row in whole if row.is_baseline), None)
-    num_tests = len(names) * sum(not row.is_baseline for row in rows)
+    num_tests = len(names) * num_settings
     found = [
         _on_slice(row, name, slices == name, base, margin, num_tests)
         for name, _ in names[:MOST_SLICES]
         for row in whole
     ]
-    differences = [row.difference for row in found if row.difference]
-    hidden = [1.0] * (num_tests - len(differences))
-    p_holm, p_loss_holm = (iter(holm([getattr(one, p) for one in differences] + hidden)) for p in ("p", "p_loss"))
-    return tuple(
-        replace(row, difference=replace(row.difference, p_holm=next(p_holm), p_loss_holm=next(p_loss_holm)))
-        if row.difference
-        else row
-        for row in found
-    )
+    corrected = iter(correct([row.difference for row in found if row.difference], margin, num_tests))
+    return tuple(replace(row, difference=next(corrected)) if row.difference else row for row in found)
 
 
 def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: float, num_tests: int) -> Row:
@@ -77,6 +68,6 @@ def _on_slice(row: Row, name: str, where: np.ndarray, base: Row | None, margin: 
     difference = difference_of(spread_over_seeds(ours, theirs), margin, num_tests) if is_tested else None
     return replace(
         row, slice=name or NAMELESS, accuracy=accuracy, accuracy_deviation=deviation, examples=int(where.sum()),
-        difference=difference, points=difference.points if difference else None, loss=math.nan, verdict=None,
+        difference=difference, points=difference.points if difference else math.nan, loss=math.nan, verdict=None,
         has_learned=None, confirmation=None,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,10 @@ from distilbench.results import Verdict
 
 LEVEL = 0.95
 """Confidence level of every interval; a difference is significant if p is below ``1 - LEVEL``."""
+ALPHA = 0.025
+"""One-sided level of the test that a loss is below the margin, and of every bound of a loss."""
 Z = 1.959963984540054
-"""The two-sided critical value of the normal distribution at that level."""
+"""The critical value of the normal distribution, two-sided at ``LEVEL`` and one-sided at ``ALPHA``."""
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -110,8 +113,7 @@ def spread_over_seeds(correct_a: Mapping[int, np.ndarray], correct_b: Mapping[in
     return SeedSpread(by_example, components, noise, num_seeds=min(len(a), len(b)))
 
 
-@dataclass(frozen=True)
-class SeedComparison:
+class SeedComparison(NamedTuple):
     """Accuracy of A minus accuracy of B as a share, its interval, and the p of no difference."""
 
     difference: float
@@ -201,11 +203,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdict(low: float, high: float, p: float) -> Verdict:
-    """Decide between better, worse and undecided from the interval and the (corrected) p.
+def verdict(low: float, high: float, p: float, p_loss: float = 1.0) -> Verdict:
+    """Decide between better, good enough, worse and undecided from both (corrected) p-values.
 
-    Better and worse need both p below ``1 - LEVEL`` and an interval that excludes zero.
+    ``p`` is that of no difference, ``p_loss`` that of a loss of the margin or more; ``low`` and ``high`` are the limits
+    of the difference A - B. Better and worse need both p below ``1 - LEVEL`` and an interval that excludes zero. A loss
+    shown to be below the margin is good enough, even if the loss itself is significant.
     """
-    if p < 1 - LEVEL and (low > 0 or high < 0):
-        return Verdict.BETTER if low > 0 else Verdict.WORSE
-    return Verdict.UNDECIDED
+    differs = p < 1 - LEVEL
+    if differs and low > 0:
+        return Verdict.BETTER
+    if p_loss < ALPHA:
+        return Verdict.GOOD_ENOUGH
+    return Verdict.WORSE if differs and high < 0 else Verdict.UNDECIDED

@@ -58,23 +58,9 @@ def details(report: Report) -> Iterator[str]:
     yield from notes_of(report)
 
 
-def notes_of(report: Report) -> list[str]:
+def notes_of(report: Report) -> Iterator[str]:
     """State how the figures were obtained and tested."""
-    tests = (
-        f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
-        "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
-        "number of settings tried (Holm), and so are the largest losses (Bonferroni); intervals are not."
-    )
-    more = len(report.rows) - len(report.table_rows)
-    cut = [f"Not shown: {pluralize(more, 'setting')} more."] if more else []
-    slices = [SLICES_NOTE] if report.slices else []
-    common = {*report.baseline.seeds} if report.baseline else set()
-    fewer = any(0 < len(common & {*row.seeds}) < row.num_seeds for row in report.table_rows if row.difference)
-    paired = ["Differences are over the seeds (n) that the baseline has as well, accuracies over all."] if fewer else []
-    return [*report.notes, *_notes_on_time(report), *cut, *paired, tests, *slices]
-
-
-def _notes_on_time(report: Report) -> Iterator[str]:
+    yield from report.notes
     noise, trials = noise_of_time([trial for row in report.rows for trial in row.trials])
     if trials:
         yield (
@@ -85,6 +71,18 @@ def _notes_on_time(report: Report) -> Iterator[str]:
         yield f"Times not compared: {reason}."
     if any(row.cost.is_estimate for row in report.table_rows):
         yield "Times told as 'about' are estimates: what one trial would take alone, by a probe."
+    if more := len(report.rows) - len(report.table_rows):
+        yield f"Not shown: {pluralize(more, 'setting')} more."
+    common = {*report.baseline.seeds} if report.baseline else set()
+    if any(common & {*row.seeds} and common != {*row.seeds} for row in report.table_rows if row.difference):
+        yield "Differences are over the seeds (n) that the baseline has as well, accuracies over all."
+    yield (
+        f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
+        "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
+        "number of settings tried (Holm), and so are the largest losses (Bonferroni); intervals are not."
+    )
+    if report.slices:
+        yield SLICES_NOTE
 
 
 def failures(report: Report) -> list[str]:

@@ -62,7 +62,7 @@ def compare(
     rows = [replace(row_from([replace(baseline, url="")]), label="baseline", is_baseline=True),
             replace(row_from([replace(trial, url="")]), label="this trial")]  # fmt: skip
     (base, row), majority = compare_with_baseline(rows, 0, margin, selected_on_report_split=selected_on_report_split)
-    return Comparison(row, base, majority, margin, rows_by_slice([base, row], margin))
+    return Comparison(row, base, majority, margin, rows_by_slice([base, row], margin, 1))
 
 
 def sentence(comparison: Comparison) -> str:
@@ -71,7 +71,7 @@ def sentence(comparison: Comparison) -> str:
     if trial.run_id and trial.run_id == base.run_id:
         return "This trial is the baseline."
     if found is None:
-        size = points(comparison.row.points or 0.0)
+        size = points(comparison.row.points)
         return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
     on_these, margin = f"on these {comparison.row.examples:,} examples", pluralize(comparison.margin, "point")
     idle = "".join(
@@ -131,7 +131,7 @@ def comparison_metrics(comparison: Comparison) -> dict[str, float]:
     found = {name: attribute(path)(comparison.row) for name, path in METRICS.items()}
     if comparison.row.saving.is_estimate:
         del found["time_gain_percent"]
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None and value == value}
 
 
 def notes_of(comparison: Comparison) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from distilbench.report.formats import interval, percent, points
 from distilbench.report.power import Needed
 from distilbench.report.rows import Difference, Row, Untested
@@ -78,17 +80,18 @@ def describe_difference(row: Row) -> str:
     """State a row's difference from the baseline: points, interval, number of seeds."""
     found = row.difference
     if found is None:
-        return f"{points(row.points)} points, {describe_verdict(row)}" if row.points is not None else row.status
+        return row.status if math.isnan(row.points) else f"{points(row.points)} points, {describe_verdict(row)}"
     return f"{points(found.points)} points (95 % {interval(found.low, found.high)}, n = {found.num_seeds})"
 
 
 def describe_confirmation(row: Row) -> str:
     """State whether a row's advantage survived fresh seeds, with both figures."""
     assert row.confirmation
-    survived, is_ahead = row.confirmation.verdict is Verdict.BETTER, (row.confirmation.points or 0) > 0
+    was_ahead, is_ahead = (round(one.points, 2) > 0 for one in (row, row.confirmation))  # as the figures are told
+    survived = row.confirmation.verdict is Verdict.BETTER
     word = "survived" if survived else "is not shown by" if is_ahead else "did not survive"
     word += " fresh seeds"
-    if (row.points or 0) <= 0:
+    if not was_ahead:
         word = "appears only now" if survived else "was not there in the sweep either"
     then, now = describe_difference(row), describe_difference(row.confirmation)
     return f"The advantage of {row.name} {word}: {then} in the sweep; {now} in the confirmation."

@@ -80,7 +80,7 @@ def test_the_correction_counts_what_was_pruned_or_failed_too():
     report = report_of([base, better, *stopped], selected_on_report_split=False)
     (row,) = report.candidates
     assert row.difference.p_holm == pytest.approx(3 * mcnemar_exact(20, 0))
-    assert [(one.points, one.untested, one.verdict) for one in report.rows[2:]] == [(None, None, None)] * 2
+    assert [(one.untested, one.verdict) for one in report.rows[2:]] == [(None, None)] * 2
 
 
 def test_leads_on_a_split_that_also_chose_are_all_yet_to_be_confirmed():
@@ -130,15 +130,18 @@ def test_a_difference_over_fewer_seeds_than_the_accuracy_says_so():
     report = report_of(trials)
     (row,) = report.candidates
     assert (row.num_seeds, row.difference.num_seeds) == (3, 2)
+    assert row.points == row.difference.points
     said = "Differences are over the seeds (n) that the baseline has as well, accuracies over all."
     assert said in notes_of(report)
     assert said not in notes_of(report_of(trials[:-1]))
+    assert said in notes_of(report_of([trial(0.8, 3), *trials[:-1]])), "the baseline has more"
     assert said not in notes_of(report_of([*trials[2:], *(trial(0.9, s) for s in (7, 8))])), "unpaired: all count"
 
 
 def test_with_a_baseline_that_failed_rows_are_shown_untested():
     (row,) = report_of([failed(Status.DIVERGED, 0, treatment()), trial(0.9, 1, 1, FROZEN)]).candidates
-    assert (describe_verdict(row), row.points) == ("not tested: the baseline did not finish", None)
+    assert describe_verdict(row) == "not tested: the baseline did not finish"
+    assert np.isnan(row.points)
 
 
 def pair(gains: int, losses: int, margin: float = 1.0, **terms):

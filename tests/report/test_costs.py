@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from distilbench.report.rows import average, noise_of_time
@@ -20,9 +21,8 @@ def row_of(base=None, **changes):
 def test_time_is_told_only_between_trials_measured_alike():
     assert row_of(train_seconds=888.0).saving.seconds == pytest.approx(35.2, abs=0.05)
     elsewhere = row_of(train_seconds=888.0, measured_on="cuda; trainer").saving
-    assert (elsewhere.seconds, elsewhere.time_note) == (
-        None, "measured on different devices, engines, precisions or library versions"
-    )  # fmt: skip
+    assert math.isnan(elsewhere.seconds)
+    assert elsewhere.time_note == "measured on different devices, engines, precisions or library versions"
 
 
 def test_flops_compare_on_any_machine_fused_or_alone():
@@ -44,7 +44,7 @@ def test_memory_and_cpu_time_are_compared_where_both_trained_alone():
     saving = row_of(base, train_cpu_seconds=1500.0, peak_memory_bytes=2**30).saving
     assert (saving.cpu_seconds, saving.memory) == (pytest.approx(25), pytest.approx(50))
     shared = row_of(base, train_cpu_seconds=1500.0, peak_memory_bytes=2**30, alone=False).saving
-    assert (shared.cpu_seconds, shared.memory) == (None, None)
+    assert np.isnan([shared.cpu_seconds, shared.memory]).all()
 
 
 def test_the_noise_of_time_comes_from_equal_work_done_more_than_once():

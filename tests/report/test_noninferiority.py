@@ -15,10 +15,8 @@ from distilbench.report.noninferiority import (
     effective_counts,
     noninferiority_exact,
     noninferiority_over_seeds,
-    verdict_with_margin,
 )
 from distilbench.report.statistics import compare_over_seeds, holm, spread_over_seeds
-from distilbench.results import Verdict
 from tests.report import margin_tables as tables
 
 
@@ -225,23 +223,6 @@ def table_rows(column):
             return rows
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return rows
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "p", "p_loss", "expected"),
-    [
-        (0.01, 0.03, 0.01, 0.001, Verdict.BETTER),
-        (0.01, 0.03, 0.01, 0.9, Verdict.BETTER),
-        (-0.008, 0.004, 0.3, 0.01, Verdict.GOOD_ENOUGH),
-        (-0.008, -0.001, 0.01, 0.01, Verdict.GOOD_ENOUGH),  # it loses, and less than the margin
-        (-0.03, -0.01, 0.01, 0.9, Verdict.WORSE),
-        (-0.03, 0.01, 0.3, 0.4, Verdict.UNDECIDED),
-        (-0.03, -0.001, 0.08, 0.4, Verdict.UNDECIDED),
-        (-0.008, 0.004, 0.3, 0.025, Verdict.UNDECIDED),
-    ],
-)
-def test_verdict_is_one_of_four(low, high, p, p_loss, expected):
-    assert verdict_with_margin(low, high, p, p_loss) is expected
 
 
 def test_among_rows_that_lose_the_margin_reports_with_a_false_claim_stay_at_the_level():

@@ -37,6 +37,12 @@ def test_a_setting_with_a_failed_seed_says_so():
     assert (row.num_seeds, row.status) == (1, "1 FINISHED, 1 OUT_OF_MEMORY")
 
 
+def test_all_right_in_a_few_examples_is_no_certainty():
+    (row,) = rows_from([trial(1.0)])
+    assert replace(row, examples=64).accuracy_half_width == pytest.approx(1.96 * (66 * 2 / 68**3) ** 0.5)
+    assert replace(row, accuracy=0.9, examples=872).accuracy_half_width == pytest.approx(0.0199, abs=2e-4)
+
+
 def test_of_a_seed_trained_twice_the_newest_counts():
     (row,) = rows_from([trial(0.95, 1, 7), trial(0.90, 1, 3)])
     assert (row.num_seeds, len(row.other_trials), row.trials[0].started_ms) == (1, 1, 7)

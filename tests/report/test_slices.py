@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distilbench.report.page import page
 from distilbench.report.slices import MOST_SLICES, NOTE, rows_by_slice
-from distilbench.report.statistics import compare_over_seeds, holm, spread_over_seeds
+from distilbench.report.statistics import ALPHA, compare_over_seeds, holm, spread_over_seeds
 from distilbench.report.tables import csv_report, latex_report, markdown_report, print_report
 from tests.report.made_trials import EXAMPLES, HOSTILE, report_of, treatment, trial
 
@@ -26,7 +26,7 @@ def sliced(stored, names=NAMES):
 
 def report_with(trials):
     report = report_of(trials, selected_on_report_split=False)
-    return replace(report, slices=rows_by_slice(report.rows, report.margin))
+    return replace(report, slices=rows_by_slice(report.rows, report.margin, len(report.rows) - 1))
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def trials():
     """A baseline and a frozen setting that loses 30 of the 250 examples from books, and nothing elsewhere."""
     right = np.arange(EXAMPLES) % 10 > 0
     worse = right & ~((NAMES == "book") & (np.cumsum(right & (NAMES == "book")) <= 30))
-    base, frozen = trial(right=right), trial(place=1, settings=treatment(freeze_layers=3), right=worse)
+    base = trial(right=right, brier=0.07)
+    frozen = trial(place=1, settings=treatment(freeze_layers=3), right=worse, brier=0.07)
     return [sliced(base), frozen]  # one that knows the slices is enough
 
 
@@ -63,6 +64,7 @@ def test_p_values_are_corrected_for_every_slice_of_every_setting_that_was_tried(
     hidden = [1.0] * (3 * 9 - len(found))
     assert [one.p_holm for one in found] == holm([one.p for one in found] + hidden)[: len(found)]
     assert [one.p_loss_holm for one in found] == holm([one.p_loss for one in found] + hidden)[: len(found)]
+    assert all(one.loses_at_most <= 1.0 for one in found if one.p_loss_holm < ALPHA)
 
 
 def test_several_seeds_are_compared_on_each_slice():
@@ -115,6 +117,9 @@ def test_every_kind_of_table_and_the_page_have_the_slices(trials):
     rows = list(csv.DictReader(io.StringIO(csv_report(report))))
     assert [row["slice"] for row in rows] == ["", "", "web", "web", "book", "book", "(none)", "(none)"]
     assert [row["examples"] for row in rows] == ["872", "872", "600", "600", "250", "250", "22", "22"]
+    assert [(row["loss"], row["brier"]) for row in rows] == [("0.35", "0.07")] * 2 + [("", "")] * 6, (
+        "not of all examples"
+    )
     shown = page(report)
     assert "<h2>By slice</h2>" in shown
     assert ">book</td>" in shown

@@ -318,4 +318,18 @@ def test_holms_correction_is_that_computed_by_hand():
     ],
 )
 def test_verdict_needs_a_small_p_and_an_interval_on_one_side(low, high, p, word):
-    assert verdict(low, high, p) == word
+    assert verdict(low, high, p) == verdict(low, high, p, 0.9) == word
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "p_loss", "word"),
+    [
+        (0.01, 0.03, 0.01, 0.001, "better"),
+        (-0.008, 0.004, 0.3, 0.01, "good enough"),
+        (-0.008, -0.001, 0.01, 0.01, "good enough"),  # it loses, and less than the margin
+        (0.01, 0.03, 0.08, 0.01, "good enough"),
+        (-0.008, 0.004, 0.3, 0.025, "undecided"),
+    ],
+)
+def test_a_loss_shown_to_be_below_the_margin_is_good_enough_but_for_what_leads(low, high, p, p_loss, word):
+    assert verdict(low, high, p, p_loss) == word
