@@ -103,9 +103,8 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
     if settings.protocol:
         trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     if not trials:
-        lists = {"runs": settings.runs, "experiment": settings.experiments}
-        given = {"sweep": settings.sweep, **{key: ",".join(some) for key, some in lists.items()},
-                 "protocol": settings.protocol}  # fmt: skip
+        given = {"sweep": settings.sweep, "runs": ",".join(settings.runs),
+                 "experiment": ",".join(settings.experiments), "protocol": settings.protocol}  # fmt: skip
         asked = " ".join(f"{key}={value}" for key, value in given.items() if value)
         lost = f". {DELETED_STORE_HINT}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")

@@ -129,6 +129,18 @@ def test_a_baseline_may_be_named_or_gone_without(folder, tmp_path):
     assert {row["verdict"] for row in rows(tmp_path / "none").values()} == {""}
 
 
+def test_where_a_sweeps_own_baseline_failed_a_finished_one_of_the_store_takes_its_place(tmp_path, capsys):
+    store = make_store(tmp_path)
+    add_trial(store)
+    inside = {SWEEP_TAG: "halted"}
+    failed = start_of(tags=inside | {"distilbench.role": "baseline"})
+    store.begin(failed).finish(TrialResult(Status.FAILED, "no space left"), None)
+    add_trial(store, "freeze.layers=1", wrong=60, tags=inside)
+    compare(tmp_path, tmp_path / "report", "sweep=halted")
+    assert rows(tmp_path / "report")["layers=1"]["verdict"] == "worse"
+    assert "The baseline is not among these trials" in capsys.readouterr().out
+
+
 def test_trials_that_repeat_a_setting_and_a_seed_are_counted_where_they_are_left_out(tmp_path, capsys):
     store = make_store(tmp_path)
     for overrides in ((), ("freeze.layers=1",), ("freeze.layers=1", "engine=trainer")):

@@ -41,11 +41,9 @@ class Axis:
         """Round numbers within the axis."""
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            for factors in ((1, 2, 5), (1, 3), (1,)):  # the densest whose labels don't overlap
-                ticks = [m * 10.0**p for p in powers for m in factors if self.low <= m * 10.0**p <= self.high]
-                if len(ticks) <= 5:
-                    break
-            return ticks
+            decades = math.log10(self.high / self.low)
+            factors = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+            return [m * 10.0**p for p in powers for m in factors if self.low <= m * 10.0**p <= self.high]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(
             factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= self.max_ticks - 1

@@ -58,7 +58,10 @@ def compare_with_baseline(
         result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
     for i, one in zip(found, correct([*found.values()], margin, num_settings), strict=True):
-        row = _with_verdict(result[i], one, spreads[i], margin, num_settings)
+        claim = verdict(one.low, one.high, one.p_holm, one.p_loss_holm)
+        if claim is Verdict.UNDECIDED and base.has_learned is not False:
+            one = replace(one, needed=needed_to_decide(spreads[i], margin / 100, num_settings))
+        row = replace(result[i], difference=one, verdict=claim)
         result[i] = _qualify_verdict(row, base, selected_on_report_split)
     return result, majority
 
@@ -77,14 +80,13 @@ def correct(found: Sequence[Difference], margin: float, num_tests: int) -> list[
 
 def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row:
     """Return a row whose verdict is withdrawn if nothing was learned, or weakened to a lead to be confirmed."""
-    if base.has_learned is False and row.difference:
-        why = None if row.has_learned is False else Untested.IDLE
-        return replace(row, verdict=None, untested=why, difference=replace(row.difference, needed=None))
-    if row.verdict in PRAISE and row.has_learned is False:
+    if base.has_learned is False:
+        return replace(row, verdict=None, untested=None if row.has_learned is False else Untested.IDLE)
+    if row.verdict not in PRAISE:
+        return row
+    if row.has_learned is False:
         return replace(row, verdict=None)
-    if row.verdict in PRAISE and any(
-        one.status in BY_OUTCOME and one.seed not in row.seeds for one in row.other_trials
-    ):
+    if any(one.status in BY_OUTCOME and one.seed not in row.seeds for one in row.other_trials):
         return replace(row, verdict=None, untested=Untested.SURVIVORS)  # the seeds that are left are the lucky ones
     return replace(row, verdict=Verdict.AHEAD) if selected_on_report_split and row.verdict is Verdict.BETTER else row
 
@@ -169,11 +171,3 @@ def difference_of(spread: SeedSpread, margin: float, num_settings: int) -> Diffe
         p_loss_holm=loss.p,
         num_seeds=spread.num_seeds,
     )
-
-
-def _with_verdict(row: Row, found: Difference, spread: SeedSpread, margin: float, num_settings: int) -> Row:
-    """Return a row with its verdict and, if undecided, what would decide."""
-    claim = verdict(found.low, found.high, found.p_holm, found.p_loss_holm)
-    if claim is Verdict.UNDECIDED:
-        found = replace(found, needed=needed_to_decide(spread, margin / 100, rows=num_settings))
-    return replace(row, difference=found, verdict=claim)

@@ -236,33 +236,32 @@ def _parallel(report: Report) -> Iterator[Figure]:
     keys = varying_keys([row.treatment for row in rows])[:_MOST_AXES]
     if len(rows) < 5 or len(keys) < 2:
         return
-    values = {
+    columns = {
         key.removesuffix(".name").rpartition(".")[2]: [value_of(row.treatment, key) for row in rows] for key in keys
     }
-    values["accuracy"] = [100 * row.accuracy for row in rows]
-    scales = {name: _scale(of_rows) for name, of_rows in values.items()}
-    heights = [[scales[name][0](value) for value in of_rows] for name, of_rows in values.items()]
-    marks = [_mark_of(row, *enumerate(along)) for row, along in zip(rows, zip(*heights, strict=True), strict=True)]
+    columns["accuracy"] = [100 * row.accuracy for row in rows]
+    scaled = {name: _scale(values) for name, values in columns.items()}
+    lines = zip(*(heights for heights, _, _ in scaled.values()), strict=True)
+    marks = [_mark_of(row, *enumerate(line)) for row, line in zip(rows, lines, strict=True)]
     parallel_axes = [
         (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}\N{HORIZONTAL ELLIPSIS}", low, high)
-        for name, (_, low, high) in scales.items()
+        for name, (_, low, high) in scaled.items()
     ]
     caption = "A line a setting, coloured by its verdict, from what varied to accuracy."
     yield Figure("", Chart("Every setting", marks[::-1], parallel_axes=parallel_axes), caption)
 
 
-def _scale(values: Sequence[object]) -> tuple[Callable[[object], float], str, str]:
-    """Return a function that maps values of any type to [0, 1], and the labels of both ends.
+def _scale(values: Sequence[object]) -> tuple[list[float], str, str]:
+    """Return values of any type as heights in [0, 1], and the labels of both ends.
 
     Numbers are scaled by size, logarithmically if they span a factor of ten; other values are sorted as strings.
     """
-    numbers = _numbers(values)
-    if not numbers:
-        words = sorted({str(value) for value in values})
-        return lambda value: words.index(str(value)) / max(len(words) - 1, 1), words[0], words[-1]
-    low, high = min(numbers), max(numbers)
+    numbers, words = _numbers(values), sorted({*map(str, values)})
+    low, high = (min(numbers), max(numbers)) if numbers else (0, len(words) - 1)
     axis = Axis(low, high if high > low else low + 1, 0, 1, is_log=low > 0 and high >= 10 * low)
-    return lambda value: axis(float(str(value))), f"{low:.3g}", f"{high:.3g}"
+    heights = [axis(number) for number in numbers or [words.index(str(value)) for value in values]]
+    ends = (f"{low:.3g}", f"{high:.3g}") if numbers else (words[0], words[-1])
+    return heights, *ends
 
 
 def _numbers(values: Sequence[object]) -> list[float]:

@@ -76,7 +76,7 @@ def check_tested(report: Report) -> None:
 
 
 def make_report(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportRequest) -> Report:
-    """Compare trials of one protocol with their baseline; if they contain none, look one up in the store.
+    """Compare trials of one protocol with their baseline; if they contain none that finished, look one up in the store.
 
     A sweep's report includes the results of its confirmations, and a confirmation's those of its sweep.
     """
@@ -101,13 +101,13 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
     notes: tuple[str, ...] = ()
     expected = _expected(rows, request.default_treatment)
     baseline = None if request.baseline == "none" else find_baseline(rows, expected, request.baseline)
-    if baseline is None and request.baseline != "none":
-        found = _baseline_elsewhere(store, rows, request)
-        if found:
-            rows = rows_from([*trials, *found], request.names)
-            ids = {trial.run_id for trial in found}
-            baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
-            notes = ("The baseline is not among these trials: it is the newest finished one of their protocol.",)
+    is_lacking = request.baseline != "none" and (baseline is None or not rows[baseline].trials)
+    wanted = expected if baseline is None else rows[baseline].treatment
+    if is_lacking and (found := _baseline_elsewhere(store, trials[0], wanted, request)):
+        rows = rows_from([*trials, *found], request.names)
+        ids = {trial.run_id for trial in found}
+        baseline = next(i for i, row in enumerate(rows) if ids & {t.run_id for t in row.all_trials})
+        notes = ("The baseline is not among these trials: it is the newest finished one of their protocol.",)
     rows = label_rows(rows, baseline)
     if baseline is not None and not request.baseline and (several := sum(row.is_tagged for row in rows)) > 1:
         notes = (f"These trials have {several} baselines: all are compared with the one that took most FLOPs; "
@@ -179,17 +179,17 @@ def _expected(rows: Sequence[Row], default_treatment: Mapping[str, object]) -> d
     return {**default_treatment, **without_defaults(common)}
 
 
-def _baseline_elsewhere(store: MlflowStore, rows: Sequence[Row], request: ReportRequest) -> list[StoredTrial]:
-    """Find the baseline's trials in the store: of the requested run, or finished ones with the expected treatment."""
-    sample = rows[0].first_trial
+def _baseline_elsewhere(
+    store: MlflowStore, sample: StoredTrial, wanted: Mapping[str, object], request: ReportRequest
+) -> list[StoredTrial]:
+    """Find the baseline's trials in the store: of the requested run, or finished ones with the treatment ``wanted``."""
     if request.baseline:
         found = store.search({}, [request.baseline])
         if not found:
             raise SettingsError(f"baseline must be the id of a run, or none, got {request.baseline!r}; check the id")
         check_protocol([sample, *found])
         return found
-    expected = short_hash(_expected(rows, request.default_treatment))
-    tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": expected}
+    tags = {"distilbench.protocol": sample.protocol_id, "distilbench.treatment": short_hash(wanted)}
     return store.search({**tags, "distilbench.status": Status.FINISHED.value})
 
 
