@@ -154,6 +154,10 @@ def test_a_confirmation_tells_whether_the_advantage_survived_with_both_figures()
     assert second.startswith("The advantage of scheduler=cosine survived fresh seeds: +4.93 points (95 % +2.76")
     assert ", n = 1) in the sweep; +4.93 points (" in second
     assert second.endswith(", n = 3) in the confirmation.")
+    report = confirmed(0.95, 0.95)
+    other = next(row for row in report.candidates if row.label == "layers=3")
+    told = answer(replace(report, confirmation=(replace(other, confirmation=other), *report.confirmation)))
+    assert told[1] == second, "of several that were confirmed, one that is good"
     assert "did not survive fresh seeds: +4.93" in answer(confirmed(0.95, 0.90))[1]
     assert "was not there in the sweep either" in answer(confirmed(0.89, 0.89))[1]
     assert "is not shown by fresh seeds: +4.93" in answer(confirmed(0.95, 0.901))[1]
