@@ -129,11 +129,6 @@ class TrialResult:
     batch_seconds: float = 0.0
     solo_seconds_estimate: float | None = None
 
-    @property
-    def alone(self) -> bool:
-        """Whether the trial was trained alone, so that its seconds are its own."""
-        return self.num_trials_in_batch == 1
-
 
 @dataclass(frozen=True)
 class Predictions:

@@ -39,11 +39,6 @@ def test_a_metric_is_found_by_its_name():
     assert [BEST.metric(name) for name in STORED_METRICS] == [0.75, 0.5, 0.7, 0.4, 0.2, 0.1, 2.0]
 
 
-def test_a_trial_is_alone_unless_others_were_in_its_batch():
-    assert TrialResult(Status.FINISHED).alone
-    assert not TrialResult(Status.FINISHED, num_trials_in_batch=2).alone
-
-
 def test_the_largest_logit_is_what_was_predicted():
     logits = np.array([[0.1, 0.2, 0.3], [3.0, 2.0, 1.0], [0.0, 5.0, 1.0]])
     assert Predictions(np.array([2, 1, 1]), logits).correct.tolist() == [True, False, True]

@@ -211,7 +211,7 @@ def final_metrics(result: TrialResult) -> dict[str, float]:
              "tokens_per_second", "trainable_parameters", "total_parameters", "micro_batch_size")  # fmt: skip
     known = {name: getattr(result, name) for name in names} | {"peak_memory_mb": result.peak_memory_bytes / 2**20}
     values: dict[str, float] = {name: value for name, value in known.items() if value is not None}
-    if not result.alone:
+    if result.num_trials_in_batch > 1:
         values |= {"num_trials_in_batch": result.num_trials_in_batch, "batch_seconds": result.batch_seconds}
         if result.solo_seconds_estimate is not None:
             values["solo_seconds_estimate"] = result.solo_seconds_estimate
