@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.report.columns import CSV, NARROW
-from distilbench.report.findings import answer
+from distilbench.report.findings import answer, trial_to_use
 from distilbench.report.rows import rows_from
 from distilbench.report.words import describe_verdict
 from distilbench.results import Status, Verdict
@@ -47,9 +47,11 @@ def test_a_verdict_of_one_seed_says_with_this_seed():
 
 
 def test_a_more_accurate_setting_is_named_second():
-    first, second = answer(three(best=0.95))
+    report = three(best=0.95)
+    first, second = answer(report)
     assert first.startswith("layers=3 is good enough")
     assert second.startswith("Most accurate: scheduler=cosine is better, +4.93 points (95 % +3.")
+    assert [trial_to_use(report, best).treatment for best in ("answer", "accuracy")] == [FROZEN, COSINE]
 
 
 def test_a_better_one_alone_tells_its_size_and_a_lead_that_it_is_to_be_confirmed():
@@ -67,6 +69,12 @@ def test_where_nothing_is_good_enough_the_cheapest_open_one_tells_what_would_dec
     )
     assert second.startswith("Undecided: layers=3 (47 % fewer FLOPs, 38 % less time, 25 % less memory) may lose up to ")
     assert second.endswith(" points; 17 seeds would decide it.")
+
+
+def test_of_what_is_open_a_setting_that_lost_less_than_the_margin_is_named_though_another_is_cheaper():
+    first, second = answer(three(best=0.899, frozen=0.885, seeds=(1,), margin=1.0))
+    assert first.startswith("None of the 2 settings tried")
+    assert second.startswith("Undecided: scheduler=cosine may lose up to ")
 
 
 def test_what_is_shown_to_lose_too_much_leaves_nothing_open():
