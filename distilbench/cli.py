@@ -329,7 +329,9 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
         return f"{name} must be a key that there is; {remedy}"
     nodes = (getattr(link, "parent_node", None) for link in chain)
     schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
-    near = get_close_matches(name, setting_names(next(filter(is_dataclass, schemas), AppSettings)), n=1)
+    names = setting_names(next(filter(is_dataclass, schemas), AppSettings))
+    same = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]  # in another group
+    near = same if len(same) == 1 else get_close_matches(name, names, n=1)
     return f"{name} must be a setting that there is; " + (f"did you mean {near[0]}?" if near else "--help lists them")
 
 

@@ -179,14 +179,14 @@ def _columns(settings: PredictSettings, classifier: Classifier) -> dict[str, str
 
 def _read_parts(settings: PredictSettings, classifier: Classifier, columns: dict[str, str]) -> Iterator[Part]:
     """Return the texts in parts, from a file or from a split on the hub."""
-    from distilbench.data.readers import read_file, read_split
+    from distilbench.data.readers import read_parts
 
     data, own = settings.data, classifier.trained_on
     if Path(data.test).suffix:
-        return read_file(data.test, columns)
+        return read_parts(data.test, None, columns)
     name, config = (data.hub_name, data.hub_config) if data.hub_name else (own.get("hub_name"), own.get("hub_config"))
     require(name is not None, "data.test", "a file, or a split with data.hub_name=...", data.test)
-    return read_split(DataSettings("hub", name, config, data.revision), data.test, columns)
+    return read_parts(data.test, DataSettings("hub", name, config, data.revision), columns)
 
 
 def _output_path(settings: PredictSettings, classifier: Classifier) -> Path:

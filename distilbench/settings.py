@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Optional, TypeVar, Union, get_args, get_type_hints, overload
 from urllib.parse import quote
@@ -49,23 +50,22 @@ class SettingsError(ValueError):
 def require(condition: bool, setting: str, allowed: str, value: object, remedy: str = "") -> None:
     """Raise :class:`SettingsError` ``<setting> must be <allowed>, got <value>; <remedy>`` unless ``condition``."""
     if not condition:
-        shown = repr(value) if isinstance(value, str) else str(value)
+        shown = repr(value) if isinstance(value, str) else cli_string(value) or "null"
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise SettingsError(f"{setting} must be {allowed}, got {shown}" + (f"; {remedy}" if remedy else ""))
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The allowed values of a setting, in words and as a predicate; ``each`` applies it to every element of a list."""
+    """The allowed values of a setting, in words and as a predicate."""
 
     allowed: str
     is_valid: Callable[[Any], bool]
-    each: bool = False
 
 
-def one_of(allowed: Sequence[str], each: bool = False) -> Rule:
-    """Allow these strings, or with ``each``, lists of them."""
-    return Rule("one of " + ", ".join(allowed), allowed.__contains__, each)
+def one_of(allowed: Sequence[str]) -> Rule:
+    """Allow these strings."""
+    return Rule("one of " + ", ".join(allowed), allowed.__contains__)
 
 
 def at_least(low: float) -> Rule:
@@ -89,24 +89,47 @@ def matching(allowed: str, pattern: str, most: int) -> Rule:
     return Rule(allowed, lambda value: len(value.encode()) <= most and bool(re.fullmatch(pattern, value, re.DOTALL)))
 
 
-@dataclass(frozen=True)
-class IsPath:
-    """Marks a path relative to where the command was typed; with ``source``, only for settings of that source."""
+def original_cwd() -> Path:
+    """Return the directory in which the command was typed, which Hydra may have left since (hydra.job.chdir)."""
+    from hydra.core.hydra_config import HydraConfig
 
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+
+
+def absolute_path(path: str) -> str:
+    """Return a path relative to where the command was typed as an absolute one."""
+    return str(original_cwd() / Path(path).expanduser())
+
+
+def with_absolute_file(url: str) -> str:
+    """Return a database's URL; a relative SQLite file (``sqlite:///my.db``) becomes absolute."""
+    here = quote(original_cwd().as_posix().rstrip("/"))
+    return re.sub("^sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{here}/", url)
+
+
+def cli_string(value: object) -> str | None:
+    """Return a value as a string, spelled as on the command line (``true``, not ``True``); None stays None."""
+    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Converts a typed value once it is composed; with ``source``, only in settings of that source."""
+
+    convert: Callable[[Any], Any]
     source: str | None = None
 
 
+PATH = Converted(absolute_path)
+STRINGS = Converted(lambda names: list(map(cli_string, names)))
+"""For a list of strings that Hydra would parse as other types: ``true`` and ``1`` are names here."""
 MARGIN = in_interval("(0, 100]")
 LABEL_NAMES = Rule("2 or more distinct names", lambda names: 1 < len(set(names) - {None}) == len(names))
 DEVICE = matching("auto, cpu, cuda, cuda:NUMBER or mps", r"auto|cpu|cuda(:\d+)?|mps", 20)
 REGISTERED = matching("NAME or NAME@ALIAS (MLflow keeps latest and v1 for itself)",
                       r"(?=\s*[^\s@])[^/:@]+(@(?!(?i:latest|v\d+)\Z)[\w-]+)?", 256)  # fmt: skip
 
-IS_DATABASE_URL = "database URL"
-"""Marks a URL that may name an SQLite file, relative to the directory in which the command was typed."""
-
-AS_STRINGS = "as strings"
-"""Marks a list of strings that Hydra would parse as other types: ``true`` and ``1`` are names here."""
+MODEL_FOLDER = "give the folder that holds config.json and model.safetensors"
 
 
 _hints: Any = cache(get_type_hints)  # 0.2 ms a class, for every point of a sweep
@@ -133,12 +156,15 @@ class Checked:
             value = getattr(self, name)
             for rule in marks:
                 if isinstance(rule, Rule) and value is not None:
-                    for one in value if rule.each else [value]:
-                        require(rule.is_valid(one), self._prefix + name, rule.allowed, one)
+                    self._require(rule.is_valid(value), name, rule.allowed)
         self._check()
 
     def _check(self) -> None:
         """Raise :class:`SettingsError` for fields that contradict each other."""
+
+    def _require(self, condition: bool, name: str, allowed: str, remedy: str = "") -> None:
+        """Raise :class:`SettingsError` about the value of the field ``name``, which may be dotted."""
+        require(condition, self._prefix + name, allowed, attrgetter(name)(self), remedy)
 
 
 @dataclass(frozen=True)
@@ -147,7 +173,7 @@ class ModelSettings(Checked, group="model"):
 
     source: Annotated[str, one_of(("hub", "package", "local", "random"))]
     """hub | package | local | random."""
-    checkpoint: Annotated[str, IsPath("local"), Rule("a name or a path", bool)]
+    checkpoint: Annotated[str, Converted(absolute_path, "local"), Rule("a name or a path", bool)]
     """Hub id (hub), directory (local), distribution name (package), or architecture such as distilbert (random)."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
@@ -158,13 +184,12 @@ class ModelSettings(Checked, group="model"):
 
     def _check(self) -> None:
         if self.source == "local":
-            require(Path(self.checkpoint).is_dir(), "model.checkpoint", "an existing directory", self.checkpoint,
-                    "give the folder that holds config.json and model.safetensors")  # fmt: skip
+            self._require(Path(self.checkpoint).is_dir(), "checkpoint", "an existing directory", MODEL_FOLDER)
         if self.source == "random":
-            require((self.layers or 0) >= 1, "model.layers", "1 or more for a random model", self.layers)
+            self._require((self.layers or 0) >= 1, "layers", "1 or more for a random model")
         else:
-            require(self.layers is None, "model.layers", f"null with model.source={self.source}", self.layers,
-                    "a model that is loaded has the layers that it has")  # fmt: skip
+            remedy = "a model that is loaded has the layers that it has"
+            self._require(self.layers is None, "layers", f"null with model.source={self.source}", remedy)
 
 
 @dataclass(frozen=True)
@@ -179,9 +204,9 @@ class DataSettings(Checked, group="data"):
     """Configuration of the hub data set, if it has several."""
     revision: Optional[str] = None
     """Hub branch, tag or commit; null takes the default branch. The commit used is recorded."""
-    train: Annotated[Optional[str], IsPath("files")] = None
+    train: Annotated[Optional[str], Converted(absolute_path, "files")] = None
     """Training split: its name (hub) or a CSV, TSV, JSON, JSONL or Parquet file (files)."""
-    validation: Annotated[Optional[str], IsPath("files")] = None
+    validation: Annotated[Optional[str], Converted(absolute_path, "files")] = None
     """Validation split or file; null splits `validation_fraction` off train, stratified and seeded. `one+another`
     combines several hub splits, which are then also reported as slices."""
     text_column: Optional[str] = None
@@ -192,7 +217,7 @@ class DataSettings(Checked, group="data"):
     """Column that holds the label."""
     slice_column: Optional[str] = None
     """Column, such as the origin of a text, by whose values results are also reported; null means no slices."""
-    label_names: Annotated[Optional[list[str]], AS_STRINGS, LABEL_NAMES] = None
+    label_names: Annotated[Optional[list[str]], STRINGS, LABEL_NAMES] = None
     """Names of the labels, in the order of their numbers; null takes them from the data."""
     validation_fraction: Annotated[float, in_interval("(0, 1)")] = 0.1
     """Share of train used for validation if `validation` is null, in (0, 1)."""
@@ -213,24 +238,21 @@ class DataSettings(Checked, group="data"):
     """Used, with a warning, if the hub can't be reached and nothing is cached; null raises an error instead."""
 
     def _check(self) -> None:
-        source, files = self.source, {"train": self.train, "validation": self.validation}
-        is_named = source != "hub" or bool(self.hub_name)
-        require(is_named, "data.hub_name", "the id of a data set on the hub", self.hub_name)
+        source, existing = self.source, "an existing CSV, TSV, JSON, JSONL or Parquet file"
+        self._require(source != "hub" or bool(self.hub_name), "hub_name", "the id of a data set on the hub")
         if source == "files":
             for name in ("train", "text_column", "label_column"):
-                value = getattr(self, name)
-                require(bool(value), f"data.{name}", "given with data=files", value, f"add data.{name}=...")
-            for name, file in files.items():
-                require(file is None or Path(file).is_file(), f"data.{name}",
-                        "an existing CSV, TSV, JSON, JSONL or Parquet file", file, "check the path")  # fmt: skip
+                self._require(bool(getattr(self, name)), name, "given with data=files", f"add data.{name}=...")
+            for name, file in (("train", self.train), ("validation", self.validation)):
+                self._require(file is None or Path(file).is_file(), name, existing, "check the path")
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name is not None]
         require(len(set(columns)) == len(columns), "data.text_column, data.pair_column and data.label_column",
                 "columns of their own", ", ".join(columns))  # fmt: skip
         for name in ("pair_column", "slice_column"):
-            value, has_columns = getattr(self, name), source in ("hub", "files")
-            require(has_columns or value is None, f"data.{name}", f"null with data.source={source}", value)
-        require(not (self.selection_fraction and self.report_fraction), "data.selection_fraction",
-                "0 with data.report_fraction, where validation picks", self.selection_fraction)  # fmt: skip
+            is_usable = source in ("hub", "files") or getattr(self, name) is None
+            self._require(is_usable, name, f"null with data.source={source}")
+        self._require(not (self.selection_fraction and self.report_fraction), "selection_fraction",
+                      "0 with data.report_fraction, where validation picks")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -251,13 +273,12 @@ class FreezeSettings(Checked, group="freeze"):
     def _check(self) -> None:
         given = f"with freeze.policy={self.policy}, which says what is frozen"
         if self.policy == "scheduled":
-            require(self.layers >= 1, "freeze.layers", "1 or more with freeze.policy=scheduled", self.layers)
+            self._require(self.layers >= 1, "layers", "1 or more with freeze.policy=scheduled")
         elif self.policy != "depth":
-            require(self.layers == 0, "freeze.layers", f"0 {given}", self.layers)
-        if self.policy != "depth":
-            require(self.embeddings == "auto", "freeze.embeddings", f"auto {given}", cli_string(self.embeddings))
-        if self.policy not in ("depth", "head"):
-            require(self.dropout, "freeze.dropout", f"true with freeze.policy={self.policy}", cli_string(self.dropout))
+            self._require(self.layers == 0, "layers", f"0 {given}")
+        self._require(self.policy == "depth" or self.embeddings == "auto", "embeddings", f"auto {given}")
+        has_choice = self.dropout or self.policy in ("depth", "head")
+        self._require(has_choice, "dropout", f"true with freeze.policy={self.policy}")
 
     @property
     def is_dynamic(self) -> bool:
@@ -298,8 +319,8 @@ class AdapterSettings(Checked, group="adapter"):
     def _check(self) -> None:
         is_lora = self.name == "lora"
         for name in ("rank", "alpha", "dropout"):
-            value, allowed = getattr(self, name), f"{'a number' if is_lora else 'null'} with adapter.name={self.name}"
-            require((value is not None) == is_lora, f"adapter.{name}", allowed, value)
+            allowed = f"{'a number' if is_lora else 'null'} with adapter.name={self.name}"
+            self._require((getattr(self, name) is not None) == is_lora, name, allowed)
 
 
 @dataclass(frozen=True)
@@ -314,13 +335,11 @@ class SchedulerSettings(Checked, group="scheduler"):
     """Number of warm-up steps, 0 or more; null or 0 means `warmup_ratio` decides."""
 
     def _check(self) -> None:
-        require(not self.warmup_steps or self.warmup_ratio == 0, "scheduler.warmup_ratio",
-                f"0 when scheduler.warmup_steps={self.warmup_steps} is given", self.warmup_ratio,
-                "set one of the two")  # fmt: skip
-        warms_up = self.warmup_ratio or self.warmup_steps
-        require(self.name != "constant" or not warms_up, "scheduler.name",
-                "a schedule that warms up when a warm-up is given", self.name,
-                "use scheduler=constant_with_warmup")  # fmt: skip
+        self._require(not self.warmup_steps or self.warmup_ratio == 0, "warmup_ratio",
+                      f"0 when scheduler.warmup_steps={self.warmup_steps} is given", "set one of the two")  # fmt: skip
+        fits = self.name != "constant" or not (self.warmup_ratio or self.warmup_steps)
+        allowed = "a schedule that warms up when a warm-up is given"
+        self._require(fits, "name", allowed, "use scheduler=constant_with_warmup")
 
     def warmup(self, steps: int) -> int:
         """Return the warm-up steps of ``steps`` steps, rounded up as in ``TrainingArguments.get_warmup_steps``."""
@@ -388,8 +407,8 @@ class TrainSettings(Checked, group="train"):
     """Whether to continue an interrupted trial of the same settings from its last checkpoint in `output.dir`."""
 
     def _check(self) -> None:
-        require(self.batch_size % self.examples_per_pass == 0, "train.micro_batch_size",
-                f"a divisor of train.batch_size={self.batch_size}", self.micro_batch_size)  # fmt: skip
+        divides = self.batch_size % self.examples_per_pass == 0
+        self._require(divides, "micro_batch_size", f"a divisor of train.batch_size={self.batch_size}")
 
     @property
     def greater_is_better(self) -> bool:
@@ -422,7 +441,7 @@ class EngineSettings(Checked, group="engine"):
 class OutputSettings:
     """Where a trial writes, and what it keeps."""
 
-    dir: Annotated[str, IsPath()]
+    dir: Annotated[str, PATH]
     """The trial's directory; by default Hydra's output directory."""
     save_model: bool
     """Whether to save the best epoch's model and tokenizer in `model/` of that directory."""
@@ -447,17 +466,15 @@ class TrialSettings(Checked):
     def _check(self) -> None:
         if self.adapter.name != "none":
             given = f"with adapter.name={self.adapter.name}, which leaves the encoder as it was"
-            freeze = self.freeze
-            require(freeze.policy == "depth", "freeze.policy", f"depth {given}", freeze.policy)
-            require(freeze.layers == 0, "freeze.layers", f"0 {given}", freeze.layers)
-            require(not freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}", cli_string(freeze.embeddings))
-            require(freeze.dropout, "freeze.dropout", f"true {given}", cli_string(freeze.dropout))
-
+            self._require(self.freeze.policy == "depth", "freeze.policy", f"depth {given}")
+            self._require(self.freeze.layers == 0, "freeze.layers", f"0 {given}")
+            self._require(not self.freeze.freezes_embeddings, "freeze.embeddings", f"auto {given}")
+            self._require(self.freeze.dropout, "freeze.dropout", f"true {given}")
         if self.freeze.is_dynamic:
             fewest = self.freeze.min_parts
+            allowed = f"{fewest} or more with freeze.policy={self.freeze.policy}, which moves at evaluations"
             has_parts = self.train.epochs >= fewest or self.train.eval_steps is not None
-            require(has_parts, "train.epochs", f"{fewest} or more with freeze.policy={self.freeze.policy}, which moves "
-                    "at evaluations", self.train.epochs, "or set train.eval_steps")  # fmt: skip
+            self._require(has_parts, "train.epochs", allowed, "or set train.eval_steps")
 
     @property
     def needs_trainer(self) -> bool:
@@ -471,7 +488,7 @@ class TrackingSettings(Checked, group="tracking"):
 
     name: Annotated[str, one_of(("mlflow", "none"))]
     """mlflow | none."""
-    uri: Annotated[Optional[str], IS_DATABASE_URL]
+    uri: Annotated[Optional[str], Converted(with_absolute_file)]
     """MLflow tracking URI; null means MLFLOW_TRACKING_URI if set, otherwise mlflow.db in the project's root."""
     experiment: Annotated[Optional[str], matching("a name of at most 256 bytes", r".*\S.*", 256)]
     """Name of the MLflow experiment, at most 256 bytes; null means that of MLFLOW_EXPERIMENT_NAME or
@@ -485,10 +502,10 @@ class TrackingSettings(Checked, group="tracking"):
     """NAME or NAME@ALIAS: registers each logged model as a new version of this name in MLflow; null registers none."""
 
     def _check(self) -> None:
-        require(self.register is None or self.log_model != "never", "tracking.register",
-                "null with tracking.log_model=never", self.register, "add tracking.log_model=best")  # fmt: skip
-        require(self.name != "none" or self.log_model == "never", "tracking.log_model", "never with tracking=none",
-                self.log_model)  # fmt: skip
+        is_logged = self.log_model != "never"
+        self._require(self.register is None or is_logged, "register", "null with tracking.log_model=never",
+                      "add tracking.log_model=best")  # fmt: skip
+        self._require(self.name != "none" or not is_logged, "log_model", "never with tracking=none")
         if self.uri is not None and re.search(r"//[^/@\s]*:[^/@\s]*@", self.uri):
             raise SettingsError(
                 "tracking.uri must not hold a password, since Hydra writes settings to disk; put the URI into "
@@ -507,6 +524,7 @@ class BaselineSettings:
 
 
 SWEEP_NAME = matching("letters, digits and ._+- without a path, 200 bytes at most", r"\w[\w.+-]*", 200)
+OF_OBJECTIVES = Rule("a list of " + ", ".join(OBJECTIVES), set(OBJECTIVES).issuperset)
 COUNT_OR_SHARE = Rule("a whole number or a share below 1", lambda value: value < 1 or value % 1 == 0)
 
 
@@ -520,7 +538,7 @@ class SweepSettings(Checked, group="sweep"):
     """Total number of trials of an Optuna sweep, including earlier calls, 1 or more; a grid trains all of its cells."""
     baseline: bool
     """Whether to train the baseline first: as a trial of the sweep if it lies in the search space, else beside it."""
-    objectives: Annotated[Optional[list[str]], one_of(OBJECTIVES, each=True), DISTINCT]
+    objectives: Annotated[Optional[list[str]], OF_OBJECTIVES, DISTINCT]
     """What to optimise: accuracy, f1, mcc, loss (on the selection split), train_seconds, train_flops, cost (seconds if
     trials run alone, FLOPs if they share a device), trainable_parameters; null means `train.metric`. Several objectives
     give a Pareto front."""
@@ -572,8 +590,8 @@ class AppSettings(TrialSettings):
 
     def _check(self) -> None:
         super()._check()
-        require(self.output.save_model or self.tracking.log_model == "never", "tracking.log_model",
-                "never with output.save_model=false", self.tracking.log_model)  # fmt: skip
+        is_possible = self.output.save_model or self.tracking.log_model == "never"
+        self._require(is_possible, "tracking.log_model", "never with output.save_model=false")
 
     @property
     def trial(self) -> TrialSettings:
@@ -604,7 +622,7 @@ class CompareSettings(Checked):
     """full | paper: all columns, or those of the course report's table."""
     rows: Annotated[int, at_least(1)]
     """How many settings to test and show, best first, 1 or more; the correction for multiple tests counts all."""
-    output: Annotated[Optional[str], IsPath()]
+    output: Annotated[Optional[str], PATH]
     """Folder for the files; null is outputs/reports/NAME, named after the sweep, the experiments or the runs."""
     tracking: TrackingSettings
 
@@ -614,14 +632,11 @@ class CompareSettings(Checked):
                 "add one of them")  # fmt: skip
 
 
-WITHOUT_PATH = Rule("a name without a path in it", lambda name: not re.search(r"[/\\\0]|^\.\.?$", name))
-
-
 @dataclass(frozen=True)
 class ConfirmSettings(Checked):
     """The configuration of `python -m distilbench.confirm`."""
 
-    sweep: Annotated[Optional[str], WITHOUT_PATH]
+    sweep: Annotated[Optional[str], SWEEP_NAME]
     """Name of the sweep whose best settings are trained again; required."""
     top: Annotated[int, at_least(1)]
     """How many of its best settings to train, 1 or more."""
@@ -632,16 +647,16 @@ class ConfirmSettings(Checked):
     to show that a setting that loses nothing is within the margin."""
     margin: Annotated[Optional[float], MARGIN]
     """Loss of accuracy, in percentage points, at which a treatment is still good enough; null is the sweep's own."""
-    name: Annotated[Optional[str], WITHOUT_PATH]
+    name: Annotated[Optional[str], SWEEP_NAME]
     """Name of the confirmation, which is a sweep of its own; null is `<sweep>-confirm`."""
-    output: Annotated[Optional[str], IsPath()]
+    output: Annotated[Optional[str], PATH]
     """Folder of the confirmation; null is outputs/sweeps/<name>."""
     dry_run: bool
     """Whether to print only what would be trained and how long it would take."""
     tracking: TrackingSettings
 
     def _check(self) -> None:
-        require(bool(self.sweep), "sweep", "the name of a sweep", self.sweep, "add sweep=NAME")
+        self._require(bool(self.sweep), "sweep", "the name of a sweep", "add sweep=NAME")
 
 
 @dataclass(frozen=True)
@@ -668,7 +683,7 @@ class PredictSettings(Checked):
 
     run: Optional[str]
     """Id of a trial's run."""
-    dir: Annotated[Optional[str], IsPath()]
+    dir: Annotated[Optional[str], PATH]
     """Directory of a Transformers model with a classification head, such as model/ in a trial's directory."""
     sweep: Optional[str]
     """Name of a sweep, from which `best` picks the trial."""
@@ -676,7 +691,7 @@ class PredictSettings(Checked):
     """answer | accuracy: the sweep's answer (its baseline if no setting is shown to be good enough), or the trial with
     the best `train.metric` on the selection split."""
     data: PredictDataSettings
-    output: Annotated[str, IsPath()]
+    output: Annotated[str, PATH]
     """File to write: CSV, TSV, JSONL or Parquet by its extension; with format=glue, a folder works too."""
     format: Annotated[str, one_of(("table", "glue"))]
     """table | glue: texts, labels and probabilities, or GLUE's submission format (SST-2.tsv: index, prediction)."""
@@ -690,9 +705,8 @@ class PredictSettings(Checked):
         given = [name for name in ("run", "dir", "sweep") if getattr(self, name)]
         require(len(given) == 1, "what predicts", "one of run=ID, dir=PATH and sweep=NAME",
                 " and ".join(given) or "none", "name one model")  # fmt: skip
-        require(self.dir is None or Path(self.dir).is_dir(), "dir", "an existing directory", self.dir,
-                "give the folder that holds config.json and model.safetensors")  # fmt: skip
-        require(self.best == "answer" or self.sweep is not None, "best", "answer without sweep=NAME", self.best)
+        self._require(self.dir is None or Path(self.dir).is_dir(), "dir", "an existing directory", MODEL_FOLDER)
+        self._require(self.best == "answer" or self.sweep is not None, "best", "answer without sweep=NAME")
 
 
 BENCH_WINDOW = 8
@@ -757,31 +771,10 @@ def _build(cls: Any, values: Any) -> Any:
             require(isinstance(value, dict), getattr(cls, "_prefix", "") + name, "null or settings of its own", value,
                     "conf/ shows one")  # fmt: skip
             made[name] = _build(nested, value)
-        elif any(isinstance(m, IsPath) and m.source in (None, values.get("source")) for m in marks.get(name, ())):
-            made[name] = str(original_cwd() / Path(value).expanduser())
-        elif IS_DATABASE_URL in marks.get(name, ()):
-            made[name] = with_absolute_file(value)
-        elif AS_STRINGS in marks.get(name, ()):
-            made[name] = [cli_string(one) for one in value]
+        for mark in marks.get(name, ()):
+            if isinstance(mark, Converted) and mark.source in (None, values.get("source")):
+                made[name] = mark.convert(value)
     return cls(**made)
-
-
-def original_cwd() -> Path:
-    """Return the directory in which the command was typed, which Hydra may have left since (hydra.job.chdir)."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
-
-
-def with_absolute_file(url: str) -> str:
-    """Return a database's URL; a relative SQLite file (``sqlite:///my.db``) becomes absolute."""
-    here = quote(original_cwd().as_posix().rstrip("/"))
-    return re.sub("^sqlite:///(?=[^/:$])", lambda _: f"sqlite:///{here}/", url)
-
-
-def cli_string(value: object) -> str | None:
-    """Return a value as a string, spelled as on the command line (``true``, not ``True``); None stays None."""
-    return None if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def setting_names(cls: Any, prefix: str = "") -> list[str]:
@@ -806,8 +799,10 @@ def _schema(cls: Any, inside: tuple[Any, ...] = ()) -> Any:
     for f in dataclasses.fields(cls):
         hint = get_type_hints(cls)[f.name]
         nested = _dataclass_in(hint)
-        if nested in (cls, *inside) or AS_STRINGS in _marks(cls).get(f.name, ()):
+        if nested in (cls, *inside):
             hint = Any
+        elif STRINGS in _marks(cls).get(f.name, ()):
+            hint = Optional[list[Any]]
         elif nested:
             hint = _schema(nested, (cls, *inside))
         default = f.default if f.default is not dataclasses.MISSING else "???"  # joblib's workers unpickle another one

@@ -205,9 +205,9 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        ([], r"^sweep must be the name of a sweep, got None; add sweep=NAME"),
+        ([], r"^sweep must be the name of a sweep, got null; add sweep=NAME"),
         (["sweep=nowhere"], r"^sweep must be one of .*, got 'nowhere'"),
-        (["sweep=../x"], r"^sweep must be a name without a path in it"),
+        (["sweep=../x"], r"^sweep must be letters, digits and ._\+- without a path"),
         (["sweep=first", "top=0"], r"^top must be 1 or more, got 0"),
         (["sweep=first", "seeds=1"], r"^seeds must be auto, or 2 or more, got 1"),
         (["sweep=first-confirm"], r"^sweep must be a search, got 'first-confirm', itself a confirmation of first"),

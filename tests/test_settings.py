@@ -160,7 +160,7 @@ RANGES = {
     "sweep.warm_start": ([None, "first"], ["", "a/b"], "letters, digits and ._+- without a path, 200 bytes at most"),
     "sweep.trials": ([1], [0], "1 or more"),
     "sweep.objectives": ([None, ["accuracy", "train_flops"]], [["speed"], ["accuracy", "speed"]],
-                         "one of accuracy, f1, mcc, loss, train_seconds, train_flops, cost, trainable_parameters"),
+                         "a list of accuracy, f1, mcc, loss, train_seconds, train_flops, cost, trainable_parameters"),
     "sweep.pruner": (["none", "median", "wilcoxon"], ["best"], "one of none, median, percentile, patient, "
                      "successive_halving, hyperband, threshold, wilcoxon"),
     "sweep.seeds": ([None, [1], [1, 2]], [[], [1, 1]], "null or a list of different values"),
@@ -174,8 +174,8 @@ RANGES = {
     "compare.untested": (["refuse", "show"], ["hide"], "one of refuse, show"),
     "compare.layout": (["full", "paper"], ["wide"], "one of full, paper"),
     "compare.rows": ([1], [0], "1 or more"),
-    "confirm.sweep": (["a..b"], ["..", "a/b"], "a name without a path in it"),
-    "confirm.name": ([None, "c.d"], [".", "a\\b"], "a name without a path in it"),
+    "confirm.sweep": (["a..b"], ["..", "a/b", ""], "letters, digits and ._+- without a path, 200 bytes at most"),
+    "confirm.name": ([None, "c.d"], [".", "a\\b", "a/b"], "letters, digits and ._+- without a path, 200 bytes at most"),
     "confirm.top": ([1], [0], "1 or more"),
     "confirm.seeds": ([2, "auto"], [1, "many"], "auto, or 2 or more"),
     "tracking.log_model": (["never", "best", "always"], ["last"], "one of never, best, always"),
@@ -244,17 +244,17 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("model", {"checkpoint": ""}, "model.checkpoint must be a name or a path, got ''"),
         ("model", {"source": "local", "checkpoint": "/no/such"}, "model.checkpoint must be an existing directory, got "
          "'/no/such'; give the folder that holds config.json and model.safetensors"),
-        ("model", {"source": "random"}, "model.layers must be 1 or more for a random model, got None"),
+        ("model", {"source": "random"}, "model.layers must be 1 or more for a random model, got null"),
         ("model", {"layers": 3}, "model.layers must be null with model.source=hub, got 3; a model that is loaded has"),
         ("model", {"source": "random", "layers": 0}, "model.layers must be 1 or more for a random model, got 0"),
-        ("data", {"hub_name": None}, "data.hub_name must be the id of a data set on the hub, got None"),
-        ("data", {"source": "files", "train": None}, "data.train must be given with data=files, got None; add data"),
+        ("data", {"hub_name": None}, "data.hub_name must be the id of a data set on the hub, got null"),
+        ("data", {"source": "files", "train": None}, "data.train must be given with data=files, got null; add data"),
         ("data", {"source": "files", "train": "/no.csv"}, "data.train must be an existing CSV, TSV, JSON, JSONL or "
          "Parquet file, got '/no.csv'; check the path"),
         ("data", {"source": "files", "train": __file__, "validation": "/no.csv"}, "data.validation must be an existing "
          "CSV, TSV, JSON, JSONL or Parquet file, got '/no.csv'; check the path"),
         ("data", {"source": "files", "train": __file__, "validation": None, "text_column": None}, "data.text_column "
-         "must be given with data=files, got None; add data.text_column=..."),
+         "must be given with data=files, got null; add data.text_column=..."),
         ("data", {"source": "files", "train": __file__, "validation": None, "label_column": ""}, "data.label_column "
          "must be given with data=files, got ''; add data.label_column=..."),
         ("data", {"selection_fraction": 0.1, "report_fraction": 0.2}, "data.selection_fraction must be 0 with "
@@ -265,9 +265,9 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("freeze", {"policy": "head", "layers": 3}, "freeze.layers must be 0 with freeze.policy=head, which says what "
          "is frozen, got 3"),
         ("freeze", {"policy": "bias", "embeddings": False}, "freeze.embeddings must be auto with freeze.policy=bias, "
-         "which says what is frozen, got 'false'"),
+         "which says what is frozen, got false"),
         ("freeze", {"policy": "bias", "dropout": False}, "freeze.dropout must be true with freeze.policy=bias, got "
-         "'false'"),
+         "false"),
         ("freeze", {"policy": "gradual", "layers": 1}, "freeze.layers must be 0 with freeze.policy=gradual, which says "
          "what is frozen, got 1"),
         ("freeze", {"policy": "scheduled"}, "freeze.layers must be 1 or more with freeze.policy=scheduled, got 0"),
@@ -276,7 +276,7 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("adapter", {"name": "ia3", "dropout": 0.0}, "adapter.dropout must be null with adapter.name=ia3, "
          "got 0.0"),
         ("adapter", {"name": "lora", "rank": 1, "alpha": 1.0}, "adapter.dropout must be a number with "
-         "adapter.name=lora, got None"),
+         "adapter.name=lora, got null"),
         ("scheduler", {"warmup_steps": 3, "warmup_ratio": 0.1}, "scheduler.warmup_ratio must be 0 when "
          "scheduler.warmup_steps=3 is given, got 0.1; set one of the two"),
         ("scheduler", {"name": "constant", "warmup_ratio": 0.1}, "scheduler.name must be a schedule that warms up when "
@@ -288,7 +288,7 @@ def test_every_declared_range_is_tried_at_its_ends():
          "MLFLOW_TRACKING_USERNAME and _PASSWORD"),
         ("sweep", {"pruner_options": {"n_startup_trials": "auto"}}, "sweep.pruner_options.n_startup_trials must be a "
          "number or null, got 'auto'"),
-        ("sweep", {"pruner_options": {"n": True}}, "sweep.pruner_options.n must be a number or null, got True"),
+        ("sweep", {"pruner_options": {"n": True}}, "sweep.pruner_options.n must be a number or null, got true"),
         ("sweep", {"pruner_options": {"min_resource": "many"}}, "sweep.pruner_options.min_resource must be a number, "
          "auto or null, got 'many'"),
         ("sweep", {"objectives": []}, "sweep.objectives must be null or a list of different values, got []"),
@@ -299,12 +299,7 @@ def test_every_declared_range_is_tried_at_its_ends():
         ("sweep", {"max_failures": 1.5}, "sweep.max_failures must be a whole number or a share below 1, got 1.5"),
         ("compare", {"sweep": None}, "what to compare must be sweep=NAME, runs=[ID,...] or experiment=NAME,..., got "
          "'nothing'; add one of them"),
-        ("confirm", {"sweep": None}, "sweep must be the name of a sweep, got None; add sweep=NAME"),
-        ("confirm", {"sweep": ""}, "sweep must be the name of a sweep, got ''; add sweep=NAME"),
-        ("confirm", {"sweep": ".."}, "sweep must be a name without a path in it, got '..'"),
-        ("confirm", {"name": "a/b"}, "name must be a name without a path in it, got 'a/b'"),
-        ("confirm", {"name": "a\\b"}, "name must be a name without a path in it, got 'a\\\\b'"),
-        ("confirm", {"name": "."}, "name must be a name without a path in it, got '.'"),
+        ("confirm", {"sweep": None}, "sweep must be the name of a sweep, got null; add sweep=NAME"),
         ("predict", {"run": "a"}, "what predicts must be one of run=ID, dir=PATH and sweep=NAME, got 'run and sweep'; "
          "name one model"),
         ("predict", {"sweep": None}, "what predicts must be one of run=ID, dir=PATH and sweep=NAME, got 'none'; name "
@@ -391,11 +386,11 @@ def test_a_model_that_is_not_saved_is_not_logged():
         ),
         (
             "freeze=embeddings",
-            "freeze.embeddings must be auto with adapter.name=lora, which leaves the encoder as it was, got 'true'",
+            "freeze.embeddings must be auto with adapter.name=lora, which leaves the encoder as it was, got true",
         ),
         (
             "freeze.dropout=false",
-            "freeze.dropout must be true with adapter.name=lora, which leaves the encoder as it was, got 'false'",
+            "freeze.dropout must be true with adapter.name=lora, which leaves the encoder as it was, got false",
         ),
     ],
 )
@@ -425,7 +420,7 @@ def test_a_warm_up_is_whole_steps(steps, ratio, given, warmup):
 
 def test_a_message_is_made_only_where_a_rule_is_broken():
     require(True, "a", "b", "c")
-    for value, remedy, line in [("v", "", "a must be b, got 'v'"), (None, "do c", "a must be b, got None; do c"),
+    for value, remedy, line in [("v", "", "a must be b, got 'v'"), (None, "do c", "a must be b, got null; do c"),
                                 ("x" * 198, "", f"a must be b, got '{'x' * 198}'"),
                                 ("x" * 199, "", f"a must be b, got '{'x' * 196}...")]:  # fmt: skip
         with pytest.raises(SettingsError) as caught:
@@ -481,7 +476,7 @@ def test_trial_settings_are_the_applications_without_sweep_and_tracking(usual):
         ("tracking.experiment=''", "tracking.experiment must be a name of at most 256 bytes, got ''"),
         (f"tracking.experiment={'x' * 600}", "tracking.experiment must be a name of at most 256 bytes, got 'xxx"),
         (f"sweep.name={'x' * 201}", "sweep.name must be letters, digits and ._+- without a path, 200 bytes at most"),
-        ("sweep.objectives=[accuracy,speed]", "sweep.objectives must be one of accuracy, f1, mcc, loss,"),
+        ("sweep.objectives=[accuracy,speed]", "sweep.objectives must be a list of accuracy, f1, mcc, loss,"),
         ("train.micro_batch_size=5", "train.micro_batch_size must be a divisor of train.batch_size=16, got 5"),
         ("data.label_names=[a]", "data.label_names must be 2 or more distinct names, got ['a']"),
         ("data.label_names=[a,null]", "data.label_names must be 2 or more distinct names, got ['a', None]"),

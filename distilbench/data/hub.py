@@ -82,7 +82,7 @@ def package_file(name: str, relative_path: str, sha256: str) -> Path:
     except PackageNotFoundError:
         raise SettingsError(f"package {name} must be installed, got none; run: pip install {name}") from None
     found = file_sha256(path) if path.is_file() else None
-    require(found == sha256, str(path), f"a file of sha256 {sha256}", found,
+    require(found == sha256, str(path), f"a file of sha256 {sha256}", found or "no file",
             f"run: pip install --force-reinstall --no-deps {name}")  # fmt: skip
     return path
 

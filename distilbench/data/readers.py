@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -214,18 +215,13 @@ def _synthetic_splits(names: tuple[str, ...]) -> list[DataFrame]:
     return splits
 
 
-_SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
+SOURCES: dict[str, Callable[[DataSettings], Corpus | None]] = {
     "hub": _read_hub,
     "files": _read_files,
     "tweets": _read_tweets,
     "synthetic": _read_synthetic,
 }
-
-
-def read_corpus(settings: DataSettings) -> Corpus | None:
-    """Read the source ``data.source``; return None if it is the hub, which is unreachable, and nothing is cached."""
-    return _SOURCES[settings.source](settings)
-
+"""Functions by ``data.source`` that read it; None if it is the hub, which is unreachable, and nothing is cached."""
 
 # ---- texts to predict, a part at a time, in constant memory
 
@@ -233,25 +229,21 @@ Part = tuple[list[tuple[str | None, ...]], float]
 """Consecutive rows, each with the values of the requested columns, and the share of all rows read so far, 0 to 1."""
 
 
-def read_file(given: str, columns: Columns) -> Iterator[Part]:
-    """Yield the rows of a file in the format of its extension; raises :class:`SettingsError` if it can't be read."""
-    with open_rows("data.test", given, columns) as file:
-        yield from _read_in_parts(file)
-
-
-def read_split(settings: DataSettings, split: str, columns: Columns) -> Iterator[Part]:
-    """Yield the rows of a hub data set's split; raises :class:`SettingsError` if it is not available."""
-    builder = hub_builder(settings)
-    require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", settings.hub_name,
-            "go online, or name a file with data.test=...")  # fmt: skip
-    yield from _read_in_parts(open_split(builder.as_dataset(), "data.test", split, settings, columns))
-
-
-def _read_in_parts(file: OpenRows) -> Iterator[Part]:
+def read_parts(given: str, hub: DataSettings | None, columns: Columns) -> Iterator[Part]:
+    """Yield the rows of a file or, if ``hub`` names a data set, of its split; raises :class:`SettingsError`."""
+    opened = open_rows("data.test", given, columns) if hub is None else nullcontext(_open_test(hub, given, columns))
     count = 0
-    while taken := list(islice(file.rows, ROWS_AT_ONCE)):
-        count += len(taken)
-        for place, values in taken:
-            wrong = next((value for value in values if not isinstance(value, str | None)), None)
-            require(wrong is None, place, "text", wrong, "write it in quotes")
-        yield [values for _, values in taken], file.share(count)
+    with opened as file:
+        while taken := list(islice(file.rows, ROWS_AT_ONCE)):
+            count += len(taken)
+            for place, values in taken:
+                wrong = next((value for value in values if not isinstance(value, str | None)), None)
+                require(wrong is None, place, "text", wrong, "write it in quotes")
+            yield [values for _, values in taken], file.share(count)
+
+
+def _open_test(hub: DataSettings, split: str, columns: Columns) -> OpenRows:
+    builder = hub_builder(hub)
+    require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", hub.hub_name,
+            "go online, or name a file with data.test=...")  # fmt: skip
+    return open_split(builder.as_dataset(), "data.test", split, hub, columns)

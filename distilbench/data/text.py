@@ -18,7 +18,7 @@ import numpy as np
 
 from distilbench.cli import pluralize
 from distilbench.data.formats import list_reprs
-from distilbench.data.readers import Corpus, hub_title, read_corpus
+from distilbench.data.readers import SOURCES, Corpus, hub_title
 from distilbench.identity import SourceUsed
 from distilbench.settings import DataSettings, SettingsError, require
 
@@ -103,7 +103,7 @@ def load_text(settings: DataSettings) -> TextSplits:
     If the hub is unreachable and nothing is cached, reads ``fallback`` with the caps, ``selection_fraction``,
     ``report_fraction`` and ``split_seed`` of ``settings``. Raises :class:`SettingsError` for invalid text.
     """
-    corpus = read_corpus(settings)
+    corpus = SOURCES[settings.source](settings)
     if corpus is None:
         return _fall_back(settings)
     train, report, names = _labelled_splits(corpus)
@@ -226,7 +226,8 @@ def _to_text(part: str, value: Any, place: Any) -> str:
     if part == "label" and isinstance(value, (int, str)):  # True, too, which a CSV file spells so
         return str(value).strip()
     is_text = part != "label" and isinstance(value, str)
-    remedy = NO_REGRESSION if part == "label" and isinstance(value, float) else "put it into quotes"
+    is_float = part == "label" and isinstance(value, float)
+    remedy = f"write it as one; {NO_REGRESSION}" if is_float else "write it as one"
     allowed = "an integer or a string" if part == "label" else "a string"
     require(is_text, f"{place}: the {name}", allowed, value, remedy)
     return str(value)
@@ -260,22 +261,13 @@ def _hold_out(
             f"a share of 2 examples or more of each class, {names[fewest]!r} too",
             int(counts[fewest]), remedy)  # fmt: skip
     target = counts * fraction
-    low, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
-    shares = _round_to_sum(target, low, high)
+    shares, high = (np.clip(bound, 1, counts - 1).astype(int) for bound in (np.floor(target), np.ceil(target)))
+    open_to_more = np.flatnonzero(high > shares)
+    by_remainder = open_to_more[np.argsort((shares - target)[open_to_more], kind="stable")]
+    shares[by_remainder[: max(0, round(target.sum()) - shares.sum())]] += 1
     drawn = [own[:share] for own, share in zip(_shuffle_by_class(split.labels, settings, part), shares, strict=True)]
     taken = np.sort(np.concatenate(drawn))
     return split.take(np.setdiff1d(np.arange(len(split)), taken)), split.take(taken)
-
-
-def _round_to_sum(target: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Round ``target`` (classes,) to integers within ``low``..``high`` with a sum as close to target's as possible."""
-    share: np.ndarray = np.clip(np.floor(target), low, high).astype(int)
-    total = np.clip(round(target.sum()), low.sum(), high.sum())
-    while share.sum() != total:
-        step = 1 if share.sum() < total else -1
-        movable = share < high if step == 1 else share > low
-        share[np.where(movable, step * (target - share), -np.inf).argmax()] += step
-    return share
 
 
 def _limit_examples(split: TextSplit, part: str, settings: DataSettings) -> TextSplit:

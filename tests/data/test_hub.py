@@ -209,7 +209,7 @@ def test_an_altered_packaged_file_is_refused_with_the_line_that_mends_it(install
 
 def test_a_missing_packaged_file_is_refused_likewise(installed):
     installed.unlink()
-    with pytest.raises(SettingsError, match=r"got None; run: pip install --force-reinstall"):
+    with pytest.raises(SettingsError, match=r"got 'no file'; run: pip install --force-reinstall"):
         package_file("some-text", "some_text/rows.csv", ROWS_SHA256)
 
 

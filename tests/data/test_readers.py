@@ -105,7 +105,7 @@ BROKEN = [
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "line 2: column 'label' is not there, columns are 'text'"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', "line 2: the text is missing"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": NaN, "label": 1}\n', "line 2: the text is missing"),
-    (".jsonl", '{"text": "a", "label": 0}\n{"text": 0.5, "label": 1}\n', "a string, got 0.5; put it into quotes"),
+    (".jsonl", '{"text": "a", "label": 0}\n{"text": 0.5, "label": 1}\n', "a string, got 0.5; write it as one"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n', "line 2: the label is missing"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": 5, "label": 1}\n', "line 2: the text must be a string, got 5"),
     (".jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": [1]}\n', "integer or a string, got [1]"),
@@ -119,8 +119,8 @@ BROKEN = [
     (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
     (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
     (".csv", "text,label\na,3.7\nb,2.0\n", "must be text with classes for labels, got '3.7'"),
-    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; numbers with "
-     "fractions are a target for regression, which is not offered: make classes of them"),
+    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; write it as one; "
+     "numbers with fractions are a target for regression, which is not offered: make classes of them"),
     (".parquet", b"PAR1 is how it begins", "is not a readable Parquet file"),
     (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .json, .parquet, .csv.gz"),
 ]  # fmt: skip
@@ -198,7 +198,8 @@ def test_bytes_that_are_not_utf8_in_parquet_are_refused_with_their_row(folder):
 
 def test_a_parquet_column_of_the_wrong_type_is_refused(folder):
     pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "types.parquet")
-    assert "row 1: the label must be an integer or a string, got 0.0" in refusal(files(folder / "types.parquet"))
+    said = "row 1: the label must be an integer or a string, got 0.0; write it as one"
+    assert said in refusal(files(folder / "types.parquet"))
 
 
 def test_a_validation_label_that_train_lacks_is_refused_with_its_line(folder):

@@ -309,7 +309,7 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["seed=1,2", "sweep.pruner=hyperband", "sweep.pruner_options.min_resource=x"], "a number, auto or null"),
         (["seed=1,2", "sweep.pruner=median", "sweep.pruner_options.steps=1"], "steps must be a setting that there is"),
         (["seed=1,2", "sweep.pruner=median", "sweep.objectives=[train_flops,cost]"], "sweep.pruner must be none"),
-        (["seed=1,2", "sweep.objectives=[speed]"], "sweep.objectives must be one of accuracy"),
+        (["seed=1,2", "sweep.objectives=[speed]"], "sweep.objectives must be a list of accuracy"),
         (["seed=1,2", "hydra.sweeper.storage=sweeps.db"], "hydra.sweeper.storage must be the URL of a database"),
         (["seed=1,2", "hydra.sweeper.storage=postgresql://me:pw@127.0.0.1:9/x"], "must not hold a password"),
         (["seed=1,2", "hydra.sweeper.storage='mysql://me:pw${oc.env:HOME}@127.0.0.1:9/x'"], "must not hold a password"),
