@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -78,7 +79,10 @@ class Space:
     def contains(self, params: Mapping[str, Any]) -> bool:
         """Return whether ``params`` lie in the space: they name every dimension, each with a valid value."""
         named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
-        return named and all(_contains(distribution, params[key]) for key, distribution in self.dimensions.items())
+        try:
+            return named and all(d._contains(d.to_internal_repr(params[key])) for key, d in self.dimensions.items())
+        except ValueError:  # no such choice, or no number
+            return False
 
     def suggest(self, config: Any, trial: Any) -> None:
         """Suggest a value of every dimension to an Optuna trial; ``custom`` may read them, and ``config``.
@@ -143,13 +147,6 @@ def _values(distribution: BaseDistribution) -> Sequence[Any] | None:
     return [low + i * step for i in range(round((high - low) / step) + 1)]
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return bool(distribution._contains(distribution.to_internal_repr(value)))
-    except ValueError:
-        return False
-
-
 _DEPTH = re.compile(r"^(freeze\.layers=.*)\bdepth\b")
 
 
@@ -198,12 +195,10 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
 
 
 def _custom_function(path: str | None) -> Callable[[DictConfig, Any], None] | None:
-    from hydra._internal.utils import _locate  # hydra.utils.get_method also prints its errors
-
     if path is None:
         return None
     try:
-        found: Callable[[DictConfig, Any], None] = _locate(path)
+        found: Callable[[DictConfig, Any], None] = resolve_name(path)
     except Exception as error:
         raise SettingsError(
             f"hydra.sweeper.custom_search_space must be the dotted path of a function (config, trial), got {path!r}: "
@@ -240,9 +235,9 @@ class Composer:
         return Point({}, (*point.overrides, *between), is_baseline=True)
 
     def _compose(self, point: Point) -> DictConfig:
-        """Compose the groups once for all points that share them (0.15 s), then apply the point's values."""
+        """Compose groups and additions once for all points that share them (0.15 s), then apply the point's values."""
         try:
-            groups = tuple(line for line in point.overrides if line.partition("=")[0] in self._choices)
+            groups = tuple(o for o in point.overrides if o.startswith("+") or o.partition("=")[0] in self._choices)
             if groups not in self._composed:
                 config = self._loader.load_sweep_config(self._config, [*self._space.fixed, *groups])
                 with open_dict(config):
@@ -252,8 +247,7 @@ class Composer:
             for override in point.overrides:
                 if override not in groups:
                     parsed = OverridesParser.create().parse_override(override)  # an unknown key raises
-                    key, is_new = parsed.get_key_element().lstrip("+"), override.startswith("+")
-                    OmegaConf.update(config, key, parsed.value(), force_add=is_new)
+                    OmegaConf.update(config, parsed.get_key_element(), parsed.value(), force_add=False)
             return config
         except (HydraException, OmegaConfBaseException) as error:
             said = " ".join(line.strip() for line in str(error).split("\n")[:2])

@@ -262,6 +262,7 @@ def test_points_that_train_the_same_have_one_result_key(composer):
     [
         ({"freeze.layers": 9}, "^freeze.layers must be 0..2 "),
         ({"freeze.layerz": 1}, r"^the search space must name settings that there are: [^\n]*layerz"),
+        ({"+freeze.layers": 1}, r"^the search space must [^\n]*An item is already at 'freeze.layers'"),
         ({"scheduler": "cosin"}, r"^the search space must name settings that there are: [^\n]*'scheduler/cosin' ?$"),
     ],
 )
