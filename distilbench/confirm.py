@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
 def confirm(settings: ConfirmSettings) -> str | None:
     """Run the confirmation; return one line about failures, or None. Raises :class:`SettingsError` before training."""
     from distilbench.report.findings import by_score
-    from distilbench.sweep.executors import Sequential
+    from distilbench.sweep.executors import Executor
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.space import Point
     from distilbench.sweep.storage import storage_at
@@ -79,7 +79,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
         points = missing or points
     plan = _plan(name, directory, settings.sweep, rows, next(iter(settings_by_treatment.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
-    executor = Sequential(lambda jobs: [_train(job, settings_by_treatment, rows) for job in jobs], at_once=1)
+    executor = Executor(lambda jobs: [_train(job, settings_by_treatment, rows) for job in jobs], at_once=1)
     tags = {CONFIRMS_TAG: settings.sweep, f"{CONFIRMS_TAG}_run": searched.run_id}
     return run_plan(plan, storage_at(None, None, directory), executor, tags)
 
@@ -185,7 +185,7 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
             f"({type(error).__name__}); run the sweep again"
         ) from None
     alone = replace(recorded.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
-                    timeout_minutes=None, retry_failed=True, on_change="extend")  # fmt: skip
+                    timeout_minutes=None, retry_failed=True, retry_lost=True, on_change="extend")  # fmt: skip
     train, output = replace(recorded.train, resume=False), replace(recorded.output, save_model=False)
     margin = asked.margin or recorded.margin
     return replace(recorded, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)

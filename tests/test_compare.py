@@ -290,17 +290,6 @@ def test_help_and_mistakes_answer_without_importing_anything_heavy(folder):
         assert imported & {*HEAVY, "optuna"} == set()
 
 
-def test_a_sweep_whose_store_was_deleted_is_told_where_its_figures_are(folder, tmp_path, caplog):
-    store = make_store(folder)
-    assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
-    assert caplog.text == ""
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "trial.json").write_text("{}")
-    assert report_sweep(store, "empty", tmp_path, {}, 1.0) is None
-    assert f"the store holds no trial of the sweep empty, {tmp_path} does. A store that was deleted" in caplog.text
-    assert "trains them again with sweep.retry_lost=true" in caplog.text
-
-
 @pytest.mark.parametrize("margin", [3.0, 0.6], ids=["good enough alone", "undecided alone, by a lower bound"])
 def test_at_a_sweeps_end_a_trial_says_what_the_report_does_where_it_says_more_alone(tmp_path, margin):
     """A loss of half a point, shown to be below 3 points alone, but not beside nine others."""

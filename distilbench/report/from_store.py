@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +21,9 @@ from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
-from distilbench.results import RECORD, Status, StoredTrial, Verdict
+from distilbench.results import Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
 from distilbench.tracking import SWEEP_TAG, MlflowStore, SweepRun
-
-log = logging.getLogger(__name__)
 
 CURVES = 8
 """Number of settings whose learning curves are drawn, besides the baseline's."""
@@ -328,8 +325,6 @@ def report_sweep(store: MlflowStore, name: str, directory: Path, default_treatme
     sweep = find_sweep(store, name)
     report = report_of_sweep(store, sweep, default_treatment, margin)
     if report is None:
-        if next(directory.rglob(RECORD), None):
-            log.warning("the store holds no trial of the sweep %s, %s does. %s", name, directory, DELETED_STORE_HINT)
         return None
     tables.print_report(console or Console(), report)
     store.attach(sweep.run_id, write_report(report, directory), tables.note(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,12 +39,12 @@ SWEEP_FILE = "sweep.json"
 
 
 def open_studies(
-    plan: SweepPlan, storage: Storage, has_run: Callable[[str], bool] | None
+    plan: SweepPlan, storage: Storage, run_ids: Callable[[str], Container[str]] | None
 ) -> tuple[SweepPlan, list[SweepStudy]]:
     """Create or load the sweep's studies; the one for baselines outside of its space, if any, comes first.
 
-    Also returns the plan, with its choices in the order that the study stores. ``has_run`` returns whether MLflow has a
-    run; None without tracking. Raises :class:`SettingsError` if the plan does not continue what is there.
+    Also returns the plan, with its choices in the order that the study stores. ``run_ids`` returns the ids of a sweep's
+    MLflow runs; None without tracking. Raises :class:`SettingsError` if the plan does not continue what is there.
     """
     _refuse_others(plan, has_study=not storage.is_missing)
     warm, sources = ([], None) if has_begun(plan) else find_warm_trials(plan, storage)
@@ -74,10 +74,11 @@ def open_studies(
         main.sampler = sampler_of(plan.sampler, len(trials)) or main.sampler
         if plan.outside_baselines:
             baselines = open_study(storage, f"{plan.name}.{BASELINE_STUDY}", plan.directions, None, grace)
-    studies = [SweepStudy(main, plan, owner, retry=_trials_to_retry(plan, main, has_run))]
+    studies = [SweepStudy(main, plan, owner)]
     if plan.outside_baselines:
         own = replace(plan, space=Space({}, plan.space.fixed), points=plan.outside_baselines, is_grid=True)
-        studies.insert(0, SweepStudy(baselines, own, owner, True, _trials_to_retry(plan, baselines, has_run)))
+        studies.insert(0, SweepStudy(baselines, own, owner, is_outside=True))
+    _retry(plan, studies, run_ids(plan.name) if run_ids and kept is not None else None)
     return plan, studies
 
 
@@ -108,15 +109,23 @@ def _read_sweep_file(plan: SweepPlan) -> dict[str, str]:
         return {}
 
 
-def _trials_to_retry(plan: SweepPlan, study: optuna.Study, has_run: Callable[[str], bool] | None) -> list[int]:
-    """Return the numbers of trials to train again: failed ones, except DIVERGED, and those whose runs are gone."""
-    sweep = plan.settings.sweep
-    again = (Status.FAILED, Status.OUT_OF_MEMORY) if sweep.retry_failed else ()
-    told = {trial.number: trial.user_attrs for trial in study.get_trials(deepcopy=False)}
-    failed = [number for number, one in told.items() if one.get("status") in again]
-    if has_run is None or not sweep.retry_lost:
-        return failed
-    return failed + [number for number, one in told.items() if one.get("run_id") and not has_run(one["run_id"])]
+def _retry(plan: SweepPlan, studies: Sequence[SweepStudy], run_ids: Container[str] | None) -> None:
+    """Have failed trials, except DIVERGED ones, and those whose runs are gone trained again, if that is asked for.
+
+    Says how many trials have lost their runs if it is not.
+    """
+    sweep, lost = plan.settings.sweep, 0
+    for study in studies:
+        for view in study.counted():
+            run_id = view.attribute("run_id")
+            is_lost = run_ids is not None and run_id is not None and run_id not in run_ids
+            is_failed = view.status in (Status.FAILED, Status.OUT_OF_MEMORY)
+            if (is_failed and sweep.retry_failed) or (is_lost and sweep.retry_lost):
+                study.retry.add(view.number)
+            lost += is_lost
+    if lost and not sweep.retry_lost:
+        log.warning("MLflow has no run of %s any more: sweep.retry_lost=true added to the command trains what is lost",
+                    pluralize(lost, "trial"))  # fmt: skip
 
 
 def check_unchanged(kept: Mapping[str, Any], now: Mapping[str, Any], name: str, extend: bool) -> None:

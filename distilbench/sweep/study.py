@@ -113,15 +113,15 @@ class TrialView:
 class SweepStudy:
     """The trials of a plan, or of the baselines beside its space, for the process ``owner`` that works on them.
 
-    ``retry`` holds the numbers of trials to train again. Callers of :meth:`queue`, :meth:`take` and
-    :meth:`take_over_dead_trials` must hold the sweep's lock.
+    Callers of :meth:`queue`, :meth:`take` and :meth:`take_over_dead_trials` must hold the sweep's lock.
     """
 
-    def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_outside: bool = False,
-                 retry: Sequence[int] = ()) -> None:  # fmt: skip
+    def __init__(self, study: optuna.Study, plan: SweepPlan, owner: Owner, is_outside: bool = False) -> None:
         self.study, self.is_outside = study, is_outside
         self._storage: Any = study._storage  # Any: private methods are used as well
-        self._plan, self._owner, self._retry = plan, owner, frozenset(retry)
+        self._plan, self._owner = plan, owner
+        self.retry: set[int] = set()
+        """Numbers of ended trials to train again."""
         self.owned_trials: dict[int, int] = {}
         """Trials that this process must bring to an end: number -> Optuna's trial id."""
         self.lost_owners: set[Owner] = set()
@@ -158,7 +158,7 @@ class SweepStudy:
     def has_more(self) -> bool:
         """Return whether there is another trial to launch: a waiting one, or one that Optuna is to choose."""
         if self._plan.is_grid:
-            return self._has_waiting() or bool(self._unqueued())
+            return self._has_waiting() or bool(self._unqueued(self._plan.points))
         return len(self.counted()) < self._plan.total and (self._has_waiting() or not self.is_exhausted())
 
     def _has_waiting(self) -> bool:
@@ -176,7 +176,7 @@ class SweepStudy:
     def is_void(self, view: TrialView) -> bool:
         """Return whether a trial does not count: interrupted, (to be) trained again, or a copy of a running one."""
         is_pending_copy = view.status is Status.REUSED and bool(view.attribute("pending"))
-        is_retried = view.number in self._retry or view.number < self._last.get(view.point_key, 0)
+        is_retried = view.number in self.retry or view.number < self._last.get(view.point_key, 0)
         return view.status is Status.INTERRUPTED or is_pending_copy or is_retried
 
     def queue(self) -> None:
@@ -189,14 +189,14 @@ class SweepStudy:
                 self._storage.set_trial_state_values(ended, TrialState.FAIL)
                 self.refresh()
         waiting = sum(view.status is Status.WAITING for view in self.views())
-        self._enqueue(self._unqueued()[: max(0, MAX_WAITING - waiting)])
+        self._enqueue(self._unqueued(self._plan.points)[: max(0, MAX_WAITING - waiting)])
 
-    def _unqueued(self) -> list[Point]:
-        """Return the points of the plan and of void trials that no other trial covers."""
+    def _unqueued(self, points: Sequence[Point]) -> list[Point]:
+        """Return the points of void trials, and of ``points``, that no other trial covers."""
         void = [v.point for v in self.views()
                 if self.is_void(v) and v.trial.params and self._plan.space.contains(v.point.params)]  # fmt: skip
         present = {view.point_key for view in self.views() if not self.is_void(view)}
-        wanted = {point.key: point for point in [*void, *self._plan.points]}
+        wanted = {point.key: point for point in [*void, *points]}
         return [point for key, point in wanted.items() if key not in present]
 
     def _enqueue(self, points: Sequence[Point]) -> None:
@@ -209,16 +209,17 @@ class SweepStudy:
 
     def take(self) -> TrialView | None:
         """Begin the next trial; None if its point is being trained elsewhere, or if draws give no new point."""
-        drawn = 0
-        while self.has_more() and (drawn < 2 * MAX_REPEATED_DRAWS or self._has_waiting() or self._plan.is_grid):
+        drawn, space = 0, self._plan.space
+        while self.has_more() and drawn < 2 * MAX_REPEATED_DRAWS:
             if not self._has_waiting():
                 self.queue()
+            drawn += not self._has_waiting()
             view, is_pending = self._sample()
             if view is not None or is_pending:
                 return view
-            drawn += 1
-            if drawn >= MAX_REPEATED_DRAWS:
-                self._enqueue_untried()
+            can_list = drawn >= MAX_REPEATED_DRAWS and (space.size or math.inf) <= MAX_ENUMERATED_POINTS
+            if can_list and (left := self._unqueued(space.points())):
+                self._enqueue([self._random.choice(left)])
         return None
 
     def _sample(self) -> tuple[TrialView | None, bool]:
@@ -256,15 +257,6 @@ class SweepStudy:
     def _view(self, number: int) -> TrialView:
         """Read one of this process's trials by itself."""
         return TrialView(self._storage.get_trial(self.owned_trials[number]), self.path(number))
-
-    def _enqueue_untried(self) -> None:
-        size = self._plan.space.size
-        if self._plan.is_grid or size is None or size > MAX_ENUMERATED_POINTS:
-            return
-        tried = {view.point_key for view in self.views() if not self.is_void(view)}
-        left = [point for point in self._plan.space.points() if point.key not in tried]
-        if left:
-            self._enqueue([self._random.choice(left)])
 
     def _reuse(self, trial: optuna.Trial, same: TrialView) -> None:
         """End ``trial`` with the result of ``same``, a trial of the same settings."""
@@ -335,10 +327,7 @@ class SweepStudy:
 
     def holds(self, number: int) -> bool:
         """Return whether this process still owns a trial; another may have taken it over while this one was frozen."""
-        if number not in self.owned_trials:
-            return False
-        view = self._view(number)
-        return view.status is Status.RUNNING and view.owner == self._owner
+        return self._view(number).owner == self._owner
 
     def beat(self) -> None:
         """Send heartbeats for this process's trials: without them, :meth:`take_over_dead_trials` acts, on any host."""

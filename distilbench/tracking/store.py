@@ -30,7 +30,7 @@ from distilbench.tracking.search import (
     trained_beside_others,
     trial_of,
 )
-from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, process_tags, run_exists
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
@@ -235,9 +235,9 @@ class MlflowStore:
         place = self._address.file or redact(self._address.uri)
         return f"experiment {self._experiment} in {place}" + (f" ({self.ui_command})" if self.ui_command else "")
 
-    def has_run(self, run_id: str) -> bool:
-        """Return whether the run exists and was not deleted."""
-        return run_exists(self._client, run_id)
+    def run_ids(self, sweep: str) -> set[str]:
+        """Return the ids of a sweep's runs that were not deleted."""
+        return {run.info.run_id for run in self._search({SWEEP_TAG: sweep})}
 
     def predictions(self, run_id: str) -> Predictions | None:
         """Return the run's predictions; None if they were never written or can't be read."""

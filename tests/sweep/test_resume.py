@@ -19,7 +19,6 @@ from distilbench.sweep.resume import (
     SWEEP_FILE,
     _check_same_protocol,
     _params_in,
-    _trials_to_retry,
     check_unchanged,
     open_studies,
 )
@@ -139,8 +138,8 @@ def plan_of(settings, tmp_path):
     return planned
 
 
-def study_of(plan: SweepPlan, holds=None) -> SweepStudy:
-    return open_studies(plan, storage_at(None, None, plan.directory), holds)[1][0]
+def study_of(plan: SweepPlan, run_ids=None) -> SweepStudy:
+    return open_studies(plan, storage_at(None, None, plan.directory), run_ids)[1][0]
 
 
 def ended(rate: float, status: str = "FINISHED", values: tuple[float, ...] = (0.5,), **attributes):
@@ -251,7 +250,7 @@ def test_a_warm_start_from_no_other_sweep_is_refused_before_anything_is_written(
     [((), []), (("sweep.retry_failed=true",), [0, 2]), (("sweep.retry_lost=true",), [3]),
      (("sweep.retry_failed=true", "sweep.retry_lost=true"), [0, 2, 3])],
 )  # fmt: skip
-def test_what_failed_or_lost_its_run_is_trained_again_where_that_is_asked_for(plan_of, overrides, again):
+def test_what_failed_or_lost_its_run_is_trained_again_where_that_is_asked_for(plan_of, caplog, overrides, again):
     study, asked = study_of(plan_of("first")).study, plan_of("first", *overrides)
     ends = [
         ("FAILED", "kept"),
@@ -259,10 +258,15 @@ def test_what_failed_or_lost_its_run_is_trained_again_where_that_is_asked_for(pl
         ("OUT_OF_MEMORY", None),
         ("FINISHED", "gone"),
         ("FINISHED", "kept"),
+        ("REUSED", "of another sweep"),
+        ("INTERRUPTED", "gone"),
     ]
-    study.add_trials(ended(1e-4, status, run_id=run_id) for status, run_id in ends)
-    assert _trials_to_retry(asked, study, "kept".__eq__) == again
-    assert _trials_to_retry(asked, study, None) == [number for number in again if number != 3], "without tracking"
+    study.add_trials(ended(k * 1e-4, status, run_id=run_id) for k, (status, run_id) in enumerate(ends, start=1))
+    with caplog.at_level("WARNING"):
+        assert study_of(asked, {"first": {"kept"}}.get).retry == {*again}
+    line = "MLflow has no run of 1 trial any more: sweep.retry_lost=true added to the command trains what is lost"
+    assert [said for said in caplog.messages if "MLflow" in said] == ([] if 3 in again else [line])
+    assert study_of(asked).retry == {*again} - {3}, "without tracking"
 
 
 def opened(workspace, name: str) -> optuna.Study:

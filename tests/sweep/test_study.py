@@ -66,14 +66,13 @@ def make(tmp_path):
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
 
-    def open_as(owner: Owner, retry=(), **changes) -> SweepStudy:
+    def open_as(owner: Owner, **changes) -> SweepStudy:
         settings = SimpleNamespace()
         plan = {"settings": settings, "space": SPACE, "points": [], "outside_baselines": [],
-                "total": 100, "num_requested": 100,
-                "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
+                "total": 100, "is_grid": False, "objectives": ("accuracy",), "directions": ["maximize"], "name": "made",
                 "directory": tmp_path, "fixed": {}, "result_key": result_key,
                 "name_of": partial(SPACE.name_of, baseline={}), "max_failures": 0}  # fmt: skip
-        return SweepStudy(study, SweepPlan(**{**plan, **changes}), owner, retry=retry)
+        return SweepStudy(study, SweepPlan(**{**plan, **changes}), owner)
 
     return open_as
 
@@ -94,8 +93,8 @@ def end_dead(study: SweepStudy) -> list[int]:
 
 def finish(study: SweepStudy, number: int, status: Status = Status.FINISHED, accuracy: float = 0.5, **changes) -> None:
     scores = {"accuracy": accuracy} if status is Status.FINISHED else {}
-    record = Record(IDENTITY, status, changes.pop("owner", ME), None, changes.pop("error", None), scores, scores)
-    record.write(study.directory(number))
+    owner, error = changes.pop("owner", ME), changes.pop("error", None)
+    Record(IDENTITY, status, owner, "run", error, scores, scores, {"train_seconds": 3.0}).write(study.directory(number))
 
 
 def test_where_nothing_is_to_be_queued_the_study_is_read_once_before_a_point_is_drawn(make, monkeypatch):
@@ -232,8 +231,8 @@ def test_a_point_evaluated_before_is_reused_with_its_result_and_does_not_count(m
     other = study.take()
     reused = study.views()[1]
     assert (reused.status, reused.values, reused.attribute("reused_from")) == (Status.REUSED, (0.8,), 0)
-    assert reused.attribute("scores") == {"accuracy": 0.8}
-    assert reused.seconds == 0
+    assert (reused.attribute("scores"), reused.attribute("run_id")) == ({"accuracy": 0.8}, "run")
+    assert (study.views()[0].seconds, reused.seconds) == (3.0, 0)
     assert other.point.params != point.params
     assert [view.number for view in study.counted()] == [0, other.number]
 
@@ -248,6 +247,49 @@ def test_a_grid_goes_on_beyond_any_number_of_points_that_were_evaluated_before(m
     end(study, first.number)
     assert study.take().point.params == {"freeze.layers": 70}
     assert not study.has_more()
+
+
+def test_a_copy_of_a_trial_under_way_is_void_and_one_of_an_ended_trial_is_not(make):
+    study = make(ME, result_key=lambda point: "all alike")
+    first = study.take()
+    assert study.take() is None
+    finish(study, first.number)
+    end(study, first.number)
+    assert study.take() is None
+    assert [study.is_void(view) for view in study.views()[:3]] == [False, True, False]
+    assert study.owned_trials == {}
+
+
+def test_a_search_of_a_continuous_space_has_more_up_to_its_total(make):
+    study = make(ME, space=Space({"optim.lr": FloatDistribution(0, 1)}, []), total=2)
+    for has_more in (True, False):
+        finish(study, study.take().number)
+        end(study, len(study.views()) - 1)
+        assert study.has_more() is has_more
+
+
+def test_points_that_wait_outside_of_a_changed_space_are_void_and_those_under_way_go_on(make):
+    before = make(ME, points=SPACE.points()[:3], is_grid=True)
+    before.queue()
+    taken = before.take()
+    narrow = Space({**SPACE.dimensions, "freeze.layers": IntDistribution(3, 3)}, [])
+    now = make(ME, space=narrow, points=narrow.points(), is_grid=True)
+    now.queue()
+    void, waits = Status.INTERRUPTED, Status.WAITING
+    assert [view.status for view in now.views()] == [Status.RUNNING, void, void, waits, waits]
+    assert now.views()[1].attribute("error") == "the sweep went on with another space"
+    finish(before, taken.number, Status.RUNNING)
+    end(before, taken.number)
+    now.refresh()
+    now.queue()
+    assert len(now.views()) == 5, "what was interrupted outside of the space is not tried again"
+
+
+def test_a_trial_that_found_the_disk_full_is_to_be_tried_again(make):
+    study = make(ME)
+    finish(study, study.take().number, Status.FAILED, error="OSError: No space left on device: 'model'")
+    assert end(study, 0).status is Status.INTERRUPTED
+    assert len(study.counted()) == 0
 
 
 def test_a_discrete_space_is_tried_to_its_last_point_whatever_the_sampler_draws(make):
@@ -324,7 +366,8 @@ def test_failed_trials_are_retried_when_asked_for(make):
     study = make(ME)
     finish(study, study.take().number, Status.FAILED, error="disk full")
     end(study, 0)
-    retrying = make(ME, retry=[0])
+    retrying = make(ME)
+    retrying.retry.add(0)
     retrying.queue()
     again = retrying.take()
     assert again.point.params == study.views()[0].trial.params
