@@ -179,17 +179,18 @@ class CheckFirst(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check each job of a grid; other sweepers check their own."""
         HydraConfig.instance().set_config(config)
+        is_basic = config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
         with errors_in_one_line():
             for key, value in _typed(config):
                 require(key != "hydra.run.dir", key, "left to a single trial", value, "set hydra.sweep.dir")
+                require(not is_basic or not key.startswith("sweep.") or key == "sweep.name", key,
+                        "left to another sweeper", value, "drop hydra/sweeper=basic")  # fmt: skip
                 name = key.removeprefix("hydra.job.env_set.")  # which trials would read, but not the sweep itself
                 is_ours = name != key and name.startswith(("MLFLOW_", "DISTILBENCH_"))
                 require(not is_ours, key, "left to the shell in a sweep", value, f"run: export {name}=...")
-        if config.hydra.sweeper._target_ == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            with errors_in_one_line():
-                for key, value in _typed(config):
-                    require(not key.startswith("sweep.") or key == "sweep.name", key, "left to another sweeper", value,
-                            "drop hydra/sweeper=basic")  # fmt: skip
+            at_once = config.hydra.launcher.get("max_trials")
+            require(at_once is None or at_once >= 1, "hydra.launcher.max_trials", "1 or more", at_once)
+            if is_basic:
                 loader = GlobalHydra.instance().config_loader()
                 params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
                 parser = OverridesParser.create(config_loader=loader)

@@ -37,7 +37,7 @@ from distilbench.cli import (
 from distilbench.composition import baseline_choices, baseline_config, command_for, typed_choices
 from distilbench.identity import treatment_of
 from distilbench.results import read_record
-from distilbench.settings import CONF, SettingsError, register_schema, require, settings_from
+from distilbench.settings import CONF, SettingsError, register_schema, settings_from
 from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.trial import SeededTrial, context_of, run_in_sweep
 
@@ -82,8 +82,6 @@ class BatchTrainer:
     """Trains the jobs of ``hydra/launcher=fused`` together: describes each, trains all, then concludes each."""
 
     def __init__(self, max_trials: int) -> None:
-        with _report_errors():
-            require(max_trials >= 1, "hydra.launcher.max_trials", "1 or more", max_trials)
         self._max_trials = max_trials
         self._runner: BatchRunner | None = None
 

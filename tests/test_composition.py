@@ -222,6 +222,7 @@ def test_choices_from_a_folder_of_ones_own_name_trials_too(composing, tmp_path, 
             "hydra.run.dir=here",
             "hydra.run.dir must be left to a single trial",
         ),
+        (CheckFirst.on_multirun_start, "+hydra.launcher.max_trials=0", "hydra.launcher.max_trials must be 1 or more"),
     ],
 )
 def test_what_hydra_would_ignore_in_its_mode_is_refused(composing, capsys, start, typed, line):

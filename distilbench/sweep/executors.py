@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -35,79 +35,69 @@ Launch = Callable[[Sequence[SweepJob]], Sequence[JobError]]
 """Runs jobs and returns how each ended, in the order of the jobs."""
 
 
-class Sequential:
-    """Launches a batch and blocks until all of its jobs have ended; ``at_once`` is its size, None for all jobs.
+class Executor:
+    """Launches up to ``at_once`` trials at a time, None for any number.
 
-    ``stop`` cancels jobs that run in other processes; those in this one end with the sweep's own exception.
+    A batch is launched in one call, which blocks until all of its jobs have ended; with ``threads``, each trial by
+    itself, in one of them. ``stop`` cancels jobs that run in other processes; those in this one end with the sweep's
+    own exception.
     """
 
-    def __init__(self, launch: Launch, at_once: int | None, stop: Callable[[], object] = lambda: None) -> None:
-        self._launch, self.at_once, self.stop = launch, at_once, stop
+    def __init__(self, launch: Launch, at_once: int | None, stop: Callable[[], object] = lambda: None,
+                 threads: ThreadPoolExecutor | None = None) -> None:  # fmt: skip
+        self._launch, self.at_once, self.stop, self.threads = launch, at_once, stop, threads
 
     def start(self, jobs: Sequence[SweepJob]) -> list[Future[JobError]]:
-        """Run a batch to its end."""
+        """Launch trials; a thread gets a copy of the current context variables."""
+        if self.threads:
+            return [self.threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
         futures: list[Future[JobError]] = [Future() for _ in jobs]
-        for future, end in zip(futures, _launch_or_fail(self._launch, jobs), strict=True):
+        for future, end in zip(futures, self._launch_all(jobs), strict=True):
             future.set_result(end)
         return futures
 
-
-class Pool:
-    """Launches each trial by itself through joblib's launcher, with one thread per worker."""
-
-    def __init__(self, launch: Launch, at_once: int) -> None:
-        self._launch, self.at_once = launch, at_once
-        self._threads = ThreadPoolExecutor(at_once)
-
-    def start(self, jobs: Sequence[SweepJob]) -> list[Future[JobError]]:
-        """Submit each trial to a thread, with a copy of the current context variables."""
-        return [self._threads.submit(contextvars.copy_context().run, self._launch_one, job) for job in jobs]
-
     def _launch_one(self, job: SweepJob) -> JobError:
-        return _launch_or_fail(self._launch, [job])[0]
+        return self._launch_all([job])[0]
 
-    def stop(self) -> None:
-        """Kill the workers, which a signal to the sweep's process alone does not reach."""
-        from joblib.externals.loky import get_reusable_executor
-
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-
-def _launch_or_fail(launch: Launch, jobs: Sequence[SweepJob]) -> Sequence[JobError]:
-    try:
-        return launch(jobs)
-    except Exception as error:  # boundary: a launcher that raises fails its trials, not the sweep
-        return [error] * len(jobs)
-
-
-Executor = Sequential | Pool
-"""Launches trials; ``at_once`` is how many it runs at a time, None for any number."""
+    def _launch_all(self, jobs: Sequence[SweepJob]) -> Sequence[JobError]:
+        try:
+            return self._launch(jobs)
+        except Exception as error:  # boundary: a launcher that raises fails its trials, not the sweep
+            return [error] * len(jobs)
 
 
 def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> Executor:
     """Return the executor for a launcher: up to ``n_jobs`` trials at once, but one with Hydra's basic launcher."""
     launch = partial(_launch_through, launcher)
-    if isinstance(launcher, BasicLauncher):
+    if type(launcher) is BasicLauncher:  # the fused launcher is one, too
         if n_jobs and n_jobs > 1:
             log.warning("hydra.sweeper.n_jobs=%d: Hydra's basic launcher trains one trial at a time all the same; "
                         "add hydra/launcher=fused or joblib for several", n_jobs)  # fmt: skip
-        return Sequential(launch, 1)
+        return Executor(launch, 1)
     if config._target_.endswith(".JoblibLauncher") and config.backend in (None, "loky"):
         from joblib import effective_n_jobs
 
         workers = effective_n_jobs(config.n_jobs)
         if workers == 1:  # joblib then uses the calling thread, which must be the main one for signals
-            return Sequential(launch, 1)
-        return Pool(launch, min(n_jobs or workers, workers))
+            return Executor(launch, 1)
+        threads = ThreadPoolExecutor(at_once := min(n_jobs or workers, workers))
+        return Executor(launch, at_once, partial(_kill_workers, threads), threads)
     if config._target_.endswith(".RayLauncher"):
         on_ray = partial(_launch_on_ray, launcher, launcher.task_function)  # type: ignore[attr-defined]
-        return Sequential(on_ray, n_jobs, _leave_ray)
+        return Executor(on_ray, n_jobs, _leave_ray)
     if config._target_.startswith("hydra_plugins.hydra_submitit_launcher."):
         submitted: list[Any] = []
-        return Sequential(partial(_launch_by_submitit, launcher, submitted), n_jobs,
-                          lambda: [job.cancel(check=False) for job in submitted])  # fmt: skip
-    return Sequential(launch, n_jobs)
+        return Executor(partial(_launch_by_submitit, launcher, submitted), n_jobs,
+                        lambda: [job.cancel(check=False) for job in submitted])  # fmt: skip
+    return Executor(launch, n_jobs)
+
+
+def _kill_workers(threads: ThreadPoolExecutor) -> None:
+    """Kill joblib's workers, which a signal to the sweep's process alone does not reach."""
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    threads.shutdown(wait=True, cancel_futures=True)
 
 
 def _leave_ray() -> None:
@@ -191,35 +181,29 @@ def silence_launchers() -> Iterator[None]:
 
     ``hydra.verbose`` keeps them. Afterwards they speak as before: a notebook goes on after its sweep.
     """
-    launchers = dict.fromkeys(("hydra_plugins", "hydra._internal.core_plugins"), logging.WARNING)
-    quieted = {logging.getLogger(name): level for name, level in {"optuna": logging.ERROR, **launchers}.items()}
-    before = {logger: logger.level for logger in quieted}
-    for logger, level in quieted.items():
-        if not logger.isEnabledFor(logging.DEBUG):
-            logger.setLevel(level)
+    levels = {"optuna": logging.ERROR, "hydra_plugins": logging.WARNING,
+              "hydra._internal.core_plugins": logging.WARNING}  # fmt: skip
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        if not logging.getLogger(name).isEnabledFor(logging.DEBUG):
+            logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Heartbeat of storage")  # Optuna sends them only in Study.optimize
             yield
     finally:
-        for logger, level in before.items():
-            logger.setLevel(level)
-
-
-class BatchTrainer(Protocol):
-    """Trains several jobs at once."""
-
-    def describe(self, config: DictConfig) -> Any:
-        """Return what :meth:`train` needs of a job, called in the job's context; an exception fails that job alone."""
-
-    def train(self, jobs: Sequence[Any]) -> Sequence[TaskFunction]:
-        """Train what :meth:`describe` returned; return for each a task function that at once ends as the job did."""
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def launch_batch(
-    trainer: BatchTrainer, config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
+    trainer: Any, config: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
-    """Train jobs together, numbered from ``first``; the returns keep their order."""
+    """Train jobs together, numbered from ``first``; the returns keep their order.
+
+    ``trainer.describe(config)`` returns what ``trainer.train`` needs of a job; it is called in the job's context, and
+    an exception fails that job alone. ``train`` returns for each job a task function that at once ends as the job did.
+    """
     setup_globals()
     _log_as_sweep(config, context)
     Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)

@@ -114,9 +114,13 @@ class Orphaned(RuntimeError):
     """The sweep that launched this job is gone, or has closed its trial."""
 
 
+BEATS_PER_GRACE = 6
+"""Heartbeats in the time after which a silent trial counts as dead: a single lost or late one does no harm."""
+
+
 @contextmanager
-def send_heartbeats(beat: Callable[[], object], seconds: float) -> Iterator[None]:
-    """Call ``beat`` at once and then every ``seconds``, in a thread of its own, until the block ends.
+def send_heartbeats(beat: Callable[[], object], grace_seconds: int) -> Iterator[None]:
+    """Call ``beat`` at once and then regularly, in a thread of its own, until the block ends.
 
     The thread is not joined: a storage that hangs would delay the end of a trial.
     """
@@ -124,7 +128,7 @@ def send_heartbeats(beat: Callable[[], object], seconds: float) -> Iterator[None
 
     def go_on() -> None:
         beat()
-        while not left.wait(seconds):
+        while not left.wait(max(1, grace_seconds // BEATS_PER_GRACE)):
             beat()
 
     threading.Thread(target=go_on, name="heartbeat", daemon=True).start()
@@ -175,11 +179,3 @@ class Lease:
                             self._job.trial, reason_of(error))  # fmt: skip
             self._is_silent = True
         return not self.is_lost
-
-    @contextmanager
-    def send_heartbeats(self) -> Iterator[None]:
-        """Send the trial's heartbeats until the block ends."""
-        from distilbench.sweep.storage import beat_seconds
-
-        with send_heartbeats(self.holds, beat_seconds(self._job.grace_seconds)):
-            yield

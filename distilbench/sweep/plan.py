@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.plugins.launcher import Launcher
@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 
 from distilbench.identity import METRIC, SOURCES, short_hash
 from distilbench.models.resolve import resolve_model
-from distilbench.settings import SWEEP_NAME, AppSettings, DataSettings, SettingsError, require
+from distilbench.settings import SWEEP_NAME, AppSettings, Checked, DataSettings, Rule, SettingsError, require
 from distilbench.sweep.job import directions_of, objectives_of
 from distilbench.sweep.space import Composer, Point, Space, describe, edges, fixed_of, read_space
 from distilbench.sweep.trial import check_pruning, pruning_objective
@@ -32,24 +32,41 @@ FIXED_GROUPS = ("sweep", "search", "tracking", "margin", "output")
 """Groups and settings that can't vary within a sweep, since they do not change what a trial trains."""
 
 
+COUNT = Rule("1 or more", lambda value: isinstance(value, int) and value >= 1)
+SHARE = Rule("a share in [0, 1]", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
+SPACE_BY_KEY = Rule("null or a space by key", lambda value: isinstance(value, DictConfig))
+DATABASE_URL = Rule("the URL of a database", lambda value: isinstance(value, str))
+
+
 @dataclass(frozen=True)
-class SweeperOptions:
+class SweeperOptions(Checked, group="hydra.sweeper"):
     """What Hydra passes to a sweeper, and the keys of ``hydra.sweeper``, named as in Hydra's own sweepers."""
 
     config: DictConfig
     context: HydraContext
     launcher: Launcher
-    params: DictConfig | None
-    storage: str | None
+    params: Annotated[DictConfig | None, SPACE_BY_KEY]
+    storage: Annotated[str | None, DATABASE_URL]
     study_name: str | None
-    is_grid: bool
-    n_jobs: int | None
-    """Trials to launch at once; None for the launcher's default."""
-    n_trials: int | None = None
+    n_jobs: Annotated[int | None, COUNT]
+    max_batch_size: Annotated[int | None, COUNT] = None
+    """Hydra's own grid's name for ``n_jobs``."""
+    n_trials: Annotated[int | None, COUNT] = None
     direction: Any = None
-    max_failure_rate: float | None = None
+    max_failure_rate: Annotated[float | None, SHARE] = None
     sampler: DictConfig | None = None
     custom_search_space: str | None = None
+
+    @property
+    def at_once(self) -> int | None:
+        """Trials to launch at once; None for the launcher's default."""
+        return self.n_jobs or self.max_batch_size
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether every point is trained, also by Optuna's sampler of that name."""
+        is_sampler = isinstance(self.sampler, DictConfig) and self.sampler._target_ == "optuna.samplers.GridSampler"
+        return is_sampler or str(self.config.hydra.sweeper._target_).endswith(".GridSweeper")
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class SweepPlan:
     """A sweep before its first trial.
 
     ``points`` are queued first: all of a grid, otherwise the baseline alone. ``outside_baselines`` lie outside of the
-    space. ``total`` counts the trials inside; in a small space it is below ``num_requested``.
+    space. ``total`` counts the trials inside.
     """
 
     settings: AppSettings
@@ -78,7 +95,6 @@ class SweepPlan:
     """Returns a point's display name."""
     max_failures: float = math.inf
     """Number of failed trials that the sweep tolerates; infinite without a limit."""
-    num_requested: int = 0
     data: Sequence[DataSettings] = ()
     """The trials' text sources, to be loaded and checked before a new sweep starts."""
     requires_all: bool = False
@@ -136,7 +152,7 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
     grid = options.is_grid
     checked = _grid_points(space, composer) if grid else _checked_values(space, composer)
     settings = [composer.settings(point) for point in checked]
-    objectives = objectives_of(settings[0], isinstance(options.launcher, BasicLauncher) or options.n_jobs == 1)
+    objectives = objectives_of(settings[0], type(options.launcher) is BasicLauncher or options.at_once == 1)
     check_pruning(settings[0].sweep, objectives)
     require("seed" not in space.dimensions or not settings[0].sweep.seeds, "sweep.seeds",
             "null where seed varies", settings[0].sweep.seeds, "drop one of the two")  # fmt: skip
@@ -153,7 +169,6 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
         points=points,
         outside_baselines=outside,
         total=total,
-        num_requested=asked,
         is_grid=grid,
         objectives=objectives,
         directions=_directions(options.direction, objectives),
@@ -170,19 +185,10 @@ def make_plan(options: SweeperOptions, arguments: Sequence[str]) -> SweepPlan:
 
 
 def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
-    """Raise :class:`SettingsError` for invalid values in ``hydra.sweeper``, ``hydra.sweep`` and ``hydra.launcher``.
+    """Raise :class:`SettingsError` for what contradicts each other in ``hydra.sweeper``, ``hydra.sweep`` and the rest.
 
     A ``study_name`` names the sweep, its directory included.
     """
-    for name in ("n_trials", "n_jobs"):
-        value = getattr(options, name)
-        is_count = value is None or (isinstance(value, int) and value >= 1)
-        require(is_count, f"hydra.sweeper.{name}", "1 or more", value)
-    rate = options.max_failure_rate
-    is_share = rate is None or (isinstance(rate, int | float) and 0 <= rate <= 1)
-    require(is_share, "hydra.sweeper.max_failure_rate", "a share in [0, 1]", rate)
-    is_text = options.storage is None or isinstance(options.storage, str)
-    require(is_text, "hydra.sweeper.storage", "the URL of a database", options.storage)
     hydra, name = options.config.hydra, options.study_name or options.config.sweep.name
     subdir = OmegaConf.to_container(hydra.sweep, resolve=False)["subdir"]  # type: ignore[index, call-overload]
     require(subdir == "${hydra.job.num}", "hydra.sweep.subdir", "left to a sweep, which finds trials by number", subdir,
@@ -196,11 +202,6 @@ def _check_options(options: SweeperOptions, arguments: Sequence[str]) -> None:
     key = "sweep.name" if name == options.config.sweep.name else "hydra.sweeper.study_name"
     require(SWEEP_NAME.is_valid(str(name)), key, SWEEP_NAME.allowed, name)
     options.config.sweep.name = str(name)
-    given = options.params is None or isinstance(options.params, DictConfig)
-    require(given, "hydra.sweeper.params", "null or a space by key", options.params)
-    workers, at_once = (options.config.hydra.launcher.get(name) for name in ("n_jobs", "max_trials"))
-    require(at_once is None or at_once >= 1, "hydra.launcher.max_trials", "1 or more", at_once)
-    require(workers != 0, "hydra.launcher.n_jobs", "a number of workers, or -1 for all processors", workers)
     _check_launcher(options.launcher)
 
 
@@ -209,13 +210,14 @@ def _check_launcher(launcher: Any) -> None:
     if not hasattr(launcher, "joblib"):
         return
     from hydra_plugins.hydra_joblib_launcher._core import process_joblib_cfg
-    from joblib import Parallel
+    from joblib import Parallel, effective_n_jobs
 
     given = dict(launcher.joblib)
     try:
         process_joblib_cfg(given)
         given.pop("inner_max_num_threads")
         Parallel(**given)
+        effective_n_jobs(given["n_jobs"])
     except ValueError as error:
         raise SettingsError(f"hydra.launcher must have settings that joblib takes: {reason_of(error)}") from None
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import optuna
@@ -25,12 +26,12 @@ from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
-from distilbench.sweep.executors import Executor, JobError, Pool, executor_for, silence_launchers
+from distilbench.sweep.executors import Executor, JobError, executor_for, silence_launchers
 from distilbench.sweep.job import Orphaned, SweepJob, send_heartbeats
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, claim_report, print_plan, say, write_report
 from distilbench.sweep.resume import has_begun, open_studies
-from distilbench.sweep.storage import STORAGE_ERRORS, Storage, beat_seconds, check_url, is_disk_full, storage_at
+from distilbench.sweep.storage import STORAGE_ERRORS, Storage, check_url, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
 from distilbench.tracking import MARGIN_TAG, SWEEP_TAG, MlflowStore, ParentRun, open_store
 from distilbench.tracking.retries import reason_of
@@ -72,7 +73,7 @@ def run_sweep(options: SweeperOptions, arguments: Sequence[str]) -> str | None:
             load_text(data)  # raises now what the first trial would raise after files were written
     raise_on_signal()
     storage = storage_at(options.storage, written["storage"], plan.directory)
-    executor = executor_for(options.launcher, options.config.hydra.launcher, options.n_jobs)
+    executor = executor_for(options.launcher, options.config.hydra.launcher, options.at_once)
     return run_plan(plan, storage, executor, config=options.config)
 
 
@@ -88,7 +89,7 @@ def run_plan(
     store = open_store(plan.settings.tracking)
     try:
         with SignalGuard() as guard:
-            plan, studies = open_studies(plan, storage, store.has_run if store else None)
+            plan, studies = open_studies(plan, storage, store.run_ids if store else None)
             if config is not None:
                 OmegaConf.save(config, plan.directory / "multirun.yaml")
             parent = _open_parent_run(plan, studies[-1].study, storage, store, tags or {})
@@ -125,7 +126,8 @@ class SweepRunner:
         self._plan, self._studies, self._storage, self._executor = plan, studies, storage, executor
         self._parent, self._guard = parent, guard
         self._console = Console()
-        is_live = isinstance(executor, Pool) and self._console.is_terminal
+        self._say = partial(say, self._console)
+        is_live = executor.threads and self._console.is_terminal
         self._live = Live(console=self._console, transient=True) if is_live else None
         """A table that is updated in place if trials run in parallel; otherwise each shows a progress bar."""
         self._owner = Owner.of_this_process()
@@ -142,7 +144,7 @@ class SweepRunner:
     def run(self) -> str | None:
         """Work until nothing is left to do; returns why the sweep failed, or None."""
         grace = self._plan.settings.sweep.grace_seconds
-        with self._live or contextlib.nullcontext(), self._closing(), send_heartbeats(self._beat, beat_seconds(grace)):
+        with self._live or contextlib.nullcontext(), self._closing(), send_heartbeats(self._beat, grace):
             self._close_dead_trials()
             self._close_runs()
             self._train_all()
@@ -307,7 +309,7 @@ class SweepRunner:
             storage=storage.url_template,
             trial_id=trial.trial._trial_id,
             grace_seconds=plan.settings.sweep.grace_seconds,
-            is_quiet=isinstance(self._executor, Pool),
+            is_quiet=self._executor.threads is not None,
             continues=None if continued is None else study.directory(continued),
             prunes=plan.settings.sweep.pruner != "none" and not study.is_outside,
             is_selection=plan.is_selection,
@@ -353,7 +355,7 @@ class SweepRunner:
         owner = record.owner if record and record.status is Status.RUNNING else self._owner
         if not isinstance(end, BrokenExecutor) and (owner == self._owner or not owner.is_dead()):
             return False
-        if isinstance(self._executor, Pool) and at_once:
+        if self._executor.threads and self._executor.at_once and at_once:
             self._executor.at_once = min(self._executor.at_once, max(1, at_once // 2))
         point = study.views()[number].point_key
         self._kills[point] += 1
@@ -396,8 +398,8 @@ class SweepRunner:
         self._parent.update(leaderboard.metrics(), leaderboard.line())
         OmegaConf.save(OmegaConf.create(leaderboard.results()), plan.directory / "optimization_results.yaml")
         self._say(f"trials are ranked by {plan.chosen_by}")
-        if not plan.is_grid and plan.num_requested > plan.total and self._studies[-1].is_exhausted():
-            self._say(f"every point of the space ({plan.total}) has been evaluated: no more to try")
+        if not plan.is_grid and self._studies[-1].is_exhausted():
+            self._say(f"every point of the space ({plan.space.size}) has been evaluated: no more to try")
         elif self._ended is None and self._studies[-1].has_more():
             self._say("the sampler finds no further point that was not evaluated: hydra/sweeper/sampler=random may")
         self._say(f"{plan.name}: {leaderboard.line()}; {plan.directory}")
@@ -413,9 +415,6 @@ class SweepRunner:
             self._end(f"{failed} did not finish; the same command trains what is missing", failed=True)
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
         return self._ended if self._failed else None
-
-    def _say(self, line: str) -> None:
-        say(self._console, line)
 
 
 def _no_space_message(plan: SweepPlan) -> str:

@@ -91,15 +91,6 @@ class Storage:
             yield
 
 
-HEARTBEATS_PER_GRACE = 6
-"""Heartbeats in the time after which a silent trial counts as dead: a single lost or late one does no harm."""
-
-
-def beat_seconds(grace_seconds: int) -> int:
-    """Return the seconds between two heartbeats."""
-    return max(1, grace_seconds // HEARTBEATS_PER_GRACE)
-
-
 @cache
 def storage_of(url: str, grace_seconds: int) -> RDBStorage:
     """Open Optuna's storage at ``url``, once per process; interpolations in ``url`` are resolved in this process.
@@ -110,8 +101,8 @@ def storage_of(url: str, grace_seconds: int) -> RDBStorage:
     arguments: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        interval = beat_seconds(grace_seconds)
-        return RDBStorage(url, arguments, heartbeat_interval=interval, grace_period=grace_seconds)
+        # the interval only switches heartbeats on: Study.optimize alone would keep it
+        return RDBStorage(url, arguments, heartbeat_interval=1, grace_period=grace_seconds)
 
 
 def storage_at(url: str | None, written: str | None, directory: Path) -> Storage:

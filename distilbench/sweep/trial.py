@@ -21,7 +21,7 @@ from distilbench.cli import pluralize
 from distilbench.identity import short_hash
 from distilbench.results import MEASURES, Evaluation, Owner, Record, Status, read_record
 from distilbench.settings import METRICS, AppSettings, SettingsError, SweepSettings
-from distilbench.sweep.job import UNRESOLVED_IDENTITY, Lease, SweepJob
+from distilbench.sweep.job import UNRESOLVED_IDENTITY, Lease, SweepJob, send_heartbeats
 
 if TYPE_CHECKING:
     import optuna
@@ -37,7 +37,7 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     from distilbench.trials.batch import BatchRunner
 
     lease, runner = Lease(sweep_job), BatchRunner(max_trials=1)
-    with lease.send_heartbeats():
+    with send_heartbeats(lease.holds, sweep_job.grace_seconds):
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:
             _train_seeds(job, sweep_job, lease, runner)

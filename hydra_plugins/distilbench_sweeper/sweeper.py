@@ -14,10 +14,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class _Sweeper(Sweeper):
-    """Base of both sweepers, which differ only in the keys of ``hydra.sweeper``."""
+class GridSweeper(Sweeper):
+    """Trains every combination of the given values."""
 
-    _options: dict[str, Any]
+    def __init__(self, **options: Any) -> None:
+        self._options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what Hydra passes, and instantiate the launcher."""
@@ -42,16 +43,5 @@ class _Sweeper(Sweeper):
                 raise CommandFailed(failed)
 
 
-class GridSweeper(_Sweeper):
-    """Trains every combination of the given values; ``max_batch_size`` (Hydra's own name) is an alias of ``n_jobs``."""
-
-    def __init__(self, n_jobs: int | None, max_batch_size: int | None, **options: Any) -> None:
-        self._options = {**options, "is_grid": True, "n_jobs": n_jobs or max_batch_size}
-
-
-class OptunaSweeper(_Sweeper):
+class OptunaSweeper(GridSweeper):
     """Lets Optuna choose the trials; accepts every key of hydra-optuna-sweeper."""
-
-    def __init__(self, sampler: DictConfig, **options: Any) -> None:
-        is_grid = isinstance(sampler, DictConfig) and sampler._target_ == "optuna.samplers.GridSampler"
-        self._options = {**options, "is_grid": is_grid, "sampler": sampler}

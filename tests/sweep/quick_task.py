@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from distilbench.cli import run_command
 from distilbench.results import Owner, Record, Status
 from distilbench.settings import CONF, register_schema, settings_from
-from distilbench.sweep.job import Lease, SweepJob
+from distilbench.sweep.job import Lease, SweepJob, send_heartbeats
 
 register_schema()
 if host := os.environ.get("TASK_HOST"):  # simulate another host by its name
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> float:
     identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
     record = Record(identity, Status.RUNNING, Owner.of_this_process())
     try:
-        with lease.send_heartbeats():
+        with send_heartbeats(lease.holds, job.grace_seconds):
             take_time(job)
             if str(settings.freeze.layers) == KILLED:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -46,7 +46,6 @@ def planned(*typed: str):
         ([*OPTUNA, "hydra.sweeper.n_trials=two"], "hydra.sweeper.n_trials must be 1 or more, got 'two'"),
         ([*OPTUNA, "hydra.sweeper.max_failure_rate=x"], "hydra.sweeper.max_failure_rate must be a share"),
         ([*OPTUNA, "hydra.sweeper.params=[a]"], "hydra.sweeper.params must be null or a space by key, got ['a']"),
-        (["seed=1,2", "hydra/launcher=fused", "hydra.launcher.max_trials=0"], "hydra.launcher.max_trials must be 1 or"),
         (
             ["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.backend=x"],
             "hydra.launcher must have settings",

@@ -297,7 +297,7 @@ def test_what_optuna_cannot_take_is_refused_with_what_to_do(workspace, now, line
         (["margin=1,2"], "margin must be one value for a whole sweep"),
         (["seed=1,2", "sweep.seeds=[3,4]"], "sweep.seeds must be null where seed varies, got [3, 4]; drop one"),
         (["seed=1,2", "hydra.sweeper.n_jobs=-1"], "hydra.sweeper.n_jobs must be 1 or more, got -1"),
-        (["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs must be a number"),
+        (["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "joblib takes: n_jobs == 0"),
         (["seed=1,2", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials must be 1 or more"),
         (["seed=1,2", "hydra/sweeper=optuna", "hydra.sweeper.max_failure_rate=2"], "must be a share in [0, 1], got 2"),
         (["++optim.lrr=1,2"], "optim.lrr must be a setting that there is, got 1; --help lists them"),

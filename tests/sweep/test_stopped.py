@@ -35,9 +35,9 @@ from sqlalchemy.engine.default import DefaultDialect
 from distilbench import cli
 from distilbench.results import Evaluation, Status, TrialResult, read_record
 from distilbench.settings import register_schema, settings_from
-from distilbench.sweep import job as sweep_job
 from distilbench.sweep import reporting, runner
-from distilbench.sweep.executors import Sequential
+from distilbench.sweep import trial as sweep_trial
+from distilbench.sweep.executors import Executor
 from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
@@ -125,7 +125,7 @@ class Ground:
         prepared = prepare(self.settings)
         monkeypatch.setattr(batch, "prepare", lambda settings: prepared)
         monkeypatch.setattr(trials, "engine_for", lambda settings: NoTraining())
-        for module in (sweep_job, runner):  # a thread would make its writes whenever it comes to run
+        for module in (sweep_trial, runner):  # a thread would make its writes whenever it comes to run
             monkeypatch.setattr(module, "send_heartbeats", _beating_once)
         monkeypatch.setattr(reporting, "report_sweep", lambda *given: object())
         monkeypatch.setattr(reporting, "default_treatment", dict)
@@ -203,7 +203,7 @@ def _warm_up(settings, directory: Path) -> None:
 
 
 @contextmanager
-def _beating_once(beat, seconds):
+def _beating_once(beat, grace_seconds):
     beat()
     yield
 
@@ -214,7 +214,7 @@ def _tracked_in(folder: Path, settings):
 
 
 def _run(plan: SweepPlan, settings, train=None) -> str | None:
-    return runner.run_plan(plan, storage_at(None, None, plan.directory), Sequential(train or train_in(settings), 1))
+    return runner.run_plan(plan, storage_at(None, None, plan.directory), Executor(train or train_in(settings), 1))
 
 
 def train_in(settings):
@@ -233,7 +233,7 @@ def train_in(settings):
 def plan_of(settings, directory: Path, **changes) -> SweepPlan:
     """One draw of Optuna's; ``changes`` make a confirmation of it."""
     plan = SweepPlan(
-        settings=settings, space=SPACE, points=[], outside_baselines=[], total=1, num_requested=1, is_grid=False,
+        settings=settings, space=SPACE, points=[], outside_baselines=[], total=1, is_grid=False,
         objectives=("accuracy",), directions=["maximize"], name="stopped", directory=directory, fixed={},
         result_key=lambda point: point.key, name_of=partial(SPACE.name_of, baseline={}), max_failures=0,
     )  # fmt: skip
@@ -329,7 +329,7 @@ def test_what_a_process_writes_late_that_had_lost_its_trial_is_put_right_at_the_
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])
 def test_a_signal_that_a_library_makes_something_else_of_ends_the_sweep_and_fails_no_trial(ground, is_kept):
     """OmegaConf and Hydra do so in one of ten places of a composition, Python in a generator that is closed."""
-    plan = plan_of(ground.settings, ground.directory, total=2, num_requested=2)
+    plan = plan_of(ground.settings, ground.directory, total=2)
 
     def interrupted(jobs: list[SweepJob]):
         try:
