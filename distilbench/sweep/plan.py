@@ -45,10 +45,10 @@ class SweeperOptions(Checked, group="hydra.sweeper"):
     config: DictConfig
     context: HydraContext
     launcher: Launcher
-    params: Annotated[DictConfig | None, SPACE_BY_KEY]
-    storage: Annotated[str | None, DATABASE_URL]
-    study_name: str | None
-    n_jobs: Annotated[int | None, COUNT]
+    params: Annotated[DictConfig | None, SPACE_BY_KEY] = None
+    storage: Annotated[str | None, DATABASE_URL] = None
+    study_name: str | None = None
+    n_jobs: Annotated[int | None, COUNT] = None
     max_batch_size: Annotated[int | None, COUNT] = None
     """Hydra's own grid's name for ``n_jobs``."""
     n_trials: Annotated[int | None, COUNT] = None

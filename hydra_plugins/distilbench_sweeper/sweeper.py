@@ -35,9 +35,9 @@ class GridSweeper(Sweeper):
         from distilbench.sweep.runner import run_sweep
 
         with errors_in_one_line():
+            known = {field.name for field in fields(SweeperOptions)[len(self._setup) :]}
             for key, value in self._options.items():  # an unknown one was typed with a plus
-                known = key in {field.name for field in fields(SweeperOptions)}
-                require(known, f"hydra.sweeper.{key}", "a key of this sweeper", value, "--cfg hydra lists them")
+                require(key in known, f"hydra.sweeper.{key}", "a key of this sweeper", value, "--cfg hydra lists them")
             failed = run_sweep(SweeperOptions(*self._setup, **self._options), arguments)
             if failed:
                 raise CommandFailed(failed)

@@ -103,3 +103,12 @@ def test_more_protocols_than_trials_are_refused_with_baselines_but_not_without(t
         "list some, as in choice(1,2), raise sweep.trials, or go without: sweep.baseline=false"
     )
     assert protocols_of(typed, "sweep.baseline=false") == []
+
+
+@pytest.mark.parametrize("key", ["config", "n_trails"])
+def test_what_is_no_key_of_a_sweeper_is_refused_in_a_line(capsys, key):
+    sweeper = GridSweeper(**{key: 1})
+    sweeper._setup = (None, None, None)
+    with pytest.raises(SystemExit):
+        sweeper.sweep([])
+    assert f"hydra.sweeper.{key} must be a key of this sweeper, got 1; --cfg" in capsys.readouterr().err
