@@ -11,15 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from distilbench.cli import pluralize
+from distilbench.report import words
 from distilbench.report.formats import interval, percent, points, saving
 from distilbench.report.rows import PRAISE, Row, average, noise_of_time
-from distilbench.report.words import (
-    describe_above_majority,
-    describe_confirmation,
-    describe_loss,
-    reason_untested,
-    what_decides,
-)
 from distilbench.results import StoredTrial, Verdict
 
 LEAST_SAVING, LEAST_MEMORY = 5.0, 10.0
@@ -112,7 +106,7 @@ def answer(report: Report) -> list[str]:
         best = next((row for row in candidates if row.has_learned), None)
         other = f"Most accurate: {best.name}, {percent(best.accuracy)}." if best else ""
         other = "Nor has any other setting." if all(row.has_learned is False for row in candidates) else other
-        said = f"The baseline has not learned: {describe_above_majority(base.accuracy, report.majority)}. "
+        said = f"The baseline has not learned: {words.describe_above_majority(base.accuracy, report.majority)}. "
         told = (f"{said}No setting can be judged against it.", _confirmed(report.confirmation, []) or other)
     else:
         told = _of_candidates(report)
@@ -123,7 +117,7 @@ def _of_candidates(report: Report) -> tuple[str, str]:
     candidates, tried = report.candidates, tried_settings(report)
     nothing = f"None of {tried}" if len(report.rows) > 2 else "Nothing"
     if not any(row.final_row.difference for row in candidates):
-        return f"{nothing} could be tested against the baseline: {reason_untested(candidates[0])}.", ""
+        return f"{nothing} could be tested against the baseline: {words.reason_untested(candidates[0])}.", ""
     good = good_rows(report)
     confirmed = _confirmed(report.confirmation, good)
     if not good:
@@ -181,7 +175,7 @@ def _claim(row: Row) -> str:
         return f"is better{this_seed}, {size}"
     if row.final_verdict is Verdict.AHEAD:
         return f"is ahead, yet to be confirmed, {size}"
-    return f"is good enough{this_seed}: it {describe_loss(found)}"
+    return f"is good enough{this_seed}: it {words.describe_loss(found)}"
 
 
 def _savings(row: Row, report: Report) -> Iterator[str]:
@@ -208,7 +202,7 @@ def _undecided(report: Report) -> str:
     assert found is not None
     saved = ", ".join(_savings(row, report))
     told = f"{row.name}{f' ({saved})' if saved else ''} may lose up to {max(found.loses_at_most, 0):.2f} points"
-    return f"Undecided: {told}; {what_decides(found.needed, row.final_row.examples)}."
+    return f"Undecided: {told}; {words.what_decides(found.needed, row.final_row.examples)}."
 
 
 def tried_settings(report: Report) -> str:
@@ -225,4 +219,4 @@ def _confirmed(confirmation: Sequence[Row], good: Sequence[Row]) -> str:
     if not confirmation:
         return ""
     named = [row for row in confirmation if any(row.treatment == other.treatment for other in good)]
-    return describe_confirmation((named or confirmation)[0])
+    return words.describe_confirmation((named or confirmation)[0])

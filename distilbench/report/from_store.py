@@ -252,8 +252,7 @@ def _curves(store: MlflowStore, report: Report) -> tuple[tuple[Row, list[tuple[i
     """Read the learning curves of the first seed of the best settings and of the baseline."""
     sample = report.sample
     part = "validation" if sample.selection_split == sample.report_split else "selection"
-    base = [report.baseline] if report.baseline and report.baseline.trials else []
-    drawn = [*report.candidates[:CURVES], *base]
+    drawn = [*report.candidates[:CURVES], *(row for row in report.rows if row.is_baseline and row.trials)]
     return tuple((row, store.history(row.trials[0].run_id, f"{part}/accuracy")) for row in drawn)
 
 
@@ -287,7 +286,7 @@ def _update_trial_runs(store: MlflowStore, report: Report) -> None:
     """
     for row in report.candidates if report.baseline and report.baseline.trials else ():
         differs = row.difference and (report.num_settings > 1 or len(row.all_trials) > 1 or row.confirmation)
-        text, headline = tables.trial_note(report, row), tables.trial_headline(report, row)
+        text, headline = tables.trial_note(report, row)
         for trial in row.trials:
             if differs or not trial.is_compared:
                 metrics = {} if trial.is_compared else _own_metrics(store, trial, report)

@@ -195,12 +195,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Holm (1979, Scand. J. Stat. 6:65): the i-th smallest of m is multiplied by m - i + 1, and the results are made
     monotone. Controls the family-wise error rate under any dependence between the tests.
     """
-    corrected = [0.0] * len(p_values)
-    running = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min((len(p_values) - rank) * p_values[index], 1.0))
-        corrected[index] = running
-    return corrected
+    p = np.asarray(p_values)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]), 1.0)
+    return [float(value) for value in corrected]
 
 
 def verdict(low: float, high: float, p: float, p_loss: float = 1.0) -> Verdict:

@@ -141,18 +141,14 @@ def note(report: Report) -> str:
     return "\n".join([*lines, *(f"{markdown(line)}  " for line in protocol_lines(report))])
 
 
-def trial_headline(report: Report, row: Row) -> str:
-    """Return one line of Markdown with a sweep's verdict on a setting, for the top of its trials' runs."""
+def trial_note(report: Report, row: Row) -> tuple[str, str]:
+    """Return a sweep's verdict on a setting in Markdown: below a table of it and its baseline, and alone."""
     is_chosen = report.num_settings > len(report.rows) - 1
     tried = f"all that its sweep tried ({report.num_settings} settings)" if is_chosen else tried_settings(report)
     verdict = f"{describe_verdict(row)}, corrected for {tried}"
-    return markdown(f"{describe_difference(row)} against the baseline. {report.title}: {verdict}.")
-
-
-def trial_note(report: Report, row: Row) -> str:
-    """Return :func:`trial_headline` below a table of the row and its baseline, in Markdown."""
+    headline = markdown(f"{describe_difference(row)} against the baseline. {report.title}: {verdict}.")
     rows = [row, *([report.baseline] if report.baseline else [])]
-    return "\n".join([*markdown_table(rows, MLFLOW_NOTE), "", f"**{trial_headline(report, row)}**", ""])
+    return "\n".join([*markdown_table(rows, MLFLOW_NOTE), "", f"**{headline}**", ""]), headline
 
 
 def latex_report(report: Report, layout: str = "full") -> str:

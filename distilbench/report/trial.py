@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from distilbench.cli import pluralize
+from distilbench.report import words
 from distilbench.report.columns import CSV, attribute, markdown_table
 from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.formats import interval, markdown, p_value, points
@@ -14,13 +15,6 @@ from distilbench.report.rows import Row, row_from
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.slices import rows_by_slice
-from distilbench.report.words import (
-    describe_above_majority,
-    describe_difference,
-    describe_loss,
-    reason_untested,
-    what_decides,
-)
 from distilbench.results import StoredTrial, Verdict
 
 COLUMNS = (
@@ -72,10 +66,10 @@ def sentence(comparison: Comparison) -> str:
         return "This trial is the baseline."
     if found is None:
         size = points(comparison.row.points)
-        return f"{size} points against the baseline, not tested: {reason_untested(comparison.row)}."
+        return f"{size} points against the baseline, not tested: {words.reason_untested(comparison.row)}."
     on_these, margin = f"on these {comparison.row.examples:,} examples", pluralize(comparison.margin, "point")
     idle = "".join(
-        f"The {name} has not learned: {describe_above_majority(row.accuracy, comparison.majority)}. "
+        f"The {name} has not learned: {words.describe_above_majority(row.accuracy, comparison.majority)}. "
         for name, row in (("baseline", comparison.baseline), ("trial", comparison.row))
         if row.has_learned is False and comparison.majority
     )
@@ -85,11 +79,11 @@ def sentence(comparison: Comparison) -> str:
     outcome = {
         Verdict.BETTER: f"Better than the baseline {on_these}.",
         Verdict.AHEAD: f"Ahead of the baseline {on_these}, to be confirmed: the split that reports also picks.",
-        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {describe_loss(found)}, less than {margin}.",
+        Verdict.GOOD_ENOUGH: f"Good enough {on_these}: it {words.describe_loss(found)}, less than {margin}.",
         Verdict.WORSE: f"Worse than the baseline {on_these}.",
         Verdict.UNDECIDED: f"Undecided {on_these}: it may lose up to {found.loses_at_most:.2f} points, "
         f"and the margin is {margin}; "
-        f"{what_decides(found.needed, comparison.row.examples)}.",
+        f"{words.what_decides(found.needed, comparison.row.examples)}.",
     }[comparison.row.verdict]
     return f"{idle}{outcome} {_scope(trial, base)}"
 
@@ -123,7 +117,7 @@ def comparison_headline(comparison: Comparison) -> str:
     """Return a line or two of Markdown with the difference from the baseline and the outcome."""
     if comparison.baseline.has_learned is False:  # the sentence itself begins with this and has the points
         return markdown(sentence(comparison))
-    return markdown(f"{describe_difference(comparison.row)} against the baseline. {sentence(comparison)}")
+    return markdown(f"{words.describe_difference(comparison.row)} against the baseline. {sentence(comparison)}")
 
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:

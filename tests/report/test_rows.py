@@ -72,6 +72,10 @@ def test_names_of_experiments_go_before_what_differs():
     names = {short_hash(treatment()): "baseline", short_hash(FROZEN): "layer_freezing"}
     rows = label_rows(rows_from([trial(0.9), trial(0.89, 1, 1, FROZEN)], names), baseline=0)
     assert [row.label for row in rows] == ["baseline: layers=0", "layer_freezing: layers=3"]
+    typed = [{"experiment": None, "freeze": "none"}, {"experiment": "layer_freezing", "freeze": "layers3"}]
+    made = [trial(0.9, choices=typed[0]), trial(0.89, 1, 1, FROZEN, choices=typed[1])]
+    rows = label_rows(rows_from(made, names), baseline=0)
+    assert [row.label for row in rows] == ["baseline: freeze=none", "layer_freezing: freeze=layers3"]
 
 
 def test_the_baseline_has_the_reports_choices_and_what_most_trials_share():
