@@ -60,5 +60,6 @@ def test_the_noise_of_time_comes_from_equal_work_done_more_than_once():
 
 def test_an_average_has_the_deviation_of_a_sample_where_there_are_several():
     assert average([90.71, 90.02, 90.60]) == pytest.approx((90.4433, 0.3707), abs=1e-4)
+    assert average([0.9, 0.8]) == pytest.approx((0.85, 0.005**0.5))
     assert average([0.9]) == (0.9, None)
     assert math.isnan(average([])[0])
