@@ -60,12 +60,9 @@ def train_trials(trials: Iterable[Sequence[str]]) -> list[Trial]:
         from distilbench.trials.batch import BatchRunner
 
         ended = BatchRunner(max_trials=32).train([_job(overrides) for overrides in trials], lambda trial: trial)
-    outcomes = []
-    for end in ended:
-        if isinstance(end, Exception):
-            raise end
-        outcomes.append(end)
-    return outcomes
+    if error := next((end for end in ended if isinstance(end, Exception)), None):
+        raise error
+    return [end for end in ended if not isinstance(end, Exception)]
 
 
 def run_sweep(*overrides: str) -> None:
@@ -115,7 +112,12 @@ def predict_texts(texts: Iterable[str | Sequence[str]], *overrides: str) -> Data
 def _composed(name: str, overrides: Iterable[str]) -> DictConfig:
     import hydra
 
-    return hydra.compose(name, list(overrides), return_hydra_config=True)
+    from distilbench.settings import require
+
+    given = list(overrides)
+    wrong = next((one for one in given if not isinstance(one, str)), "")
+    require(wrong == "", "an override", "a string such as 'freeze.layers=3'", wrong)
+    return hydra.compose(name, given, return_hydra_config=True)
 
 
 def _job(overrides: Sequence[str]) -> Job:
@@ -125,9 +127,10 @@ def _job(overrides: Sequence[str]) -> Job:
     from omegaconf import open_dict
 
     from distilbench.composition import check, refuse_settings_of_sweeps
-    from distilbench.settings import root
+    from distilbench.settings import require, root
     from distilbench.train import job_of
 
+    require(not isinstance(overrides, str), "a trial", "a list of overrides", overrides)
     directory = root() / "outputs" / f"{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
     config = _composed("config", [f"output.dir={directory}", *overrides])
     refuse_settings_of_sweeps(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,14 +100,17 @@ def rows_of(texts: Iterable[str | Sequence[str]], classifier: Classifier) -> lis
 
     Raises :class:`SettingsError` for other values, or if a text and a pair are mixed up.
     """
-    from pandas import isna
+    from numpy import ndarray
+    from pandas import DataFrame, isna
 
-    require(not isinstance(texts, str), "texts", "a list of texts", texts)
-    given = [(text,) if isinstance(text, str) or not isinstance(text, Iterable) else tuple(text) for text in texts]
-    rows = [tuple(None if isna(part) else part for part in row) for row in given]
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping, DataFrame))
+    require(is_list, "texts", "a list of texts", texts if isinstance(texts, str) else type(texts).__name__)
+    given = [tuple(text) if isinstance(text, (list, tuple, ndarray)) else (text,) for text in texts]
+    rows = [tuple(None if isna(part) is True else part for part in row) for row in given]
     width = len(classifier.columns) if classifier.trained_on or not rows else len(rows[0])
     for number, row in enumerate(rows):
-        is_text = len(row) == width and all(isinstance(part, str | None) for part in row)
+        is_text = len(row) == width in (1, 2) and all(isinstance(part, str | None) for part in row)
+        is_text = is_text and not re.search("[\ud800-\udfff]", "".join(filter(None, row)))  # no half characters
         require(is_text, f"text {number}", "a text" if width == 1 else "a pair of texts", row)
     return rows
 

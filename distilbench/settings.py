@@ -411,11 +411,6 @@ class TrainSettings(Checked, group="train"):
         self._require(divides, "micro_batch_size", f"a divisor of train.batch_size={self.batch_size}")
 
     @property
-    def greater_is_better(self) -> bool:
-        """Whether a larger value of `metric` is better."""
-        return self.metric != "loss"
-
-    @property
     def examples_per_pass(self) -> int:
         """`micro_batch_size` with null resolved."""
         return self.micro_batch_size or self.batch_size

@@ -83,6 +83,8 @@ def test_settings_are_composed_and_checked():
         (lambda: distilbench.compose(*TINY, "freeze.layers=3"), r"^freeze.layers must be 0..2 for random"),
         (lambda: distilbench.compose("freeze.layer=3"), r"^freeze.layer must be a setting that there is; did you mean"),
         (lambda: distilbench.compose("scheduler=cosin"), r"^scheduler must be one of constant"),
+        (lambda: distilbench.compose(["seed=1"]), r"^an override must be a string such as .*, got \['seed=1'\]"),
+        (lambda: distilbench.train_trials(["seed=1"]), r"^a trial must be a list of overrides, got 'seed=1'"),
         (lambda: distilbench.train_trials([[*TINY, "optim.lr=0"]]), r"^optim.lr must be above 0"),
         (lambda: distilbench.make_report("layout=paper"), r"^what to compare must be"),
         (lambda: distilbench.predict_texts(["a"], "dir=nowhere"), r"^dir must be an existing directory"),

@@ -262,6 +262,10 @@ def test_the_command_line_predicts_and_refuses_with_its_exit_status(folder):
         ("a fine film", r"^texts must be a list of texts, got 'a fine film'"),
         (["aaa", 3], r"^text 1 must be a text, got \(3,\)"),
         ([("aaa", "bbb")], r"^text 0 must be a text, got \('aaa', 'bbb'\)"),
+        ([{"text": "aaa"}], r"^text 0 must be a text, got \({'text': 'aaa'},\)"),
+        (["half \udcff"], r"^text 0 must be a text, got \('half \\udcff',\)"),
+        (pandas.DataFrame({"text": ["aaa"]}), r"^texts must be a list of texts, got 'DataFrame'"),
+        (None, r"^texts must be a list of texts, got 'NoneType'"),
     ],
 )
 def test_python_is_told_what_is_no_text_of_the_model(folder, texts, line):

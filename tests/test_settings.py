@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from distilbench.settings import (
     FREEZE_POLICIES,
-    METRICS,
     SCHEDULERS,
     AppSettings,
     BenchSettings,
@@ -404,11 +403,6 @@ def test_micro_batches_that_memory_asks_for_are_divisors_of_the_batch(usual):
     train = dataclasses.replace(usual.train, batch_size=12)
     assert (train.examples_per_pass, dataclasses.replace(train, micro_batch_size=4).examples_per_pass) == (12, 4)
     assert [train.smaller_micro_batch(size) for size in (12, 10, 6, 5, 4, 3, 2, 1)] == [6, 4, 3, 2, 2, 1, 1, None]
-
-
-def test_only_the_loss_is_better_when_it_is_smaller(usual):
-    better = {metric: dataclasses.replace(usual.train, metric=metric).greater_is_better for metric in METRICS}
-    assert better == {"accuracy": True, "f1": True, "mcc": True, "loss": False}
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class RunningTrial:
     def best_index(self) -> int:
         """The index in the history of the best evaluation by ``train.metric``, the first one in case of ties."""
         history, train = self.progress.history, self.settings.train
-        sign = 1 if train.greater_is_better else -1
+        sign = -1 if train.metric == "loss" else 1
         return max(range(len(history)), key=lambda i: sign * history[i].metric(train.metric))
 
     @property
