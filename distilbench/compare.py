@@ -22,7 +22,7 @@ from distilbench.settings import CONF, CompareSettings, SettingsError, register_
 
 if TYPE_CHECKING:
     from distilbench.report.findings import Report
-    from distilbench.tracking import MlflowStore
+    from distilbench.tracking.store import MlflowStore
 
 register_schema()
 
@@ -57,7 +57,7 @@ def report_of(settings: CompareSettings) -> Report:
     for name in settings.experiments:
         require(name in known, "experiment", f"one of {', '.join(known)}", name)
     from distilbench.report.from_store import ReportRequest, check_protocol, check_tested, make_report
-    from distilbench.tracking import find_store
+    from distilbench.tracking.connect import find_store
 
     store = find_store(settings.tracking)
     store.end_left_runs()
@@ -88,7 +88,7 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
     Raises :class:`SettingsError` if no trial matches, or if a run does not exist.
     """
     from distilbench.report.from_store import DELETED_STORE_HINT, find_sweep
-    from distilbench.tracking import SWEEP_TAG
+    from distilbench.tracking.search import SWEEP_TAG
 
     trials = store.search({SWEEP_TAG: settings.sweep} if settings.sweep else {}, settings.runs)
     if settings.sweep and not trials:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from distilbench.sweep.job import SweepJob
     from distilbench.sweep.plan import SweepPlan
     from distilbench.sweep.space import Point
-    from distilbench.tracking import MlflowStore, SweepRun
+    from distilbench.tracking.search import SweepRun
+    from distilbench.tracking.store import MlflowStore
 
 register_schema()
 
@@ -49,7 +50,8 @@ def confirm(settings: ConfirmSettings) -> str | None:
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.space import Point
     from distilbench.sweep.storage import storage_at
-    from distilbench.tracking import CONFIRMS_TAG, SWEEP_TAG, find_store
+    from distilbench.tracking.connect import find_store
+    from distilbench.tracking.search import CONFIRMS_TAG, SWEEP_TAG
 
     assert settings.sweep is not None  # ConfirmSettings requires it
     store = find_store(settings.tracking)

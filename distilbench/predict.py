@@ -119,7 +119,8 @@ def _find_model(settings: PredictSettings) -> Path:
     """Return the directory of the model that the settings name; print which trial of a sweep that is."""
     if settings.dir:
         return Path(settings.dir)
-    from distilbench.tracking import find_store, model_directory
+    from distilbench.tracking.connect import find_store
+    from distilbench.tracking.model import model_directory
 
     store = find_store(settings.tracking)
     if settings.run:

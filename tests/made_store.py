@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import TrackingSettings, register_schema, settings_from
-from distilbench.tracking import MlflowStore, RunStart, open_store
+from distilbench.tracking.connect import open_store
+from distilbench.tracking.search import PARENT_TAG
+from distilbench.tracking.start import RunStart
+from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import sqlite_url
 from tests.commands import lay_tables
 from tests.conftest import ROOT, TINY
@@ -35,8 +38,10 @@ def make_store(folder: Path) -> MlflowStore:
     return store
 
 
-def start_of(*overrides: str, text: str = "text", **changes) -> RunStart:
+def start_of(*overrides: str, text: str = "text", parent_run_id: str | None = None, **changes) -> RunStart:
     """Return the start of a tiny trial; another ``text`` gives another protocol."""
+    if parent_run_id:
+        changes["tags"] = {PARENT_TAG: parent_run_id, **changes.get("tags", {})}
     register_schema()
     if GlobalHydra.instance().is_initialized():
         config = compose("config", [*TINY, "output.dir=.", *overrides])

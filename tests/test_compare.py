@@ -16,7 +16,8 @@ from distilbench.composition import default_treatment
 from distilbench.report.from_store import report_sweep
 from distilbench.results import Status, TrialResult, Verdict
 from distilbench.settings import CompareSettings, SettingsError, settings_from
-from distilbench.tracking import CONFIRMS_TAG, MARGIN_TAG, SWEEP_TAG, MlflowStore
+from distilbench.tracking.search import CONFIRMS_TAG, MARGIN_TAG, SWEEP_TAG
+from distilbench.tracking.store import MlflowStore
 from tests.commands import HEAVY, Workspace, split_imports
 from tests.conftest import ROOT
 from tests.made_store import add_trial, make_store, start_of
@@ -210,7 +211,7 @@ def test_runs_without_predictions_can_be_shown_untested(folder, tmp_path):
 
 def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
     from distilbench.settings import TrackingSettings
-    from distilbench.tracking import find_store
+    from distilbench.tracking.connect import find_store
 
     store = find_store(TrackingSettings("mlflow", f"sqlite:///{folder}/mlflow.db", "distilbench", 0))
     (alien,) = store.search({SWEEP_TAG: "alien"})

@@ -14,7 +14,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking import CONFIRMS_TAG, SWEEP_TAG
+from distilbench.tracking.search import CONFIRMS_TAG, SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch

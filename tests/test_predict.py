@@ -19,8 +19,8 @@ from distilbench.report.from_store import report_of_sweep
 from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
 from distilbench.sweep.reporting import _log_answer
-from distilbench.tracking import SWEEP_TAG
 from distilbench.tracking.run import read_predictions
+from distilbench.tracking.search import SWEEP_TAG
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
 from tests.commands import Workspace

@@ -23,7 +23,8 @@ from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
 from distilbench.results import Status, StoredTrial, Verdict
 from distilbench.settings import SettingsError
-from distilbench.tracking import SWEEP_TAG, MlflowStore, SweepRun
+from distilbench.tracking.search import SWEEP_TAG, SweepRun
+from distilbench.tracking.store import MlflowStore
 
 CURVES = 8
 """Number of settings whose learning curves are drawn, besides the baseline's."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import AppSettings
-from distilbench.tracking import SWEEP_TAG, TRIAL_TAG
+from distilbench.tracking.search import PARENT_TAG, SWEEP_TAG, TRIAL_TAG
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class SweepJob:
     def tags(self) -> dict[str, str]:
         """MLflow tags that identify the runs of this trial."""
         role = {"distilbench.role": "baseline"} if self.is_baseline else {}
-        return {SWEEP_TAG: self.sweep, TRIAL_TAG: self.trial} | role
+        parent = {PARENT_TAG: self.parent_run_id} if self.parent_run_id else {}
+        return {SWEEP_TAG: self.sweep, TRIAL_TAG: self.trial} | role | parent
 
     def write(self) -> None:
         """Write ``job.json`` into the trial's directory."""

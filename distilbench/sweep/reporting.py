@@ -36,7 +36,8 @@ from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import describe
 from distilbench.sweep.storage import STORAGE_ERRORS, Storage
 from distilbench.sweep.study import FAILURES, TrialView
-from distilbench.tracking import MlflowStore, model_directory
+from distilbench.tracking.model import model_directory
+from distilbench.tracking.store import MlflowStore
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,11 @@ from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, claim_rep
 from distilbench.sweep.resume import has_begun, open_studies
 from distilbench.sweep.storage import STORAGE_ERRORS, Storage, check_url, is_disk_full, storage_at
 from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
-from distilbench.tracking import MARGIN_TAG, SWEEP_TAG, MlflowStore, ParentRun, open_store
+from distilbench.tracking.connect import open_store
 from distilbench.tracking.retries import reason_of
+from distilbench.tracking.run import ParentRun
+from distilbench.tracking.search import MARGIN_TAG, SWEEP_TAG
+from distilbench.tracking.store import MlflowStore
 from distilbench.trials.interruptions import SignalGuard
 
 log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_of
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.sweep.storage import STORAGE_ERRORS
-from distilbench.tracking import params_of
 from distilbench.tracking.retries import reason_of
+from distilbench.tracking.start import params_of
 
 Params = dict[str, Any]
 """Override key -> value, as Optuna stores it and as it is written into an override."""

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from distilbench.settings import SettingsError, with_absolute_file
-from distilbench.tracking import redact
+from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import reason_of
 from distilbench.tracking.uri import sqlite_url
 

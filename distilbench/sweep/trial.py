@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
 import math
 import os
@@ -66,7 +65,6 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
 
     return SweepContext(
         name=sweep_job.run_name,
-        parent_run_id=sweep_job.parent_run_id,
         tags=sweep_job.tags,
         pruning_callback=after_evaluation,
         is_quiet=sweep_job.is_quiet,
@@ -105,14 +103,15 @@ class SeededTrial:
 
     def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
         """Open the trial's run, or reopen an earlier one, and write to ``trial.json`` that the trial is RUNNING."""
-        from distilbench.tracking import ParentRun, open_store
+        from distilbench.tracking.connect import open_store
+        from distilbench.tracking.run import ParentRun
 
         prepared = runner.prepare(job.settings)  # refuse invalid settings before a run exists
         self._sweep_job, self._lease = sweep_job, lease
         before = sweep_job.continues or sweep_job.directory
         store, record = open_store(job.settings.tracking, patiently=True), read_record(before)
         run_id = record.run_id if record else None
-        given = sweep_job.run_name, sweep_job.tags, sweep_job.directory, sweep_job.parent_run_id
+        given = sweep_job.run_name, sweep_job.tags, sweep_job.directory
         self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()
         self._begun = Record(UNRESOLVED_IDENTITY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
@@ -243,7 +242,7 @@ def claim_gpu(device: str) -> None:
 def claim_free(gpus: Sequence[str], folder: Path) -> str:
     """Lock the first free GPU by a file in ``folder`` and return it; warn and return the first GPU if none is free."""
     for gpu in gpus:
-        lock = FileLock(folder / f"distilbench-{getpass.getuser()}-gpu-{gpu}.lock")
+        lock = FileLock(folder / f"distilbench-{os.getuid()}-gpu-{gpu}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

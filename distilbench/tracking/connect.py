@@ -7,10 +7,10 @@ import logging
 import os
 import sqlite3
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from distilbench.settings import SettingsError, TrackingSettings, require
-from distilbench.tracking.retries import LOCK_SECONDS, retry_outage
+from distilbench.settings import SettingsError, TrackingSettings
+from distilbench.tracking.retries import LOCK_SECONDS, retry_outage, suppress_codes
 from distilbench.tracking.start import environment_tags
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, local_folder, sqlite_url, store_address_of
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
 UNUSED_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
 """Variables that MLflow's fluent API reads, which is not used here."""
+
+MOST_LISTED = 20
+"""Maximum number of experiments that an error lists, the newest."""
 
 _opened: dict[TrackingSettings, MlflowStore] = {}
 """The stores that this process has opened."""
@@ -71,18 +74,11 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
         )
     configure_mlflow()
     from mlflow import MlflowClient
-    from mlflow.entities import ViewType
 
     with address.errors_as_settings_error():
         if address.artifacts is not None:
             _check_database(address)
-        found = MlflowClient(address.uri).search_experiments(ViewType.ALL)
-    setting, name = _experiment_asked_for(settings)
-    key = "experiment_id" if setting == EXPERIMENT_ID else "name"
-    experiments = {str(getattr(experiment, key)): experiment for experiment in found}
-    active = sorted(key for key, experiment in experiments.items() if experiment.lifecycle_stage == "active")
-    require(name in experiments, setting, f"one of {', '.join(active)}", name, "train a trial in it first")
-    return MlflowStore(address, _active(experiments[name], setting, name), settings.patience_seconds)
+        return MlflowStore(address, _experiment_of(MlflowClient(address.uri), settings), settings.patience_seconds)
 
 
 def configure_mlflow() -> None:
@@ -109,13 +105,6 @@ def configure_mlflow() -> None:
             logging.getLogger(name).setLevel(level)
 
 
-def _experiment_asked_for(settings: TrackingSettings) -> tuple[str, str]:
-    """Return the setting or variable that chooses the experiment, and its value: a name, or of the last an id."""
-    variables = ("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_ID)  # in MLflow's own order
-    asked = {"tracking.experiment": settings.experiment, **{name: os.environ.get(name) for name in variables}}
-    return next(((name, value) for name, value in asked.items() if value), ("tracking.experiment", "distilbench"))
-
-
 def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:
     """Return the experiment, created by one process at a time: concurrent migrations of a database break each other.
 
@@ -126,7 +115,7 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     if address.artifacts is None:
-        return _experiment_of(MlflowClient(address.uri), settings)
+        return _experiment_of(MlflowClient(address.uri), settings, creates=True)
     address.artifacts.mkdir(parents=True, exist_ok=True)
     with FileLock(address.artifacts / ".lock", timeout=60):
         file = address.file
@@ -137,7 +126,7 @@ def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experime
             SqlAlchemyStore(sqlite_url(partial_file), address.artifacts.as_uri()).engine.dispose()
             os.replace(partial_file, file)
         _check_database(address)
-        return _experiment_of(SqlAlchemyStore(address.uri, address.artifacts.as_uri()), settings)
+        return _experiment_of(SqlAlchemyStore(address.uri, address.artifacts.as_uri()), settings, creates=True)
 
 
 def _check_database(address: StoreAddress) -> None:
@@ -172,35 +161,32 @@ def _check_database(address: StoreAddress) -> None:
                         "where they were, is to be copied", name, new, old)  # fmt: skip
 
 
-def _experiment_of(store: Any, settings: TrackingSettings) -> Experiment:
-    """Return the experiment, created if it is missing; ``store`` is a client or a store of MLflow's."""
-    from mlflow.exceptions import MlflowException
+def _experiment_of(store: Any, settings: TrackingSettings, creates: bool = False) -> Experiment:
+    """Return the experiment of the settings or variables, which is created if it is missing and ``creates`` is set.
 
-    setting, name = _experiment_asked_for(settings)
-    if setting == EXPERIMENT_ID:
-        try:
-            found = store.get_experiment(name)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            require(False, setting, "the id of an experiment", name, "or name one: tracking.experiment=...")
-    else:
-        found = store.get_experiment_by_name(name)
+    ``store`` is a client or a store of MLflow's. Raises :class:`SettingsError` for one that is missing or was deleted.
+    """
+    variables = ("MLFLOW_EXPERIMENT_NAME", EXPERIMENT_ID)  # in MLflow's own order
+    asked = {"tracking.experiment": settings.experiment, **{name: os.environ.get(name) for name in variables}}
+    setting, name = next(
+        ((key, value) for key, value in asked.items() if value), ("tracking.experiment", "distilbench")
+    )
+    find = store.get_experiment if setting == EXPERIMENT_ID else store.get_experiment_by_name
+    found: Experiment | None = None
+    with suppress_codes("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # of an id
+        found = find(name)
+    if found is None and creates and setting != EXPERIMENT_ID:
+        with suppress_codes("RESOURCE_ALREADY_EXISTS"):  # another process was faster
+            store.create_experiment(name)
+        found = find(name)
     if found is None:
-        try:
-            return cast("Experiment", store.get_experiment(store.create_experiment(name)))
-        except MlflowException:
-            found = store.get_experiment_by_name(name)  # another process was faster
-            if found is None:
-                raise
-    return _active(found, setting, name)
-
-
-def _active(found: Any, setting: str, name: str) -> Experiment:
-    """Return the experiment; raises :class:`SettingsError` if it was deleted."""
+        key = "experiment_id" if setting == EXPERIMENT_ID else "name"
+        known = sorted(str(getattr(one, key)) for one in store.search_experiments(max_results=MOST_LISTED))
+        remedy = "train a trial in it first, or name one with tracking.experiment=..."
+        raise SettingsError(f"{setting} must be one of {', '.join(known)}, got {name!r}; {remedy}")
     if found.lifecycle_stage != "active":
         raise SettingsError(
             f"{setting} must be an active experiment, got {name!r}, which was deleted; "
             f"name another one or run: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
-    return cast("Experiment", found)
+    return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from distilbench.results import MODEL, read_record
 from distilbench.settings import SettingsError
+from distilbench.tracking.retries import suppress_codes
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,14 +94,9 @@ def _save(directory: Path, path: Path, run_id: str, model_id: str) -> None:
 
 def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:
     """Register a logged model as the newest version of a registered model, and point the alias to it."""
-    from mlflow.exceptions import MlflowException
-
     name, _, alias = register.partition("@")
-    try:
+    with suppress_codes("RESOURCE_ALREADY_EXISTS"):
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     source = logged.artifact_location  # MLflow would look up models:/ID in its global tracking URI
     made = client.create_model_version(name, source, run_id, model_id=logged.model_id)
     client.set_registered_model_alias(name, alias or ALIAS, made.version)

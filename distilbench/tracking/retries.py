@@ -61,6 +61,18 @@ def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
         raise SettingsError(f"{refusal}: {reason_of(error)}; {remedy}") from error
 
 
+@contextlib.contextmanager
+def suppress_codes(*codes: str) -> Iterator[None]:
+    """Suppress MLflow's errors with one of these error codes."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in codes:
+            raise
+
+
 def reason_of(error: BaseException) -> str:
     """Return the root cause of an exception as one redacted line: ``Connection refused``, not the layers above."""
     root = error

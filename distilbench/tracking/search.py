@@ -29,6 +29,9 @@ TRIAL_TAG = "distilbench.trial"
 CHOICES_TAG = "distilbench.choices"
 """Tag of a trial's run: the choices of groups that it was typed with, as JSON; earlier versions did not write it."""
 
+PARENT_TAG = "mlflow.parentRunId"
+"""MLflow's tag with the id of the run that a run is nested below."""
+
 CONFIRMS_TAG = "distilbench.confirms"
 """Tag of a sweep's run that confirms another sweep's best settings: that sweep's name."""
 

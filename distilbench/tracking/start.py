@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings, require
 from distilbench.tracking.redaction import redact
+from distilbench.tracking.retries import suppress_codes
 from distilbench.tracking.search import CHOICES_TAG, TREATMENT_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
 DIRECTORY = "distilbench.directory"
 """Tag with the directory of a run's ``trial.json``, from which other processes can tell how the trial ended."""
 
-PARAMS_PER_BATCH = 100
+Point = tuple[str, float, int, int]
+"""A metric as MLflow stores it: name, value, milliseconds since 1970, step."""
+
 LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 500
-"""MLflow's limits (mlflow.utils.validation): parameters per call; characters per parameter, tag and data set name."""
+"""MLflow's limits (mlflow.utils.validation): characters per parameter, tag and data set name."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RunStart:
     choices: Mapping[str, object] = field(default_factory=dict)
     """From :func:`distilbench.composition.typed_choices`."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    parent_run_id: str | None = None
+    """Of its sweep, with the id of its parent run."""
     run_id: str | None = None
     """An interrupted run to continue instead of making a new one."""
 
@@ -103,8 +106,6 @@ def tags_of(start: RunStart) -> dict[str, str]:
     }
     tags |= _source_tags("model", start) | _source_tags("data", start)
     tags |= {f"distilbench.version.{library}": version for library, version in start.versions.items()}
-    if start.parent_run_id:
-        tags["mlflow.parentRunId"] = start.parent_run_id
     return {**tags, **start.tags}
 
 
@@ -131,25 +132,28 @@ def _note(start: RunStart) -> str:
 
 
 def process_tags() -> dict[str, str]:
-    """Return tags of this process: host, pid and start time tell whether the process of a RUNNING run is alive."""
+    """Return tags of this process: host, pid and start time tell whether the process of a RUNNING run is alive.
+
+    User and source (script, notebook, job) are those that MLflow's own API and its plugins tell.
+    """
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import resolve_tags
+
     owner = Owner.of_this_process()
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
-    return {
+    tags = {
+        "mlflow.source.name": sys.argv[0],  # MLflow tells neither for a container's user without a name
+        "mlflow.source.type": "LOCAL",
+        **resolve_tags(ignore=[GitRunContext]),  # type: ignore[list-item]  # classes, as its text says
         **environment_tags(),
         "distilbench.host": owner.host,
         "distilbench.pid": str(owner.pid),
         "distilbench.process_started": f"{owner.started:.2f}",
         "distilbench.gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
-        "mlflow.user": user,
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": sys.argv[0],
     }
+    return {name: redact(str(value))[:LONGEST_TAG] for name, value in tags.items()}
 
 
-def environment_tags() -> dict[str, str]:
+def environment_tags() -> dict[str, object]:
     """Return the tags in ``MLFLOW_TAGS``, the variable of Transformers' MLflow callback.
 
     Raises :class:`SettingsError` unless it holds a JSON object.
@@ -160,7 +164,7 @@ def environment_tags() -> dict[str, str]:
     except ValueError:
         found = None
     require(isinstance(found, dict), "MLFLOW_TAGS", 'a JSON object, such as {"team": "a"}', text)
-    return {str(name): redact(str(value))[:LONGEST_TAG] for name, value in found.items()}
+    return dict(found)
 
 
 def owner_of(tags: Mapping[str, str]) -> Owner | None:
@@ -220,14 +224,22 @@ def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
     """Return whether the run exists and was not deleted."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with suppress_codes("RESOURCE_DOES_NOT_EXIST"):
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
+    return False
+
+
+def log_batch(
+    client: MlflowClient, run_id: str, metrics: Sequence[Point] = (), tags: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Log metrics and tags, in as few calls as MLflow's limits allow, whatever ``MLFLOW_ENABLE_ASYNC_LOGGING`` says.
+
+    MLflow stores metrics that are sent twice only once.
+    """
+    from mlflow.entities import Metric, RunTag
+
+    tagged = [RunTag(*tag) for tag in tags.items()]
+    client.log_batch(run_id, [Metric(*point) for point in metrics], tags=tagged, synchronous=True)
 
 
 def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run_id: str | None) -> Run:
@@ -235,8 +247,6 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
 
     A run that was deleted in the meantime is replaced, with a warning.
     """
-    from mlflow.entities import RunTag
-
     if run_id is not None and not run_exists(client, run_id):
         log.warning("run %s is no longer in the store; it continues as a new one", run_id)
         run_id = None
@@ -249,7 +259,7 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
     tags = {**content.tags, "distilbench.resumed": "true", "distilbench.error": ""}
     if "distilbench.alone" in tags and any(before.get(name) != tags[name] for name in times):
         tags["distilbench.alone"] = "false"  # part of its time was measured elsewhere, or beside others
-    client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+    log_batch(client, run_id, tags=tags)
     return client.get_run(run_id)
 
 
@@ -259,28 +269,11 @@ def fill_run(client: MlflowClient, run: Run, content: RunContent) -> None:
 
     run_id = run.info.run_id
     params = [Param(key, value) for key, value in content.params.items() if key not in run.data.params]
-    for first in range(0, len(params), PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH], synchronous=True)
-    inputs = [
-        DatasetInput(Dataset(**one), [InputTag("mlflow.data.context", context)])
-        for context, one in content.datasets.items()
-    ]
-    _log_datasets(client, run_id, inputs)
+    client.log_batch(run_id, params=params, synchronous=True)
+    for context, one in content.datasets.items():
+        found = [DatasetInput(Dataset(**one), [InputTag("mlflow.data.context", context)])]
+        with suppress_codes("BAD_REQUEST"):  # a parallel trial created the same data set, which the next call finds
+            client.log_inputs(run_id, datasets=found)
+            continue
+        client.log_inputs(run_id, datasets=found)
     client.log_text(run_id, content.config_yaml, "config.yaml")
-
-
-def _log_datasets(client: MlflowClient, run_id: str, inputs: list[DatasetInput]) -> None:
-    """Record the splits as inputs, with retries, since parallel trials may create the same data set at once.
-
-    The database then refuses the second call as a whole. By then, the first one's data set exists, so that one attempt
-    more than there are data sets always suffices.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for left in reversed(range(len(inputs) + 1)) if inputs else ():
-        try:
-            client.log_inputs(run_id, datasets=inputs)
-            return
-        except MlflowException as error:
-            if error.error_code != "BAD_REQUEST" or not left:
-                raise

@@ -23,6 +23,7 @@ from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
 from distilbench.tracking.search import (
     CONFIRMS_TAG,
     MARGIN_TAG,
+    PARENT_TAG,
     SWEEP_TAG,
     TREATMENT_TAG,
     SweepRun,
@@ -30,7 +31,7 @@ from distilbench.tracking.search import (
     trained_beside_others,
     trial_of,
 )
-from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, process_tags
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, log_batch, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
@@ -109,9 +110,9 @@ class MlflowStore:
         """Attach ``comparison.md`` and metrics to a run, which may have ended; ``sentence`` begins its description."""
 
         def send() -> None:
-            undelivered.prepend_note(self._client, run_id, sentence)
             self._client.log_text(run_id, redact(text), "comparison.md")
-            undelivered.log_metrics(self._client, run_id, metric_points(metrics))
+            note = undelivered.begin_note(self._client.get_run(run_id).data.tags, sentence)
+            log_batch(self._client, run_id, metric_points(metrics), note)
 
         self._connection.attempt("the comparison", send, is_kept=False)
 
@@ -131,7 +132,7 @@ class MlflowStore:
         ]  # fmt: skip
         shared = trained_beside_others(kept)
         pruned = {run.info.run_id for run in found if run.data.tags.get("distilbench.status") == Status.PRUNED.value}
-        of_pruned = {run.info.run_id for run in kept if run.data.tags.get("mlflow.parentRunId") in pruned}
+        of_pruned = {run.info.run_id for run in kept if run.data.tags.get(PARENT_TAG) in pruned}
         return [
             replace(one, alone=one.alone and one.run_id not in shared,
                     status=Status.PRUNED if one.run_id in of_pruned else one.status)
@@ -155,7 +156,7 @@ class MlflowStore:
         found = []
         for run in self._search(wanted):
             tags = run.data.tags
-            if SWEEP_TAG in tags and TREATMENT_TAG not in tags and "mlflow.parentRunId" not in tags:
+            if SWEEP_TAG in tags and TREATMENT_TAG not in tags and PARENT_TAG not in tags:
                 margin = float(tags[MARGIN_TAG]) if MARGIN_TAG in tags else None
                 found.append(SweepRun(run.info.run_id, tags[SWEEP_TAG], tags.get(CONFIRMS_TAG), margin))
         return found
@@ -194,15 +195,15 @@ class MlflowStore:
         """Return a link to a run's page; for a local store, it needs :attr:`ui_command`."""
         return self._address.run_url(self._experiment_id, run_id)
 
-    def open_parent_run(self, name: str, tags: Mapping[str, str], directory: Path, parent_run_id: str | None = None,
-                        run_id: str | None = None) -> ParentRun:  # fmt: skip
+    def open_parent_run(
+        self, name: str, tags: Mapping[str, str], directory: Path, run_id: str | None = None
+    ) -> ParentRun:
         """Create a parent run, or reopen that of ``run_id``; ``tags`` name the sweep.
 
         ``directory`` holds the records of its trials.
         """
-        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
-        content = RunContent(redact(name), {**fresh, **process_tags(), **parent, **tags}, {}, {}, "")
+        content = RunContent(redact(name), {**fresh, **process_tags(), **tags}, {}, {}, "")
         with self._address.errors_as_settings_error():
             run = retry_outage(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
         undelivered.discard(directory)

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 from distilbench.results import PREDICTIONS, Owner, Status, read_record
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, is_outage, reason_of
-from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, claim_run, fill_run, owner_of
+from distilbench.tracking.start import (
+    DIRECTORY,
+    LONGEST_TAG,
+    Point,
+    RunContent,
+    claim_run,
+    fill_run,
+    log_batch,
+    owner_of,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,15 +49,9 @@ NOTE = "mlflow.note.content"
 HEADLINE = "distilbench.headline"
 """Tag with the first sentence of the description, by which a later one can replace it."""
 
-METRICS_PER_BATCH = 1000
-"""MLflow's own limit (mlflow.utils.validation)."""
-
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
 
 KILLED = "its process was killed"
-
-Point = tuple[str, float, int, int]
-"""A metric as MLflow stores it: name, value, milliseconds since 1970, step."""
 
 
 @dataclass
@@ -82,9 +85,8 @@ class Undelivered:
         """
         run_id, client = self.make(connection), connection.client
         writes: list[tuple[str, Callable[[], object]]] = [
-            ("metrics", partial(log_metrics, client, run_id, self.metrics)),
+            ("metrics", partial(log_batch, client, run_id, self.metrics, self.tags)),
             *((file.name, partial(client.log_artifact, run_id, str(file))) for file in files),
-            *((name, partial(client.set_tag, run_id, name, value)) for name, value in self.tags.items()),
         ]
         if self.status is not Status.RUNNING:
             writes.append(("end", partial(end_run, client, run_id, self.status, self.error)))
@@ -155,7 +157,7 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
         if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
             deliver_and_end(connection, run_id, directory)
         else:  # the trial was continued elsewhere or by another process, which reports how it ended
-            log_metrics(connection.client, run_id, kept.metrics)
+            log_batch(connection.client, run_id, kept.metrics)
             discard(directory)
 
 
@@ -210,42 +212,28 @@ def metric_points(values: Mapping[str, float], step: int = 0) -> list[Point]:
     return [(name, float(value), at, step) for name, value in values.items()]
 
 
-def log_metrics(client: MlflowClient, run_id: str, values: Sequence[Point]) -> None:
-    """Log metrics; MLflow stores those that are sent twice only once."""
-    from mlflow.entities import Metric
-
-    for first in range(0, len(values), METRICS_PER_BATCH):
-        metrics = [Metric(*value) for value in values[first : first + METRICS_PER_BATCH]]
-        client.log_batch(run_id, metrics=metrics, synchronous=True)
-
-
 def end_run(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
     """Tag a run with its status and error, then end it with the corresponding status of MLflow."""
-    client.set_tag(run_id, "distilbench.status", status.value)
+    tags = {"distilbench.status": status.value}
     if error:
         reason = redact(" ".join(error.split()))
-        client.set_tag(run_id, "distilbench.error", reason[:LONGEST_TAG])
         quoted = reason.replace("`", "'")
-        prepend_note(client, run_id, f"**{status.value}** `{quoted}`")
+        tags["distilbench.error"] = reason[:LONGEST_TAG]
+        tags |= begin_note(client.get_run(run_id).data.tags, f"**{status.value}** `{quoted}`")
+    log_batch(client, run_id, tags=tags)
     client.set_terminated(run_id, TERMINAL.get(status, "FAILED"))
 
 
 def restore_ends(client: MlflowClient, run_id: str, status: Status, error: str | None) -> None:
     """Restore the given end of a run if it has another."""
     run = client.get_run(run_id)
-    tags = run.data.tags
-    told = run.info.status, tags.get("distilbench.status")
+    told = run.info.status, run.data.tags.get("distilbench.status")
     if status is not Status.RUNNING and told != (TERMINAL.get(status, "FAILED"), status.value):
-        client.set_tag(run_id, NOTE, tags.get(NOTE, "").removeprefix(tags.get(HEADLINE, "")).lstrip("\n"))
-        client.set_tag(run_id, "distilbench.error", "")
+        log_batch(client, run_id, tags={"distilbench.error": "", **begin_note(run.data.tags, "")})
         end_run(client, run_id, status, error)
 
 
-def prepend_note(client: MlflowClient, run_id: str, sentence: str) -> None:
-    """Begin a run's description with a Markdown sentence, in place of an earlier such sentence."""
-    tags = client.get_run(run_id).data.tags
-    known, head = tags.get(NOTE, ""), redact(sentence)
-    if not known.startswith(head):
-        rest = known.removeprefix(tags.get(HEADLINE, "")).lstrip("\n")
-        client.set_tag(run_id, NOTE, f"{head}\n\n{rest}"[:LONGEST_TAG])
-        client.set_tag(run_id, HEADLINE, head[:LONGEST_TAG])
+def begin_note(tags: Mapping[str, str], sentence: str) -> dict[str, str]:
+    """Return the tags of a description that begins with a Markdown sentence, in place of an earlier such sentence."""
+    head, rest = redact(sentence), tags.get(NOTE, "").removeprefix(tags.get(HEADLINE, "")).lstrip("\n")
+    return {NOTE: "\n\n".join(filter(None, (head, rest)))[:LONGEST_TAG], HEADLINE: head[:LONGEST_TAG]}

@@ -16,7 +16,7 @@ from distilbench.models.resolve import check_trial, resolve_model
 from distilbench.report.trial import compare, comparison_headline, comparison_markdown, comparison_metrics
 from distilbench.results import MODEL, Status, StoredTrial
 from distilbench.settings import AppSettings, SettingsError
-from distilbench.tracking import open_store
+from distilbench.tracking.connect import open_store
 from distilbench.trials.card import write_card
 from distilbench.trials.estimate import estimate_alone
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepare, prepared_trial

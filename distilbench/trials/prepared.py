@@ -66,7 +66,6 @@ class SweepContext:
 
     name: str
     """The name of its run."""
-    parent_run_id: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     pruning_callback: Callable[[Evaluation], str | None] | None = None
     """Called after each evaluation; returns why the trial is to stop there, or None."""

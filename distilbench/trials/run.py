@@ -34,7 +34,10 @@ from distilbench.results import (
     read_record,
 )
 from distilbench.settings import AppSettings, SettingsError
-from distilbench.tracking import MlflowRun, MlflowStore, RunStart, final_metrics, tags_of, trial_of, write_predictions
+from distilbench.tracking.run import MlflowRun, final_metrics, write_predictions
+from distilbench.tracking.search import trial_of
+from distilbench.tracking.start import RunStart, tags_of
+from distilbench.tracking.store import MlflowStore
 from distilbench.trials.interruptions import SignalGuard, TrialTakenOver
 from distilbench.trials.prepared import LIBRARIES, Job, Prepared, SweepContext, prepared_trial, version_of
 from distilbench.trials.progress import ProgressBars
@@ -260,7 +263,6 @@ def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
         alone=alone,
         choices=trial.job.choices,
         tags=context.tags,
-        parent_run_id=context.parent_run_id,
         run_id=run_id,
     )
 

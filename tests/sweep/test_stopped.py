@@ -43,7 +43,7 @@ from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import is_disk_full, storage_at
 from distilbench.sweep.trial import run_in_sweep
-from distilbench.tracking import open_store
+from distilbench.tracking.connect import open_store
 from distilbench.tracking.undelivered import end_run
 from distilbench.trials import batch
 from distilbench.trials import run as trials

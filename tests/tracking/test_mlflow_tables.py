@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from distilbench.results import Status, TrialResult
-from distilbench.tracking import SWEEP_TAG
 from distilbench.tracking.mlflow_tables import search_database
-from distilbench.tracking.search import search_runs
+from distilbench.tracking.search import SWEEP_TAG, search_runs
 from tests.made_store import DONE, make_store, start_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distilbench.settings import TrackingSettings
-from distilbench.tracking import find_store, open_store
+from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.uri import sqlite_url
 from tests.made_store import DONE, add_trial, make_store, start_of
 

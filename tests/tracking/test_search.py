@@ -11,8 +11,9 @@ import pytest
 
 from distilbench.results import Status, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import SWEEP_TAG, find_store, search
-from distilbench.tracking.search import trained_beside_others
+from distilbench.tracking import search
+from distilbench.tracking.connect import find_store
+from distilbench.tracking.search import SWEEP_TAG, trained_beside_others
 from tests.made_store import DONE, make_store, start_of
 
 

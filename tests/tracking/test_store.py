@@ -21,11 +21,14 @@ import pytest
 from distilbench.identity import ProtocolIdentity, SourceUsed
 from distilbench.results import Evaluation, Owner, Predictions, Status, StepRecord, TrialResult
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking import find_store, open_store, params_of, redact, retries
+from distilbench.tracking import retries
 from distilbench.tracking import uri as address
+from distilbench.tracking.connect import find_store, open_store
+from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
-from distilbench.tracking.search import SWEEP_TAG
+from distilbench.tracking.search import PARENT_TAG, SWEEP_TAG
+from distilbench.tracking.start import params_of
 from tests.commands import lay_tables
 from tests.made_store import blank_figures, start_of
 
@@ -121,6 +124,7 @@ def test_tags_tell_what_was_used_where_and_by_which_process(store, client, start
     assert (tags["distilbench.host"], tags["distilbench.pid"]) == (socket.gethostname(), str(os.getpid()))
     assert float(tags["distilbench.process_started"]) == Owner.of_this_process().started
     assert tags["distilbench.sweep"] == "first"
+    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == (sys.argv[0], "LOCAL")
     assert "256 training, 64 validation examples" in tags["mlflow.note.content"]
 
 
@@ -356,7 +360,7 @@ def test_a_stored_trial_equals_what_was_logged(store, start):
 def test_seeds_of_a_trial_that_was_pruned_after_them_are_pruned_too(store, client, start, tmp_path):
     tags = {SWEEP_TAG: "s", "distilbench.trial": "0"}
     for status in (Status.PRUNED, Status.DIVERGED):
-        parent = store.open_parent_run("0", tags, tmp_path, parent_run_id="sweep")
+        parent = store.open_parent_run("0", {**tags, PARENT_TAG: "sweep"}, tmp_path)
         finished(store, start(parent_run_id=parent.run_id, tags=tags))
         parent.finish(status, "pruned after 1 seed")
     found = store.search({SWEEP_TAG: "s"})
@@ -504,7 +508,7 @@ def test_sending_takes_a_hundredth_of_the_time_at_most(start, monkeypatch, secon
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     class Client:
-        def log_batch(self, run_id, metrics, synchronous):
+        def log_batch(self, *_, **__):
             clock[0] += seconds
 
     run = opened(Client(), start())
@@ -536,23 +540,37 @@ def test_metrics_that_are_sent_twice_are_stored_once(store, client, start):
     assert len(client.get_metric_history(run.run_id, "train/loss")) == 1
 
 
-def test_batches_stay_within_mlflows_limit(start):
-    sizes = []
-
-    class Client:
-        def log_batch(self, run_id, metrics, synchronous):
-            sizes.append(len(metrics))
-
-    run = opened(Client(), start())
-    for number in range(1, 601):
-        run.on_step(step(number, steps=600))
+def test_more_metrics_arrive_than_mlflow_takes_in_one_call(store, client, start):
+    run = store.begin(start())
+    for number in range(1, 301):
+        run.on_step(step(number, steps=300))
     run.on_evaluation(KEPT)
-    assert sizes == [1000, 1000, 407]
+    assert len(client.get_metric_history(run.run_id, "train/gradient_norm")) == 300
+
+
+def test_an_end_waits_for_the_store_also_where_mlflow_is_to_log_asynchronously(store, client, start, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    run, database = store.begin(start()), store._client._tracking_client.store
+    real = database.log_batch
+
+    def refuse_tags(run_id, metrics, params, tags):
+        if tags:
+            raise ConnectionError("the server is gone")
+        real(run_id, metrics, params, tags)
+
+    monkeypatch.setattr(database, "log_batch", refuse_tags)
+    run.finish(TrialResult(Status.FAILED, error="loss is nan"))
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    monkeypatch.setattr(database, "log_batch", real)
+    run._send()
+    kept = client.get_run(run.run_id)
+    assert (kept.info.status, kept.data.tags["distilbench.error"]) == ("FAILED", "loss is nan")
 
 
 def test_tracking_none_opens_no_store_and_imports_no_mlflow():
     code = (
-        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store;"
+        "import sys; from distilbench.settings import TrackingSettings;"
+        "from distilbench.tracking.connect import open_store;"
         "print(open_store(TrackingSettings('none', None, 'tests', 0)), 'mlflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -644,7 +662,8 @@ def test_links_lead_to_where_mlflow_ui_will_be_and_say_what_to_type_first(store,
 def test_racing_processes_agree_on_one_database_and_experiment(workspace):
     program = workspace.path / "race.py"
     program.write_text(
-        "import sys; from distilbench.settings import TrackingSettings; from distilbench.tracking import open_store\n"
+        "import sys; from distilbench.settings import TrackingSettings\n"
+        "from distilbench.tracking.connect import open_store\n"
         "store = open_store(TrackingSettings('mlflow', sys.argv[1], 'raced', 0)); print(store.runs_url())"
     )
     racing = [workspace.start(f"sqlite:///{workspace.path}/raced.db", program=program) for _ in range(4)]
@@ -719,6 +738,11 @@ def test_a_deleted_experiment_is_refused(uri, store, client):
             opened(TrackingSettings("mlflow", uri, "deleted", 0))
 
 
+def test_an_experiment_is_found_among_more_than_mlflow_lists_at_once(uri, store, monkeypatch):
+    monkeypatch.setattr("mlflow.MlflowClient.search_experiments", lambda *_, **__: [])
+    assert find_store(TrackingSettings("mlflow", uri, "tests", 0)).describe().startswith("experiment tests in ")
+
+
 def test_opening_leaves_the_programs_own_logging_alone(store):
     assert logging.getLogger("distilbench").level == logging.NOTSET
     assert logging.getLogger("alembic").level == logging.ERROR
@@ -755,9 +779,10 @@ def test_mlflows_variables_choose_the_experiment_unless_a_setting_does(uri, stor
     assert experiment_of(unnamed, MLFLOW_EXPERIMENT_NAME="of the shell", MLFLOW_EXPERIMENT_ID=number) == "of the shell"
     assert experiment_of(named, MLFLOW_EXPERIMENT_NAME="of the shell") == "tests"
     for missing in ("4711", "none"):
-        with pytest.raises(SettingsError, match=rf"^MLFLOW_EXPERIMENT_ID must be the id of .*, got '{missing}'"):
+        refused = rf"^MLFLOW_EXPERIMENT_ID must be one of .*{number}.*, got '{missing}'"
+        with pytest.raises(SettingsError, match=refused):
             experiment_of(unnamed, MLFLOW_EXPERIMENT_ID=missing)
-        with pytest.raises(SettingsError, match=r"^MLFLOW_EXPERIMENT_ID must be one of "):
+        with pytest.raises(SettingsError, match=refused):
             find_store(unnamed)
 
 

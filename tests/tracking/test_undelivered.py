@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distilbench.results import Owner, Predictions, Record, Status, TrialResult
-from distilbench.tracking import SWEEP_TAG
+from distilbench.tracking.search import SWEEP_TAG
 from distilbench.tracking.undelivered import is_any_below
 from tests.made_store import DONE, LABELS, make_store, start_of
 
