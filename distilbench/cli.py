@@ -156,9 +156,9 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     """Raise :class:`SettingsError` for what no command takes."""
     from hydra._internal.utils import get_args_parser
 
-    for argument in arguments:
-        if re.search("[\ud800-\udfff]", argument):  # surrogates of bytes that are not UTF-8: can't be stored
-            raise SettingsError(f"the command line must be UTF-8, got {argument!a}; rename what it names")
+    for text in (*arguments, os.getcwd(), os.environ.get("DISTILBENCH_ROOT", "")):
+        if re.search("[\ud800-\udfff]", text):  # surrogates of bytes that are not UTF-8: can't be stored
+            raise SettingsError(f"command line and directory must be UTF-8, got {text!a}; rename what it names")
     flags, unknown = get_args_parser().parse_known_args([one for one in arguments if one != "--version"])
     if again := flags.experimental_rerun:
         is_trial = Path(again, ".hydra", "hydra.yaml").is_file() and not Path(again, "job.json").exists()

@@ -80,6 +80,18 @@ def test_what_hydra_says_in_several_lines_becomes_one(monkeypatch, typed, line):
     assert mistake(*typed.split()) == line
 
 
+def test_a_directory_whose_name_is_not_utf8_is_told_in_a_line(monkeypatch, tmp_path):
+    folder = os.fsdecode(bytes(tmp_path) + b"/m\xfcller")
+    monkeypatch.setenv("DISTILBENCH_ROOT", folder)
+    with pytest.raises(SettingsError, match=r"must be UTF-8, got '.*m\\udcfcller'; rename"):
+        _check_arguments([])
+    monkeypatch.delenv("DISTILBENCH_ROOT")
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SettingsError, match=r"must be UTF-8"):
+        _check_arguments([])
+
+
 def test_a_setting_typed_as_a_flag_is_answered_in_a_line():
     with pytest.raises(SettingsError, match=r"^--seed must be a flag of Hydra's; a setting is key=value"):
         _check_arguments(["freeze.layers=0", "--seed", "3"])

@@ -14,7 +14,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking.search import CONFIRMS_TAG, SWEEP_TAG
+from distilbench.tracking.search import CONFIRMS_TAG, PARENT_TAG, SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
             settings = settings_from(compose("config", asked))
             prepared = prepare(settings)
             tags = {SWEEP_TAG: "first"} | ({"distilbench.role": "baseline"} if number == 0 else {})
-            job = Job(settings, settings, str, SweepContext(f"lr={rate}", group.run_id, tags))
+            job = Job(settings, settings, str, SweepContext(f"lr={rate}", {**tags, PARENT_TAG: group.run_id}))
             run_batch([Trial(job, prepared, store)])
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP_TAG: "lonely"})
     return folder

@@ -20,7 +20,7 @@ from distilbench.results import read_record
 from distilbench.settings import PredictSettings, SettingsError, TrackingSettings, settings_from
 from distilbench.sweep.reporting import _log_answer
 from distilbench.tracking.run import read_predictions
-from distilbench.tracking.search import SWEEP_TAG
+from distilbench.tracking.search import PARENT_TAG, SWEEP_TAG
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
 from tests.commands import Workspace
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
                  f"tracking.uri=sqlite:///{folder}/mlflow.db"]  # fmt: skip
         with initialize_config_dir(str(ROOT / "conf")):
             settings = settings_from(compose("config", asked))
-        job = Job(settings, settings, str, SweepContext(name, group.run_id, tags))
+        job = Job(settings, settings, str, SweepContext(name, {**tags, PARENT_TAG: group.run_id}))
         run_batch([Trial(job, prepare(settings), store)])
     return folder
 

@@ -24,9 +24,6 @@ EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
 UNUSED_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
 """Variables that MLflow's fluent API reads, which is not used here."""
 
-MOST_LISTED = 20
-"""Maximum number of experiments that an error lists, the newest."""
-
 _opened: dict[TrackingSettings, MlflowStore] = {}
 """The stores that this process has opened."""
 
@@ -181,7 +178,7 @@ def _experiment_of(store: Any, settings: TrackingSettings, creates: bool = False
         found = find(name)
     if found is None:
         key = "experiment_id" if setting == EXPERIMENT_ID else "name"
-        known = sorted(str(getattr(one, key)) for one in store.search_experiments(max_results=MOST_LISTED))
+        known = sorted(str(getattr(one, key)) for one in store.search_experiments(max_results=20))
         remedy = "train a trial in it first, or name one with tracking.experiment=..."
         raise SettingsError(f"{setting} must be one of {', '.join(known)}, got {name!r}; {remedy}")
     if found.lifecycle_stage != "active":

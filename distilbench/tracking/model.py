@@ -50,18 +50,22 @@ def log_model(connection: Connection, run_id: str, directory: Path, register: st
 
 
 def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
     run = client.get_run(run_id)
     known = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs] if run.outputs else []
     if any(model.status == LoggedModelStatus.READY for model in known):
         return None
-    logged = client.create_logged_model(run.info.experiment_id, MODEL, run_id, model_type="text-classification")
+    kind = "text-classification"
+    logged = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=run.data.params, model_type=kind)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     try:
         with tempfile.TemporaryDirectory() as folder:
             _save(directory, Path(folder) / MODEL, run_id, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(folder) / MODEL))
+        final = [one for name in run.data.metrics if "/" not in name for one in client.get_metric_history(run_id, name)]
+        own = [Metric(one.key, one.value, one.timestamp, one.step, model_id=logged.model_id) for one in final]
+        client.log_batch(run_id, own, synchronous=True)  # as MLflow's log_model does, for its page of models
     except BaseException:
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise

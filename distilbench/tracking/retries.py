@@ -29,6 +29,12 @@ LOCK_SECONDS = 4.0, 20.0
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a server that is unreachable, restarting or overloaded; all others are permanent."""
 
+_REMEDIES = {
+    "out-of-date database schema": "back it up and run: mlflow db upgrade <its URI>; or install its own MLflow",
+    "error code 401": "log in with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+}
+"""Words of an error -> its own remedy."""
+
 _Answer = TypeVar("_Answer")
 
 
@@ -58,7 +64,9 @@ def as_settings_error(refusal: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        raise SettingsError(f"{refusal}: {reason_of(error)}; {remedy}") from error
+        reason = reason_of(error)
+        remedy = next((own for words, own in _REMEDIES.items() if words in reason), remedy)
+        raise SettingsError(f"{refusal}: {reason}; {remedy}") from error
 
 
 @contextlib.contextmanager

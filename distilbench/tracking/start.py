@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
@@ -230,7 +229,7 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
 
 
 def log_batch(
-    client: MlflowClient, run_id: str, metrics: Sequence[Point] = (), tags: Mapping[str, str] = MappingProxyType({})
+    client: MlflowClient, run_id: str, metrics: Sequence[Point] = (), tags: Mapping[str, str] | None = None
 ) -> None:
     """Log metrics and tags, in as few calls as MLflow's limits allow, whatever ``MLFLOW_ENABLE_ASYNC_LOGGING`` says.
 
@@ -238,8 +237,8 @@ def log_batch(
     """
     from mlflow.entities import Metric, RunTag
 
-    tagged = [RunTag(*tag) for tag in tags.items()]
-    client.log_batch(run_id, [Metric(*point) for point in metrics], tags=tagged, synchronous=True)
+    sent = [Metric(*point) for point in metrics], (), [RunTag(*tag) for tag in (tags or {}).items()]
+    client.log_batch(run_id, *sent, synchronous=True)
 
 
 def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run_id: str | None) -> Run:

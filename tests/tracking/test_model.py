@@ -71,6 +71,10 @@ def test_it_holds_the_directory_as_it_is_and_pinned_requirements_and_no_pickle(l
     (output,) = client.get_run(outcome.run_id).outputs.model_outputs
     found = client.get_logged_model(output.model_id)
     assert (found.name, found.status.value, found.source_run_id) == ("model", "READY", outcome.run_id)
+    run = client.get_run(outcome.run_id)
+    assert found.params == run.data.params
+    assert {one.key: one.value for one in found.metrics}["accuracy"] == run.data.metrics["accuracy"]
+    assert len(client.get_metric_history(outcome.run_id, "accuracy")) == 1
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{output.model_id}"))
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"MLmodel", "requirements.txt", "data/model/model.safetensors", "data/model/README.md"} <= files

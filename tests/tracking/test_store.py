@@ -25,7 +25,7 @@ from distilbench.tracking import retries
 from distilbench.tracking import uri as address
 from distilbench.tracking.connect import find_store, open_store
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import Connection
+from distilbench.tracking.retries import Connection, as_settings_error
 from distilbench.tracking.run import LONGEST_WAIT, SHORTEST_WAIT, MlflowRun, confusion_figure
 from distilbench.tracking.search import PARENT_TAG, SWEEP_TAG
 from distilbench.tracking.start import params_of
@@ -685,6 +685,21 @@ def test_a_server_that_refuses_is_told_in_one_line_without_its_password(monkeypa
         f"MLFLOW_TRACKING_URI must be a store that answers, got http://***@127.0.0.1:{port}: Connection refused; "
         "start it or correct the address, or go without: tracking=none"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("Detected out-of-date database schema (found version 1, but expected 2)", "mlflow db upgrade"),
+        ("API request to endpoint /get-by-name failed with error code 401 != 200", "MLFLOW_TRACKING_USERNAME"),
+        ("database is locked", "look there"),
+    ],
+)
+def test_an_old_database_and_a_login_have_remedies_of_their_own(said, remedy):
+    from mlflow.exceptions import MlflowException
+
+    with pytest.raises(SettingsError, match=rf"^refused: .*; .*{remedy}"), as_settings_error("refused", "look there"):
+        raise MlflowException(said)
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(store, monkeypatch):
