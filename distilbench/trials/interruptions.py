@@ -35,7 +35,6 @@ class SignalGuard:
         self._handlers: dict[int, Any] = {}
         self._waiting: list[int] = []
         self._is_held = True
-        self._is_left = False
         self._waits_for_step = False
 
     def __enter__(self) -> SignalGuard:
@@ -48,10 +47,10 @@ class SignalGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_left, self._is_held = True, False  # from now on, our handlers pass signals on
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self.deliver()
+        while self._waiting:
+            signal.raise_signal(self._waiting.pop(0))
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -105,13 +104,10 @@ class SignalGuard:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         handler = self._handlers[number]
-        self._is_held = not self._is_left
+        self._is_held = True
         if callable(handler):
             handler(number, frame)  # usually raises
             self._is_held = False
-        elif self._is_left:
-            signal.signal(number, handler)
-            signal.raise_signal(number)
         else:  # the default would end the process here, with everything open
             self._waiting.append(number)
             raise KeyboardInterrupt

@@ -87,13 +87,23 @@ def test_the_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_that_comes_while_the_handlers_are_put_back_takes_effect(number):
-    with SignalGuard() as guard:
-        with guard.released_at_steps():
-            pass
-        ours = signal.getsignal(number)
+def test_a_signal_that_comes_while_the_handlers_are_put_back_takes_effect_after_it(number, monkeypatch):
+    before = {other: signal.getsignal(other) for other in STATUS}
+    guard, put_back, came = SignalGuard(), signal.signal, []
+
+    def strike(other, handler):
+        if not came:
+            came.append(number)
+            guard._on_signal(number, None)
+        return put_back(other, handler)
+
+    def leave():
+        with guard:
+            monkeypatch.setattr(signal, "signal", strike)
+
     with pytest.raises(Ended):
-        ours(number, None)
+        leave()
+    assert {other: signal.getsignal(other) for other in STATUS} == before
 
 
 def test_a_handler_that_goes_on_is_asked_again_and_after_the_released_part_at_the_end():

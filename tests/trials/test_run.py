@@ -211,7 +211,7 @@ KEEPING = {
     "the predictions have been written": (run, "write_predictions", True),
     "the record is written": (Record, "write", False),
     "the record has been written": (Record, "write", True),
-    "the last metrics are sent": (undelivered, "log_metrics", False),
+    "the last metrics are sent": (undelivered, "log_batch", False),
     "a file is sent": (MlflowClient, "log_artifact", False),
     "the run has been ended": (MlflowRun, "finish", True),
 }
