@@ -35,6 +35,10 @@ def test_the_best_comes_first_and_what_did_not_finish_last_but_is_there():
 def test_a_setting_with_a_failed_seed_says_so():
     (row,) = rows_from([trial(0.9), replace(failed(Status.OUT_OF_MEMORY, 1, treatment()), seed=2)])
     assert (row.num_seeds, row.status) == (1, "1 FINISHED, 1 OUT_OF_MEMORY")
+    (row,) = rows_from([replace(failed(Status.PRUNED, 1, treatment()), accuracy=0.6)])
+    assert (row.num_seeds, row.accuracy_so_far) == (0, 0.6)
+    (row,) = rows_from([trial(0.9), replace(trial(0.9, 2), accuracy=float("nan"))])
+    assert row.seeds == (1,)
 
 
 def test_all_right_in_a_few_examples_is_no_certainty():
@@ -86,6 +90,9 @@ def test_the_baseline_has_the_reports_choices_and_what_most_trials_share():
     rows = rows_from([trial(0.95, 1, 1, FROZEN), trial(0.94, 1, 2, long), trial(0.9, 1, 3)])
     assert rows[find_baseline(rows, USUAL)].treatment == treatment()
     assert find_baseline(rows[:1], USUAL) is None
+    text = {"data.max_train_examples": 500}
+    assert find_baseline(rows, USUAL | text) is None, "of other text"
+    assert find_baseline(rows_from([trial(0.9, settings=long | text)]), USUAL | text) == 0, "epochs may differ"
 
 
 def test_a_sweeps_own_baseline_and_one_that_is_named_go_first():
@@ -93,6 +100,8 @@ def test_a_sweeps_own_baseline_and_one_that_is_named_go_first():
     assert rows[find_baseline(rows, USUAL)].treatment == FROZEN
     assert rows[find_baseline(rows, USUAL, run_id="mine")].treatment == COSINE
     assert find_baseline(rows, USUAL, run_id="nobody") is None
+    labels = [row.label for row in label_rows(rows, find_baseline(rows, USUAL, run_id="mine"))]
+    assert [label.startswith("baseline") for label in labels].count(True) == 1, "not the sweep's own, too"
 
 
 def test_of_several_baselines_as_in_a_sweep_of_the_amount_of_text_the_one_with_most_work_counts():
