@@ -8,8 +8,6 @@ import logging
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 from joblib.externals import loky
+from torch.utils import collect_env
 from torch.utils.benchmark import Timer
 
 from distilbench.settings import require
@@ -198,9 +197,5 @@ def release_memory() -> None:
 
 def driver_version(device: torch.device) -> str | None:
     """Return the version of an NVIDIA driver as reported by ``nvidia-smi``, or None."""
-    command = shutil.which("nvidia-smi") if device.type == "cuda" else None
-    if command is None:
-        return None
-    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return (said.stdout.splitlines() or [""])[0].strip() or None
+    version: str | None = collect_env.get_nvidia_driver_version(collect_env.run) if device.type == "cuda" else None
+    return version

@@ -140,7 +140,10 @@ def test_memory_on_the_cpu_is_the_resident_set():
     assert 0.9 < grown / size < 2.5, "the pages, and the bytes that fill them"
 
 
-@pytest.mark.parametrize(("said", "expected"), [("580.95.05\n580.95.05\n", "580.95.05"), ("", None)])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("| NVIDIA-SMI 580.95.05      Driver Version: 580.95.05      CUDA Version: 13.0 |", "580.95.05"), ("", None)],
+)
 def test_the_drivers_version_is_what_nvidia_smi_says(tmp_path, monkeypatch, said, expected):
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
