@@ -24,27 +24,29 @@ class CapturableOptimizer:
     def __init__(self, optimizer: StackedOptimizer, lrs: np.ndarray) -> None:
         weights, settings = optimizer.weights, optimizer.settings
         self.weights, self.moments, self.adaptive = weights, optimizer.moments, settings[0].name == "adamw"
-        self.scales = None if all(s.layer_decay == 1 for s in settings) else _lr_scales(weights, settings)
-        limits = [s.max_grad_norm or np.inf for s in settings]
-        table = np.stack([step_scalars_of(settings, lrs, first) for first in optimizer.first_steps or [0]], axis=1)
+        is_by_level = optimizer.first_steps or weights.trained_from or any(s.layer_decay != 1 for s in settings)
+        top = weights.layout.top if is_by_level else 0
+        scales = np.array([[lr_scale(level, top, s.layer_decay) for s in settings] for level in range(top + 1)])
+        first_steps = optimizer.first_steps or [0] * len(scales)
+        each = [step_scalars_of(settings, lrs * own, first) for own, first in zip(scales, first_steps, strict=True)]
+        table, limits = np.stack(each, axis=1), [s.max_grad_norm or np.inf for s in settings]
         self.table, self.constants, self.limits = (
             torch.as_tensor(numbers, dtype=torch.float64).to(weights.flat_params)
             for numbers in (table, [_constants(s) for s in settings], limits)
         )
-        self.is_whole = not weights.trained_from and not optimizer.first_steps
-        self.chunks = [(slice(0, weights.layout.size), 0)] if self.is_whole else [*weights.chunks(by_level=True)]
+        self.chunks = [*weights.chunks(by_level=True)] if is_by_level else [(slice(0, weights.layout.size), 0)]
         for grad in (weights.grad, weights.compute_grad):
             if weights.trained_from and grad is not None:
                 grad.zero_()  # so that frozen parameters add nothing to the norm
 
     @torch.no_grad()
     def step(self, step_scalars: torch.Tensor, norms: torch.Tensor) -> None:
-        """Clip, take a step with ``step_scalars`` (1 or levels, trials, 4), and write ``norms``."""
+        """Clip, take a step with ``step_scalars`` (levels or 1, trials, 4), and write ``norms``."""
         weights = self.weights
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
         norms.copy_(gradient_norms(weights))
         factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        is_plain = self.adaptive and self.scales is None and self.is_whole
+        is_plain = self.adaptive and len(step_scalars) == 1
         if is_plain and kernels.can_run("adamw", norms.device, weights.compute_dtype):
             compute_part = weights.compute_grad, weights.compute_params
             state = weights.flat_params, weights.grad, compute_part, self.moments
@@ -55,20 +57,10 @@ class CapturableOptimizer:
         update = adamw if self.adaptive else sgd
         for chunk, level in self.chunks:
             moments = [moment[:, chunk] for moment in self.moments]
-            rule = step_scalars[min(level, len(step_scalars) - 1)], self.constants, factors
-            scales = None if self.scales is None else self.scales[:, chunk]
             params, grad = weights.flat_params[:, chunk], weights.grad[:, chunk]
-            update(params, grad, moments, *rule, max(0, decayed - chunk.start), scales)
+            rule = step_scalars[level], self.constants, factors
+            update(params, grad, moments, *rule, max(0, decayed - chunk.start))
         weights.refresh_compute_params()
-
-
-def _lr_scales(weights: StackedWeights, settings: Sequence[OptimSettings]) -> torch.Tensor:
-    """Return the learning-rate factor of each parameter, ``(trials, size)``."""
-    scales = torch.ones_like(weights.flat_params)
-    for trial, own in enumerate(settings):
-        for chunk, level in weights.chunks(by_level=True):
-            scales[trial, chunk] = lr_scale(level, weights.layout.top, own.layer_decay)
-    return scales
 
 
 def gradient_norms(weights: StackedWeights) -> torch.Tensor:
@@ -103,30 +95,25 @@ def _constants(settings: OptimSettings) -> list[float]:
 def adamw(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor],
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
-    scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Mirror ``torch.optim.AdamW`` on ``flat_params`` (trials, size); weight decay applies to the first ``decayed``."""
     _, lr_times_weight_decay, step_size, root = step_scalars[:, :, None].unbind(1)
     to_mean, keep_square, to_square, eps = constants[:, :4, None].unbind(1)
     mean, square = moments
-    if scales is not None:
-        lr_times_weight_decay, step_size = lr_times_weight_decay * scales, step_size * scales
     grad = grad * factors[:, None]
     mean.add_((grad - mean) * to_mean)
     square.mul_(keep_square).add_(grad.square() * to_square)
-    flat_params[:, :decayed].sub_(flat_params[:, :decayed] * lr_times_weight_decay[:, :decayed])
+    flat_params[:, :decayed].sub_(flat_params[:, :decayed] * lr_times_weight_decay)
     flat_params.sub_(step_size * mean / (square.sqrt() * root + eps))
 
 
 def sgd(
     flat_params: torch.Tensor, grad: torch.Tensor, moments: Sequence[torch.Tensor],
     step_scalars: torch.Tensor, constants: torch.Tensor, factors: torch.Tensor, decayed: int,
-    scales: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Mirror ``torch.optim.SGD`` on ``flat_params`` (trials, size); the first ``decayed`` columns get the L2 term."""
     momentum, decay = constants[:, 4:, None].unbind(1)
     grad = grad * factors[:, None]
     grad[:, :decayed].add_(flat_params[:, :decayed] * decay)
     velocity = moments[0].mul_(momentum).add_(grad) if moments else grad
-    lrs = step_scalars[:, 0, None]
-    flat_params.sub_((lrs if scales is None else lrs * scales) * velocity)
+    flat_params.sub_(step_scalars[:, 0, None] * velocity)
