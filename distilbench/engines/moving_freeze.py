@@ -84,8 +84,7 @@ class MovingFreeze:
         named, level_of = dict(model.named_parameters()), parameter_levels(model)
         self._top = max(level_of.values())
         self._by_level = [[named[n] for n in named if level_of[n] == level] for level in range(self._top + 1)]
-        self._part, self._steps = 0, 0
-        self._sums = torch.zeros(self._top + 1, device=model.device)
+        self._part, self._current = 0, torch.zeros(self._top + 2, device=model.device)
         self._frozen = planned_levels(settings, schedule, self._top)
         self.flops = planned_flops(model, self._frozen)
         """The FLOPs by the step from which they apply."""
@@ -102,18 +101,17 @@ class MovingFreeze:
             if step not in self.flops:
                 self.flops[step] = TrainFlops.of(self._model)
         self._part = len(history)
-        noted = self.gradients[self._part] if self._part < len(self.gradients) else [0.0] * (self._top + 2)
-        self._steps, self._sums = int(noted[0]), torch.tensor(noted[1:], device=self._model.device)
+        stored = self.gradients[self._part] if self._part < len(self.gradients) else [0.0] * (self._top + 2)
+        self._current = torch.tensor(stored, device=self._model.device)
 
     def store_gradients(self) -> None:
         """Store the current part's steps and gradient sums in ``gradients``."""
-        self.gradients[self._part :] = [[self._steps, *self._sums.tolist()]]
+        self.gradients[self._part :] = [self._current.tolist()]
 
     @torch.no_grad()
     def accumulate_gradient_norms(self) -> None:
         """Add each level's gradient norm to the sums, on the device; call before the optimizer step."""
         if self._by_gradients:
-            nothing = self._sums.new_zeros(())
+            one, nothing = self._current.new_ones(()), self._current.new_zeros(())
             grads = [[p.grad for p in own if p.grad is not None] for own in self._by_level]
-            self._sums += torch.stack([torch.nn.utils.get_total_norm(own) if own else nothing for own in grads])
-            self._steps += 1
+            self._current += torch.stack([one, *(torch.nn.utils.get_total_norm(g) if g else nothing for g in grads)])

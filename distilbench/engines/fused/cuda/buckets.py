@@ -57,7 +57,9 @@ class BucketedBatches:
         self, split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int], device: torch.device
     ) -> None:
         self.split, self.schedule, self.seeds, self.device = split, schedule, tuple(seeds), device
-        self.tokens, widths = _sizes(split, schedule, self.seeds)  # (steps, orders) each
+        steps = np.arange(schedule.steps)
+        lengths = np.stack([_lengths(split, _examples_of(schedule, seed, steps)) for seed in self.seeds], axis=1)
+        self.tokens, widths = lengths.sum(2), lengths.max(2)  # (steps, orders) each
         token_levels = bucket_sizes(self.tokens.max(1), TOKEN_MULTIPLE, TOKEN_LEVELS, power=1)
         width_levels = bucket_sizes(widths.max(1), WIDTH_MULTIPLE, WIDTH_LEVELS, power=2)
         self._buckets = [
@@ -92,13 +94,10 @@ class BucketedBatches:
             own = np.array([i for i, other in enumerate(buckets) if other == bucket])
             self._places[own] = np.arange(len(own))
             orders = [_lay_out(self.split, self.schedule, seed, steps[own], bucket) for seed in self.seeds]
-            self._inputs[bucket] = _to_device(np.stack(orders, axis=1), self.device)
+            inputs = torch.from_numpy(np.stack(orders, axis=1))
+            is_cuda = self.device.type == "cuda"
+            self._inputs[bucket] = (inputs.pin_memory() if is_cuda else inputs).to(self.device, non_blocking=is_cuda)
         self._window = window
-
-
-def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _examples_of(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.ndarray:
@@ -114,12 +113,6 @@ def _examples_of(schedule: BatchSchedule, seed: int, steps: np.ndarray) -> np.nd
 
 def _lengths(split: EncodedSplit, chosen: np.ndarray) -> np.ndarray:
     return np.where(chosen < 0, 0, np.diff(split.offsets)[chosen])
-
-
-def _sizes(split: EncodedSplit, schedule: BatchSchedule, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token count and the longest sentence of every step, ``(steps, orders)`` each."""
-    each = [_lengths(split, _examples_of(schedule, seed, np.arange(schedule.steps))) for seed in seeds]
-    return np.stack([e.sum(1) for e in each], axis=1), np.stack([e.max(1) for e in each], axis=1)
 
 
 def bucket_sizes(sizes: np.ndarray, multiple: int, most: int, power: int) -> np.ndarray:
