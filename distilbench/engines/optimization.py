@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -21,38 +19,19 @@ POLYNOMIAL_END_LR = 1e-7
 """The default ``lr_end`` of ``transformers.get_polynomial_decay_schedule_with_warmup``."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Cross-entropy with label smoothing (Szegedy et al., 2016, section 7) and ``class_weights`` (labels,)."""
+def build_loss(
+    settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device, dtype: torch.dtype
+) -> nn.CrossEntropyLoss:
+    """Return the loss of each example for a trial with training ``labels``; ``dtype`` is that of the logits.
 
-    label_smoothing: float
-    class_weights: torch.Tensor | None
-
-    @classmethod
-    def of(cls, settings: TrainSettings, labels: np.ndarray, num_labels: int, device: torch.device) -> Loss:
-        """Return the loss of a trial with training ``labels``; balanced weights are those of scikit-learn.
-
-        They are kept on ``device``, since a step captured as a CUDA graph can't copy from the host.
-        """
-        weights = None
-        if settings.class_weights == "balanced":
-            counts = np.bincount(labels, minlength=num_labels).clip(1)
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            weights = torch.tensor(len(labels) / (num_labels * counts), dtype=dtype, device=device)
-        return cls(settings.label_smoothing, weights)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it equals the loss that Transformers' models compute."""
-        return not self.label_smoothing and self.class_weights is None
-
-    def per_example(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each example of ``logits`` (examples, labels), ``(examples,)``.
-
-        The loss of a batch is their mean, whatever the labels; torch's own mean would divide by the sum of the weights.
-        """
-        weights = None if self.class_weights is None else self.class_weights.to(logits)
-        return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=self.label_smoothing)
+    The loss of a batch is the mean over its examples, whatever their labels; torch's own would divide by the sum of the
+    weights. Balanced weights are those of scikit-learn.
+    """
+    weight = None
+    if settings.class_weights == "balanced":
+        counts = np.bincount(labels, minlength=num_labels).clip(1)
+        weight = torch.tensor(len(labels) / (num_labels * counts), dtype=dtype, device=device)
+    return nn.CrossEntropyLoss(weight, reduction="none", label_smoothing=settings.label_smoothing)
 
 
 def decay_parameter_names(model: nn.Module) -> set[str]:

@@ -175,10 +175,11 @@ class RunningTrial:
         return self.progress.history[self.best_index]
 
     @property
-    def is_out_of_patience(self) -> bool:
-        """Whether to stop early: none of the last ``train.patience`` evaluations was better than those before."""
+    def is_over(self) -> bool:
+        """Whether no step is left, or none of the last ``train.patience`` evaluations was better than those before."""
         history, patience = self.progress.history, self.settings.train.patience
-        return bool(patience and history and len(history) - 1 - self.best_index >= patience)
+        is_out_of_patience = patience and history and len(history) - 1 - self.best_index >= patience
+        return self.progress.step == self.schedule.steps or bool(is_out_of_patience)
 
     def resume_or_start(self, weights: str) -> Path | None:
         """Return the checkpoint to resume from and load its progress, or remove old checkpoints and return None.
@@ -210,7 +211,10 @@ class RunningTrial:
         self.observer.on_step(self.index, told)
 
     def evaluate(self, logits: np.ndarray, lap: Lap) -> bool:
-        """Evaluate the selection split's ``logits``; return whether it is the best so far; raises as :meth:`record`."""
+        """Evaluate the selection split's ``logits``, report it, and return whether it is the best so far.
+
+        Raises :class:`TrialEnded` for a non-finite loss, and if the observer prunes the trial.
+        """
         step, splits = self.progress.step, self.splits
         self._add_lap(lap)
         name = "validation" if splits.selection is splits.report else "selection"
@@ -218,6 +222,8 @@ class RunningTrial:
         evaluation = evaluate_logits(name, logits, splits.selection.labels, step, epoch)
         self._require_finite(evaluation.loss, "validation")
         self.progress.history.append(evaluation)
+        if self.observer.on_evaluation(self.index, evaluation):
+            raise TrialEnded(Status.PRUNED, f"pruned after step {step} of {self.schedule.steps}")
         return self.best is evaluation
 
     def _add_lap(self, lap: Lap) -> None:
@@ -232,11 +238,6 @@ class RunningTrial:
                 f"the {kind} loss was {loss} at step {self.progress.step} of {self.schedule.steps}; lower optim.lr "
                 f"(now {self.settings.optim.lr:g}), or warm up with scheduler.warmup_ratio=0.1",
             )
-
-    def report_evaluation(self) -> None:
-        """Report the newest evaluation to the observer; raises :class:`TrialEnded` if it prunes the trial."""
-        if self.observer.on_evaluation(self.index, self.progress.history[-1]):
-            raise TrialEnded(Status.PRUNED, f"pruned after step {self.progress.step} of {self.schedule.steps}")
 
     def store_best(self, selection: np.ndarray | None, report: np.ndarray | None) -> None:
         """Store the best weights' logits: on the selection split if a checkpoint lacked them, and the report split."""

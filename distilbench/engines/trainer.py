@@ -28,7 +28,7 @@ from distilbench.engines.device import (
     single_process,
 )
 from distilbench.engines.moving_freeze import MovingFreeze
-from distilbench.engines.optimization import Loss, build_optimizer, lr_factors
+from distilbench.engines.optimization import build_loss, build_optimizer, lr_factors
 from distilbench.engines.running import SMALLER_BATCH_MESSAGE, RunningTrial, Stopwatch, outcome_of
 from distilbench.models.adapters import adapt, merge
 from distilbench.models.build import build_model, export_model, export_trial, load_tokenizer, silence_transformers
@@ -139,10 +139,12 @@ class _TrainerTrial(TrainerCallback):
         last = self.steps - 1  # the scheduler asks for one step more
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, last)])
         train, splits = self.settings.train, self.splits
-        loss = Loss.of(train, splits.train.labels, len(splits.label_names), self.device)
+        loss = build_loss(train, splits.train.labels, len(splits.label_names), self.device, torch.float32)
+        is_plain = loss.weight is None and not loss.label_smoothing  # as the model computes it
 
         def share_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-            return loss.per_example(outputs.logits, labels).sum() / num_items_in_batch  # no mean of micro-batch means
+            losses: torch.Tensor = loss(outputs.logits, labels)
+            return losses.sum() / num_items_in_batch  # no mean of micro-batch means
 
         trainer = Trainer(
             model=self.model,
@@ -150,7 +152,7 @@ class _TrainerTrial(TrainerCallback):
             train_dataset=range(len(splits.train)),
             data_collator=lambda rows: padded_batch(splits.train, np.asarray(rows), splits.pad_token_id, True),
             optimizers=(optimizer, schedule),
-            compute_loss_func=None if loss.is_plain and train.examples_per_pass == train.batch_size else share_of_batch,
+            compute_loss_func=None if is_plain and train.examples_per_pass == train.batch_size else share_of_batch,
             callbacks=[self],
         )
         trainer.remove_callback(PrinterCallback)
@@ -218,8 +220,7 @@ class _TrainerTrial(TrainerCallback):
         logits = self._predict(self.splits.selection)
         if self.trial.evaluate(logits, self.stopwatch.lap()):
             self.best_weights = None if last else self._copied_weights()
-        self.trial.report_evaluation()
-        control.should_training_stop = last or self.trial.is_out_of_patience
+        control.should_training_stop = self.trial.is_over
         control.should_save = self.settings.train.checkpoints and not control.should_training_stop
         if self.moving is not None and not control.should_training_stop:
             self.moving.store_gradients()

@@ -72,8 +72,8 @@ class Architecture:
         rates = hidden, config.attention_probs_dropout_prob, hidden, hidden if head is None else head
         return cls(BERT, *size, config.layer_norm_eps, config.hidden_act, "tanh", *rates)
 
-    def leaves(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the stacked model's weights, each with those of the Hugging Face weights joined in it.
+    def parameter_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the stacked model's weights, each with those of the Hugging Face parameters it joins.
 
         The last layer's query is separate, because it is computed only for [CLS].
         """
@@ -85,9 +85,9 @@ class Architecture:
             for part in ("out", "attention_norm", "up", "down", "output_norm"):
                 modules[f"{i}.{part}"] = (layer + self.names[part],)
         modules |= {part: (self.names[part],) for part in ("dense", "classifier")}
-        leaves = {table: (f"{self.names[table]}.weight",) for table in TABLES if table in self.names}
-        return leaves | {
-            f"{leaf}.{kind}": tuple(f"{module}.{kind}" for module in joined)
-            for leaf, joined in modules.items()
+        tables = {table: (f"{self.names[table]}.weight",) for table in TABLES if table in self.names}
+        return tables | {
+            f"{name}.{kind}": tuple(f"{module}.{kind}" for module in joined)
+            for name, joined in modules.items()
             for kind in ("weight", "bias")
         }

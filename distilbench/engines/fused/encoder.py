@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn import CrossEntropyLoss
 from transformers.activations import get_activation
 
 from distilbench.engines.fused import kernels
@@ -18,7 +19,6 @@ from distilbench.engines.fused.autograd import attend, cls_attention, dropout_ad
 from distilbench.engines.fused.dropout import CounterDropout, DropoutMasks, dropout_scale
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.optimization import Loss
 
 
 class Forward:
@@ -28,16 +28,8 @@ class Forward:
     size is 1 as long as only frozen weights have been used and all trials share one order.
     """
 
-    def __init__(
-        self, weights: StackedWeights, batch: Batch, dropout: DropoutMasks | None, deterministic_layers: int = 0,
-        part: int | None = None,
-    ) -> None:  # fmt: skip
-        """Layers below ``deterministic_layers`` have no dropout, even if ``dropout`` is given.
-
-        ``part`` is that of :meth:`StackedWeights.backward`, None if ``batch`` is a whole batch.
-        """
-        self.weights, self.batch, self.dropout, self._part = weights, batch, dropout, part
-        self._deterministic_layers = deterministic_layers
+    def __init__(self, weights: StackedWeights, batch: Batch, dropout: DropoutMasks | None) -> None:
+        self.weights, self.batch, self.dropout = weights, batch, dropout
         self.architecture = weights.layout.architecture
         self._activation = get_activation(self.architecture.activation)
         self._embedded: torch.Tensor | None = None
@@ -55,29 +47,31 @@ class Forward:
         dropout_mask = self._dropout_mask(normal, self.architecture.hidden_rate, last=False)
         return normal if dropout_mask is None else normal * dropout_mask
 
-    def losses(self, loss: Loss, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
-        """Return losses ``(trials, sentences)``; see :meth:`logits`."""
-        logits = self.logits(hidden, start)
+    def losses(self, loss: CrossEntropyLoss, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Return the ``loss`` of each example, ``(trials, sentences)``; see :meth:`logits`."""
+        logits = self.logits(hidden)
         labels = self.batch.labels.expand(len(logits), -1)
-        return loss.per_example(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
+        losses: torch.Tensor = loss(logits.flatten(0, 1), labels.flatten())
+        return losses.view(labels.shape)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients of the weights from ``loss``, a sum of what :meth:`losses` returns."""
-        self.weights.backward(loss, self._embedded, self.batch, self._part)
+        self.weights.backward(loss, self._embedded, self.batch)
 
-    def layers(self, x: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
-        """Run layers ``start`` to ``stop - 1``, by default to the last."""
+    def layers(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Run layers ``start`` to ``stop - 1``."""
         multiplied = x
-        for i in range(start, self.architecture.depth if stop is None else stop):
+        for i in range(start, stop):
             x, multiplied = self._layer(x, multiplied, i)
         return x
 
-    def logits(self, hidden: torch.Tensor | None, start: int) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor | None) -> torch.Tensor:
         """Return the logits ``(trials, sentences, labels)``, in the dtype of ``flat_params``.
 
-        ``hidden`` are the inputs of layer ``start``; None computes the embeddings.
+        ``hidden`` is what the frozen prefix returns; None begins with the embeddings.
         """
-        x = self.layers(self.embed() if hidden is None else hidden, start)  # [CLS] only
+        x, start = (self.embed(), 0) if hidden is None else (hidden, self.weights.prefix_depth or 0)
+        x = self.layers(x, start, self.architecture.depth)  # [CLS] only
         x = get_activation(self.architecture.head_activation)(self._linear(x, "dense"))
         dropout_mask = self._dropout_mask(x, self.architecture.head_rate, last=True)
         x = x if dropout_mask is None else x * dropout_mask
@@ -103,11 +97,10 @@ class Forward:
         by_kernel = self.dropout is None or isinstance(self.dropout, CounterDropout)
         if by_kernel and kernels.can_run("norm", x.device, weights.compute_dtype, width):
             weight, bias = self._layer_weights(layer)
-            product = linear(branch, weight, None, weight.grad, weights.accumulates(weight, self._part))
+            product = linear(branch, weight, None, weight.grad, weights.accumulates(weight))
             vectors = bias, *self._layer_weights(norm)
             if _is_simple(x, product, *vectors):
-                draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
-                return kernels.add_norm(x, product, bias, vectors[1:], draws, self.architecture.eps)
+                return kernels.add_norm(x, product, bias, vectors[1:], self._site(rate), self.architecture.eps)
             product = product + bias[:, None]
         else:
             product = self._linear(branch, layer)
@@ -117,7 +110,7 @@ class Forward:
 
     def _rate(self, i: int, rate: float) -> float:
         """Return the dropout rate of layer ``i``: 0 in a deterministic one."""
-        return rate if i >= self._deterministic_layers else 0.0
+        return rate if i >= self.weights.layout.deterministic_layers else 0.0
 
     def _attention(self, x: torch.Tensor, i: int, first: torch.Tensor | None) -> torch.Tensor:
         """Return the attention output ``(trials, rows, width)`` of all tokens, or only of ``first``, the [CLS] rows."""
@@ -128,9 +121,8 @@ class Forward:
             "attention", x.device, self.weights.compute_dtype, heads, size
         ):
             rows = self._linear(x, f"{i}.qkv" if query is None else f"{i}.kv")
-            draws = self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
             sentences = kernels.Sentences(batch.first, batch.lengths, batch.unpacked.row.shape[2])
-            return kernels.attention(rows, query, sentences, draws, heads)
+            return kernels.attention(rows, query, sentences, self._site(rate), heads)
         scale = 1.0 if self.dropout is None else dropout_scale(rate)
         if query is not None:
             slots = batch.unpacked.to_slots(x.to(query.dtype), 1, 1)[0, :, :, 0]  # (trials, sentences, length, width)
@@ -138,12 +130,16 @@ class Forward:
             dropout_mask = self._drawn(rate, shapes, (slots.shape[1], heads, 1, slots.shape[2]), slots.dtype)
             dropout_mask = None if dropout_mask is None else dropout_mask[:, :, :, 0]
             weight, bias = self._layer_weights(f"{i}.kv")
-            add = self.weights.accumulates(weight, self._part)
+            add = self.weights.accumulates(weight)
             return cls_attention(slots, query, weight, bias, add, heads, batch.first_mask, dropout_mask, scale)
         slots = batch.packed.to_slots(self._linear(x, f"{i}.qkv"), 3, heads)
         shapes = [(p.bins, heads, p.width, p.width) for p in batch.packs]
         dropout_mask = self._drawn(rate, shapes, (slots.shape[2], heads, *slots.shape[4:5] * 2), slots.dtype)
         return batch.packed.to_rows(attend(slots, batch.token_mask, dropout_mask, scale))
+
+    def _site(self, rate: float) -> kernels.DropoutSite | None:
+        """Return the next site at which a kernel draws; None without dropout."""
+        return self.dropout.site(rate) if isinstance(self.dropout, CounterDropout) and rate else None
 
     def _drawn(
         self, rate: float, shapes: Sequence[Sequence[int]], whole: Sequence[int], dtype: torch.dtype
@@ -162,7 +158,7 @@ class Forward:
 
     def _linear(self, x: torch.Tensor, layer: str) -> torch.Tensor:
         weight, bias = self._layer_weights(layer)
-        return linear(x, weight, bias, weight.grad, self.weights.accumulates(weight, self._part))
+        return linear(x, weight, bias, weight.grad, self.weights.accumulates(weight))
 
     def _layer_weights(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]

@@ -33,9 +33,8 @@ from distilbench.engines.fused.compatibility import check_fusable
 from distilbench.engines.fused.loop import train_group
 from distilbench.engines.fused.member import GroupContext, Member
 from distilbench.engines.fused.params import FlatParamLayout, Vocabulary
-from distilbench.engines.fused.prefix import prefix_depth
 from distilbench.engines.moving_freeze import planned_flops, planned_levels
-from distilbench.engines.optimization import Loss
+from distilbench.engines.optimization import build_loss
 from distilbench.engines.running import RunningTrial, outcome_of
 from distilbench.identity import fusion_key
 from distilbench.models.build import build_model
@@ -67,35 +66,31 @@ class FusedEngine:
     ) -> list[TrialResult]:
         """Train every trial on ``splits``; see :class:`distilbench.engines.base.Engine`."""
         results: dict[int, TrialResult] = {}
-        groups: dict[Hashable, list[int]] = defaultdict(list)
+        groups: dict[Hashable, dict[int, TrialSettings]] = defaultdict(dict)
         for index, settings in enumerate(trials):
-            groups[fusion_key(settings)].append(index)
+            groups[fusion_key(settings)][index] = settings
         with gc_frozen():
-            for indices in groups.values():
-                self._train_group({index: trials[index] for index in indices}, splits, observer, results)
+            for group in groups.values():
+                results |= self._train_group(group, splits, observer)
                 release_memory()
         return [results[index] for index in range(len(trials))]
 
     def _train_group(
-        self,
-        trials: dict[int, TrialSettings],
-        splits: EncodedSplits,
-        observer: TrialObserver,
-        results: dict[int, TrialResult],
-    ) -> None:
+        self, trials: dict[int, TrialSettings], splits: EncodedSplits, observer: TrialObserver
+    ) -> dict[int, TrialResult]:
         """Train trials of one fusion key, at once those that fit into memory and resume from the same step."""
         began = time.perf_counter()
+        results: dict[int, TrialResult] = {}
         try:
             context = _group_context(next(iter(trials.values())), splits, self.dtype)
         except Exception as error:  # the trials' boundary: other groups continue
-            results.update({i: TrialResult(*outcome_of(error, settings)) for i, settings in trials.items()})
-            return
+            return {index: TrialResult(*outcome_of(error, settings)) for index, settings in trials.items()}
         seeds = sorted({settings.seed for settings in trials.values()})
-        if len(seeds) > 1 and _differs_by_seed(context, splits, seeds):
+        if _differs_by_seed(context, splits, seeds):
             for seed in seeds:
                 own = {index: settings for index, settings in trials.items() if settings.seed == seed}
-                self._train_group(own, splits, observer, results)
-            return
+                results |= self._train_group(own, splits, observer)
+            return results
         graph_steps = context.device.type == "cuda" if self.graph_steps is None else self.graph_steps
         waiting: dict[int, list[Member]] = defaultdict(list)
         for index, settings in trials.items():
@@ -108,9 +103,10 @@ class FusedEngine:
         for members in waiting.values():
             size = _trials_that_fit(context, members[0].trial.settings) if len(members) > 1 else 1
             for start in range(0, len(members), size):
-                together = members[start : start + size]
-                train_group(together, observer, results, graph_steps, began)
+                train_group(members[start : start + size], graph_steps, began)
                 began = time.perf_counter()
+            results |= {member.trial.index: member.result for member in members if member.result}
+        return results
 
 
 def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.dtype) -> GroupContext:
@@ -128,7 +124,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
     flops = planned_flops(model, frozen_levels) if settings.freeze.is_dynamic else {0: TrainFlops.of(model)}
     trained, total = parameter_counts(model)
     compact, vocabulary = _compact(splits, model.config.pad_token_id)
-    layout = FlatParamLayout(model, vocabulary)
+    layout = FlatParamLayout(model, vocabulary, settings.freeze.deterministic_layers(resolved.depth))
     compute_dtype = torch.bfloat16 if precision == "bf16" else dtype
     return GroupContext(
         splits=compact,
@@ -138,7 +134,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
         schedule=schedule,
         frozen_levels=frozen_levels,
         flops=flops,
-        loss=Loss.of(settings.train, splits.train.labels, len(splits.label_names), device),
+        loss=build_loss(settings.train, splits.train.labels, len(splits.label_names), device, dtype),
         device=device,
         about={
             "device": describe_device(device),
@@ -154,7 +150,7 @@ def _group_context(settings: TrialSettings, splits: EncodedSplits, dtype: torch.
 
 def _differs_by_seed(context: GroupContext, splits: EncodedSplits, seeds: Sequence[int]) -> bool:
     """Return whether frozen weights differ between seeds: a pooler that the checkpoint lacks is drawn by seed."""
-    if "dense.weight" not in context.frozen:
+    if len(seeds) == 1 or "dense.weight" not in context.frozen:
         return False
     models = [build_model(context.resolved, splits.label_names, seed) for seed in seeds[:2]]
     one, other = (context.layout.read("dense.weight", dict(model.named_parameters())) for model in models)
@@ -193,7 +189,7 @@ def bytes_per_trial(context: GroupContext, settings: TrialSettings) -> int:
     layout, train = context.layout, context.splits.train
     lengths = np.diff(train.offsets)[next(batches_by_length(train, settings.train.examples_per_pass))]
     model = layout.architecture
-    layers = model.depth - (prefix_depth(layout, layout.frozen) or 0)
+    layers = model.depth - (layout.prefix_depth(layout.frozen) or 0)
     values = layers * lengths.sum() * model.heads * (17 * model.head_size + 2.5 * lengths.max())
     compute = context.compute_dtype.itemsize
     copies = 5 * context.dtype.itemsize + (2 * compute if context.compute_dtype != context.dtype else 0)

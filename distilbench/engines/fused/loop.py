@@ -11,12 +11,11 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines import checkpoints
-from distilbench.engines.base import TrialObserver
 from distilbench.engines.batches import batches_by_length
 from distilbench.engines.device import release_memory
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import BucketedBatches
-from distilbench.engines.fused.cuda.graph_step import GraphSteps, Objective, runner_for
+from distilbench.engines.fused.cuda.graph_step import GraphSteps
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.dropout import dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
@@ -24,11 +23,11 @@ from distilbench.engines.fused.member import Member, Stack
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
 from distilbench.engines.fused.params import StackedWeights
-from distilbench.engines.fused.prefix import Prefix, prefix_depth
+from distilbench.engines.fused.prefix import Prefix
 from distilbench.engines.fused.threads import MAX_STACKS, map_in_threads
 from distilbench.engines.running import SMALLER_BATCH_MESSAGE, Stopwatch, outcome_of
 from distilbench.models.build import build_model
-from distilbench.results import Status, TrialResult
+from distilbench.results import Status
 
 log = logging.getLogger(__name__)
 
@@ -47,37 +46,32 @@ Outcome = tuple[Status, str | None]
 """How a trial ended, and the reason in one line."""
 
 
-def train_group(
-    members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool, began: float
-) -> None:
-    """Train ``members`` and store their results in ``results`` by index; their set-up ``began`` at that time."""
+def train_group(members: Sequence[Member], use_graphs: bool, began: float) -> None:
+    """Train ``members``, whose set-up ``began`` at that time, until each has its result."""
     try:
-        waiting = [TrialGroup(members, observer, results, use_graphs, Stopwatch(began))]
+        waiting = [TrialGroup(members, use_graphs, Stopwatch(began))]
         while waiting:
             waiting += reversed(waiting.pop().train())
     except BaseException as error:
-        left = [member for member in members if member.trial.index not in results]
+        left = [member for member in members if member.result is None]
         if not isinstance(error, Exception):
             for member in left:
                 checkpoints.remove_stale(member.trial.folder, Status.INTERRUPTED)
             raise
-        outcome = outcome_of(error, members[0].trial.settings)
-        results.update({member.trial.index: member.trial.end(*outcome, member.micro_batch) for member in left})
+        for member in left:
+            member.end(*outcome_of(error, member.trial.settings))
 
 
 class TrialGroup:
     """Train ``members``, which share a fusion key and are at the same step.
 
-    A member that is pruned, diverges or fails leaves the stack; its result is stored in ``results`` under its index.
-    When out of memory, the group is halved without repeating a step.
+    A member that is pruned, diverges or fails leaves the group. When out of memory, the group is halved without
+    repeating a step.
     """
 
-    def __init__(
-        self, members: Sequence[Member], observer: TrialObserver, results: dict[int, TrialResult], use_graphs: bool,
-        stopwatch: Stopwatch,
-    ) -> None:  # fmt: skip
+    def __init__(self, members: Sequence[Member], use_graphs: bool, stopwatch: Stopwatch) -> None:
         """``use_graphs`` selects steps with static buffers, captured as CUDA graphs (:mod:`.cuda.graph_step`)."""
-        self.members, self.observer, self.results, self.stopwatch = members, observer, results, stopwatch
+        self.members, self.observer, self.stopwatch = members, members[0].trial.observer, stopwatch
         self.context, self.settings = members[0].context, members[0].trial.settings
         self.schedule = self.context.schedule
         self.step = self.recorded = members[0].trial.progress.step
@@ -96,7 +90,6 @@ class TrialGroup:
         self.trained_from = -1  # not started
         self.eval_batches: dict[tuple[int, int], list[tuple[np.ndarray, Batch]]] = {}
         architecture = self.context.layout.architecture
-        self.deterministic_layers = self.settings.freeze.deterministic_layers(architecture.depth)
         kernels.compile_all(self.context.device, self.context.compute_dtype, architecture.heads, architecture.head_size)
         self.graph_steps: GraphSteps | None = None
         self.stacks: list[Stack] = []
@@ -151,9 +144,9 @@ class TrialGroup:
 
     def _prefix_of(self, weights: Sequence[StackedWeights]) -> Prefix | None:
         """Return the prefix of ``weights``, one per trial or one shared by all; None if the embeddings are trained."""
-        context, depth = self.context, prefix_depth(self.context.layout, weights[0].frozen)
-        split, dropout = context.splits.train, self.settings.freeze.dropout
-        return depth if depth is None else Prefix(weights, split, self.schedule, dropout, depth)
+        if weights[0].prefix_depth is None:
+            return None
+        return Prefix(weights, self.context.splits.train, self.schedule, self.settings.freeze.dropout)
 
     def _weights(self, flat_params: torch.Tensor, grad_owner: StackedWeights | None = None) -> StackedWeights:
         layout, frozen, dtype = self.context.layout, self.context.frozen, self.context.compute_dtype
@@ -186,10 +179,12 @@ class TrialGroup:
     def train(self) -> list[TrialGroup]:
         """Train to the end, or return parts of the group to train instead, after out of memory or early stopping.
 
-        A single trial that runs out of memory repeats the step with half the micro-batch.
+        A single trial that runs out of memory repeats the step or evaluation with half the examples at a time.
         """
-        while self._has_work_left():
+        while self.members:
             try:
+                if not self.evaluation_due and self._is_at_end():
+                    return self._finish()
                 if not self.stacks:
                     self._set_up()
                 if self.evaluation_due:
@@ -208,11 +203,6 @@ class TrialGroup:
                 if self._halve_micro_batch(self.members[0]):
                     continue
             self._remove(dict.fromkeys(range(len(self.members)), outcome))
-        ends = [t for t, member in enumerate(self.members) if member.trial.is_out_of_patience]
-        go_on = [t for t in range(len(self.members)) if t not in ends]
-        if ends and go_on and self.step < self.schedule.steps:
-            return self._split(ends, go_on)
-        self._finish()
         return []
 
     def _halves(self) -> list[TrialGroup]:
@@ -223,15 +213,13 @@ class TrialGroup:
         groups[0].taken = set(range(len(self.taken)))
         return groups
 
-    def _has_work_left(self) -> bool:
-        """Return whether all members have another step or evaluation ahead."""
-        if not self.members or self.evaluation_due:
-            return bool(self.members)
-        return self.step < self.schedule.steps and not any(member.trial.is_out_of_patience for member in self.members)
+    def _is_at_end(self) -> bool:
+        """Return whether a member has taken its last step."""
+        return any(member.trial.is_over for member in self.members)
 
     def _halve_micro_batch(self, member: Member) -> bool:
         """Halve the batch that ran out of memory, in training or evaluation; return False if it is a single example."""
-        if self.evaluation_due:
+        if self.evaluation_due or self._is_at_end():
             self.eval_batches.clear()
             if self.prefix is not None:
                 self.prefix.clear_cache()
@@ -260,7 +248,7 @@ class TrialGroup:
         """Take a step of ``stacks``, ``at_once`` of them in parallel."""
         for stack in stacks:
             if stack.prefix is not None:  # here with all threads, and once if stacks share it
-                stack.prefix.prepare(stack.orders, self.step, stack.prefix.window * self.members[0].micro_batch)
+                stack.prefix.prepare(stack.orders, self.step, self.members[0].micro_batch)
 
         def take(stack: Stack) -> None:
             loss = self._forward_backward(stack)
@@ -287,9 +275,8 @@ class TrialGroup:
             bucketed_batches = BucketedBatches(self.context.splits.train, self.schedule, stack.orders, device)
             lrs = np.stack([member.lrs for member in self.members], axis=1)
             optimizer = CapturableOptimizer(stack.optimizer, lrs)
-            objective = Objective(self.context.loss, stack.prefix, self.deterministic_layers)
             self.graph_steps = GraphSteps(
-                optimizer, objective, bucketed_batches, self.losses, self.norms, runner_for(device)
+                optimizer, stack.prefix, bucketed_batches, self.context.loss, self.losses, self.norms
             )
         seconds = self.graph_steps.take_steps(self.step, self.context.trained_until(self.step))
         self.stopwatch.exclude(seconds)
@@ -311,14 +298,12 @@ class TrialGroup:
         batch = stack_batches(packs, self.context.device, self.context.compute_dtype)
         stage = f"step+{part.start}" if part.start else "step"
         dropout = dropout_masks_for(stack.orders, stage, self.step, self.context.device)
-        number = None if self._takes_whole_batch() else part.start
-        forward = Forward(stack.weights, batch, dropout, self.deterministic_layers, number)
-        hidden, start = None, 0
+        stack.weights.part = None if self._takes_whole_batch() else part.start
+        forward, hidden = Forward(stack.weights, batch, dropout), None
         if stack.prefix is not None:
-            start = stack.prefix.depth
-            at_once = stack.prefix.window * self.members[0].micro_batch
-            hidden = stack.prefix.hidden(stack.orders, self.step, part, batch, at_once)
-        each = forward.losses(self.context.loss, hidden, start)
+            micro_batch, zeros = self.members[0].micro_batch, stack.prefix.zeros_for(batch)
+            hidden = stack.prefix.hidden(stack.orders, self.step, part, micro_batch, out=zeros)
+        each = forward.losses(self.context.loss, hidden)
         losses = each.mean(1) * (each.shape[1] / size)
         forward.backward(losses.sum())
         return losses.detach()
@@ -347,27 +332,24 @@ class TrialGroup:
         def judge(t: int, member: Member) -> None:
             if member.trial.evaluate(logits[t], lap):
                 member.best_params = None if last else self.flat_params[t].to("cpu", copy=True)
-            member.trial.report_evaluation()
 
         self._for_each_member(judge)
-        if self.settings.train.checkpoints and not last:
-            self._save()
+        self._save()
         if self.members and self.step in self.context.frozen_levels:
             self._load(self._tensors())
         self.stopwatch.lap()
 
     def _save(self) -> None:
-        """Write a checkpoint of each member that has not stopped early."""
+        """Write checkpoints of the members that have steps left."""
         for t, member in enumerate(self.members):
-            if not member.trial.is_out_of_patience:
+            if member.trial.settings.train.checkpoints and not member.trial.is_over:
                 member.save(self.flat_params[t], [moment[t] for moment in self.moments])
 
     def _write_checkpoints(self) -> None:
         """Write checkpoints between two evaluations because the process is about to end."""
         if self.step != self.recorded:
             self._record()
-        if self.settings.train.checkpoints and self.step < self.schedule.steps:
-            self._save()
+        self._save()
         self.observer.on_checkpoint()
 
     def _predict(self, split: EncodedSplit) -> np.ndarray:
@@ -385,21 +367,24 @@ class TrialGroup:
 
     def _predict_batch(self, split: EncodedSplit, examples: np.ndarray, batch: Batch, logits: np.ndarray) -> None:
         """Fill in ``logits`` (trials, examples, labels) of ``batch``, the ``examples`` of ``split``."""
-        hidden, start = None, 0
-        if self.prefix is not None:
-            hidden, start = self.prefix.hidden_without_dropout(split, examples, batch), self.prefix.depth
+        hidden = None if self.prefix is None else self.prefix.hidden_without_dropout(split, examples, batch)
 
         @torch.no_grad()  # holds for the thread that calls
         def predict(stack: Stack) -> None:
-            own = Forward(stack.weights, batch, None).logits(hidden, start)
+            own = Forward(stack.weights, batch, None).logits(hidden)
             logits[stack.trial_slice, examples] = own.float().cpu().numpy()
 
         self._in_threads(predict, self.stacks)
 
-    def _finish(self) -> None:
-        """Restore the best weights, evaluate them on the report split, and export them."""
-        if not self.members:
-            return
+    def _finish(self) -> list[TrialGroup]:
+        """Restore the best weights, evaluate them on the report split, and export them.
+
+        If others have steps left, return two groups instead: the members at their end, and the others.
+        """
+        ends = [t for t, member in enumerate(self.members) if member.trial.is_over]
+        go_on = [t for t in range(len(self.members)) if t not in ends]
+        if go_on:
+            return self._split(ends, go_on)
         if not len(self.losses):  # resumed with nothing left to train
             self._set_up()
         best = [self.flat_params[t] if m.best_params is None else m.best_params for t, m in enumerate(self.members)]
@@ -419,6 +404,7 @@ class TrialGroup:
             return Status.FINISHED, None
 
         self._for_each_member(finish)
+        return []
 
     def _for_each_member(self, act: Callable[[int, Member], Outcome | None]) -> None:
         """Call ``act`` with each index and member; if it returns an outcome or raises, the member leaves the group."""
@@ -435,8 +421,7 @@ class TrialGroup:
     def _remove(self, outcomes: Mapping[int, Outcome]) -> None:
         """Store the results of the members at these indices, and continue with the others."""
         for t, outcome in outcomes.items():
-            member = self.members[t]
-            self.results[member.trial.index] = member.trial.end(*outcome, member.micro_batch)
+            self.members[t].end(*outcome)
         staying = [t for t in range(len(self.members)) if t not in outcomes]
         self.members = [self.members[t] for t in staying]
         if outcomes and staying:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import CrossEntropyLoss
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
@@ -19,11 +20,12 @@ from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.fused.optimizer import StackedOptimizer, untouched_factor
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
 from distilbench.engines.fused.prefix import Prefix
-from distilbench.engines.optimization import Loss, lr_factors, lr_scale
+from distilbench.engines.optimization import lr_factors, lr_scale
 from distilbench.engines.running import RunningTrial
 from distilbench.models.build import build_model, export_trial, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.resolve import ResolvedModel
+from distilbench.results import Status, TrialResult
 from distilbench.settings import require
 
 _STATE = "state.safetensors"
@@ -61,7 +63,7 @@ class GroupContext:
     schedule: BatchSchedule
     frozen_levels: Mapping[int, int]
     flops: Mapping[int, TrainFlops]
-    loss: Loss
+    loss: CrossEntropyLoss
     device: torch.device
     about: Mapping[str, Any]
     dtype: torch.dtype
@@ -99,6 +101,7 @@ class Member:
     micro_batch: int
     eval_batch: int
     best_params: torch.Tensor | None = None
+    result: TrialResult | None = None
 
     @classmethod
     def of(cls, trial: RunningTrial, context: GroupContext) -> Member:
@@ -134,6 +137,10 @@ class Member:
             state["best"] = self.best_params
         save_file({name: values.detach().cpu().contiguous() for name, values in state.items()}, path / _STATE)
         checkpoints.write_seal(path, self.trial.identity, self.trial.progress)
+
+    def end(self, status: Status, error: str | None) -> None:
+        """Store the result with how the trial ended."""
+        self.result = self.trial.end(status, error, self.micro_batch)
 
     def export(self, flat_params: torch.Tensor) -> None:
         """Write ``flat_params`` (size,), the best weights, as an ordinary Hugging Face checkpoint."""

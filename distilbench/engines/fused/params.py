@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -43,16 +43,18 @@ class Vocabulary:
     padding: int | None = None
     types: int = 1
 
-    def kept_rows(self, leaf: str) -> np.ndarray:
+    def kept_rows(self, table: str) -> torch.Tensor:
         """Return the rows of a table that are kept, ``(kept,)``."""
-        return {"word": self.words, "position": np.arange(self.positions), "type": np.arange(self.types)}[leaf]
+        if table == "word":
+            return torch.from_numpy(self.words)
+        return torch.arange(self.positions if table == "position" else self.types)
 
 
 @dataclass(frozen=True)
 class ParamSlice:
     """The position of a weight in a trial's flat vector."""
 
-    leaf: str
+    name: str
     start: int
     shape: tuple[int, ...]
 
@@ -69,52 +71,59 @@ class FlatParamLayout:
     ``[tables_end, compute_end)``, matrices and biases, are used in the compute precision.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-        """Lay out the parameters of ``model`` with ``requires_grad``."""
-        self.architecture = Architecture.of(model.config)
-        self.vocabulary = vocabulary
-        self.leaves = self.architecture.leaves()
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, deterministic_layers: int = 0) -> None:
+        """Lay out the parameters of ``model`` with ``requires_grad``.
+
+        Layers below ``deterministic_layers`` have no dropout in training.
+        """
+        self.architecture, self.deterministic_layers = Architecture.of(model.config), deterministic_layers
+        self.vocabulary, self.parameter_names = vocabulary, self.architecture.parameter_names()
         parameters, level_of = dict(model.named_parameters()), parameter_levels(model)
-        self.frozen = {leaf for leaf, names in self.leaves.items() if not parameters[names[0]].requires_grad}
+        self.frozen = {own for own, names in self.parameter_names.items() if not parameters[names[0]].requires_grad}
         decayed = decay_parameter_names(model)
-        sections = {leaf: _section_of(leaf, names[0] in decayed) for leaf, names in self.leaves.items()}
+        sections = {own: _section_of(own, names[0] in decayed) for own, names in self.parameter_names.items()}
 
         self.param_slices: list[ParamSlice] = []
         self.gaps: list[slice] = []
         self.top = max(level_of.values())
-        self.level_of = {leaf: level_of[names[0]] for leaf, names in self.leaves.items()}
+        self.level_of = {own: level_of[names[0]] for own, names in self.parameter_names.items()}
         """The level of each weight: :func:`~distilbench.models.freezing.parameter_levels`."""
         self.level_at: dict[int, int] = {}
         """The level of the weights by the index from which it applies."""
         ends = [0, 0, 0, 0]
         start = 0
-        for leaf in sorted((leaf for leaf in self.leaves if leaf not in self.frozen), key=sections.__getitem__):
-            param_slice = ParamSlice(leaf, start, tuple(self.read(leaf, parameters).shape))
-            if not self.param_slices or self.level_of[leaf] != self.level_of[self.param_slices[-1].leaf]:
-                self.level_at[start] = self.level_of[leaf]
+        for name in sorted((name for name in sections if name not in self.frozen), key=sections.__getitem__):
+            param_slice = ParamSlice(name, start, tuple(self.read(name, parameters).shape))
+            if not self.param_slices or self.level_of[name] != self.level_of[self.param_slices[-1].name]:
+                self.level_at[start] = self.level_of[name]
             self.param_slices.append(param_slice)
             start = -(-param_slice.stop // ALIGNMENT) * ALIGNMENT
             self.gaps += [slice(param_slice.stop, start)] if start > param_slice.stop else []
-            ends[sections[leaf] :] = [start] * (4 - sections[leaf])
+            ends[sections[name] :] = [start] * (4 - sections[name])
         self.tables_end, self.decayed_end, self.compute_end, self.size = ends
 
     def frozen_below(self, level: int) -> set[str]:
         """Return the names of the weights below ``level`` and of those that are always frozen."""
-        return self.frozen | {leaf for leaf, own in self.level_of.items() if own < level}
+        return self.frozen | {name for name, own in self.level_of.items() if own < level}
+
+    def prefix_depth(self, frozen: Set[str]) -> int | None:
+        """Return the number of fully frozen layers above frozen embeddings; None if the embeddings are trained."""
+        lowest = min(own for name, own in self.level_of.items() if name not in frozen)
+        return lowest - 1 if lowest else None
 
     @torch.no_grad()
-    def read(self, leaf: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def read(self, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return a weight in the format of this module from a Hugging Face model's ``weights``."""
-        parts = [weights[name] for name in self.leaves[leaf]]
-        if leaf in TABLES:
-            return parts[0][torch.from_numpy(self.vocabulary.kept_rows(leaf))]
+        parts = [weights[part] for part in self.parameter_names[name]]
+        if name in TABLES:
+            return parts[0][self.vocabulary.kept_rows(name)]
         return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1)
 
     def flat_params(self, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return the flat vector of a trial that starts from ``weights``, ``(size,)``."""
         row = torch.zeros(self.size, dtype=dtype)
         for param_slice in self.param_slices:
-            row[param_slice.start : param_slice.stop] = self.read(param_slice.leaf, weights).reshape(-1)
+            row[param_slice.start : param_slice.stop] = self.read(param_slice.name, weights).reshape(-1)
         return row
 
     def frozen_weights(
@@ -125,9 +134,8 @@ class FlatParamLayout:
 
         Matrices and biases are in ``compute_dtype``.
         """
-        frozen = self.frozen_below(trained_from)
-        precisions = {leaf: dtype if leaf in TABLES or "norm" in leaf else compute_dtype for leaf in frozen}
-        return {leaf: self.read(leaf, weights)[None].to(device, dtype) for leaf, dtype in precisions.items()}
+        full = {name: name in TABLES or "norm" in name for name in self.frozen_below(trained_from)}
+        return {n: self.read(n, weights)[None].to(device, dtype if full[n] else compute_dtype) for n in full}
 
     @torch.no_grad()
     def write(self, flat_params: torch.Tensor, untouched: float, weights: Mapping[str, torch.Tensor]) -> None:
@@ -137,21 +145,21 @@ class FlatParamLayout:
         """
         for param_slice in self.param_slices:
             value = flat_params[param_slice.start : param_slice.stop].view(param_slice.shape).cpu()
-            targets = [weights[name] for name in self.leaves[param_slice.leaf]]
-            if param_slice.leaf in TABLES:
+            targets = [weights[name] for name in self.parameter_names[param_slice.name]]
+            if param_slice.name in TABLES:
                 targets[0].mul_(untouched)
-                targets[0][torch.from_numpy(self.vocabulary.kept_rows(param_slice.leaf))] = value.to(targets[0].dtype)
+                targets[0][self.vocabulary.kept_rows(param_slice.name)] = value.to(targets[0].dtype)
                 continue
             for target, part in zip(targets, value.chunk(len(targets), dim=-1), strict=True):
                 target.copy_(part.mT if part.dim() == 2 else part)
 
 
-def _section_of(leaf: str, decayed: bool) -> int:
-    if leaf in TABLES:
+def _section_of(name: str, decayed: bool) -> int:
+    if name in TABLES:
         return 0
     if decayed:
         return 1
-    return 3 if "norm" in leaf else 2
+    return 3 if "norm" in name else 2
 
 
 class StackedWeights:
@@ -174,8 +182,9 @@ class StackedWeights:
         """
         self.layout, self.compute_dtype, self.flat_params = layout, compute_dtype, flat_params
         self.trained_from, self.frozen = trained_from, layout.frozen_below(trained_from)
+        self.part: int | None = None
+        """The offset in its batch of the micro-batch that is processed; None for a whole batch."""
         self._chunk_size = CHUNK_ELEMENTS if flat_params.device.type == "cpu" else max(1, layout.size)
-        self._is_micro_batch = False
         self.compute_params: torch.Tensor | None = None  # (trials, compute_end - tables_end)
         self.grad: torch.Tensor = (
             torch.empty_like(flat_params) if grad_owner is None else grad_owner.grad[: len(flat_params)]
@@ -191,14 +200,13 @@ class StackedWeights:
             )
         for gap in layout.gaps:
             self._view_columns(gap, self.grad, self.compute_grad).zero_()
-        self._leaves: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
         for param_slice in layout.param_slices:
-            leaf = self._leaves[param_slice.leaf] = self._view_weight(
-                param_slice, flat_params, self.compute_params
-            ).detach()
-            if param_slice.leaf not in self.frozen and param_slice.leaf not in TABLES:
-                leaf.requires_grad_().grad = self._view_weight(param_slice, self.grad, self.compute_grad)
-        self._leaves |= {leaf: weight for leaf, weight in frozen.items() if leaf in self.frozen}
+            weight = self._view_weight(param_slice, flat_params, self.compute_params).detach()
+            if param_slice.name not in self.frozen and param_slice.name not in TABLES:
+                weight.requires_grad_().grad = self._view_weight(param_slice, self.grad, self.compute_grad)
+            self._weights[param_slice.name] = weight
+        self._weights |= {name: weight for name, weight in frozen.items() if name in self.frozen}
 
     def _view_weight(self, param_slice: ParamSlice, full: torch.Tensor, compute: torch.Tensor | None) -> torch.Tensor:
         """Return a weight's view ``(trials, *shape)`` of ``full``, or of ``compute`` if products use that."""
@@ -212,15 +220,20 @@ class StackedWeights:
         start = self.layout.tables_end
         return compute[:, chunk.start - start : chunk.stop - start]
 
-    def __getitem__(self, leaf: str) -> torch.Tensor:
+    @property
+    def prefix_depth(self) -> int | None:
+        """The depth of the frozen prefix: see :meth:`FlatParamLayout.prefix_depth`."""
+        return self.layout.prefix_depth(self.frozen)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
         """Return a weight, ``(trials, ...)``, or ``(1, ...)`` if it is frozen and shared."""
-        return self._leaves[leaf]
+        return self._weights[name]
 
     def view_trial(self, trial: int) -> StackedWeights:
         """Return a read-only view of one trial's weights."""
         one = copy(self)
         one.flat_params = self.flat_params[trial : trial + 1]
-        one._leaves = {leaf: w if len(w) == 1 else w.detach()[trial : trial + 1] for leaf, w in self._leaves.items()}
+        one._weights = {name: w if len(w) == 1 else w.detach()[trial : trial + 1] for name, w in self._weights.items()}
         return one
 
     def chunks(self, by_level: bool = False) -> Iterator[tuple[slice, int]]:
@@ -240,12 +253,8 @@ class StackedWeights:
 
         It is valid until the next call; modifying it may modify the gradient itself.
         """
-        if self.compute_grad is None or self._is_micro_batch or not self._is_in_compute_range(chunk):
-            return self.grad[trial, chunk]
-        start = self.layout.tables_end
-        return self._grad_chunk[: chunk.stop - chunk.start].copy_(
-            self.compute_grad[trial, chunk.start - start : chunk.stop - start]
-        )
+        grad = self._view_columns(chunk, self.grad, self.compute_grad if self.part is None else None)[trial]
+        return grad if grad.dtype == self.grad.dtype else self._grad_chunk[: len(grad)].copy_(grad)
 
     def refresh_compute_params(self, trial: int | slice = slice(None), chunk: slice | None = None) -> None:
         """Update ``compute_params`` after an optimizer step, for one trial or all, one of the :meth:`chunks` or all."""
@@ -257,58 +266,51 @@ class StackedWeights:
     def _is_in_compute_range(self, chunk: slice) -> bool:
         return bool(self.layout.tables_end <= chunk.start < self.layout.compute_end)
 
-    def backward(
-        self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch, part: int | None = None
-    ) -> None:
+    def backward(self, loss: torch.Tensor, embedded: torch.Tensor | None, batch: Batch) -> None:
         """Compute the gradient of ``loss``; ``embedded`` are the summed embeddings, used if the tables are trained.
 
-        With ``part``, the offset of a part in its batch, gradients accumulate in ``grad``, in full precision. Gradients
-        of matrices are written by :func:`~distilbench.engines.fused.autograd.linear`.
+        Gradients of the parts of a batch accumulate in ``grad``, in full precision. Those of matrices are written by
+        :func:`~distilbench.engines.fused.autograd.linear`.
         """
-        layout, self._is_micro_batch = self.layout, part is not None
-        vectors = [
-            w for w in self._leaves.values() if w.requires_grad and w.dim() == 2
-        ]  # biases and norms: (trials, size)
+        layout = self.layout
+        vectors = [w for w in self._weights.values() if w.requires_grad and w.dim() == 2]  # biases, norms
         trained = [] if embedded is None or "word" in self.frozen else [embedded]
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
         wait_for_side_stream(loss.device)
-        self._copy_vector_grads(gradients[: len(vectors)], bool(part))
-        if self.compute_grad is not None and self._is_micro_batch:
+        self._copy_vector_grads(gradients[: len(vectors)])
+        if self.compute_grad is not None and self.part is not None:
             total = self.grad[:, layout.tables_end : layout.compute_end]
-            (total.add_ if part else total.copy_)(self.compute_grad)
+            (total.add_ if self.part else total.copy_)(self.compute_grad)
         if trained:
-            if not part:
+            if not self.part:
                 self.grad[:, : layout.tables_end].zero_()
             self._add_table_grads(gradients[-1], batch)
 
-    def _copy_vector_grads(self, gradients: Sequence[torch.Tensor], add: bool) -> None:
-        """Copy the ``gradients`` of biases and norms, ``(trials, size)`` each, to their columns.
+    def accumulates(self, weight: torch.Tensor) -> bool:
+        """Return whether to add the gradient of ``weight`` to that of earlier parts; low precision adds later."""
+        return bool(self.part) and weight.dtype == self.flat_params.dtype
 
-        With ``add``, they are added to those of earlier parts of a batch, except in low precision.
-        """
+    def _copy_vector_grads(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Copy or add the ``gradients`` of biases and norms, ``(trials, size)`` each, to their columns."""
         layout, left = self.layout, iter(gradients)
         for start, stop in pairwise((layout.decayed_end, layout.compute_end, layout.size)):  # biases, then norms
-            own = [p for p in layout.param_slices if start <= p.start < stop and p.leaf not in self.frozen]
+            own = [p for p in layout.param_slices if start <= p.start < stop and p.name not in self.frozen]
             if own:  # frozen ones come before the first
                 place = self._view_columns(slice(own[0].start, stop), self.grad, self.compute_grad)
                 row = torch.cat([_pad_to_alignment(gradient) for gradient in islice(left, len(own))], dim=1)
-                (place.add_ if add and place.dtype == self.flat_params.dtype else place.copy_)(row)
-
-    def accumulates(self, weight: torch.Tensor, part: int | None) -> bool:
-        """Return whether to add the gradient of ``weight`` to that of earlier parts; low precision adds later."""
-        return bool(part) and weight.dtype == self.flat_params.dtype
+                (place.add_ if self.accumulates(place) else place.copy_)(row)
 
     def _add_table_grads(self, grad: torch.Tensor, batch: Batch) -> None:
         """Add ``grad`` of the tokens' embeddings, ``(trials, tokens, width)``, to the tables' gradients."""
         index_of = {"word": batch.ids, "position": batch.positions, "type": batch.types}
-        for param_slice in (p for p in self.layout.param_slices if p.leaf in TABLES):
-            table, index = self._view_weight(param_slice, self.grad, None), index_of[param_slice.leaf]
+        for param_slice in (p for p in self.layout.param_slices if p.name in TABLES):
+            table, index = self._view_weight(param_slice, self.grad, None), index_of[param_slice.name]
             if batch.lengths is not None:
                 _scatter_add_rows(table, index, grad)
             else:
                 for trial, rows in enumerate(index.expand(len(table), -1)):
                     table[trial].index_add_(0, rows, grad[trial])
-            if param_slice.leaf == "word" and self.layout.vocabulary.padding is not None:
+            if param_slice.name == "word" and self.layout.vocabulary.padding is not None:
                 table[:, self.layout.vocabulary.padding].zero_()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -14,7 +14,7 @@ from distilbench.engines.batches import BatchSchedule, batches_by_length
 from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
-from distilbench.engines.fused.params import FlatParamLayout, StackedWeights
+from distilbench.engines.fused.params import StackedWeights
 
 WINDOW = 8
 """Steps whose prefix is computed at once. On two cores, 8 batches of 16 make products efficient and fit the cache."""
@@ -27,12 +27,6 @@ CACHE_BYTES = 2 << 30
 """Bytes of hidden states without dropout that a group may cache, for evaluation and training together."""
 
 
-def prefix_depth(layout: FlatParamLayout, frozen: Set[str]) -> int | None:
-    """Return the number of fully frozen layers above frozen embeddings; None if the embeddings are trained."""
-    lowest = min(layout.level_of[leaf] for leaf in layout.leaves.keys() - frozen)
-    return lowest - 1 if lowest else None
-
-
 class Prefix:
     """The hidden states that enter the trained part.
 
@@ -42,36 +36,38 @@ class Prefix:
     """
 
     def __init__(
-        self, weights: Sequence[StackedWeights], split: EncodedSplit, schedule: BatchSchedule, dropout: bool, depth: int
+        self, weights: Sequence[StackedWeights], split: EncodedSplit, schedule: BatchSchedule, dropout: bool
     ) -> None:
-        """``weights`` are one per trial, or one shared by all; ``depth`` is that of :func:`prefix_depth`.
+        """``weights``, whose embeddings are frozen, are one per trial, or one shared by all.
 
         ``split`` is the training split; ``dropout`` tells whether the prefix has dropout in training.
         """
         self._weights, self._split, self._schedule, self._dropout = weights, split, schedule, dropout
         self._no_rows = weights[0].flat_params.new_empty(0, weights[0]["word"].shape[2])
-        self.depth, self.window = depth, WINDOW if self._no_rows.device.type == "cpu" else GPU_WINDOW
-        self._cls_only = depth == weights[0].layout.architecture.depth
+        self._depth = weights[0].prefix_depth or 0
+        self._window_steps = WINDOW if self._no_rows.device.type == "cpu" else GPU_WINDOW
+        self._cls_only = self._depth == weights[0].layout.architecture.depth
         self._windows: dict[tuple[int, int], tuple[int, list[list[torch.Tensor]]]] = {}
         self._cache: dict[int, list[torch.Tensor]] = {}
         self._cache_bytes_left = CACHE_BYTES
 
-    def hidden(self, orders: Sequence[int], step: int, part: slice, batch: Batch, at_once: int) -> torch.Tensor:
-        """Return the hidden states of a ``part`` of step ``step`` in ``orders`` (seeds), as in :meth:`zeros_for`.
+    def hidden(
+        self, orders: Sequence[int], step: int, part: slice, micro_batch: int, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Return ``out``, zeros of :meth:`zeros_for`, with the hidden states of a ``part`` of a step in ``orders``.
 
-        ``batch`` gives the shape; the prefix processes at most ``at_once`` examples at a time.
+        Those are seeds. For a window of steps, ``micro_batch`` examples of each are processed at a time.
         """
-        hidden = self.zeros_for(batch)
-        seeds = orders if len(orders) == len(hidden) else [orders[0]] * len(hidden)
-        for trial, (row, seed) in enumerate(zip(hidden, seeds, strict=True)):
-            states = torch.cat(self._states_of_step(trial % len(self._weights), seed, step, at_once)[part])
+        seeds = orders if len(orders) == len(out) else [orders[0]] * len(out)
+        for trial, (row, seed) in enumerate(zip(out, seeds, strict=True)):
+            states = torch.cat(self._states_of_step(trial % len(self._weights), seed, step, micro_batch)[part])
             row[: len(states)] = states
-        return hidden
+        return out
 
-    def prepare(self, orders: Sequence[int], step: int, at_once: int) -> None:
+    def prepare(self, orders: Sequence[int], step: int, micro_batch: int) -> None:
         """Compute what :meth:`hidden` needs for a step; afterwards several threads may call that at the same time."""
         for trial in range(max(len(orders), len(self._weights))):
-            self._states_of_step(trial % len(self._weights), orders[trial % len(orders)], step, at_once)
+            self._states_of_step(trial % len(self._weights), orders[trial % len(orders)], step, micro_batch)
 
     def hidden_without_dropout(self, split: EncodedSplit, examples: np.ndarray, batch: Batch) -> torch.Tensor:
         """Return the hidden states of ``batch``, the ``examples`` of ``split``, ``(1, rows, width)``."""
@@ -92,16 +88,17 @@ class Prefix:
         self._cache_bytes_left += sum(states.nbytes for kept in self._cache.values() for states in kept)
         self._cache.clear()
 
-    def _states_of_step(self, trial: int, seed: int, step: int, at_once: int) -> list[torch.Tensor]:
+    def _states_of_step(self, trial: int, seed: int, step: int, micro_batch: int) -> list[torch.Tensor]:
         """Return the hidden states of each example of a step, ``(rows, width)``."""
+        at_once = self._window_steps * micro_batch
         if not self._dropout and (kept := self._cached_states(self._split, self._schedule.batch(seed, step), at_once)):
             return kept
         number, window = self._windows.get((trial, seed), (-1, []))
-        if step // self.window != number:
-            number = step // self.window
+        if step // self._window_steps != number:
+            number = step // self._window_steps
             window = self._compute_window(self._weights[trial], seed, number, at_once)
             self._windows[trial, seed] = number, window
-        return window[step % self.window]
+        return window[step % self._window_steps]
 
     def _cached_states(self, split: EncodedSplit, examples: np.ndarray, at_once: int) -> list[torch.Tensor]:
         """Return hidden states without dropout, ``(rows, width)`` each; an empty list if the split does not fit."""
@@ -119,7 +116,7 @@ class Prefix:
         self, weights: StackedWeights, seed: int, number: int, at_once: int
     ) -> list[list[torch.Tensor]]:
         """Compute the prefix for all steps of a window, even if training resumes in the middle of it."""
-        steps = range(number * self.window, min((number + 1) * self.window, self._schedule.steps))
+        steps = range(number * self._window_steps, min((number + 1) * self._window_steps, self._schedule.steps))
         batches = [self._schedule.batch(seed, step) for step in steps]
         examples = np.concatenate(batches)
         states: list[torch.Tensor] = []
@@ -142,6 +139,6 @@ class Prefix:
             lengths = torch.from_numpy(np.diff(split.offsets)[examples])[None]
             batch = replace(batch, lengths=lengths.to(device))  # lets the attention kernel read token rows directly
         forward = Forward(weights, batch, dropout)
-        states = forward.layers(forward.embed(), 0, self.depth)[0]
+        states = forward.layers(forward.embed(), 0, self._depth)[0]
         rows = np.ones(len(examples), dtype=int) if self._cls_only else np.bincount(packed.sentence)
         return list(states[: rows.sum()].split(rows.tolist()))

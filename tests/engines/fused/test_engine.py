@@ -21,7 +21,7 @@ from distilbench.engines.fused.dropout import Dropout, dropout_scale
 from distilbench.engines.fused.engine import FusedEngine
 from distilbench.engines.fused.loop import TrialGroup, train_group
 from distilbench.engines.fused.packing import pack
-from distilbench.engines.fused.prefix import WINDOW, prefix_depth
+from distilbench.engines.fused.prefix import WINDOW
 from distilbench.engines.optimization import build_optimizer, lr_factors
 from distilbench.engines.running import Stopwatch
 from distilbench.models.build import build_model, export_model, load_tokenizer
@@ -242,7 +242,7 @@ def test_the_frozen_part_that_is_run_ahead_ends_below_whatever_trains(trial, tra
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name or "classifier" in name)
     layout = params.FlatParamLayout(model, params.Vocabulary(np.arange(9), positions=4))
-    assert prefix_depth(layout, layout.frozen) == depth
+    assert layout.prefix_depth(layout.frozen) == depth
 
 
 @pytest.mark.parametrize("freezing", ["head", "bias"])
@@ -520,7 +520,7 @@ def test_a_prefix_with_dropout_draws_anew_in_every_epoch(trial, splits_of, recor
 
     seen = []
     original = Prefix.hidden
-    monkeypatch.setattr(Prefix, "hidden", lambda *args: seen.append(original(*args)) or seen[-1])
+    monkeypatch.setattr(Prefix, "hidden", lambda *args, out: seen.append(original(*args, out)) or seen[-1])
     settings = trial("freeze.layers=1", "train.batch_size=37", "seed=3", "train.epochs=3", still=False)
     FusedEngine().train([settings], splits_of(settings), recorder())
     sums = [states.pow(3).sum().item() for states in seen]  # the same examples each time, in another order
@@ -625,6 +625,32 @@ def test_only_the_trial_that_does_not_fit_goes_on_with_smaller_batches(trial, sp
     for t in range(2):
         assert [r.step for r in seen.steps[t]] == list(range(1, STEPS + 1))
         np.testing.assert_allclose(seen.losses(t), fitting[t], rtol=1e-10)
+
+
+def test_a_last_evaluation_that_does_not_fit_is_taken_in_smaller_parts(trial, splits_of, recorder, monkeypatch):
+    """The report split's texts may be longer than those of the split that selects."""
+    trials = [trial(f"seed={seed}", "train.epochs=1") for seed in (1, 2)]
+    splits = splits_of(trials[0])
+    splits = replace(splits, selection=replace(splits.report))
+    _, fitting = losses_of(FusedEngine(), trials, splits, recorder)
+    predict = TrialGroup._predict
+
+    def short_of_memory(group, split):
+        if split is group.context.splits.report and (len(group.members) > 1 or group.members[0].eval_batch > 7):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return predict(group, split)
+
+    monkeypatch.setattr(TrialGroup, "_predict", short_of_memory)
+    _, results = losses_of(FusedEngine(), trials, splits, recorder)
+    for result, expected in zip(results, fitting, strict=True):
+        np.testing.assert_allclose(result.report.logits, expected.report.logits, atol=1e-6)
+
+
+def test_a_trial_without_checkpoints_writes_none_beside_one_with_them(trial, splits_of, recorder):
+    trials = [trial(f"train.checkpoints={kept}", "train.eval_steps=2") for kept in ("true", "false")]
+    with pytest.raises(KeyboardInterrupt):
+        FusedEngine().train(trials, splits_of(trials[0]), recorder(raise_at={3: KeyboardInterrupt()}))
+    assert [(Path(t.output.dir) / "checkpoints").exists() for t in trials] == [True, False]
 
 
 def test_groups_are_planned_by_the_memory_that_is_free(trial, splits_of, recorder, monkeypatch):

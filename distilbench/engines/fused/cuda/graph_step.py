@@ -14,18 +14,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch.nn import CrossEntropyLoss
 
 from distilbench.engines.fused.cuda.buckets import IGNORE_INDEX, Bucket, BucketedBatches, batch_of
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.cuda.side_stream import release_held_tensors
 from distilbench.engines.fused.dropout import CounterDropout
 from distilbench.engines.fused.encoder import Forward
-from distilbench.engines.fused.packing import Batch
 from distilbench.engines.fused.prefix import Prefix
-from distilbench.engines.optimization import Loss
 
 log = logging.getLogger(__name__)
 
@@ -33,25 +33,11 @@ MIN_REPLAYS = 8
 """A bucket is captured only if at least this many steps remain in it: the warm-up costs time that replays must save."""
 
 
-@dataclass
-class Buffers:
-    """Static inputs of one bucket. ``hidden`` is None if embeddings train; ``shape`` is a batch of that size."""
+class Buffers(NamedTuple):
+    """Static inputs of one bucket. ``hidden`` is None if embeddings train."""
 
     inputs: torch.Tensor
     hidden: torch.Tensor | None
-    shape: Batch
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimized: ``loss``, of what ``prefix`` (None if embeddings train) and the trained part compute.
-
-    See :class:`Forward` for ``deterministic_layers``.
-    """
-
-    loss: Loss
-    prefix: Prefix | None
-    deterministic_layers: int
 
 
 class GraphSteps:
@@ -61,13 +47,14 @@ class GraphSteps:
     """
 
     def __init__(
-        self, optimizer: CapturableOptimizer, objective: Objective, bucketed_batches: BucketedBatches,
-        losses: torch.Tensor, norms: torch.Tensor, runner: GraphRunner | None,
+        self, optimizer: CapturableOptimizer, prefix: Prefix | None, bucketed_batches: BucketedBatches,
+        loss: CrossEntropyLoss, losses: torch.Tensor, norms: torch.Tensor,
     ) -> None:  # fmt: skip
-        self.weights, self.prefix, self.bucketed_batches = optimizer.weights, objective.prefix, bucketed_batches
+        """``prefix`` is None if embeddings train; ``loss`` is that of each example."""
+        self.weights, self.prefix, self.bucketed_batches = optimizer.weights, prefix, bucketed_batches
         self.losses, self.norms = losses, norms
-        self._optimizer, self._objective, self._runner = optimizer, objective, runner
-        self._step_scalars = torch.zeros_like(self._optimizer.table[0])
+        self._optimizer, self._loss, self._runner = optimizer, loss, runner_for(losses.device)
+        self._step_scalars = torch.zeros_like(optimizer.table[0])
         self._buffers: dict[Bucket, Buffers] = {}
         self._recorded = False
 
@@ -82,25 +69,25 @@ class GraphSteps:
         if self._runner is None:
             self._step(bucket)
             return 0.0
-        self._runner.run(bucket, lambda: self._step(bucket))
+        self._runner.run(bucket, partial(self._step, bucket))
         if self._recorded:
             return 0.0
         self._recorded = True
         ahead = Counter(self.bucketed_batches.bucket(number) for number in range(step + 1, stop))
         worth = sorted((b for b, steps in ahead.items() if steps >= MIN_REPLAYS), reverse=True)
-        return sum(self._record(bucket, self._runner) for bucket in worth)
-
-    def _record(self, bucket: Bucket, runner: GraphRunner) -> float:
-        self._buffers_of(bucket)
-        return runner.record(bucket, lambda: self._forward_backward(bucket), lambda: self._step(bucket))
+        for bucket in worth:
+            self._buffers_of(bucket)  # before they are captured
+        return sum(
+            self._runner.record(bucket, partial(self._forward_backward, bucket), partial(self._step, bucket))
+            for bucket in worth
+        )
 
     def _buffers_of(self, bucket: Bucket) -> Buffers:
         if bucket not in self._buffers:
             orders, device = len(self.bucketed_batches.seeds), self.losses.device
             inputs = torch.zeros(orders, bucket.fields, dtype=torch.int64, device=device)
-            batch, _ = batch_of(inputs, bucket)
-            hidden = None if self.prefix is None else self.prefix.zeros_for(batch)
-            self._buffers[bucket] = Buffers(inputs, hidden, batch)
+            hidden = None if self.prefix is None else self.prefix.zeros_for(batch_of(inputs, bucket)[0])
+            self._buffers[bucket] = Buffers(inputs, hidden)
         return self._buffers[bucket]
 
     def _fill(self, step: int, buffers: Buffers) -> None:
@@ -108,9 +95,8 @@ class GraphSteps:
         buffers.inputs.copy_(self.bucketed_batches.inputs(step))
         self._step_scalars.copy_(self._optimizer.table[step])
         if self.prefix is not None and buffers.hidden is not None:
-            at_once = self.prefix.window * self.bucketed_batches.schedule.batch_size
-            states = self.prefix.hidden(self.bucketed_batches.seeds, step, slice(None), buffers.shape, at_once)
-            buffers.hidden.copy_(states)
+            orders, examples = self.bucketed_batches.seeds, self.bucketed_batches.schedule.batch_size
+            self.prefix.hidden(orders, step, slice(None), examples, out=buffers.hidden.zero_())
 
     def _step(self, bucket: Bucket) -> None:
         losses = self._forward_backward(bucket)
@@ -121,9 +107,8 @@ class GraphSteps:
         """Compute the gradient in place, and return the mean loss of each trial, ``(trials,)``."""
         buffers = self._buffers[bucket]
         batch, keys = batch_of(buffers.inputs, bucket)
-        forward = Forward(self.weights, batch, CounterDropout(keys), self._objective.deterministic_layers)
-        start = 0 if self.prefix is None else self.prefix.depth
-        losses = forward.losses(self._objective.loss, buffers.hidden, start)
+        forward = Forward(self.weights, batch, CounterDropout(keys))
+        losses = forward.losses(self._loss, buffers.hidden)
         mean = losses.sum(1) / (batch.labels != IGNORE_INDEX).sum(1).clamp(min=1)
         forward.backward(mean.sum())
         return mean.detach()

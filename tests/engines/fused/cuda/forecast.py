@@ -22,11 +22,10 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from distilbench.bench.roofline import Machine
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.buckets import Bucket
-from distilbench.engines.fused.cuda.graph_step import GraphSteps, Objective
+from distilbench.engines.fused.cuda.graph_step import GraphSteps
 from distilbench.engines.fused.cuda.optimizer import CapturableOptimizer
 from distilbench.engines.fused.optimizer import StackedOptimizer, num_moments
 from distilbench.engines.fused.params import FlatParamLayout, StackedWeights, Vocabulary
-from distilbench.engines.optimization import Loss
 from distilbench.models.freezing import freeze
 from distilbench.settings import FreezeSettings, OptimSettings
 
@@ -156,11 +155,11 @@ def step_launches(layers: int, trials: int, precision: str) -> list[Launched]:
     weights = StackedWeights(layout, frozen, dtype, flat_params)
     optim = [OptimSettings("adamw", 2e-5, 0.01, 1.0, 0.9, 0.999, 1e-8, 0.0, 1.0)] * trials
     moments = [torch.empty_like(flat_params) for _ in range(num_moments(optim))]
-    prefix = SimpleNamespace(depth=layers, zeros_for=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
+    prefix = SimpleNamespace(zeros_for=lambda batch: torch.empty(*batch.ids.shape, 768, device=META))
     losses = torch.empty(trials, device=META)
     optimizer = CapturableOptimizer(StackedOptimizer(weights, moments, optim), np.ones((1, trials)))
-    objective = Objective(Loss(0.0, None), prefix if layers else None, 0)
-    step = GraphSteps(optimizer, objective, SimpleNamespace(seeds=(1,)), losses, losses.clone(), None)
+    batches, loss = SimpleNamespace(seeds=(1,)), torch.nn.CrossEntropyLoss(reduction="none")
+    step = GraphSteps(optimizer, prefix if layers else None, batches, loss, losses, losses.clone())
     step._buffers_of(BUCKET)
     with counted() as launches:
         step._step(BUCKET)

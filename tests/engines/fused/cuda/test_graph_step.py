@@ -37,7 +37,7 @@ def graphs(monkeypatch):
     """Groups record their steps, every bucket that comes again: the recordings, one set for each stack."""
     made: list[FakeGraphs] = []
     monkeypatch.setattr(
-        "distilbench.engines.fused.loop.runner_for", lambda device: made.append(FakeGraphs()) or made[-1]
+        "distilbench.engines.fused.cuda.graph_step.runner_for", lambda device: made.append(FakeGraphs()) or made[-1]
     )
     monkeypatch.setattr(graph_step, "MIN_REPLAYS", 1)
     return made
@@ -132,7 +132,7 @@ def test_replayed_steps_are_the_steps_bit_for_bit(
     assert made.replays > STEPS / 2
     assert made.replays + made.direct == STEPS
     assert all(result.setup_seconds > 100 * len(made.graphs) for result in results), "recording belongs to set-up"
-    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: None)
+    monkeypatch.setattr("distilbench.engines.fused.cuda.graph_step.runner_for", lambda device: None)
     taken, expected = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     np.testing.assert_array_equal(replayed, taken)
     for one, other in zip(results, expected, strict=True):
@@ -147,7 +147,7 @@ def test_steps_are_recorded_anew_where_what_is_frozen_moves(trial, splits_of, re
     replayed, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     assert [made.replays > 0 for made in graphs] == [True] * 3
     assert all(made.used == made.graphs.keys() for made in graphs), "none is recorded for steps that others will take"
-    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: None)
+    monkeypatch.setattr("distilbench.engines.fused.cuda.graph_step.runner_for", lambda device: None)
     taken, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
     np.testing.assert_array_equal(replayed, taken)
 

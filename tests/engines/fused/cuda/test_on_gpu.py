@@ -114,7 +114,7 @@ def test_replayed_steps_are_the_eager_steps_bit_for_bit(
     first, _ = losses_of(FusedEngine(), trials, splits, recorder)
     again, _ = losses_of(FusedEngine(), trials, splits, recorder)
     assert sum(replays) > len(replays) / 2
-    monkeypatch.setattr("distilbench.engines.fused.loop.runner_for", lambda device: None)
+    monkeypatch.setattr("distilbench.engines.fused.cuda.graph_step.runner_for", lambda device: None)
     eager, _ = losses_of(FusedEngine(), trials, splits, recorder)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, eager)
