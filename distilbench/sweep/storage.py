@@ -162,7 +162,7 @@ def check_url(url: str, written: str) -> None:
             "PGPASSWORD or ~/.pgpass, or the URL into a variable of the environment: "
             "'hydra.sweeper.storage=${oc.env:NAME}'"
         )
-    if not re.match(r"(sqlite|postgresql|mysql)(\+\w+)?://", url):
+    if not re.match(r"(sqlite(\+\w+)?:/|(postgresql|mysql)(\+\w+)?:)//.", url):  # a study in memory can't be continued
         raise SettingsError(
             f"hydra.sweeper.storage must be the URL of a database, got {redact(url)!r}; for example "
             "sqlite:///sweeps.db or postgresql://user@host/name"

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from distilbench.sweep.storage import open_study, storage_at
+from distilbench.settings import SettingsError
+from distilbench.sweep.storage import check_url, open_study, storage_at
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite+pysqlite://", "postgresql:", "sweeps.db", "oracle://me@here/db"])
+def test_only_a_database_that_outlives_the_process_is_taken(url):
+    with pytest.raises(SettingsError, match=r"^hydra.sweeper.storage must be the URL of a database, got "):
+        check_url(url, url)
+    for taken in ("sqlite:///a.db", "sqlite+pysqlite:////a.db", "postgresql+psycopg://me@here/d", "mysql://me@here/d"):
+        check_url(taken, taken)
 
 
 def test_a_file_is_that_of_the_directory_in_which_it_was_typed_wherever_a_job_runs(tmp_path, monkeypatch):
