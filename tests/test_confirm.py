@@ -163,7 +163,7 @@ def test_slices_of_a_confirmation_are_corrected_for_all_that_the_sweep_tried_too
     assert web.p_holm == pytest.approx(2 * 4 * web.p), "two slices of four settings"
 
 
-def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
+def test_more_seeds_are_added_and_none_is_trained_again_but_what_mlflow_lost(folder, monkeypatch):
     trained = []
     real = batch.run_batch
 
@@ -178,6 +178,10 @@ def test_more_seeds_are_added_and_none_is_trained_again(folder, monkeypatch):
     assert len(confirmed(folder)) == before + 2
     run_confirm(folder, "sweep=first", "top=1", "seeds=3")
     assert trained == [4, 4]
+    lost = next(trial.run_id for trial in confirmed(folder) if trial.seed == 4)
+    make_store(folder)._client.delete_run(lost)
+    run_confirm(folder, "sweep=first", "top=1", "seeds=3")
+    assert trained == [4, 4, 4], "its run was deleted in MLflow"
 
 
 def test_trials_keep_their_directories_apart_from_each_other(folder):
