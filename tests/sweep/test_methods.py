@@ -40,5 +40,5 @@ def test_a_trial_draws_its_rate_on_a_log_scale_between_the_ends_of_its_method(na
 
 
 def test_without_its_experiment_the_space_is_refused_in_one_line():
-    with pytest.raises(SettingsError, match=r"^experiment must be a choice of full, .* with search=methods, got null;"):
+    with pytest.raises(SettingsError, match=r"^experiment must be a choice of full, .* with search=methods, got None;"):
         suggest_lr(OmegaConf.create(), FixedTrial({}))
