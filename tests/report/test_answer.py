@@ -78,9 +78,21 @@ def test_of_what_is_open_a_setting_that_lost_less_than_the_margin_is_named_thoug
 
 
 def test_what_is_shown_to_lose_too_much_leaves_nothing_open():
-    assert answer(three(best=0.7, frozen=0.7)) == [
+    report = three(best=0.7, frozen=0.7)
+    assert answer(report) == [
         "None of the 2 settings tried was shown to be better than the baseline, or to lose less than 5 points."
     ]
+    assert trial_to_use(report, "answer").treatment == treatment(), "the baseline's model is the one to use"
+
+
+@pytest.mark.parametrize(("elsewhere", "cheapest"), [({}, "layers=3"), ({"measured_on": "cuda"}, "scheduler=cosine")])
+def test_without_flops_the_cheapest_takes_least_time_or_where_that_is_not_comparable_fewest_parameters(
+    elsewhere, cheapest
+):
+    frozen = trial(0.9, 1, 1, FROZEN, train_seconds=850.0, **elsewhere)
+    cosine = trial(0.9, 1, 2, COSINE, trainable_parameters=9)
+    told = answer(report_of([trial(0.9), frozen, cosine], False, margin=5.0))
+    assert told[0].startswith(f"{cheapest} is good enough")
 
 
 def test_what_loses_little_without_having_learned_is_no_answer_and_the_sentence_says_why():
@@ -104,6 +116,8 @@ def test_beside_a_baseline_that_has_not_learned_nothing_is_praised():
         "No setting can be judged against it.",
         "Most accurate: layers=3, 90.02 %.",
     ]
+    assert trial_to_use(report, "answer").treatment == FROZEN
+    assert trial_to_use(report_of([failed(Status.DIVERGED, 1, FROZEN)]), "answer") is None
 
 
 def test_a_saving_of_time_within_its_noise_is_not_told_of():

@@ -26,6 +26,8 @@ def test_the_pareto_front_holds_what_no_other_beats_in_both():
         trial(0.88, 1, 1, FROZEN, train_seconds=50.0),
         trial(0.87, 1, 2, COSINE, train_seconds=60.0),
         trial(0.90, 1, 3, treatment(optim_lr=1.0), train_seconds=120.0),
+        trial(0.99, 1, 4, treatment(optim_lr=2.0), alone=False),  # its time is not known
+        replace(failed(Status.PRUNED, 5, treatment(optim_lr=3.0)), score=0.99, train_seconds=10.0),
     ])  # fmt: skip
     assert [row.cost.seconds for row in pareto_front(rows, lambda row: row.cost.seconds)] == [50.0, 100.0]
 
