@@ -221,13 +221,6 @@ def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
     }
 
 
-def run_exists(client: MlflowClient, run_id: str) -> bool:
-    """Return whether the run exists and was not deleted."""
-    with suppress_codes("RESOURCE_DOES_NOT_EXIST"):
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    return False
-
-
 def log_batch(
     client: MlflowClient, run_id: str, metrics: Sequence[Point] = (), tags: Mapping[str, str] | None = None
 ) -> None:
@@ -246,17 +239,19 @@ def claim_run(client: MlflowClient, experiment_id: str, content: RunContent, run
 
     A run that was deleted in the meantime is replaced, with a warning.
     """
-    if run_id is not None and not run_exists(client, run_id):
-        log.warning("run %s is no longer in the store; it continues as a new one", run_id)
-        run_id = None
-    if run_id is None:
+    before: Run | None = None
+    with suppress_codes("RESOURCE_DOES_NOT_EXIST"):
+        before = client.get_run(run_id) if run_id else None
+    if run_id is None or before is None or before.info.lifecycle_stage != "active":
+        if run_id:
+            log.warning("run %s is no longer in the store; it continues as a new one", run_id)
         return client.create_run(experiment_id, tags=dict(content.tags), run_name=content.name)
     # another trial continues it
-    before, times = client.get_run(run_id).data.tags, ("distilbench.measured_on", "distilbench.alone")
-    is_renumbered = before.get(TRIAL_TAG) != content.tags.get(TRIAL_TAG)
+    known, times = before.data.tags, ("distilbench.measured_on", "distilbench.alone")
+    is_renumbered = known.get(TRIAL_TAG) != content.tags.get(TRIAL_TAG)
     client.update_run(run_id, status="RUNNING", name=content.name if is_renumbered else None)
     tags = {**content.tags, "distilbench.resumed": "true", "distilbench.error": ""}
-    if "distilbench.alone" in tags and any(before.get(name) != tags[name] for name in times):
+    if "distilbench.alone" in tags and any(known.get(name) != tags[name] for name in times):
         tags["distilbench.alone"] = "false"  # part of its time was measured elsewhere, or beside others
     log_batch(client, run_id, tags=tags)
     return client.get_run(run_id)
