@@ -144,7 +144,9 @@ def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
     with sqlite3.connect(copy) as connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
     connection.close()
-    with pytest.raises(SettingsError, match=r"^tracking.uri must be a store that answers, got .*; check the file"):
+    with pytest.raises(
+        SettingsError, match=r"^tracking.uri must be a store that answers, got .*; back it up and run: mlflow db"
+    ):
         find_store(TrackingSettings("mlflow", f"sqlite:///{copy}", "distilbench", 0))
 
 
