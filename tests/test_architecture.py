@@ -54,18 +54,24 @@ def modules_of(node: ast.Import | ast.ImportFrom) -> set[str]:
 
 
 @cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, inside of functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= modules_of(node)
     return frozenset(found)
 
 
+@cache
 def for_types_alone(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.ImportFrom):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
 _SECRET_NAME = re.compile(
@@ -19,7 +20,17 @@ _SHORTEST_SECRET = 6
 def redact(text: str) -> str:
     """Replace by ``***``: user and password in URIs, assigned or well-known tokens, and the secrets of the environment:
     values of variables with such names, and passwords in URIs (of six characters or more: shorter ones are words)."""
-    for secret in _secrets_of_environment():
+    return _redact(text, _secrets_of_environment())
+
+
+def redact_values(values: Mapping[str, object], longest: int) -> dict[str, str]:
+    """Return each value as redacted text of at most ``longest`` characters; reads the environment only once."""
+    secrets = _secrets_of_environment()
+    return {name: _redact(str(value), secrets)[:longest] for name, value in values.items()}
+
+
+def _redact(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, "***")
     text = _ASSIGNED.sub(r"\1***", _USER_IN_URI.sub("//***@", text))
     return _KNOWN_SHAPES.sub("***", text)

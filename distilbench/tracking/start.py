@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
 from distilbench.results import Owner, Status
 from distilbench.settings import CHECKOUT, TrialSettings, require
-from distilbench.tracking.redaction import redact
+from distilbench.tracking.redaction import redact, redact_values
 from distilbench.tracking.retries import suppress_codes
 from distilbench.tracking.search import CHOICES_TAG, TREATMENT_TAG, TRIAL_TAG
 
@@ -73,8 +73,8 @@ def params_of(settings: TrialSettings) -> dict[str, str]:
     A fallback appears only by its source; what was really used is in the tags.
     """
     values = select(settings, chain.from_iterable(TABLES))
-    told = {key: getattr(value, "source", value) for key, value in values.items()}
-    return {key: redact(format_param(value))[:LONGEST_PARAM] for key, value in told.items()}
+    told = {key: format_param(getattr(value, "source", value)) for key, value in values.items()}
+    return redact_values(told, LONGEST_PARAM)
 
 
 def format_param(value: object) -> str:
@@ -149,7 +149,7 @@ def process_tags() -> dict[str, str]:
         "distilbench.process_started": f"{owner.started:.2f}",
         "distilbench.gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     }
-    return {name: redact(str(value))[:LONGEST_TAG] for name, value in tags.items()}
+    return redact_values(tags, LONGEST_TAG)
 
 
 def environment_tags() -> dict[str, object]:
@@ -202,7 +202,7 @@ class RunContent:
     def of(cls, start: RunStart) -> RunContent:
         """Return the content of the run of a trial that begins."""
         told = {**process_tags(), **_git_tags(), **tags_of(start)}
-        tags = {name: redact(value)[:LONGEST_TAG] for name, value in told.items()}
+        tags = redact_values(told, LONGEST_TAG)
         datasets = {context: _dataset(start, context, examples) for context, examples in start.datasets.items()}
         return cls(redact(start.name), tags, params_of(start.settings), datasets, redact(start.config_yaml))
 

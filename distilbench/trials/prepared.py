@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -100,6 +101,7 @@ class Prepared:
         return trial_identity(self.protocol, settings, self.precision)
 
 
+@cache
 def version_of(library: str) -> str:
     """Return the version of an installed library; ``unknown`` without metadata, as in a checkout."""
     try:

@@ -49,6 +49,12 @@ class Hearts(InMemoryStorage, BaseHeartbeat):
         return None
 
 
+def set_each(storage: Hearts, trial_id: int, attributes) -> None:
+    """Set attributes as a database does it in one transaction."""
+    for name, value in attributes.items():
+        storage.set_trial_user_attr(trial_id, name, value)
+
+
 def gone() -> Owner:
     """A process that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -61,10 +67,11 @@ def result_key(point: Point) -> str:
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
     """``make(owner) -> SweepStudy``: the same study as another process would open it."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
+    monkeypatch.setattr("distilbench.sweep.study.set_user_attrs", set_each)
 
     def open_as(owner: Owner, **changes) -> SweepStudy:
         settings = SimpleNamespace()
