@@ -7,7 +7,7 @@ import errno
 import re
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,6 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialUserAttributeModel
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -180,10 +178,3 @@ def open_study(storage: Storage, name: str, directions: Sequence[str], pruner: A
             study_name=name, storage=storage_of(storage.url, grace_seconds), pruner=pruner, load_if_exists=True,
             directions=[StudyDirection[direction.upper()] for direction in directions],
         )  # fmt: skip
-
-
-def set_user_attrs(storage: Any, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Set user attributes of a running trial in one transaction; ``storage`` is a study's own."""
-    with _create_scoped_session(storage._backend.scoped_session) as session:
-        for given in attributes.items():
-            storage._backend._set_trial_attr_without_commit(session, TrialUserAttributeModel, trial_id, *given)

@@ -25,7 +25,6 @@ from distilbench.settings import SettingsError
 from distilbench.sweep.job import UNRESOLVED_IDENTITY
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point
-from distilbench.sweep.storage import set_user_attrs
 
 BASELINE_STUDY = "baseline"
 """Directory, and suffix of the study's name, for baselines that lie outside of the space."""
@@ -233,13 +232,13 @@ class SweepStudy:
         trial.set_user_attr("owner", asdict(self._owner))
         self._plan.space.suggest(self._plan.base, trial)
         point = self._view(trial.number).point
-        name = {"name": self._plan.name_of(point)}
+        trial.set_user_attr("name", self._plan.name_of(point))
         try:
             key = self._plan.result_key(point)
         except SettingsError as error:
-            self._tell(trial.number, Status.FAILED, str(error), name)
+            self._tell(trial.number, Status.FAILED, str(error), {})
             return None, False
-        set_user_attrs(self._storage, trial._trial_id, {**name, "key": key})
+        trial.set_user_attr("key", key)
         self.refresh()
         same = next((view for view in others if view.attribute("key") == key), None)
         if same is not None:
@@ -319,8 +318,8 @@ class SweepStudy:
     def _tell(self, number: int, status: Status, error: str | None, attributes: Mapping[str, Any],
               values: Sequence[float] = (), state: TrialState = TrialState.FAIL) -> None:  # fmt: skip
         if self.holds(number):  # another process may have taken it over
-            told = {**attributes, "status": status.value, "error": error}
-            set_user_attrs(self._storage, self.owned_trials[number], told)
+            for name, value in {**attributes, "status": status.value, "error": error}.items():
+                self._storage.set_trial_user_attr(self.owned_trials[number], name, value)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)
         self.refresh()
@@ -328,7 +327,8 @@ class SweepStudy:
 
     def holds(self, number: int) -> bool:
         """Return whether this process still owns a trial; another may have taken it over while this one was frozen."""
-        return self._view(number).owner == self._owner
+        view = self._view(number)  # ended, if the storage went silent after this process's last write
+        return view.status is Status.RUNNING and view.owner == self._owner
 
     def beat(self) -> None:
         """Send heartbeats for this process's trials: without them, :meth:`take_over_dead_trials` acts, on any host."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.storage import Storage, check_url, open_study, set_user_attrs, storage_at
+from distilbench.sweep.storage import check_url, open_study, storage_at
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite+pysqlite://", "postgresql:", "sweeps.db", "oracle://me@here/db"])
@@ -35,12 +35,3 @@ def test_a_study_lies_in_its_file_whatever_its_folder_is_called(tmp_path, monkey
     open_study(storage, "odd", ["maximize"], None, 60)
     assert storage.file.read_bytes().count(b"odd")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
-
-
-def test_attributes_of_a_trial_are_set_together_or_not_at_all(tmp_path):
-    study = open_study(Storage(url := f"sqlite:///{tmp_path}/study.db", url), "first", ["maximize"], None, 60)
-    trial, storage = study.ask(), study._storage
-    set_user_attrs(storage, trial._trial_id, {"status": "FAILED", "error": "it was"})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        set_user_attrs(storage, trial._trial_id, {"status": "FINISHED", "error": object()})
-    assert storage.get_trial(trial._trial_id).user_attrs == {"status": "FAILED", "error": "it was"}

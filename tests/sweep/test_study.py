@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import StudyDirection
@@ -49,12 +50,6 @@ class Hearts(InMemoryStorage, BaseHeartbeat):
         return None
 
 
-def set_each(storage: Hearts, trial_id: int, attributes) -> None:
-    """Set attributes as a database does it in one transaction."""
-    for name, value in attributes.items():
-        storage.set_trial_user_attr(trial_id, name, value)
-
-
 def gone() -> Owner:
     """A process that has ended."""
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -67,11 +62,10 @@ def result_key(point: Point) -> str:
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path):
     """``make(owner) -> SweepStudy``: the same study as another process would open it."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, storage=Hearts())
-    monkeypatch.setattr("distilbench.sweep.study.set_user_attrs", set_each)
 
     def open_as(owner: Owner, **changes) -> SweepStudy:
         settings = SimpleNamespace()
@@ -187,6 +181,25 @@ def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_whi
         assert mine.views()[number].status is Status.RUNNING, "what woke up has nothing to say any more"
         finish(mine, number, Status.RUNNING)
         assert end(mine, number).status is Status.INTERRUPTED
+
+
+def test_an_end_whose_answer_was_lost_is_not_told_again(make, monkeypatch):
+    study = make(ME)
+    number = study.take().number
+    finish(study, number)
+    tell = study.study.tell
+
+    def tell_and_lose_the_answer(*args, **kwargs):
+        tell(*args, **kwargs)
+        raise StorageInternalError("the connection broke")
+
+    monkeypatch.setattr(study.study, "tell", tell_and_lose_the_answer)
+    with pytest.raises(StorageInternalError):
+        study.tell(number, read_record(study.directory(number)))
+    monkeypatch.undo()
+    assert not study.holds(number)
+    study.tell(number, read_record(study.directory(number)))
+    assert (study.views()[number].status, study.owned_trials) == (Status.FINISHED, {})
 
 
 def test_an_interrupted_point_is_queued_as_what_continues_it(make):
