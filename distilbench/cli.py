@@ -318,6 +318,14 @@ _REWORDINGS = {
 group of an argument with ``~``."""
 
 
+_NAMES_OF_TRAINER = {
+    "learning_rate": "optim.lr", "per_device_train_batch_size": "train.batch_size", "fp16": "train.precision",
+    "bf16": "train.precision", "gradient_accumulation_steps": "train.micro_batch_size",
+    "early_stopping_patience": "train.patience", "model_name_or_path": "model.checkpoint",
+}  # fmt: skip
+"""Settings that have another name in Hugging Face's arguments, where spelling does not tell which is meant."""
+
+
 def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
     """Return the message for an unknown setting, with the most similar name in the command's configuration."""
     from difflib import get_close_matches
@@ -330,7 +338,8 @@ def _unknown_setting(name: str, chain: Sequence[BaseException]) -> str:
     nodes = (getattr(link, "parent_node", None) for link in chain)
     schemas = [OmegaConf.get_type(node._get_root()) for node in nodes if node is not None]
     names = setting_names(next(filter(is_dataclass, schemas), AppSettings))
-    same = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]  # in another group
+    last = name.rpartition(".")[2]
+    same = [known for known in names if known.rpartition(".")[2] == last or known == _NAMES_OF_TRAINER.get(last)]
     near = same if len(same) == 1 else get_close_matches(name, names, n=1)
     return f"{name} must be a setting that there is; " + (f"did you mean {near[0]}?" if near else "--help lists them")
 

@@ -44,6 +44,7 @@ def mistake(*overrides: str) -> str:
         ("nosuch=1", "nosuch must be a setting that there is; --help lists them"),
         ("freeze.layerz=1", "freeze.layerz must be a setting that there is; did you mean freeze.layers?"),
         ("train.lr=1", "train.lr must be a setting that there is; did you mean optim.lr?"),
+        ("optim.learning_rate=1", "optim.learning_rate must be a setting that there is; did you mean optim.lr?"),
         ("data.label_names=abc", "data.label_names must be a list, [abc], got 'abc'"),
         ("data.label_names=3", "data.label_names must be a list, [3], got '3'"),
         ("train.epochs=abc", "train.epochs must be a whole number, got 'abc'"),

@@ -86,13 +86,13 @@ def load_classifier(directory: Path, device: torch.device | str) -> Classifier:
             f"missing are {pluralize(len(lacking), 'weight')}, such as {min(lacking, default='')}; fine-tune it first: "
             "python -m distilbench.train model=local model.checkpoint=...")  # fmt: skip
     config: Any = model.config
-    own = getattr(config, "distilbench", {})
+    own = getattr(config, "distilbench", None)
     bounds = (tokenizer.model_max_length, resolved.max_tokens or LONGEST)
     names = tuple(str(name) for _, name in sorted(config.id2label.items()))
     single = getattr(config, "problem_type", None) in (None, "single_label_classification")
     require(single and len(set(names)) == len(names) > 1, "dir",
             "a model that gives each text one of several labels, named apart", str(directory))  # fmt: skip
-    return Classifier(model.eval().to(device), tokenizer, names, min(bounds), own)
+    return Classifier(model.eval().to(device), tokenizer, names, min(bounds), own if isinstance(own, dict) else {})
 
 
 def _load_pyfunc(directory: str) -> Classifier:
