@@ -188,7 +188,7 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
         )
     try:
         distribution = create_optuna_distribution_from_override(override)
-    except (ValueError, AssertionError, NotImplementedError) as error:  # the plugin checks user input by assert
+    except (ValueError, NotImplementedError) as error:
         raise SettingsError(f"{key} must be a space that Optuna takes, got {override.input_line!r}: {error}") from None
     assert isinstance(distribution, BaseDistribution)
     return distribution
