@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 
-from distilbench.identity import ProtocolIdentity, SourceUsed, treatment_of
+from distilbench.identity import ProtocolIdentity, SourceUsed
 from distilbench.results import Evaluation, Predictions, Status, TrialResult
 from distilbench.settings import TrackingSettings, register_schema, settings_from
 from distilbench.tracking.connect import open_store
 from distilbench.tracking.search import PARENT_TAG
-from distilbench.tracking.start import RunStart
+from distilbench.tracking.start import RunContent
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import sqlite_url
+from distilbench.trials.content import content_of
+from distilbench.trials.prepared import Job, SweepContext
 from tests.commands import lay_tables
 from tests.conftest import ROOT, TINY
 
@@ -38,31 +42,33 @@ def make_store(folder: Path) -> MlflowStore:
     return store
 
 
-def start_of(*overrides: str, text: str = "text", parent_run_id: str | None = None, **changes) -> RunStart:
-    """Return the start of a tiny trial; another ``text`` gives another protocol."""
-    if parent_run_id:
-        changes["tags"] = {PARENT_TAG: parent_run_id, **changes.get("tags", {})}
+def protocol_of(text: str = "text", **changes) -> ProtocolIdentity:
+    """Return the protocol of a tiny model on a text."""
+    sources = SourceUsed("random", "tiny", "feed"), SourceUsed("synthetic", text, text)
+    return replace(ProtocolIdentity(*sources, "accuracy", "validation", "validation"), **changes)
+
+
+def start_of(*overrides: str, text: str = "text", name: str = "trial", tags: Mapping[str, str] = {},
+             parent_run_id: str | None = None, run_id: str | None = None, alone: bool = True,
+             **changes) -> RunContent:  # fmt: skip
+    """Return what the run of a tiny trial contains; another ``text`` gives another protocol.
+
+    ``changes`` are of what it shares with other trials: ``protocol``, ``device``, ``precision``.
+    """
     register_schema()
     if GlobalHydra.instance().is_initialized():
         config = compose("config", [*TINY, "output.dir=.", *overrides])
     else:
         with initialize_config_dir(str(ROOT / "conf")):
             config = compose("config", [*TINY, "output.dir=.", *overrides])
-    settings = settings_from(config).trial
-    sources = SourceUsed("random", "tiny", "feed"), SourceUsed("synthetic", text, text)
-    values = {
-        "name": "trial",
-        "settings": settings,
-        "protocol": ProtocolIdentity(*sources, "accuracy", "validation", "validation"),
-        "treatment": treatment_of(settings, "fp32"),
-        "device": "cpu",
-        "precision": "fp32",
-        "measured_on": "cpu; trainer; fp32",
-        "versions": {"distilbench": "0.1.0"},
-        "config_yaml": "seed: 42\n",
-        "label_names": ("negative", "positive"),
-    }
-    return RunStart(**{**values, **changes})
+    settings = settings_from(config)
+    report = range(64)
+    splits = SimpleNamespace(train=range(256), selection=report, report=report, label_names=("negative", "positive"))
+    shared = {"protocol": protocol_of(text), "device": "cpu", "precision": "fp32", "splits": splits,
+              "engine": settings.engine, "model": SimpleNamespace(settings=settings.model)}  # fmt: skip
+    tags = {**({PARENT_TAG: parent_run_id} if parent_run_id else {}), **tags}
+    job = Job(settings, settings, str, SweepContext(name, tags))
+    return content_of(job, SimpleNamespace(**shared | changes), run_id, alone)
 
 
 def add_trial(

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distilbench.results import (
 from distilbench.tracking import undelivered
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, reason_of
-from distilbench.tracking.start import LONGEST_TAG, RunContent, RunStart
+from distilbench.tracking.start import LONGEST_TAG, RunContent, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def read_predictions(path: Path) -> Predictions:
     )
 
 
-def confusion_figure(predictions: Predictions, label_names: tuple[str, ...]) -> Any:
+def confusion_figure(predictions: Predictions, label_names: Sequence[str]) -> Any:
     """Return a confusion matrix as a matplotlib Figure; up to twenty labels, its cells show the counts."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -124,14 +125,15 @@ class MlflowRun:
     or another delivers it.
     """
 
-    def __init__(self, connection: Connection, start: RunStart) -> None:
-        self._connection, self._label_names = connection, start.label_names
-        self._directory = Path(start.settings.output.dir)
-        same = start.protocol.selection_split == start.protocol.report_split
-        self._split = "validation" if same else "selection"
+    def __init__(self, connection: Connection, content: RunContent) -> None:
+        self._connection, self._label_names = connection, content.label_names
+        self._directory, tags = Path(content.directory), content.tags
+        is_same = tags["distilbench.selection_split"] == tags["distilbench.report_split"]
+        self._split = "validation" if is_same else "selection"
         kept = undelivered.read(self._directory)
-        metrics = kept.metrics if kept and kept.run_id == start.run_id else []
-        self._pending = Undelivered(start.run_id, RunContent.of(start), metrics)
+        metrics = kept.metrics if kept and kept.run_id == content.run_id else []
+        whole = replace(content, tags={**process_tags(), **tags})
+        self._pending = Undelivered(content.run_id, whole, metrics)
         self._losses: list[tuple[int, float]] = []
         self._due = time.monotonic() + SHORTEST_WAIT
 

@@ -1,4 +1,4 @@
-"""What a run contains before its trial's first step, all redacted, and how it is created, at once or later."""
+"""Create, complete or reopen a run, at once or later, from its content before its trial's first step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distilbench.identity import TABLES, ProtocolIdentity, select, short_hash
-from distilbench.results import Owner, Status
+from distilbench.identity import TABLES, select
+from distilbench.results import Owner
 from distilbench.settings import CHECKOUT, TrialSettings, require
-from distilbench.tracking.redaction import redact, redact_values
+from distilbench.tracking.redaction import redact_values
 from distilbench.tracking.retries import suppress_codes
-from distilbench.tracking.search import CHOICES_TAG, TREATMENT_TAG, TRIAL_TAG
+from distilbench.tracking.search import TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,31 +37,19 @@ LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 500
 
 
 @dataclass(frozen=True)
-class RunStart:
-    """What is known about a trial before its first step."""
+class RunContent:
+    """What a run contains before its trial's first step, as MLflow gets it, redacted; can be stored as JSON."""
 
     name: str
-    settings: TrialSettings
-    """The settings really used, after all fallbacks."""
-    protocol: ProtocolIdentity
-    treatment: Mapping[str, object]
-    """From :func:`distilbench.identity.treatment_of`."""
-    device: str
-    precision: str
-    measured_on: str
-    versions: Mapping[str, str]
-    """Library name -> version."""
-    config_yaml: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str] = field(default_factory=dict)
+    datasets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """MLflow's context of a split (training, selection, validation) -> its record of it."""
+    config_yaml: str = ""
     """The resolved configuration."""
-    label_names: tuple[str, ...]
-    datasets: Mapping[str, int] = field(default_factory=dict)
-    """MLflow's context of an input (training, selection, validation) -> number of examples."""
-    alone: bool = True
-    """Whether the trial has the device to itself, not shared with a batch of others."""
-    choices: Mapping[str, object] = field(default_factory=dict)
-    """From :func:`distilbench.composition.typed_choices`."""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    """Of its sweep, with the id of its parent run."""
+    directory: str = ""
+    """The trial's, of its record; not redacted."""
+    label_names: Sequence[str] = ()
     run_id: str | None = None
     """An interrupted run to continue instead of making a new one."""
 
@@ -82,54 +69,6 @@ def format_param(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def tags_of(start: RunStart) -> dict[str, str]:
-    """Return all tags of a trial's run, except those of the process that trains it."""
-    tags = {
-        "distilbench.status": Status.RUNNING.value,
-        DIRECTORY: str(Path(start.settings.output.dir).absolute()),
-        "distilbench.protocol": start.protocol.id,
-        "distilbench.treatment": short_hash(dict(start.treatment)),
-        CHOICES_TAG: json.dumps(dict(start.choices)),
-        TREATMENT_TAG: json.dumps(dict(start.treatment), sort_keys=True),
-        "distilbench.seed": str(start.settings.seed),
-        "distilbench.metric": start.protocol.metric,
-        "distilbench.selection_split": start.protocol.selection_split,
-        "distilbench.report_split": start.protocol.report_split,
-        "distilbench.train_examples": str(start.datasets.get("training", 0)),
-        "distilbench.labels": json.dumps(start.label_names),
-        "distilbench.device": start.device,
-        "distilbench.precision": start.precision,
-        "distilbench.measured_on": start.measured_on,
-        "distilbench.alone": json.dumps(start.alone),
-        "mlflow.note.content": _note(start),
-    }
-    tags |= _source_tags("model", start) | _source_tags("data", start)
-    tags |= {f"distilbench.version.{library}": version for library, version in start.versions.items()}
-    return {**tags, **start.tags}
-
-
-def _source_tags(role: str, start: RunStart) -> dict[str, str]:
-    used = getattr(start.protocol, role)
-    return {
-        f"distilbench.{role}": used.describe(),
-        f"distilbench.{role}.source": used.kind,
-        f"distilbench.{role}.revision": used.revision or "",
-        f"distilbench.{role}.fingerprint": used.fingerprint,
-        f"distilbench.{role}.is_fallback": json.dumps(used.fallback_for is not None),
-    }
-
-
-def _note(start: RunStart) -> str:
-    """Return the run's description in Markdown, which MLflow's page of a run shows first."""
-    sizes = ", ".join(f"{examples:,} {context}" for context, examples in start.datasets.items())
-    return (
-        f"**Model** {start.protocol.model.describe()}  \n"
-        f"**Data** {start.protocol.data.describe()}" + (f" ({sizes} examples)" if sizes else "") + "  \n"
-        f"**Device** {start.device}, {start.precision}  \n"
-        f"**Protocol** `{start.protocol.id}`: only runs of the same protocol are comparable"
-    )
-
-
 def process_tags() -> dict[str, str]:
     """Return tags of this process: host, pid and start time tell whether the process of a RUNNING run is alive.
 
@@ -144,6 +83,7 @@ def process_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         **resolve_tags(ignore=[GitRunContext]),  # type: ignore[list-item]  # classes, as its text says
         **environment_tags(),
+        **_git_tags(),
         "distilbench.host": owner.host,
         "distilbench.pid": str(owner.pid),
         "distilbench.process_started": f"{owner.started:.2f}",
@@ -185,40 +125,6 @@ def _git_tags() -> dict[str, str]:
     commit = re.search("^# branch.oid ([0-9a-f]+)$", told, re.MULTILINE)
     dirty = re.search("^[^#]", told, re.MULTILINE) is not None
     return {"mlflow.source.git.commit": commit[1], "mlflow.source.git.dirty": json.dumps(dirty)} if commit else {}
-
-
-@dataclass(frozen=True)
-class RunContent:
-    """The start of a trial as MLflow gets it, redacted; can be stored as JSON."""
-
-    name: str
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    datasets: Mapping[str, Mapping[str, str]]
-    """Context of a split -> MLflow's record of it."""
-    config_yaml: str
-
-    @classmethod
-    def of(cls, start: RunStart) -> RunContent:
-        """Return the content of the run of a trial that begins."""
-        told = {**process_tags(), **_git_tags(), **tags_of(start)}
-        tags = redact_values(told, LONGEST_TAG)
-        datasets = {context: _dataset(start, context, examples) for context, examples in start.datasets.items()}
-        return cls(redact(start.name), tags, params_of(start.settings), datasets, redact(start.config_yaml))
-
-
-def _dataset(start: RunStart, context: str, examples: int) -> dict[str, str]:
-    """Return MLflow's record of a split; the digest is that of the split, not of the whole text."""
-    source = start.protocol.data
-    kind, key = ("hugging_face", "path") if source.kind == "hub" else ("local", "uri")
-    origin = {key: source.name, "revision": source.revision, "fingerprint": source.fingerprint}
-    return {
-        "name": redact(source.name)[:LONGEST_NAME],
-        "digest": short_hash((source.fingerprint, context, examples)),
-        "source_type": kind,
-        "source": redact(json.dumps(origin)),
-        "profile": json.dumps({"num_rows": examples}),
-    }
 
 
 def log_batch(

@@ -31,7 +31,7 @@ from distilbench.tracking.search import (
     trained_beside_others,
     trial_of,
 )
-from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, RunStart, claim_run, log_batch, process_tags
+from distilbench.tracking.start import DIRECTORY, LONGEST_TAG, RunContent, claim_run, log_batch, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
@@ -64,14 +64,14 @@ class MlflowStore:
         self._connection = Connection(self._client, self._experiment_id)
         self._artifacts: dict[str, str] = {}
 
-    def begin(self, start: RunStart) -> MlflowRun:
+    def begin(self, content: RunContent) -> MlflowRun:
         """Create (or reopen) the run with its tags, parameters, data sets and configuration.
 
         If a server is unreachable, a trial of a sweep begins without a run, which is created later; any other waits.
         """
-        run = MlflowRun(self._connection, start)
+        run = MlflowRun(self._connection, content)
         if (
-            SWEEP_TAG in start.tags
+            SWEEP_TAG in content.tags
             and self._address.file is None
             and not self._connection.attempt("a new run", run.open)
         ):
@@ -203,7 +203,7 @@ class MlflowStore:
         ``directory`` holds the records of its trials.
         """
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
-        content = RunContent(redact(name), {**fresh, **process_tags(), **tags}, {}, {}, "")
+        content = RunContent(redact(name), {**fresh, **process_tags(), **tags})
         with self._address.errors_as_settings_error():
             run = retry_outage(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
         undelivered.discard(directory)

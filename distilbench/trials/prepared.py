@@ -21,8 +21,6 @@ from distilbench.report.names import name_of, varying_values
 from distilbench.results import Evaluation
 from distilbench.settings import AppSettings, EngineSettings, TrialSettings, root
 
-LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "hydra-core", "mlflow", "distilbench")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -93,7 +91,6 @@ class Prepared:
     engine: EngineSettings
     device: str
     precision: str
-    measured_on: str
     seconds: float
 
     def identity_of(self, settings: AppSettings) -> TrialIdentity:
@@ -122,17 +119,14 @@ def prepare(settings: AppSettings) -> Prepared:
     splits = encode(text, load_tokenizer(model), settings.train.max_length, root() / "outputs" / "cache")
     report = "train (held out)" if settings.data.report_fraction else "validation"
     selection = "validation" if splits.selection is splits.report or report != "validation" else "train (held out)"
-    name = describe_device(device)
     return Prepared(
         model=model,
         text=text,
         splits=splits,
         protocol=ProtocolIdentity(model.used, text.used, settings.train.metric, selection, report),
         engine=engine,
-        device=name,
+        device=describe_device(device),
         precision=precision,
-        measured_on=f"{name}; {engine.name}; {precision}; torch {version_of('torch')}; "
-        f"transformers {version_of('transformers')}",
         seconds=time.perf_counter() - start,
     )
 

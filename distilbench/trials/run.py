@@ -13,13 +13,11 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from distilbench.engines import checkpoints, engine_for
 from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.device import resolve_device
-from distilbench.identity import treatment_of
 from distilbench.report.trial import Comparison
 from distilbench.results import (
     PREDICTIONS,
@@ -36,10 +34,11 @@ from distilbench.results import (
 from distilbench.settings import AppSettings, SettingsError
 from distilbench.tracking.run import MlflowRun, final_metrics, write_predictions
 from distilbench.tracking.search import trial_of
-from distilbench.tracking.start import RunStart, tags_of
+from distilbench.tracking.start import RunContent
 from distilbench.tracking.store import MlflowStore
+from distilbench.trials.content import content_of
 from distilbench.trials.interruptions import SignalGuard, TrialTakenOver
-from distilbench.trials.prepared import LIBRARIES, Job, Prepared, SweepContext, prepared_trial, version_of
+from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_trial
 from distilbench.trials.progress import ProgressBars
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,8 @@ class Trial:
     prepared: Prepared
     store: MlflowStore | None
     """None without tracking."""
-    start: RunStart | None = None
-    """What is known before its first step; like the next two, None until the trial has begun."""
+    content: RunContent | None = None
+    """What its run contains before its first step; like the next two, None until the trial has begun."""
     record: Record | None = None
     run: MlflowRun | None = None
     ended: TrialResult | None = None
@@ -106,8 +105,8 @@ class Trial:
     @property
     def stored(self) -> StoredTrial:
         """The trial as the store would return it; only for one that has a result."""
-        assert self.start is not None
-        tags, metrics = {**tags_of(self.start), "distilbench.status": self.result.status}, final_metrics(self.result)
+        assert self.content is not None
+        tags, metrics = {**self.content.tags, "distilbench.status": self.result.status}, final_metrics(self.result)
         return trial_of(self.run_id or "", self.name, tags, metrics, predictions=self.predictions)
 
     def holds_lease(self) -> bool:
@@ -177,8 +176,9 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
         for trial, record in zip(trials, records, strict=True):
             device = trial.settings.engine.device
             shares = trial.context.is_quiet and resolve_device(device).type == "cpu"  # GPUs are handed out
-            trial.start = _start_of(trial, record.run_id, alone=len(trials) == 1 and not shares)
-            trial.run = trial.store.begin(trial.start) if trial.store else None
+            is_alone = len(trials) == 1 and not shares
+            trial.content = content_of(trial.job, trial.prepared, record.run_id, is_alone)
+            trial.run = trial.store.begin(trial.content) if trial.store else None
             trial.record = replace(record, run_id=trial.run_id)
             opened.append(trial)
             _write_first(trial.record, trial.directory)
@@ -237,34 +237,6 @@ def _begin(trial: Trial) -> Record:
             "use the settings it was started with, or another hydra.run.dir"
         )
     return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
-
-
-def _start_of(trial: Trial, run_id: str | None, alone: bool) -> RunStart:
-    """Return what is known before the first step; ``run_id`` is an interrupted run to continue.
-
-    A trial that is ``alone`` has the device to itself, so that its training time is valid.
-    """
-    prepared, context, splits = trial.prepared, trial.context, trial.prepared.splits
-    parts = {"training": splits.train, "selection": splits.selection, "validation": splits.report}
-    if splits.selection is splits.report:
-        del parts["selection"]
-    return RunStart(
-        name=context.name,
-        settings=prepared_trial(trial.settings, prepared),
-        protocol=prepared.protocol,
-        treatment=treatment_of(trial.settings, prepared.precision),
-        device=prepared.device,
-        precision=prepared.precision,
-        measured_on=prepared.measured_on,
-        versions={library: version_of(library) for library in LIBRARIES},
-        config_yaml=OmegaConf.to_yaml(OmegaConf.create(asdict(trial.settings))),
-        label_names=splits.label_names,
-        datasets={part: len(split) for part, split in parts.items()},
-        alone=alone,
-        choices=trial.job.choices,
-        tags=context.tags,
-        run_id=run_id,
-    )
 
 
 def _write_first(record: Record, directory: Path) -> None:
