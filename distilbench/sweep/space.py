@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from distilbench.composition import baseline_choices, baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_of
-from distilbench.settings import AppSettings, SettingsError
+from distilbench.settings import AppSettings, SettingsError, require
 from distilbench.sweep.storage import STORAGE_ERRORS
 from distilbench.tracking.retries import reason_of
 from distilbench.tracking.start import params_of
@@ -147,6 +147,9 @@ def _values(distribution: BaseDistribution) -> Sequence[Any] | None:
     return [low + i * step for i in range(round((high - low) / step) + 1)]
 
 
+LONGEST_RANGE = 10_000_000
+"""Maximum number of values of a range: some are written out as a list."""
+
 _DEPTH = re.compile(r"^(freeze\.layers=.*)\bdepth\b")
 
 
@@ -176,6 +179,11 @@ def read_space(params: DictConfig | None, arguments: Sequence[str], loader: Conf
 def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistribution:
     from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
 
+    if override.is_range_sweep():
+        value: Any = override.value()
+        is_short = value.step and abs(value.stop - value.start) <= LONGEST_RANGE * abs(value.step)  # False for NaN
+        require(is_short, key, f"a range of at most {LONGEST_RANGE:,} values", override.input_line,
+                "take a longer step, or interval(low,high) with hydra/sweeper=optuna")  # fmt: skip
     if override.is_choice_sweep() or (is_grid and override.is_range_sweep()):
         choices: list[Any] = list(dict.fromkeys(override.sweep_iterator(transformer=Transformer.encode)))
         if choices:

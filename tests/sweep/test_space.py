@@ -192,6 +192,15 @@ def test_what_is_no_space_is_refused_in_one_line(line, is_grid, refused):
         read(line, is_grid=is_grid)
 
 
+@pytest.mark.parametrize("is_grid", [True, False])
+@pytest.mark.parametrize("ends", ["0,1e30", "0,inf", "0,1,nan", "0,1,0"])
+def test_a_range_that_would_never_be_written_out_is_refused(ends, is_grid):
+    with pytest.raises(
+        SettingsError, match=rf"^optim.lr must be a range of at most 10,000,000 .*range\({ends}\)'; take "
+    ):
+        read(f"optim.lr=range({ends})", is_grid=is_grid)
+
+
 def test_optuna_takes_groups_by_a_pattern_and_each_choice_once():
     loader: Any = SimpleNamespace(get_group_options=lambda *_, **__: ["auto", "head", "none"])
     space = read_space(None, ["freeze=glob([n*,h*])", "optim.lr=1e-5,0.00001,1e-4"], loader, is_grid=False)
