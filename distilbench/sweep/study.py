@@ -174,10 +174,14 @@ class SweepStudy:
         return len(inside) >= self._plan.space.size
 
     def is_void(self, view: TrialView) -> bool:
-        """Return whether a trial does not count: interrupted, (to be) trained again, or a copy of a running one."""
-        is_pending_copy = view.status is Status.REUSED and bool(view.attribute("pending"))
+        """Return whether a trial does not count: interrupted, (to be) trained again, or a copy of one without a result.
+
+        While that one runs, the copy counts, or its point would be queued again every second.
+        """
+        pending = view.attribute("pending")
+        is_pending_copy = pending and self.views()[view.attribute("reused_from")].status is not Status.RUNNING
         is_retried = view.number in self.retry or view.number < self._last.get(view.point_key, 0)
-        return view.status is Status.INTERRUPTED or is_pending_copy or is_retried
+        return bool(view.status is Status.INTERRUPTED or is_pending_copy or is_retried)
 
     def queue(self) -> None:
         """Queue the next trials to train, and remove waiting ones that lie outside of the current space."""

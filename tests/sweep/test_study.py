@@ -269,14 +269,20 @@ def test_a_grid_goes_on_beyond_any_number_of_points_that_were_evaluated_before(m
     assert not study.has_more()
 
 
-def test_a_copy_of_a_trial_under_way_is_void_and_one_of_an_ended_trial_is_not(make):
-    study = make(ME, result_key=lambda point: "all alike")
+def test_a_copy_of_a_trial_under_way_is_made_once_and_is_void_when_that_has_ended(make):
+    points = Space({"seed": CategoricalDistribution([1, 2])}, []).points()
+    study = make(ME, space=Space({"seed": CategoricalDistribution([1, 2])}, []), points=points, is_grid=True,
+                 result_key=lambda point: "all alike")  # fmt: skip
     first = study.take()
-    assert study.take() is None
+    for _ in range(3):  # the runner asks every second
+        assert study.take() is None
+        study.queue()
+    assert not study.has_more()
+    assert [view.status for view in study.views()] == ["RUNNING", "REUSED"]
     finish(study, first.number)
     end(study, first.number)
     assert study.take() is None
-    assert [study.is_void(view) for view in study.views()[:3]] == [False, True, False]
+    assert [study.is_void(view) for view in study.views()] == [False, True, False]
     assert study.owned_trials == {}
 
 
