@@ -115,8 +115,9 @@ def command_for(config: DictConfig, choices: Mapping[str, str]) -> str:
     by_group = [group for group in groups if dict(_leaves(_composed(group))) != default]
     usual = dict(_leaves(_composed(*groups)))
     resolved = dict(_leaves(OmegaConf.structured(settings_from(config))))
-    changed = {key: value for key, value in _leaves(config) if value != usual[key]}
-    overrides = {key: value if "${" in str(value) else resolved[key] for key, value in changed.items()}
+    changed = {key: value for key, value in _leaves(config) if key not in usual or value != usual[key]}
+    overrides = {key: value if "${" in str(value) else resolved[key] for key, value in changed.items() if key in usual}
+    overrides |= {f"+{key}": value for key, value in changed.items() if key not in usual}  # what another setting reads
     for key, value in changed.items():
         if isinstance(value, dict):  # of a fallback, only the given keys: Hydra accepts no others
             overrides[key] = {name: overrides[key][name] for name in value}

@@ -67,6 +67,7 @@ def test_what_is_added_with_a_plus_is_refused_unless_a_setting_reads_it(composin
         ["model=tiny", "data=synthetic", "tracking=none", "data.label_names=['a=b','c, d']"],
         ["data=tweets", "optim=sgd", "train.precision=fp32", "train.eval_steps=5"],
         ["data.fallback=null", "model.fallback=null"],
+        ["+depth=2", "freeze.layers=${depth}"],
         ["model=minilm", "model.fallback={source:random,checkpoint:bert,layers:2}", "data.fallback.source=synthetic"],
     ],
 )

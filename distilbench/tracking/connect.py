@@ -73,8 +73,12 @@ def find_store(settings: TrackingSettings) -> MlflowStore:
     from mlflow import MlflowClient
 
     with address.errors_as_settings_error():
-        if address.artifacts is not None:
-            _check_database(address)
+        try:
+            if address.artifacts is not None:
+                _check_database(address)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:  # the low byte of an extended code
+                raise
         return MlflowStore(address, _experiment_of(MlflowClient(address.uri), settings), settings.patience_seconds)
 
 

@@ -48,11 +48,13 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether a later attempt may succeed; a refusal or a full disk is permanent."""
+    """Return whether a later attempt may succeed; a refusal, a full disk and a read-only database are permanent."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import OperationalError
 
+    if "readonly database" in str(error):
+        return False
     if isinstance(error, MlflowException):
         return error.error_code in _PASSING
     return isinstance(error, (RequestException, ConnectionError, TimeoutError, OperationalError, sqlite3.Error))

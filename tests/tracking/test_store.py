@@ -7,13 +7,17 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -727,7 +731,6 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatc
 
 
 def test_a_locked_database_is_told_in_one_line(uri, store, monkeypatch):
-    import sqlite3
 
     from distilbench.tracking import connect
 
@@ -747,6 +750,24 @@ def test_a_locked_file_is_waited_for_no_longer_than_patience_at_each_attempt(tmp
     store = open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/own.db", "tests", patience))
     with store._client._tracking_client.store.ManagedSessionMaker() as session:
         assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * waits
+
+
+def test_a_store_that_cannot_be_written_to_is_read_and_what_it_does_not_take_is_not_waited_for(
+    uri, store, start, tmp_path, monkeypatch, caplog
+):
+    from mlflow.exceptions import MlflowException
+
+    run_id = finished(store, start())
+    read = partial(sqlite3.connect, uri=True)
+    monkeypatch.setattr(sqlite3, "connect", lambda file, *given, **more: read(f"file:{file}?mode=ro", *given, **more))
+    shutil.copy(uri.removeprefix("sqlite:///"), tmp_path / "kept.db")
+    found = find_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/kept.db", "tests", 0))
+    assert found.search({}, (run_id,))[0].accuracy == 0.75
+    refused = Mock(side_effect=MlflowException("attempt to write a readonly database"))
+    monkeypatch.setattr(found._client, "set_experiment_tag", refused)
+    assert "viewStateShareKey" not in found.runs_url()
+    told = "MLflow did not get a view of the runs: attempt to write a readonly database"
+    assert [record.getMessage() for record in caplog.records] == [told]
 
 
 def test_a_deleted_experiment_is_refused(uri, store, client):
