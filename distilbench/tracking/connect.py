@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distilbench.settings import SettingsError, TrackingSettings
-from distilbench.tracking.retries import LOCK_SECONDS, retry_outage, suppress_codes
+from distilbench.tracking.retries import retry_outage, suppress_codes
 from distilbench.tracking.start import environment_tags
 from distilbench.tracking.store import MlflowStore
 from distilbench.tracking.uri import StoreAddress, local_folder, sqlite_url, store_address_of
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 4.0
+"""Longest wait for a locked SQLite file before anything begins; MLflow's own calls wait 20 s."""
 
 EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
 UNUSED_VARIABLES = ("MLFLOW_RUN_ID", "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
@@ -143,7 +146,7 @@ def _check_database(address: StoreAddress) -> None:
         sqlalchemy.create_engine(address.uri).connect().close()
         return
     own = address.file.resolve().parent / "mlruns"
-    with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS[0])) as database, database:
+    with contextlib.closing(sqlite3.connect(address.file, timeout=LOCK_SECONDS)) as database, database:
         database.execute("BEGIN IMMEDIATE")
         known = database.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
         for number, name, location in known:

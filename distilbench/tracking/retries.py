@@ -7,13 +7,10 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from distilbench.settings import SettingsError
 from distilbench.tracking.redaction import redact
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +19,6 @@ POLL_SECONDS = 2.0
 
 RETRY_SECONDS = 30.0
 """How long a write that is not kept on disk is retried."""
-
-LOCK_SECONDS = 4.0, 20.0
-"""Shortest and longest wait of an attempt for a locked SQLite file; between these, ``tracking.patience_seconds``."""
 
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's error codes for a server that is unreachable, restarting or overloaded; all others are permanent."""
@@ -107,24 +101,14 @@ def retry_outage(seconds: float, action: Callable[[], _Answer]) -> _Answer:
             time.sleep(POLL_SECONDS)
 
 
-def limit_lock_wait(client: MlflowClient, seconds: float) -> None:
-    """Make a client of a SQLite file wait up to ``seconds`` for its lock; MLflow asks for 20 s in each session."""
-    from sqlalchemy import event
-
-    def limit(_: object, __: object, statement: str, parameters: object, *___: object) -> tuple[str, object]:
-        return statement.replace("busy_timeout = 20000", f"busy_timeout = {seconds * 1000:.0f}"), parameters
-
-    event.listen(client._tracking_client.store.engine, "before_cursor_execute", limit, retval=True)
-
-
 class Connection:
     """MLflow's client for one experiment, which reports each outage only once.
 
     Without a client (no tracking), every write counts as done.
     """
 
-    def __init__(self, client: MlflowClient | None = None, experiment_id: str = "") -> None:
-        self.client: Any = client
+    def __init__(self, client: Any = None, experiment_id: str = "") -> None:
+        self.client = client
         self.experiment_id = experiment_id
         self.is_unreachable = False
         """Whether the store was unreachable at the last attempt."""

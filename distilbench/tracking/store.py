@@ -18,7 +18,7 @@ from distilbench.tracking import undelivered
 from distilbench.tracking.mlflow_tables import search_database
 from distilbench.tracking.model import log_model
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import LOCK_SECONDS, Connection, as_settings_error, limit_lock_wait, retry_outage
+from distilbench.tracking.retries import Connection, as_settings_error, retry_outage
 from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
 from distilbench.tracking.search import (
     CONFIRMS_TAG,
@@ -58,9 +58,6 @@ class MlflowStore:
         self._experiment = experiment.name
         self._experiment_id = str(experiment.experiment_id)
         self._client = MlflowClient(address.uri)
-        if address.file:
-            shortest, longest = LOCK_SECONDS
-            limit_lock_wait(self._client, min(max(shortest, patience_seconds), longest))
         self._connection = Connection(self._client, self._experiment_id)
         self._artifacts: dict[str, str] = {}
 

@@ -721,7 +721,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(store, monkeypatch)
 def test_a_database_that_cannot_be_used_is_told_in_one_line(tmp_path, monkeypatch):
     from distilbench.tracking import connect
 
-    monkeypatch.setattr(connect, "LOCK_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(connect, "LOCK_SECONDS", 0.1)
     (tmp_path / "text.db").write_text("no database, but a text of some length " * 100)
     with pytest.raises(SettingsError, match=r"^tracking.uri must be .*text.db: file is not a database; check the file"):
         open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/text.db", "tests", 0))
@@ -734,22 +734,12 @@ def test_a_locked_database_is_told_in_one_line(uri, store, monkeypatch):
 
     from distilbench.tracking import connect
 
-    monkeypatch.setattr(connect, "LOCK_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(connect, "LOCK_SECONDS", 0.1)
     holder = sqlite3.connect(uri.removeprefix("sqlite:///"))
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(SettingsError, match="database is locked"):
         open_store(TrackingSettings("mlflow", uri, "tests", 0))
     holder.close()
-
-
-@pytest.mark.parametrize(("patience", "waits"), [(0, 4.0), (7.5, 7.5), (300, 20.0)])
-def test_a_locked_file_is_waited_for_no_longer_than_patience_at_each_attempt(tmp_path, patience, waits):
-    from sqlalchemy import text
-
-    lay_tables(tmp_path / "own.db")
-    store = open_store(TrackingSettings("mlflow", f"sqlite:///{tmp_path}/own.db", "tests", patience))
-    with store._client._tracking_client.store.ManagedSessionMaker() as session:
-        assert session.execute(text("PRAGMA busy_timeout")).scalar() == 1000 * waits
 
 
 def test_a_store_that_cannot_be_written_to_is_read_and_what_it_does_not_take_is_not_waited_for(
