@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -52,11 +55,29 @@ def planned(*typed: str):
         ),
         (["seed=1,2", "hydra/launcher=joblib", "hydra.launcher.prefer=x"], "joblib takes: prefer=x is not a valid"),
         ([*OPTUNA, "hydra.sweeper.storage=5"], "hydra.sweeper.storage must be the URL of a database, got 5"),
-        ([*OPTUNA, "hydra.sweeper.sampler=random"], "got 'random'; choose one by hydra/sweeper/sampler=random"),
+        (
+            [*OPTUNA, "hydra.sweeper.sampler=random"],
+            "hydra.sweeper.sampler must be settings of a sampler, got "
+            "'random'; choose one by hydra/sweeper/sampler=random",
+        ),
         ([*OPTUNA, "hydra.sweeper.study_name=a/b"], "hydra.sweeper.study_name must be letters"),
         (
             [*OPTUNA, "sweep.name=a", "hydra.sweeper.study_name=b"],
             "study_name must be left to sweep.name, got 'b'",
+        ),
+        (
+            ["seed=1,2", "sweep.seeds=[1,2]"],
+            "sweep.seeds must be null where seed varies, got [1, 2]; drop one of the two",
+        ),
+        (["margin=1,2"], "margin must be one value for a whole sweep, got '1, 2'; run a sweep for each"),
+        (
+            ["seed=1,2", "output.dir=here"],
+            "output.dir must be left to a sweep, which gives each trial its own, got 'here'",
+        ),
+        (["seed=range(0,3)", "sweep.max_grid=2"], "got 2 for a grid of 3; to train them all: sweep.max_grid=3"),
+        (
+            [*OPTUNA, "hydra.sweeper.direction=up"],
+            "direction must be minimize or maximize for each of ['accuracy'], got",
         ),
         ([*OPTUNA, "hydra.sweeper.custom_search_space=no.such"], "custom_search_space must be the dotted path"),
     ],
@@ -112,3 +133,44 @@ def test_what_is_no_key_of_a_sweeper_is_refused_in_a_line(capsys, key):
     with pytest.raises(SystemExit):
         sweeper.sweep([])
     assert f"hydra.sweeper.{key} must be a key of this sweeper, got 1; --cfg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "max_failures"),
+    [("sweep.max_failures=null", math.inf), ("sweep.max_failures=1", 1), ("sweep.max_failures=0.5", 1),
+     ("hydra.sweeper.max_failure_rate=0.25", 0.5)],
+)  # fmt: skip
+def test_failures_are_tolerated_as_a_number_or_as_a_share_of_all_trials(typed, max_failures):
+    assert planned(*OPTUNA, typed).max_failures == max_failures
+
+
+@pytest.mark.parametrize(
+    ("typed", "split"),
+    [("seed=7", "validation split, which also reports"),
+     ("data.report_fraction=0.2", "validation split; a part of train only reports"),
+     ("data.selection_fraction=0.2", "selection split held out of train")],
+)  # fmt: skip
+def test_a_plan_says_which_split_ranks_its_trials_and_what_a_continued_sweep_must_keep(typed, split):
+    plan = planned(*OPTUNA, "sweep.objectives=[accuracy,train_seconds]", "sweep.pruner=median", typed)
+    assert plan.chosen_by == f"accuracy and train_seconds on the {split}; pruned by accuracy alone"
+    assert replace(plan, objectives=("f1",)).chosen_by == f"f1 on the {split}"
+    kept = plan.identity
+    assert (kept["objectives"], kept["directions"]) == (["accuracy", "train_seconds"], ["maximize", "minimize"])
+    assert (kept["fixed"], [*kept["space"]]) == (plan.fixed, ["freeze.layers"])
+
+
+def test_depth_is_that_of_the_shallowest_model():
+    found = [planned("hydra/sweeper=optuna", "search=accuracy", *more).space.dimensions["freeze.layers"].high
+             for more in ((), ("model.layers=1,2",))]  # fmt: skip
+    assert found == [2, 1]
+
+
+def test_a_grid_trains_its_baselines_first_and_only_what_lies_beside_it_is_outside():
+    inside, outside = planned("freeze.layers=1,0"), planned("freeze.layers=1,2")
+    assert [(point.params["freeze.layers"], point.is_baseline) for point in inside.points] == [(0, True), (1, False)]
+    assert (inside.outside_baselines, inside.total, inside.is_selection) == ([], 2, False)
+    assert [point.is_baseline for point in outside.points] == [False, False]
+    assert len(outside.outside_baselines) == 1
+    assert (outside.total, outside.is_selection, outside.is_grid) == (2, True, True)
+    assert planned("seed=1,2", "freeze.layers=1").is_selection is False
+    assert planned("freeze.layers=1,2", "sweep.baseline=false").outside_baselines == []
