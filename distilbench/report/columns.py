@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -233,9 +234,12 @@ def _longest_part(texts: Sequence[str]) -> int:
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
     """Lay out rows for a terminal of ``width`` characters; if too narrow, brackets move to a second line.
 
-    The setting's column then gets the remaining width, because Rich would narrow all text columns equally.
+    The setting's column then gets the remaining width, because Rich would narrow all text columns equally. If even that
+    is too narrow, the last columns are left out, because Rich would cut digits off.
     """
     columns = drop_empty(columns, rows)
+    least = [8 if one.key == "verdict" else _width([one], rows, is_folded=True, least=0) for one in columns]
+    columns = [one for one, total in zip(columns, accumulate(least), strict=True) if total <= width] or columns[:1]
     is_folded = _width(columns, rows) > width
     room = width - 2 - _width([column for column in columns if column.key != "setting"], rows, is_folded)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)

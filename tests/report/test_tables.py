@@ -62,6 +62,13 @@ def test_a_narrow_or_piped_report_fits_eighty_columns_without_control_codes(repo
         assert words in text
 
 
+@pytest.mark.parametrize("width", [26, 32, 40, 50])
+def test_a_terminal_of_few_columns_leaves_columns_out_and_cuts_no_figure_off(width):
+    table = printed(report_of(sweep(4, seeds=2)), width).partition("setting  ")[2].partition("Good enough")[0]
+    assert table.count("±") == table.count("± 0.00 %") == 4
+    assert table.count("(-") == len(re.findall(r"\(-\d\.\d\d to [+-]\d\.\d\d\)", table))
+
+
 def test_long_names_of_settings_cut_no_figure_off_at_eighty_columns():
     named = treatment() | {"a_setting_with_a_name_of_its_own": 128}
     base, ours = trial(0.9, train_flops=4e12), trial(0.9, 1, 1, named, train_flops=2e12)
