@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 from rich import box
@@ -53,22 +54,12 @@ class Column:
 
 def _attribute(path: str) -> Callable[[Row], Any]:
     """Return a getter for a dotted attribute of a row, such as ``difference.low``; it returns None if missing."""
-
-    def value(found: Any) -> Any:
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        return found
-
-    return value
+    return lambda row: reduce(lambda found, name: getattr(found, name, None), path.split("."), cast(Any, row))
 
 
 def _mean(measure: str) -> Callable[[Row], Value]:
     """Return a getter for the mean of a measure over seeds; it is not known of a slice."""
     return lambda row: math.nan if row.slice else average([getattr(trial, measure) for trial in row.trials])[0]
-
-
-def _setting(key: str) -> Callable[[Row], Value]:
-    return lambda row: str(row.treatment.get(key, ""))
 
 
 def _difference(row: Row) -> str:
@@ -157,7 +148,8 @@ _ALL = (
     Column("status", _attribute("status")),
     Column("protocol", _attribute("first_trial.protocol_id")),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
-    *(Column(key, _setting(key)) for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
+    *(Column(key, lambda row, key=key: str(row.treatment.get(key, "")))  # type: ignore[misc]
+      for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
 )  # fmt: skip
 CSV = {column.key: column for column in _ALL}
 
