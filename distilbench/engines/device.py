@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from joblib.externals import loky
@@ -134,6 +135,7 @@ def reset_peak_memory(device: torch.device) -> None:
     Otherwise it counts: MiniLM on SST-2 took 955 to 1,126 MiB by its place in a sweep, now 973 to 1,039 (2026-11-27).
     """
     if device.type == "cuda":
+        torch.cuda.init()  # a process that has not used the device yet has no peak to reset
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
         libc.malloc_trim(0)
@@ -145,7 +147,8 @@ def peak_memory(device: torch.device) -> int:
     That is the driver's allocation on MPS and the process's resident set on the CPU; sample it to find the peak.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        # max_memory_allocated() would collect all statistics, for each trial of a group at each log record
+        return int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return int(psutil.Process().memory_info().rss)
@@ -184,6 +187,12 @@ def gc_frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy ``array`` to the device; a GPU does so in its own time, without being waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def release_memory() -> None:

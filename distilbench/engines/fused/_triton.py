@@ -14,6 +14,7 @@ import triton.language as tl
 _MASK = ["site", "dropped", "count", "rows", "blocks", "columns", "numbered_rows", "numbered_blocks", "stride"]
 _ADAMW = ["scalars_stride", "constants_stride"]
 _NORM = ["rows", "blocks", "shared_x", "shared_branch", "orders", "site", "dropped"]
+_ROWS = ["tokens", "order_stride", "table_stride", "width"]
 _ATTENTION = ["order_stride", "query_rows", "key_rows", "one_query", "site", "dropped", "query_blocks"]
 _BATCH = ["first", "lengths"]
 """Views into the description of a batch, which have no alignment."""
@@ -48,6 +49,43 @@ def dropout_mask(
     tl.store(mask + order.to(tl.int64) * stride + target, values, mask=(place < count) & (column < columns))
 
 
+@triton.jit
+def _load_gradient(grad, compute_grad, trial, column, size, low_start, low_stop):
+    """Load these columns of a trial's gradient, which between ``low_start`` and ``low_stop`` is in low precision."""
+    at, there = trial.to(tl.int64) * size + column, column < size
+    if compute_grad is not None:
+        low = (column >= low_start) & (column < low_stop)
+        low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
+        g = tl.load(grad + at, mask=there & ~low, other=0.0)
+        g += tl.load(compute_grad + low_at, mask=low, other=0.0).to(g.dtype)
+    else:
+        g = tl.load(grad + at, mask=there, other=0.0)
+    return g
+
+
+@triton.jit
+def square_sums(grad, compute_grad, sums, size, low_start, low_stop, BLOCK: tl.constexpr):
+    """Sum the squares of one block of columns of one trial's gradient."""
+    trial = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    g = _load_gradient(grad, compute_grad, trial, column, size, low_start, low_stop)
+    tl.store(sums + trial * tl.num_programs(0) + tl.program_id(0), tl.sum(g * g, 0))
+
+
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["limits", "norms"])
+def clipping_factors(sums, limits, norms, factors, blocks, BLOCK: tl.constexpr):
+    """Sum the squares of all blocks of one trial, and compare the norm with the trial's limit."""
+    trial = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        total += tl.load(sums + trial * blocks + block, mask=block < blocks, other=0.0)
+    norm = tl.sqrt(tl.sum(total, 0))
+    factor = tl.load(limits + trial) / (norm + 1e-6)
+    tl.store(norms + trial, norm)
+    tl.store(factors + trial, tl.where(factor > 1.0, 1.0, factor))  # NaN stays NaN
+
+
 @triton.jit(do_not_specialize=_ADAMW)
 def adamw(
     param, grad, compute_grad, mean, square, compute_copy, step_scalars, constants, factors,
@@ -65,14 +103,7 @@ def adamw(
     keep_square = tl.load(constants + trial * constants_stride + 1)
     to_square = tl.load(constants + trial * constants_stride + 2)
     eps = tl.load(constants + trial * constants_stride + 3)
-    if compute_copy is not None:
-        low = (column >= low_start) & (column < low_stop)
-        low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
-        g = tl.load(grad + at, mask=there & ~low, other=0.0)
-        g += tl.load(compute_grad + low_at, mask=low, other=0.0).to(g.dtype)
-    else:
-        g = tl.load(grad + at, mask=there, other=0.0)
-    g *= tl.load(factors + trial)
+    g = _load_gradient(grad, compute_grad, trial, column, size, low_start, low_stop) * tl.load(factors + trial)
     p = tl.load(param + at, mask=there, other=0.0)
     m = tl.load(mean + at, mask=there, other=0.0)
     v = tl.load(square + at, mask=there, other=0.0)
@@ -84,6 +115,8 @@ def adamw(
     tl.store(mean + at, m, mask=there)
     tl.store(square + at, v, mask=there)
     if compute_copy is not None:
+        low_at = trial.to(tl.int64) * (low_stop - low_start) + (column - low_start)
+        low = (column >= low_start) & (column < low_stop)
         tl.store(compute_copy + low_at, p.to(compute_copy.dtype.element_ty), mask=low)
 
 
@@ -161,24 +194,42 @@ def add_norm_backward(
     tl.store(part + 2 * WIDTH, tl.sum(grad_added, 0), mask=column < WIDTH)
 
 
-@triton.jit(do_not_specialize=_NORM)
-def add_norm_sum(
-    parts, grad_weight, grad_bias, grad_branch_bias, blocks, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Sum the parts of all blocks for some columns of the three vectors of a trial, in a fixed order."""
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows(x, sums, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum the rows of some columns of a trial, in a fixed order."""
     trial, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = column < 3 * WIDTH
+    there = column < columns
     total = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, blocks, ROWS):
+    for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
-        at = (trial * blocks + row[:, None]) * (3 * WIDTH) + column[None, :]
-        total += tl.sum(tl.load(parts + at, mask=(row < blocks)[:, None] & there[None, :], other=0.0), 0)
-    place, own = column % WIDTH, trial * WIDTH
-    tl.store(grad_weight + own + place, total, mask=column < WIDTH)
-    tl.store(grad_bias + own + place, total, mask=(column >= WIDTH) & (column < 2 * WIDTH))
-    branch = total.to(grad_branch_bias.dtype.element_ty)
-    tl.store(grad_branch_bias + own + place, branch, mask=there & (column >= 2 * WIDTH))
+        at = (trial * rows + row[:, None]) * columns + column[None, :]
+        total += tl.sum(tl.load(x + at, mask=(row < rows)[:, None] & there[None, :], other=0.0).to(tl.float32), 0)
+    tl.store(sums + trial * columns + column, total.to(sums.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=_ROWS, do_not_specialize_on_alignment=["index"])
+def add_rows(
+    table, index, values, tokens, order_stride, table_stride, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Add some columns of all values of a row, in the order of tokens, if this program's token is the row's first."""
+    trial, token = tl.program_id(2).to(tl.int64), tl.program_id(0)
+    own_index = index + trial * order_stride
+    row = tl.load(own_index + token)
+    earlier = 0
+    for start in range(0, token, ROWS):
+        other = start + tl.arange(0, ROWS)
+        earlier += tl.sum((tl.load(own_index + other, mask=other < token, other=-1) == row).to(tl.int32), 0)
+    if earlier > 0:
+        return
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), values.dtype.element_ty)
+    for start in range(token // ROWS * ROWS, tokens, ROWS):
+        other = start + tl.arange(0, ROWS)
+        same = tl.load(own_index + other, mask=other < tokens, other=-1) == row
+        at = (trial * tokens + other[:, None]) * width + column[None, :]
+        total += tl.sum(tl.load(values + at, mask=same[:, None] & (column < width)[None, :], other=0.0), 0)
+    place = table + trial * table_stride + row * width + column
+    tl.store(place, tl.load(place, mask=column < width, other=0.0) + total, mask=column < width)
 
 
 @triton.jit

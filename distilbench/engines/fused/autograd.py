@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from distilbench.engines.fused import kernels
 from distilbench.engines.fused.cuda.side_stream import on_side_stream
 
 
@@ -46,13 +47,21 @@ class _Linear(torch.autograd.Function):
             if x_compute is not None:
                 _multiply(x_compute.expand(len(weight), *x_compute.shape[1:]).mT, gradient, ctx.weight_grad, ctx.add)
             if ctx.needs_input_grad[2]:
-                grad_bias = gradient.sum(1)
+                grad_bias = _sum_rows(gradient)
         if ctx.needs_input_grad[0]:
             if len(weight) == 1 and weight.dim() == 3:
                 grad_x = (gradient.flatten(0, 1) @ weight[0].mT).view(*gradient.shape[:2], -1).to(ctx.dtype)
             else:
                 grad_x = _products(gradient, weight.mT, None).to(ctx.dtype)
         return grad_x, None, grad_bias, None, None
+
+
+def _sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of ``x`` (trials, rows, columns) over its rows, (trials, columns)."""
+    by_kernel = x.shape[2] % 16 == 0 and x.is_contiguous()  # else the kernel would be compiled once more
+    if by_kernel and kernels.can_run("sums", x.device, x.dtype):
+        return kernels.sum_rows(x)
+    return x.sum(1)
 
 
 def _products(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

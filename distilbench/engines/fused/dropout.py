@@ -12,9 +12,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from numpy.random import SFC64
 
+from distilbench.engines.device import to_device
 from distilbench.engines.fused import kernels
 from distilbench.engines.fused.kernels import DRAWS_PER_COUNTER, MAX_LENGTH
 
@@ -82,7 +84,7 @@ def dropout_masks_for(seeds: Sequence[int], stage: str, step: int, device: torch
     """Return the implementation for the device, keyed for each order of examples."""
     if device.type != "cuda":
         return Dropout(seeds, stage, step, device)
-    return CounterDropout(torch.tensor([key_of(seed, stage, step) for seed in seeds], device=device))
+    return CounterDropout(to_device(np.array([key_of(seed, stage, step) for seed in seeds]), device))
 
 
 def philox_mask(draws: kernels.DropoutSite, whole: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

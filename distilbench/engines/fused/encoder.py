@@ -121,7 +121,7 @@ class Forward:
             "attention", x.device, self.weights.compute_dtype, heads, size
         ):
             rows = self._linear(x, f"{i}.qkv" if query is None else f"{i}.kv")
-            sentences = kernels.Sentences(batch.first, batch.lengths, batch.unpacked.row.shape[2])
+            sentences = kernels.Sentences(batch.first, batch.lengths, batch.width)
             return kernels.attention(rows, query, sentences, self._site(rate), heads)
         scale = 1.0 if self.dropout is None else dropout_scale(rate)
         if query is not None:
@@ -179,6 +179,8 @@ def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _sentence_rows(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """Return the hidden states of [CLS], ``(trials, sentences, width)``."""
+    if len(x) == 1:
+        return F.embedding(first, x[0])  # on a GPU, its gradient is several times as fast as that of index_select
     if len(first) == 1:
         return x.index_select(1, first[0])
     return x.take_along_dim(first[:, :, None], dim=1)

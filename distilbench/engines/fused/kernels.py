@@ -1,4 +1,4 @@
-"""Triton kernels: dropout masks, attention, add and norm, and AdamW over stacked parameters.
+"""Triton kernels: dropout masks, attention, add and norm, sums of rows, and clipping and AdamW of stacked parameters.
 
 Every kernel has a plain PyTorch version next to its only caller, which is used without Triton or CUDA, and in tests as
 the reference. Kernels are compiled once per machine and cached on disk. They are specialized by precision and head
@@ -16,6 +16,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+
+from distilbench.engines.fused.cuda.side_stream import on_side_stream
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ def compile_all(device: torch.device, dtype: torch.dtype, heads: int, head_size:
     try:
         can_run("dropout", device)
         can_run("adamw", device, dtype)
+        can_run("rows", device, torch.float32)
+        can_run("sums", device, dtype)
         can_run("attention", device, dtype, heads, head_size)
         can_run("norm", device, dtype, heads * head_size)
     finally:
@@ -123,6 +127,25 @@ def dropout_mask(draws: DropoutSite, whole: Sequence[int], dtype: torch.dtype) -
     }  # fmt: skip
     Launch("dropout_mask", (-(-count // size), orders), arguments).run()
     return mask
+
+
+def clip(
+    grad: torch.Tensor, compute_grad: torch.Tensor | None, low: slice, limits: torch.Tensor, norms: torch.Tensor
+) -> torch.Tensor:
+    """Write each trial's gradient norm to ``norms``, and return the factor that limits it to ``limits``, (trials,) all.
+
+    The gradient is ``grad`` (trials, size), or in the columns ``low`` that of ``compute_grad`` if that is not None.
+    """
+    (trials, size), block = grad.shape, 8192
+    sums, factors = grad.new_empty(trials, -(-size // block)), torch.empty_like(norms)
+    arguments = {
+        "grad": grad, "compute_grad": compute_grad, "sums": sums, "size": size, "low_start": low.start,
+        "low_stop": low.stop, "BLOCK": block, "num_warps": 8,
+    }  # fmt: skip
+    Launch("square_sums", (sums.shape[1], trials), arguments).run()
+    arguments = {"sums": sums, "limits": limits, "norms": norms, "factors": factors, "blocks": sums.shape[1]}
+    Launch("clipping_factors", (trials,), arguments | {"BLOCK": 2048}).run()
+    return factors
 
 
 def adamw(
@@ -196,29 +219,50 @@ class _AddNorm(torch.autograd.Function):
             "parts": parts, "blocks": blocks,
         }  # fmt: skip
         Launch("add_norm_backward", (blocks, trials), arguments).run()
-        grad_weight, grad_bias = total.new_empty(2, trials, width)
-        grad_branch_bias = torch.empty_like(grad_bias, dtype=ctx.dtype)
+        grad_weight = grad_bias = grad_branch_bias = None
         if any(ctx.needs_input_grad[2:5]):
-            arguments = {
-                "parts": parts, "grad_weight": grad_weight, "grad_bias": grad_bias,
-                "grad_branch_bias": grad_branch_bias, "blocks": blocks, "WIDTH": width, "ROWS": 16, "COLUMNS": 64,
-            }  # fmt: skip
-            Launch("add_norm_sum", (-(-3 * width // 64), trials), arguments).run()
+            with on_side_stream(None, parts):  # only the optimizer needs these gradients
+                grad_weight, grad_bias, grad_branch_bias = sum_rows(parts.flatten(2)).view(trials, 3, width).unbind(1)
+                grad_branch_bias = grad_branch_bias.to(ctx.dtype)
         gradients = (grad_total, grad_branch, grad_branch_bias, grad_weight, grad_bias)
         own = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
         return *own, None, None
 
 
 def _norm_arguments(total: torch.Tensor, weight: torch.Tensor, draws: DropoutSite | None, eps: float) -> dict[str, Any]:
-    """Return the common arguments of forward and backward of :func:`add_norm`; a tile has at most 4,096 values."""
+    """Return the common arguments of forward and backward of :func:`add_norm`; a tile has at most 2,048 values."""
     _, rows, width = total.shape
     size = max(16, 1 << (width - 1).bit_length())
     return {
         "keys": None if draws is None else draws.keys, "orders": 1 if draws is None else len(draws.keys),
         "site": 0 if draws is None else draws.site, "dropped": 0 if draws is None else draws.dropped,
         "rows": rows, "norm_stride": weight.stride(0) if len(weight) > 1 else 0, "eps": eps,
-        "WIDTH": width, "SIZE": size, "ROWS": max(1, min(8, 4096 // size)), "num_warps": 8,
+        "WIDTH": width, "SIZE": size, "ROWS": max(1, min(8, 2048 // size)), "num_warps": 4,
     }  # fmt: skip
+
+
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of contiguous ``x`` (trials, rows, columns) over its rows, (trials, columns), in its dtype."""
+    trials, rows, columns = x.shape
+    sums = x.new_empty(trials, columns)
+    arguments = {"x": x, "sums": sums, "rows": rows, "columns": columns, "ROWS": 32, "COLUMNS": 32}
+    Launch("sum_rows", (-(-columns // 32), trials), arguments).run()
+    return sums
+
+
+def add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
+
+    Values of the same row are summed in the order of tokens. Each trial's rows of ``table`` are contiguous, and so are
+    ``values`` and each order of ``index``.
+    """
+    trials, tokens, width = values.shape
+    arguments = {
+        "table": table, "index": index, "values": values, "tokens": tokens, "width": width,
+        "order_stride": index.stride(0) if len(index) > 1 else 0, "table_stride": table.stride(0),
+        "ROWS": 32, "COLUMNS": 128,
+    }  # fmt: skip
+    Launch("add_rows", (tokens, -(-width // 128), trials), arguments).run()
 
 
 def attention(
@@ -296,12 +340,22 @@ def _try_dropout(device: torch.device) -> None:
 
 
 def _try_adamw(device: torch.device, dtype: torch.dtype) -> None:
-    """Try AdamW, with a copy in ``dtype`` if that is not float32."""
+    """Try clipping and AdamW, with a copy in ``dtype`` if that is not float32."""
     params, grad, mean, square = torch.zeros(4, 1, 16, device=device)
     scalars = torch.ones(1, 6, device=device)
     low = torch.zeros(2, 1, 16, dtype=dtype, device=device)
     compute = (None, None) if dtype == torch.float32 else (low[0], low[1])
-    adamw(params, grad, compute, [mean, square], (scalars, scalars, scalars[0]), (16, slice(0, 16))).run()
+    factors = clip(grad, compute[0], slice(0, 16), scalars[0, :1], torch.zeros(1, device=device))
+    adamw(params, grad, compute, [mean, square], (scalars, scalars, factors), (16, slice(0, 16))).run()
+
+
+def _try_sums(device: torch.device, dtype: torch.dtype) -> None:
+    sum_rows(torch.zeros(1, 1, 16, dtype=dtype, device=device))
+
+
+def _try_rows(device: torch.device, dtype: torch.dtype) -> None:
+    table, values = torch.zeros(2, 1, 1, 16, dtype=dtype, device=device)
+    add_rows(table, torch.zeros(1, 1, dtype=torch.int64, device=device), values)
 
 
 def _try_attention(device: torch.device, dtype: torch.dtype, heads: int, head_size: int) -> None:
@@ -325,6 +379,8 @@ def _try_norm(device: torch.device, dtype: torch.dtype, width: int) -> None:
 SMOKE_TESTS: dict[str, Callable[..., None]] = {
     "dropout": _try_dropout,
     "adamw": _try_adamw,
+    "rows": _try_rows,
+    "sums": _try_sums,
     "attention": _try_attention,
     "norm": _try_norm,
 }

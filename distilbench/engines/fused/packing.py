@@ -8,7 +8,7 @@ padding them to the largest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distilbench.data.tokens import EncodedSplit
+from distilbench.engines.device import to_device
 
 PADDING = -1
 """The sentence number of padding tokens and empty slots, which attend only to each other."""
@@ -168,8 +169,9 @@ class Batch:
     """Stacked batches of one or several orders; the leading size ``orders`` is 1 if all trials share one order.
 
     ``ids``, ``positions``, ``types`` (orders, tokens) are padded with zeros; ``first``, ``labels`` are (orders,
-    sentences). ``packs`` are the stacked batches. ``packed`` places tokens in as few bins as possible, ``unpacked`` in
-    bins of one sentence each. A batch whose shapes don't depend on its content (a bucket) has ``lengths`` (orders,
+    sentences). ``packs`` are the stacked batches, and ``width`` is the number of slots in a bin. ``place`` computes
+    ``packed``, which places tokens in as few bins as possible, and ``unpacked``, with bins of one sentence each; the
+    attention kernels need neither. A batch whose shapes don't depend on its content (a bucket) has ``lengths`` (orders,
     sentences) and only bins of one sentence; it is processed without loops over trials, and sums have a fixed order.
     """
 
@@ -179,9 +181,23 @@ class Batch:
     types: torch.Tensor
     first: torch.Tensor
     labels: torch.Tensor
-    packed: Placement
-    unpacked: Placement
+    width: int
+    place: Callable[[], tuple[Placement, Placement]]
     lengths: torch.Tensor | None = None
+
+    @cached_property
+    def _placements(self) -> tuple[Placement, Placement]:
+        return self.place()
+
+    @property
+    def packed(self) -> Placement:
+        """The placement of tokens in as few bins as possible."""
+        return self._placements[0]
+
+    @property
+    def unpacked(self) -> Placement:
+        """The placement of tokens in bins of one sentence each."""
+        return self._placements[1]
 
     @cached_property
     def token_mask(self) -> torch.Tensor:
@@ -212,13 +228,18 @@ def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dt
         filled_up = np.zeros((len(arrays), size), dtype=np.int64)
         for row, array in zip(filled_up, arrays, strict=True):
             row[: len(array)] = array
-        return torch.from_numpy(filled_up).to(device)
+        return to_device(filled_up, device)
 
     tokens = max(len(p.ids) for p in packs)
     if device.type != "cpu" or dtype == torch.bfloat16:
         tokens = round_up(tokens, PAD_MULTIPLE)
     bins = round_up(max(p.bins for p in packs), 1)
     sentences = len(packs[0].first)
+
+    def place() -> tuple[Placement, Placement]:
+        packed = _placement(packs, [(p.bin, p.column) for p in packs], bins, tokens, device)
+        return packed, _placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, tokens, device)
+
     return Batch(
         packs=tuple(packs),
         ids=stacked([p.ids for p in packs], tokens),
@@ -226,8 +247,8 @@ def stack_batches(packs: Sequence[Packed], device: torch.device, dtype: torch.dt
         types=stacked([p.types for p in packs], tokens),
         first=stacked([p.first for p in packs], sentences),
         labels=stacked([p.labels for p in packs], sentences),
-        packed=_placement(packs, [(p.bin, p.column) for p in packs], bins, tokens, device),
-        unpacked=_placement(packs, [_one_per_bin(sentences)] * len(packs), sentences, tokens, device),
+        width=max(p.width for p in packs),
+        place=place,
     )
 
 
@@ -247,10 +268,10 @@ def _placement(
         slot[i, :count], row[i, own], owner[i, own], empty[i, :count] = own, np.arange(count), p.sentence, False
     shape = len(packs), bins, columns
     return Placement(
-        slot=torch.from_numpy(slot).to(device),
-        row=torch.from_numpy(row.reshape(shape)).to(device),
-        owner=torch.from_numpy(owner.reshape(shape)).to(device),
-        empty=torch.from_numpy(empty).to(device) if empty.any() else None,
+        slot=to_device(slot, device),
+        row=to_device(row.reshape(shape), device),
+        owner=to_device(owner.reshape(shape), device),
+        empty=to_device(empty, device) if empty.any() else None,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from distilbench.engines.fused.cuda.side_stream import wait_for_side_stream
+from distilbench.engines.fused import kernels
+from distilbench.engines.fused.cuda.side_stream import on_side_stream, wait_for_side_stream
 from distilbench.engines.fused.packing import Batch
 from distilbench.engines.optimization import decay_parameter_names
 from distilbench.models.architecture import TABLES, Architecture
@@ -275,6 +276,9 @@ class StackedWeights:
         layout = self.layout
         vectors = [w for w in self._weights.values() if w.requires_grad and w.dim() == 2]  # biases, norms
         trained = [] if embedded is None or "word" in self.frozen else [embedded]
+        if trained and not self.part:
+            with on_side_stream(None, self.grad):
+                self.grad[:, : layout.tables_end].zero_()
         gradients = torch.autograd.grad(loss, [*vectors, *trained])
         wait_for_side_stream(loss.device)
         self._copy_vector_grads(gradients[: len(vectors)])
@@ -282,8 +286,6 @@ class StackedWeights:
             total = self.grad[:, layout.tables_end : layout.compute_end]
             (total.add_ if self.part else total.copy_)(self.compute_grad)
         if trained:
-            if not self.part:
-                self.grad[:, : layout.tables_end].zero_()
             self._add_table_grads(gradients[-1], batch)
 
     def accumulates(self, weight: torch.Tensor) -> bool:
@@ -323,9 +325,12 @@ def _pad_to_alignment(vectors: torch.Tensor) -> torch.Tensor:
 def _scatter_add_rows(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values`` (trials, tokens, width) to the rows ``index`` (orders, tokens) of ``table`` (trials, rows, width).
 
-    A product sums all values of a row at its first occurrence; later occurrences add zeros. The result therefore does
-    not depend on the order of a GPU's threads.
+    The result does not depend on the order of a GPU's threads: without a kernel, a product sums all values of a row at
+    its first occurrence, and later occurrences add zeros.
     """
+    if kernels.can_run("rows", values.device, values.dtype):
+        kernels.add_rows(table, index, values.contiguous())
+        return
     same = index[:, :, None] == index[:, None, :]
     comes_first = ~same.tril(-1).any(2, keepdim=True)
     sums = (same & comes_first).to(values.dtype) @ values

@@ -11,6 +11,7 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule, batches_by_length
+from distilbench.engines.device import to_device
 from distilbench.engines.fused.dropout import DropoutMasks, dropout_masks_for
 from distilbench.engines.fused.encoder import Forward
 from distilbench.engines.fused.packing import Batch, pack, stack_batches
@@ -136,8 +137,8 @@ class Prefix:
         packed = pack(split, examples, share=device.type == "cpu")  # with a GPU, the host's search would be too slow
         batch = stack_batches([packed], device, weights.compute_dtype)
         if device.type != "cpu":
-            lengths = torch.from_numpy(np.diff(split.offsets)[examples])[None]
-            batch = replace(batch, lengths=lengths.to(device))  # lets the attention kernel read token rows directly
+            lengths = to_device(np.diff(split.offsets)[None, examples], device)
+            batch = replace(batch, lengths=lengths)  # lets the attention kernel read token rows directly
         forward = Forward(weights, batch, dropout)
         states = forward.layers(forward.embed(), 0, self._depth)[0]
         rows = np.ones(len(examples), dtype=int) if self._cls_only else np.bincount(packed.sentence)

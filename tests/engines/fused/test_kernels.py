@@ -22,6 +22,7 @@ from tests.engines.fused.test_engine import losses_of, models, trial
 
 __all__ = ["models", "trial"]
 
+FLOAT = torch.float32
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,13 +63,16 @@ def test_masks_are_the_same_bit_for_bit(device, whole, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_is_tried_before_training(device, dtype):
-    for work, details in {"dropout": (), "adamw": (dtype,), "attention": (dtype, 2, 8), "norm": (dtype, 24)}.items():
+    details_of = {"dropout": (), "adamw": (dtype,), "rows": (FLOAT,), "sums": (dtype,), "attention": (dtype, 2, 8),
+                  "norm": (dtype, 24)}  # fmt: skip
+    assert details_of.keys() == kernels.SMOKE_TESTS.keys()
+    for work, details in details_of.items():
         with torch.no_grad():
             assert kernels._is_working.__wrapped__(work, device, *details), work
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
-def test_adamw_is_the_same_up_to_rounding(on_device, with_copy):
+def test_clipping_and_adamw_are_the_same_up_to_rounding(on_device, with_copy):
     torch.manual_seed(0)
     trials, size, decayed, low = 3, 2500, 1800, slice(700, 1700)
     params, grad, mean = (torch.randn(trials, size) for _ in range(3))
@@ -82,12 +86,44 @@ def test_adamw_is_the_same_up_to_rounding(on_device, with_copy):
         whole[:, low] = compute[0].float()
         grad[:, low] = torch.nan  # is not to be read
     optimizer.adamw(expected[0], whole, expected[1:], *rule, decayed)
+    norms, limits = torch.empty(trials), torch.tensor([1.0, torch.inf, 100.0])
+    factors = kernels.clip(grad, compute[0], low, limits, norms)
+    torch.testing.assert_close(norms, torch.linalg.vector_norm(whole, dim=1))
+    torch.testing.assert_close(factors, (limits / (norms + 1e-6)).clamp(max=1.0))
     kernels.adamw(params, grad, compute, [mean, square], rule, (decayed, low)).run()
     for ours, plain in zip((params, mean, square), expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=1e-7)
     if with_copy:
         # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(compute[1].float(), params[:, low], rtol=2**-7, atol=0)
+
+
+def test_a_norm_that_is_not_finite_stays_with_its_trial(on_device):
+    grad = torch.ones(3, 9000)
+    grad[0, 8500], grad[1, 3] = torch.nan, torch.inf
+    norms = torch.empty(3)
+    factors = kernels.clip(grad, None, slice(0, 0), torch.ones(3), norms)
+    assert factors.isnan().tolist() == [True, False, False]
+    assert factors[1:].tolist() == [0.0, pytest.approx(9000**-0.5)]
+    assert norms.isfinite().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_summed_in_single_precision(on_device, dtype):
+    x = torch.randn(3, 70, 48).to(dtype)
+    close = 1e-5 if dtype == torch.float32 else 2**-7  # the interpreter cuts off where a GPU rounds
+    torch.testing.assert_close(kernels.sum_rows(x).float(), x.float().sum(1), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("orders", [1, 3])
+def test_rows_get_the_sum_of_their_values(on_device, orders):
+    torch.manual_seed(0)
+    index, values = torch.randint(9, (orders, 70)), torch.randn(3, 70, 200)
+    index[:, 3:60:2] = 4  # a row with values in several blocks
+    table = torch.randn(3, 3000)[:, 100:2300].view(3, 11, 200)
+    expected = table.double().scatter_add(1, index[:, :, None].expand_as(values), values.double())
+    kernels.add_rows(table, index, values)
+    torch.testing.assert_close(table, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "rows"), [(24, 5), (384, 21)])
@@ -230,5 +266,5 @@ def test_training_with_kernels_equals_training_without(trial, splits_of, recorde
     used = []
     monkeypatch.setattr(kernels, "can_run", lambda work, *details: used.append(work) or True)
     ours, _ = losses_of(FusedEngine(graph_steps=True), trials, splits, recorder)
-    assert set(used) == {"dropout", "adamw", "attention", "norm"}
+    assert set(used) == {"dropout", "adamw", "attention", "norm", "sums", *(["rows"] * (freezing == "freeze=none"))}
     np.testing.assert_allclose(ours, plain, rtol=2e-5)

@@ -115,7 +115,7 @@ def test_attention_fits_the_device_at_any_width(gpu, tmp_path, capability, dtype
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(75, FP32), (90, BF16)])
-def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_path, capability, dtype):
+def test_masks_rows_sums_clipping_and_adamw_are_six_programs_that_fit_every_device(gpu, tmp_path, capability, dtype):
     launched = gpu(capability)
     keys = torch.empty(2, dtype=torch.int64, device="meta")
     for site, shape in ((1, (208, 768)), (16, (432, 384)), (3, (16, 12, 48, 48))):
@@ -124,11 +124,19 @@ def test_masks_and_adamw_are_one_program_each_that_fits_every_device(gpu, tmp_pa
         params, grad, mean, square = torch.empty(4, trials, size, device="meta")
         compute = torch.empty(2, trials, low.stop - low.start, dtype=dtype, device="meta")
         rule = [torch.empty(trials, n, device="meta") for n in (4, 6)]
+        kernels.clip(grad, None if dtype == FP32 else compute[0], low, rule[0][:, 0], rule[0][:, 1])
         kernels.adamw(params, grad, (None, None) if dtype == FP32 else tuple(compute), [mean, square],
                       (*rule, rule[0][:, 0]), (low.stop, low)).run()  # fmt: skip
+    for trials, orders, width in ((1, 1, 768), (32, 1, 384), (3, 3, 768)):
+        index = torch.empty(orders, 1000, dtype=torch.int64, device="meta")[:, 7:247]
+        table = torch.empty(trials, 30_000, device="meta")[:, : 10 * width].view(trials, 10, width)
+        kernels.add_rows(table, index, torch.empty(trials, 240, width, device="meta"))
+        kernels.sum_rows(torch.empty(trials, 240, width, dtype=dtype, device="meta"))
     programs = {program.hash: program for program in launched}
-    assert rehearsed(launched, "dropout") | rehearsed(launched, "adamw", dtype) == set(programs)
-    assert len(programs) == 2
+    tried = rehearsed(launched, "dropout") | rehearsed(launched, "adamw", dtype)
+    tried |= rehearsed(launched, "rows", FP32) | rehearsed(launched, "sums", dtype)
+    assert tried == set(programs)
+    assert len(programs) == 6
     for program in programs.values():
         assert program.metadata.shared <= 16 * KIB
         assert spilled(program, tmp_path) == 0
@@ -207,8 +215,8 @@ def test_a_training_that_waits_for_the_compiler_says_so_and_one_that_does_not_is
     monkeypatch.setattr(kernels.log, "info", lambda *message: said.set() or asked.append(message[0] % message[1:]))
     monkeypatch.setattr(kernels, "can_run", lambda work, *details: asked.append(work))
     kernels.compile_all(torch.device("cuda", 0), BF16, 12, 64)
-    assert asked == ["dropout", "adamw", "attention", "norm"]
+    assert asked == ["dropout", "adamw", "rows", "sums", "attention", "norm"]
     monkeypatch.setattr(kernels, "SLOW_SECONDS", 0.0)
     monkeypatch.setattr(kernels, "can_run", lambda work, *details: said.wait(60))
     kernels.compile_all(torch.device("cuda", 0), BF16, 12, 64)
-    assert asked[4:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]
+    assert asked[6:] == ["compiling Triton's kernels for cuda:0: once on a machine, up to half a minute"]

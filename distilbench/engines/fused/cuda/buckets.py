@@ -20,6 +20,7 @@ import torch
 
 from distilbench.data.tokens import EncodedSplit
 from distilbench.engines.batches import BatchSchedule, epoch_order
+from distilbench.engines.device import to_device
 from distilbench.engines.fused.dropout import key_of
 from distilbench.engines.fused.packing import PADDING, Batch, Placement
 
@@ -94,9 +95,7 @@ class BucketedBatches:
             own = np.array([i for i, other in enumerate(buckets) if other == bucket])
             self._places[own] = np.arange(len(own))
             orders = [_lay_out(self.split, self.schedule, seed, steps[own], bucket) for seed in self.seeds]
-            inputs = torch.from_numpy(np.stack(orders, axis=1))
-            is_cuda = self.device.type == "cuda"
-            self._inputs[bucket] = (inputs.pin_memory() if is_cuda else inputs).to(self.device, non_blocking=is_cuda)
+            self._inputs[bucket] = to_device(np.stack(orders, axis=1), self.device)
         self._window = window
 
 
@@ -181,14 +180,19 @@ def batch_of(inputs: torch.Tensor, bucket: Bucket) -> tuple[Batch, torch.Tensor]
     the label ``IGNORE_INDEX``; padding queries attend to padding keys, so that no row of scores is masked completely.
     """
     ids, positions, types, sentence, first, length, labels, key, count = fields_of(inputs, bucket)
-    orders, device = len(inputs), inputs.device
-    column = torch.arange(bucket.width, device=device)
-    number = torch.arange(bucket.sentences, device=device)
-    owner = number[:, None].expand(orders, -1, bucket.width)
-    tokens = Placement(
-        slot=sentence * bucket.width + positions,
-        row=(first[:, :, None] + column).clamp(max=bucket.tokens - 1),
-        owner=owner.masked_fill(column >= length[:, :, None], PADDING),
-        empty=torch.arange(bucket.tokens, device=device) >= count,
-    )
-    return Batch((), ids, positions, types, first, labels, tokens, tokens, length), key.flatten().contiguous()
+
+    def place() -> tuple[Placement, Placement]:
+        orders, device = len(inputs), inputs.device
+        column = torch.arange(bucket.width, device=device)
+        number = torch.arange(bucket.sentences, device=device)
+        owner = number[:, None].expand(orders, -1, bucket.width)
+        tokens = Placement(
+            slot=sentence * bucket.width + positions,
+            row=(first[:, :, None] + column).clamp(max=bucket.tokens - 1),
+            owner=owner.masked_fill(column >= length[:, :, None], PADDING),
+            empty=torch.arange(bucket.tokens, device=device) >= count,
+        )
+        return tokens, tokens
+
+    batch = Batch((), ids, positions, types, first, labels, bucket.width, place, length)
+    return batch, key.flatten().contiguous()

@@ -44,10 +44,13 @@ class CapturableOptimizer:
         """Clip, take a step with ``step_scalars`` (levels or 1, trials, 4), and write ``norms``."""
         weights = self.weights
         decayed, compute = weights.layout.decayed_end, slice(weights.layout.tables_end, weights.layout.compute_end)
-        norms.copy_(gradient_norms(weights))
-        factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
-        is_plain = self.adaptive and len(step_scalars) == 1
-        if is_plain and kernels.can_run("adamw", norms.device, weights.compute_dtype):
+        by_kernel = kernels.can_run("adamw", norms.device, weights.compute_dtype)
+        if by_kernel:
+            factors = kernels.clip(weights.grad, weights.compute_grad, compute, self.limits, norms)
+        else:
+            norms.copy_(gradient_norms(weights))
+            factors = (self.limits / (norms + 1e-6)).clamp(max=1.0)
+        if by_kernel and self.adaptive and len(step_scalars) == 1:
             compute_part = weights.compute_grad, weights.compute_params
             state = weights.flat_params, weights.grad, compute_part, self.moments
             kernels.adamw(*state, (step_scalars[0], self.constants, factors), (decayed, compute)).run()

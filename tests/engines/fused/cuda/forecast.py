@@ -128,10 +128,12 @@ def counted() -> Iterator[list[Launched]]:
     def note(launch: kernels.Launch) -> None:
         given = launch.arguments
         moved = _moved([t for t in given.values() if isinstance(t, torch.Tensor)])
-        if launch.kernel == "adamw":  # it also writes these three, and reads one of two gradients
+        if launch.kernel == "adamw":  # it also writes these three
             moved += _moved([given["param"], given["mean"], given["square"]])
-            if given["compute_grad"] is not None:
-                moved -= 4 * given["compute_grad"].numel()
+        if given.get("compute_grad") is not None:  # one of two gradients is read
+            moved -= 4 * given["compute_grad"].numel()
+        if launch.kernel == "add_rows":  # it accesses only these rows of the table
+            moved = 3 * _moved([given["values"]])
         counter.launches.append(Launched(launch.kernel, moved))
 
     accepted = patch.object(kernels, "can_run", lambda work, *details: True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,11 +33,14 @@ from tests.engines.fused.test_engine import (
 from tests.engines.fused.test_kernels import (
     on_device,
     test_a_copy_in_low_precision_has_its_own_gradient,
-    test_adamw_is_the_same_up_to_rounding,
+    test_a_norm_that_is_not_finite_stays_with_its_trial,
     test_adding_and_normalising_is_the_same_up_to_rounding,
     test_attention_and_its_gradient_are_the_same_up_to_rounding,
     test_attention_takes_sentences_of_any_length,
+    test_clipping_and_adamw_are_the_same_up_to_rounding,
     test_masks_are_the_same_bit_for_bit,
+    test_rows_are_summed_in_single_precision,
+    test_rows_get_the_sum_of_their_values,
     test_scores_far_apart_neither_overflow_nor_vanish,
 )
 from tests.engines.fused.test_on_text import deterministic_minilm
@@ -45,11 +50,14 @@ __all__ = [
     "models",
     "on_device",
     "test_a_copy_in_low_precision_has_its_own_gradient",
-    "test_adamw_is_the_same_up_to_rounding",
+    "test_a_norm_that_is_not_finite_stays_with_its_trial",
     "test_adding_and_normalising_is_the_same_up_to_rounding",
     "test_attention_and_its_gradient_are_the_same_up_to_rounding",
     "test_attention_takes_sentences_of_any_length",
+    "test_clipping_and_adamw_are_the_same_up_to_rounding",
     "test_masks_are_the_same_bit_for_bit",
+    "test_rows_are_summed_in_single_precision",
+    "test_rows_get_the_sum_of_their_values",
     "test_scores_far_apart_neither_overflow_nor_vanish",
     "trial",
 ]
@@ -206,6 +214,15 @@ def test_a_group_that_the_device_does_not_hold_is_halved(trial, splits_of, recor
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert halvings[0] == 4
     np.testing.assert_allclose(halved, expected, rtol=1e-4)
+
+
+def test_the_peak_is_measured_in_a_process_that_has_not_used_the_device():
+    """As the benchmark's processes do."""
+    lines = ["import torch", "from distilbench.engines.device import peak_memory, reset_peak_memory",
+             "device = torch.device('cuda', 0)", "reset_peak_memory(device)", "torch.ones(1 << 20, device=device)",
+             "print(peak_memory(device))"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 4 << 20
 
 
 def test_trainer_computes_in_fp16(trial, splits_of, recorder):
