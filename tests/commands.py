@@ -21,6 +21,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
+from io import StringIO
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -238,6 +239,24 @@ def share_statements() -> None:
         connection.engine._compiled_cache = compiled
 
     event.listen(Engine, "engine_connect", share)
+
+
+def read_yaml_once() -> None:
+    """Have equal YAML texts parsed once, here and in processes forked from here: a composition reads some forty."""
+    from omegaconf import OmegaConf
+
+    load = OmegaConf.load
+    content = cache(lambda text: OmegaConf.to_container(load(StringIO(text))))
+
+    def load_once(file: Any) -> Any:
+        text = file.read()
+        try:
+            return OmegaConf.create(content(text))
+        except Exception:  # which names the file
+            file.seek(0)
+            return load(file)
+
+    OmegaConf.load = lambda file: load_once(file) if hasattr(file, "read") else load(file)  # type: ignore[method-assign]
 
 
 class Workspace:
