@@ -100,14 +100,18 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
     if settings.experiments:
         names = _experiments_of(trials, settings.experiments)
         trials = [trial for trial in trials if short_hash(trial.treatment) in names]
-    if settings.protocol:
-        trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     if not trials:
         given = {"sweep": settings.sweep, "runs": ",".join(settings.runs),
-                 "experiment": ",".join(settings.experiments), "protocol": settings.protocol}  # fmt: skip
+                 "experiment": ",".join(settings.experiments)}  # fmt: skip
         asked = " ".join(f"{key}={value}" for key, value in given.items() if value)
         lost = f". {DELETED_STORE_HINT}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")
+    if settings.protocol:
+        known = {trial.protocol_id for trial in trials}
+        require(
+            settings.protocol in known, "protocol", f"that of a trial, {' or '.join(sorted(known))}", settings.protocol
+        )
+        trials = [trial for trial in trials if trial.protocol_id == settings.protocol]
     return trials, names
 
 

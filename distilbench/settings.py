@@ -243,8 +243,13 @@ class DataSettings(Checked, group="data"):
         if source == "files":
             for name in ("train", "text_column", "label_column"):
                 self._require(bool(getattr(self, name)), name, "given with data=files", f"add data.{name}=...")
-            for name, file in (("train", self.train), ("validation", self.validation)):
-                self._require(file is None or Path(file).is_file(), name, existing, "check the path")
+        for name, given in (("train", self.train), ("validation", self.validation)):
+            if source == "files":
+                self._require(given is None or Path(given).is_file(), name, existing, "check the path")
+            else:  # it would be ignored, or sought on the hub
+                self._require(
+                    not Path(given or "").suffix, name, f"no file with data.source={source}", "add data=files"
+                )
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name is not None]
         require(len(set(columns)) == len(columns), "data.text_column, data.pair_column and data.label_column",
                 "columns of their own", ", ".join(columns))  # fmt: skip

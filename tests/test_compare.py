@@ -221,7 +221,7 @@ def test_protocols_are_never_mixed_and_one_can_be_chosen(folder, tmp_path):
         compare(folder, tmp_path, runs)
     compare(folder, tmp_path, runs, f"protocol={first[0].protocol_id}")
     assert len(rows(tmp_path)) == 3
-    with pytest.raises(SettingsError, match=rf"got none for runs={alien.run_id} protocol={first[0].protocol_id}; "):
+    with pytest.raises(SettingsError, match=f"protocol must be that of a trial, {alien.protocol_id}, got "):
         compare(folder, tmp_path, f"runs={alien.run_id}", f"protocol={first[0].protocol_id}")
 
 

@@ -309,6 +309,7 @@ def test_every_declared_range_is_tried_at_its_ends():
          "'accuracy'"),
         ("data", {"pair_column": "label"}, "data.text_column, data.pair_column and data.label_column must be columns "
          "of their own, got 'sentence, label, label'"),
+        ("data", {"train": "my.csv"}, "data.train must be no file with data.source=hub, got 'my.csv'; add data=files"),
         ("data", {"source": "tweets", "slice_column": "day"}, "data.slice_column must be null with data.source=tweets, "
          "got 'day'"),
         ("tracking", {"register": "a"}, "tracking.register must be null with tracking.log_model=never, got 'a'; add "

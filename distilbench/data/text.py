@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NO_REGRESSION = "numbers with fractions are a target for regression, which is not offered: make classes of them"
-
 RUN_OF_WORDS = 5
 """Two texts that share this many consecutive words count as near-duplicates. SST-2's training phrases are parts of the
 same sentences: if a tenth is held out, 64 % of it share such a run with the rest; of the validation split, 13 % do."""
@@ -221,15 +219,12 @@ def _to_text(part: str, value: Any, place: Any) -> str:
     if part == "slice":
         return "" if value is None else str(value).strip()
     name = "second text" if part == "pair" else part
-    if value is None or not str(value).strip():
+    if value is None or value != value or not str(value).strip():
         raise SettingsError(f"{place}: the {name} is missing; write one or delete the row")
-    if part == "label" and isinstance(value, (int, str)):  # True, too, which a CSV file spells so
+    if part == "label" and isinstance(value, (int, float, str)):  # spelled as a CSV file spells True and 1.0
         return str(value).strip()
-    is_text = part != "label" and isinstance(value, str)
-    is_float = part == "label" and isinstance(value, float)
-    remedy = f"write it as one; {NO_REGRESSION}" if is_float else "write it as one"
     allowed = "an integer or a string" if part == "label" else "a string"
-    require(is_text, f"{place}: the {name}", allowed, value, remedy)
+    require(part != "label" and isinstance(value, str), f"{place}: the {name}", allowed, value, "write it as one")
     return str(value)
 
 
@@ -241,7 +236,8 @@ def _find_label_names(labels: Iterable[str], title: str) -> tuple[str, ...]:
     names = sorted(set(labels))
     fraction = next((name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)), None)
     require(fraction is None, title, "text with classes for labels", fraction,
-            f"{NO_REGRESSION}, or name them all in data.label_names")  # fmt: skip
+            "numbers with fractions are a target for regression, which is not offered: make classes of them, or name "
+            "them all in data.label_names")  # fmt: skip
     for _, alike in groupby(sorted(names, key=_normalize_label), key=_normalize_label):
         if len(same := list(alike)) > 1:
             log.warning("%s has labels that differ little, and counts them as different classes: %s",

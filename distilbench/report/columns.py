@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distilbench.report import formats
-from distilbench.report.rows import NO_SAVING, Row, average
+from distilbench.report.rows import Cost, Row, average
 from distilbench.report.words import decided_by, describe_verdict
 from distilbench.results import Status, Verdict
 
@@ -52,7 +52,7 @@ class Column:
         return "" if value is None or value != value else self.format_value(value)
 
 
-def attribute(path: str) -> Callable[[Row], Any]:
+def _attribute(path: str) -> Callable[[Row], Any]:
     """Return a getter for a dotted attribute of a row, such as ``difference.low``; it returns None if missing."""
     return lambda row: reduce(lambda found, name: getattr(found, name, None), path.split("."), cast(Any, row))
 
@@ -73,7 +73,7 @@ def _cost(name: str, text: Callable[[float], str], is_count: bool = False) -> Ca
     """Return a formatter for a cost and, in brackets, its saving against the baseline; ``is_count``: say "fewer"."""
 
     def text_of(row: Row) -> str:
-        value, percent = getattr(row.cost, name), getattr(row.saving, name)
+        value, percent = getattr(row.cost, name), row.saving(name)
         saved = "" if math.isnan(percent) else f" ({formats.saving(percent, is_count)})"
         return "" if math.isnan(value) else text(value) + saved
 
@@ -84,15 +84,15 @@ def _time(row: Row) -> str:
     text = _cost("seconds", formats.duration)(row)
     if row.cost.is_estimate:
         return f"about {text}"
-    return text.replace("(", "(about ") if row.saving.is_estimate else text
+    return text.replace("(", "(about ") if row.is_saving_estimate else text
 
 
 def _saved_time(text: Callable[[float], str], missing: str = "") -> Callable[[Row], str]:
     """Return a formatter for the saving of time alone."""
 
     def text_of(row: Row) -> str:
-        saved = row.saving
-        return missing if math.isnan(saved.seconds) else f"{'about ' if saved.is_estimate else ''}{text(saved.seconds)}"
+        saved = row.saving("seconds")
+        return missing if math.isnan(saved) else f"{'about ' if row.is_saving_estimate else ''}{text(saved)}"
 
     return text_of
 
@@ -110,43 +110,43 @@ def _short(saved: float) -> str:
 
 
 _ALL = (
-    Column("trial", attribute("number"), "#"),
-    Column("setting", attribute("label"), "setting", is_text=True),
-    Column("slice", attribute("slice")),
+    Column("trial", _attribute("number"), "#"),
+    Column("setting", _attribute("label"), "setting", is_text=True),
+    Column("slice", _attribute("slice")),
     Column("examples", lambda row: row.examples or None),
-    Column("is_baseline", attribute("is_baseline")),
+    Column("is_baseline", _attribute("is_baseline")),
     Column("seeds", lambda row: " ".join(map(str, row.seeds)), "n", _seeds),
-    Column("accuracy", attribute("accuracy"), "accuracy",
+    Column("accuracy", _attribute("accuracy"), "accuracy",
            lambda row: formats.mean_and_deviation(row.accuracy, row.accuracy_deviation) if row.trials else ""),
-    Column("accuracy_deviation", attribute("accuracy_deviation")),
-    Column("loss", attribute("loss"), "loss", format_value="{:.4f}".format),
+    Column("accuracy_deviation", _attribute("accuracy_deviation")),
+    Column("loss", _attribute("loss"), "loss", format_value="{:.4f}".format),
     Column("brier", _mean("brier"), "Brier", format_value="{:.4f}".format),
     Column("ece", _mean("ece"), "ECE", format_value="{:.4f}".format),
-    Column("train_seconds", attribute("cost.seconds"), "time", _time),
-    Column("is_time_estimate", attribute("cost.is_estimate")),
-    Column("train_cpu_seconds", attribute("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", formats.duration)),
-    Column("train_flops", attribute("cost.flops"), "FLOPs", _cost("flops", formats.flops, is_count=True)),
-    Column("peak_memory_bytes", attribute("cost.memory"), "memory", _cost("memory", formats.memory)),
-    Column("difference_points", attribute("difference.points"), "difference (95 %)", _difference),
-    Column("difference_low_points", attribute("difference.low")),
-    Column("difference_high_points", attribute("difference.high")),
-    Column("p", attribute("difference.p")),
-    Column("p_holm", attribute("difference.p_holm"), "p (Holm)", format_value=formats.p_value),
-    Column("loses_at_most_points", attribute("difference.loses_at_most"), "loses at most",
+    Column("train_seconds", _attribute("cost.seconds"), "time", _time),
+    Column("is_time_estimate", _attribute("cost.is_estimate")),
+    Column("train_cpu_seconds", _attribute("cost.cpu_seconds"), "CPU time", _cost("cpu_seconds", formats.duration)),
+    Column("train_flops", _attribute("cost.flops"), "FLOPs", _cost("flops", formats.flops, is_count=True)),
+    Column("peak_memory_bytes", _attribute("cost.memory"), "memory", _cost("memory", formats.memory)),
+    Column("difference_points", _attribute("points"), "difference (95 %)", _difference),
+    Column("difference_low_points", _attribute("difference.low")),
+    Column("difference_high_points", _attribute("difference.high")),
+    Column("p", _attribute("difference.p")),
+    Column("p_holm", _attribute("difference.p_holm"), "p (Holm)", format_value=formats.p_value),
+    Column("loses_at_most_points", _attribute("difference.loses_at_most"), "loses at most",
            format_value=lambda lost: f"{max(lost, 0):.2f}"),
-    Column("p_margin", attribute("difference.p_loss")),
-    Column("p_margin_holm", attribute("difference.p_loss_holm")),
-    Column("seeds_needed", attribute("difference.needed.seeds"), "to decide", decided_by),
-    Column("examples_needed", attribute("difference.needed.examples")),
-    Column("has_learned", attribute("has_learned")),
-    Column("time_gain_percent", attribute("saving.seconds")),
-    Column("flops_gain_percent", attribute("saving.flops")),
-    Column("trainable_parameters", attribute("trainable_parameters"), "trained", format_value=formats.millions),
+    Column("p_margin", _attribute("difference.p_loss")),
+    Column("p_margin_holm", _attribute("difference.p_loss_holm")),
+    Column("seeds_needed", _attribute("difference.needed.seeds"), "to decide", decided_by),
+    Column("examples_needed", _attribute("difference.needed.examples")),
+    Column("has_learned", _attribute("has_learned")),
+    Column("time_gain_percent", lambda row: row.saving("seconds")),
+    Column("flops_gain_percent", lambda row: row.saving("flops")),
+    Column("trainable_parameters", _attribute("trainable_parameters"), "trained", format_value=formats.millions),
     Column("verdict", lambda row: row.final_verdict or "", "verdict", describe_verdict, is_text=True),
     Column("verdict_of_fresh_seeds", lambda row: row.final_row is not row),
     Column("not_tested", lambda row: row.untested or ""),
-    Column("status", attribute("status")),
-    Column("protocol", attribute("first_trial.protocol_id")),
+    Column("status", _attribute("status")),
+    Column("protocol", _attribute("first_trial.protocol_id")),
     Column("runs", lambda row: " ".join(trial.run_id for trial in row.all_trials)),
     *(Column(key, lambda row, key=key: str(row.treatment.get(key, "")))  # type: ignore[misc]
       for key in ("freeze.layers", "scheduler.name", "optim.lr", "optim.weight_decay")),
@@ -175,7 +175,7 @@ PAPER = (
     replace(CSV["setting"], title="experiment"),
     *_choose("accuracy", "loss"),
     replace(CSV["train_seconds"], title="training time",
-            text_of=lambda row: _time(replace(row, saving=NO_SAVING)) or row.status),
+            text_of=lambda row: _time(replace(row, baseline_cost=Cost())) or row.status),
     replace(CSV["time_gain_percent"], title="time gain", text_of=_saved_time("{:+.0f} %".format, "-")),
 )  # fmt: skip
 """Table 1 of the course report (TPF-03): Experimento, Acurácia, Loss, Tempo de Treino, Ganho de Tempo."""

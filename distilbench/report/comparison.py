@@ -13,7 +13,7 @@ import numpy as np
 
 from distilbench.report.noninferiority import noninferiority_over_seeds
 from distilbench.report.power import PLANNED_SEEDS, Needed, estimate_spread, needed, needed_to_decide
-from distilbench.report.rows import PRAISE, Difference, Row, Untested, saving_of
+from distilbench.report.rows import PRAISE, Difference, Row, Untested, comparable_cost
 from distilbench.report.statistics import ALPHA, SeedSpread, compare_over_seeds, holm, spread_over_seeds, verdict
 from distilbench.results import Predictions, Status, Verdict
 
@@ -55,7 +55,8 @@ def compare_with_baseline(
         else:
             spreads[i], row = spread, replace(row, difference=difference_of(spread, margin, num_settings))
         points = row.difference.points if row.difference else 100 * (row.accuracy - base.accuracy)
-        result[i] = replace(row, points=points, saving=saving_of(row.trials, base.trials))
+        cost, note = comparable_cost(row.trials, base.trials)
+        result[i] = replace(row, points=points, baseline_cost=cost, time_note=note)
     found = {i: row.difference for i, row in enumerate(result) if row.difference}
     for i, one in zip(found, correct([*found.values()], margin, num_settings), strict=True):
         claim = verdict(one.low, one.high, one.p_holm, one.p_loss_holm)

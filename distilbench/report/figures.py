@@ -82,7 +82,7 @@ def comparable_in_time(report: Report) -> list[Row]:
     if report.baseline is None or not report.baseline.trials:
         alike = len({trial.measured_on for row in report.candidates for trial in row.trials}) == 1
         return report.candidates if alike else []
-    return [row for row in report.rows if row.is_baseline or not math.isnan(row.saving.seconds)]
+    return [row for row in report.rows if row.is_baseline or not math.isnan(row.saving("seconds"))]
 
 
 def _trade_off(report: Report) -> Iterator[Figure]:

@@ -160,7 +160,7 @@ def cost_rank(report: Report) -> CostOf:
     rows = report.candidates
     if all(row.cost.flops > 0 for row in rows):
         return lambda row: row.cost.flops
-    if not any(math.isnan(row.saving.seconds) for row in rows):
+    if not any(math.isnan(row.saving("seconds")) for row in rows):
         return lambda row: row.cost.seconds
     return lambda row: float(row.trainable_parameters)
 
@@ -179,15 +179,14 @@ def _claim(row: Row) -> str:
 
 
 def _savings(row: Row, report: Report) -> Iterator[str]:
-    saved = row.saving
     noise, _ = noise_of_time([trial for each in report.rows for trial in each.trials])
     least = max(LEAST_SAVING, 2 * math.sqrt(2) * noise)
-    if abs(saved.flops) > 0.5:
-        yield f"{saving(saved.flops, is_count=True)} FLOPs"
-    if abs(saved.seconds) >= least:
-        yield f"{'about ' if saved.is_estimate else ''}{saving(saved.seconds)} time"
-    if abs(saved.memory) >= LEAST_MEMORY:
-        yield f"{saving(saved.memory)} memory"
+    if abs(row.saving("flops")) > 0.5:
+        yield f"{saving(row.saving('flops'), is_count=True)} FLOPs"
+    if abs(row.saving("seconds")) >= least:
+        yield f"{'about ' if row.is_saving_estimate else ''}{saving(row.saving('seconds'))} time"
+    if abs(row.saving("memory")) >= LEAST_MEMORY:
+        yield f"{saving(row.saving('memory'))} memory"
 
 
 def _undecided(report: Report) -> str:

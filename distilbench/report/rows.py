@@ -13,16 +13,16 @@ import numpy as np
 from distilbench.identity import has_choices_of, short_hash
 from distilbench.report.names import name_of, varying_values
 from distilbench.report.power import Needed
+from distilbench.report.statistics import LEVEL, critical_difference
 from distilbench.results import BASELINE_ROLE, Predictions, Status, StoredTrial, Verdict
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Mean costs over the trials of a setting, or the per cent of the baseline's that it saves; NaN if unknown.
+    """Mean costs over the trials of a setting; NaN if unknown.
 
     ``seconds`` is training time; for trials that were trained together, it is the estimated time alone
-    (``is_estimate``, as is a saving if one of its two times is). ``flops`` are exact on any machine. ``memory`` is in
-    bytes. ``time_note`` says why a saving of time is unknown. A saving is negative where more is taken.
+    (``is_estimate``). ``flops`` are exact on any machine. ``memory`` is in bytes.
     """
 
     seconds: float = math.nan
@@ -30,10 +30,6 @@ class Cost:
     flops: float = math.nan
     memory: float = math.nan
     is_estimate: bool = False
-    time_note: str = ""
-
-
-NO_SAVING = Cost()
 
 
 def seconds_of(trial: StoredTrial) -> float:
@@ -62,23 +58,18 @@ def average(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
-def saving_of(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> Cost:
-    """Return what trials save of the costs of the baseline's trials, in per cent; either may be empty."""
-    ours, base, everyone = cost_of(trials), cost_of(baselines), (*trials, *baselines)
-    saved = {
-        name: _saved(getattr(ours, name), getattr(base, name)) for name in ("seconds", "cpu_seconds", "flops", "memory")
-    }
+def comparable_cost(trials: Sequence[StoredTrial], baselines: Sequence[StoredTrial]) -> tuple[Cost, str]:
+    """Return the baseline's cost, as far as that of ``trials`` compares with it, and why times do not, if so.
+
+    Either may be empty.
+    """
+    base, everyone = cost_of(baselines), (*trials, *baselines)
     if len({trial.measured_on for trial in everyone}) > 1:
-        note = "measured on different devices, engines, precisions or library versions"
-        return Cost(flops=saved["flops"], time_note=note)
-    unknown = any(math.isnan(seconds_of(trial)) for trial in everyone)
+        return Cost(flops=base.flops), "measured on different devices, engines, precisions or library versions"
+    if not any(math.isnan(seconds_of(trial)) for trial in everyone):
+        return base, ""
     is_shared = any(not trial.alone for trial in everyone)
-    note = "trained beside other trials, or partly elsewhere" if is_shared else "none recorded"
-    return Cost(**saved, time_note=note if unknown else "", is_estimate=ours.is_estimate or base.is_estimate)
-
-
-def _saved(ours: float, base: float) -> float:
-    return 100 * (1 - ours / base) if base > 0 else math.nan
+    return base, "trained beside other trials, or partly elsewhere" if is_shared else "none recorded"
 
 
 def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
@@ -147,7 +138,8 @@ class Row:
     over common seeds if tested (``difference``), otherwise that of the means. ``verdict`` is None for the
     baseline itself, without a baseline, without a result, and for the reason in ``untested``. ``has_learned``: the
     accuracy is shown to be above that of always predicting the most frequent label; None if not tested. ``examples`` is
-    the number of examples reported on, 0 if unknown. ``confirmation`` is the row of the same setting in a confirmation,
+    the number of examples reported on, 0 if unknown. ``baseline_cost`` is the baseline's cost as far as it
+    compares; ``time_note`` says why times do not. ``confirmation`` is the row of the same setting in a confirmation,
     with fresh seeds. ``slice`` names the part of the examples that the figures refer to; empty for all. ``number`` is
     that of the first trial in its sweep, prefixed with the sweep's name if another row has the same number.
     """
@@ -164,7 +156,8 @@ class Row:
     rank: int = 0
     points: float = math.nan
     difference: Difference | None = None
-    saving: Cost = NO_SAVING
+    baseline_cost: Cost = Cost()
+    time_note: str = ""
     verdict: Verdict | None = None
     untested: Untested | None = None
     has_learned: bool | None = None
@@ -178,6 +171,16 @@ class Row:
         """The name in sentences and charts: the number, then the label."""
         return f"{self.number} {self.label}".strip()
 
+    def saving(self, name: str) -> float:
+        """Return the per cent saved of the baseline's cost ``name``, negative where more is taken; NaN if unknown."""
+        ours, base = getattr(self.cost, name), getattr(self.baseline_cost, name)
+        return 100 * (1 - ours / base) if base > 0 else math.nan
+
+    @property
+    def is_saving_estimate(self) -> bool:
+        """Whether one of the two times of a saving is an estimate."""
+        return self.cost.is_estimate or self.baseline_cost.is_estimate
+
     @property
     def accuracy_half_width(self) -> float:
         """Half the width of the accuracy's 95 % interval, as a share: over examples and, if several, over seeds.
@@ -188,7 +191,8 @@ class Row:
         share, num = (self.accuracy * self.examples + 2) / (self.examples + 4), self.examples + 4
         over_examples = share * (1 - share) / num if self.examples else 0.0
         over_seeds = (self.accuracy_deviation or 0.0) ** 2 / max(self.num_seeds, 1)
-        return 1.96 * math.sqrt(over_examples + over_seeds)
+        components = [(over_examples, math.inf), (over_seeds, max(self.num_seeds - 1, 1))]
+        return critical_difference(components, 1 - LEVEL)
 
     @property
     def final_row(self) -> Row:

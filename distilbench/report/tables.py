@@ -67,7 +67,7 @@ def notes_of(report: Report) -> Iterator[str]:
             f"Times of equal work vary by ± {noise:.0f} % (standard deviation, {trials} trials); FLOPs are "
             "counted, not measured."
         )
-    for reason in sorted({row.saving.time_note for row in report.table_rows if row.saving.time_note}):
+    for reason in sorted({row.time_note for row in report.table_rows if row.time_note}):
         yield f"Times not compared: {reason}."
     if any(row.cost.is_estimate for row in report.table_rows):
         yield "Times told as 'about' are estimates: what one trial would take alone, by a probe."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from distilbench.cli import pluralize
 from distilbench.report import words
-from distilbench.report.columns import CSV, attribute, markdown_table
+from distilbench.report.columns import CSV, markdown_table
 from distilbench.report.comparison import compare_with_baseline
 from distilbench.report.formats import interval, markdown, p_value, points
 from distilbench.report.names import name_of, varying_values
@@ -22,17 +22,9 @@ COLUMNS = (
     *(CSV[key] for key in ("accuracy", "difference_points", "loss", "train_flops", "train_seconds")),
 )
 
-METRICS = {
-    "difference_points": "points",
-    "difference_low_points": "difference.low",
-    "difference_high_points": "difference.high",
-    "mcnemar_p": "difference.p",
-    "loses_at_most_points": "difference.loses_at_most",
-    "p_margin": "difference.p_loss",
-    "time_gain_percent": "saving.seconds",
-    "flops_gain_percent": "saving.flops",
-}
-"""MLflow's metrics of a comparison, each with the attribute of the trial's row that holds it."""
+METRICS = ("difference_points", "difference_low_points", "difference_high_points", "p", "loses_at_most_points",
+           "p_margin", "time_gain_percent", "flops_gain_percent")  # fmt: skip
+"""Columns that are MLflow's metrics of a comparison; ``p`` is ``mcnemar_p`` there."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +114,10 @@ def comparison_headline(comparison: Comparison) -> str:
 
 def comparison_metrics(comparison: Comparison) -> dict[str, float]:
     """Return the available figures of the comparison, by MLflow metric name."""
-    found = {name: attribute(path)(comparison.row) for name, path in METRICS.items()}
-    if comparison.row.saving.is_estimate:
+    found = {"mcnemar_p" if key == "p" else key: CSV[key].value(comparison.row) for key in METRICS}
+    if comparison.row.is_saving_estimate:
         del found["time_gain_percent"]
-    return {name: value for name, value in found.items() if value is not None and value == value}
+    return {name: float(value) for name, value in found.items() if value is not None and value == value}
 
 
 def notes_of(comparison: Comparison) -> Iterator[str]:
@@ -133,5 +125,5 @@ def notes_of(comparison: Comparison) -> Iterator[str]:
     found = comparison.row.difference
     if found is not None:
         yield f"95 % interval {interval(found.low, found.high)} points, exact McNemar p {p_value(found.p)}"
-    if comparison.row.saving.time_note:
-        yield f"Times not compared: {comparison.row.saving.time_note}"
+    if comparison.row.time_note:
+        yield f"Times not compared: {comparison.row.time_note}"

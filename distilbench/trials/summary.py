@@ -11,7 +11,7 @@ from rich.text import Text
 from distilbench.cli import pluralize
 from distilbench.report.columns import rich_table
 from distilbench.report.comparison import has_learned, majority_accuracy
-from distilbench.report.formats import duration, memory, percent
+from distilbench.report.formats import duration, memory, millions, percent
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.trial import COLUMNS, notes_of, sentence
@@ -74,8 +74,8 @@ def _fact_texts(trial: Trial) -> Iterator[tuple[str, str]]:
     settings, result = prepared_trial(trial.settings, trial.prepared), trial.result
     yield "model", trial.prepared.model.used.describe()
     yield from _facts_of_text(trial)
-    trained, total = result.trainable_parameters / 1e6, result.total_parameters / 1e6
-    share = f"; {trained:.1f} M of {total:.1f} M parameters trained" if total else ""
+    trained, total = millions(result.trainable_parameters), millions(result.total_parameters)
+    share = f"; {trained} of {total} parameters trained" if result.total_parameters else ""
     yield "frozen", frozen_part(settings) + share
     optim = settings.optim
     rates = f"{optim.name}, lr {optim.lr:g}, weight decay {optim.weight_decay:g}"

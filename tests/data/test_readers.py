@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -119,8 +120,8 @@ BROKEN = [
     (".csv.gz", gzip.compress(b"text,label\na,0\nb,1\n" * 99)[:-20], "is not a readable gzip file"),
     (".tsv", "text\tlabel\n\"a\tb\"\t0\nc\t1\td\n", "got 3; fields must not hold tabs"),
     (".csv", "text,label\na,3.7\nb,2.0\n", "must be text with classes for labels, got '3.7'"),
-    (".jsonl", '{"text": "a", "label": 0.5}\n', "the label must be an integer or a string, got 0.5; write it as one; "
-     "numbers with fractions are a target for regression, which is not offered: make classes of them"),
+    (".jsonl", '{"text": "a", "label": 0.5}\n', "must be text with classes for labels, got '0.5'; numbers with "
+     "fractions are a target for regression, which is not offered: make classes of them"),
     (".parquet", b"PAR1 is how it begins", "is not a readable Parquet file"),
     (".txt", "a 0\n", "must be a file that ends in .csv, .tsv, .jsonl, .json, .parquet, .csv.gz"),
 ]  # fmt: skip
@@ -196,10 +197,14 @@ def test_bytes_that_are_not_utf8_in_parquet_are_refused_with_their_row(folder):
     assert "bytes.parquet row 2 is not UTF-8" in refusal(files(folder / "bytes.parquet"))
 
 
-def test_a_parquet_column_of_the_wrong_type_is_refused(folder):
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, 1.0]}), folder / "types.parquet")
-    said = "row 1: the label must be an integer or a string, got 0.0; write it as one"
-    assert said in refusal(files(folder / "types.parquet"))
+def test_whole_floats_in_parquet_are_labels_as_in_csv_and_a_missing_one_is_refused(folder):
+    table = pa.table({"text": ["a", "b"] * 20, "label": [0.0, 1.0] * 20})
+    pq.write_table(table, folder / "floats.parquet")
+    pyarrow.csv.write_csv(pa.table({"text": table["text"], "label": ["0.0", "1.0"] * 20}), folder / "floats.csv")
+    loaded = [load_text(files(folder / name)) for name in ("floats.parquet", "floats.csv")]
+    assert loaded[0].used.fingerprint == loaded[1].used.fingerprint
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, float("nan")]}), folder / "gap.parquet")
+    assert "row 2: the label is missing" in refusal(files(folder / "gap.parquet"))
 
 
 def test_a_validation_label_that_train_lacks_is_refused_with_its_line(folder):

@@ -43,11 +43,12 @@ def test_a_setting_with_a_failed_seed_says_so():
 
 def test_all_right_in_a_few_examples_is_no_certainty():
     (row,) = rows_from([trial(1.0)])
-    assert replace(row, examples=64).accuracy_half_width == pytest.approx(1.96 * (66 * 2 / 68**3) ** 0.5)
+    assert replace(row, examples=64).accuracy_half_width == pytest.approx(1.96 * (66 * 2 / 68**3) ** 0.5, rel=1e-4)
     row = replace(row, accuracy=0.9, examples=872)
     assert row.accuracy_half_width == pytest.approx(0.0199, abs=2e-4)
-    several = replace(row, trials=row.trials * 4, accuracy_deviation=0.02)
-    assert several.accuracy_half_width == pytest.approx(np.hypot(row.accuracy_half_width, 0.0196))
+    several = replace(row, trials=row.trials * 4, accuracy_deviation=0.02)  # a standard error of 0.01 over seeds
+    assert several.accuracy_half_width == pytest.approx(0.03657, abs=1e-5), "t of 3 degrees of freedom for the seeds"
+    assert replace(several, examples=0).accuracy_half_width == pytest.approx(0.01 * 3.182, rel=1e-3)
 
 
 def test_of_a_seed_trained_twice_the_newest_counts():

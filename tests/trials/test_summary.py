@@ -103,7 +103,7 @@ def test_summary_tells_what_was_trained_and_how_it_compares(outcome):
         "train 2,000, validation 872; left out: 34 duplicates",
         "negative 1,100 / 428, positive 900 / 444 (train / validation)",
         "in both 3 texts of train, among those reported on",
-        "embeddings and layers 0-1; 10.6 M of 22.7 M parameters trained",
+        "embeddings and layers 0-1; 10.60 M of 22.70 M parameters trained",
         "cosine after warm-up ratio 0.1, adamw, lr 2e-05, weight decay 0.01",
         "3 epochs, batch 16, cut at 128 tokens, fp32, seed 42",
         "accuracy 90.00 %, loss 0.3330, F1 0.9100, MCC 0.8000",
