@@ -296,7 +296,7 @@ _REWORDINGS = {
         "{group} must name a choice of the group, got {value}; --help lists them"
     ),
     r"Interpolation key '(.+?)' not found": (
-        "${{{0}}} must refer to a setting with one value, got none; list values where it is read, not at {0}"
+        "${{{0}}} must refer to a setting with one value, got none; check its name, or list values where it is read"
     ),
     r"Environment variable '(.+?)' not found": "{key} must have its variable, got none; run: export {0}=...",
     r"override (\S+?)=(.*?)\n.*is not a ListConfig": "{0} must be a list, [{1}], got {1!r}",

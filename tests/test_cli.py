@@ -65,8 +65,8 @@ def mistake(*overrides: str) -> str:
         ("hydra/sweeper=nosuch", "hydra/sweeper must be one of basic, grid, optuna, got 'nosuch'"),
         ("nosuch/x=1", "nosuch/x must be a setting that there is; --help lists them"),
         ("a=b=c", "a=b=c must be key=value in Hydra's grammar; quote what is special in it: 'key=\"a=b, c\"'"),
-        ("train.epochs=${nosuch}", "${nosuch} must refer to a setting with one value, got none; list values where it "
-         "is read, not at nosuch"),
+        ("train.epochs=${nosuch}", "${nosuch} must refer to a setting with one value, got none; check its name, "
+         "or list values where it is read"),
         ("~data data.source=hub", "data must be given beside settings of it, got ~data; drop that"),
         ("~optim +optim.own=1", "optim must be given beside settings of it, got ~optim; drop that"),
         ("freeze=3", "freeze must name a choice of the group, got 3; --help lists them"),
