@@ -6,9 +6,10 @@ was trained, 1 a trial failed, 2 a setting is invalid, 130 or 143 interrupted; t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,9 +97,15 @@ def _find_report(store: MlflowStore, settings: ConfirmSettings) -> tuple[SweepRu
                             f"{searched.confirms}; for more seeds: sweep={searched.confirms} seeds=...")  # fmt: skip
     margin = settings.margin or searched.margin or default_margin()
     report = report_of_sweep(store, searched, default_treatment(), margin)
-    if report is None or report.baseline is None or not report.candidates:
-        lacking = "finished setting beside its baseline" if report and report.baseline else "baseline"
-        raise SettingsError(f"sweep must have a {lacking}, got {searched.name!r} without one; run it again to add one")
+    if report is None or report.baseline is None:
+        raise SettingsError(f"sweep must have a baseline, got {searched.name!r} without one; run it again to add one")
+    if not report.candidates:
+        others = Counter(trial.status.value for row in report.rows if not row.is_baseline for trial in row.other_trials)
+        ended = ", ".join(f"{number} {status}" for status, number in others.items()) or "no other"
+        raise SettingsError(
+            f"sweep must have a finished setting beside its baseline, got {searched.name!r} with {ended}; run it again "
+            "with sweep.retry_failed=true (DIVERGED trials would diverge again), or sweep other settings"
+        )
     return searched, report
 
 
@@ -202,9 +209,11 @@ def _print_plan(sweep: str, rows: Mapping[str, Row], missing: Sequence[Point]) -
     pace = f", about {duration(seconds)} at the sweep's pace" if seconds else ""
     print(f"confirming sweep {sweep}: {pluralize(len(missing), 'trial')} to train{pace}")
     for key, row in rows.items():
-        seeds = [point.extra[1].removeprefix("seed=") for point in missing if point.extra[0] == key]
+        seeds = [int(point.extra[1].removeprefix("seed=")) for point in missing if point.extra[0] == key]
+        runs = [[seed for _, seed in run] for _, run in groupby(enumerate(seeds), lambda one: one[1] - one[0])]
         if seeds:
-            print(f"  {one_line(row.name)}: seeds {', '.join(seeds)}")
+            told = ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else f"{run[0]}" for run in runs)
+            print(f"  {one_line(row.name)}: seeds {told}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from hydra import compose, initialize_config_dir
 from distilbench.composition import default_treatment
 from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
-from distilbench.results import Status, read_record
+from distilbench.results import Status, TrialResult, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
 from distilbench.tracking.search import CONFIRMS_TAG, PARENT_TAG, SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
 from tests.conftest import ROOT, TINY
-from tests.made_store import add_trial, make_store
+from tests.made_store import add_trial, make_store, start_of
 
 QUICK = (
     *TINY[:2],
@@ -46,6 +47,10 @@ def folder(tmp_path_factory):
             job = Job(settings, settings, str, SweepContext(f"lr={rate}", {**tags, PARENT_TAG: group.run_id}))
             run_batch([Trial(job, prepared, store)])
     add_trial(store, "freeze.layers=1", text="lonely", tags={SWEEP_TAG: "lonely"})
+    store.open_parent_run("diverged", {SWEEP_TAG: "diverged"}, Path("diverged"))
+    add_trial(store, text="diverged", tags={SWEEP_TAG: "diverged", "distilbench.role": "baseline"})
+    run = store.begin(start_of("optim.lr=10", text="diverged", tags={SWEEP_TAG: "diverged"}))
+    run.finish(TrialResult(Status.DIVERGED, "the loss is nan"))
     return folder
 
 
@@ -63,14 +68,14 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(folder, capsys)
     assert run_confirm(folder, "sweep=first", "top=1", "seeds=2", "dry_run=true") is None
     shown = capsys.readouterr().out
     assert "confirming sweep first: 4 trials to train, about " in shown
-    assert "seeds 2, 3" in shown
+    assert "seeds 2-3\n" in shown
     assert confirmed(folder) == []
 
 
 def test_seeds_auto_is_as_many_as_decide_or_the_line_that_says_why_none_does(folder, capsys):
     assert run_confirm(folder, "sweep=first", "top=1", "seeds=auto", "margin=60", "dry_run=true") is None
     shown = capsys.readouterr().out
-    number = shown.count(", ") // 2 + 1  # the baseline and the best, each with its seeds
+    [number] = {int(last) - 1 for last in re.findall(r": seeds 2-(\d+)$", shown, re.MULTILINE)}
     assert 2 <= number <= 10
     assert f"confirming sweep first: {2 * number} trials to train" in shown
     said = r"seeds must be a number where auto finds none for a margin of 0.1 points, got auto: no number of seeds .*"
@@ -216,6 +221,10 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
         (["sweep=first", "seeds=1"], r"^seeds must be auto, or 2 or more, got 1"),
         (["sweep=first-confirm"], r"^sweep must be a search, got 'first-confirm', itself a confirmation of first"),
         (["sweep=lonely"], r"^sweep must be one of "),
+        (
+            ["sweep=diverged"],
+            r"^sweep must have a finished setting .*, got 'diverged' with 1 DIVERGED; .* other settings",
+        ),
         (["sweep=first", "name=first"], r"^name must be free or that of a confirmation of first, got 'first'"),
     ],
 )

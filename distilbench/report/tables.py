@@ -76,11 +76,12 @@ def notes_of(report: Report) -> Iterator[str]:
     common = {*report.baseline.seeds} if report.baseline else set()
     if any(common & {*row.seeds} and common != {*row.seeds} for row in report.table_rows if row.difference):
         yield "Differences are over the seeds (n) that the baseline has as well, accuracies over all."
-    yield (
-        f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, worse: "
-        "exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected for the "
-        "number of settings tried (Holm), and so are the largest losses (Bonferroni); intervals are not."
-    )
+    if any(row.difference for row in report.table_rows):
+        yield (
+            f"Good enough: shown to lose less than {pluralize(report.margin, 'point')} (one-sided, 2.5 %). Better, "
+            "worse: exact McNemar for one seed, a paired test over seeds and examples for several. Both are corrected "
+            "for the number of settings tried (Holm), and so are the largest losses (Bonferroni); intervals are not."
+        )
     if report.slices:
         yield SLICES_NOTE
 

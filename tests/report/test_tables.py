@@ -206,6 +206,7 @@ def test_a_sweep_whose_every_trial_failed_gets_every_kind_of_report():
     broken = report_of([failed(Status.DIVERGED, n, treatment(optim_lr=n + 1.0)) for n in range(8)])
     text = printed(broken, width=220)
     assert "No trial finished: 8 DIVERGED." in text
+    assert "Good enough" not in text
     assert "and 3 more that did not finish" in text
     assert "DIVERGED" in markdown_report(broken)
     assert "DIVERGED" in note(broken)
