@@ -223,7 +223,7 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
         (["sweep=lonely"], r"^sweep must be one of "),
         (
             ["sweep=diverged"],
-            r"^sweep must have a finished setting .*, got 'diverged' with 1 DIVERGED; .* other settings",
+            r"^sweep must have a finished setting .*, got .diverged. with 1 DIVERGED; .* other",
         ),
         (["sweep=first", "name=first"], r"^name must be free or that of a confirmation of first, got 'first'"),
     ],
