@@ -285,9 +285,9 @@ def _reword(error: Exception, chain: Sequence[BaseException]) -> str:
 
 
 _REWORDINGS = {
-    r"Value '(.*)' of type '.*' could not be converted to Integer": "{key} must be a whole number, got {0!r}",
-    r"Value '(.*)' of type '.*' could not be converted to Float": "{key} must be a number, got {0!r}",
-    r"Value '(.*)' is not a valid bool": "{key} must be true or false, got {0!r}",
+    r"Value '(.*?)' of type '.*' could not be converted to Integer": "{key} must be a whole number, got {0!r}",
+    r"Value '(.*?)' of type '.*' could not be converted to Float": "{key} must be a number, got {0!r}",
+    r"Value '(.*?)' is not a valid bool": "{key} must be true or false, got {0!r}",
     r"Incompatible value 'None'|is not Optional": "{key} must be given, got null",
     r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'": (
         "{0} must be one value, or several with --multirun; a list is written [a,b], a text with commas quoted"

@@ -165,7 +165,9 @@ class Leaderboard:
     @property
     def total(self) -> int:
         """Number of trials of the whole plan."""
-        return self.plan.total + len(self.plan.outside_baselines)
+        return max(
+            self.plan.total + len(self.plan.outside_baselines), self.done
+        )  # fewer may be asked for than are done
 
     @cached_property
     def counts(self) -> Counter[Status]:
@@ -272,7 +274,7 @@ class Leaderboard:
 def _status(trial: TrialView, has_error: bool) -> str:
     """Return the status in words, with its reason if ``has_error``."""
     if trial.status is Status.REUSED:
-        return f"REUSED from {trial.attribute('reused_from')}"
+        return f"REUSED from {trial.trial.user_attrs.get('reused_from', 'another program')}"
     error = trial.attribute("error") if has_error and trial.status in (*FAILURES, Status.PRUNED) else None
     return trial.status + (", baseline" if trial.is_baseline else "") + (f": {error}" if error else "")
 

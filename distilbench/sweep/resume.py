@@ -55,6 +55,9 @@ def open_studies(
         kept = main.user_attrs.get("identity")
         if kept is not None:
             check_unchanged(kept, plan.identity, plan.name, plan.settings.sweep.on_change == "extend")
+        had = [direction.name.lower() for direction in main.directions]  # a person may have created the study
+        require(had == [*plan.directions], "sweep.name", f"that of a study with the directions {plan.directions}",
+                plan.name, f"its directions are {had}: take another name")  # fmt: skip
         trials = main.get_trials(deepcopy=False)
         plan = replace(plan, space=_keep_choice_order(plan.space, trials))
         marked, known = _read_sweep_file(plan).get("id"), main.user_attrs.get("id")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from distilbench.cli import as_settings_error
 from distilbench.composition import baseline_choices, baseline_config, check, overrides_between
 from distilbench.identity import SWEEP, point_key, short_hash
 from distilbench.report.names import is_choice, name_of
@@ -76,11 +78,15 @@ class Space:
         ends = {key: edges(distribution) for key, distribution in self.dimensions.items()}
         return Point({k: v[0] for k, v in ends.items()}), Point({k: v[-1] for k, v in ends.items()})
 
-    def contains(self, params: Mapping[str, Any]) -> bool:
-        """Return whether ``params`` lie in the space: they name every dimension, each with a valid value."""
-        named = params.keys() >= self.dimensions.keys() if self.custom else params.keys() == self.dimensions.keys()
+    def contains(self, params: Mapping[str, Any], is_partial: bool = False) -> bool:
+        """Return whether ``params`` have a valid value of every dimension; of some, if ``is_partial``."""
+        known = self.dimensions.keys() & params.keys()
+        if (len(known) < len(params) and not self.custom) or (len(known) < len(self.dimensions) and not is_partial):
+            return False
         try:
-            return named and all(d._contains(d.to_internal_repr(params[key])) for key, d in self.dimensions.items())
+            return all(
+                self.dimensions[key]._contains(self.dimensions[key].to_internal_repr(params[key])) for key in known
+            )
         except ValueError:  # no such choice, or no number
             return False
 
@@ -252,14 +258,11 @@ class Composer:
                     del config["hydra"]  # most of a config, and no part of a trial's settings
                 self._composed[groups] = config
             config = self._composed[groups].copy()
-            for override in point.overrides:
-                if override not in groups:
-                    parsed = OverridesParser.create().parse_override(override)  # an unknown key raises
-                    OmegaConf.update(config, parsed.get_key_element(), parsed.value(), force_add=False)
+            values = [override for override in point.overrides if override not in groups]
+            ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
             return config
         except (HydraException, OmegaConfBaseException) as error:
-            said = " ".join(line.strip() for line in str(error).split("\n")[:2])
-            raise SettingsError(f"the search space must name settings that there are: {said}") from None
+            raise as_settings_error(error) or error from None
 
     def shared_choices(self) -> tuple[Params, Params]:
         """Return the fixed choices that a baseline puts back, with the points' value and with the baseline's."""

@@ -9,6 +9,7 @@ next. An interrupted trial is void, and its point is queued again under the next
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import random
@@ -25,6 +26,8 @@ from distilbench.settings import SettingsError
 from distilbench.sweep.job import UNRESOLVED_IDENTITY
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point
+
+log = logging.getLogger(__name__)
 
 BASELINE_STUDY = "baseline"
 """Directory, and suffix of the study's name, for baselines that lie outside of the space."""
@@ -64,7 +67,7 @@ class TrialView:
     def status(self) -> Status:
         """Its current or final status."""
         if self.trial.state.is_finished():
-            return Status(self.trial.user_attrs["status"])
+            return Status(self.trial.user_attrs.get("status", Status.REUSED))  # none: another program added it
         return Status.WAITING if self.trial.state == TrialState.WAITING else Status.RUNNING
 
     @property
@@ -184,9 +187,15 @@ class SweepStudy:
         return bool(view.status is Status.INTERRUPTED or is_pending_copy or is_retried)
 
     def queue(self) -> None:
-        """Queue the next trials to train, and remove waiting ones that lie outside of the current space."""
+        """Queue the next trials to train, and remove waiting ones that lie outside of the current space.
+
+        A person may enqueue some values of a trial, whose others are then drawn.
+        """
         for view in self.views():
-            if view.status is Status.WAITING and not self._plan.space.contains(view.point.params):
+            params, is_own = view.point.params, view.attribute("point") is not None
+            if view.status is Status.WAITING and not self._plan.space.contains(params, is_partial=not is_own):
+                if not is_own:
+                    log.warning("trial %s, enqueued as %s, lies outside of the space: it is dropped", view.path, params)
                 ended = view.trial._trial_id  # Study.tell accepts only running trials
                 self._storage.set_trial_user_attr(ended, "status", Status.INTERRUPTED.value)
                 self._storage.set_trial_user_attr(ended, "error", "the sweep went on with another space")

@@ -161,6 +161,15 @@ def test_a_sweep_goes_on_with_its_own_settings_or_a_space_that_is_extended(plan_
     assert (study.user_attrs["id"], study.user_attrs["identity"]) == (begun, extended.identity)
 
 
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "minimize"]])
+def test_a_study_that_a_person_created_with_other_directions_is_refused(plan_of, directions):
+    first = plan_of("first")
+    first.directory.mkdir()
+    optuna.create_study(study_name="first", storage=f"sqlite:///{first.directory}/study.db", directions=directions)
+    with pytest.raises(SettingsError, match=r"^sweep.name must be that of a study with the directions \['maximize'\]"):
+        study_of(first)
+
+
 @pytest.mark.parametrize("trial", ["0", f"{BASELINE_STUDY}/0"])
 def test_trials_whose_study_is_gone_or_of_another_sweep_are_not_mixed_with_new_ones(plan_of, trial):
     first = plan_of("first")

@@ -86,6 +86,7 @@ def test_corners_are_first_choices_and_low_ends_and_last_choices_and_high_ends()
 )
 def test_a_space_contains_what_names_its_dimensions_with_values_that_they_have(params, inside, inside_of_custom):
     assert SPACE.contains(params) is inside
+    assert SPACE.contains(params, is_partial=True) is (inside or params == {"freeze.layers": 3})
     assert replace(SPACE, custom=print).contains(params) is inside_of_custom
 
 
@@ -270,9 +271,10 @@ def test_points_that_train_the_same_have_one_result_key(composer):
     ("params", "refused"),
     [
         ({"freeze.layers": 9}, "^freeze.layers must be 0..2 "),
-        ({"freeze.layerz": 1}, r"^the search space must name settings that there are: [^\n]*layerz"),
-        ({"+freeze.layers": 1}, r"^the search space must [^\n]*An item is already at 'freeze.layers'"),
-        ({"scheduler": "cosin"}, r"^the search space must name settings that there are: [^\n]*'scheduler/cosin' ?$"),
+        ({"freeze.layerz": 1}, "^freeze.layerz must be a setting that there is; did you mean freeze.layers[?]$"),
+        ({"freeze.layers": 0.5}, "^freeze.layers must be a whole number, got '0.5'$"),
+        ({"+freeze.layers": 1}, "^Could not append to config. An item is already at 'freeze.layers'"),
+        ({"scheduler": "cosin"}, "^scheduler must be one of constant, .*, got 'cosin'$"),
     ],
 )
 def test_a_point_that_is_no_trial_is_refused_in_one_line(composer, params, refused):
@@ -284,7 +286,7 @@ def test_a_point_that_is_no_trial_is_refused_in_one_line(composer, params, refus
 def test_only_what_is_added_with_a_plus_need_not_be_there(composer):
     made = composer(SPACE)
     assert made.settings(Point({"+sweep.pruner_options.lower": 0.5})).sweep.pruner_options["lower"] == 0.5
-    with pytest.raises(SettingsError, match="the search space must name settings"):
+    with pytest.raises(SettingsError, match=r"^sweep.pruner_options.lower2 must be a setting"):
         made.settings(Point({"sweep.pruner_options.lower2": 0.5}))
 
 

@@ -311,6 +311,21 @@ def test_points_that_wait_outside_of_a_changed_space_are_void_and_those_under_wa
     assert len(now.views()) == 5, "what was interrupted outside of the space is not tried again"
 
 
+def test_a_person_enqueues_trials_in_whole_or_in_part_and_adds_ended_ones_which_count_for_nothing(make, caplog):
+    study = make(ME)
+    study.study.tell(study.study.ask(), 0.9)
+    for params in ({"freeze.layers": 3}, {"freeze.layers": 9}, {"seed": 1}):
+        study.study.enqueue_trial(params)
+    with caplog.at_level("WARNING"):
+        study.queue()
+    outside = [message for message in caplog.messages if "lies outside of the space: it is dropped" in message]
+    assert [view.status for view in study.views()] == ["REUSED", "WAITING", "INTERRUPTED", "INTERRUPTED"], outside
+    assert len(outside) == 2
+    taken = study.take()
+    assert (taken.number, taken.point.params["freeze.layers"], [*taken.point.params]) == (1, 3, [*SPACE.dimensions])
+    assert [view.number for view in study.counted()] == [1]
+
+
 def test_a_trial_that_found_the_disk_full_is_to_be_tried_again(make):
     study = make(ME)
     finish(study, study.take().number, Status.FAILED, error="OSError: No space left on device: 'model'")
