@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
 from distilbench.bench import run as cases
-from distilbench.bench.run import Measured, ProcessRun, cases_of, combine_runs, precisions_to_try
+from distilbench.bench.run import Measured, cases_of, combine_runs, precisions_to_try
 from distilbench.benchmark import benchmark
 from distilbench.settings import BenchmarkSettings, register_schema, settings_from
 from tests.commands import FORKS
@@ -22,14 +21,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY_UNTRACKED = ("model=tiny", "data=synthetic", "tracking=none")
 
 
-def process(began, steps, evaluation):
-    walls = np.cumsum([began, steps, evaluation])
-    return ProcessRun(np.stack([walls, [0.0, 8.0, 9.0]], axis=1), steps + evaluation + 3.0, 100, 0.5)
-
-
-def test_processes_at_once_take_from_the_first_start_to_the_last_end():
-    both = combine_runs([process(10.0, 4.0, 1.0), process(11.0, 5.0, 0.5)])
-    assert both == Measured(6.0, 16.0, 0.5, 3.0, 200, 0.5)
+def test_processes_at_once_take_as_long_as_the_slowest_and_as_much_as_all():
+    both = combine_runs([Measured(4.0, 8.0, 1.0, 3.0, 100, 0.5), Measured(5.0, 8.0, 0.5, 2.0, 100, 0.6)])
+    assert both == Measured(5.0, 16.0, 1.0, 3.0, 200, 0.5)
 
 
 @pytest.mark.parametrize(

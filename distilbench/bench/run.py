@@ -134,19 +134,6 @@ class Measured(NamedTuple):
     loss: float
 
 
-class ProcessRun(NamedTuple):
-    """The measurements of one process.
-
-    ``marks`` (3, clocks) are wall and CPU seconds at the ends of the untimed steps, of all steps and of the evaluation;
-    all processes of the machine share the wall clock.
-    """
-
-    marks: np.ndarray
-    seconds: float
-    peak_bytes: int
-    loss: float
-
-
 def run_case(case: Case) -> Measured:
     """Measure a case in a new process, with cold caches and its own peak memory.
 
@@ -165,22 +152,13 @@ _START: list[Barrier] = []
 """In a measuring process: the barrier at which concurrent processes wait after their untimed steps."""
 
 
-def combine_runs(runs: list[ProcessRun]) -> Measured:
-    """Combine concurrent processes: wall time from the first start to the last end; sums of CPU time and memory."""
-    marks = np.stack([run.marks for run in runs])  # (processes, 3, clocks)
-    began, trained, evaluated = marks[:, 0, 0].min(), marks[:, 1, 0].max(), marks[:, 2, 0].max()
-    own = marks[:, 2, 0] - marks[:, 0, 0]  # (processes,) seconds for steps and evaluation
-    return Measured(
-        steps_seconds=float(trained - began),
-        steps_cpu_seconds=float((marks[:, 1, 1] - marks[:, 0, 1]).sum()),
-        evaluation_seconds=float(evaluated - trained),
-        rest_seconds=float(max(run.seconds - seconds for run, seconds in zip(runs, own, strict=True))),
-        peak_bytes=sum(run.peak_bytes for run in runs),
-        loss=runs[0].loss,
-    )
+def combine_runs(runs: list[Measured]) -> Measured:
+    """Combine processes that started together: the longest wall times, sums of CPU time and memory."""
+    steps, steps_cpu, evaluation, rest, peak, loss = zip(*runs, strict=True)
+    return Measured(max(steps), sum(steps_cpu), max(evaluation), max(rest), sum(peak), loss[0])
 
 
-def _measure(case: Case) -> ProcessRun:
+def _measure(case: Case) -> Measured:
     device = resolve_device(case.settings.engine.device)
     reset_peak_memory(device)
     began, clock = time.perf_counter(), _Clock(case.steps)
@@ -189,7 +167,9 @@ def _measure(case: Case) -> ProcessRun:
     if device.type == "cpu" and status.exists():  # Linux records the peak of a process
         found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         peak = int(found[1]) * 1024 if found else peak
-    return ProcessRun(np.array([clock.marks[name] for name in ("warm", "trained", "evaluated")]), seconds, peak, loss)
+    marks = np.array([clock.marks[name] for name in ("warm", "trained", "evaluated")])  # (3, wall and CPU seconds)
+    (steps, steps_cpu), (evaluation, _) = np.diff(marks, axis=0).tolist()
+    return Measured(steps, steps_cpu, evaluation, seconds - steps - evaluation, peak, loss)
 
 
 class _Clock(TrainerCallback):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import accumulate
 from typing import Any, Literal, cast
 from urllib.parse import quote
 
@@ -26,8 +25,8 @@ Value = float | int | str | bool | None
 LEAST_TEXT = 20
 """The least width in characters of a text column in a terminal, where it wraps between words."""
 
-LONGEST_PART = 32
-"""The longest part of a setting's name that a terminal does not break; longer ones are paths of files."""
+LONGEST_PART = {"setting": 32, "slice": 32, "verdict": 7}
+"""The longest part of a text that a terminal does not break; a longer part of a name is the path of a file."""
 
 
 @dataclass(frozen=True)
@@ -189,57 +188,47 @@ def drop_empty(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     return [column for column in columns if not column.title or any(column.text(row) for row in rows)]
 
 
-def fit_columns(rows: Sequence[Row], width: int) -> Sequence[Column]:
-    """Return the columns that fit into a terminal of ``width`` characters.
-
-    A row takes one line, or two with seven columns or fewer. The setting and the verdict then get 24 characters each if
-    costs take two columns, and 12 if they take one; costs are left out where that would break a part of a name.
-    """
-    if _width(drop_empty(FULL, rows), rows) <= width:
-        return FULL
-    narrow = drop_empty(NARROW, rows)
-    layouts = [*((n, False, LEAST_TEXT) for n in range(len(narrow), 7, -1)), (7, True, 24), (6, True, 12)]
-    fitting = (narrow[:n] for n, is_folded, least in layouts if _width(narrow[:n], rows, is_folded, least) <= width)
-    return next(fitting, narrow[:5])
-
-
-def _texts(column: Column, rows: Sequence[Row], is_folded: bool = False) -> list[str]:
+def _texts(column: Column, rows: Sequence[Row], is_folded: bool) -> list[str]:
     """Return a column's title and cells; in a folded table, brackets and deviations are on a second line."""
     texts = [column.title, *(formats.one_line(column.text(row)) for row in rows)]
     return [text.replace(" (", "\n(").replace(" ±", "\n±") for text in texts] if is_folded else texts
 
 
-def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool = False, least: int = LEAST_TEXT) -> int:
+def _width(columns: Sequence[Column], rows: Sequence[Row], is_folded: bool, least: int = LEAST_TEXT) -> int:
     """Return the least width of the columns in characters: neither figures nor parts of names are wrapped."""
     total = 0
     for column in columns:
         texts = _texts(column, rows, is_folded)
         longest = max(map(len, "\n".join(texts).split("\n")))
-        total += 2 + (min(longest, max(least, _longest_part(texts))) if column.is_text else longest)
+        total += 2 + (min(longest, max(least, _longest_part(column, texts))) if column.is_text else longest)
     return total
 
 
-def _longest_part(texts: Sequence[str]) -> int:
-    return min(max(map(len, " ".join(texts).split(" "))), LONGEST_PART)
+def _longest_part(column: Column, texts: Sequence[str]) -> int:
+    return min(max(map(len, " ".join(texts).split(" "))), LONGEST_PART[column.key])
 
 
 def rich_table(rows: Sequence[Row], columns: Sequence[Column], width: int) -> Table:
-    """Lay out rows for a terminal of ``width`` characters; if too narrow, brackets move to a second line.
+    """Lay out rows for a terminal of ``width`` characters, in the first way that breaks neither figures nor names.
 
-    The setting's column then gets the remaining width, because Rich would narrow all text columns equally. If even that
-    is too narrow, the last columns are left out, because Rich would cut digits off.
+    That is all columns; otherwise, of the full layout those for a narrow terminal, as many as fit: rows take one line
+    or, with seven columns or fewer, two. The setting and the verdict then get 24 characters each if costs take two
+    columns, and 12 if they take one. The setting's column gets the remaining width, because Rich would narrow all text
+    columns equally.
     """
-    columns = drop_empty(columns, rows)
-    least = [8 if one.key == "verdict" else _width([one], rows, is_folded=True, least=0) for one in columns]
-    columns = [one for one, total in zip(columns, accumulate(least), strict=True) if total <= width] or columns[:1]
-    is_folded = _width(columns, rows) > width
+    least = {7: 24, 6: 12} if columns is FULL else {}
+    fewer = drop_empty(NARROW if columns is FULL else columns, rows)
+    ways = [(drop_empty(columns, rows), False, LEAST_TEXT)]
+    for n in range(len(fewer), 0, -1):
+        ways += [(fewer[:n], False, LEAST_TEXT), *([(fewer[:n], True, least.get(n, 0))] if n < 8 else [])]
+    columns, is_folded, _ = next((way for way in ways if _width(way[0], rows, *way[1:]) <= width), ways[-1])
     room = width - 2 - _width([column for column in columns if column.key != "setting"], rows, is_folded)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     cells = []
     for column in columns:
         title, *texts = _texts(column, rows, is_folded)
         cells.append(texts)
-        kept = min(max(room, _longest_part(texts)), max(map(len, texts))) if column.key == "setting" else None
+        kept = min(max(room, _longest_part(column, texts)), max(map(len, texts))) if column.key == "setting" else None
         side: Literal["left", "right"] = "left" if column.is_text else "right"
         table.add_column(title, justify=side, overflow="fold", no_wrap=not column.is_text, width=kept)
     for row, shown in zip(rows, zip(*cells, strict=True), strict=True):

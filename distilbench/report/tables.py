@@ -14,7 +14,6 @@ from distilbench.report.columns import (
     CSV,
     LAYOUTS,
     MLFLOW_NOTE,
-    fit_columns,
     latex_table,
     markdown_table,
     rich_table,
@@ -102,8 +101,7 @@ def print_report(console: Console, report: Report, layout: str = "full", most: i
     """Print the answer, the table of the best ``most`` rows (and the baseline), and what failed."""
     rows = _sort_rows(report, layout)
     shown = [row for i, row in enumerate(rows) if i < most or row.is_baseline]
-    columns = fit_columns(shown, console.width) if layout == "full" else LAYOUTS[layout]
-    table = rich_table(shown, columns, console.width)
+    table = rich_table(shown, LAYOUTS[layout], console.width)
     if len(rows) > most:
         table.caption = f"the best {most} of {len(report.rows):,}; the rest stands in the files"
     console.print()
