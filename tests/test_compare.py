@@ -142,6 +142,15 @@ def test_where_a_sweeps_own_baseline_failed_a_finished_one_of_the_store_takes_it
     assert "The baseline is not among these trials" in capsys.readouterr().out
 
 
+def test_of_a_grid_over_amounts_of_text_without_a_baseline_the_largest_amount_is_the_baselines(tmp_path):
+    store = make_store(tmp_path)
+    for amount, wrong in ((64, 10), ("null", 20), (128, 15)):
+        add_trial(store, f"data.max_train_examples={amount}", wrong=wrong, tags={SWEEP_TAG: "amounts"})
+    compare(tmp_path, tmp_path / "report", "sweep=amounts")
+    (base,) = [row["setting"] for row in rows(tmp_path / "report").values() if row["is_baseline"] == "True"]
+    assert base == "baseline: max_train_examples=null"
+
+
 def test_trials_that_repeat_a_setting_and_a_seed_are_counted_where_they_are_left_out(tmp_path, capsys):
     store = make_store(tmp_path)
     for overrides in ((), ("freeze.layers=1",), ("freeze.layers=1", "engine=trainer")):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mode
+from statistics import mode, multimode
 
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -169,9 +170,16 @@ def with_predictions(store: MlflowStore, row: Row) -> Row:
 
 
 def _expected(rows: Sequence[Row], default_treatment: Mapping[str, object]) -> dict[str, object]:
-    """Return the baseline's expected treatment: the default with the trials' most common train and data settings."""
+    """Return the baseline's expected treatment: the default with the trials' most common train and data settings.
+
+    Of several that are equally common, such as the amounts of text of a grid, the one that leaves out least.
+    """
+
+    def size(value: object) -> float:
+        return math.inf if value is None else value if isinstance(value, int | float) else 0.0  # null: no limit
+
     keys = {key for row in rows for key in row.treatment if key.startswith(("train.", "data."))}
-    common = {key: mode(value_of(row.treatment, key) for row in rows) for key in keys}
+    common = {key: max(multimode(value_of(row.treatment, key) for row in rows), key=size) for key in keys}
     if common.get(TEXT_AMOUNT) is None:  # all of the text, so the seed that would draw it has no effect
         common.pop("data.split_seed", None)
     return {**default_treatment, **without_defaults(common)}

@@ -312,9 +312,14 @@ def find_baseline(rows: Sequence[Row], expected: Mapping[str, object], run_id: s
 
     if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
         return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
-    text = {key: value for key, value in expected.items() if key.startswith("data.")}.items()
+
+    def text_of(treatment: Mapping[str, object]) -> dict[str, object]:
+        return {key: value for key, value in treatment.items() if key.startswith("data.") and value is not None}
+
     alike = [
-        i for i, row in enumerate(rows) if has_choices_of(row.treatment, expected) and text <= row.treatment.items()
+        i
+        for i, row in enumerate(rows)
+        if has_choices_of(row.treatment, expected) and text_of(row.treatment) == text_of(expected)
     ]
     return min(alike, key=rank, default=None)
 
