@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from matplotlib.ticker import LogLocator, MaxNLocator
+
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 44
 """Size of a chart and of its margins, which hold the axes, in pixels."""
@@ -39,18 +41,12 @@ class Axis:
     @property
     def ticks(self) -> list[float]:
         """Round numbers within the axis."""
-        if self.is_log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            decades = math.log10(self.high / self.low)
-            factors = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
-            return [m * 10.0**p for p in powers for m in factors if self.low <= m * 10.0**p <= self.high]
-        step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
-        step *= next(
-            factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= self.max_ticks - 1
-        )
-        step = max(step, 1) if self.is_integer else step
-        first = math.ceil(self.low / step - 1e-9)
-        return [round(step * i, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        decades = math.log10(self.high / self.low) if self.is_log else 0.0
+        factors = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+        linear = MaxNLocator(self.max_ticks - 1, steps=[1, 2, 5, 10], integer=self.is_integer, min_n_ticks=1)
+        locator = LogLocator(subs=factors, numticks=99) if decades > 0.7 else linear  # the former needs powers of ten
+        found = (round(float(tick), 12) for tick in locator.tick_values(self.low, self.high))
+        return [tick for tick in found if self.low <= tick <= self.high]
 
 
 @dataclass(frozen=True)
