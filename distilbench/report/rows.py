@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from distilbench.identity import has_choices_of, short_hash
+from distilbench.identity import TEXT_AMOUNT, has_choices_of, short_hash, value_of
 from distilbench.report.names import name_of, varying_values
 from distilbench.report.power import Needed
 from distilbench.report.statistics import LEVEL, critical_difference
@@ -84,12 +84,10 @@ def noise_of_time(trials: Sequence[StoredTrial]) -> tuple[float, int]:
     for trial in trials:
         if seconds_of(trial) > 0 and trial.train_flops > 0:
             equal[trial.measured_on, trial.train_flops].add(math.log(seconds_of(trial)))
-    repeated = [logs for logs in equal.values() if len(logs) > 1]
-    if not repeated:
-        return 0.0, 0
-    freedom = sum(len(logs) - 1 for logs in repeated)
-    squares = sum((value - sum(logs) / len(logs)) ** 2 for logs in repeated for value in logs)
-    return 100 * math.expm1(math.sqrt(squares / freedom)), sum(map(len, repeated))
+    repeated = [[*logs] for logs in equal.values() if len(logs) > 1]
+    number = sum(map(len, repeated))
+    squares = sum(len(logs) * float(np.var(logs)) for logs in repeated)
+    return 100 * math.expm1(math.sqrt(squares / max(number - len(repeated), 1))), number
 
 
 @dataclass(frozen=True)
@@ -312,14 +310,11 @@ def find_baseline(rows: Sequence[Row], expected: Mapping[str, object], run_id: s
 
     if tagged := [i for i, row in enumerate(rows) if row.is_tagged]:
         return min(tagged, key=lambda i: (not rows[i].trials, -max(0.0, rows[i].cost.flops), rank(i)))  # 0 for NaN
-
-    def text_of(treatment: Mapping[str, object]) -> dict[str, object]:
-        return {key: value for key, value in treatment.items() if key.startswith("data.") and value is not None}
-
     alike = [
         i
         for i, row in enumerate(rows)
-        if has_choices_of(row.treatment, expected) and text_of(row.treatment) == text_of(expected)
+        if has_choices_of(row.treatment, expected)
+        and all(value_of(row.treatment, key) == value_of(expected, key) for key in (TEXT_AMOUNT, "data.split_seed"))
     ]
     return min(alike, key=rank, default=None)
 

@@ -34,8 +34,7 @@ NOTE_ROWS = 10
 
 def _sort_rows(report: Report, layout: str) -> list[Row]:
     """Return the rows in the layout's order: best first; in ``paper``, the baseline comes first."""
-    rows = list(report.table_rows)
-    return sorted(rows, key=lambda row: not row.is_baseline) if layout == "paper" else rows
+    return sorted(report.table_rows, key=lambda row: layout == "paper" and not row.is_baseline)
 
 
 def protocol_lines(report: Report) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-    from distilbench.tracking.retries import Connection
     from distilbench.tracking.store import MlflowStore
 
 log = logging.getLogger(__name__)
@@ -37,19 +35,8 @@ ALIAS = "champion"
 """Alias of a registered version if ``tracking.register`` gives none, as in MLflow's own guides."""
 
 
-def log_model(connection: Connection, run_id: str, directory: Path, register: str | None) -> None:
-    """Log a saved model to its run, which may have ended, and register it; does nothing if the run has one already.
-
-    Errors of the store are logged, not raised.
-    """
-    made: list[LoggedModel | None] = []
-    connection.attempt("the model", lambda: made.append(_log(connection.client, run_id, directory)), is_kept=False)
-    if register and made and made[0]:
-        put = partial(_register, connection.client, run_id, made[0], register)
-        connection.attempt("the registered model", put, is_kept=False)
-
-
-def _log(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:
+def log_once(client: MlflowClient, run_id: str, directory: Path) -> LoggedModel | None:
+    """Log the model in ``directory`` to its run, which may have ended; returns None if the run has one already."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
     run = client.get_run(run_id)
@@ -96,7 +83,7 @@ def _save(directory: Path, path: Path, run_id: str, model_id: str) -> None:
     )
 
 
-def _register(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:
+def register_model(client: MlflowClient, run_id: str, logged: LoggedModel, register: str) -> None:
     """Register a logged model as the newest version of a registered model, and point the alias to it."""
     name, _, alias = register.partition("@")
     with suppress_codes("RESOURCE_ALREADY_EXISTS"):

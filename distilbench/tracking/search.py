@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distilbench.results import Status, StoredTrial
@@ -67,16 +68,13 @@ def search_runs(
 
     ``tags`` are exact values, all of which must match. A value must not contain both kinds of quotes.
     """
+    from mlflow.utils import get_results_from_paginated_fn
+
     conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
     if run_ids:
         conditions.append(f"attributes.run_id IN ({', '.join(map(_quoted, run_ids))})")
-    found: list[Run] = []
-    token = None
-    while token != "":
-        asked = [experiment_id], " and ".join(conditions)
-        page = client.search_runs(*asked, max_results=PAGE, order_by=["start_time ASC"], page_token=token)
-        found += page
-        token = page.token or ""
+    search = partial(client.search_runs, [experiment_id], " and ".join(conditions), order_by=["start_time ASC"])
+    found: list[Run] = get_results_from_paginated_fn(lambda n, token: search(max_results=n, page_token=token), PAGE)
     return found
 
 

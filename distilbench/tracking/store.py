@@ -16,7 +16,7 @@ from distilbench.identity import short_hash
 from distilbench.results import PREDICTIONS, Owner, Predictions, Status, StoredTrial
 from distilbench.tracking import undelivered
 from distilbench.tracking.mlflow_tables import search_database
-from distilbench.tracking.model import log_model
+from distilbench.tracking.model import log_once, register_model
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, as_settings_error, retry_outage
 from distilbench.tracking.run import MlflowRun, ParentRun, read_predictions
@@ -36,7 +36,7 @@ from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 from distilbench.tracking.uri import StoreAddress, local_folder
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment, LoggedModel, Run
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,13 @@ class MlflowStore:
 
     def log_model(self, run_id: str, directory: Path, register: str | None) -> None:
         """Log a saved model to a run, which may have ended, and register it; errors of the store are logged."""
-        log_model(self._connection, run_id, directory, register)
+        made: list[LoggedModel | None] = []
+        self._connection.attempt(
+            "the model", lambda: made.append(log_once(self._client, run_id, directory)), is_kept=False
+        )
+        if register and made and made[0]:
+            put = partial(register_model, self._client, run_id, made[0], register)
+            self._connection.attempt("the registered model", put, is_kept=False)
 
     def run_url(self, run_id: str) -> str:
         """Return a link to a run's page; for a local store, it needs :attr:`ui_command`."""
