@@ -97,8 +97,8 @@ def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunne
 class SeededTrial:
     """A trial of a sweep that is trained once per seed: its parent run, and the mean over the seeds.
 
-    ``jobs`` has one job per seed, each with its own run and directory. ``left`` are those still to train: the others
-    had finished before the trial was interrupted, and their records are kept.
+    ``jobs`` has one job per seed, each with its own run and directory. ``remaining`` are those still to train: the
+    others had finished before the trial was interrupted, and their records are kept.
     """
 
     def __init__(self, job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
