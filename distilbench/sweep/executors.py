@@ -27,7 +27,6 @@ from distilbench.sweep.job import JOB, JOB_VARIABLE, SweepJob
 
 log = logging.getLogger(__name__)
 
-
 JobError = BaseException | None
 """The exception that ended a job; None if it returned."""
 

@@ -21,7 +21,6 @@ from distilbench.tracking.search import PARENT_TAG, SWEEP_TAG, TRIAL_TAG
 
 log = logging.getLogger(__name__)
 
-
 JOB_VARIABLE = "DISTILBENCH_SWEEP_JOB"
 """Environment variable with the path of the job's ``job.json``."""
 

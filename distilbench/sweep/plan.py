@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 
 from distilbench.identity import METRIC, SOURCES, short_hash
@@ -27,10 +27,8 @@ from distilbench.tracking.retries import reason_of
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")
 """Patterns of what ``hydra.sweeper.sampler`` may instantiate, the same as in hydra-optuna-sweeper."""
 
-
 FIXED_GROUPS = ("sweep", "search", "tracking", "margin", "output")
 """Groups and settings that can't vary within a sweep, since they do not change what a trial trains."""
-
 
 COUNT = Rule("1 or more", lambda value: isinstance(value, int) and value >= 1)
 SHARE = Rule("a share in [0, 1]", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
@@ -325,13 +323,10 @@ def _directions(direction: Any, objectives: Sequence[str]) -> list[str]:
     """Return ``hydra.sweeper.direction`` as a list, by default the natural direction of each objective."""
     if direction is None:
         return directions_of(objectives)
-    given = [direction] if isinstance(direction, str) or not hasattr(direction, "__iter__") else list(direction)
-    names = [str(getattr(one, "name", one)) for one in given]
-    if set(names) - {"minimize", "maximize"} or len(names) != len(objectives):
-        raise SettingsError(
-            f"hydra.sweeper.direction must be minimize or maximize for each of {list(objectives)}, got {names}; "
-            "leave it out to have it follow from sweep.objectives"
-        )
+    names = [str(one) for one in (direction if isinstance(direction, ListConfig) else [direction])]
+    require(not {*names} - {"minimize", "maximize"} and len(names) == len(objectives), "hydra.sweeper.direction",
+            f"minimize or maximize for each of {[*objectives]}", names,
+            "leave it out to have it follow from sweep.objectives")  # fmt: skip
     return names
 
 

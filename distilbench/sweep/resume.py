@@ -31,7 +31,6 @@ from distilbench.tracking.start import format_param
 
 log = logging.getLogger(__name__)
 
-
 _LONGEST_SHOWN = 6
 
 SWEEP_FILE = "sweep.json"

@@ -331,7 +331,9 @@ class SweepRunner:
             self._say(f"trial {study.path(number)} was taken over by another process: its result here is dropped")
             return
         is_void = isinstance(end, (SettingsError, Orphaned)) or was_signalled() or is_disk_full(end)
-        error = _error_text(end)
+        said = " ".join(str(end).split())
+        told = said if isinstance(end, SettingsError) else f"{type(end).__name__}: {said[:300]}"
+        error = None if end is None else told
         if not is_void and end and self._was_killed(study, number, at_once, end):
             is_void, error = True, "its process was killed, perhaps for memory; it is tried again"
         record = study.finalize_record(number, Status.INTERRUPTED if is_void else Status.FAILED, error)
@@ -422,11 +424,3 @@ class SweepRunner:
 
 def _no_space_message(plan: SweepPlan) -> str:
     return f"no space left on the disk of {plan.directory}; make room, then run the same command again to continue"
-
-
-def _error_text(end: JobError) -> str | None:
-    """Return a job's error as text on one line; None without an error."""
-    if end is None:
-        return None
-    said = " ".join(str(end).split())
-    return said if isinstance(end, SettingsError) else f"{type(end).__name__}: {said[:300]}"

@@ -65,12 +65,12 @@ class Space:
     @property
     def size(self) -> int | None:
         """The number of points; None if they can't be counted."""
-        values = [_values(distribution) for distribution in self.dimensions.values()]
-        return None if self.custom or None in values else math.prod(len(one or ()) for one in values)
+        values: list[Any] = [_values(distribution) for distribution in self.dimensions.values()]
+        return None if self.custom or None in values else math.prod(map(len, values))
 
     def points(self) -> list[Point]:
         """List every point, the last dimension varying fastest; only for a grid or if :attr:`size` is not None."""
-        values = [_values(distribution) or () for distribution in self.dimensions.values()]
+        values: list[Any] = [_values(distribution) for distribution in self.dimensions.values()]
         return [Point(dict(zip(self.dimensions, chosen, strict=True))) for chosen in itertools.product(*values)]
 
     def corners(self) -> tuple[Point, Point]:
@@ -201,10 +201,9 @@ def _distribution(key: str, override: Override, is_grid: bool) -> BaseDistributi
             "samplers take it, but for grid"
         )
     try:
-        distribution = create_optuna_distribution_from_override(override)
+        distribution: BaseDistribution = create_optuna_distribution_from_override(override)
     except (ValueError, NotImplementedError) as error:
         raise SettingsError(f"{key} must be a space that Optuna takes, got {override.input_line!r}: {error}") from None
-    assert isinstance(distribution, BaseDistribution)
     return distribution
 
 

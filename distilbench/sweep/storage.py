@@ -108,13 +108,11 @@ def storage_of(url: str, grace_seconds: int) -> RDBStorage:
 def storage_at(url: str | None, written: str | None, directory: Path) -> Storage:
     """Return the storage of ``hydra.sweeper.storage``, by default ``study.db`` in the sweep's directory.
 
-    ``written`` is the setting before interpolation. Raises :class:`SettingsError` for an invalid URL, for one with a
-    password in clear text, and for a storage that does not answer.
+    ``written`` is the setting before interpolation. Raises :class:`SettingsError` for a storage that does not answer.
     """
     if url is None:
         default = sqlite_url(directory / "study.db")
         return Storage(default, default)
-    check_url(url, written or url)
     storage = Storage(with_absolute_file(url), with_absolute_file(written or url))  # a job may run in another directory
     with _answering(storage):
         if not storage.file:

@@ -39,7 +39,7 @@ def run_in_sweep(job: Job, sweep_job: SweepJob) -> tuple[float, ...]:
     with send_heartbeats(lease.holds, sweep_job.grace_seconds):
         claim_gpu(job.settings.engine.device)
         if job.settings.sweep.seeds:
-            _train_seeds(job, sweep_job, lease, runner)
+            SeededTrial(job, sweep_job, lease, runner).train()
         else:
             runner.train_one(replace(job, context=context_of(sweep_job, job.settings, lease)))
     exit_if_orphaned(sweep_job)
@@ -75,25 +75,6 @@ def context_of(sweep_job: SweepJob, settings: AppSettings, lease: Lease) -> Swee
     )
 
 
-def _train_seeds(job: Job, sweep_job: SweepJob, lease: Lease, runner: BatchRunner) -> None:
-    """Train the trial with one seed after another, until one does not finish or the pruner stops it."""
-    prune, objective = pruning_callback(sweep_job, job.settings.sweep), pruning_objective(sweep_job.objectives)
-    seeds = SeededTrial(job, sweep_job, lease, runner)
-    reason = None
-    with seeds.closing():
-        for count, seeded in enumerate(seeds.jobs, start=1):
-            if seeded in seeds.remaining:
-                runner.train_one(seeded)
-            records = seeds.records(count)
-            if records[-1].status is not Status.FINISHED:
-                break
-            if prune and objective and count < len(seeds.jobs):
-                reason = prune(statistics.fmean(record.objective(objective) for record in records), count)
-            if reason:
-                break
-        seeds.finish(reason)
-
-
 class SeededTrial:
     """A trial of a sweep that is trained once per seed: its parent run, and the mean over the seeds.
 
@@ -107,7 +88,8 @@ class SeededTrial:
         from distilbench.tracking.run import ParentRun
 
         prepared = runner.prepare(job.settings)  # refuse invalid settings before a run exists
-        self._sweep_job, self._lease = sweep_job, lease
+        self._sweep_job, self._lease, self._runner = sweep_job, lease, runner
+        self._prune = pruning_callback(sweep_job, job.settings.sweep)
         before = sweep_job.continues or sweep_job.directory
         store, record = open_store(job.settings.tracking, patiently=True), read_record(before)
         run_id = record.run_id if record else None
@@ -143,6 +125,22 @@ class SeededTrial:
         found = (read_record(Path(seeded.settings.output.dir)) for seeded in self.jobs[:first])
         return sorted(filter(None, found), key=lambda record: record.status is not Status.FINISHED)
 
+    def train(self) -> None:
+        """Train one seed after another, until one does not finish or the pruner stops the trial."""
+        objective, reason = pruning_objective(self._sweep_job.objectives), None
+        with self.closing():
+            for count, seeded in enumerate(self.jobs, start=1):
+                if seeded in self.remaining:
+                    self._runner.train_one(seeded)
+                records = self.records(count)
+                if records[-1].status is not Status.FINISHED:
+                    break
+                if self._prune and objective and count < len(self.jobs):
+                    reason = self._prune(statistics.fmean(record.objective(objective) for record in records), count)
+                if reason:
+                    break
+            self.finish(reason)
+
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Close the trial as INTERRUPTED if a signal ends the block before there is a result."""
@@ -150,11 +148,10 @@ class SeededTrial:
             yield
         except KeyboardInterrupt:
             record = read_record(self._sweep_job.directory)
-            if (record and record.is_final) or not self._lease.holds():
-                raise
-            stopped = replace(self._begun, status=Status.INTERRUPTED, error="interrupted")
-            stopped.write(self._sweep_job.directory)
-            self._parent.finish(stopped.status, stopped.error)
+            if not (record and record.is_final) and self._lease.holds():
+                stopped = replace(self._begun, status=Status.INTERRUPTED, error="interrupted")
+                stopped.write(self._sweep_job.directory)
+                self._parent.finish(stopped.status, stopped.error)
             raise
 
     def finish(self, reason: str | None = None) -> None:

@@ -11,9 +11,12 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
+from omegaconf import OmegaConf
+from optuna import create_study
+from optuna.samplers import RandomSampler
 
 from distilbench.settings import SettingsError, register_schema
-from distilbench.sweep.plan import SweeperOptions, make_plan
+from distilbench.sweep.plan import SweeperOptions, make_plan, sampler_of
 from hydra_plugins.distilbench_sweeper.sweeper import GridSweeper, OptunaSweeper
 from tests.conftest import ROOT, TINY
 
@@ -80,6 +83,7 @@ def planned(*typed: str):
             "direction must be minimize or maximize for each of ['accuracy'], got",
         ),
         ([*OPTUNA, "hydra.sweeper.custom_search_space=no.such"], "custom_search_space must be the dotted path"),
+        ([*OPTUNA, "optim.lr=1e-4,-1.0"], "optim.lr must be "),
     ],
 )
 def test_what_a_sweep_would_ignore_or_stumble_over_is_refused_in_a_line(typed, line):
@@ -92,6 +96,22 @@ def test_optunas_name_of_a_study_names_the_sweep_and_its_directory():
     plan = planned(*OPTUNA, "hydra.sweeper.study_name=mine")
     assert (plan.name, plan.directory.name) == ("mine", "mine")
     assert planned(*OPTUNA, "hydra.sweeper.study_name=null", "sweep.name=own").name == "own"
+
+
+@pytest.mark.parametrize(
+    ("typed", "cost"),
+    [([], "train_seconds"), (["hydra/launcher=fused"], "train_flops"),
+     (["hydra/launcher=fused", "hydra.sweeper.n_jobs=1"], "train_seconds")],
+)  # fmt: skip
+def test_a_sweeps_cost_is_seconds_only_where_its_launcher_runs_one_trial_at_a_time(typed, cost):
+    assert planned("freeze.layers=0,1", "sweep.objectives=[accuracy,cost]", *typed).objectives == ("accuracy", cost)
+
+
+def test_a_continued_sweeps_sampler_draws_other_points_as_if_its_seed_were_higher():
+    config = OmegaConf.create({"_target_": "optuna.samplers.RandomSampler", "seed": 7})
+    samplers = sampler_of(config, 0), sampler_of(config, 3), RandomSampler(7), RandomSampler(10)
+    drawn = [create_study(sampler=sampler).ask().suggest_float("x", 0, 1) for sampler in samplers]
+    assert drawn[:2] == drawn[2:]
 
 
 def protocols_of(*typed: str) -> list[tuple[str, ...]]:
@@ -148,7 +168,8 @@ def test_failures_are_tolerated_as_a_number_or_as_a_share_of_all_trials(typed, m
     ("typed", "split"),
     [("seed=7", "validation split, which also reports"),
      ("data.report_fraction=0.2", "validation split; a part of train only reports"),
-     ("data.selection_fraction=0.2", "selection split held out of train")],
+     ("data.selection_fraction=0.2", "selection split held out of train"),
+     ("sweep.seeds=[1,2]", "validation split, which also reports")],
 )  # fmt: skip
 def test_a_plan_says_which_split_ranks_its_trials_and_what_a_continued_sweep_must_keep(typed, split):
     plan = planned(*OPTUNA, "sweep.objectives=[accuracy,train_seconds]", "sweep.pruner=median", typed)

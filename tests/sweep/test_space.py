@@ -124,6 +124,7 @@ def test_a_dimension_is_described_in_words_its_choices_in_any_order():
     assert described == ["whole numbers from 1 to 5 in steps of 2", "cosine, linear"]
     assert describe(RATE) == "1e-05 to 0.01, logarithmic"
     assert describe(FloatDistribution(0, 0.5, step=0.1)) == "0 to 0.5 in steps of 0.1"
+    assert describe(FloatDistribution(0, 0.5)) == "0 to 0.5"
     assert describe(IntDistribution(0, 2)) == "whole numbers from 0 to 2"
     assert describe(CategoricalDistribution(["x", 10, 1e-5, 2])) == "1e-05, 2, 10, x"
 

@@ -184,7 +184,7 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
     runner = SimpleNamespace(prepare=lambda _: identities, train_one=train)
     given = settings("sweep.seeds=[1,2,3]")
     lease = SimpleNamespace(holds=lambda: True)
-    trial._train_seeds(Job(given, given, str), job, lease, runner)
+    trial.SeededTrial(Job(given, given, str), job, lease, runner).train()
     assert trained == [(2, 2), (3, 3)]
     record = read_record(job.directory)
     assert (record.status, record.identity) == (finished, identity | {"seed": None})
@@ -203,7 +203,7 @@ def test_a_signal_between_seeds_closes_the_trial_unless_another_process_took_it_
                              train_one=train)  # fmt: skip
     given = settings("sweep.seeds=[1,2]")
     with pytest.raises(KeyboardInterrupt):
-        trial._train_seeds(Job(given, given, str), job, SimpleNamespace(holds=lambda: holds), runner)
+        trial.SeededTrial(Job(given, given, str), job, SimpleNamespace(holds=lambda: holds), runner).train()
     record = read_record(tmp_path)
     assert (record.status, record.error) == (status, "interrupted" if holds else None)
 
@@ -237,7 +237,7 @@ def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_beh
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
     runner = SimpleNamespace(prepare=lambda _: identities, train_one=train)
     given = settings("sweep.seeds=[1,2,3]")
-    trial._train_seeds(Job(given, given, str), job, SimpleNamespace(holds=lambda: True), runner)
+    trial.SeededTrial(Job(given, given, str), job, SimpleNamespace(holds=lambda: True), runner).train()
     record = read_record(job.directory)
     assert seen == trained
     assert values == [(0.6, 1), (0.65, 2)][: ends[: len(trained)].count(Status.FINISHED)]
