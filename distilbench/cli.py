@@ -101,6 +101,8 @@ def open_streams() -> None:
 
     A trial whose pipe or terminal is closed thus keeps training; only a signal ends it.
     """
+    if os.environ.get("COLUMNS") == "0":  # as if unknown: rich would print nothing
+        del os.environ["COLUMNS"]
     logging.raiseExceptions = False  # no traceback for a log line that can't be written
     for number in range(3):
         try:
@@ -250,10 +252,8 @@ def as_settings_error(error: Exception) -> SettingsError | None:
             )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
-    said_by_hydra = (isinstance(error, ValueError) and raised_in.startswith("hydra.")) or (
-        isinstance(error, AttributeError)
-        and raised_in.startswith(("hydra.", "omegaconf."))  # a setting of a deleted group
-    )
+    is_said = isinstance(error, (ValueError, AttributeError))  # the latter of a setting of a deleted group
+    said_by_hydra = is_said and raised_in.startswith(("hydra.", "omegaconf.", "logging.config"))
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return SettingsError(_reword(error, chain))
     return None
@@ -298,7 +298,7 @@ _REWORDINGS = {
     r"Interpolation key '(.+?)' not found": (
         "${{{0}}} must refer to a setting with one value, got none; check its name, or list values where it is read"
     ),
-    r"Environment variable '(.+?)' not found": "{key} must have its variable, got none; run: export {0}=...",
+    r"Environment variable '(.+?)' not found": "the variable {0} must be set, got none; run: export {0}=...",
     r"override (\S+?)=(.*?)\n.*is not a ListConfig": "{0} must be a list, [{1}], got {1!r}",
     r"Could not load '(\w+)/(.+?)'": "{0} must name choices of the group, got {1!r}; --help lists them",
     r"(?:Multiple values for |force-add of config groups is not supported: '\+\+)([\w/@]+)": (
@@ -307,8 +307,11 @@ _REWORDINGS = {
     "'str' object has no attribute 'get'": "{deleted} must be given beside settings of it, got ~{deleted}; drop that",
     r"In '(.+?)': ConfigKeyError.*?Key '(.+?)' not in": "{1} must be a setting that there is, got it in {0}.yaml",
     r"^Key '(\S+)' (?:not in|is not in struct)": "{0} must be given, got nothing; add {0}=...",
-    r"Error merging override (\S+?)=(.*?)\n.*(?:Cannot convert 'list'|of type 'list' is incompatible)": (
+    r"Error merging override (\S+?)=(.*?)\n.*(?:Cannot convert '(?:list|dict)'|of type 'list' is incompatible)": (
         "{0} must be one value, got {1!r}"
+    ),
+    r"Error merging override (\S+?)=(.*?)\n.*(?:is not a subclass of|Cannot assign)": (
+        "{0} must be set key by key, {0}.key=..., got {1!r}; a choice of a group below another is typed with a slash"
     ),
     r"Target '(\S+)' is not in the Hydra execution whitelist": (
         "_target_ must be what the command itself uses, got {0!r}; code is not run because a setting names it"

@@ -201,12 +201,9 @@ class StoredTrial:
 
 
 RECORD = "trial.json"
-
 PREDICTIONS = "predictions.parquet"
-
 MODEL, ADAPTER = "model", "adapter"
 """Subdirectories of a trial's directory for its model and its adapter."""
-
 
 _BOOT_SECONDS = 2.0
 """Tolerance between two readings of a start time: some systems give the time of boot in whole seconds, by the clock."""
@@ -221,16 +218,12 @@ class Owner:
     started: float
 
     @classmethod
-    def of(cls, pid: int) -> Owner:
-        """Return the owner that stands for a process of this host."""
+    def of(cls, pid: int | None = None) -> Owner:
+        """Return the owner that stands for a process of this host, by default for the current one."""
         import psutil
 
-        return cls(socket.gethostname(), pid, round(psutil.Process(pid).create_time() - psutil.boot_time(), 2))
-
-    @classmethod
-    def of_this_process(cls) -> Owner:
-        """Return the owner that stands for the current process."""
-        return cls.of(os.getpid())
+        process = psutil.Process(pid)
+        return cls(socket.gethostname(), process.pid, round(process.create_time() - psutil.boot_time(), 2))
 
     def is_dead(self) -> bool:
         """Return whether the process is known to have ended; False for other hosts, where this can't be known."""

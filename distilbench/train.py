@@ -163,8 +163,7 @@ def _report_errors() -> Iterator[None]:
 
 
 def _assignment(config: DictConfig) -> Assignment:
-    sweep_job = SweepJob.from_environment()
-    if sweep_job:
+    if sweep_job := SweepJob.from_environment():
         Lease(sweep_job).announce()  # before the imports, which take seconds
     return Assignment(job_of(config, HydraConfig.get().runtime.choices), sweep_job)
 

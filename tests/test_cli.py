@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from logging.config import dictConfig
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def mistake(*overrides: str) -> str:
         ("~scheduler", "scheduler must be given, got nothing; add scheduler=..."),
         ("~optim", "optim must be given, got nothing; add optim=..."),
         ("~tracking", "tracking must be given, got nothing; add tracking=..."),
-        ("optim.lr=${oc.env:NOSUCH}", "optim.lr must have its variable, got none; run: export NOSUCH=..."),
+        ("optim.lr=${oc.env:NOSUCH}", "the variable NOSUCH must be set, got none; run: export NOSUCH=..."),
         ("~margin", "margin must be given, got nothing; add margin=..."),
         ("++optim.lrr=1", "optim.lrr must be a setting that there is, got 1; --help lists them"),
         ("sweep.objectives=f1", "sweep.objectives must be a list, [f1], got 'f1'"),
@@ -70,6 +71,11 @@ def mistake(*overrides: str) -> str:
         ("~data data.source=hub", "data must be given beside settings of it, got ~data; drop that"),
         ("~optim +optim.own=1", "optim must be given beside settings of it, got ~optim; drop that"),
         ("freeze=3", "freeze must name a choice of the group, got 3; --help lists them"),
+        ("train=3", "train must be set key by key, train.key=..., got '3'; a choice of a group below another is typed "
+                    "with a slash"),
+        ("hydra.job_logging=none", "hydra.job_logging must be set key by key, hydra.job_logging.key=..., got 'none'; "
+                                   "a choice of a group below another is typed with a slash"),
+        ("data.train={a:1}", "data.train must be one value, got '{a:1}'"),
         ("tracking.experiment=[a,b]", "tracking.experiment must be one value, got '[a,b]'"),
         ("+freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
         ("++freeze=layers3", "freeze must be typed without a plus, as freeze=..."),
@@ -115,6 +121,12 @@ def test_a_typo_is_answered_with_a_setting_of_the_same_command(command, typed, l
     with pytest.raises(Exception, match="Could not override") as caught, initialize_config_dir(str(ROOT / "conf")):
         compose(command, [typed])
     assert str(as_settings_error(caught.value)) == line
+
+
+def test_a_log_that_can_not_be_set_up_is_told_in_a_line():
+    with pytest.raises(ValueError, match="Unable to configure") as caught:
+        dictConfig({"version": 1, "handlers": {"file": {"class": "logging.FileHandler", "filename": "/nosuch/a.log"}}})
+    assert "No such file or directory: '/nosuch/a.log'" in str(as_settings_error(caught.value))
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("of our own"), FileNotFoundError(2, "no", "read.json")])
@@ -273,9 +285,10 @@ def test_streams_that_the_shell_closed_are_not_taken_by_files():
     assert done.returncode >= 3
 
 
-def test_text_that_the_terminal_can_not_show_is_replaced():
-    process = start("run_command(lambda: print('grün ✓'))", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+def test_text_that_the_terminal_can_not_show_is_replaced_and_a_width_of_zero_ignored():
+    code = "import rich\nrun_command(lambda: rich.print('grün ✓'))"
+    process = start(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "0"})  # fmt: skip
     assert process.communicate() == ("gr?n ?\n", "")
 
 

@@ -54,25 +54,25 @@ def test_a_trial_that_failed_before_it_began_has_counted_nothing():
 
 
 def test_this_process_owns_what_it_signs_and_lives():
-    mine = Owner.of_this_process()
+    mine = Owner.of()
     assert (mine.host, mine.pid) == (socket.gethostname(), os.getpid())
     assert not mine.is_dead()
 
 
 @pytest.mark.parametrize(("seconds", "dead"), [(0.0, False), (1.9, False), (-1.9, False), (2.5, True), (-2.5, True)])
 def test_a_start_time_is_the_same_within_two_seconds(seconds, dead):
-    mine = Owner.of_this_process()
+    mine = Owner.of()
     assert replace(mine, started=mine.started + seconds).is_dead() is dead
 
 
 def test_a_clock_that_jumps_ends_no_process(monkeypatch):
     from psutil import _psplatform
 
-    mine, booted = Owner.of_this_process(), psutil.boot_time()
+    mine, booted = Owner.of(), psutil.boot_time()
     monkeypatch.setattr(_psplatform, "boot_time", lambda: booted + 3600)  # the kernel's: time of day less uptime
     assert psutil.Process().create_time() > booted + 3600
     assert not mine.is_dead()
-    assert Owner.of_this_process() == mine
+    assert Owner.of() == mine
 
 
 def test_another_hosts_process_is_dead_only_if_one_says_so():
@@ -98,7 +98,7 @@ def test_a_process_that_may_not_be_looked_at_counts_as_alive(monkeypatch):
     def denied(self):
         raise psutil.AccessDenied
 
-    owner = Owner.of_this_process()
+    owner = Owner.of()
     monkeypatch.setattr(psutil.Process, "create_time", denied)
     assert owner.is_dead() is False
 

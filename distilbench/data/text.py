@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -153,7 +154,7 @@ def _normalize_label(name: str) -> str:
 
 
 def _normalize(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def _fall_back(settings: DataSettings) -> TextSplits:

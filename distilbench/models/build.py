@@ -195,6 +195,9 @@ def load_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    broken = [name for name, weight in model.named_parameters() if not weight.sum().isfinite()]
+    require(not broken, "model.checkpoint", "a model of finite weights",
+            f"nan or inf in {', '.join(broken[:1])} of {resolved.used.name}", "download it again")  # fmt: skip
     return model, report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
 
 

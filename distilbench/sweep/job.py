@@ -157,7 +157,7 @@ class Lease:
             raise Orphaned(f"the sweep {job.sweep} went on without trial {job.trial} before it began; run it again")
         found = read_record(job.directory)  # by an earlier start of this job, if Slurm requeued it
         begun = found if found and not found.is_final else Record(UNRESOLVED_IDENTITY, Status.RUNNING, job.owner)
-        replace(begun, status=Status.RUNNING, owner=Owner.of_this_process(), error=None).write(job.directory)
+        replace(begun, status=Status.RUNNING, owner=Owner.of(), error=None).write(job.directory)
 
     def holds(self) -> bool:
         """Return whether the trial is still this job's, and send a heartbeat if so; an outage changes nothing."""

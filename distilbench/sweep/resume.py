@@ -48,7 +48,7 @@ def open_studies(
     _refuse_others(plan, has_study=not storage.is_missing)
     warm, sources = ([], None) if has_begun(plan) else find_warm_trials(plan, storage)
     plan.directory.mkdir(parents=True, exist_ok=True)
-    owner, grace = Owner.of_this_process(), plan.settings.sweep.grace_seconds
+    owner, grace = Owner.of(), plan.settings.sweep.grace_seconds
     with storage.lock():
         main = open_study(storage, plan.name, plan.directions, pruner_of(plan.settings.sweep), grace)
         kept = main.user_attrs.get("identity")

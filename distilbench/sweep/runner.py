@@ -133,7 +133,7 @@ class SweepRunner:
         is_live = executor.threads and self._console.is_terminal
         self._live = Live(console=self._console, transient=True) if is_live else None
         """A table that is updated in place if trials run in parallel; otherwise each shows a progress bar."""
-        self._owner = Owner.of_this_process()
+        self._owner = Owner.of()
         self._began = time.monotonic()
         self._ended: str | None = None
         """Why no further trial is started."""

@@ -95,7 +95,7 @@ class SeededTrial:
         run_id = record.run_id if record else None
         given = sweep_job.run_name, sweep_job.tags, sweep_job.directory
         self._parent = store.open_parent_run(*given, run_id=run_id) if store else ParentRun()
-        self._begun = Record(UNRESOLVED_IDENTITY, Status.RUNNING, Owner.of_this_process(), self._parent.run_id)
+        self._begun = Record(UNRESOLVED_IDENTITY, Status.RUNNING, Owner.of(), self._parent.run_id)
         self._begun.write(sweep_job.directory)
         self.jobs, self.remaining = [], []
         for seed in job.settings.sweep.seeds or []:

@@ -77,7 +77,7 @@ def process_tags() -> dict[str, str]:
     from mlflow.tracking.context.git_context import GitRunContext
     from mlflow.tracking.context.registry import resolve_tags
 
-    owner = Owner.of_this_process()
+    owner = Owner.of()
     tags = {
         "mlflow.source.name": sys.argv[0],  # MLflow tells neither for a container's user without a name
         "mlflow.source.type": "LOCAL",

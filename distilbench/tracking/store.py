@@ -92,7 +92,7 @@ class MlflowStore:
     def catch_up(self, directory: Path) -> None:
         """Deliver what trials in ``directory`` kept during an outage of the store, after waiting for its end."""
         if undelivered.is_any_below(directory) and self._connection.wait(self._patience):
-            undelivered.deliver_below(self._connection, directory, lambda owner: owner == Owner.of_this_process())
+            undelivered.deliver_below(self._connection, directory, lambda owner: owner == Owner.of())
         if undelivered.is_any_below(directory):
             log.warning("MLflow does not answer: the next command that trains or compares tells it of %s", directory)
 

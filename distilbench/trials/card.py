@@ -25,7 +25,8 @@ ON_DISK = ("files", "local")
 def write_card(trial: Trial) -> None:
     """Write ``README.md`` beside the model, as ``huggingface_hub`` reads it; does nothing if there is no model."""
     directory, report, prepared = trial.directory / MODEL, trial.result.report, trial.prepared
-    if report is None or trial.result.error or not (directory / "config.json").is_file():
+    is_saved = trial.settings.output.save_model and (directory / "config.json").is_file()
+    if report is None or trial.result.error or not is_saved:
         return
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

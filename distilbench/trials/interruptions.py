@@ -33,7 +33,8 @@ class SignalGuard:
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
-        self._waiting: list[int] = []
+        self.waiting: list[int] = []
+        """Signals that wait, in the order in which they came."""
         self._is_held = True
         self._waits_for_step = False
 
@@ -49,8 +50,8 @@ class SignalGuard:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        while self._waiting:
-            signal.raise_signal(self._waiting.pop(0))
+        while self.waiting:
+            signal.raise_signal(self.waiting.pop(0))
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -80,25 +81,20 @@ class SignalGuard:
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, before)
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a signal waits."""
-        return bool(self._waiting)
-
     def deliver(self) -> None:
         """Call the original handlers of the waiting signals, which usually raise and so end the training."""
-        while self._waiting:
-            self._handle(self._waiting.pop(0), None)
+        while self.waiting:
+            self._handle(self.waiting.pop(0), None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_held:
-            self._waiting.append(number)
-            if self._waiting.count(signal.SIGINT) > _PATIENCE:
+            self.waiting.append(number)
+            if self.waiting.count(signal.SIGINT) > _PATIENCE:
                 os._exit(128 + signal.SIGINT)
         elif self._waits_for_step and number != signal.SIGINT:
-            if not self._waiting:
+            if not self.waiting:
                 signal.alarm(STEP_SECONDS)
-            self._waiting.append(number)
+            self.waiting.append(number)
         else:
             self._handle(number, frame)
 
@@ -109,5 +105,5 @@ class SignalGuard:
             handler(number, frame)  # usually raises
             self._is_held = False
         else:  # the default would end the process here, with everything open
-            self._waiting.append(number)
+            self.waiting.append(number)
             raise KeyboardInterrupt

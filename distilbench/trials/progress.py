@@ -16,8 +16,8 @@ from distilbench.results import Evaluation, StepRecord
 LINE_SECONDS = 10.0
 """Shortest time between two plain lines about steps."""
 
-QUICK_STEPS = 125
-"""Steps of experiment=quick: 2,000 examples at batch 16."""
+QUICK_STEPS = 75
+"""Steps of experiment=quick: 1,200 examples at batch 16."""
 
 LONG_SECONDS = 600.0
 """A trial predicted to take longer than this is announced as long."""
@@ -86,9 +86,11 @@ class ProgressBars:
         is_sure = bar.speed and record.step > SURE_STEPS and (bar.elapsed or 0.0) >= SURE_SECONDS
         if self._told_long or not is_sure:
             return
-        self._told_long = True
-        if line := long_trial_warning(record.steps / (bar.speed or math.inf), record.steps):
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._told_long, seconds = True, record.steps / (bar.speed or math.inf)
+        if seconds > LONG_SECONDS:
+            remedy = "; for a first answer in minutes: experiment=quick" if record.steps > QUICK_STEPS else ""
+            self._console.print(f"This trial will take about {duration(seconds)} on this device{remedy}",
+                                markup=False, highlight=False, soft_wrap=True)  # fmt: skip
 
     def _count(self, trial: int) -> str:
         return f"[{trial + 1}/{len(self._names)}]" if len(self._names) > 1 else ""
@@ -114,11 +116,3 @@ def evaluation_text(evaluation: Evaluation) -> str:
         f"epoch {evaluation.epoch:g} on {evaluation.split}: accuracy {100 * evaluation.accuracy:.2f} %, "
         f"loss {evaluation.loss:.4f}, F1 {evaluation.f1:.4f}, MCC {evaluation.mcc:.4f}"
     )
-
-
-def long_trial_warning(predicted_seconds: float, steps: int) -> str | None:
-    """Return a line that warns of a long trial, and names a quicker experiment if there is one; None if not long."""
-    if predicted_seconds <= LONG_SECONDS:
-        return None
-    remedy = "; for a first answer in minutes: experiment=quick" if steps > QUICK_STEPS else ""
-    return f"This trial will take about {duration(predicted_seconds)} on this device{remedy}"

@@ -20,6 +20,8 @@ from distilbench.engines.batches import BatchSchedule
 from distilbench.engines.device import resolve_device
 from distilbench.report.trial import Comparison
 from distilbench.results import (
+    ADAPTER,
+    MODEL,
     PREDICTIONS,
     Evaluation,
     Owner,
@@ -31,7 +33,7 @@ from distilbench.results import (
     TrialResult,
     read_record,
 )
-from distilbench.settings import AppSettings, SettingsError
+from distilbench.settings import AppSettings, SettingsError, require
 from distilbench.tracking.run import MlflowRun, final_metrics, write_predictions
 from distilbench.tracking.search import trial_of
 from distilbench.tracking.start import RunContent
@@ -181,7 +183,7 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
             trial.run = trial.store.begin(trial.content) if trial.store else None
             trial.record = replace(record, run_id=trial.run_id)
             opened.append(trial)
-            _write_first(trial.record, trial.directory)
+            _write_first(trial, trial.record)
         yield
     except BaseException as error:
         for trial in opened:
@@ -215,7 +217,7 @@ def _continue_interrupted(trial: Trial) -> None:
         log.info("the interrupted trial is not continued: %s", error)
         return
     if before != directory:
-        replace(record, owner=Owner.of_this_process()).write(directory)
+        replace(record, owner=Owner.of()).write(directory)
         shutil.rmtree(directory / checkpoints.DIRECTORY, ignore_errors=True)
         os.replace(old, directory / checkpoints.DIRECTORY)
     trial.job = replace(trial.job, settings=replace(settings, train=replace(settings.train, resume=True)))
@@ -224,7 +226,11 @@ def _continue_interrupted(trial: Trial) -> None:
 def _begin(trial: Trial) -> Record:
     """Return a new record, or that of the interrupted trial; raises :class:`SettingsError` if it can't be resumed."""
     directory, identity = trial.directory, asdict(trial.prepared.identity_of(trial.settings))
-    found = read_record(directory) if trial.settings.train.resume else None
+    before, saves = read_record(directory), trial.settings.output.save_model
+    theirs = [name for name in (MODEL, ADAPTER) if saves and not before and (directory / name).exists()]
+    require(not theirs, "output.dir", "a trial's own directory, or one without what a trial replaces", str(directory),
+            f"its {'/ and '.join(theirs)}/ is no trial's: name another with hydra.run.dir=...")  # fmt: skip
+    found = before if trial.settings.train.resume else None
     if found and found.status is Status.FINISHED:
         raise SettingsError(
             f"train.resume must continue an unfinished trial, got {directory}, which FINISHED with accuracy "
@@ -236,12 +242,21 @@ def _begin(trial: Trial) -> Record:
             f"train.resume must continue the trial in {directory}, got another {' and '.join(changed)}; "
             "use the settings it was started with, or another hydra.run.dir"
         )
-    return Record(identity, Status.RUNNING, Owner.of_this_process(), found.run_id if found else None)
+    return Record(identity, Status.RUNNING, Owner.of(), found.run_id if found else None)
 
 
-def _write_first(record: Record, directory: Path) -> None:
-    """Write the record of a trial that begins; raises :class:`SettingsError` if its directory can't be written."""
+def _write_first(trial: Trial, record: Record) -> None:
+    """Write the record of a trial that begins, in place of an earlier trial's results, which are not its own.
+
+    Raises :class:`SettingsError` if its directory can't be written.
+    """
+    directory = trial.directory
     try:
+        if read_record(directory) and not trial.settings.train.resume:
+            for path in (directory / MODEL, directory / ADAPTER):
+                if path.resolve() != trial.prepared.model.directory:  # else it is where this trial starts from
+                    shutil.rmtree(path, ignore_errors=True)
+            (directory / PREDICTIONS).unlink(missing_ok=True)
         record.write(directory)
     except OSError as error:
         raise SettingsError(
@@ -317,7 +332,7 @@ class _Observer:
         leases = [trial.context.lease for trial in self._opened]
         if all(lease and lease.is_lost for lease in leases):
             raise TrialTakenOver("taken over by another process")
-        return self._guard.is_waiting
+        return bool(self._guard.waiting)
 
     def on_checkpoint(self) -> None:
         """Deliver the waiting signal."""

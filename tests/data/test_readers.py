@@ -162,7 +162,9 @@ def test_rows_that_an_open_quote_swallowed_are_told_with_their_lines(folder, cap
     assert "1 row over several lines (lines 6 to 13)" in caplog.text
 
 
-@pytest.mark.parametrize("pair", [("Positive", "positive"), ("good one", "good  one"), ("1", "1.0")])
+@pytest.mark.parametrize(
+    "pair", [("Positive", "positive"), ("good one", "good  one"), ("1", "1.0"), ("caf\u00e9", "cafe\u0301")]
+)
 def test_labels_that_differ_little_are_warned_of(folder, caplog, pair):
     settings = raw(folder / "alike.csv", "text,label\n" + "".join(f"t{i},{pair[i % 2]}\n" for i in range(4)))
     assert load_text(replace(settings, validation=settings.train)).label_names == tuple(sorted(pair))

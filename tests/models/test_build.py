@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distilbench.data.hub import file_sha256
 from distilbench.models.build import build_model, export_model, load_tokenizer
@@ -176,6 +177,12 @@ def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpo
     assert set(three.state_dict()) - same_weights(three, other) == {"classifier.weight"}
 
 
+def spoil(directory, name):
+    weights = load_file(directory / "model.safetensors")
+    weights[name][0] = torch.nan
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -207,6 +214,7 @@ def test_a_head_for_another_number_of_labels_is_drawn_anew_from_the_seed(checkpo
         (lambda d: edit_json(d / "config.json", dim="many"), "must be a readable checkpoint, got .*field 'dim'"),
         (lambda d: edit_json(d / "config.json", dim=16), "without .* in other shapes"),
         (lambda d: edit_json(d / "config.json", model_type="bert", num_hidden_layers=2), "without .* of them"),
+        (lambda d: spoil(d, "classifier.bias"), "a model of finite weights, got 'nan or inf in classifier.bias of"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(checkpoint, damage, message):

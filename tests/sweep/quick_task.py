@@ -55,7 +55,7 @@ def main(config: DictConfig) -> float:
     accuracy = 1 / (1 + settings.optim.lr) - 0.01 * settings.freeze.layers
     treatment = f"{settings.freeze.layers}/{settings.optim.lr}"
     identity = {"protocol": "quick", "treatment": treatment, "seed": settings.seed}
-    record = Record(identity, Status.RUNNING, Owner.of_this_process())
+    record = Record(identity, Status.RUNNING, Owner.of())
     try:
         with send_heartbeats(lease.holds, job.grace_seconds):
             take_time(job)

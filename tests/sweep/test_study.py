@@ -25,7 +25,7 @@ from distilbench.sweep.study import SweepStudy
 
 SPACE = Space({"freeze.layers": IntDistribution(0, 3), "scheduler": CategoricalDistribution(["linear", "cosine"])}, [])
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 1}
-ME = Owner.of_this_process()
+ME = Owner.of()
 
 
 class Hearts(InMemoryStorage, BaseHeartbeat):

@@ -91,7 +91,7 @@ def test_trials_are_pruned_by_the_objective_that_is_measured_on_the_way(tmp_path
     study.tell(first, [0.7] * len(objectives))
 
     def callback(is_baseline: bool = False):
-        job = SweepJob("both", "1", "", (), is_baseline, None, Owner.of_this_process(), tmp_path, objectives,
+        job = SweepJob("both", "1", "", (), is_baseline, None, Owner.of(), tmp_path, objectives,
                        storage=url, trial_id=study.ask()._trial_id, grace_seconds=60,
                        prunes=True)  # fmt: skip
         return pruning_callback(job, MEDIAN)
@@ -123,7 +123,7 @@ def test_every_pruner_is_optunas_and_what_it_does_not_take_is_refused(name):
 def test_all_trials_of_a_sweep_use_the_sources_that_the_first_one_found(settings, tmp_path):
     url, given = f"sqlite:///{tmp_path / 'study.db'}", settings()
     study = optuna.create_study(storage=url, study_name="pinned")
-    job = SweepJob("pinned", "0", "", (), False, None, Owner.of_this_process(), tmp_path, (), url, 0, 60)
+    job = SweepJob("pinned", "0", "", (), False, None, Owner.of(), tmp_path, (), url, 0, 60)
 
     def pin(model: str = "m" * 20, data: str = "d" * 20, name: str = "tiny", settings=given, job=job):
         model, data = (SimpleNamespace(used=SimpleNamespace(fingerprint=one, describe=lambda: name))
@@ -161,7 +161,7 @@ def test_cost_is_seconds_where_trials_run_alone_and_flops_where_they_share_a_dev
 
 @pytest.mark.parametrize("before", ["0", "old"])
 def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_path, before):
-    owner, trained = Owner.of_this_process(), []
+    owner, trained = Owner.of(), []
     job = SweepJob("again", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60,
                    continues=tmp_path / "old" if before == "old" else None)  # fmt: skip
     identity, finished = {"protocol": "p", "treatment": "t"}, Status.FINISHED
@@ -194,7 +194,7 @@ def test_a_job_that_was_put_back_trains_the_seeds_that_are_left(settings, tmp_pa
 
 @pytest.mark.parametrize(("holds", "status"), [(True, Status.INTERRUPTED), (False, Status.RUNNING)])
 def test_a_signal_between_seeds_closes_the_trial_unless_another_process_took_it_over(settings, tmp_path, holds, status):
-    job = SweepJob("cut", "0", "", (), False, None, Owner.of_this_process(), tmp_path, ("accuracy",), "", 0, 60)
+    job = SweepJob("cut", "0", "", (), False, None, Owner.of(), tmp_path, ("accuracy",), "", 0, 60)
 
     def train(_):
         raise KeyboardInterrupt
@@ -219,7 +219,7 @@ def test_a_signal_between_seeds_closes_the_trial_unless_another_process_took_it_
 def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_behind(
     settings, tmp_path, monkeypatch, ends, reason, trained, told
 ):
-    owner, seen, values = Owner.of_this_process(), [], []
+    owner, seen, values = Owner.of(), [], []
     job = SweepJob("all", "0", "", (), False, None, owner, tmp_path / "0", ("accuracy",), "", 0, 60, prunes=True)
 
     def train(seeded):
@@ -252,7 +252,7 @@ def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_beh
 def test_a_trial_is_judged_after_each_evaluation_and_told_who_it_is(
     settings, tmp_path, monkeypatch, eval_steps, step, epoch, count
 ):
-    job = SweepJob("one", "3", "lr=1", (), True, "parent", Owner.of_this_process(), tmp_path, ("train_flops", "f1"),
+    job = SweepJob("one", "3", "lr=1", (), True, "parent", Owner.of(), tmp_path, ("train_flops", "f1"),
                    "", 0, 60, is_quiet=True, prunes=True, is_selection=True)  # fmt: skip
     monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: lambda value, count: f"{value} {count}")
     given, lease = settings(f"train.eval_steps={eval_steps}"), object()
@@ -269,7 +269,7 @@ def test_a_trial_is_judged_after_each_evaluation_and_told_who_it_is(
 def test_a_study_that_is_deleted_meanwhile_costs_a_trial_its_heartbeat_alone(tmp_path, caplog):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = optuna.create_study(storage=url, study_name="gone")
-    owner, number = Owner.of_this_process(), study.ask()._trial_id
+    owner, number = Owner.of(), study.ask()._trial_id
     study._storage.set_trial_user_attr(number, "owner", asdict(owner))
     lease = Lease(SweepJob("gone", "0", "", (), False, None, owner, tmp_path, ("accuracy",), url, number, 60))
     assert lease.holds()
@@ -285,7 +285,7 @@ def test_a_study_that_is_deleted_meanwhile_costs_a_trial_its_heartbeat_alone(tmp
 def test_a_worker_of_joblib_leaves_after_its_trial_if_its_sweep_was_killed(
     tmp_path, monkeypatch, is_quiet, is_dead, left
 ):
-    mine, exits = Owner.of_this_process(), []
+    mine, exits = Owner.of(), []
     owner = Owner(mine.host, mine.pid, mine.started - 3600 * is_dead)
     monkeypatch.setattr(os, "_exit", exits.append)
     trial.exit_if_orphaned(

@@ -126,7 +126,7 @@ def test_tags_tell_what_was_used_where_and_by_which_process(store, client, start
     assert tags["distilbench.model.fingerprint"] == "feed"
     assert tags["distilbench.version.torch"] == version_of("torch")
     assert (tags["distilbench.host"], tags["distilbench.pid"]) == (socket.gethostname(), str(os.getpid()))
-    assert float(tags["distilbench.process_started"]) == Owner.of_this_process().started
+    assert float(tags["distilbench.process_started"]) == Owner.of().started
     assert tags["distilbench.sweep"] == "first"
     assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == (sys.argv[0], "LOCAL")
     assert "256 training, 64 validation examples" in tags["mlflow.note.content"]

@@ -25,7 +25,7 @@ def store(tmp_path_factory):
 def dead():
     """A process that was there and is gone."""
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    owner = replace(Owner.of_this_process(), pid=process.pid)
+    owner = replace(Owner.of(), pid=process.pid)
     process.communicate()
     return owner
 
@@ -133,7 +133,7 @@ def test_a_sweep_that_ended_without_a_server_is_told_whole_by_the_next_command(s
     directory = tmp_path / "0"
     run = store.begin(start_of(f"output.dir={directory}", tags={SWEEP_TAG: "outage"}, parent_run_id=parent.run_id))
     assert run.run_id is None
-    Record(IDENTITY, Status.FINISHED, Owner.of_this_process(), None, figures={"steps": 20.0}).write(directory)
+    Record(IDENTITY, Status.FINISHED, Owner.of(), None, figures={"steps": 20.0}).write(directory)
     run.on_evaluation(DONE.report)
     run.finish(DONE, Predictions(LABELS, LABELS[:, None] == [0, 1]))
     parent.update({"trials_finished": 1}, "one of one")

@@ -155,9 +155,9 @@ def test_signals_wait_for_the_end_of_a_step_but_for_ctrl_c(monkeypatch):
                 signal.raise_signal(number)
                 monkeypatch.setattr(interruptions, "STEP_SECONDS", 60)
             assert signal.getitimer(signal.ITIMER_REAL)[0] <= 10, "counted from the first"
-            assert (told, guard.is_waiting) == ([], True)
+            assert (told, bool(guard.waiting)) == ([], True)
             guard.deliver()
-            assert (told, guard.is_waiting) == ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], False)
+            assert (told, bool(guard.waiting)) == ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], False)
             told.clear()
             signal.raise_signal(signal.SIGINT)
             assert told == [signal.SIGINT]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from distilbench.results import Evaluation, StepRecord
-from distilbench.trials.progress import LINE_SECONDS, ProgressBars, evaluation_text, long_trial_warning, step_text
+from distilbench.trials.progress import LINE_SECONDS, ProgressBars, evaluation_text, step_text
 
 EVALUATION = Evaluation("validation", 100, 1.0, loss=0.3255, accuracy=0.9071, f1=0.91, mcc=0.8142)
 LONG = "for a first answer in minutes: experiment=quick"
@@ -113,14 +113,13 @@ def test_a_short_trial_is_not_announced():
     assert not any(LONG in line for line in watched.lines)
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(600.0, None), (601.0, "10 min 1 s"), (7_560.0, "2 h 6 min")])
-def test_a_trial_of_ten_minutes_is_announced_as_long(seconds, said):
-    line = long_trial_warning(seconds, steps=12_630)
-    assert line is None if said is None else line == f"This trial will take about {said} on this device; {LONG}"
-
-
-def test_the_quick_experiment_is_not_told_to_be_quicker():
-    assert long_trial_warning(900.0, steps=125) == "This trial will take about 15 min 0 s on this device"
+def test_a_trial_of_ten_minutes_is_announced_as_long_but_the_quick_experiment_not_told_to_be_quicker():
+    watched = Watched()
+    watched.steps(1, 75, seconds_per_step=8.0, steps=75)
+    assert not any("This trial will take" in line for line in watched.lines)
+    longer = Watched()
+    longer.steps(1, 75, seconds_per_step=12.0, steps=75)
+    assert "This trial will take about 15 min 0 s on this device" in longer.lines
 
 
 def test_a_terminal_shows_one_bar_and_evaluations_above_it():

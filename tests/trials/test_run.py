@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from distilbench.settings import SettingsError
 from distilbench.tracking import undelivered
 from distilbench.tracking.run import MlflowRun
 from distilbench.trials import batch, run, summary
+from distilbench.trials.card import write_card
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.progress import ProgressBars
 from tests.conftest import TINY, compose_settings
@@ -334,7 +336,7 @@ def test_predictions_that_find_no_room_cost_a_warning_and_leave_nothing_half_wri
 
 
 def test_a_record_finds_room_in_the_place_of_the_last_one(tmp_path, monkeypatch):
-    record = Record({"protocol": "p", "treatment": "t", "seed": 1}, Status.RUNNING, run.Owner.of_this_process())
+    record = Record({"protocol": "p", "treatment": "t", "seed": 1}, Status.RUNNING, run.Owner.of())
     record.write(tmp_path)
     monkeypatch.setattr("os.replace", lambda *_: full_disk())
     replace(record, status=Status.FINISHED, error=None).write(tmp_path)
@@ -357,6 +359,35 @@ def test_a_directory_that_takes_no_record_is_told_in_one_line(store, trials, tra
     with pytest.raises(SettingsError, match=r"^output.dir must be a directory that can be written, got .*: No space"):
         train()
     assert running(store) == []
+
+
+@pytest.mark.parametrize("starts_there", [False, True])
+def test_a_trial_takes_the_place_of_an_earlier_one_in_its_directory(trials, prepared, monkeypatch, starts_there):
+    diverged = TrialResult(Status.DIVERGED, "the training loss was nan")
+    monkeypatch.setattr(run, "engine_for", lambda settings: SimpleNamespace(train=lambda *_: [diverged]))
+    directory = Path(trials[0].output.dir)
+    earlier = [directory / name for name in ("model", "adapter", PREDICTIONS)]
+    for path in earlier:
+        path.mkdir(parents=True) if path.suffix == "" else path.touch()
+    Record({"protocol": "", "treatment": "", "seed": 1}, Status.FINISHED, Owner("host", 1, 0.0)).write(directory)
+    own = replace(prepared.model, directory=earlier[0].resolve() if starts_there else None)
+    run.run_batch([ready(trials[0], SweepContext("again"), replace(prepared, model=own), None)])
+    assert [path.exists() for path in earlier] == [starts_there, False, False]
+
+
+def test_a_model_that_is_no_trials_is_neither_replaced_nor_described(trials, prepared, monkeypatch):
+    monkeypatch.setattr(run, "engine_for", lambda settings: FakeEngine())
+    model = Path(trials[0].output.dir, "model")
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    with pytest.raises(
+        SettingsError, match=r"^output\.dir must be a trial's own directory, .* its model/ is no trial's"
+    ):
+        run.run_batch([ready(trials[0], SweepContext("here"), prepared, None)])
+    unsaved = replace(trials[0], output=replace(trials[0].output, save_model=False))
+    (trial,) = run.run_batch([ready(unsaved, SweepContext("here"), prepared, None)])
+    write_card(trial)
+    assert [path.name for path in model.iterdir()] == ["config.json"]
 
 
 def test_a_trial_that_its_callback_stops_says_why(store, trials, train, monkeypatch):
