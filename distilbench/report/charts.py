@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from matplotlib.ticker import LogLocator, MaxNLocator
-
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 44
 """Size of a chart and of its margins, which hold the axes, in pixels."""
@@ -41,6 +39,8 @@ class Axis:
     @property
     def ticks(self) -> list[float]:
         """Round numbers within the axis."""
+        from matplotlib.ticker import LogLocator, MaxNLocator  # after the configuration has been checked
+
         decades = math.log10(self.high / self.low) if self.is_log else 0.0
         factors = (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
         linear = MaxNLocator(self.max_ticks - 1, steps=[1, 2, 5, 10], integer=self.is_integer, min_n_ticks=1)
