@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from distilbench.cli import errors_in_one_line, pluralize, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.data.formats import TEXTS
+from distilbench.results import MODEL
 from distilbench.settings import (
     CONF,
     DataSettings,
@@ -118,7 +119,8 @@ def rows_of(texts: Iterable[str | Sequence[str]], classifier: Classifier) -> lis
 def _find_model(settings: PredictSettings) -> Path:
     """Return the directory of the model that the settings name; print which trial of a sweep that is."""
     if settings.dir:
-        return Path(settings.dir)
+        directory = Path(settings.dir)
+        return directory if (directory / "config.json").exists() else next(directory.glob(MODEL), directory)
     from distilbench.tracking.connect import find_store
     from distilbench.tracking.model import model_directory
 

@@ -684,7 +684,7 @@ class PredictSettings(Checked):
     run: Optional[str]
     """Id of a trial's run."""
     dir: Annotated[Optional[str], PATH]
-    """Directory of a Transformers model with a classification head, such as model/ in a trial's directory."""
+    """Directory of a Transformers model with a classification head, or of a trial that saved its model in model/."""
     sweep: Optional[str]
     """Name of a sweep, from which `best` picks the trial."""
     best: Annotated[str, one_of(("answer", "accuracy"))]

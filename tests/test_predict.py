@@ -137,7 +137,7 @@ def test_of_a_sweep_the_answer_alone_is_logged_as_a_model(folder):
 
 def test_glue_gets_its_file_by_name_with_the_codes_of_its_labels(folder, tmp_path):
     (tmp_path / "test.tsv").write_text('index\tsentence\n0\taaa xx "\n1\tbbb xx\n')
-    asked(folder, f"dir={folder}/better/model", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
+    asked(folder, f"dir={folder}/better", f"data.test={tmp_path}/test.tsv", "data.text_column=sentence",
           "format=glue", f"output={tmp_path}/SST-2.tsv")  # fmt: skip
     assert (tmp_path / "SST-2.tsv").read_text() == "index\tprediction\n0\t0\n1\t1\n"
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_the_command_line_predicts_and_refuses_with_its_exit_status(folder):
     assert re.search(r"^3 texts in [\d.]+ s: ", done.stdout)
     assert f"predictions  {folder}/made/out.csv" in done.stdout
     assert len((folder / "made" / "out.csv").read_text().splitlines()) == 4
-    refused = workspace.run("dir=better", "data.test=in.csv", program="distilbench.predict")
+    refused = workspace.run("dir=made", "data.test=in.csv", program="distilbench.predict")
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
         line for line in refused.stderr.splitlines() if "dir must be a model" in line

@@ -164,10 +164,8 @@ class Leaderboard:
 
     @property
     def total(self) -> int:
-        """Number of trials of the whole plan."""
-        return max(
-            self.plan.total + len(self.plan.outside_baselines), self.done
-        )  # fewer may be asked for than are done
+        """Number of trials of the whole plan, or of those that are done, where fewer are asked for by now."""
+        return max(self.plan.total + len(self.plan.outside_baselines), self.done)
 
     @cached_property
     def counts(self) -> Counter[Status]:
