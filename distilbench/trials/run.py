@@ -253,8 +253,9 @@ def _write_first(trial: Trial, record: Record) -> None:
     directory = trial.directory
     try:
         if read_record(directory) and not trial.settings.train.resume:
+            source = trial.prepared.model.directory
             for path in (directory / MODEL, directory / ADAPTER):
-                if path.resolve() != trial.prepared.model.directory:  # else it is where this trial starts from
+                if not source or not source.is_relative_to(path.resolve()):  # else this trial starts from there
                     shutil.rmtree(path, ignore_errors=True)
             (directory / PREDICTIONS).unlink(missing_ok=True)
         record.write(directory)

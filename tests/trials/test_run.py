@@ -361,8 +361,9 @@ def test_a_directory_that_takes_no_record_is_told_in_one_line(store, trials, tra
     assert running(store) == []
 
 
-@pytest.mark.parametrize("starts_there", [False, True])
-def test_a_trial_takes_the_place_of_an_earlier_one_in_its_directory(trials, prepared, monkeypatch, starts_there):
+@pytest.mark.parametrize("source", [None, "", "checkpoint-3"])
+def test_a_trial_takes_the_place_of_an_earlier_one_in_its_directory(trials, prepared, monkeypatch, source):
+    """But for the model that it starts from, be it in a directory of the earlier trial's model."""
     diverged = TrialResult(Status.DIVERGED, "the training loss was nan")
     monkeypatch.setattr(run, "engine_for", lambda settings: SimpleNamespace(train=lambda *_: [diverged]))
     directory = Path(trials[0].output.dir)
@@ -370,9 +371,9 @@ def test_a_trial_takes_the_place_of_an_earlier_one_in_its_directory(trials, prep
     for path in earlier:
         path.mkdir(parents=True) if path.suffix == "" else path.touch()
     Record({"protocol": "", "treatment": "", "seed": 1}, Status.FINISHED, Owner("host", 1, 0.0)).write(directory)
-    own = replace(prepared.model, directory=earlier[0].resolve() if starts_there else None)
+    own = replace(prepared.model, directory=None if source is None else earlier[0].resolve() / source)
     run.run_batch([ready(trials[0], SweepContext("again"), replace(prepared, model=own), None)])
-    assert [path.exists() for path in earlier] == [starts_there, False, False]
+    assert [path.exists() for path in earlier] == [source is not None, False, False]
 
 
 def test_a_model_that_is_no_trials_is_neither_replaced_nor_described(trials, prepared, monkeypatch):
