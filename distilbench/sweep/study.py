@@ -328,10 +328,11 @@ class SweepStudy:
         ends = {view.attribute("run_id"): (view.status, view.attribute("error")) for view in trained}
         return {run_id: ends[run_id] for run_id in runs}
 
-    def _tell(self, number: int, status: Status, error: str | None, attributes: Mapping[str, Any],
+    def _tell(self, number: int, status: Status, error: str | None, attributes: dict[str, Any],
               values: Sequence[float] = (), state: TrialState = TrialState.FAIL) -> None:  # fmt: skip
         if self.holds(number):  # another process may have taken it over
-            for name, value in {**attributes, "status": status.value, "error": error}.items():
+            told = attributes | {"status": status.value} | ({"error": error} if error else {})
+            for name, value in told.items():
                 self._storage.set_trial_user_attr(self.owned_trials[number], name, value)
             given = list(values) if state == TrialState.COMPLETE else None
             self.study.tell(number, given, state=state, skip_if_finished=True)

@@ -84,10 +84,10 @@ class Undelivered:
         Permanent errors are logged; raises the errors of an unreachable store.
         """
         run_id, client = self.make(connection), connection.client
-        writes: list[tuple[str, Callable[[], object]]] = [
-            ("metrics", partial(log_batch, client, run_id, self.metrics, self.tags)),
-            *((file.name, partial(client.log_artifact, run_id, str(file))) for file in files),
-        ]
+        writes: list[tuple[str, Callable[[], object]]] = []
+        if self.metrics or self.tags:
+            writes.append(("metrics", partial(log_batch, client, run_id, self.metrics, self.tags)))
+        writes += [(file.name, partial(client.log_artifact, run_id, str(file))) for file in files]
         if self.status is not Status.RUNNING:
             writes.append(("end", partial(end_run, client, run_id, self.status, self.error)))
         for what, write in writes:
