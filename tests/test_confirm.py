@@ -60,6 +60,12 @@ def run_confirm(folder: Path, *asked: str) -> str | None:
         return confirm(settings_from(config, ConfirmSettings))
 
 
+@pytest.fixture(scope="module")
+def confirmation(folder):
+    """The sweep's confirmation with seeds 2 and 3, which an earlier test may have trained."""
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=2") is None
+
+
 def confirmed(folder: Path, name="first-confirm"):
     return make_store(folder).search({SWEEP_TAG: name})
 
@@ -126,6 +132,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     assert "with fresh seeds (n = 2)" in told, "the sweep's own run carries the outcome"
 
 
+@pytest.mark.usefixtures("confirmation")
 def test_the_sweeps_own_report_carries_its_confirmation(folder):
     with initialize_config_dir(str(ROOT / "conf")):
         request = ReportRequest("Sweep first", default_treatment(), 1.0, sweep=make_store(folder).sweep_run("first"))
@@ -140,6 +147,7 @@ def test_the_sweeps_own_report_carries_its_confirmation(folder):
     assert found.seeds == (1,)
 
 
+@pytest.mark.usefixtures("confirmation")
 def test_where_the_split_chose_too_the_tests_are_corrected_for_all_that_the_sweep_tried(folder):
     store = make_store(folder)
     with initialize_config_dir(str(ROOT / "conf")):
@@ -168,6 +176,7 @@ def test_slices_of_a_confirmation_are_corrected_for_all_that_the_sweep_tried_too
     assert web.p_holm == pytest.approx(2 * 4 * web.p), "two slices of four settings"
 
 
+@pytest.mark.usefixtures("confirmation")
 def test_more_seeds_are_added_and_none_is_trained_again_but_what_mlflow_lost(folder, monkeypatch):
     trained = []
     real = batch.run_batch
@@ -189,6 +198,7 @@ def test_more_seeds_are_added_and_none_is_trained_again_but_what_mlflow_lost(fol
     assert trained == [4, 4, 4], "its run was deleted in MLflow"
 
 
+@pytest.mark.usefixtures("confirmation")
 def test_trials_keep_their_directories_apart_from_each_other(folder):
     numbers = sorted(int(path.name) for path in (folder / "confirm").iterdir() if path.name.isdigit())
     assert numbers == list(range(len(numbers)))
@@ -211,6 +221,7 @@ def test_a_trial_that_fails_is_counted_and_ends_nothing(folder, monkeypatch):
     assert [read_record(folder / "other" / str(n)).status for n in range(4)].count(Status.FINISHED) == 2
 
 
+@pytest.mark.usefixtures("confirmation")
 @pytest.mark.parametrize(
     ("asked", "line"),
     [

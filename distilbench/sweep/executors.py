@@ -83,7 +83,9 @@ def executor_for(launcher: Launcher, config: DictConfig, n_jobs: int | None) -> 
         return Executor(launch, at_once, partial(_kill_workers, threads), threads)
     if config._target_.endswith(".RayLauncher"):
         on_ray = partial(_launch_on_ray, launcher, launcher.task_function)  # type: ignore[attr-defined]
-        return Executor(on_ray, n_jobs, _leave_ray)
+        from ray import shutdown  # which kills this sweep's jobs, before their trials are closed
+
+        return Executor(on_ray, n_jobs, shutdown)
     if config._target_.startswith("hydra_plugins.hydra_submitit_launcher."):
         submitted: list[Any] = []
         return Executor(partial(_launch_by_submitit, launcher, submitted), n_jobs,
@@ -97,13 +99,6 @@ def _kill_workers(threads: ThreadPoolExecutor) -> None:
 
     get_reusable_executor().shutdown(wait=True, kill_workers=True)
     threads.shutdown(wait=True, cancel_futures=True)
-
-
-def _leave_ray() -> None:
-    """Disconnect from the cluster, which kills this sweep's jobs there, before their trials are closed."""
-    import ray
-
-    ray.shutdown()
 
 
 def _launch_by_submitit(launcher: Launcher, submitted: list[Any], jobs: Sequence[SweepJob]) -> list[JobError]:
