@@ -6,7 +6,8 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -287,19 +288,32 @@ class Record:
         content = {**self.identity, "run_id": self.run_id, "status": self.status, "error": self.error, **self.scores,
                    "selection": self.selection, "figures": self.figures, "owner": asdict(self.owner)}  # fmt: skip
         text = json.dumps(content, indent=2) + "\n"
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / RECORD
-        partial = directory / f"{RECORD}.{os.getpid()}.partial"
         try:
-            partial.write_text(text)
-            os.replace(partial, path)
+            with replace_file(path) as partial:
+                partial.write_text(text)
         except OSError:
-            partial.unlink(missing_ok=True)
             if not path.is_file():
                 raise
             with path.open("r+") as file:
                 file.write(text)
                 file.truncate()
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which replaces ``path`` if the block ends without an exception, and is removed if not.
+
+    So a kill or a full disk leaves the old file or the new one; the folder is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def read_record(directory: Path) -> Record | None:

@@ -26,6 +26,7 @@ from distilbench.results import (
     Status,
     TrialResult,
     read_record,
+    replace_file,
 )
 
 IDENTITY = {"protocol": "p", "treatment": "t", "seed": 3}
@@ -233,3 +234,20 @@ def test_scores_are_those_kept_of_an_evaluation_and_nothing_else(tmp_path):
     content = content_of(tmp_path)
     (tmp_path / RECORD).write_text(json.dumps(content | {"loss": 0.25, "remark": 1}))
     assert read_record(tmp_path).scores == {"accuracy": 0.75, "loss": 0.25}
+
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt, OSError])
+def test_a_file_keeps_its_content_where_writing_a_new_one_is_interrupted(tmp_path, ended_by):
+    file = tmp_path / "folder" / "file"
+    with replace_file(file) as partial:
+        partial.write_text("whole")
+
+    def write_half() -> None:
+        with replace_file(file) as partial:
+            partial.write_text("ha")
+            raise ended_by
+
+    with pytest.raises(ended_by):
+        write_half()
+    assert file.read_text() == "whole"
+    assert list(file.parent.iterdir()) == [file]

@@ -7,17 +7,17 @@ import gzip
 import io
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distilbench.cli import pluralize
 from distilbench.data.hub import first_line
+from distilbench.results import replace_file
 from distilbench.settings import SettingsError, require
 
 log = logging.getLogger(__name__)
@@ -258,18 +258,17 @@ def open_prediction_file(path: Path) -> Iterator[Write]:
 
     The file appears, complete, when the block ends without an exception, and replaces an existing one.
     """
-    unfinished, ending = path.with_name(f".{path.name}.{os.getpid()}.partial"), path.suffix.lower()
+    ending = path.suffix.lower()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8", newline="") as file, ExitStack() as closing:
+        with (
+            replace_file(path) as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="") as file,
+            ExitStack() as closing,
+        ):
             yield _parquet_writer(file, closing) if ending == ".parquet" else partial(_write_text, file, ending)
-        os.replace(unfinished, path)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise SettingsError(f"output must be a file that can be written, got {str(path)!r}: {reason}") from None
-    finally:
-        with suppress(OSError):  # for example, its folder could not be created
-            unfinished.unlink()
 
 
 def _write_text(file: Any, ending: str, frame: Any) -> None:

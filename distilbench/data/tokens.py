@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distilbench.data.text import TextSplit, TextSplits, fingerprint
+from distilbench.results import replace_file
 from distilbench.settings import require
 
 log = logging.getLogger(__name__)
@@ -125,18 +125,14 @@ def _tokens_key(text: TextSplits, tokenizer: Any, max_length: int) -> str:
 
 
 def _store_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a cache file atomically; only warn if that fails."""
+    """Write a cache file; only warn if that fails."""
     from safetensors.numpy import save
 
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, path)
+        with replace_file(path) as partial:
+            partial.write_bytes(save(arrays))
     except OSError as error:
         log.warning("Tokens can't be cached in %s: %s", path.parent, error.strerror)
-        with suppress(OSError):  # a full disk may hold a partial file
-            temporary.unlink()
 
 
 def random_part(split: EncodedSplit, examples: int, rng: np.random.Generator) -> EncodedSplit:

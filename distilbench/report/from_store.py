@@ -133,7 +133,7 @@ def _compare(store: MlflowStore, trials: Sequence[StoredTrial], request: ReportR
         margin=request.margin,
         notes=notes,
         url=store.runs_url(request.sweep.name if request.sweep else None),
-        ui_command=store.ui_command,
+        ui_command=store.address.ui_command,
         majority=majority,
         num_settings=num_settings,
         slices=rows_by_slice(rows, request.margin, num_settings),

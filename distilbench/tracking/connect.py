@@ -105,8 +105,7 @@ def configure_mlflow() -> None:
     levels = dict.fromkeys(("mlflow", "matplotlib", "alembic", "urllib3.connectionpool"), logging.ERROR)
     levels["mlflow.store.db.utils"] = logging.CRITICAL  # logs what it raises, with traceback
     for name, level in levels.items():
-        if logging.getLogger(name).level != level:  # to set one empties the caches of all loggers
-            logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level)
 
 
 def _find_or_make(address: StoreAddress, settings: TrackingSettings) -> Experiment:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from distilbench.results import (
     Status,
     StepRecord,
     TrialResult,
+    replace_file,
 )
 from distilbench.tracking import undelivered
 from distilbench.tracking.redaction import redact
@@ -43,8 +43,7 @@ SHORTEST_WAIT, LONGEST_WAIT = 5.0, 300.0
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write Parquet with a row per example: ``index``, ``label``, ``prediction``, ``logit_0`` ... (float32), ``slice``.
 
-    ``slice`` is present only if results are reported by slice. The file is written atomically: after an error, nothing
-    of it remains.
+    ``slice`` is present only if results are reported by slice. After an error, nothing of the file remains.
     """
     import pyarrow
     import pyarrow.parquet
@@ -57,12 +56,8 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     }
     if predictions.slices is not None:
         columns["slice"] = predictions.slices
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with replace_file(path) as partial:
         pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_predictions(path: Path) -> Predictions:

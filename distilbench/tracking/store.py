@@ -54,7 +54,7 @@ class MlflowStore:
     def __init__(self, address: StoreAddress, experiment: Experiment, patience_seconds: float) -> None:
         from mlflow import MlflowClient
 
-        self._address, self._patience = address, patience_seconds
+        self.address, self._patience = address, patience_seconds
         self._experiment = experiment.name
         self._experiment_id = str(experiment.experiment_id)
         self._client = MlflowClient(address.uri)
@@ -69,12 +69,12 @@ class MlflowStore:
         run = MlflowRun(self._connection, content)
         if (
             SWEEP_TAG in content.tags
-            and self._address.file is None
+            and self.address.file is None
             and not self._connection.attempt("a new run", run.open)
         ):
             run.keep()
             return run
-        with self._address.errors_as_settings_error():
+        with self.address.errors_as_settings_error():
             try:
                 retry_outage(self._patience, run.open)
             except BaseException:
@@ -124,7 +124,8 @@ class MlflowStore:
         self._artifacts |= {run.info.run_id: run.info.artifact_uri for run in kept}
         trials = [
             trial_of(run.info.run_id, run.info.run_name or "", run.data.tags, run.data.metrics,
-                     url=self.run_url(run.info.run_id), started_ms=run.info.start_time or 0)
+                     url=self.address.run_url(self._experiment_id, run.info.run_id),
+                     started_ms=run.info.start_time or 0)
             for run in kept
         ]  # fmt: skip
         shared = trained_beside_others(kept)
@@ -159,14 +160,14 @@ class MlflowStore:
         return found
 
     def _search(self, tags: Mapping[str, str], run_ids: Sequence[str] = ()) -> list[Run]:
-        with self._address.errors_as_settings_error():
-            if self._address.artifacts is None:
+        with self.address.errors_as_settings_error():
+            if self.address.artifacts is None:
                 return search_runs(self._client, self._experiment_id, tags, run_ids)
-            return search_database(self._address.uri, self._experiment_id, tags, run_ids)
+            return search_database(self.address.uri, self._experiment_id, tags, run_ids)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """Return ``(step, value)`` pairs of a metric, sorted by step; empty if it was never logged."""
-        with self._address.errors_as_settings_error():
+        with self.address.errors_as_settings_error():
             return sorted((m.step, m.value) for m in self._client.get_metric_history(run_id, metric))
 
     def config(self, run_id: str) -> str:
@@ -194,10 +195,6 @@ class MlflowStore:
             put = partial(register_model, self._client, run_id, made[0], register)
             self._connection.attempt("the registered model", put, is_kept=False)
 
-    def run_url(self, run_id: str) -> str:
-        """Return a link to a run's page; for a local store, it needs :attr:`ui_command`."""
-        return self._address.run_url(self._experiment_id, run_id)
-
     def open_parent_run(
         self, name: str, tags: Mapping[str, str], directory: Path, run_id: str | None = None
     ) -> ParentRun:
@@ -207,7 +204,7 @@ class MlflowStore:
         """
         fresh = {"distilbench.status": Status.RUNNING.value, "distilbench.error": "", DIRECTORY: str(directory)}
         content = RunContent(redact(name), {**fresh, **process_tags(), **tags})
-        with self._address.errors_as_settings_error():
+        with self.address.errors_as_settings_error():
             run = retry_outage(self._patience, partial(claim_run, self._client, self._experiment_id, content, run_id))
         undelivered.discard(directory)
         return ParentRun(self._connection, run.info.run_id, tags[SWEEP_TAG], directory)
@@ -227,17 +224,12 @@ class MlflowStore:
             views.append(short_hash(state))
 
         self._connection.attempt("a view of the runs", share, is_kept=False)
-        return self._address.runs_url(self._experiment_id, *views)
-
-    @property
-    def ui_command(self) -> str | None:
-        """The command to run before a link can be opened; None for a server."""
-        return self._address.ui_command
+        return self.address.runs_url(self._experiment_id, *views)
 
     def describe(self) -> str:
         """Return in one line where the runs are and how to see them."""
-        place = self._address.file or redact(self._address.uri)
-        return f"experiment {self._experiment} in {place}" + (f" ({self.ui_command})" if self.ui_command else "")
+        place, command = self.address.file or redact(self.address.uri), self.address.ui_command
+        return f"experiment {self._experiment} in {place}" + (f" ({command})" if command else "")
 
     def run_ids(self, sweep: str) -> set[str]:
         """Return the ids of a sweep's runs that were not deleted."""

@@ -27,17 +27,15 @@ SURE_STEPS, SURE_SECONDS = 10, 2.0
 
 
 class ProgressBars:
-    """Shows the progress of the trials ``names``; a context manager, and an observer that stops no trial.
+    """Shows the progress of the trials ``names``; a context manager.
 
-    ``console`` is by default a new one on standard output; ``clock`` returns seconds. On a terminal, each trial has a
-    bar, and only the one that moved last is visible; its speed is averaged since the trial's first record.
+    ``clock`` returns seconds. On a terminal, each trial has a bar, and only the one that moved last is visible; its
+    speed is averaged since the trial's first record.
     """
 
-    def __init__(
-        self, names: Sequence[str], console: Console | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, names: Sequence[str], console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._names = names
-        self._console = console or Console()
+        self._console = console
         self._clock = clock
         self._last_line = -math.inf
         self._told_long = False
@@ -77,10 +75,9 @@ class ProgressBars:
             self._last_line = now
             self._print(trial, text)
 
-    def on_evaluation(self, trial: int, evaluation: Evaluation) -> bool:
-        """Print a line about an evaluation; returns False, which stops no trial."""
+    def on_evaluation(self, trial: int, evaluation: Evaluation) -> None:
+        """Print a line about an evaluation."""
         self._print(trial, evaluation_text(evaluation))
-        return False
 
     def _tell_if_long(self, bar: bars.Task, record: StepRecord) -> None:
         is_sure = bar.speed and record.step > SURE_STEPS and (bar.elapsed or 0.0) >= SURE_SECONDS

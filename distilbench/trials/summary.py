@@ -38,7 +38,7 @@ def print_outcome(trial: Trial, console: Console | None = None) -> None:
     lines = {
         "baseline": None if job.is_baseline or trial.comparison else job.baseline_command(),
         "output": trial.settings.output.dir,
-        "start": store.ui_command if store else None,
+        "start": store.address.ui_command if store else None,
         "open": store.runs_url() if store else None,
     }
     for label, text in lines.items():

@@ -42,12 +42,12 @@ def store(tmp_path_factory):
 def test_a_database_tells_what_mlflows_own_search_tells(store, wanted, number):
     asked = [shown(run) for run in search_runs(store._client, "1", wanted)]
     assert len(asked) == number
-    assert asked == [shown(run) for run in search_database(store._address.uri, "1", wanted)]
+    assert asked == [shown(run) for run in search_database(store.address.uri, "1", wanted)]
 
 
 def test_runs_are_found_by_their_ids(store):
     ids = [run.info.run_id for run in search_runs(store._client, "1", {})][1:3]
-    assert [run.info.run_id for run in search_database(store._address.uri, "1", {}, tuple(ids))] == ids
+    assert [run.info.run_id for run in search_database(store.address.uri, "1", {}, tuple(ids))] == ids
 
 
 def shown(run):

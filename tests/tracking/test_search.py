@@ -131,7 +131,7 @@ def test_looking_for_a_store_makes_none(tmp_path):
 
 
 def test_an_unknown_experiment_names_those_that_are_there(kept):
-    uri = kept[0]._address.uri
+    uri = kept[0].address.uri
     with pytest.raises(SettingsError, match=r"must be one of Default, another, distilbench, got 'other'"):
         find_store(TrackingSettings("mlflow", uri, "other", 0))
 
@@ -141,7 +141,7 @@ def test_a_store_of_another_mlflow_is_told_in_one_line(kept, tmp_path):
     import sqlite3
 
     copy = tmp_path / "other.db"
-    shutil.copy(kept[0]._address.file, copy)
+    shutil.copy(kept[0].address.file, copy)
     with sqlite3.connect(copy) as connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
     connection.close()

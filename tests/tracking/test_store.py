@@ -657,7 +657,7 @@ def test_where_the_view_is_not_taken_a_link_opens_the_plain_table(store, monkeyp
 
 def test_links_lead_to_where_mlflow_ui_will_be_and_say_what_to_type_first(store, uri, monkeypatch, tmp_path):
     folder = Path(uri.removeprefix("sqlite:///")).parent
-    assert store.ui_command == f"cd {folder} && mlflow ui --backend-store-uri {uri}"
+    assert store.address.ui_command == f"cd {folder} && mlflow ui --backend-store-uri {uri}"
     monkeypatch.setenv("DISTILBENCH_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HOST", "0.0.0.0")

@@ -33,7 +33,7 @@ def dead():
 @pytest.fixture
 def gone(store, monkeypatch):
     """Return a function that takes the server away, and brings it back the second time."""
-    monkeypatch.setattr(store, "_address", replace(store._address, file=None))  # a file is no server that may go
+    monkeypatch.setattr(store, "address", replace(store.address, file=None))  # a file is no server that may go
     real = dict.fromkeys(("create_run", "log_batch", "log_artifact", "set_terminated", "search_runs", "get_run"))
 
     def switch():

@@ -70,7 +70,7 @@ def test_time_left_counts_from_the_first_record_so_that_warming_up_does_not_coun
 
 def test_every_evaluation_has_a_line():
     watched = Watched()
-    assert watched.progress.on_evaluation(0, EVALUATION) is False
+    watched.progress.on_evaluation(0, EVALUATION)
     assert watched.lines == ["freeze0: " + evaluation_text(EVALUATION)]
     assert evaluation_text(EVALUATION) == (
         "epoch 1 on validation: accuracy 90.71 %, loss 0.3255, F1 0.9100, MCC 0.8142"

@@ -52,7 +52,7 @@ def outcome(settings) -> Trial:
             context=SweepContext("freeze2-cosine"),
         ),
         prepared=SimpleNamespace(model=model, text=text, engine=replace(asked.engine, name="trainer")),
-        store=SimpleNamespace(runs_url=lambda: RUNS, ui_command=None),
+        store=SimpleNamespace(runs_url=lambda: RUNS, address=SimpleNamespace(ui_command=None)),
         ended=result,
         comparison=compare(stored(SAME), baseline(SAME)),
     )
