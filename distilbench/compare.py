@@ -101,8 +101,7 @@ def _select_trials(store: MlflowStore, settings: CompareSettings) -> tuple[list[
         names = _experiments_of(trials, settings.experiments)
         trials = [trial for trial in trials if short_hash(trial.treatment) in names]
     if not trials:
-        given = {"sweep": settings.sweep, "runs": ",".join(settings.runs),
-                 "experiment": ",".join(settings.experiments)}  # fmt: skip
+        given = {"sweep": settings.sweep, "runs": ",".join(settings.runs), "experiment": ",".join(settings.experiments)}
         asked = " ".join(f"{key}={value}" for key, value in given.items() if value)
         lost = f". {DELETED_STORE_HINT}" if settings.sweep else ""
         raise SettingsError(f"what to compare must hold a trial, got none for {asked}; train some first{lost}")

@@ -1,7 +1,7 @@
 """The confirm command: trains a sweep's best settings and its baseline again, with fresh seeds, one trial at a time.
 
 A confirmation is a sweep of its own, whose points are settings of the first sweep with fresh seeds. Exit status: 0 all
-was trained, 1 a trial failed, 2 a setting is invalid, 130 or 143 interrupted; the same command continues.
+was trained, 1 a trial failed, 2 a setting is invalid, 128 + n interrupted by signal n; the same command continues.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training command: compose, check, train, compare, return the objective.
 
-Exit status: 0 finished, 1 the trial failed, 2 a setting is invalid, 129, 130 or 143 interrupted, after printing the
-command that continues.
+Exit status: 0 finished, 1 the trial failed, 2 a setting is invalid, 128 + n interrupted by signal n (130 Ctrl-C), after
+printing the command that continues.
 """
 
 from __future__ import annotations

@@ -165,8 +165,7 @@ def _fall_back(settings: DataSettings) -> TextSplits:
             f"data.hub_name={asked} must be on a hub that can be reached or in the local cache, got neither; "
             "connect once, use data=files with a copy of it, or allow a stand-in with data.fallback"
         )
-    kept = ("max_train_examples", "max_validation_examples", "selection_fraction", "report_fraction",
-            "split_seed")  # fmt: skip
+    kept = ("max_train_examples", "max_validation_examples", "selection_fraction", "report_fraction", "split_seed")
     splits = load_text(replace(settings.fallback, **{name: getattr(settings, name) for name in kept}))
     log.warning("The hub can't be reached and %s is not cached: using %s instead", asked, splits.used.name)
     return replace(splits, used=replace(splits.used, fallback_for=asked))

@@ -29,8 +29,6 @@ JOB = "job.json"
 UNRESOLVED_IDENTITY: dict[str, object] = {"protocol": None, "treatment": None, "seed": None}
 """Identity of a trial whose sources have not been resolved yet."""
 
-_GOES_UP = ("accuracy", "f1", "mcc")
-
 
 @dataclass(frozen=True)
 class SweepJob:
@@ -101,7 +99,7 @@ class SweepJob:
 
 def directions_of(objectives: Sequence[str]) -> list[str]:
     """Return ``maximize`` or ``minimize`` for each objective."""
-    return ["maximize" if name in _GOES_UP else "minimize" for name in objectives]
+    return ["maximize" if name in ("accuracy", "f1", "mcc") else "minimize" for name in objectives]
 
 
 def objectives_of(settings: AppSettings, alone: bool) -> tuple[str, ...]:

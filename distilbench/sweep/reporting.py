@@ -152,9 +152,6 @@ def _plan_table(plan: SweepPlan) -> Table:
     return table
 
 
-_SHARES = ("accuracy", "f1")
-
-
 @dataclass(frozen=True)
 class Leaderboard:
     """The trials of a plan that count, in order, starting with the baselines beside its space."""
@@ -279,6 +276,6 @@ def _status(trial: TrialView, has_error: bool) -> str:
 
 def format_objective(objective: str, value: float) -> str:
     """Return an objective's value as text."""
-    if objective in _SHARES:
+    if objective in ("accuracy", "f1"):
         return percent(value)
     return duration(value) if objective.endswith("seconds") else f"{value:.4g}"

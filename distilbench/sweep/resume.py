@@ -205,9 +205,7 @@ def _load_warm_study(plan: SweepPlan, storage: Storage, name: str) -> optuna.Stu
     other = storage_at(None, None, plan.directory.parent / name) if own_file else storage
     try:
         if not other.is_missing and name != plan.name:
-            return optuna.load_study(
-                study_name=name, storage=storage_of(other.url, plan.settings.sweep.grace_seconds)
-            )  # fmt: skip
+            return optuna.load_study(study_name=name, storage=storage_of(other.url, plan.settings.sweep.grace_seconds))
     except KeyError:
         pass
     raise SettingsError(
