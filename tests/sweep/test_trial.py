@@ -213,6 +213,7 @@ def test_a_signal_between_seeds_closes_the_trial_unless_another_process_took_it_
     [
         ([Status.FINISHED, Status.DIVERGED], None, [1, 2], (Status.DIVERGED, "nan", 1.0)),
         ([Status.FINISHED] * 3, "behind", [1, 2], (Status.PRUNED, "pruned after 2 seeds: behind", 2.0)),
+        ([Status.FINISHED] * 3, "behind at last", [1, 2, 3], (Status.FINISHED, None, 3.0)),
         ([Status.DIVERGED], "behind", [1], (Status.DIVERGED, "nan", 0.0)),
     ],
 )
@@ -231,7 +232,7 @@ def test_seeds_end_with_the_first_that_did_not_finish_or_where_their_mean_is_beh
 
     def callback(value, count):
         values.append((round(value, 6), count))
-        return reason if count == 2 else None
+        return reason if count == (2 if reason == "behind" else 3) else None
 
     monkeypatch.setattr(trial, "pruning_callback", lambda job, settings: callback if job.prunes else None)
     identities = SimpleNamespace(identity_of=lambda one: TrialIdentity("p", "t", one.seed))
