@@ -139,7 +139,7 @@ def _leaves(config: DictConfig) -> Iterator[tuple[str, Any]]:
     while pending:
         prefix, node = pending.pop(0)
         for key, value in node.items():
-            if prefix == "" and key in ("output", "baseline", "sweep", "margin"):
+            if f"{prefix}{key}" in ("output", "baseline", "sweep", "margin", "train.resume"):
                 continue
             if isinstance(value, dict) and key != "fallback":
                 pending.append((f"{prefix}{key}.", value))

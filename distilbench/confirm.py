@@ -64,7 +64,7 @@ def confirm(settings: ConfirmSettings) -> str | None:
     searched, report = _find_report(store, settings)
     assert report.baseline is not None
     rows = {short_hash(row.treatment): row for row in (report.baseline, *by_score(report.candidates)[: settings.top])}
-    settings_by_treatment = {key: _settings_of(row, store, settings) for key, row in rows.items()}
+    settings_by_treatment = {key: _settings_of(row, store, settings, report.margin) for key, row in rows.items()}
     number = settings.seeds if isinstance(settings.seeds, int) else _seeds_needed(store, report, [*rows.values()])
     used = {trial.seed for row in report.rows for trial in row.all_trials}
     # seed by seed, so that an interruption leaves every setting with the same seeds
@@ -183,7 +183,7 @@ def _check_protocol(settings: AppSettings, protocol_id: str) -> None:
         )
 
 
-def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSettings:
+def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings, margin: float) -> AppSettings:
     """Return the settings of a row's first trial, from its run, adapted for training it again on its own."""
     run_id = row.first_trial.run_id
     try:
@@ -196,7 +196,6 @@ def _settings_of(row: Row, store: MlflowStore, asked: ConfirmSettings) -> AppSet
     alone = replace(recorded.sweep, seeds=None, pruner="none", pruner_options={}, max_failures=None,
                     timeout_minutes=None, retry_failed=True, retry_lost=True, on_change="extend")  # fmt: skip
     train, output = replace(recorded.train, resume=False), replace(recorded.output, save_model=False)
-    margin = asked.margin or recorded.margin
     return replace(recorded, sweep=alone, train=train, output=output, tracking=asked.tracking, margin=margin)
 
 

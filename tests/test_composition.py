@@ -91,12 +91,13 @@ def test_a_printed_command_means_the_same_files_wherever_it_is_typed(composing, 
     monkeypatch.chdir(tmp_path)
     meant = settings_from(config := composed(*places, "tracking.uri=sqlite:///my.db"))
     line = command_for(config, choices)
-    hidden = command_for(composed(*places, "tracking.uri=${oc.env:STORE}"), choices)
+    hidden = command_for(composed(*places, "tracking.uri=${oc.env:STORE}", "train.resume=true"), choices)
     monkeypatch.chdir("/")
     again = settings_from(composed(*shlex.split(line)[3:]))
     assert (again.model, again.data, again.tracking) == (meant.model, meant.data, meant.tracking)
     assert meant.tracking.uri == f"sqlite:///{tmp_path}/my.db"
     assert "secret" not in hidden
+    assert "train.resume" not in hidden, "there is nothing to continue elsewhere"
     assert settings_from(composed(*shlex.split(hidden)[3:])).tracking.uri == "sqlite:////secret.db"
 
 

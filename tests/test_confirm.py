@@ -15,7 +15,7 @@ from distilbench.confirm import confirm
 from distilbench.report.from_store import ReportRequest, make_report
 from distilbench.results import Status, TrialResult, read_record
 from distilbench.settings import ConfirmSettings, SettingsError, settings_from
-from distilbench.tracking.search import CONFIRMS_TAG, PARENT_TAG, SWEEP_TAG
+from distilbench.tracking.search import CONFIRMS_TAG, MARGIN_TAG, PARENT_TAG, SWEEP_TAG
 from distilbench.trials import batch
 from distilbench.trials.prepared import Job, SweepContext, prepare
 from distilbench.trials.run import Trial, run_batch
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     """A real sweep of three tiny trials of seed 1: the baseline and two learning rates."""
     folder = tmp_path_factory.mktemp("confirmed")
     store = make_store(folder)
-    group = store.open_parent_run("first", {SWEEP_TAG: "first"}, Path("first"))
+    group = store.open_parent_run("first", {SWEEP_TAG: "first", MARGIN_TAG: "3"}, Path("first"))  # of its last call
     with initialize_config_dir(str(ROOT / "conf")):
         for number, rate in enumerate(("2e-5", "1e-2", "3e-3")):
             asked = [*QUICK, "seed=1", f"optim.lr={rate}", f"output.dir={folder}/{number}",
@@ -125,6 +125,7 @@ def test_an_interrupted_confirmation_goes_on_where_it_was_and_reports_both_figur
     run = store._client.get_run(parent.run_id)
     assert run.info.status == "FINISHED"
     assert "The advantage of" in run.data.tags["mlflow.note.content"]
+    assert "lose less than 3 points (one-sided" in shown
     assert (folder / "confirm" / "report.html").is_file()
     assert [trial.role for trial in found if trial.treatment["optim.lr"] == 2e-5] == ["baseline"] * 2
     first = store._client.get_run(store.sweep_run("first").run_id).data.tags["mlflow.note.content"]

@@ -13,8 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from distilbench.results import MODEL, read_record
-from distilbench.settings import SettingsError
+from distilbench.settings import SettingsError, root
 from distilbench.tracking.retries import suppress_codes
 
 if TYPE_CHECKING:
@@ -95,10 +97,9 @@ def register_model(client: MlflowClient, run_id: str, logged: LoggedModel, regis
 
 
 def model_directory(store: MlflowStore, run_id: str) -> Path:
-    """Return the directory of a trial's saved model; raises :class:`SettingsError` if there is none."""
-    import yaml
-
-    directory = Path(yaml.safe_load(store.config(run_id))["output"]["dir"])
+    """Return the directory of a trial's saved model, in a moved checkout too; raises :class:`SettingsError` if none."""
+    recorded = Path(yaml.safe_load(store.config(run_id))["output"]["dir"])
+    directory = recorded if recorded.is_dir() else root() / "outputs" / recorded.as_posix().rpartition("/outputs/")[2]
     record = read_record(directory)
     if record is not None and record.run_id != run_id:
         raise SettingsError(

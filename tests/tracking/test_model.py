@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from distilbench.models.classifier import load_classifier
+from distilbench.tracking.model import model_directory
 from distilbench.trials.batch import run_and_compare
 from distilbench.trials.prepared import Job
 from tests.conftest import TINY, compose_settings
@@ -50,6 +51,15 @@ def test_a_registered_model_answers_as_the_prediction_command_does(logged, answe
     names = model.metadata.get_input_schema().input_names(), model.metadata.get_output_schema().input_names()
     assert names == (["text"], ["prediction", "probability_negative", "probability_positive"])
     assert list(model.input_example.columns) == ["text"]
+
+
+def test_a_model_is_found_where_its_checkout_was_moved_to(logged, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILBENCH_ROOT", str(tmp_path))
+    (folder := tmp_path / "outputs" / "sweeps" / "first" / "0" / "model").mkdir(parents=True)
+    (folder / "config.json").touch()
+    _, store, _ = logged
+    monkeypatch.setattr(store, "config", lambda run_id: "output: {dir: /was/here/outputs/sweeps/first/0}")
+    assert model_directory(store, "any") == folder
 
 
 def test_mlflows_own_command_gives_the_same_predictions(logged, answers, tmp_path):
