@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from distilbench.data.tokens import EncodedSplits
 from distilbench.identity import checkpoint_identity
-from distilbench.results import Evaluation, Status
+from distilbench.results import Evaluation, Status, replace_file
 from distilbench.settings import SettingsError, TrialSettings
 
 log = logging.getLogger(__name__)
@@ -93,13 +92,12 @@ def read_seal(path: Path) -> dict[str, Any] | None:
 
 def write_seal(path: Path, identity: Mapping[str, object], progress: TrainingState) -> None:
     """Mark the checkpoint at ``path`` as complete, then remove all other checkpoints next to it."""
-    files = [file for file in path.iterdir() if not file.name.startswith(_SEAL)]  # a seal may exist for this step
+    files = [file for file in path.iterdir() if not file.name.startswith((_SEAL, "."))]  # this step may have a seal
     sizes = {file.name: file.stat().st_size for file in files}
     history = [asdict(replace(evaluation, logits=None)) for evaluation in progress.history]
     done = asdict(replace(progress, history=[])) | {"history": history}
-    partial = path / f"{_SEAL}.partial"
-    partial.write_text(json.dumps({"identity": identity, "progress": done, "sizes": sizes}))
-    os.replace(partial, path / _SEAL)
+    with replace_file(path / _SEAL) as partial:
+        partial.write_text(json.dumps({"identity": identity, "progress": done, "sizes": sizes}))
     for other in _folders(path.parent):
         if other != path:
             shutil.rmtree(other, ignore_errors=True)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbench.results import PREDICTIONS, Owner, Status, read_record
+from distilbench.results import PREDICTIONS, Owner, Status, read_record, replace_file
 from distilbench.tracking.redaction import redact
 from distilbench.tracking.retries import Connection, is_outage, reason_of
 from distilbench.tracking.start import (
@@ -102,10 +102,8 @@ class Undelivered:
     def write(self, directory: Path) -> Path:
         """Replace what is kept in ``directory``; returns the folder for files that the run lacks."""
         folder = directory / UNDELIVERED
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f".{RUN}.{os.getpid()}"
-        partial_file.write_text(json.dumps(asdict(self)))
-        os.replace(partial_file, folder / RUN)
+        with replace_file(folder / RUN) as partial_file:
+            partial_file.write_text(json.dumps(asdict(self)))
         return folder
 
 
