@@ -130,7 +130,8 @@ def _find_model(settings: PredictSettings) -> Path:
     from distilbench.report.findings import answer, trial_to_use
     from distilbench.report.from_store import find_sweep, report_of_sweep
 
-    sweep = find_sweep(store, settings.sweep or "")
+    assert settings.sweep is not None  # PredictSettings requires one of three
+    sweep = find_sweep(store, settings.sweep)
     report = report_of_sweep(store, sweep, default_treatment(), sweep.margin or default_margin())
     trial = report and trial_to_use(report, settings.best)
     if not report or not trial:

@@ -17,7 +17,7 @@ from rich.text import Text
 from distilbench.report import formats
 from distilbench.report.rows import Cost, Row, average
 from distilbench.report.words import decided_by, describe_verdict
-from distilbench.results import Status, Verdict
+from distilbench.results import Verdict
 
 Value = float | int | str | bool | None
 """A plain value: shares, seconds, percentage points, text; None or NaN if missing."""
@@ -98,7 +98,7 @@ def _saved_time(text: Callable[[float], str], missing: str = "") -> Callable[[Ro
 
 def _seeds(row: Row) -> str:
     """Return how many seeds finished, and how the others ended."""
-    ended = Counter(trial.status.lower() for trial in row.other_trials if trial.status is not Status.FINISHED)
+    ended = Counter(trial.status.lower() for trial in row.unfinished_trials)
     counts = ", ".join(f"{count} {status}" for status, count in ended.items())
     return f"{row.num_seeds} ({counts})" if counts and row.trials else str(row.num_seeds)
 

@@ -87,7 +87,7 @@ def _qualify_verdict(row: Row, base: Row, selected_on_report_split: bool) -> Row
         return row
     if row.has_learned is False:
         return replace(row, verdict=None)
-    if any(one.status in BY_OUTCOME and one.seed not in row.seeds for one in row.other_trials):
+    if any(one.status in BY_OUTCOME for one in row.unfinished_trials):
         return replace(row, verdict=None, untested=Untested.SURVIVORS)  # the seeds that are left are the lucky ones
     return replace(row, verdict=Verdict.AHEAD) if selected_on_report_split and row.verdict is Verdict.BETTER else row
 

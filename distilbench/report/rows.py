@@ -214,6 +214,12 @@ class Row:
         return tuple(trial.seed for trial in self.trials)
 
     @property
+    def unfinished_trials(self) -> list[StoredTrial]:
+        """The trials that did not finish, without those whose seed another one has finished since."""
+        others = [trial for trial in self.other_trials if trial.seed not in self.seeds]
+        return [trial for trial in others if trial.status is not Status.FINISHED]
+
+    @property
     def predictions(self) -> dict[int, Predictions]:
         """The predictions of its trials, by seed, as far as they are available."""
         return {trial.seed: trial.predictions for trial in self.trials if trial.predictions}

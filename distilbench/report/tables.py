@@ -25,7 +25,6 @@ from distilbench.report.rows import Row, noise_of_time
 from distilbench.report.slices import COLUMNS as SLICES
 from distilbench.report.slices import NOTE as SLICES_NOTE
 from distilbench.report.words import describe_confirmation, describe_difference, describe_verdict
-from distilbench.results import Status
 
 ERRORS_TOLD = 5
 _LONGEST_ERROR = 200
@@ -86,7 +85,7 @@ def notes_of(report: Report) -> Iterator[str]:
 
 def failures(report: Report) -> list[str]:
     """Return one line for each of the first unfinished trials, and how many more there are."""
-    ended = [(row, trial) for row in report.rows for trial in row.other_trials if trial.status is not Status.FINISHED]
+    ended = [(row, trial) for row in report.rows for trial in row.unfinished_trials]
     lines = [
         f"{trial.status.value} {one_line(row.name)} (seed {trial.seed})"
         + (f": {one_line(trial.error)[:_LONGEST_ERROR]}" if trial.error else "")

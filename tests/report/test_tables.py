@@ -10,7 +10,7 @@ from rich.console import Console
 
 from distilbench.report.columns import CSV, NARROW
 from distilbench.report.formats import markdown
-from distilbench.report.tables import csv_report, latex_report, markdown_report, note, print_report
+from distilbench.report.tables import csv_report, failures, latex_report, markdown_report, note, print_report
 from distilbench.results import Status
 from tests.report.made_trials import HOSTILE, failed, report_of, sweep, treatment, trial
 
@@ -200,6 +200,14 @@ def test_the_note_is_short_and_holds_the_answer_the_best_rows_and_links():
     assert len(text) < 8000, "MLflow's limit of a tag"
     assert len([line for line in text.splitlines() if "](http://127.0.0.1:5000/#/experiments/1/runs/" in line]) == 11
     assert "49 more in report.html." in text
+
+
+def test_a_trial_whose_seed_has_finished_since_is_no_longer_told():
+    deep = treatment(freeze_layers=1)
+    cut, other = failed(Status.INTERRUPTED, 1, deep), replace(failed(Status.FAILED, 2, deep, "no memory"), seed=2)
+    report = report_of([trial(), cut, other, trial(0.9, place=3, settings=deep)])
+    assert [line.partition(" ")[0] for line in failures(report)] == ["FAILED"]
+    assert "1 (1 failed)" in printed(report, width=220)
 
 
 def test_a_sweep_whose_every_trial_failed_gets_every_kind_of_report():
