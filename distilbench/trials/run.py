@@ -199,15 +199,16 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
 def _continue_interrupted(trial: Trial) -> None:
     """Let a trial continue the interrupted one that its sweep names, by moving checkpoints and record over.
 
-    A trial starts anew if nothing of it is on this host, or if its checkpoints are of another precision or engine.
+    A trial starts anew if no checkpoint of it is on this host, or if its checkpoints are of another precision or engine.
     """
     before, directory, settings, prepared = trial.context.continues, trial.directory, trial.settings, trial.prepared
-    record = read_record(before) if before else None
-    if before and before != directory and record is None:
-        log.info("nothing of the interrupted trial is on this host, in %s: it starts over", before)
-    if before is None or record is None or record.is_final:
+    if before is None:
         return
-    old, weights = before / checkpoints.DIRECTORY, prepared.model.used.fingerprint
+    record, old, weights = read_record(before), before / checkpoints.DIRECTORY, prepared.model.used.fingerprint
+    if before != directory and not old.exists():  # a host that takes a trial over leaves a record there
+        log.info("no checkpoint of the interrupted trial is on this host, in %s: it starts over", before)
+    if record is None or record.is_final:
+        return
     try:
         asked = prepared_trial(settings, prepared), prepared.splits, weights, prepared.precision
         kept = checkpoints.identity_of(*asked)

@@ -288,13 +288,17 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
     assert read_record(tmp_path / "first") == left
 
 
-def test_what_another_machine_left_behind_is_not_continued(store, settings, prepared, tmp_path):
+def test_what_another_machine_left_behind_is_not_continued_which_a_line_says(
+    store, settings, prepared, tmp_path, caplog
+):
+    caplog.set_level("INFO")
     left = Record({"protocol": "another", "treatment": "t", "seed": 1}, Status.INTERRUPTED, Owner("there", 1, 0.0), "r")
     left.write(tmp_path / "left")
     context = SweepContext("trial", is_quiet=True, continues=tmp_path / "left")
     trial = settings("engine=trainer", "output.save_model=false", "train.checkpoints=false")
     assert run.run_batch([ready(trial, context, prepared, store)])[0].run_id != "r"
     assert read_record(tmp_path / "left") == left
+    assert f"no checkpoint of the interrupted trial is on this host, in {tmp_path / 'left'}: it starts" in caplog.text
 
 
 class Lost:
