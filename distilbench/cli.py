@@ -37,14 +37,6 @@ class CommandFailed(RuntimeError):
     """The command failed, or did only part of its work; the message is one line."""
 
 
-class Terminated(KeyboardInterrupt):
-    """A signal other than Ctrl-C as an exception, which ends a trial as cleanly as KeyboardInterrupt does."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__()
-        self.signum = signal.Signals(signum)
-
-
 # ---- signals
 
 
@@ -74,7 +66,7 @@ def was_signalled() -> bool:
 def raise_if_signalled() -> None:
     """Raise the exception of the first signal again, if there was one."""
     if _received:
-        raise KeyboardInterrupt if _received[0] == signal.SIGINT else Terminated(_received[0])
+        raise KeyboardInterrupt
 
 
 def _exit(signum: int, frame: Any) -> NoReturn:
@@ -149,9 +141,9 @@ def run_command(entrypoint: Callable[[], object], to_hydra: Callable[[str], str]
                 print(f"distilbench {__version__}")
             else:
                 entrypoint()
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         exec("")  # resets CPython's flag of an interrupt inside exec (dataclasses), which would end us by SIGINT
-        sys.exit(STATUS[interrupt.signum if isinstance(interrupt, Terminated) else signal.SIGINT])
+        sys.exit(STATUS[_received[0] if _received else signal.SIGINT])  # Ray raises its own exception
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import contextvars
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,6 +141,12 @@ def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) 
 
     The variables are sent with the function, which Ray keeps in memory; a setting would write passwords to disk.
     """
+    from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    start_ray(launcher.ray_cfg.init)
+    if signal.getsignal(signal.SIGTERM) != before:  # Ray's own handler makes the process end by SIGABRT
+        signal.signal(signal.SIGTERM, before)
     named = re.findall(r"\$\{oc\.env:(\w+)", " ".join(text for job in jobs for text in (job.storage, *job.overrides)))
     carried = {name: value for name, value in os.environ.items() if name in named or name.startswith("MLFLOW_")}
     launcher.task_function = partial(_run_with_variables, carried, task)
@@ -147,6 +154,8 @@ def _launch_on_ray(launcher: Any, task: TaskFunction, jobs: Sequence[SweepJob]) 
 
 
 def _run_with_variables(variables: dict[str, str], task: TaskFunction, config: DictConfig) -> Any:
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:  # the cluster's: another store, perhaps
+        del os.environ[name]
     os.environ.update(variables)
     return task(config)
 

@@ -199,7 +199,7 @@ def open_trials(trials: Sequence[Trial]) -> Iterator[None]:
 def _continue_interrupted(trial: Trial) -> None:
     """Let a trial continue the interrupted one that its sweep names, by moving checkpoints and record over.
 
-    A trial starts anew if no checkpoint of it is on this host, or if its checkpoints are of another precision or engine.
+    A trial starts anew if no checkpoint of it is on this host, or if they are of another precision or engine.
     """
     before, directory, settings, prepared = trial.context.continues, trial.directory, trial.settings, trial.prepared
     if before is None:

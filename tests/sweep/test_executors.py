@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import pytest
@@ -59,6 +60,12 @@ def test_a_job_of_submitit_that_was_killed_says_nothing_of_the_others(monkeypatc
     monkeypatch.setattr(executors, "_launch_through", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         executors._launch_by_submitit(None, [], ["a job"] * 3)
+
+
+def test_a_trial_on_ray_has_the_sweeps_variables_for_mlflow_and_none_of_the_clusters(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"MLFLOW_EXPERIMENT_NAME": "the cluster's", "HOME": "/root"})
+    seen = executors._run_with_variables({"MLFLOW_TRACKING_URI": "ours"}, lambda _: dict(os.environ), None)
+    assert seen == {"MLFLOW_TRACKING_URI": "ours", "HOME": "/root"}
 
 
 def test_with_verbose_logging_they_speak(caplog):

@@ -1,4 +1,4 @@
-"""Sweeps through ``hydra/launcher=ray``: a node that dies, and Ctrl-C; on a cluster that is started here.
+"""Sweeps through ``hydra/launcher=ray``: a node that dies, and a signal; on a cluster that is started here.
 
 The cluster knows neither the directory nor the variables of the sweep, as one that was there before.
 """
@@ -151,12 +151,15 @@ def test_a_trial_whose_node_is_killed_is_tried_again_and_study_records_and_runs_
         ".study.db.lock", ".study.db.report.lock", "outputs", "runs", "study.db"]  # fmt: skip
 
 
-def test_ctrl_c_ends_the_trials_of_the_cluster_and_leaves_no_run_running(workspace, cluster):
+def test_a_signal_that_ray_takes_for_itself_ends_the_trials_of_the_cluster_and_leaves_no_run_running(
+    workspace, cluster
+):
     process = start(workspace, cluster, epochs=20000)
     worker = psutil.Process(worker_of(workspace, process))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, out + err
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "SIGTERM received" not in err, "Ray's trace"
     worker.wait(20)
 
     study, runs = statuses_of_trials(workspace)

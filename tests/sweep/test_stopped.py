@@ -108,8 +108,8 @@ def in_process(action: Callable[[], int]) -> int:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(action())
-        except cli.Terminated as interrupt:
-            os._exit(cli.STATUS[interrupt.signum])
+        except KeyboardInterrupt:
+            os._exit(cli.STATUS[cli._received[0]] if cli._received else 70)
         except BaseException:
             traceback.print_exc()
             os._exit(70)
