@@ -64,6 +64,8 @@ class Undelivered:
     run_id: str | None
     content: RunContent | None = None
     metrics: list[Point] = field(default_factory=list)
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Curve -> the last step that the run had when it was reopened."""
     tags: Mapping[str, str] = field(default_factory=dict)
     status: Status = Status.RUNNING
     error: str | None = None
@@ -75,8 +77,15 @@ class Undelivered:
             self.run_id = run.info.run_id
             fill_run(connection.client, run, self.content)
             self.content = None
+            stored = run.to_proto().data.metrics  # RunData.metrics has no steps
+            self.held = {one.key: one.step for one in stored if "/" in one.key or one.key == "epoch"}
         assert self.run_id is not None  # it has either an id or what makes it
         return self.run_id
+
+    def points(self) -> list[Point]:
+        """Return the metrics, one a step, without steps that the run has: a continued trial measures some again."""
+        one_a_step = {(name, step): (name, value, at, step) for name, value, at, step in self.metrics}
+        return [point for (name, step), point in one_a_step.items() if step > self.held.get(name, -1)]
 
     def deliver(self, connection: Connection, files: Sequence[Path] = ()) -> None:
         """Send the run what it lacks; its end comes last, so that a FINISHED run is complete.
@@ -86,7 +95,7 @@ class Undelivered:
         run_id, client = self.make(connection), connection.client
         writes: list[tuple[str, Callable[[], object]]] = []
         if self.metrics or self.tags:
-            writes.append(("metrics", partial(log_batch, client, run_id, self.metrics, self.tags)))
+            writes.append(("metrics", partial(log_batch, client, run_id, self.points(), self.tags)))
         writes += [(file.name, partial(client.log_artifact, run_id, str(file))) for file in files]
         if self.status is not Status.RUNNING:
             writes.append(("end", partial(end_run, client, run_id, self.status, self.error)))
@@ -155,7 +164,7 @@ def _deliver_kept(connection: Connection, directory: Path) -> None:
         if tags.get(DIRECTORY) == str(directory.absolute()) and (record is None or owner_of(tags) == record.owner):
             deliver_and_end(connection, run_id, directory)
         else:  # the trial was continued elsewhere or by another process, which reports how it ended
-            log_batch(connection.client, run_id, kept.metrics)
+            log_batch(connection.client, run_id, kept.points())
             discard(directory)
 
 

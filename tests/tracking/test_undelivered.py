@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from distilbench.results import Owner, Predictions, Record, Status, TrialResult
+from distilbench.results import Owner, Predictions, Record, Status, StepRecord, TrialResult
 from distilbench.tracking.search import SWEEP_TAG
 from distilbench.tracking.undelivered import is_any_below
 from tests.made_store import DONE, LABELS, make_store, start_of
@@ -166,3 +166,30 @@ def test_what_is_kept_of_a_trial_that_another_directory_continues_ends_nothing(s
     assert status_of(store, run.run_id) == ("RUNNING", "RUNNING")
     assert not is_any_below(tmp_path)
     assert len(store._client.get_metric_history(run.run_id, "validation/accuracy")) == 1
+
+
+@pytest.mark.parametrize("away", ["never", "at the kill", "at the kill and after", "after"])
+def test_steps_that_a_continued_trial_takes_again_are_in_its_run_once(store, tmp_path, gone, away):
+    given = f"output.dir={tmp_path}", "train.resume=true"
+    run = store.begin(start_of(*given, tags={SWEEP_TAG: "killed"}))
+
+    def take(run, *steps):
+        for step in steps:
+            run.on_step(StepRecord(step, 20, 0.1, 1 / step, 2e-5, 1.0, 30.0))
+        run.on_evaluation(replace(DONE.report, step=steps[-1]))
+
+    def switch(at):
+        if away in at:
+            gone()
+
+    take(run, 1, 2)
+    switch(("at the kill", "at the kill and after"))
+    take(run, 3, 4)
+    switch(("at the kill", "after"))
+    again = store.begin(start_of(*given, tags={SWEEP_TAG: "killed"}, run_id=run.run_id))
+    take(again, 2, 3, 4)
+    switch(("at the kill and after", "after"))
+    take(again, 5)
+    again.finish(DONE)
+    for curve, steps in {"train/loss": [1, 2, 3, 4, 5], "validation/accuracy": [2, 4, 5], "epoch": [2, 4, 5]}.items():
+        assert [point.step for point in store._client.get_metric_history(run.run_id, curve)] == steps
