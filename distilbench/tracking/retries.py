@@ -113,8 +113,10 @@ class Connection:
         self.is_unreachable = False
         """Whether the store was unreachable at the last attempt."""
 
-    def attempt(self, what: str, action: Callable[[], object], is_kept: bool = True) -> bool:
+    def attempt(self, what: str, action: Callable[[], object], is_kept: bool = True, is_write: bool = True) -> bool:
         """Call ``action``; returns False if the store is unreachable, and True otherwise, even after an error.
+
+        An outage is over with the first write: on a full disk, a database still answers questions.
 
         An action that is not ``is_kept`` on disk for later is retried for :data:`RETRY_SECONDS`, unless the store
         was already unreachable. Never raises, since a trained model outweighs its record: permanent errors, and others
@@ -133,13 +135,10 @@ class Connection:
                 log.warning("MLflow does not answer (%s): %s", reason_of(error), outcome)
             self.is_unreachable = True
             return False
-        self._answered()
-        return True
-
-    def _answered(self) -> None:
-        if self.is_unreachable:
+        if self.is_unreachable and is_write:
             self.is_unreachable = False
             log.info("MLflow answers again")
+        return True
 
     def wait(self, seconds: float) -> bool:
         """Return whether the store answers within ``seconds``."""
@@ -147,5 +146,4 @@ class Connection:
             retry_outage(seconds, lambda: self.client.get_experiment(self.experiment_id))
         except store_errors():
             return False
-        self._answered()
         return True

@@ -252,7 +252,7 @@ class ParentRun:
         """Restore the given ends of runs, by run id, where a process that had lost their trials wrote others."""
         for run_id, (status, error) in ends.items():
             write = partial(undelivered.restore_ends, self._connection.client, run_id, status, error)
-            self._connection.attempt("the end of a trial", write, is_kept=False)
+            self._connection.attempt("the end of a trial", write, is_kept=False, is_write=False)
 
     def has_pending(self, directory: Path) -> bool:
         """Return whether the store is unreachable, or trials in ``directory`` keep something for it."""

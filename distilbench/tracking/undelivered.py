@@ -197,7 +197,7 @@ def end_left_runs(connection: Connection, is_over: Callable[[Owner], bool], swee
     query = "attributes.status = 'RUNNING'" + (f" and tags.`distilbench.sweep` = '{sweep}'" if sweep else "")
     running: list[Run] = []
     connection.attempt("a question for unfinished trials", lambda: running.extend(
-        connection.client.search_runs([connection.experiment_id], query)))  # fmt: skip
+        connection.client.search_runs([connection.experiment_id], query)), is_write=False)  # fmt: skip
     ended: list[str] = []
 
     def end(run: Run, directory: Path) -> None:
