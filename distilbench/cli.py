@@ -242,6 +242,8 @@ def as_settings_error(error: Exception) -> SettingsError | None:
                 f"{link.filename} must be a path that can be used, got {link.strerror}; what is written goes where "
                 "hydra.run.dir (hydra.sweep.dir in a sweep) and tracking.uri say"
             )
+    if is_disk_full(error):
+        return SettingsError(f"the disk must have room for what is written, got {error}; make room, then try again")
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
     is_said = isinstance(error, (ValueError, AttributeError))  # the latter of a setting of a deleted group
@@ -249,6 +251,17 @@ def as_settings_error(error: Exception) -> SettingsError | None:
     if said_by_hydra or isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
         return SettingsError(_reword(error, chain))
     return None
+
+
+_FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full", "iostream error")
+"""What the system (safetensors repeats it), SQLite and ``torch.save`` say of a full disk or an exceeded quota."""
+
+
+def is_disk_full(error: BaseException | str | None) -> bool:
+    """Return whether a message, an exception, or one in its chain, reports a full disk or an exceeded quota."""
+    if isinstance(error, BaseException):
+        return is_disk_full(str(error)) or is_disk_full(error.__cause__ or error.__context__)
+    return any(words in (error or "") for words in _FULL_DISK)
 
 
 def _reword(error: Exception, chain: Sequence[BaseException]) -> str:

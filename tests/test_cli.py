@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from logging.config import dictConfig
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -23,8 +26,11 @@ from distilbench.cli import (
     errors_in_one_line,
     format_command,
     format_override,
+    is_disk_full,
     run_in_process,
 )
+from distilbench.engines.running import outcome_of
+from distilbench.results import Status
 from distilbench.settings import SettingsError, register_schema, settings_from
 from tests.conftest import ROOT
 
@@ -145,6 +151,35 @@ def test_a_directory_that_can_not_be_made_is_told_with_its_reason(below):
 
 def test_a_full_disk_is_told_by_its_name():
     assert "got No space left on device" in str(as_settings_error(OSError(28, "No space left on device", "trial.json")))
+    line = "the disk must have room for what is written, got [Errno 28] No space left on device; make room, then try"
+    assert line in str(as_settings_error(OSError(28, "No space left on device"))), "of an open file"
+
+
+def full_database():
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("PRAGMA max_page_count = 1")
+        connection.execute("CREATE TABLE t (x)")
+
+
+WRITES = {
+    "a file": lambda: Path("/dev/full").write_text("x"),
+    "a database": full_database,
+    "torch": lambda: torch.save(torch.zeros(1000), "/dev/full"),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("write", WRITES)
+def test_a_full_disk_is_recognised_whoever_writes_also_behind_another_error(write):
+    with pytest.raises(Exception) as full:  # noqa: PT011
+        WRITES[write]()
+    behind = RuntimeError("while writing")
+    behind.__cause__ = full.value
+    assert is_disk_full(behind)
+    assert outcome_of(behind, None) == (
+        Status.FAILED, "the disk is full; make room, then add train.resume=true to continue"
+    )  # fmt: skip
+    assert not is_disk_full(sqlite3.OperationalError("database is locked"))
 
 
 @pytest.mark.parametrize(

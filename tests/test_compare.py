@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import re
 from pathlib import Path
@@ -257,6 +258,20 @@ def test_at_a_sweeps_end_its_report_is_printed_saved_and_attached(folder, tmp_pa
     note = store._client.get_run(parent).data.tags["mlflow.note.content"]
     link = r"http://127\.0\.0\.1:5000/#/experiments/1/runs/\w{32}\?workflowType=machine_learning"
     assert re.search(rf"\| \[layers=1\]\({link}\) \| -20\.00", note)
+
+
+def test_a_report_that_finds_no_room_leaves_the_last_one_whole(folder, tmp_path, monkeypatch):
+    compare(folder, tmp_path, "sweep=first")
+    whole, write = {path: path.read_text() for path in tmp_path.iterdir()}, Path.write_text
+
+    def fill(path, text, **more):
+        write(path, text[:100], **more)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(OSError, match="No space left"):
+        compare(folder, tmp_path, "sweep=first")
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == whole
 
 
 def test_a_sweep_whose_every_trial_failed_still_gets_its_report(folder, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, matthews_corrcoef
 
+from distilbench.cli import is_disk_full
 from distilbench.data.hub import first_line
 from distilbench.data.tokens import EncodedSplits
 from distilbench.engines import checkpoints
@@ -61,6 +62,8 @@ def outcome_of(error: Exception, settings: TrialSettings) -> tuple[Status, str]:
             f"out of memory ({first_line(error)}); lower train.max_length (now "
             f"{settings.train.max_length}), freeze more layers, or take a smaller model"
         )
+    if is_disk_full(error):
+        return Status.FAILED, "the disk is full; make room, then add train.resume=true to continue"
     log.error("the trial failed", exc_info=error)
     return Status.FAILED, f"{type(error).__name__}: {first_line(error)}"
 

@@ -22,7 +22,7 @@ from distilbench.report.page import page
 from distilbench.report.rows import Row, Untested, find_baseline, label_rows, rows_from
 from distilbench.report.slices import rows_by_slice
 from distilbench.report.trial import compare, comparison_metrics
-from distilbench.results import Status, StoredTrial, Verdict
+from distilbench.results import Status, StoredTrial, Verdict, replace_file
 from distilbench.settings import SettingsError
 from distilbench.tracking.search import SWEEP_TAG, SweepRun
 from distilbench.tracking.store import MlflowStore
@@ -318,9 +318,9 @@ def write_report(report: Report, directory: Path, layout: str = "full") -> list[
         "tex": tables.latex_report(report, layout),
         "csv": tables.csv_report(report),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     for ending, text in texts.items():
-        (directory / f"report.{ending}").write_text(text, encoding="utf-8")
+        with replace_file(directory / f"report.{ending}") as partial:
+            partial.write_text(text, encoding="utf-8")
     return [directory / f"report.{ending}" for ending in texts]
 
 

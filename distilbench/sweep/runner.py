@@ -22,7 +22,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from distilbench.cli import pluralize, raise_if_signalled, raise_on_signal, was_signalled
+from distilbench.cli import is_disk_full, pluralize, raise_if_signalled, raise_on_signal, was_signalled
 from distilbench.data.text import load_text
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
@@ -31,8 +31,8 @@ from distilbench.sweep.job import Orphaned, SweepJob, send_heartbeats
 from distilbench.sweep.plan import SweeperOptions, SweepPlan, make_plan
 from distilbench.sweep.reporting import REPORT_ATTRIBUTE, Leaderboard, claim_report, print_plan, say, write_report
 from distilbench.sweep.resume import has_begun, open_studies
-from distilbench.sweep.storage import STORAGE_ERRORS, Storage, check_url, is_disk_full, storage_at
-from distilbench.sweep.study import FAILURES, NO_SPACE, SweepStudy, TrialView
+from distilbench.sweep.storage import STORAGE_ERRORS, Storage, check_url, storage_at
+from distilbench.sweep.study import FAILURES, SweepStudy, TrialView
 from distilbench.tracking.connect import open_store
 from distilbench.tracking.retries import reason_of
 from distilbench.tracking.run import ParentRun
@@ -343,7 +343,7 @@ class SweepRunner:
         if isinstance(end, SettingsError):
             raise end
         raise_if_signalled()  # the interrupted code may have swallowed the exception
-        if is_disk_full(end) or NO_SPACE in (record.error or ""):
+        if is_disk_full(end) or is_disk_full(record.error):
             self._end(_no_space_message(self._plan), failed=True)
         elif record.status is Status.FAILED and not any(
             view.status in (Status.FINISHED, Status.PRUNED) for study in self._studies for view in study.counted()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 import sqlite3
 import warnings
@@ -139,17 +138,6 @@ def _answering(storage: Storage) -> Iterator[None]:
             f"hydra.sweeper.storage must be a storage that answers and takes a study, got {redact(storage.url)}: "
             f"{reason_of(error)}; start it, end what holds it, correct the address, or leave it out"
         ) from None
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an exception, or one in its chain, reports a full disk or an exceeded quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def check_url(url: str, written: str) -> None:

@@ -8,10 +8,8 @@ next. An interrupted trial is void, and its point is queued again under the next
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +19,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from distilbench.cli import is_disk_full
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
 from distilbench.sweep.job import UNRESOLVED_IDENTITY
@@ -41,9 +40,6 @@ MAX_REPEATED_DRAWS = 10
 """Number of draws in a row without a new point after which an untried point is chosen at random."""
 
 MAX_ENUMERATED_POINTS = 100_000
-
-NO_SPACE = os.strerror(errno.ENOSPC)
-"""Text in the error of a trial that found the disk full; its point is tried again."""
 
 RESULT = ("run_id", "scores", "figures")
 """Attributes that hold a trial's result, besides its values and its error."""
@@ -293,7 +289,7 @@ class SweepStudy:
             record = replace(record, status=Status.FAILED, error=f"{values} is not finite")
         elif not record.is_final:
             record = replace(record, status=status, error=error or record.error or "its process was killed")
-        elif record.status is Status.FAILED and NO_SPACE in (record.error or ""):
+        elif record.status is Status.FAILED and is_disk_full(record.error):
             record = replace(record, status=Status.INTERRUPTED)
         else:
             return record

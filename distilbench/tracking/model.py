@@ -109,6 +109,7 @@ def model_directory(store: MlflowStore, run_id: str) -> Path:
     if not (directory / MODEL / "config.json").is_file():
         raise SettingsError(
             f"run must have a saved model, got {run_id!r} with none in {directory / MODEL} (output.save_model=false, "
-            "adapter.merge=false, pruned, failed, or removed since); train it again with output.save_model=true"
+            "adapter.merge=false, pruned, failed, removed or moved since); train it again with output.save_model=true, "
+            "or name its directory with dir=..."
         )
     return directory / MODEL

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from distilbench.cli import is_disk_full
 from distilbench.settings import SettingsError
 from distilbench.tracking.redaction import redact
 
@@ -87,13 +88,16 @@ def reason_of(error: BaseException) -> str:
 
 
 def retry_outage(seconds: float, action: Callable[[], _Answer]) -> _Answer:
-    """Return ``action()``; while the store is unreachable, retry for up to ``seconds``, then raise its error."""
+    """Return ``action()``; while the store is unreachable, retry for up to ``seconds``, then raise its error.
+
+    A full disk is not waited for.
+    """
     until, has_told = time.monotonic() + seconds, False
     while True:
         try:
             return action()
         except store_errors() as error:
-            if not is_outage(error) or time.monotonic() >= until:
+            if not is_outage(error) or is_disk_full(error) or time.monotonic() >= until:
                 raise
             if not has_told:
                 log.warning("MLflow does not answer (%s): waiting up to %g s for it", reason_of(error), seconds)

@@ -28,7 +28,6 @@ from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine.default import DefaultDialect
 
@@ -41,7 +40,7 @@ from distilbench.sweep.executors import Executor
 from distilbench.sweep.job import Lease, SweepJob
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
-from distilbench.sweep.storage import is_disk_full, storage_at
+from distilbench.sweep.storage import storage_at
 from distilbench.sweep.trial import run_in_sweep
 from distilbench.tracking.connect import open_store
 from distilbench.tracking.undelivered import end_run
@@ -363,15 +362,3 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_its_trial_is_tried_again(gro
     assert ground.ends()["records"] == Counter({"INTERRUPTED": 1})
     assert ground.sweep(plan, ground.settings) == 0
     assert ground.ends()["study"] == Counter({"COMPLETE": 1, "FAIL": 1})
-
-
-def test_a_database_that_finds_the_disk_full_is_told_as_such(tmp_path):
-    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
-        connection.execute("PRAGMA max_page_count = 2")
-        connection.execute("CREATE TABLE t (c)")
-        with pytest.raises(sqlite3.Error) as full:
-            connection.execute("INSERT INTO t VALUES (?)", ("x" * 100_000,))
-    wrapped = StorageInternalError("An exception is raised during the commit, for example by invalid data")
-    wrapped.__cause__ = full.value
-    assert is_disk_full(wrapped)
-    assert not is_disk_full(StorageInternalError("the database is locked"))

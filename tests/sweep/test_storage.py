@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 import pytest
 
 from distilbench.settings import SettingsError
-from distilbench.sweep.storage import check_url, is_disk_full, open_study, storage_at
+from distilbench.sweep.storage import check_url, open_study, storage_at
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite+pysqlite://", "postgresql:", "sweeps.db", "oracle://me@here/db"])
@@ -25,19 +23,6 @@ def test_a_file_is_that_of_the_directory_in_which_it_was_typed_wherever_a_job_ru
         assert (storage.file, storage.url_template) == (tmp_path / "s.db", f"sqlite:///{tmp_path}/s.db")
     named = storage_at(f"sqlite:///{tmp_path}/s.db", "sqlite:///${oc.env:X}/s.db", tmp_path)
     assert (named.file, named.url_template) == (tmp_path / "s.db", "sqlite:///${oc.env:X}/s.db")
-
-
-def test_a_full_database_is_a_full_disk_also_behind_another_error_and_a_missing_table_is_none():
-    connection = sqlite3.connect(":memory:")
-    connection.executescript("PRAGMA max_page_count = 1")
-    with pytest.raises(sqlite3.Error) as full:
-        connection.execute("CREATE TABLE t (x)")
-    behind = RuntimeError("while writing")
-    behind.__cause__ = full.value
-    assert is_disk_full(behind)
-    with pytest.raises(sqlite3.Error) as other:
-        connection.execute("SELECT * FROM t")
-    assert not is_disk_full(other.value)
 
 
 @pytest.mark.parametrize("typed", [None, "sqlite:///study.db"])

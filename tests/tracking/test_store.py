@@ -426,6 +426,17 @@ def test_what_is_not_kept_on_disk_is_tried_again_for_some_seconds(store, client,
     assert [record.getMessage() for record in caplog.records] == [waiting, waiting]
 
 
+def test_a_full_disk_is_not_waited_for(store, start, monkeypatch):
+    from sqlalchemy.exc import OperationalError
+
+    monkeypatch.setattr(retries.time, "sleep", Mock(side_effect=AssertionError("waits")))
+    monkeypatch.setattr(store, "_patience", 300)
+    full = OperationalError("INSERT", None, sqlite3.OperationalError("database or disk is full"))
+    monkeypatch.setattr(store._client, "create_run", Mock(side_effect=full))
+    with pytest.raises(SettingsError, match="database or disk is full"):
+        store.begin(start())
+
+
 def test_what_is_lost_is_told_and_an_outage_that_is_known_is_not_waited_for(
     store, client, start, blips, monkeypatch, caplog
 ):
