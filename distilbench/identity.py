@@ -182,7 +182,8 @@ def point_key(settings: TrialSettings) -> str:
 def preparation_key(settings: TrialSettings) -> str:
     """Return a key that is equal for trials that can share encoded text, resolved model and engine."""
     same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE, "data.slice_column"))
-    return short_hash([same, settings.needs_trainer])
+    needs_trainer = settings.adapter.name != "none" or settings.freeze.policy == "auto"
+    return short_hash([same, needs_trainer])
 
 
 def fusion_key(settings: TrialSettings) -> str:

@@ -476,11 +476,6 @@ class TrialSettings(Checked):
             has_parts = self.train.epochs >= fewest or self.train.eval_steps is not None
             self._require(has_parts, "train.epochs", allowed, "or set train.eval_steps")
 
-    @property
-    def needs_trainer(self) -> bool:
-        """Whether only the trainer engine supports these settings, whatever the model."""
-        return self.adapter.name != "none" or self.freeze.policy == "auto"
-
 
 @dataclass(frozen=True)
 class TrackingSettings(Checked, group="tracking"):

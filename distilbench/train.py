@@ -132,18 +132,14 @@ def _parts_of(
     return seeds.remaining, seeds
 
 
-def _mark_batchable(task: TaskFunction) -> TaskFunction:
-    """Mark a task function for the fused launcher: :class:`BatchTrainer` can train several of its jobs together."""
-    task.batch_trainer = BatchTrainer  # type: ignore[attr-defined]
-    return task
-
-
 @hydra.main(config_path=str(CONF), config_name="config", execution_whitelist=["distilbench.composition.CheckFirst"])
-@_mark_batchable
 def main(config: DictConfig) -> float | tuple[float, ...]:
     """Train one trial; return ``train.metric`` on the selection split, or the objectives of its sweep."""
     with _report_errors():
         return _assignment(config).train()
+
+
+main.__wrapped__.batch_trainer = BatchTrainer  # for the fused launcher
 
 
 @contextmanager

@@ -284,7 +284,8 @@ def test_what_pandas_holds_as_missing_is_a_blank(folder):
 def test_a_trial_without_a_model_is_told_with_the_remedy(folder, tmp_path):
     (tmp_path / "in.csv").write_text("text\naaa\n")
     with pytest.raises(
-        SettingsError, match=r"^run must have a saved model, got .*; train it again with output.save_model=true, or name"
+        SettingsError,
+        match=r"^run must have a saved model, got .*; train it again with .*, or name its",
     ):
         asked(folder, f"run={run_id(folder, 'bare')}", f"data.test={tmp_path}/in.csv")
 

@@ -362,7 +362,7 @@ def test_a_policy_that_moves_needs_evaluations_to_move_at():
             f"{epochs}; or set train.eval_steps"
         )
     assert composed("freeze=gradual", "train.epochs=2").freeze.is_dynamic
-    assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").needs_trainer
+    assert composed("freeze=auto", "train.epochs=1", "train.eval_steps=9").freeze.is_dynamic
     assert composed("freeze=gradual", "train.epochs=2").freeze.is_dynamic
 
 

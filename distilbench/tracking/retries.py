@@ -146,8 +146,7 @@ class Connection:
 
     def wait(self, seconds: float) -> bool:
         """Return whether the store answers within ``seconds``."""
-        try:
+        with contextlib.suppress(*store_errors()):
             retry_outage(seconds, lambda: self.client.get_experiment(self.experiment_id))
-        except store_errors():
-            return False
-        return True
+            return True
+        return False
