@@ -182,8 +182,7 @@ def point_key(settings: TrialSettings) -> str:
 def preparation_key(settings: TrialSettings) -> str:
     """Return a key that is equal for trials that can share encoded text, resolved model and engine."""
     same = select(settings, (*SOURCES, *METRIC, *TREATMENT_OF_INPUT, *ENGINE, *DEVICE, "data.slice_column"))
-    needs_trainer = settings.adapter.name != "none" or settings.freeze.policy == "auto"
-    return short_hash([same, needs_trainer])
+    return short_hash([same, settings.adapter.name != "none" or settings.freeze.policy == "auto"])  # needs Trainer
 
 
 def fusion_key(settings: TrialSettings) -> str:

@@ -88,10 +88,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def retry_outage(seconds: float, action: Callable[[], _Answer]) -> _Answer:
-    """Return ``action()``; while the store is unreachable, retry for up to ``seconds``, then raise its error.
-
-    A full disk is not waited for.
-    """
+    """Return ``action()``; retry an outage, but for a full disk, for up to ``seconds``, then raise its error."""
     until, has_told = time.monotonic() + seconds, False
     while True:
         try:
