@@ -28,7 +28,7 @@ from distilbench.results import (
 )
 from distilbench.tracking import undelivered
 from distilbench.tracking.redaction import redact
-from distilbench.tracking.retries import Connection, reason_of
+from distilbench.tracking.retries import Connection, reason_of, store_errors
 from distilbench.tracking.start import LONGEST_TAG, RunContent, process_tags
 from distilbench.tracking.undelivered import NOTE, Undelivered, metric_points
 
@@ -180,13 +180,22 @@ class MlflowRun:
             files[PREDICTIONS] = partial(write_predictions, predictions)
             files["confusion_matrix.png"] = lambda to: confusion_figure(predictions, self._label_names).savefig(to)
         if result.history:
-            files["learning_curve.png"] = lambda to: curve_figure(self._losses, result).savefig(to)
+            files["learning_curve.png"] = lambda to: curve_figure(self._all_losses(), result).savefig(to)
         for name, write in files.items():
             try:
                 write(folder / name)
             except Exception as error:  # any error: a trained model outweighs its figures
                 log.warning("MLflow does not get %s: %s: %s", name, type(error).__name__, reason_of(error))
         return [folder / name for name in files if (folder / name).is_file()]
+
+    def _all_losses(self) -> list[tuple[int, float]]:
+        """Return steps and losses, with those from before the trial was continued if the store answers."""
+        before: dict[int, float] = {}
+        if self._pending.held and not self._connection.is_unreachable:
+            with contextlib.suppress(*store_errors()):
+                stored = self._connection.client.get_metric_history(self.run_id, "train/loss")
+                before = {point.step: point.value for point in stored}
+        return sorted((before | dict(self._losses)).items())
 
     def _flush(self) -> None:
         """Send buffered metrics, or write them to disk; the next wait is a hundred times as long as this took."""

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from distilbench.results import Owner, Predictions, Record, Status, StepRecord, TrialResult
 from distilbench.tracking.search import SWEEP_TAG
@@ -169,7 +170,10 @@ def test_what_is_kept_of_a_trial_that_another_directory_continues_ends_nothing(s
 
 
 @pytest.mark.parametrize("away", ["never", "at the kill", "at the kill and after", "after"])
-def test_steps_that_a_continued_trial_takes_again_are_in_its_run_once(store, tmp_path, gone, away):
+def test_steps_that_a_continued_trial_takes_again_are_in_its_run_once(store, tmp_path, gone, away, monkeypatch):
+    """So are those before in its learning curve, but while the store is away."""
+    drawn = []
+    monkeypatch.setattr("distilbench.tracking.run.curve_figure", lambda losses, _: drawn.extend(losses) or Figure())
     given = f"output.dir={tmp_path}", "train.resume=true"
     run = store.begin(start_of(*given, tags={SWEEP_TAG: "killed"}))
 
@@ -190,6 +194,7 @@ def test_steps_that_a_continued_trial_takes_again_are_in_its_run_once(store, tmp
     take(again, 2, 3, 4)
     switch(("at the kill and after", "after"))
     take(again, 5)
-    again.finish(DONE)
+    again.finish(replace(DONE, history=(DONE.report,)))
+    assert drawn == [(step, 1 / step) for step in (range(1, 6) if away in ("never", "at the kill") else range(2, 6))]
     for curve, steps in {"train/loss": [1, 2, 3, 4, 5], "validation/accuracy": [2, 4, 5], "epoch": [2, 4, 5]}.items():
         assert [point.step for point in store._client.get_metric_history(run.run_id, curve)] == steps
