@@ -62,12 +62,10 @@ def open_studies(
         marked, known = _read_sweep_file(plan).get("id"), main.user_attrs.get("id")
         _refuse_others(plan, has_study=kept is not None and marked in (None, known))
         ours = {"sweep": plan.name, "id": known or uuid.uuid4().hex}
-        if known is None:
-            main.set_user_attr("id", ours["id"])
-        if kept is None:
-            there = {trial.user_attrs.get("reused_from") for trial in trials}  # added by a call that was killed
-            main.add_trials(trial for trial in warm if trial.user_attrs["reused_from"] not in there)
-        if kept is None and sources:
+        main.set_user_attr("id", ours["id"])
+        there = {trial.user_attrs.get("reused_from") for trial in trials}  # added by a call that was killed
+        main.add_trials(trial for trial in warm if trial.user_attrs["reused_from"] not in there)
+        if sources:
             main.set_user_attr(SOURCES_ATTRIBUTE, sources)
         if kept != plan.identity:
             main.set_user_attr("identity", plan.identity)

@@ -11,7 +11,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from optuna.trial import create_trial
 
-from distilbench.identity import SOURCES
+from distilbench.identity import OLD_DEFAULTS, SOURCES
 from distilbench.results import RECORD
 from distilbench.settings import SettingsError
 from distilbench.sweep.plan import SweepPlan
@@ -26,15 +26,18 @@ from distilbench.sweep.space import Point, Space
 from distilbench.sweep.storage import storage_at
 from distilbench.sweep.study import BASELINE_STUDY, SweepStudy
 from distilbench.sweep.trial import SOURCES_ATTRIBUTE
+from distilbench.tracking.start import format_param
 
 
 def identity(**fixed: str):
     return {"space": {}, "fixed": fixed, "objectives": ["accuracy"], "directions": ["maximize"]}
 
 
-def test_a_setting_that_an_older_version_did_not_have_is_null():
+def test_a_setting_that_an_older_version_did_not_have_is_null_or_what_that_version_did():
     older = identity(seed="1")
     check_unchanged(older, identity(seed="1", **{"data.pair_column": "null"}), "first", extend=False)
+    former = {key: format_param(value) for key, value in OLD_DEFAULTS.items()}
+    check_unchanged(older, identity(seed="1", **former), "first", extend=False)
     with pytest.raises(SettingsError, match=r"which had data\.pair_column unset \(now two\); take another name$"):
         check_unchanged(older, identity(seed="1", **{"data.pair_column": "two"}), "first", extend=False)
 
@@ -110,6 +113,8 @@ def test_a_warm_start_keeps_what_a_custom_function_suggested():
     assert _params_in(custom, trial(freeze__layers=1, optim__lr=5e-3), FIXED) == {
         "freeze.layers": 1, "optim.lr": 5e-3
     }  # fmt: skip
+    custom.space = replace(custom.space, custom=None)
+    assert _params_in(custom, trial(freeze__layers=1, optim__lr=5e-3), FIXED) is None
 
 
 def test_another_protocol_or_other_objectives_are_refused():
@@ -119,8 +124,9 @@ def test_another_protocol_or_other_objectives_are_refused():
     for source in SOURCES:
         with pytest.raises(SettingsError, match=rf"of the same protocol, .*; it had {source}=other \(now None\)"):
             _check_same_protocol(plan({}), identity | {"fixed": {**FIXED, source: "other"}}, "old")
-    with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured accuracy, got 'old'$"):
-        _check_same_protocol(plan({}), identity | {"fixed": FIXED}, "old")
+    both = SimpleNamespace(**vars(plan({})) | {"objectives": ("loss", "accuracy")})
+    with pytest.raises(SettingsError, match=r"^sweep.warm_start must be a sweep that measured loss, accuracy, got"):
+        _check_same_protocol(both, identity | {"fixed": FIXED}, "old")
 
 
 @pytest.fixture
@@ -143,8 +149,13 @@ def study_of(plan: SweepPlan, run_ids=None) -> SweepStudy:
 
 
 def ended(rate: float, status: str = "FINISHED", values: tuple[float, ...] = (0.5,), **attributes):
-    return create_trial(params={"optim.lr": rate}, distributions={"optim.lr": FloatDistribution(1e-9, 1.0, log=True)},
-                        values=values, user_attrs={"status": status, **attributes})  # fmt: skip
+    return create_trial(
+        params={"optim.lr": rate},
+        distributions={"optim.lr": FloatDistribution(1e-9, 1.0, log=True)},
+        values=values,
+        intermediate_values={1: 0.25},
+        user_attrs={"status": status, **attributes},
+    )
 
 
 def test_a_sweep_goes_on_with_its_own_settings_or_a_space_that_is_extended(plan_of):
@@ -181,6 +192,8 @@ def test_trials_whose_study_is_gone_or_of_another_sweep_are_not_mixed_with_new_o
     (first.directory / trial).mkdir(parents=True)
     (first.directory / trial / RECORD).touch()
     assert study_of(first).study.user_attrs["id"] == begun
+    (first.directory / SWEEP_FILE).unlink()
+    assert study_of(first).study.user_attrs["id"] == begun, "as after a kill that cut the file short"
     (first.directory / SWEEP_FILE).write_text(kept.replace(begun, "of a study that was deleted"))
     gone = (
         "must be a new directory, or this sweep's own, got .*, which holds trials of sweep 'first' whose study is gone"
@@ -230,10 +243,15 @@ def test_a_warm_start_takes_finished_trials_in_the_space_with_the_objectives_tha
     assert "warm start: of 2 finished trials of old in this space: 1" in caplog.messages
     (copy,) = new.get_trials()
     assert (copy.params, copy.values, copy.distributions) == ({"optim.lr": 1e-4}, [8.0], {"optim.lr": RATE})
+    assert copy.intermediate_values == {1: 0.25}, "which pruners compare with"
     told = {key: copy.user_attrs[key] for key in ("status", "reused_from", "point", "name", "run_id")}
     assert told == {"status": "REUSED", "reused_from": "old/1", "point": Point(copy.params).key,
                     "name": asked.name_of(Point(copy.params)), "run_id": "its run"}  # fmt: skip
     assert new.user_attrs[SOURCES_ATTRIBUTE] == {"model 0": {}}
+    older = asked.directory.parent / "old"
+    older.rename(older.with_name("away"))
+    assert len(study_of(asked).study.get_trials()) == 1, "a sweep that has begun needs the earlier one no more"
+    older.with_name("away").rename(older)
     elsewhere = replace(asked, name="far", directory=asked.directory.parent / "far", fixed={"freeze.layers": "3"})
     assert SOURCES_ATTRIBUTE not in study_of(elsewhere).study.user_attrs, "none of its trials was taken"
 
@@ -252,6 +270,15 @@ def test_a_warm_start_from_no_other_sweep_is_refused_before_anything_is_written(
     with pytest.raises(SettingsError, match=f"^sweep.warm_start must be {line}"):
         study_of(new)
     assert not new.directory.exists()
+
+
+@pytest.mark.parametrize("name", ["never", "new"])
+def test_a_warm_start_from_no_other_sweep_of_a_storage_that_has_several_is_refused(plan_of, tmp_path, name):
+    storage = storage_at(f"sqlite:///{tmp_path}/all.db", None, tmp_path)
+    open_studies(plan_of("new"), storage, None)
+    asked = replace(plan_of("new", f"sweep.warm_start={name}"), directory=tmp_path / "elsewhere")
+    with pytest.raises(SettingsError, match=f"^sweep.warm_start must be the name of an earlier sweep, got '{name}'"):
+        open_studies(asked, storage, None)
 
 
 @pytest.mark.parametrize(
