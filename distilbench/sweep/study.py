@@ -358,7 +358,6 @@ class SweepStudy:
             self.owned_trials[view.number] = view.trial._trial_id
             self._storage.set_trial_user_attr(view.trial._trial_id, "owner", asdict(self._owner))
         self.beat()
-        self.refresh()
         return [view.number for view in found]
 
     def _is_abandoned(self, view: TrialView) -> bool:

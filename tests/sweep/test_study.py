@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 
 from distilbench.results import Owner, Record, Status, read_record
 from distilbench.settings import SettingsError
+from distilbench.sweep import study as studies
 from distilbench.sweep.plan import SweepPlan
 from distilbench.sweep.space import Point, Space
 from distilbench.sweep.study import SweepStudy
@@ -135,6 +136,11 @@ def test_a_trial_cut_short_is_interrupted_and_its_point_queued_again(make):
     assert len(mine.counted()) == 1
 
 
+def test_a_trial_that_an_earlier_sweep_of_this_process_left_is_closed(make):
+    make(ME).take()
+    assert end_dead(make(ME)) == [0]
+
+
 def test_a_trial_whose_worker_outlived_its_sweep_is_left_until_it_ends(make):
     dead = make(gone())
     dead.take()
@@ -166,14 +172,14 @@ def test_a_living_process_and_another_host_are_left_alone(make):
 def test_a_trial_whose_heart_stood_still_is_taken_from_a_process_on_any_host_which_finds_out(make):
     alive = Owner.of(os.getppid())
     for owner in (Owner("another-host", 1, 0.0), alive):
-        frozen, mine = make(owner), make(ME)
+        frozen, mine, worker = make(owner), make(ME), Owner("of-its-job", 2, 0.0)
         taken = frozen.take()
         number, trial_id = taken.number, taken.trial._trial_id
         assert frozen.study._storage.beats[-1] == trial_id, "its heart beats before it is signed"
-        finish(frozen, number, Status.RUNNING, owner=owner)
+        finish(frozen, number, Status.RUNNING, owner=worker)
         assert not mine.take_over_dead_trials()
         frozen.study._storage.silent.add(trial_id)
-        assert (mine.take_over_dead_trials(), mine.lost_owners) == ([number], {owner})
+        assert (mine.take_over_dead_trials(), mine.lost_owners) == ([number], {owner, worker})
         assert not make(ME).take_over_dead_trials(), "the heart beats for whoever closes the trial"
         assert not frozen.holds(number)
         finish(frozen, number, accuracy=0.9, owner=owner)
@@ -187,6 +193,7 @@ def test_an_end_whose_answer_was_lost_is_not_told_again(make, monkeypatch):
     study = make(ME)
     number = study.take().number
     finish(study, number)
+    assert not study.take_over_dead_trials(), "its end is about to be told"
     tell = study.study.tell
 
     def tell_and_lose_the_answer(*args, **kwargs):
@@ -207,6 +214,8 @@ def test_an_interrupted_point_is_queued_as_what_continues_it(make):
     taken = study.take()
     finish(study, taken.number, Status.RUNNING)
     end(study, taken.number)
+    only = Space({key: CategoricalDistribution([value]) for key, value in taken.point.params.items()}, [])
+    assert make(ME, space=only).has_more()
     study.queue()
     again = study.take()
     assert (again.attribute("continues"), again.point.params) == (taken.number, taken.point.params)
@@ -215,17 +224,20 @@ def test_an_interrupted_point_is_queued_as_what_continues_it(make):
     assert study.take().attribute("continues") is None
 
 
-def test_an_interrupted_baseline_comes_before_the_points_that_wait(make):
+def test_an_interrupted_baseline_comes_before_the_points_that_wait(make, monkeypatch):
     points = [Point({"freeze.layers": layers, "scheduler": "linear"}, is_baseline=layers == 0) for layers in range(4)]
     study = make(ME, points=points, is_grid=True)
-    study.queue()
+    for most in (2, 1, 2):  # a person may have enqueued more
+        monkeypatch.setattr(studies, "MAX_WAITING", most)
+        study.queue()
+        assert len(study.views()) == 2
     baseline = study.take()
     assert baseline.is_baseline
     finish(study, baseline.number, Status.RUNNING)
     end(study, baseline.number)
     study.queue()
     again = study.take()
-    assert (again.is_baseline, again.attribute("continues"), again.number) == (True, baseline.number, 4)
+    assert (again.is_baseline, again.attribute("continues"), again.number) == (True, baseline.number, 2)
     assert study.take().point.params["freeze.layers"] == 1
 
 
@@ -239,6 +251,9 @@ def test_a_trial_that_was_asked_for_but_never_signed_is_closed(make):
     study.study.ask()
     assert end_dead(study) == [0]
     assert study.views()[0].status == "INTERRUPTED"
+    beside = make(ME, space=Space({}, []), is_grid=True)
+    beside.queue()
+    assert len(beside.views()) == 1, "it has no point to try again"
 
 
 def test_a_point_evaluated_before_is_reused_with_its_result_and_does_not_count(make):
@@ -286,6 +301,13 @@ def test_a_copy_of_a_trial_under_way_is_made_once_and_is_void_when_that_has_ende
     assert study.owned_trials == {}
 
 
+def test_a_search_makes_one_copy_of_a_trial_under_way_and_then_waits_for_its_end(make):
+    study = make(ME, result_key=lambda point: "all alike")
+    study.take()
+    assert study.take() is None
+    assert [view.status for view in study.views()] == ["RUNNING", "REUSED"]
+
+
 def test_a_search_of_a_continuous_space_has_more_up_to_its_total(make):
     study = make(ME, space=Space({"optim.lr": FloatDistribution(0, 1)}, []), total=2)
     for has_more in (True, False):
@@ -294,7 +316,7 @@ def test_a_search_of_a_continuous_space_has_more_up_to_its_total(make):
         assert study.has_more() is has_more
 
 
-def test_points_that_wait_outside_of_a_changed_space_are_void_and_those_under_way_go_on(make):
+def test_points_that_wait_outside_of_a_changed_space_are_void_and_those_under_way_go_on(make, caplog):
     before = make(ME, points=SPACE.points()[:3], is_grid=True)
     before.queue()
     taken = before.take()
@@ -304,11 +326,14 @@ def test_points_that_wait_outside_of_a_changed_space_are_void_and_those_under_wa
     void, waits = Status.INTERRUPTED, Status.WAITING
     assert [view.status for view in now.views()] == [Status.RUNNING, void, void, waits, waits]
     assert now.views()[1].attribute("error") == "the sweep went on with another space"
+    assert not caplog.messages
     finish(before, taken.number, Status.RUNNING)
     end(before, taken.number)
     now.refresh()
     now.queue()
     assert len(now.views()) == 5, "what was interrupted outside of the space is not tried again"
+    before.queue()
+    assert [view.attribute("continues") for view in before.views()[5:]] == [0, None, None], "two had never begun"
 
 
 def test_a_person_enqueues_trials_in_whole_or_in_part_and_adds_ended_ones_which_count_for_nothing(make, caplog):
@@ -345,6 +370,16 @@ def test_a_discrete_space_is_tried_to_its_last_point_whatever_the_sampler_draws(
     assert sorted(tried) == [0, 1, 2, 3, 4]
 
 
+def test_draws_that_give_no_new_point_of_a_space_too_large_to_list_end(make, monkeypatch):
+    monkeypatch.setattr(studies, "MAX_ENUMERATED_POINTS", 4)
+    study = make(ME, space=Space({"freeze.layers": IntDistribution(0, 4)}, []))
+    study.study.sampler = optuna.samplers.PartialFixedSampler({"freeze.layers": 2}, optuna.samplers.RandomSampler())
+    finish(study, study.take().number)
+    end(study, 0)
+    assert study.take() is None
+    assert len(study.views()) == 1 + 2 * studies.MAX_REPEATED_DRAWS
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_an_objective_that_is_not_finite_is_a_failure(make, value):
     study = make(ME)
@@ -364,6 +399,9 @@ def test_each_status_of_a_trial_has_its_state_in_optuna(make, status, state):
     assert end(study, 0).status is status
     view = study.views()[0]
     assert (view.trial.state.name, view.status, view.attribute("error")) == (state, status, "why")
+    study.study.enqueue_trial(view.point.params)
+    study.take()
+    assert (study.views()[1].status, study.views()[1].trial.state.name) == (Status.REUSED, state)
 
 
 def test_what_was_pruned_by_one_of_several_objectives_has_failed_for_optuna_and_is_reused_as_pruned(make):
@@ -383,9 +421,12 @@ def test_what_was_pruned_by_one_of_several_objectives_has_failed_for_optuna_and_
     assert (second.trial.state.name, second.status, second.trial.intermediate_values) == ("FAIL", "REUSED", {1: 0.25})
 
 
-def test_a_job_that_left_no_end_has_failed_with_what_the_launcher_said(make):
+def test_a_job_that_left_no_end_has_failed_with_what_the_launcher_said_or_else_with_what_it_said_itself(make):
     study = make(ME)
     study.take()
+    finish(study, 0, Status.INTERRUPTED, error="interrupted")
+    assert study.finalize_record(0, Status.FAILED, None).error == "interrupted"
+    finish(study, 0, Status.RUNNING, error="interrupted")
     record = end(study, 0, Status.FAILED, "TerminatedWorkerError: killed")
     assert (record.status, record.error) == (Status.FAILED, "TerminatedWorkerError: killed")
     assert study.views()[0].status is Status.FAILED
