@@ -114,9 +114,9 @@ class SweepPlan:
 
     @property
     def is_selection(self) -> bool:
-        """Whether the sweep selects one of several settings besides the baseline; a confirmation does not."""
+        """Whether the sweep selects one of several settings besides the baseline; a confirmation's points have none."""
         settings = {frozenset({**point.params, "seed": None}.items()) for point in self.points if not point.is_baseline}
-        return "confirms" not in self.fixed and (len(settings) > 1 or not self.is_grid)
+        return len(settings) > 1 or not self.is_grid
 
     @property
     def chosen_by(self) -> str:

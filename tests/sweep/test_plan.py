@@ -72,7 +72,7 @@ def planned(*typed: str):
             ["seed=1,2", "sweep.seeds=[1,2]"],
             "sweep.seeds must be null where seed varies, got [1, 2]; drop one of the two",
         ),
-        (["margin=1,2"], "margin must be one value for a whole sweep, got '1, 2'; run a sweep for each"),
+        (["++margin=1,2"], "margin must be one value for a whole sweep, got '1, 2'; run a sweep for each"),
         (
             ["seed=1,2", "output.dir=here"],
             "output.dir must be left to a sweep, which gives each trial its own, got 'here'",
@@ -101,7 +101,8 @@ def test_optunas_name_of_a_study_names_the_sweep_and_its_directory():
 @pytest.mark.parametrize(
     ("typed", "cost"),
     [([], "train_seconds"), (["hydra/launcher=fused"], "train_flops"),
-     (["hydra/launcher=fused", "hydra.sweeper.n_jobs=1"], "train_seconds")],
+     (["hydra/launcher=fused", "hydra.sweeper.n_jobs=1"], "train_seconds"),
+     (["hydra/launcher=fused", "hydra.sweeper.max_batch_size=1"], "train_seconds")],
 )  # fmt: skip
 def test_a_sweeps_cost_is_seconds_only_where_its_launcher_runs_one_trial_at_a_time(typed, cost):
     assert planned("freeze.layers=0,1", "sweep.objectives=[accuracy,cost]", *typed).objectives == ("accuracy", cost)
@@ -175,6 +176,8 @@ def test_a_plan_says_which_split_ranks_its_trials_and_what_a_continued_sweep_mus
     plan = planned(*OPTUNA, "sweep.objectives=[accuracy,train_seconds]", "sweep.pruner=median", typed)
     assert plan.chosen_by == f"accuracy and train_seconds on the {split}; pruned by accuracy alone"
     assert replace(plan, objectives=("f1",)).chosen_by == f"f1 on the {split}"
+    unpruned = replace(plan.settings, sweep=replace(plan.settings.sweep, pruner="none"))
+    assert replace(plan, settings=unpruned).chosen_by == f"accuracy and train_seconds on the {split}"
     kept = plan.identity
     assert (kept["objectives"], kept["directions"]) == (["accuracy", "train_seconds"], ["maximize", "minimize"])
     assert (kept["fixed"], [*kept["space"]]) == (plan.fixed, ["freeze.layers"])
