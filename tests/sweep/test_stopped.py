@@ -19,20 +19,22 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import optuna
 import pytest
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from mlflow.store.db import utils as db_utils
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine.default import DefaultDialect
 
 from distilbench import cli
-from distilbench.results import Evaluation, Status, TrialResult, read_record
+from distilbench.results import Evaluation, Owner, Status, TrialResult, read_record
 from distilbench.settings import register_schema, settings_from
 from distilbench.sweep import reporting, runner
 from distilbench.sweep import trial as sweep_trial
@@ -51,6 +53,7 @@ from tests.commands import load_migrations_once, share_statements
 from tests.conftest import ROOT, TINY
 
 SPACE = Space({"optim.lr": FloatDistribution(1e-5, 1e-2, log=True)}, [])
+TESTS = Owner.of()
 DONE = Evaluation("validation", 4, 1.0, loss=0.5, accuracy=0.75, f1=0.5, mcc=0.25)
 
 
@@ -326,6 +329,15 @@ def test_what_a_process_writes_late_that_had_lost_its_trial_is_put_right_at_the_
     assert (again.status, again.error, again.scores) == (first.status, first.error, {})
 
 
+def test_what_an_outage_kept_back_is_delivered_before_a_trial_begins_that_may_continue_it(ground, monkeypatch):
+    ground.clear()
+    seen = ground.directory.with_name("seen")
+    trials_at = lambda *given: seen.open("a").write(f"{len(ground.ends()['records'])} ")  # noqa: E731
+    monkeypatch.setattr(runner.ParentRun, "catch_up", trials_at)
+    assert ground.sweep(plan_of(ground.settings, ground.directory), ground.settings) == 0
+    assert seen.read_text().startswith("0 ")
+
+
 @pytest.mark.parametrize("is_kept", [True, False], ids=["turned-into-an-error", "swallowed"])
 def test_a_signal_that_a_library_makes_something_else_of_ends_the_sweep_and_fails_no_trial(ground, is_kept):
     """OmegaConf and Hydra do so in one of ten places of a composition, Python in a generator that is closed."""
@@ -362,3 +374,42 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_its_trial_is_tried_again(gro
     assert ground.ends()["records"] == Counter({"INTERRUPTED": 1})
     assert ground.sweep(plan, ground.settings) == 0
     assert ground.ends()["study"] == Counter({"COMPLETE": 1, "FAIL": 1})
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left on the disk of {}; make room, then run "),
+        (StorageInternalError("it is gone"), "hydra.sweeper.storage no longer answers: it is gone; run "),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), None),
+    ],
+)
+def test_an_error_of_the_sweep_itself_ends_its_trial_and_is_told_in_one_line_if_known(ground, monkeypatch, error, line):
+    def fail(*given: object) -> None:
+        raise error
+
+    ground.clear()
+    said, plan = ground.directory.with_name("said"), plan_of(ground.settings, ground.directory)
+    monkeypatch.setattr(runner.SweepRunner, "_show", fail)
+    assert in_process(lambda: said.write_text(_run(plan, ground.settings) or "") * 0) == (0 if line else 70)
+    if line:
+        assert said.read_text() == f"{line.format(ground.directory)}the same command again to continue"
+    assert ground.ends()["records"] == Counter({"INTERRUPTED": 1})
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_an_interrupted_sweeps_run_is_left_to_a_process_that_still_trains_else_it_has_more_to_do(ground, is_shared):
+    beside = Point({}, ("optim.lr=1e-4",), is_baseline=True)
+    plan = plan_of(ground.settings, ground.directory, outside_baselines=[beside])
+
+    def interrupted(jobs: list[SweepJob]):
+        if jobs[0].is_baseline:
+            return train_in(ground.settings)(jobs)
+        if is_shared:
+            optuna.load_study(study_name=plan.name, storage=jobs[0].storage).ask().set_user_attr("owner", asdict(TESTS))
+        return signal.raise_signal(signal.SIGTERM)
+
+    ground.clear()
+    assert ground.sweep(plan, ground.settings, train=interrupted) == 143
+    left = "RUNNING RUNNING" if is_shared else "KILLED INTERRUPTED"
+    assert ground.ends()["runs"] == Counter({"FINISHED FINISHED": 1, left: 1})
