@@ -47,6 +47,7 @@ def main(config: DictConfig) -> None:
 def confirm(settings: ConfirmSettings) -> str | None:
     """Run the confirmation; return one line about failures, or None. Raises :class:`SettingsError` before training."""
     from distilbench.report.findings import by_score
+    from distilbench.report.from_store import report_sweep
     from distilbench.sweep.executors import Executor
     from distilbench.sweep.runner import run_plan
     from distilbench.sweep.space import Point
@@ -79,7 +80,10 @@ def confirm(settings: ConfirmSettings) -> str | None:
     raise_on_signal()
     directory = Path(settings.output or root() / "outputs" / "sweeps" / name).absolute()
     if not (directory / "study.db").exists():  # any finished trials were trained on another host
-        points = missing or points
+        points = missing
+    if not points:
+        report_sweep(store, name, directory, default_treatment(), report.margin)
+        return None
     plan = _plan(name, directory, settings.sweep, rows, next(iter(settings_by_treatment.values())), points)
     _check_protocol(plan.settings, report.sample.protocol_id)
     executor = Executor(lambda jobs: [_train(job, settings_by_treatment, rows) for job in jobs], at_once=1)

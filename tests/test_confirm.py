@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,12 @@ def test_more_seeds_are_added_and_none_is_trained_again_but_what_mlflow_lost(fol
     make_store(folder)._client.delete_run(lost)
     run_confirm(folder, "sweep=first", "top=1", "seeds=3")
     assert trained == [4, 4, 4], "its run was deleted in MLflow"
+    kept = (folder / "confirm").rename(folder / "moved")
+    assert run_confirm(folder, "sweep=first", "top=1", "seeds=3") is None
+    assert trained == [4, 4, 4], "without its directory, MLflow has all of it"
+    assert {path.stem for path in (folder / "confirm").iterdir()} == {"report"}
+    shutil.rmtree(folder / "confirm")
+    kept.rename(folder / "confirm")
 
 
 @pytest.mark.usefixtures("confirmation")

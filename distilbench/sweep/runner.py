@@ -116,7 +116,13 @@ def _open_parent_run(
         return ParentRun()
     known = {SWEEP_TAG: plan.name, MARGIN_TAG: f"{plan.settings.margin:g}", "distilbench.role": "sweep", **tags}
     with storage.lock():  # if several processes begin at once, only one creates it
-        parent = store.open_parent_run(plan.name, known, plan.directory, run_id=study.user_attrs.get("run_id"))
+        run_id = study.user_attrs.get("run_id")
+        if run_id is None and not tags and store.sweep_run(plan.name):  # a confirmation trains what MLflow lacks
+            log.warning(
+                "MLflow has trials of sweep %s, whose study is not here: all are trained again; if its directory was "
+                "moved, name it: hydra.sweep.dir=..., else take another sweep.name", plan.name,
+            )  # fmt: skip
+        parent = store.open_parent_run(plan.name, known, plan.directory, run_id=run_id)
         study.set_user_attr("run_id", parent.run_id)
     return parent
 
@@ -285,15 +291,14 @@ class SweepRunner:
         failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.max_failures:
-            self._end(f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows", failed=True)
+            self._fail(f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows")
         elif self._ended is None and timeout is not None and time.monotonic() - self._began > 60 * timeout:
-            self._end(f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun", failed=False)
+            self._ended = f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun"
+            self._say(self._ended)
         return self._ended is not None
 
-    def _end(self, reason: str, failed: bool) -> None:
-        self._ended, self._failed = reason, failed
-        if not failed:
-            self._say(reason)
+    def _fail(self, reason: str) -> None:
+        self._ended, self._failed = reason, True
 
     def _job(self, study: SweepStudy, trial: TrialView) -> SweepJob:
         """Write and return the job of a trial."""
@@ -344,11 +349,11 @@ class SweepRunner:
             raise end
         raise_if_signalled()  # the interrupted code may have swallowed the exception
         if is_disk_full(end) or is_disk_full(record.error):
-            self._end(_no_space_message(self._plan), failed=True)
+            self._fail(_no_space_message(self._plan))
         elif record.status is Status.FAILED and not any(
             view.status in (Status.FINISHED, Status.PRUNED) for study in self._studies for view in study.counted()
         ):
-            self._end(f"the first trial failed, as every other would: {record.error}", failed=True)
+            self._fail(f"the first trial failed, as every other would: {record.error}")
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
 
     def _was_killed(self, study: SweepStudy, number: int, at_once: int | None, end: BaseException) -> bool:
@@ -414,10 +419,10 @@ class SweepRunner:
                 f"{pluralize(retriable, 'failed trial')}: sweep.retry_failed=true added to the command tries again"
             )
         if not leaderboard.best and self._ended is None:
-            self._end("no trial of the sweep finished", failed=True)
+            self._fail("no trial of the sweep finished")
         elif plan.requires_all and leaderboard.failed:
             failed = pluralize(leaderboard.failed, "trial")
-            self._end(f"{failed} did not finish; the same command trains what is missing", failed=True)
+            self._fail(f"{failed} did not finish; the same command trains what is missing")
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
         return self._ended if self._failed else None
 

@@ -115,7 +115,8 @@ class Space:
         (``shared``, their value of that); it is empty in a sweep without a baseline.
         """
         if not point.is_baseline:
-            return name_of({**point.params, **shared}, baseline) or " ".join(point.extra) or "trial"
+            same = "baseline" if baseline else "trial"
+            return name_of({**point.params, **shared}, baseline) or " ".join(point.extra) or same
         given = point.params or dict(override.partition("=")[::2] for override in point.extra)
         told = {key: given[key] for key in self.dimensions if key in given and not is_choice(key)}
         return name_of({key: value for key, value in baseline.items() if is_choice(key)} | told, title="baseline")

@@ -38,6 +38,7 @@ from distilbench.tracking.run import MlflowRun, final_metrics, write_predictions
 from distilbench.tracking.search import trial_of
 from distilbench.tracking.start import RunContent
 from distilbench.tracking.store import MlflowStore
+from distilbench.tracking.undelivered import UNDELIVERED
 from distilbench.trials.content import content_of
 from distilbench.trials.interruptions import SignalGuard, TrialTakenOver
 from distilbench.trials.prepared import Job, Prepared, SweepContext, prepared_trial
@@ -219,8 +220,10 @@ def _continue_interrupted(trial: Trial) -> None:
         return
     if before != directory:
         replace(record, owner=Owner.of()).write(directory)
-        shutil.rmtree(directory / checkpoints.DIRECTORY, ignore_errors=True)
-        os.replace(old, directory / checkpoints.DIRECTORY)
+        for name in (UNDELIVERED, checkpoints.DIRECTORY):
+            shutil.rmtree(directory / name, ignore_errors=True)
+            if (before / name).exists():
+                os.replace(before / name, directory / name)
     trial.job = replace(trial.job, settings=replace(settings, train=replace(settings.train, resume=True)))
 
 

@@ -6,11 +6,17 @@ import os
 import re
 from collections import Counter
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
+import optuna
 import pytest
 import yaml
 
 from distilbench.sweep.job import directions_of
+from distilbench.sweep.runner import _open_parent_run
+from distilbench.sweep.storage import storage_at
+from tests.made_store import make_store
 
 pytestmark = pytest.mark.e2e
 SPACE = ("hydra/sweeper=optuna", "freeze.layers=range(0,3)", "optim.lr=tag(log,interval(1e-5,1e-2))")
@@ -49,6 +55,15 @@ def test_relative_paths_mean_where_a_sweep_was_typed_and_typed_again_it_trains_n
     assert [where for where, _ in workspace.finished()] == ["0", "1"]
     assert all((workspace.path / "sw" / number / "trial.json").exists() for number in "01")
     assert len(workspace.study("a", url=f"sqlite:///{workspace.path}/s.db")) == 2
+
+
+@pytest.mark.parametrize("has_moved", [True, False])
+def test_a_sweep_whose_trials_only_mlflow_has_is_warned_of_before_it_trains_all_again(tmp_path, caplog, has_moved):
+    store, study = make_store(tmp_path), optuna.create_study()
+    plan: Any = SimpleNamespace(name="moved", directory=tmp_path, settings=SimpleNamespace(margin=1.0))
+    for one in (study, optuna.create_study() if has_moved else study):
+        _open_parent_run(plan, one, storage_at(None, None, tmp_path), store, {})
+    assert ("MLflow has trials of sweep moved, whose study is not here" in caplog.text) is has_moved
 
 
 def test_a_baseline_outside_of_the_grid_is_trained_beside_it_for_each_seed(workspace):

@@ -98,7 +98,7 @@ def test_a_space_contains_what_names_its_dimensions_with_values_that_they_have(p
         (Point({"freeze.layers": 0, "scheduler": "linear"}, is_baseline=True), "baseline: layers=0 scheduler=linear"),
         (Point({}, ("freeze.layers=0", "optim.lr=1"), is_baseline=True), "baseline: layers=0 scheduler=linear"),
         (Point({}, ("optim.lr=1", "seed=4")), "optim.lr=1 seed=4"),
-        (Point({}), "trial"),
+        (Point({"freeze.layers": 0, "scheduler": "linear"}), "baseline"),  # a copy of it: drawn again, and reused
     ],
 )
 def test_a_trial_is_named_by_what_tells_it_from_the_baseline(point, name):

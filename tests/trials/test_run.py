@@ -278,11 +278,16 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
     assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
     left = read_record(tmp_path / "first")
     assert left.status is Status.INTERRUPTED
+    unsent = undelivered.Undelivered(
+        left.run_id, metrics=[("train/loss", 0.5, 1, 5)]
+    )  # measured again after the checkpoint
+    unsent.write(tmp_path / "first")
     tags = {"distilbench.trial": "8"}
     context = SweepContext("8 lr=1", is_quiet=True, continues=tmp_path / "first", tags=tags)
     (outcome,) = run.run_batch([ready(again, context, sources, store)])
     assert (outcome.result.status, outcome.run_id) == (Status.FINISHED, left.run_id)
     assert store._client.get_run(left.run_id).info.run_name == "8 lr=1", "called by the number that its row has"
+    store.catch_up(tmp_path / "first")
     steps = [step for step, _ in store.history(left.run_id, "train/loss")]
     assert steps == list(range(1, outcome.result.steps + 1)), "no step was taken twice"
     assert read_record(tmp_path / "first") == left
