@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distilbench.cli import exit_immediately, print_to_stderr, run_command
+from distilbench.cli import exit_immediately, open_streams, print_to_stderr, run_command
 
 COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
@@ -13,6 +13,7 @@ COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 def main() -> None:
     """Run the command that the first argument names, with the remaining arguments."""
     exit_immediately()
+    open_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
         from distilbench.version import __version__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from distilbench.cli import errors_in_one_line, pluralize, run_command
+from distilbench.cli import errors_in_one_line, pluralize, raise_on_signal, run_command
 from distilbench.composition import default_margin, default_treatment
 from distilbench.data.formats import TEXTS
 from distilbench.results import MODEL
@@ -78,6 +78,7 @@ def predict(settings: PredictSettings) -> Counter[str | None]:
     classifier = open_model(settings)
     path = _output_path(settings, classifier)
     check_output(path, settings.data.test)
+    raise_on_signal()  # so that the unfinished file is removed
     began = time.perf_counter()
     counts = _write(settings, classifier, path, console)
     named = ", ".join(f"{label or 'blank, without a prediction,'} {count:,}" for label, count in counts.most_common())

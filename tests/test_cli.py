@@ -369,3 +369,11 @@ def test_the_installed_command_runs_each_of_ours(arguments, status, said):
     done = subprocess.run([sys.executable, "-m", "distilbench", *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == status
     assert said in done.stdout + done.stderr
+
+
+def test_the_completion_of_a_closed_pipe_says_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "distilbench", "completion"]
+    assert subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT).stderr == b""
+    os.close(writer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +259,13 @@ def test_the_command_line_predicts_and_refuses_with_its_exit_status(folder):
     assert refused.stderr.splitlines() == [
         line for line in refused.stderr.splitlines() if "dir must be a model" in line
     ]
+    (folder / "in.csv").write_text("text\n" + "aaa xx\n" * 50_000)
+    stopped = workspace.start("dir=better/model", "data.test=in.csv", "output=cut/o.csv", program="distilbench.predict")
+    while not list(folder.glob("cut/.*")) and stopped.poll() is None:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(60) == 128 + signal.SIGTERM
+    assert not list(folder.glob("cut/.*")), "the unfinished file is removed"
 
 
 @pytest.mark.parametrize(
