@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from distilbench.cli import exit_immediately, open_streams, print_to_stderr, run_command
+from distilbench.version import __version__
 
 COMMANDS = ("train", "compare", "confirm", "predict", "benchmark")
 
@@ -16,8 +17,6 @@ def main() -> None:
     open_streams()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
-        from distilbench.version import __version__
-
         print(f"distilbench {__version__}")
     elif name == "completion":
         print(Path(__file__).with_name("completion.sh").read_text())

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 register_schema()
 
-_LIST_KEYS = {"experiment": "experiments", "experiments": "experiments", "runs": "runs"}
-"""Keys whose lists may be typed as a,b,c, which Hydra takes for a sweep, with the setting that each stands for."""
-
 
 @hydra.main(config_path=str(CONF), config_name="compare")
 def main(config: DictConfig) -> None:
@@ -134,11 +131,11 @@ def _directory(settings: CompareSettings) -> Path:
 
 
 def to_hydra_argument(argument: str) -> str:
-    """Return ``experiment=a,b`` in Hydra's grammar, as ``experiments=[a,b]``; any other argument unchanged."""
+    """Return ``experiment=a,b``, which Hydra takes for a sweep, as ``experiments=[a,b]``, and ``runs=a,b`` likewise."""
     key, equals, value = argument.partition("=")
-    if not equals or key not in _LIST_KEYS:
+    if not equals or key not in ("experiment", "experiments", "runs"):
         return argument
-    return f"{_LIST_KEYS[key]}={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
+    return f"{key.removesuffix('s')}s={value if value.startswith('[') or value == 'null' else f'[{value}]'}"
 
 
 if __name__ == "__main__":

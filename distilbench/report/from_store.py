@@ -293,21 +293,18 @@ def _update_trial_runs(store: MlflowStore, report: Report) -> None:
     The report's verdicts and bounds are corrected for all settings, use all seeds, and are replaced by those of fresh
     seeds. A trial has no comparison yet if it ended before the baseline did, or while the store was unreachable.
     """
-    for row in report.candidates if report.baseline and report.baseline.trials else ():
+    bases = report.baseline.trials if report.baseline else ()
+    for row in report.candidates if bases else ():
         differs = row.difference and (report.num_settings > 1 or len(row.all_trials) > 1 or row.confirmation)
         text, headline = tables.trial_note(report, row)
         for trial in row.trials:
+            metrics: dict[str, float] = {}
+            if not trial.is_compared:  # with the baseline's trial, if possible of its seed: figures of its own
+                base = min(bases, key=lambda one: one.seed != trial.seed)
+                ours = replace(trial, predictions=store.predictions(trial.run_id))  # only the rows shown have them
+                metrics = comparison_metrics(compare(ours, base, report.margin))
             if differs or not trial.is_compared:
-                metrics = {} if trial.is_compared else _own_metrics(store, trial, report)
                 store.add_comparison(trial.run_id, text, metrics, headline)
-
-
-def _own_metrics(store: MlflowStore, trial: StoredTrial, report: Report) -> dict[str, float]:
-    """Compare a single trial, unlike its row's means over seeds, with the baseline's trial, if possible of its seed."""
-    assert report.baseline
-    base = min(report.baseline.trials, key=lambda one: one.seed != trial.seed)
-    ours = replace(trial, predictions=store.predictions(trial.run_id))  # only the rows shown have them
-    return comparison_metrics(compare(ours, base, report.margin))
 
 
 def write_report(report: Report, directory: Path, layout: str = "full") -> list[Path]:

@@ -118,10 +118,9 @@ def _open_parent_run(
     with storage.lock():  # if several processes begin at once, only one creates it
         run_id = study.user_attrs.get("run_id")
         if run_id is None and not tags and store.sweep_run(plan.name):  # a confirmation trains what MLflow lacks
-            log.warning(
-                "MLflow has trials of sweep %s, whose study is not here: all are trained again; if its directory was "
-                "moved, name it: hydra.sweep.dir=..., else take another sweep.name", plan.name,
-            )  # fmt: skip
+            log.warning("MLflow has trials of sweep %s, whose study is not here: all are trained again; if its "
+                        "directory was moved, add hydra.sweep.dir=..., else take another sweep.name",
+                        plan.name)  # fmt: skip
         parent = store.open_parent_run(plan.name, known, plan.directory, run_id=run_id)
         study.set_user_attr("run_id", parent.run_id)
     return parent
@@ -177,7 +176,10 @@ class SweepRunner:
                 self._wait_for_jobs(mine)
                 self._end_all(mine, "interrupted with its sweep")
                 if not self._under_way_elsewhere():
-                    self._finish_parent()
+                    if any(study.has_more() for study in self._studies):
+                        self._parent.finish(Status.INTERRUPTED, "interrupted; run the same command again to continue")
+                    else:
+                        self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
             if isinstance(error, KeyboardInterrupt):
                 self._say(f"interrupted: {self._leaderboard().line()}; run the same command again to continue")
             raise
@@ -189,13 +191,6 @@ class SweepRunner:
         here, until = [one for one in owners if one.host == self._owner.host], time.monotonic() + SHUTDOWN_SECONDS
         while time.monotonic() < until and not all(owner.is_dead() for owner in here):
             time.sleep(0.05)
-
-    def _finish_parent(self) -> None:
-        """End the sweep's run as this process leaves it: complete, or INTERRUPTED if there are more trials."""
-        if any(study.has_more() for study in self._studies):
-            self._parent.finish(Status.INTERRUPTED, "interrupted; run the same command again to continue")
-        else:
-            self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
 
     def _end_all(self, trials: Sequence[tuple[SweepStudy, int]], error: str) -> None:
         """End trials that no longer have a job: as their records say, otherwise as INTERRUPTED."""
@@ -291,14 +286,12 @@ class SweepRunner:
         failed = sum(view.status in FAILURES for study in self._studies for view in study.counted())
         timeout = self._plan.settings.sweep.timeout_minutes
         if self._ended is None and failed > self._plan.max_failures:
-            self._fail(f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows")
+            told = f"{pluralize(failed, 'trial')} failed, which is more than sweep.max_failures allows"
+            self._ended, self._failed = told, True
         elif self._ended is None and timeout is not None and time.monotonic() - self._began > 60 * timeout:
             self._ended = f"sweep.timeout_minutes={timeout:g} have passed: no further trial is begun"
             self._say(self._ended)
         return self._ended is not None
-
-    def _fail(self, reason: str) -> None:
-        self._ended, self._failed = reason, True
 
     def _job(self, study: SweepStudy, trial: TrialView) -> SweepJob:
         """Write and return the job of a trial."""
@@ -349,11 +342,11 @@ class SweepRunner:
             raise end
         raise_if_signalled()  # the interrupted code may have swallowed the exception
         if is_disk_full(end) or is_disk_full(record.error):
-            self._fail(_no_space_message(self._plan))
+            self._ended, self._failed = _no_space_message(self._plan), True
         elif record.status is Status.FAILED and not any(
             view.status in (Status.FINISHED, Status.PRUNED) for study in self._studies for view in study.counted()
         ):
-            self._fail(f"the first trial failed, as every other would: {record.error}")
+            self._ended, self._failed = f"the first trial failed, as every other would: {record.error}", True
         self._say(f"trial {study.path(number)} {record.status}" + (f": {record.error}" if record.error else ""))
 
     def _was_killed(self, study: SweepStudy, number: int, at_once: int | None, end: BaseException) -> bool:
@@ -419,10 +412,10 @@ class SweepRunner:
                 f"{pluralize(retriable, 'failed trial')}: sweep.retry_failed=true added to the command tries again"
             )
         if not leaderboard.best and self._ended is None:
-            self._fail("no trial of the sweep finished")
+            self._ended, self._failed = "no trial of the sweep finished", True
         elif plan.requires_all and leaderboard.failed:
             failed = pluralize(leaderboard.failed, "trial")
-            self._fail(f"{failed} did not finish; the same command trains what is missing")
+            self._ended, self._failed = f"{failed} did not finish; the same command trains what is missing", True
         self._parent.finish(Status.FAILED if self._failed else Status.FINISHED, self._ended)
         return self._ended if self._failed else None
 

@@ -45,9 +45,6 @@ _FIGURES = ("accuracy", "loss", "brier", "ece", "train_seconds", "train_cpu_seco
 """Tags and metrics that are fields of :class:`StoredTrial` under the same name."""
 
 
-_ENDED_BY_THEMSELVES = [status.value for status in Status if status not in (Status.RUNNING, Status.INTERRUPTED)]
-
-
 @dataclass(frozen=True)
 class SweepRun:
     """The parent run of a sweep's trials; ``margin`` is in points.
@@ -83,7 +80,8 @@ def trained_beside_others(runs: Sequence[Run]) -> set[str]:
 
     Interrupted runs don't count: if their process was killed, they ended only when that was found out.
     """
-    ended = [run for run in runs if run.info.end_time and _tags_of(run, "status")[0] in _ENDED_BY_THEMSELVES]
+    others = ("", Status.RUNNING, Status.INTERRUPTED)
+    ended = [run for run in runs if run.info.end_time and _tags_of(run, "status")[0] not in others]
     last: dict[tuple[str, ...], Run] = {}
     found: set[str] = set()
     for run in sorted(ended, key=lambda run: run.info.start_time):

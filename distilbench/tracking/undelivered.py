@@ -51,8 +51,6 @@ HEADLINE = "distilbench.headline"
 
 TERMINAL = {Status.FINISHED: "FINISHED", Status.INTERRUPTED: "KILLED", Status.PRUNED: "KILLED"}
 
-KILLED = "its process was killed"
-
 
 @dataclass
 class Undelivered:
@@ -174,7 +172,7 @@ def deliver_and_end(connection: Connection, run_id: str, directory: Path) -> Sta
     kept = kept if kept and kept.run_id == run_id else Undelivered(run_id)
     record = record if record and record.run_id == run_id else None  # the directory may have been used again
     if kept.status is Status.RUNNING:
-        kept.status, kept.error = Status.INTERRUPTED, KILLED
+        kept.status, kept.error = Status.INTERRUPTED, "its process was killed"
         kept.metrics += metric_points(record.figures, int(record.figures.get("steps", 0))) if record else []
     if record and record.status is Status.RUNNING:
         record = replace(record, status=kept.status, error=kept.error)
