@@ -153,8 +153,7 @@ class SweepRunner:
         """Work until nothing is left to do; returns why the sweep failed, or None."""
         grace = self._plan.settings.sweep.grace_seconds
         with self._live or contextlib.nullcontext(), self._closing(), send_heartbeats(self._beat, grace):
-            self._close_dead_trials()
-            self._close_runs()
+            self._close_runs()  # before a trial begins that may continue one of them
             self._train_all()
             return self._finish()
 
