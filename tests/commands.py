@@ -259,6 +259,30 @@ def read_yaml_once() -> None:
     OmegaConf.load = lambda file: load_once(file) if hasattr(file, "read") else load(file)  # type: ignore[method-assign]
 
 
+def merge_configs_once() -> None:
+    """Have equal lists of config files merged once, here and in processes forked from here: half of a composition."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    merge = ConfigLoaderImpl._compose_config_from_defaults_list
+    merged: dict[tuple[object, ...], Any] = {}
+
+    def merge_once(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
+        key = tuple(_file_of(default, repo) for default in defaults)
+        if key not in merged:
+            merged[key] = merge(loader, defaults, repo)
+        return merged[key].copy()
+
+    ConfigLoaderImpl._compose_config_from_defaults_list = merge_once  # type: ignore[method-assign]
+
+
+def _file_of(default: Any, repo: Any) -> tuple[object, ...]:
+    """Return what distinguishes an entry of a defaults list: the place in the config, the file, and its last change."""
+    folder = repo.load_config(default.config_path).path
+    file = Path(folder.removeprefix("file://"), f"{default.config_path}.yaml")
+    changed = file.stat().st_mtime_ns if file.exists() else None
+    return (default.config_path, default.package, default.primary, folder, changed)
+
+
 class Workspace:
     """A folder with its own store: runs commands there, and reads what they left."""
 

@@ -30,7 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from distilbench.settings import AppSettings, register_schema, settings_from
-from tests.commands import Workspace, wait_for_no_disk
+from tests.commands import Workspace, merge_configs_once, read_yaml_once, wait_for_no_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("model=tiny", "data=synthetic", "tracking=none")
@@ -39,6 +39,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("whatever-the-clock-says")
 wait_for_no_disk()
+read_yaml_once()
+merge_configs_once()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ gc.disable()
 import importlib
 import pkgutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -21,16 +22,17 @@ from hydra.core.plugins import Plugins
 from matplotlib.figure import Figure
 
 import distilbench
-from distilbench.composition import baseline_config
+from distilbench.composition import baseline_config, default_treatment
 from distilbench.data.readers import _synthetic_splits
 from distilbench.models.build import build_model, load_tokenizer
 from distilbench.models.flops import TrainFlops
 from distilbench.models.freezing import freeze
 from distilbench.models.resolve import resolve_model
+from distilbench.report import page
 from distilbench.settings import CONF, FreezeSettings, ModelSettings, register_schema
 from distilbench.sweep.storage import open_study, storage_at
 from distilbench.tracking import run
-from tests.commands import load_migrations_once, read_yaml_once, share_statements
+from tests.commands import load_migrations_once, merge_configs_once, read_yaml_once, share_statements
 from tests.made_store import add_trial, make_store
 
 LIBRARIES = (
@@ -65,11 +67,13 @@ for name in (*LIBRARIES, *ROOMS):
 load_migrations_once()
 share_statements()
 read_yaml_once()
+merge_configs_once()
 registered = ConfigStore.instance().repo
 own = dict(registered)
 register_schema()
 with initialize_config_dir(str(CONF)):  # parsers learn their grammar while they parse
     baseline_config(compose("config", ["model=tiny", "optim.lr=1e-4", "hydra.run.dir=here"], return_hydra_config=True))
+    default_treatment()
 with tempfile.TemporaryDirectory() as folder:  # SQLAlchemy compiles statements for the first trial
     store = make_store(Path(folder))
     store.end_left_runs()
@@ -90,6 +94,9 @@ for layers in range(3):  # transformers compiles its table of renamed weights fo
     freeze(model, FreezeSettings(layers, "auto", True, "depth"))
     TrainFlops.of(model)
 run.confusion_figure = run.curve_figure = lambda *_: Figure(figsize=(1, 1))  # take a fifth of a tiny trial to draw
+for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+    finalizer.atexit = False  # torch's take longer than all else at the end of a command
+page.template()
 Plugins.instance()  # Hydra looks for them, and imports them, once a process
 gc.freeze()  # exclude these objects from collections, which would copy their pages in the children
 gc.enable()

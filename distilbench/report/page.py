@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from distilbench.cli import format_command, format_override
@@ -30,16 +31,8 @@ _HIDDEN_COLUMNS = ("loss", "brier", "ece", "trainable_parameters", "seeds", "p_h
 
 def page(report: Report) -> str:
     """Render the page. Names and settings are escaped; its content security policy forbids loading anything."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-        finalize=lambda value: one_line(value) if type(value) is str else value,
-    )  # fmt: skip
-    environment.globals["size"] = charts
-    environment.filters |= {"px": "{:.1f}".format, "unbroken_units": _unbroken_units}
-    environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
     found = [row.difference for row in report.table_rows if row.difference]
-    return environment.get_template(TEMPLATE.name).render(
+    return template().render(
         report=report,
         answer=answer(report),
         counts=_counts(report),
@@ -59,6 +52,20 @@ def page(report: Report) -> str:
         describe_confirmation=describe_confirmation,
         one_line=one_line,
     )
+
+
+@cache
+def template() -> Template:
+    """Return the page's template, which takes 0.07 s to compile."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: one_line(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.globals["size"] = charts
+    environment.filters |= {"px": "{:.1f}".format, "unbroken_units": _unbroken_units}
+    environment.tests["web"] = lambda url: url.startswith(("http://", "https://"))
+    return environment.get_template(TEMPLATE.name)
 
 
 def _counts(report: Report) -> list[tuple[str, str, str]]:
