@@ -42,6 +42,7 @@ def test_a_grid_trains_its_baseline_first_then_each_cell_once_and_answers_at_onc
     again = done(workspace, *command)
     assert len(workspace.finished()) == 4
     assert "4 of 4 trials" in again.stdout
+    assert "by another process" not in again.stdout, "it writes the report again"
 
 
 @pytest.mark.parametrize(
