@@ -413,3 +413,13 @@ def test_an_interrupted_sweeps_run_is_left_to_a_process_that_still_trains_else_i
     assert ground.sweep(plan, ground.settings, train=interrupted) == 143
     left = "RUNNING RUNNING" if is_shared else "KILLED INTERRUPTED"
     assert ground.ends()["runs"] == Counter({"FINISHED FINISHED": 1, left: 1})
+
+
+def test_a_first_trial_that_fails_ends_the_sweep_before_the_others_do_so_too(ground):
+    ground.clear()
+    said, plan = ground.directory.with_name("said"), plan_of(ground.settings, ground.directory, total=3, max_failures=3)
+    fail = lambda jobs: [ValueError("no such\n model")]  # noqa: E731
+    assert in_process(lambda: said.write_text(_run(plan, ground.settings, fail) or "") * 0) == 0
+    assert said.read_text() == "the first trial failed, as every other would: ValueError: no such model"
+    assert ground.ends()["records"] == Counter({"FAILED": 1})
+    assert ground.ends()["runs"] == Counter({"FAILED FAILED": 1}), "the sweep's own"
