@@ -18,7 +18,6 @@ import psutil
 import torch
 from joblib.externals import loky
 from torch.utils import collect_env
-from torch.utils.benchmark import Timer
 
 from distilbench.settings import require
 
@@ -91,6 +90,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
 @cache
 def _warn_of_slow_bf16() -> None:
     """Measure and log once how slow bfloat16 is on this CPU: 130 times slower than float32 on a Zen 3 (AVX2 only)."""
+    from torch.utils.benchmark import Timer  # imports setuptools: 0.4 s of every start
+
     squares = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     fp32, bf16 = (Timer("a @ a", globals={"a": square}).timeit(1).mean for square in squares)
     log.warning(
