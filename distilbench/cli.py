@@ -136,9 +136,7 @@ def run_command(entrypoint: Callable[[], object], to_hydra: Callable[[str], str]
             if not os.path.exists(os.curdir):
                 raise SettingsError("the current directory must exist, got one that was deleted; cd into another")
             _check_arguments(sys.argv[1:])
-            is_hydra_help = "--hydra-help" in sys.argv  # which knows no setting but Hydra's own
-            typed = [one for one in sys.argv[1:] if not is_hydra_help or one.startswith(("-", "hydra"))]
-            sys.argv[1:] = map(to_hydra, typed)
+            sys.argv[1:] = map(to_hydra, sys.argv[1:])
             if sys.argv[1:] == ["--version"]:  # Hydra would print its own version
                 print(f"distilbench {__version__}")
             else:

@@ -267,7 +267,7 @@ def merge_configs_once() -> None:
     merged: dict[tuple[object, ...], Any] = {}
 
     def merge_once(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
-        key = tuple(_file_of(default, repo) for default in defaults)
+        key = tuple(_entry_key(default, repo) for default in defaults)
         if key not in merged:
             merged[key] = merge(loader, defaults, repo)
         return merged[key].copy()
@@ -275,7 +275,7 @@ def merge_configs_once() -> None:
     ConfigLoaderImpl._compose_config_from_defaults_list = merge_once  # type: ignore[method-assign]
 
 
-def _file_of(default: Any, repo: Any) -> tuple[object, ...]:
+def _entry_key(default: Any, repo: Any) -> tuple[object, ...]:
     """Return what distinguishes an entry of a defaults list: the place in the config, the file, and its last change."""
     folder = repo.load_config(default.config_path).path
     file = Path(folder.removeprefix("file://"), f"{default.config_path}.yaml")

@@ -361,7 +361,7 @@ def test_hydra_full_error_shows_the_traceback():
     [
         (["--version"], 0, "distilbench 0."), (["train", "--version"], 0, "distilbench 0."),
         (["--help"], 0, "usage: distilbench {train,compare,confirm,predict,benchmark}"),
-        (["train", "freeze.layers=3", "--hydra-help"], 0, "== Flags =="),  # which knows no setting of ours
+        (["train", "--config-dir", "conf", "--hydra-help"], 0, "== Flags =="),
         (["nosuch"], 2, "must be one of train"),
     ],
 )  # fmt: skip

@@ -278,9 +278,7 @@ def test_a_signal_ends_a_trial_after_its_step_and_the_next_process_continues_it_
     assert [path.name for path in (tmp_path / "first" / "checkpoints").iterdir()] == ["checkpoint-4"]
     left = read_record(tmp_path / "first")
     assert left.status is Status.INTERRUPTED
-    unsent = undelivered.Undelivered(
-        left.run_id, metrics=[("train/loss", 0.5, 1, 5)]
-    )  # measured again after the checkpoint
+    unsent = undelivered.Undelivered(left.run_id, metrics=[("train/loss", 0.5, 1, 5)])  # of a step taken again
     unsent.write(tmp_path / "first")
     tags = {"distilbench.trial": "8"}
     context = SweepContext("8 lr=1", is_quiet=True, continues=tmp_path / "first", tags=tags)
